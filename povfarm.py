@@ -1,0 +1,8866 @@
+#!/usr/bin/env python3
+"""povfarm: the render farm for POV-Ray, in one file.
+
+Turns the computers in a room into one renderer: a coordinator (``serve``) and
+any number of workers (``work``), or both at once for a single job
+(``render``). Needs Python 3.9 or newer and POV-Ray, nothing else.
+
+    python povfarm.py render camera2.ini +W640 +H480     like povray, sooner
+    python povfarm.py serve                              a coordinator
+    python povfarm.py work --cores 4                     a worker
+
+The sections, from the base to the roof; a section uses only sections above
+it, and the coordinator's tower and the worker's tower never use each other:
+
+     1. BASE         errors, clock, logging, files, sizes, durations, hashes
+     2. SETTINGS     one row per option: flag, environment, file, type, help
+     3. POV          POV-Ray's command line and INI files, frames, file names
+     4. IMAGE        the picture formats: header and whole-file check
+     5. PROJECT      which files belong to a job, manifest, zip in and out
+     6. MODEL        records, states, transitions, the wire form
+     7. DISCOVERY    the UDP beacon
+     8. HTTP         requests, responses, routes, limits, the socket adaptor
+     9. STORE        the database and the blobs: all SQL
+    10. SCHEDULER    the only writer of states
+    11. API          native JSON under /api/v1 and its OpenAPI document
+    12. HTTPOV       the protocol of HTTPov's clients
+    13. SHEEPIT      the protocol of SheepIt's clients
+    14. RENDERONLINE the protocol of RenderOnline's clients
+    15. PAGES        the status page
+    16. COORDINATOR  puts 9 to 15 together, housekeeping, shutdown
+    17. ENGINES      command lines, progress and error patterns of renderers
+    18. CLIENT       one request function: retries, authentication, streams
+    19. PROCESS      starts, watches, measures and ends a renderer
+    20. WORKER       lease, fetch, render, check, upload; heartbeat; cache
+    21. CLI          one small function per command
+
+The command line is stable between versions. The Python names in this file
+are not: script the commands with ``--json``, or use the HTTP API.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import configparser
+import contextlib
+import ctypes
+import enum
+import errno
+import fnmatch
+import functools
+import hashlib
+import hmac
+import html
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import queue
+import random
+import re
+import secrets
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Sequence,
+    Tuple,
+    Union,
+    cast,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+# === 1. BASE =================================================================
+# What every section may use: the error tree, the clock, files, sizes,
+# durations and hashes. Knows nothing of POV-Ray, of farms or of the network.
+
+VERSION = "0.1.0"
+BUFFER = 1 << 16  # bytes moved at a time when a file or a body is streamed
+
+log = logging.getLogger("povfarm")
+
+PathLike = Union[str, Path]
+
+
+class FarmError(Exception):
+    """A failure that a person can read: one plain line, what to do next in it."""
+
+    exit_code = 1
+
+
+class UserError(FarmError):
+    """Wrong usage or bad input: nothing was started and nothing was changed."""
+
+    exit_code = 2
+
+
+class ProtocolError(FarmError):
+    """A request that is refused: ``status`` is the HTTP status to answer with."""
+
+    def __init__(self, status: int, message: str, detail: Any = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = detail
+
+
+class StoreError(FarmError):
+    """The database or the data directory cannot do what was asked."""
+
+
+class IllegalTransition(StoreError):
+    """A task or a job was asked to change into a state that it cannot reach."""
+
+
+class StaleLease(StoreError):
+    """A lease that has ended was shown: its holder should stop that work."""
+
+
+class RenderFailed(FarmError):
+    """A renderer ran and left no good picture; the message says why."""
+
+
+class ImageError(FarmError):
+    """A file is not the whole picture that it should be."""
+
+
+class Clock:
+    """Time as the farm sees it; a test passes another one.
+
+    ``time`` is the wall clock in seconds since 1970, to show to people;
+    ``monotonic`` never jumps and is what every wait and lease is measured by.
+    """
+
+    def time(self) -> float:
+        """Return the wall clock, in seconds since 1970."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Return seconds from an arbitrary start that never go backwards."""
+        return time.monotonic()
+
+    def wait(self, condition: threading.Condition, seconds: float) -> bool:
+        """Wait on a held condition for at most ``seconds``; True when notified."""
+        return condition.wait(seconds)
+
+
+def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write ``data`` so that ``path`` holds all of it or what it held before."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
+    """Return ``root / relative``, refusing anything that could leave ``root``.
+
+    ``relative`` uses forward slashes. Absolute paths, ``.``, ``..``,
+    backslashes and control characters raise ``UserError`` everywhere; on
+    ``windows`` so do drive letters and the names and characters that it reserves.
+    """
+    parts = relative.split("/")
+    for part in parts:
+        if part in ("", ".", "..") or any(ord(c) < 32 or c == "\\" for c in part):
+            raise UserError(f"{relative!r} is not a name of a file inside a project")
+        stem = part.split(".")[0].rstrip(" ").upper()
+        odd = part != part.rstrip(" .") or any(c in ':*?"<>|' for c in part)
+        if windows and (odd or stem in _RESERVED_NAMES):
+            raise UserError(f"{relative!r} is not a file name that Windows can take")
+    return root.joinpath(*parts)
+
+
+_RESERVED_NAMES = frozenset(
+    ["CON", "PRN", "AUX", "NUL"] + [f"{name}{n}" for name in ("COM", "LPT") for n in range(1, 10)]
+)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 lower-case hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(BUFFER)
+            if not block:
+                return digest.hexdigest()
+            digest.update(block)
+
+
+def format_size(size: float) -> str:
+    """Return a number of bytes as people write it: ``512 B``, ``1.5 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as people write them: ``0.4 s``, ``1:05``, ``2:03:04``."""
+    if seconds < 10:
+        return f"{max(seconds, 0):.1f} s"
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds from ``90``, ``90s``, ``5m``, ``1h`` or ``1h30m``; else ``UserError``."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip().lower())
+    if not text.strip() or match is None:
+        raise UserError(f"'{text}' is not a time: write 90, 90s, 5m or 1h30m")
+    hours, minutes, seconds = (float(group or 0) for group in match.groups())
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from ``512``, ``64k``, ``1.5G``; anything else is a ``UserError``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if match is None:
+        raise UserError(f"'{text}' is not a size: write 500M or 2G")
+    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
+
+
+# === 2. SETTINGS =============================================================
+# One row per option. The rows feed the command line, the POVFARM_*
+# environment variables, the file DATA/povfarm.ini and the manual, so that an
+# option has one name, one default and one explanation everywhere.
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One option: ``--name``, ``POVFARM_NAME`` and ``name`` in povfarm.ini.
+
+    ``kind`` is str, int, float, bool (a flag without a value), Path, or a
+    function from text to a value that raises ``UserError``.
+    """
+
+    name: str
+    kind: Callable[[str], Any]
+    default: Any
+    help: str
+    commands: str
+    metavar: str = ""
+
+    @property
+    def is_flag(self) -> bool:
+        """True when the option takes no value."""
+        return self.kind is bool
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets the option."""
+        return "POVFARM_" + self.name.upper().replace("-", "_")
+
+    def parse(self, text: str, source: str) -> Any:
+        """Return the value that ``text`` means, or a ``UserError`` that names ``source``."""
+        if self.is_flag:
+            if text.strip().lower() in ("1", "on", "yes", "true"):
+                return True
+            if text.strip().lower() in ("0", "off", "no", "false", ""):
+                return False
+            raise UserError(f"{source}: '{text}' is neither on nor off")
+        try:
+            return self.kind(text)
+        except ValueError:
+            raise UserError(f"{source}: '{text}' is not {_KIND_NAMES[self.kind]}") from None
+
+
+_KIND_NAMES: Mapping[Any, str] = {int: "a whole number", float: "a number", str: "a text"}
+
+
+def _port(text: str) -> int:
+    if not text.strip().isdigit() or int(text) > 65535:
+        raise UserError(f"'{text}' is not a port: write a number from 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise UserError(f"'{text}' is not a count: write a whole number, 1 or more")
+    return int(text)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+# "talk" stands for every command that talks to a coordinator that runs already,
+# "job" for those that describe a new job.
+SETTINGS: tuple[Setting, ...] = (
+    Setting("data", _path, Path("~/.povfarm").expanduser(),
+            "directory of the farm: database, images, key, cache", "serve work render talk", "DIR"),
+    Setting("server", str, "", "address of the coordinator, instead of looking for it",
+            "work talk", "URL"),
+    Setting("key", str, "", "the farm key, where DATA/farm.key is not at hand", "work talk", "KEY"),
+    Setting("name", str, "", "name of the farm, the worker or the job",
+            "serve work talk job", "NAME"),
+    Setting("port", _port, 2271, "TCP port of the coordinator; 0 picks a free one", "serve", "N"),
+    Setting("bind", str, "", "address to listen on; by itself every one of this machine",
+            "serve", "ADDRESS"),
+    Setting("discovery-port", _port, 2269, "UDP port of the discovery", "serve work talk", "N"),
+    Setting("no-discovery", bool, False, "do not answer workers that look for a farm", "serve"),
+    Setting("open", bool, False, "admit workers from private addresses by themselves", "serve"),
+    Setting("private", bool, False, "show the page and the API only to those with a key", "serve"),
+    Setting("work", bool, False, "render on this machine too", "serve"),
+    Setting("lease-time", parse_duration, 30.0,
+            "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
+    Setting("cores", _count, None, "cores to keep busy; by itself all of them",
+            "work render serve", "N"),
+    Setting("until-idle", bool, False, "end when there is nothing left to render", "work"),
+    Setting("povray", str, "", "the POV-Ray program to use", "work render serve doctor", "PATH"),
+    Setting("nice", int, 5, "how far renders step back behind other programs, 0 to 19",
+            "work serve", "N"),
+    Setting("tags", str, "", "words that describe the worker, parted by commas", "work", "A,B"),
+    Setting("cache-size", parse_size, 10 * 1000**3, "most bytes of projects to keep here",
+            "work render serve", "SIZE"),
+    Setting("root", _path, None, "directory of the project, when it is not the scene's",
+            "job", "DIR"),
+    Setting("priority", int, 0, "jobs of a higher priority go first", "submit", "N"),
+    Setting("max-workers", _count, None, "most workers on this job at a time", "submit", "N"),
+    Setting("retries", _count, 3, "how often a frame is tried, on different workers",
+            "submit render", "N"),
+    Setting("in-order", bool, False,
+            "frames read earlier frames: render them in order on one machine", "job"),
+    Setting("wait", bool, False, "wait until the job is finished", "submit"),
+    Setting("output", _path, None, "directory for the images", "submit fetch", "DIR"),
+    Setting("lan", bool, False, "let the other computers of this network help", "render"),
+    Setting("watch", bool, False, "go on showing changes until stopped", "status"),
+    Setting("json", bool, False, "print JSON for programs",
+            "render submit status workers logs fetch discover doctor"),
+    Setting("verbose", bool, False, "say more about what happens", "serve work render submit"),
+)
+
+
+def setting(name: str) -> Setting:
+    """Return the row of an option; KeyError when there is none of that name."""
+    return next(row for row in SETTINGS if row.name == name)
+
+
+def configured_defaults(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return every option's value before the command line is read.
+
+    The environment goes before DATA/povfarm.ini (section ``[povfarm]``),
+    which goes before the row's default. Raises ``UserError`` for a bad value
+    and for a name in the file that no option has.
+    """
+    values: dict[str, Any] = {row.name: row.default for row in SETTINGS}
+    data = setting("data")
+    if environ.get(data.variable):
+        values["data"] = data.parse(environ[data.variable], data.variable)
+    file = values["data"] / "povfarm.ini"
+    for name, text in _read_settings_file(file).items():
+        if name not in values:
+            raise UserError(f"{file}: there is no option '{name}': see povfarm.py help")
+        values[name] = setting(name).parse(text, f"{file}: {name}")
+    for row in SETTINGS:
+        if environ.get(row.variable):
+            values[row.name] = row.parse(environ[row.variable], row.variable)
+    return values
+
+
+def _read_settings_file(path: Path) -> Mapping[str, str]:
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (configparser.Error, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    return dict(parser["povfarm"]) if parser.has_section("povfarm") else {}
+
+
+# === 3. POV ===================================================================
+# POV-Ray's command line and INI files, read as POV-Ray 3.7.0.10 reads them on a
+# machine that need not have it: the options in the order in which they count,
+# the frames with their clocks and file names, and the plain INI text that a
+# worker gives to its own POV-Ray. Opens INI files, starts nothing, and does not
+# ask which files a scene needs (that is PROJECT's).
+
+STANDARD = "%POVRAY%"  # in a library path: the include directories of the POV-Ray that renders
+SYSTEM_INI = tuple(
+    Path(folder, "povray.ini")
+    for folder in ("/etc/povray/3.7", "/usr/local/etc/povray/3.7", "/etc")
+)
+MAX_FRAMES = 1_000_000
+
+# Every key of POV-Ray 3.7.0.10 by what its value is; "old" keys are read and mean nothing.
+_KEY_TABLE = {
+    "bool": """All_Console Antialias Append_File Bounding Clockless_Animation Continue_Trace
+        Cyclic_Animation Debug_Console Display Dither Draw_Vistas Fatal_Console Field_Render
+        Grayscale_Output High_Reproducibility Jitter Light_Buffer Odd_Field Output_Alpha
+        Output_To_File Pause_When_Done Radiosity_From_File Radiosity_To_File
+        Radiosity_Vain_Pretrace Real_Time_Raytracing Remove_Bounds Render_Console Split_Unions
+        Statistic_Console Test_Abort Verbose Vista_Buffer Warning_Console""",
+    "int": """Antialias_Depth Bits_Per_Color Bounding_Method Bounding_Threshold BSP_MaxDepth
+        Compression Final_Frame Frame_Step Height Initial_Frame Max_Image_Buffer_Memory
+        Preview_End_Size Preview_Start_Size Quality Render_Block_Size Render_Block_Step
+        Render_Pattern Sampling_Method Test_Abort_Count Warning_Level Width Work_Threads""",
+    "float": """Antialias_Gamma Antialias_Threshold BSP_BaseAccessCost BSP_ChildAccessCost
+        BSP_ISectCost BSP_MissChance Clock End_Column End_Row Final_Clock Initial_Clock
+        Jitter_Amount Start_Column Start_Row Subset_End_Frame Subset_Start_Frame Version""",
+    "text": """All_File Create_Ini Debug_File Fatal_File Include_Header Input_File_Name
+        Output_File_Name Radiosity_File_Name Render_File Statistic_File Warning_File""",
+    "gamma": "Display_Gamma File_Gamma",
+    "type": "Output_File_Type",
+    "dither": "Dither_Method",
+    "letter": "Palette Video_Mode",
+    "declare": "Declare",
+    "library": "Library_Path",
+    "ini": "Include_Ini",
+    "program": """Fatal_Error_Command Post_Frame_Command Post_Scene_Command Pre_Frame_Command
+        Pre_Scene_Command User_Abort_Command""",
+    "return": """Fatal_Error_Return Post_Frame_Return Post_Scene_Return Pre_Frame_Return
+        Pre_Scene_Return User_Abort_Return""",
+    "old": """Buffer_Output Buffer_Size Create_Histogram Histogram_Grid_Size Histogram_Name
+        Histogram_Type""",
+}
+_KEYS = {key.lower(): (key, kind) for kind, keys in _KEY_TABLE.items() for key in keys.split()}
+_KEYS["bits_per_colour"] = _KEYS["bits_per_color"]
+
+# SWITCH=KEY for a switch with a parameter, SWITCH=+KEY for one that is on or off, both for both.
+# POV-Ray takes the first that fits, so the order counts: "A0" makes +A0.3 a threshold, +A1.5 wrong.
+_SWITCH_TABLE = """AG=Antialias_Gamma AM=Sampling_Method A0=Antialias_Threshold+Antialias
+    A=+Antialias BM=Bounding_Method BS=Render_Block_Size B=+Bounding C=+Continue_Trace
+    D=Video_Mode+Display D=+Display EC=End_Column EF0=Subset_End_Frame EF=Subset_End_Frame
+    EP=Preview_End_Size ER=End_Row F=Output_File_Type+Output_To_File F=+Output_To_File
+    GA=All_File+All_Console GA=+All_Console GD=Debug_File+Debug_Console GD=+Debug_Console
+    GF=Fatal_File+Fatal_Console GF=+Fatal_Console GI=Create_Ini GP=+Append_File
+    GR=Render_File+Render_Console GR=+Render_Console GS=Statistic_File+Statistic_Console
+    GS=+Statistic_Console GW=Warning_File+Warning_Console GW=+Warning_Console HI=Include_Header
+    HR=+High_Reproducibility H=Height I=Input_File_Name J=Jitter_Amount+Jitter J=+Jitter
+    KC=+Cyclic_Animation KI=Initial_Clock KFF=Final_Frame KFI=Initial_Frame KF=Final_Clock
+    KLA=+Clockless_Animation K=Clock L=Library_Path MB=Bounding_Threshold+Bounding MB=+Bounding
+    MI=Max_Image_Buffer_Memory MV=Version O=Output_File_Name P=+Pause_When_Done Q=Quality
+    RFI=+Radiosity_From_File RFO=+Radiosity_To_File RF=Radiosity_File_Name RS=Render_Block_Step
+    RP=Render_Pattern RTR=+Real_Time_Raytracing RVP=+Radiosity_Vain_Pretrace R=Antialias_Depth
+    SC=Start_Column SF0=Subset_Start_Frame SF=Subset_Start_Frame SP=Preview_Start_Size SR=Start_Row
+    STP=Frame_Step SU=+Split_Unions TH=Dither_Method+Dither TH=+Dither UA=+Output_Alpha
+    UD=+Draw_Vistas UF=+Field_Render UL=+Light_Buffer UO=+Odd_Field UR=+Remove_Bounds
+    UV=+Vista_Buffer V=+Verbose WL=Warning_Level WT=Work_Threads W=Width
+    X=Test_Abort_Count+Test_Abort X=+Test_Abort"""
+_SWITCHES = tuple(
+    (switch, *parameter.partition("+")[::2])
+    for switch, parameter in (entry.split("=") for entry in _SWITCH_TABLE.split())
+)
+
+_EXTENSIONS = {
+    "T": ".tga", "C": ".tga", "N": ".png", "J": ".jpg",
+    "P": ".ppm", "B": ".bmp", "E": ".exr", "H": ".hdr",
+}
+# No window opens on a farm, and POV-Ray's text always goes to its stderr, where the farm reads it.
+_OF_NO_USE = (
+    "All_Console", "Append_File", "Display", "Draw_Vistas", "Fatal_Console", "Pause_When_Done",
+    "Preview_End_Size", "Preview_Start_Size", "Real_Time_Raytracing", "Render_Console",
+    "Test_Abort", "Test_Abort_Count",
+)
+_TEXT_FILES = (
+    "All_File", "Create_Ini", "Debug_File", "Fatal_File", "Render_File", "Statistic_File",
+    "Warning_File",
+)
+_WRITABLE = {
+    name: kind
+    for name, kind in _KEYS.values()
+    if kind in ("bool", "int", "float", "text", "gamma", "type", "dither")
+    and name not in _TEXT_FILES
+    and name not in ("Append_File", "Real_Time_Raytracing")
+}
+_UNIX_OPTIONS = (
+    "--help", "-help", "-h", "-?", "--version", "-version", "--V", "--benchmark", "-benchmark",
+)
+
+
+@dataclass(frozen=True)
+class PovOptions:
+    """What one POV-Ray command line says, all its INI files included.
+
+    ``values`` maps INI keys to values as INI text has them, without the keys
+    that mean nothing on a farm. ``declares`` are ``name=value`` in order: of
+    two with one name POV-Ray takes the FIRST. ``library`` are the directories
+    in search order as they were written, relative to the working directory.
+    ``warnings`` say what was left out.
+    """
+
+    values: Mapping[str, str]
+    declares: tuple[str, ...]
+    library: tuple[str, ...]
+    ini_files: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def scene(self) -> str:
+        """The scene file as it was written; ``UserError`` when none was named."""
+        scene = self.values.get("Input_File_Name", "")
+        if not scene:
+            raise UserError("no scene: name a .pov file, or an INI file with Input_File_Name in it")
+        return scene
+
+    @property
+    def width(self) -> int:
+        """Width of the picture in pixels."""
+        return int(self.values.get("Width", 160))
+
+    @property
+    def height(self) -> int:
+        """Height of the picture in pixels."""
+        return int(self.values.get("Height", 120))
+
+    @property
+    def output_type(self) -> str:
+        """POV-Ray's letter for the file type: one of T C N J P B E H."""
+        return self.values.get("Output_File_Type", "N")
+
+    @property
+    def extension(self) -> str:
+        """The extension of the pictures with its dot; PPM keeps ``.ppm`` also when it is grey."""
+        return _EXTENSIONS[self.output_type]
+
+    @property
+    def bits(self) -> int:
+        """Bits per colour channel that are asked for (a file type may store others)."""
+        return min(max(int(self.values.get("Bits_Per_Color", 8)), 5), 16)
+
+    @property
+    def threads(self) -> int | None:
+        """``+WT``; None where the command line leaves it to POV-Ray."""
+        return int(self.values["Work_Threads"]) if "Work_Threads" in self.values else None
+
+    @property
+    def to_file(self) -> bool:
+        """False after ``-F``: POV-Ray would render and write no picture."""
+        return self.values.get("Output_To_File", "On") == "On"
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """Every frame that a command line asks for, in the order of rendering.
+
+    A still is frame 0 and its clock is ``initial_clock``. ``stem`` is the path
+    of a picture up to the frame number, ``digits`` the width of that number.
+    """
+
+    animation: bool
+    frames: range
+    initial_frame: int
+    final_frame: int
+    initial_clock: float
+    final_clock: float
+    cyclic: bool
+    digits: int
+    stem: str
+    extension: str
+
+    def clock(self, frame: int) -> float:
+        """Return ``clock`` as the scene sees it: computed in double, kept in single precision.
+
+        A cyclic animation runs as if it had one frame more. An animation whose
+        first frame is its last divides by zero, as in POV-Ray: its clock is NaN.
+        """
+        if not self.animation:
+            return self.initial_clock
+        steps = self.final_frame + self.cyclic - self.initial_frame
+        span = _single(self.final_clock - self.initial_clock)
+        delta = span / steps if steps else math.inf if span > 0 else -math.inf if span else math.nan
+        return _single(delta * (frame - self.initial_frame) + self.initial_clock)
+
+    def output_name(self, frame: int) -> str:
+        """Return the file that POV-Ray writes: relative to its working directory, or absolute."""
+        number = str(frame).zfill(self.digits) if self.animation else ""
+        return self.stem + number + self.extension
+
+
+def read_command_line(
+    args: Sequence[str],
+    cwd: Path,
+    environ: Mapping[str, str],
+    system_ini: Sequence[Path] = SYSTEM_INI,
+) -> PovOptions:
+    """Read ``args`` as POV-Ray, started in ``cwd``, reads its command line.
+
+    The base INI comes first (POVINI, ./povray.ini, the user's, the system's),
+    then the arguments; later wins, but Library_Path and Declare add up.
+    Raises ``UserError`` for what POV-Ray refuses, for what starts programs and
+    for what cannot be done in parts. Unlike POV-Ray 3.7, which garbles them,
+    letters beyond ASCII in names are taken as they are.
+    """
+    reader = _CommandLine(cwd)
+    base = _base_ini(cwd, environ, system_ini)
+    if base:
+        reader.read_ini(base)
+    if not base or Path(base) in system_ini:
+        reader.library = [STANDARD]
+    for arg in args:
+        if arg in _UNIX_OPTIONS:
+            raise UserError(f"{arg} renders nothing: to ask POV-Ray itself, run povray {arg}")
+        if re.search(r"[\s;#'\"]", arg) and _is_file(cwd / arg):
+            quote = "'" if '"' in arg else '"'
+            raise UserError(
+                f"POV-Ray would take {arg!r} apart: put quotes inside the quotes: "
+                + shlex.quote(f"{quote}{arg}{quote}")
+            )
+        reader.read_text(_Text(arg, ""))
+    if environ.get("POVINC"):
+        reader.set("Library_Path", "library", environ["POVINC"], "POVINC")
+    return reader.finish()
+
+
+def plan_frames(options: PovOptions) -> FramePlan:
+    """Return the frames of a command line as POV-Ray counts them.
+
+    Initial and final frame both 0 or both 1 (unset counts as 0) make a still.
+    Raises ``UserError`` when there are no frames, or more than ``MAX_FRAMES``,
+    or when POV-Ray would write the pictures to stdout or under spoilt names.
+    """
+    values = options.values
+    limits = (int(values.get("Initial_Frame", 0)), int(values.get("Final_Frame", 0)))
+    stem = _output_stem(options)
+    if limits in ((0, 0), (1, 1)):
+        clock = _number(values, "Clock", 0.0)
+        return FramePlan(False, range(1), 0, 0, clock, clock, False, 0, stem, options.extension)
+    initial = max(int(values.get("Initial_Frame", 1)), 0)
+    final = int(values.get("Final_Frame", 1))
+    if final < initial:
+        raise UserError(f"no frames: Final_Frame={final} comes before Initial_Frame={initial}")
+    cyclic = values.get("Cyclic_Animation") == "On"
+    start = max(_subset(values, "Subset_Start_Frame", initial, initial, final + cyclic), initial)
+    end = max(_subset(values, "Subset_End_Frame", final, initial, final + cyclic), start)
+    frames = range(start, end + 1, max(int(values.get("Frame_Step", 1)), 1))
+    digits = len(str(final + cyclic))
+    # POV-Ray keeps subset frames in single precision, which is exact below 2**24.
+    if len(frames) > MAX_FRAMES or end >= 2**24:
+        raise UserError(f"frames {start} to {end} are too many: povfarm takes {MAX_FRAMES} at most")
+    if len(str(end)) > digits:
+        raise UserError(f"frame {end} has more digits than Final_Frame={final}: use a larger +KFF")
+    return FramePlan(
+        True, frames, initial, final,
+        _number(values, "Initial_Clock", 0.0), _number(values, "Final_Clock", 1.0),
+        cyclic, digits, stem, options.extension,
+    )
+
+
+def to_ini(values: Mapping[str, str], declares: Sequence[str], library: Sequence[str]) -> str:
+    """Return INI text that POV-Ray reads back to exactly these options, one on a line.
+
+    Raises ``UserError`` for a key or value that povfarm does not hand on, and
+    for names that POV-Ray 3.7 cannot read: it has no escapes, so not both kinds
+    of quotes in one, and it garbles what is not ASCII.
+    """
+    lines = [f"{key}={_ini_value(key, values[key])}" for key in sorted(values)]
+    # Quotes around the whole of name="text" keep the inner ones, which make it a string and not a
+    # number. Of a number POV-Ray keeps six digits.
+    lines += [f"Declare={_ini_quoted('Declare', declare)}" for declare in declares]
+    lines += [f"Library_Path={_ini_quoted('Library_Path', path)}" for path in library]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def check_ini(text: str) -> None:
+    """Raise ``UserError`` unless ``text`` is, byte for byte, what ``to_ini`` writes."""
+    values: dict[str, str] = {}
+    declares: list[str] = []
+    library: list[str] = []
+    for line in text.split("\n")[:-1]:
+        key, _, value = line.partition("=")
+        if len(value) > 1 and value[0] in _QUOTES and value[-1] == value[0]:
+            value = value[1:-1]
+        if key in ("Declare", "Library_Path"):
+            (declares if key == "Declare" else library).append(value)
+        else:
+            values[key] = value
+    if to_ini(values, declares, library) != text:
+        raise UserError("an INI text that povfarm did not write is refused")
+
+
+_QUOTES = ('"', "'")
+_WORD_START = re.compile(r"[A-Za-z0-9_]")
+_BLANKS = re.compile(r"[ \t]*")
+_LINES = re.compile(r"[ \t\n]*")
+_LINE = re.compile(r"[^\n]*\n?")
+_BEFORE_COMMENT = re.compile(r"[^\n;#]*")
+_SECTION = re.compile(r"\[([^]]*)\]?")
+_KEY = re.compile(r"[^ \t\n\v\f\r,;#\"'\[\]=]*")
+_KEY_ON_COMMAND_LINE = re.compile(r"[^ \t\n\v\f\r;#\"'\[\]=]*")
+_WORD = re.compile(r"[^ \t\n\v\f\r,;#\"']*")
+_WORD_ON_COMMAND_LINE = re.compile(r"[^ \t\n\v\f\r;#\"']*")
+_TRUE = ("on", "true", "yes", "1")
+_INTEGER = re.compile(r"\s*([+-]?\d+)", re.ASCII)
+_DECIMAL = re.compile(r"\s*([+-]?(?!0[xX])(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.ASCII)
+
+
+class _Text:
+    """A place in an INI file, or in one argument when ``path`` is empty."""
+
+    def __init__(self, text: str, path: str) -> None:
+        self.text = re.sub(r"\r\n|\n\r|\r", "\n", text) if path else text
+        self.path = path
+        self.at = 0
+
+    @property
+    def where(self) -> str:
+        """This place in words, for messages."""
+        line = self.text.count("\n", 0, self.at) + 1
+        return f"{self.path}, line {line}" if self.path else f"argument {self.text!r}"
+
+    def peek(self) -> str:
+        """Return the next character, empty at the end."""
+        return self.text[self.at : self.at + 1]
+
+    def take(self, pattern: re.Pattern[str]) -> str:
+        """Return what ``pattern`` matches here and go on behind it."""
+        match = pattern.match(self.text, self.at)
+        if match is None:
+            return ""
+        self.at = match.end()
+        return match[0]
+
+    def key(self) -> str:
+        """Take the name of a key or a switch."""
+        return self.take(_KEY if self.path else _KEY_ON_COMMAND_LINE)
+
+    def value(self, runs_on: bool) -> str:
+        """Take a value; one without quotes may run on over blanks in an INI file."""
+        if self.peek() in _QUOTES:
+            return self.quoted()
+        return self.word(runs_on)
+
+    def quoted(self) -> str:
+        """Take a quoted string; without its closing quote it goes on to the end."""
+        close = self.text.find(self.peek(), self.at + 1)
+        start, end = self.at + 1, close if close >= 0 else len(self.text)
+        self.at = end + 1
+        return self.text[start:end]
+
+    def word(self, runs_on: bool) -> str:
+        """Take a word without quotes."""
+        if not self.path:
+            return self.take(_WORD_ON_COMMAND_LINE)
+        word = self.take(_WORD)
+        if runs_on and self.peek() in (" ", "\t") and self._runs_on():
+            word += self.take(_BEFORE_COMMENT)
+        return word
+
+    def _runs_on(self) -> bool:
+        # POV-Ray's guess whether a blank belongs to a path without quotes. It looks for a key one
+        # character too late, which only works at a line's end: there the next line's key ends the
+        # word, while a comment, switch or empty line leaves the blank at the end of the value.
+        ahead = _Text(self.text, self.path)
+        ahead.at = self.at
+        ahead.take(_BLANKS)
+        first = ahead.peek()
+        ahead.at += 1
+        if first in ("", ";", "#", ","):
+            return False
+        if first in ("+", "-"):
+            return not (ahead.peek().isascii() and ahead.peek().isalpha())
+        return ahead.key().lower() not in _KEYS
+
+
+class _CommandLine:
+    """Reads texts one after the other and holds what they have said so far."""
+
+    def __init__(self, cwd: Path) -> None:
+        self.cwd = cwd
+        self.values: dict[str, str] = {}
+        self.declares: list[str] = []
+        self.library: list[str] = []
+        self.folders = [""]  # where INI files are looked for
+        self.files: list[str] = []
+        self.open: list[str] = []
+        self.warnings: list[str] = []
+
+    def read_ini(self, spec: str) -> None:
+        """Read ``file`` or ``file[section]``; the extension .ini may be left out."""
+        name, bracket, rest = spec.partition("[")
+        if bracket and "]" not in rest:
+            raise UserError(f"{spec!r}: the ] of the section is missing")
+        if len(self.open) > 30:
+            raise UserError(f"INI files include each other without end: {spec!r}")
+        path = self._find_ini(name)
+        try:
+            data = (self.cwd / path).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the INI file {path}: {error.strerror}") from None
+        self.files.append(path)
+        self.open.append(path)
+        section = rest.split("]")[0] if bracket else None
+        self.read_text(_Text(data.decode("utf-8", "surrogateescape"), path), section)
+        self.open.pop()
+
+    def _find_ini(self, name: str) -> str:
+        dot = name.rfind(".")
+        names = [name] if dot >= 0 and len(name) - dot <= 4 else []
+        names += [f"{name}.ini", f"{name}.INI"]
+        for folder in self.folders:
+            for candidate in names:
+                path = f"{folder}/{candidate}" if folder else candidate
+                if _is_file(self.cwd / path):
+                    return path
+        whose = f" (named in {self.open[-1]})" if self.open else ""
+        hint = "" if dot >= 0 else "; a scene's name ends in .pov"
+        raise UserError(f"there is no INI file {name!r}{whose}{hint}")
+
+    def read_text(self, text: _Text, section: str | None = None) -> None:
+        """Read an INI file with the lines of ``section``, or one argument."""
+        wanted = True
+        while True:
+            text.take(_LINES if text.path else _BLANKS)
+            char = text.peek()
+            if not char:
+                return
+            if text.path and char == "[":
+                name = text.take(_SECTION)[1:].rstrip("]")
+                wanted = section is not None and name.lower() == section.lower()
+            elif not wanted or (text.path and char in (";", "#")):
+                text.take(_LINE)
+            elif char in ("+", "-"):
+                text.at += 1
+                self._read_switch(text, char == "+")
+            elif char in _QUOTES:
+                self._use_word(text.quoted(), text.where)
+            elif _WORD_START.match(char) and self._read_option(text):
+                if text.path:
+                    text.take(_LINE)  # POV-Ray skips what follows an option on its line
+            else:
+                self._read_word(text)
+
+    def _read_option(self, text: _Text) -> bool:
+        start, where = text.at, text.where
+        name, kind = _KEYS.get(text.key().lower(), ("", ""))
+        if text.path:
+            text.take(_BLANKS)
+        if not name or text.peek() != "=":
+            text.at = start
+            return False
+        text.at += 1
+        if not text.path:
+            self.set(name, kind, text.value(False), where)
+            return True
+        text.take(_BLANKS)
+        value = text.take(_BEFORE_COMMENT) if kind == "program" else text.value(True)
+        self.set(name, kind, value, where)
+        text.take(_BLANKS)
+        while text.peek() == ",":
+            text.at += 1
+            text.take(_BLANKS)
+            self.set(name, kind, text.value(False), where)
+            text.take(_BLANKS)
+        return True
+
+    def _read_word(self, text: _Text) -> None:
+        where = text.where
+        if text.path and text.peek().isascii() and not _WORD_START.match(text.peek()):
+            text.at += 1  # POV-Ray loses it: ./a.pov on a line of its own becomes /a.pov
+        word = text.word(True)
+        if "=" in word:
+            raise UserError(f"{where}: POV-Ray has no option {word.partition('=')[0]!r}")
+        self._use_word(word, where)
+
+    def _use_word(self, word: str, where: str) -> None:
+        if word.lower().endswith(".pov"):
+            self.set("Input_File_Name", "text", word, where)
+        elif word.endswith("/"):
+            self.set("Library_Path", "library", word, where)
+        else:
+            self.read_ini(word)
+
+    def _read_switch(self, text: _Text, on: bool) -> None:
+        where, sign = text.where, "+" if on else "-"
+        word = text.key()
+        quoted = text.quoted() if text.peek() in _QUOTES else None
+        for switch, key, flag in _SWITCHES:
+            if not word.upper().startswith(switch):
+                continue
+            parameter = word[len(switch) :]
+            if quoted is not None:
+                if parameter:
+                    break
+                parameter = quoted
+            if bool(key) != (parameter[:1] > " "):
+                continue
+            if flag:
+                self.values[flag] = "On" if on else "Off"
+            if key == "Output_File_Type":
+                parameter = self._file_type(parameter, where)
+            if key:
+                # +SF1.5 is frame 1, though the key that it sets takes fractions.
+                kind = "int" if switch in ("EF", "SF") else _KEYS[key.lower()][1]
+                self.set(key, kind, parameter, where)
+            return
+        raise UserError(f"{where}: POV-Ray has no switch {sign}{word}{quoted or ''}")
+
+    def _file_type(self, parameter: str, where: str) -> str:
+        letter, more = parameter[0], parameter[1:]
+        if more in ("g", "G") and letter in "nNpP":
+            self.values["Grayscale_Output"] = "On"
+        elif more.isascii() and more.isdigit():
+            self.values["Bits_Per_Color"] = _normal("Bits_Per_Color", "int", more, where)
+        elif more:
+            raise UserError(f"{where}: POV-Ray has no file type {parameter!r}, but +FN and +FN16")
+        return letter
+
+    def set(self, name: str, kind: str, value: str, where: str) -> None:
+        """Take over one option; ``UserError`` when POV-Ray or povfarm refuses its value."""
+        if kind == "program":
+            if value.strip(" \t\"'"):
+                raise UserError(
+                    f"{name} in {where} starts a program; povfarm does not run programs "
+                    "from INI files: remove that line"
+                )
+        elif kind == "old":
+            self.warnings.append(f"{where}: POV-Ray does not use {name} any more")
+        elif kind == "ini":
+            self.read_ini(value)
+        elif kind == "library":
+            self._add_folder(_readable(name, value, where))
+        elif kind == "declare":
+            self._declare(_readable(name, value, where), where)
+        elif kind not in ("return", "letter"):
+            self.values[name] = _normal(name, kind, value, where)
+
+    def _add_folder(self, folder: str) -> None:
+        self.folders.append(folder)
+        if folder not in self.library:
+            self.library.append(folder)
+
+    def _declare(self, value: str, where: str) -> None:
+        name, _, rest = value.lstrip("=").partition("=")
+        if not name:
+            raise UserError(f"{where}: Declare needs a name and a number: Declare=size=5")
+        if not rest:
+            self.warnings.append(f"{where}: Declare={name} has no value and means nothing")
+            return
+        self.declares.append(f"{name}={rest}")
+
+    def finish(self) -> PovOptions:
+        """Return everything that was read, without what is of no use on a farm."""
+        values = self.values
+        if values.get("Real_Time_Raytracing") == "On":
+            raise UserError("Real_Time_Raytracing (+RTR) shows frames and keeps none: remove it")
+        grey = values.get("Grayscale_Output") == "On"
+        if grey and values.get("Output_File_Type", "N") not in "NP":
+            raise UserError("POV-Ray writes grey pictures as PNG or PPM only: use +FN or +FP")
+        for key, least in (("Width", 1), ("Height", 1), ("Render_Block_Size", 4)):
+            if int(values.get(key, least)) < least:
+                raise UserError(f"{key}={values[key]} is too small: {least} is the least")
+        for key in _TEXT_FILES:
+            if values.get(key):
+                self.warnings.append(f"{key}={values[key]} is not written: povfarm keeps the logs")
+        if STANDARD not in self.library:
+            self.library.append(STANDARD)  # a base INI of one's own: POV-Ray's last resort, too
+        kept = {k: v for k, v in values.items() if k not in _OF_NO_USE and k not in _TEXT_FILES}
+        files, declares = tuple(dict.fromkeys(self.files)), tuple(self.declares)
+        return PovOptions(kept, declares, tuple(self.library), files, tuple(self.warnings))
+
+
+def _base_ini(cwd: Path, environ: Mapping[str, str], system_ini: Sequence[Path]) -> str:
+    home = environ.get("HOME", "")
+    for path in (
+        environ.get("POVINI", ""),
+        "./povray.ini",
+        home and f"{home}/.povray/3.7/povray.ini",
+        *map(str, system_ini),
+        home and f"{home}/.povrayrc",
+    ):
+        if path and _is_file(cwd / path):
+            return path
+    return ""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, a NUL in it
+        return False
+
+
+def _readable(name: str, value: str, where: str) -> str:
+    if any((c < " " and c != "\t") or "\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: {name} is not text: close its quotes, save the file as UTF-8")
+    return value
+
+
+def _normal(name: str, kind: str, value: str, where: str) -> str:
+    """Return the one way in which povfarm writes what POV-Ray makes of ``value``."""
+    code = value.lstrip().upper()
+    integer, decimal = _INTEGER.match(value), _DECIMAL.match(value)
+    number = float(decimal[1]) if decimal else 0.0
+    normal: str | None = None
+    if kind == "text":
+        normal = _readable(name, value, where)
+    elif kind == "bool":
+        # As many letters are compared as both have, so that nothing at all means On.
+        true = any(word.startswith(value[: len(word)].lower()) for word in _TRUE)
+        normal = "On" if true else "Off"
+    elif kind == "type" and code[:1] in _EXTENSIONS:
+        normal = code[:1]
+    elif code in {"dither": ("B2", "B3", "B4", "D1", "D2", "FS"), "gamma": ("SRGB",)}.get(kind, ()):
+        normal = code
+    elif kind == "int" and integer and abs(int(integer[1])) < 2**31:
+        normal = str(int(integer[1]))
+    elif (kind == "float" and decimal) or (kind == "gamma" and number >= 0.001):
+        normal = _plain(number)
+    if normal is None or not math.isfinite(_single(number)):
+        raise UserError(f"{where}: {name} cannot be {value!r}")
+    return normal
+
+
+def _plain(number: float) -> str:
+    return repr(number)[:-2] if repr(number).endswith(".0") else repr(number)
+
+
+def _single(number: float) -> float:
+    return ctypes.c_float(number).value
+
+
+def _number(values: Mapping[str, str], key: str, default: float) -> float:
+    return _single(float(values.get(key, default)))
+
+
+def _subset(values: Mapping[str, str], key: str, default: int, initial: int, final: int) -> int:
+    # Between 0 and 1 it is a fraction of the number of frames; initial is not added to that.
+    if key not in values:
+        return default
+    number = max(_number(values, key, 0.0), 0.0)
+    return int(_single((final - initial + 1) * number) if 0 < number < 1 else number)
+
+
+def _output_stem(options: PovOptions) -> str:
+    """Return the path of the pictures without frame number and extension."""
+    name, extension = options.values.get("Output_File_Name", ""), options.extension
+    if name in ("-", "stdout", "stderr"):
+        raise UserError(f"povfarm writes pictures to files, not to {name}: name one with +O")
+    folder, slash, file = (name or options.scene).rpartition("/")
+    if not name or file in ("", extension):
+        # The scene's name without its last extension, in the scene's folder or in that of +O.
+        file = options.scene.rpartition("/")[2]
+        file = file.rpartition(".")[0] if "." in file else file
+    elif file.endswith(extension):
+        file = file[: -len(extension)]
+    elif file.endswith("."):
+        file = file[:-1]
+    return re.sub("/+", "/", folder + slash) + file
+
+
+def _ini_value(key: str, value: str) -> str:
+    kind = _WRITABLE.get(key, "")
+    if kind == "text":
+        return _ini_quoted(key, value)
+    if not kind or _normal(key, kind, value, "the job") != value:
+        raise UserError(f"povfarm does not hand {key!r} with {value!r} to POV-Ray")
+    return value
+
+
+def _ini_quoted(key: str, value: str) -> str:
+    quote = "'" if '"' in value else '"'
+    if quote in value or not value.isascii():
+        raise UserError(f"POV-Ray 3.7 cannot read {key} from an INI file: {value!r}")
+    _readable(key, value, "the job")
+    return f"{quote}{value}{quote}"
+# === 4. IMAGE ================================================================
+# The picture formats that POV-Ray writes: is this the whole picture that was
+# asked for? Bytes in, bytes out: opens no file, starts nothing, and never
+# takes more memory than the picture's own data and one block.
+
+_ODD = "is of a kind that POV-Ray never writes"
+_BLOCK = 1 << 18  # bytes inflated at a time: what a lying header can cost
+
+
+class ImageType(NamedTuple):
+    """How a kind of picture is named: its file extension and its MIME type."""
+
+    extension: str
+    mime: str
+
+
+# POV-Ray's letter after +F (Output_File_Type) and what it writes for it.
+IMAGE_TYPES: Mapping[str, ImageType] = {
+    "N": ImageType(".png", "image/png"),
+    "T": ImageType(".tga", "image/x-tga"),
+    "C": ImageType(".tga", "image/x-tga"),
+    "P": ImageType(".ppm", "image/x-portable-pixmap"),
+    "B": ImageType(".bmp", "image/bmp"),
+    "J": ImageType(".jpg", "image/jpeg"),
+    "E": ImageType(".exr", "image/x-exr"),
+    "H": ImageType(".hdr", "image/vnd.radiance"),
+}
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What a whole picture is: ``kind`` names the format, sizes are in pixels.
+
+    ``channels`` is 1 to 4 (grey, grey and alpha, colour, colour and alpha),
+    ``depth`` the bits of each in the file.
+    """
+
+    kind: str
+    width: int
+    height: int
+    channels: int
+    depth: int
+
+
+def check_image(data: bytes, extension: str, width: int, height: int) -> ImageInfo:
+    """Return what ``data`` is when it is one whole picture of this type and size.
+
+    ``extension`` is one of ``IMAGE_TYPES``. Raises ``ImageError`` with one line
+    for a picture that ends early or late, has another type or size, or is
+    damaged where its format lets one see it: all of a PNG and of an EXR's
+    pixels, but only the structure of the others. What is expected is what
+    POV-Ray 3.7 writes (measured with 3.7.0.10), not all that a format allows.
+    """
+    check = _CHECKS.get(extension)
+    if check is None:
+        known = ", ".join(_CHECKS)
+        raise ImageError(f"'{extension}' is not a picture that POV-Ray writes: it writes {known}")
+    name = extension[1:].upper()
+    if not data:
+        raise ImageError(f"the {name} file is empty")
+    try:
+        info = check(data, width, height)
+    except (IndexError, struct.error):
+        raise ImageError(f"the {name} file ends too early, after {len(data)} bytes") from None
+    except (zlib.error, ValueError, OverflowError):
+        raise ImageError(f"the {name} file is damaged") from None
+    return info
+
+
+def _need(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ImageError(problem)
+
+
+def _need_size(kind: str, found: tuple[int, int], wanted: tuple[int, int]) -> None:
+    _need(found == wanted, f"the {kind} picture is {found[0]} x {found[1]} pixels, "
+                           f"not {wanted[0]} x {wanted[1]}")
+
+
+def _need_end(kind: str, end: int, data: bytes) -> None:
+    if end > len(data):
+        raise ImageError(f"the {kind} file ends too early, after {len(data)} of {end} bytes")
+    _need(end == len(data), f"the {kind} file goes on for {len(data) - end} bytes after its end")
+
+
+# PNG: https://www.w3.org/TR/png-3/ ; channels and depths that a colour type may have.
+_PNG_TYPES = {0: (1, (1, 2, 4, 8, 16)), 2: (3, (8, 16)), 3: (1, (1, 2, 4, 8)),
+              4: (2, (8, 16)), 6: (4, (8, 16))}
+
+
+def _check_png(data: bytes, width: int, height: int) -> ImageInfo:
+    _need(data[:8] == b"\x89PNG\r\n\x1a\n"[: len(data)], "the file is not a PNG picture")
+    chunks = _png_chunks(data)
+    kind, header = next(chunks)
+    _need(kind == b"IHDR", "the PNG file has no header")
+    w, h, depth, color, *rest = struct.unpack(">IIBBBBB", header)
+    _need_size("PNG", (w, h), (width, height))
+    channels, depths = _PNG_TYPES.get(color, (0, ()))
+    _need(depth in depths and rest == [0, 0, 0], f"the PNG file {_ODD}")
+    rows = _PngRows(1 + (width * channels * depth + 7) // 8, height)
+    before = kind
+    for kind, body in chunks:
+        if kind == b"IDAT":
+            _need(before == kind or not rows.started, "the PNG file's pixels are not in one piece")
+            rows.feed(body)
+        before = kind
+    rows.finish()
+    return ImageInfo("png", width, height, channels, depth)
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    view, at = memoryview(data), 8
+    while True:
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        _need(end <= len(data), f"the PNG file ends too early, after {len(data)} bytes")
+        crc = struct.unpack_from(">I", data, end - 4)[0]
+        _need(zlib.crc32(view[at + 4:end - 4]) == crc, "the PNG file is damaged, by its checksum")
+        yield kind, view[at + 8:end - 4]
+        if kind == b"IEND":
+            _need(length == 0, "the PNG file is damaged: its end has contents")
+            return _need_end("PNG", end, data)
+        at = end
+
+
+class _PngRows:
+    """Counts inflated rows and looks at each one's filter byte; keeps no pixels."""
+
+    def __init__(self, row: int, height: int) -> None:
+        self._row = row
+        self._left = row * height
+        self._phase = 0  # bytes until the next filter byte
+        self._inflate = zlib.decompressobj()
+        self.started = False
+
+    def feed(self, body: memoryview) -> None:
+        self.started = True
+        for at in range(0, len(body), BUFFER):
+            piece = self._inflate.decompress(body[at:at + BUFFER], _BLOCK)
+            self._count(piece)
+            while self._inflate.unconsumed_tail or len(piece) == _BLOCK:
+                piece = self._inflate.decompress(self._inflate.unconsumed_tail, _BLOCK)
+                self._count(piece)
+        _need(not self._inflate.unused_data, "the PNG file goes on after its last pixel")
+
+    def _count(self, piece: bytes) -> None:
+        self._left -= len(piece)
+        _need(self._left >= 0, "the PNG file holds more pixels than its size")
+        _need(max(piece[self._phase::self._row], default=0) <= 4,
+              "the PNG file is damaged: an unknown row filter")
+        self._phase = (self._phase - len(piece)) % self._row
+
+    def finish(self) -> None:
+        _need(self._inflate.eof and self._left == 0, "the PNG file has too few pixels")
+
+
+_PPM_HEADER = re.compile(rb"P([56])" + rb"(?:\s|#[^\n]*\n)+(\d{1,9})" * 3 + rb"\s")
+
+
+def _check_ppm(data: bytes, width: int, height: int) -> ImageInfo:
+    _need(data[:2] in (b"P5"[: len(data)], b"P6"[: len(data)]), "the file is not a PPM picture")
+    header = _PPM_HEADER.match(data)
+    if header is None:
+        raise ImageError("the PPM file's header is not whole")
+    form, w, h, most = (int(group) for group in header.groups())
+    _need_size("PPM", (w, h), (width, height))
+    # POV-Ray writes grey values in two bytes, also where its header says 255 (3.7.0.10).
+    channels, depth = (1, 16) if form == 5 else (3, 8 if most < 256 else 16)
+    _need_end("PPM", header.end() + width * height * channels * depth // 8, data)
+    return ImageInfo("ppm", width, height, channels, depth)
+
+
+def _check_tga(data: bytes, width: int, height: int) -> ImageInfo:
+    """TGA 2.0: after the pixels come 495 bytes of notes and a signature, as POV-Ray writes them."""
+    skip, palette, form, w, h, bits = struct.unpack_from("<BBB9xHHB", data)
+    _need(palette == 0 and form in (2, 3, 10, 11) and bits in (8, 16, 24, 32),
+          "the file is not a TGA picture as POV-Ray writes it")
+    _need_size("TGA", (w, h), (width, height))
+    end = 18 + skip + width * height * bits // 8
+    if form >= 10:
+        end = _tga_runs_end(data, 18 + skip, width * height, bits // 8)
+    _need_end("TGA", end + 495 + 26, data)
+    _need(struct.unpack_from("<H", data, end)[0] == 495
+          and data[-26:] == struct.pack("<II", end, 0) + b"TRUEVISION-XFILE.\0",
+          "the TGA file is damaged at its end")
+    return ImageInfo("tga", width, height, bits // 8, 8)
+
+
+def _tga_runs_end(data: bytes, at: int, pixels: int, size: int) -> int:
+    done = 0
+    while done < pixels:
+        head = data[at]
+        count = (head & 127) + 1
+        at += 1 + size * (1 if head & 128 else count)
+        done += count
+    _need(done == pixels, "the TGA file is damaged: its runs do not fit the picture")
+    return at
+
+
+def _check_bmp(data: bytes, width: int, height: int) -> ImageInfo:
+    _need(data[:2] == b"BM"[: len(data)], "the file is not a BMP picture")
+    size, start, head, w, h, planes, bits, packed = struct.unpack_from("<2xI4xIIiiHHI", data)
+    _need_size("BMP", (w, h), (width, height))
+    _need((start, head, planes, packed) == (54, 40, 1, 0) and bits in (24, 32),
+          f"the BMP file {_ODD}")
+    _need_end("BMP", start + (width * bits + 31) // 32 * 4 * height, data)
+    _need(size == len(data), "the BMP file is damaged: its header has another length")
+    return ImageInfo("bmp", width, height, bits // 8, 8)
+
+
+def _check_jpeg(data: bytes, width: int, height: int) -> ImageInfo:
+    _need(data[:2] == b"\xff\xd8"[: len(data)], "the file is not a JPEG picture")
+    at, info, scanned = 2, None, False
+    while True:
+        fill, marker = data[at], data[at + 1]
+        _need(fill == 0xFF, "the JPEG file is damaged")
+        if marker == 0xD9:
+            break
+        _need(marker >= 0xC0 and not 0xD0 <= marker <= 0xD8, "the JPEG file is damaged")
+        body = at + 4
+        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+        _need(body <= at <= len(data), f"the JPEG file ends too early, after {len(data)} bytes")
+        if marker in (0xC0, 0xC1, 0xC2):
+            depth, h, w, channels = struct.unpack_from(">BHHB", data, body)
+            _need_size("JPEG", (w, h), (width, height))
+            info = ImageInfo("jpeg", width, height, channels, depth)
+        elif marker == 0xDA:
+            at, scanned = _jpeg_scan_end(data, at), True
+    _need_end("JPEG", at + 2, data)
+    if info is None or not scanned:
+        raise ImageError("the JPEG file holds no picture")
+    return info
+
+
+def _jpeg_scan_end(data: bytes, at: int) -> int:
+    """Return where the next marker is: 0xFF, but neither a stuffed zero nor a restart."""
+    while True:
+        at = data.find(b"\xff", at)
+        _need(at >= 0, f"the JPEG file ends too early, after {len(data)} bytes")
+        if data[at + 1] != 0 and not 0xD0 <= data[at + 1] <= 0xD7:
+            return at
+        at += 2
+
+
+_HDR_HEADER = re.compile(rb"#\?RADIANCE\n(?:[^\n]+\n)*?FORMAT=32-bit_rle_rgbe\n"
+                         rb"(?:[^\n]+\n)*\n-Y (\d{1,9}) \+X (\d{1,9})\n")
+
+
+def _check_hdr(data: bytes, width: int, height: int) -> ImageInfo:
+    _need(data[:11] == b"#?RADIANCE\n"[: len(data)], "the file is not an HDR picture")
+    header = _HDR_HEADER.match(data)
+    if header is None:
+        raise ImageError("the HDR file's header is not whole")
+    _need_size("HDR", (int(header[2]), int(header[1])), (width, height))
+    at = header.end()
+    if 8 <= width < 32768:
+        for _ in range(height):
+            at = _hdr_row_end(data, at, width)
+    else:  # too narrow or too wide for run lengths: plain pixels
+        at += width * height * 4
+    _need_end("HDR", at, data)
+    return ImageInfo("hdr", width, height, 3, 8)
+
+
+def _hdr_row_end(data: bytes, at: int, width: int) -> int:
+    """Step over one row: its head, then red, green, blue and exponent in runs (Ward's RGBE)."""
+    _need(struct.unpack_from(">HH", data, at) == (0x0202, width), "the HDR file is damaged")
+    at += 4
+    for _ in range(4):
+        done = 0
+        while done < width:
+            count = data[at]
+            _need(count > 0, "the HDR file is damaged")
+            at += 2 if count > 128 else 1 + count
+            done += count - 128 if count > 128 else count
+        _need(done == width, "the HDR file is damaged: its runs do not fit the picture")
+    return at
+
+
+def _check_exr(data: bytes, width: int, height: int) -> ImageInfo:
+    """One scanline image in blocks of 16 rows, each deflated or stored (OpenEXR file layout)."""
+    _need(data[:8] == b"\x76\x2f\x31\x01\x02\0\0\0"[: len(data)], "the file is not an EXR picture")
+    fields, at = _exr_fields(data)
+    left, top, right, bottom = struct.unpack("<4i", fields.get(b"dataWindow", b""))
+    _need_size("EXR", (right - left + 1, bottom - top + 1), (width, height))
+    _need(fields.get(b"compression") == b"\x03", f"the EXR file {_ODD}")
+    types = _exr_channels(fields.get(b"channels", b""))
+    offsets = struct.unpack_from(f"<{-(-height // 16)}Q", data, at)
+    at += 8 * len(offsets)
+    for number, offset in enumerate(offsets):
+        row, size = struct.unpack_from("<iI", data, at)
+        _need(offset == at and row == top + 16 * number, "the EXR file is damaged")
+        at += 8 + size
+        _need(at <= len(data), f"the EXR file ends too early, after {len(data)} bytes")
+        pixels = min(16, height - 16 * number) * width
+        raw = pixels * sum(2 if kind == 1 else 4 for kind in types)
+        if size != raw:
+            unpacked = zlib.decompressobj()
+            _need(len(unpacked.decompress(data[at - size:at], raw + 1)) == raw and unpacked.eof
+                  and not unpacked.unused_data, "the EXR file is damaged")
+    _need_end("EXR", at, data)
+    return ImageInfo("exr", width, height, len(types), 16 if 1 in types else 32)
+
+
+def _exr_fields(data: bytes) -> tuple[dict[bytes, bytes], int]:
+    """Return the header's values by name, and where the header ends."""
+    fields: dict[bytes, bytes] = {}
+    at = 8
+    while data[at]:
+        name_end = data.index(b"\0", at)
+        kind_end = data.index(b"\0", name_end + 1)
+        size = struct.unpack_from("<I", data, kind_end + 1)[0]
+        fields[data[at:name_end]] = data[kind_end + 5:kind_end + 5 + size]
+        at = kind_end + 5 + size
+    return fields, at + 1
+
+
+def _exr_channels(listed: bytes) -> list[int]:
+    """Return each channel's pixel type: 0 and 2 take four bytes, 1 (half) takes two."""
+    types, at = [], 0
+    while listed[at]:
+        at = listed.index(b"\0", at) + 1
+        types.append(struct.unpack_from("<I", listed, at)[0])
+        at += 16
+    return types
+
+
+_CHECKS: Mapping[str, Callable[[bytes, int, int], ImageInfo]] = {
+    ".png": _check_png, ".ppm": _check_ppm, ".tga": _check_tga, ".bmp": _check_bmp,
+    ".jpg": _check_jpeg, ".hdr": _check_hdr, ".exr": _check_exr,
+}
+# === 5. PROJECT ==============================================================
+# Which files a job needs, where they lie in the tree that a worker gets, and
+# projects as zip files. Reads scenes as far as the files go that they name;
+# starts nothing, and writes nothing but what a zip file holds.
+#
+# The tree: its top is the higher of the root (the project's directory) and
+# the directory in which POV-Ray would run, when one contains the other, and
+# every file keeps its place. Otherwise the root is the top and what is found
+# from the current directory lies in _cwd. What is found in a library directory
+# (+L) outside lies in _lib1, _lib2 and so on.
+
+MAX_FILES = 100_000  # of a project
+MAX_ZIP_SIZE = 4 * 10**9  # bytes, unpacked
+GUARD_FILES = 20_000  # a root with more is taken for no project, unless the user says so
+GUARD_SIZE = 2 * 10**9
+
+# What POV-Ray 3.7 comes with, for a machine that has no POV-Ray.
+_STANDARD_INCLUDES = """arrays chars colors consts debug finish functions glass glass_old golds ior
+    logo makegrass math meshmaker metals rad_def rand screen shapes shapes2 shapes3 shapes_old
+    shapesq skies stage1 stars stdcam stdinc stoneold stones stones1 stones2 strings sunpos textures
+    transforms woodmaps woods"""
+_STANDARD_MAPS = "ash benediti bubinga cedar marbteal orngwood pinkmarb rdgranit teak whiteash"
+_STANDARD_OTHERS = """Mount1.png Mount2.png bumpmap_.png fract003.png mtmand.pot mtmandj.png
+    plasma2.png plasma3.png povmap.png spiral.df3 test.png ttffonts.cat"""
+_STANDARD_FILES = frozenset([
+    *(f"{name}.inc" for name in _STANDARD_INCLUDES.split()),
+    *(f"{name}.map" for name in _STANDARD_MAPS.split()), *_STANDARD_OTHERS.split(),
+])
+_FONTS = frozenset(["crystal.ttf", "cyrvetic.ttf", "povlogo.ttf", "timrom.ttf"])  # built in
+
+# What POV-Ray 3.7.0.10 appends to a name, by the word before it; to others it appends nothing.
+_EXTENSIONS_TRIED: Mapping[str, tuple[str, ...]] = {
+    "scene": (".pov", ".POV"), "#include": (".inc", ".INC"), "sys": (),
+    "ttf": (".ttf", ".TTF"), "df3": (".df3", ".DF3"), "pot": (".gif", ".GIF"),
+    "jpeg": (".jpg", ".JPG", ".jpeg", ".JPEG"), "tiff": (".tif", ".TIF", ".tiff", ".TIFF"),
+    **{kind: (f".{kind}", f".{kind.upper()}")
+       for kind in ("gif", "tga", "iff", "ppm", "pgm", "hdr", "png", "bmp", "exr")},
+}
+_READING_WORDS = frozenset(_EXTENSIONS_TRIED) - {"scene"}
+_IMAGE_BLOCKS = frozenset(
+    ["image_map", "bump_map", "material_map", "image_pattern", "height_field"])
+_BLOCK_STARTS = frozenset(["#if", "#ifdef", "#ifndef", "#switch", "#while", "#for", "#macro"])
+
+_JUNK = re.compile(r"\..*|CVS|__pycache__|__MACOSX|Thumbs\.db|desktop\.ini|.*~"
+                   r"|.*\.(?:bak|swp|pov-state)")
+_EVERY_FRAME, _NO_FRAME = -math.inf, math.inf  # beside N: the frames after N
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a project.
+
+    ``path`` is its place in the tree with forward slashes, ``size`` in bytes,
+    ``mtime`` in seconds since 1970. Only frames after ``after_frame`` need it;
+    with None every frame does.
+    """
+
+    path: str
+    sha256: str
+    size: int
+    mtime: float
+    after_frame: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a project, sorted by path."""
+
+    files: tuple[FileEntry, ...]
+
+    @property
+    def key(self) -> str:
+        """The name of exactly these contents: a SHA-256 over all but the times."""
+        rows = [[file.path, file.sha256, file.size, file.after_frame] for file in self.files]
+        return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def total_size(self) -> int:
+        """The bytes of all files together."""
+        return sum(file.size for file in self.files)
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the form that goes through JSON."""
+        return {"files": [{**vars(file)} for file in self.files]}
+
+    @classmethod
+    def from_wire(cls, wire: Any) -> Manifest:
+        """Read what ``to_wire`` made on another machine; ``UserError`` when it is not that."""
+        rows = wire.get("files") if isinstance(wire, dict) else None
+        if not isinstance(rows, list) or len(rows) > MAX_FILES:
+            raise UserError(f"a manifest is a list of at most {MAX_FILES} files")
+        files = sorted((_entry(row) for row in rows), key=lambda file: file.path)
+        paths = {file.path for file in files}
+        if len(paths) != len(files):
+            raise UserError("the manifest names a file twice")
+        for path in paths:
+            for parent in PurePosixPath(path).parents:
+                if str(parent) in paths:
+                    raise UserError(f"'{parent}' is a file and a directory in the manifest")
+        return cls(tuple(files))
+
+
+@dataclass(frozen=True)
+class Project:
+    """A job's files and how POV-Ray is started over them.
+
+    ``sources`` tells the local file of each path of the manifest. ``run_dir``
+    is the place of the current directory in the tree, ``.`` for its top, and
+    ``scene`` is relative to it, or to a directory of ``library``. Those are
+    places in the tree too, or ``STANDARD``. ``uses`` names what the scene has:
+    ``radiosity``, ``photons``, ``own-output`` (it reads what it renders).
+    """
+
+    manifest: Manifest
+    sources: Mapping[str, Path]
+    run_dir: str
+    scene: str
+    library: tuple[str, ...]
+    warnings: tuple[str, ...]
+    uses: frozenset[str]
+
+
+HashCache = Dict[Tuple[str, int, int], str]  # (path, size, mtime in ns) -> SHA-256
+
+
+def collect_project(
+    scene: str, library: Sequence[str], cwd: Path, root: Path | None, outputs: Iterable[str],
+    frames: Sequence[int], standard_dirs: Sequence[Path], hash_cache: HashCache | None = None,
+    ini_dirs: Sequence[Path] = (),
+) -> Project:
+    """Find the files that a job needs, as POV-Ray 3.7 run in ``cwd`` would find them.
+
+    ``scene`` and ``library`` are as the command line and the INI files have
+    them; ``root`` is the scene's directory when None; ``outputs`` are the
+    images that the job writes, relative to ``cwd``; ``standard_dirs`` is what
+    ``STANDARD`` means here, empty where there is no POV-Ray; ``ini_dirs`` are
+    the directories of the INI files, for a better message. The files are those
+    below the root, by the rules of ``.bsac`` files where there are any
+    (``_Listing``), and those that the scene and its includes name (``_Scan``).
+    Raises ``UserError`` for a scene or a file that is missing or outside.
+    """
+    search = _Search(cwd.resolve(), library, standard_dirs)
+    found = search.find("scene", scene) or _no_scene(search, scene, ini_dirs)
+    tree = _Tree(search, root.resolve() if root else found.local.parent)
+    renders = _Renders([search.cwd / name for name in outputs], frames, found.local)
+    listing = _Listing(tree.root, renders, root is None)
+    scan = _Scan(tree, renders)
+    scan.run(found.local, tree.scene_place(found))
+    members = {tree.prefix + path: member for path, member in listing.members.items()}
+    for path, (local, certain) in scan.files.items():
+        since = members[path][1] if path in members and not certain else _EVERY_FRAME
+        members[path] = (local, since)
+    for path, member in list(members.items()):
+        for charset in ("latin-1", "utf-8"):
+            members.setdefault(_as_povray_reads(path, charset), member)
+    last = max(frames, default=math.inf)
+    members = {path: member for path, member in members.items() if member[1] < last}
+    if len(members) > MAX_FILES:
+        raise UserError(f"{tree.root} holds more than {MAX_FILES} files: name those that the job "
+                        f"needs in {tree.root / '.bsac'}")
+    entries, warnings = _entries(members, scan.files, {} if hash_cache is None else hash_cache)
+    return Project(
+        Manifest(entries), {file.path: members[file.path][0] for file in entries},
+        _as_povray_reads(tree.run_dir), _as_povray_reads(tree.scene_name(scene, found)),
+        tuple(map(_as_povray_reads, tree.library)),
+        (*search.warnings, *listing.warnings, *scan.warnings, *warnings), frozenset(scan.uses),
+    )
+
+
+def read_zip(path: Path, into: Path) -> None:
+    """Unpack a project that someone packed into the new directory ``into``.
+
+    Raises ``UserError``, and leaves nothing behind, for a zip file that is
+    damaged, encrypted, too large, or holds a file that has no business there:
+    one outside, a link or device, a name twice.
+    """
+    if into.exists():
+        raise UserError(f"{into} is there already: {path} is not unpacked over it")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".unpack", dir=into.parent) as place:
+            part = Path(place) / into.name
+            part.mkdir()
+            with zipfile.ZipFile(path) as archive:
+                _unpack(archive, part, path.stat().st_size)
+            part.rename(into)
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
+            RuntimeError) as error:
+        raise UserError(f"{path} is damaged or no zip file: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be unpacked: {error.strerror or error}") from None
+    except UserError as error:
+        raise UserError(f"{path} cannot be unpacked: {error}") from None
+
+
+def find_project(path: Path) -> Path:
+    """Return what to render in a directory: its pov.ini, its only INI file, or its only scene.
+
+    A directory that holds nothing but one directory stands for that one.
+    Raises ``UserError`` with what there is when the choice is not clear.
+    """
+    while True:
+        inside = sorted(item for item in path.iterdir() if not _JUNK.fullmatch(item.name))
+        if len(inside) != 1 or not inside[0].is_dir():
+            break
+        path = inside[0]
+    inis = [item for item in inside if item.suffix.lower() == ".ini" and item.is_file()]
+    scenes = [item for item in inside if item.suffix.lower() == ".pov" and item.is_file()]
+    best = [item for item in inis if item.name.lower() == "pov.ini"] or inis or scenes
+    if len(best) == 1:
+        return best[0]
+    what = f"it holds {_some(item.name for item in best)}" if best else "it holds neither"
+    raise UserError(f"which INI file or scene of {path} shall be rendered? {what}: "
+                    "go there and name one, or call one pov.ini")
+
+
+def zip_stream(entries: Iterable[tuple[str, Path]], timestamp: float = 0) -> Iterator[bytes]:
+    """Yield a zip file of ``(name, file)`` pairs piece by piece, stored, not compressed.
+
+    Every file has the same time, ``timestamp`` in seconds since 1970 (1980 at
+    least), so that the same files are the same bytes.
+    """
+    date = time.gmtime(max(timestamp, 315532800))[:6]
+    sink = _Sink()
+    with zipfile.ZipFile(sink, "w") as archive:
+        for name, path in entries:
+            info = zipfile.ZipInfo(name, date)
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            info.file_size = path.stat().st_size  # a guess that decides about zip64
+            with path.open("rb") as source, archive.open(info, "w") as target:
+                while block := source.read(BUFFER):
+                    target.write(block)
+                    yield sink.take()
+    yield sink.take()
+
+
+# --- finding files as POV-Ray does
+
+_ABSOLUTE, _OWN = -1, -2  # places of what was found, when it is in no directory of the search
+
+
+class _Found(NamedTuple):
+    local: Path
+    place: int  # which directory of the search, or _ABSOLUTE, or _OWN for POV-Ray's own files
+
+
+class _Search:
+    """POV-Ray's search: the current directory, then the library path, for each name it tries."""
+
+    def __init__(self, cwd: Path, library: Sequence[str], standard: Sequence[Path]) -> None:
+        self.cwd = cwd
+        self.warnings: list[str] = []
+        self.directories: list[Path | None] = [cwd]  # None stands for POV-Ray's own
+        self._standard = [Path(directory).resolve() for directory in standard]
+        for name in library:
+            directory = None if name == STANDARD else (cwd / name).resolve()
+            if directory in self._standard:
+                directory = None
+            if directory is not None and not directory.is_dir():
+                self.warnings.append(f"the library path '{name}' is not a directory")
+            elif directory not in self.directories:
+                self.directories.append(directory)
+
+    def find(self, kind: str, name: str, here_only: bool = False) -> _Found | None:
+        """Find a file by the name in a scene; ``kind`` tells the extensions that are tried."""
+        if _is_absolute(name):
+            local = Path(name).parent.resolve() / Path(name).name
+            return _Found(local, _ABSOLUTE) if _is_file(local) else None
+        for candidate in _candidates(kind, name):
+            for place, directory in enumerate(self.directories[:1 if here_only else None]):
+                for folder in self._standard if directory is None else [directory]:
+                    if _is_file(folder / candidate):
+                        local = Path(os.path.normpath(folder / candidate))
+                        return _Found(local, _OWN if directory is None else place)
+                if directory is None and not self._standard and candidate in _STANDARD_FILES:
+                    return _Found(Path(candidate), _OWN)
+            if kind == "ttf" and candidate in _FONTS:
+                return _Found(Path(candidate), _OWN)
+        return None
+
+    def places(self) -> str:
+        """Say where was searched."""
+        libraries = [str(directory) for directory in self.directories[1:] if directory]
+        return (f"neither in {self.cwd} nor in a library path"
+                + (f" ({_some('+L' + name for name in libraries)})" if libraries else " (+L...)"))
+
+    def hint(self, name: str, beside: Path) -> str:
+        """Say what is nearly the file that was not found."""
+        if "\\" in name and os.name != "nt":
+            return ": write its directories with forward slashes"
+        for directory in [*self.directories, *self._standard]:
+            other = _other_case(directory, name) if directory else None
+            if other:
+                return f": there is '{other}', so mind capital and small letters"
+        if beside != self.cwd and _is_file(beside / name):
+            return f", but in {beside}: go there first, or add +L{beside}"
+        return ""
+
+
+def _candidates(kind: str, name: str) -> list[str]:
+    """Return the names that POV-Ray tries, in its order (seen with strace, 3.7.0.10)."""
+    suffix = PurePosixPath(name).suffix
+    if kind == "guess":  # an image without its type: the extension tells, and PNG without one
+        kinds = [kind for kind, tried in _EXTENSIONS_TRIED.items() if suffix in tried]
+        kind = (kinds or [kind])[-1] if suffix else "png"
+    tried = _EXTENSIONS_TRIED.get(kind, ())
+    longer = [name + extension for extension in tried]
+    return [name, *longer] if suffix in tried else [*longer, name]
+
+
+def _is_absolute(name: str) -> bool:
+    return name.startswith("/") or re.match(r"[A-Za-z]:[\\/]|\\", name) is not None
+
+
+def _other_case(directory: Path, name: str) -> str | None:
+    """Return how ``name`` is spelled on disk when only its letters' case differs."""
+    found = directory
+    for part in name.split("/"):
+        with contextlib.suppress(OSError):
+            alike = [item for item in found.iterdir() if item.name.lower() == part.lower()]
+            found = found / part if found / part in alike or not alike else min(alike)
+    other = _below(found, directory)
+    return other if other != name and other and other.lower() == name.lower() else None
+
+
+def _no_scene(search: _Search, scene: str, ini_dirs: Sequence[Path]) -> _Found:
+    hint = ""
+    for directory in ini_dirs:
+        if _is_file(directory / scene):
+            hint = f": it is beside its INI file, so do first: cd {directory}"
+    here = sorted(path.name for path in (search.cwd / scene).parent.glob("*.[pP][oO][vV]"))
+    hint = hint or search.hint(scene, search.cwd)
+    hint = hint or (here and f": there is {_some(here)}") or ": give the scene's name"
+    raise UserError(f"the scene '{scene}' is {search.places()}{hint}")
+
+
+class _Tree:
+    """Where everything lies for a worker: see the head of this section."""
+
+    def __init__(self, search: _Search, root: Path) -> None:
+        self.search = search
+        self.root = root
+        cwd = search.cwd
+        self.top = cwd if cwd in root.parents else root
+        inside = _below(cwd, self.top)
+        self.run_dir = self._new_name("_cwd") if inside is None else inside
+        self.prefix = "" if root == self.top else f"{_below(root, self.top)}/"
+        # For each directory of the search: the directory that moves, and where to.
+        self._bases = [(self.top, "") if inside is not None else (cwd, f"{self.run_dir}/")]
+        library, new = [], 0
+        for directory in search.directories[1:]:
+            place = STANDARD if directory is None else _below(directory, self.top)
+            base = (self.top, "")
+            if place is None and directory is not None:
+                new += 1
+                place = self._new_name(f"_lib{new}")
+                base = (directory, f"{place}/")
+            self._bases.append(base)
+            library.append(place or ".")
+        self.library = tuple(library)
+
+    def place(self, found: _Found) -> str | None:
+        """Return where a file that was found lies in the tree; None when it is outside."""
+        if found.place < 0:
+            return None
+        base, prefix = self._bases[found.place]
+        path = _below(found.local, base)
+        return None if path is None else prefix + path
+
+    def scene_place(self, found: _Found) -> str:
+        """Return where the scene lies."""
+        path = self.place(found) or _below(found.local, self.top)
+        if path is None:
+            raise UserError(f"the scene {found.local} is outside of the project {self.top}: "
+                            "give a --root that holds it")
+        return path
+
+    def scene_name(self, scene: str, found: _Found) -> str:
+        """Return the scene's name for POV-Ray: the user's own where it still fits."""
+        if self.place(found) is not None:
+            return scene.replace("\\", "/") if os.name == "nt" else scene
+        return os.path.relpath(self.scene_place(found), self.run_dir).replace(os.sep, "/")
+
+    def _new_name(self, name: str) -> str:
+        while (self.top / name).exists():
+            name += "_"
+        return name
+
+
+def _below(path: Path, base: Path) -> str | None:
+    return path.relative_to(base).as_posix() if path == base or base in path.parents else None
+
+
+# --- reading scenes
+
+class _Event(NamedTuple):
+    """Something in a scene: a file's name by its kind, or ``uses`` of a feature."""
+
+    at: int
+    kind: str
+    name: str
+    certain: bool  # not between #if, #macro and the like and their #end
+
+
+_TOKEN = re.compile(
+    r'"(?:\\.|[^"\\])*"|//[^\r\n]*|/\*|#\s*[a-z]+|[A-Za-z_]\w*|[{}(]', re.DOTALL)
+_COMMENT_EDGE = re.compile(r"/\*|\*/")
+
+
+def _tokens(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the words, strings and brackets of a scene with their positions, without comments."""
+    at, depth = 0, 0  # depth of /* */ comments, which nest
+    while True:
+        match = (_COMMENT_EDGE if depth else _TOKEN).search(text, at)
+        if match is None:
+            return
+        at, token = match.end(), match[0]
+        if token in ("/*", "*/"):
+            depth += 1 if token == "/*" else -1
+        elif token[0] == "#":
+            yield match.start(), "#" + token[1:].lstrip()
+        elif token[:2] != "//":
+            yield match.start(), token
+
+
+def _events(text: str) -> Iterator[_Event]:
+    """Yield what a scene says about files and features."""
+    before, last, opened = "", "", None
+    depth, blocks = 0, []
+    for at, token in _tokens(text):
+        if token[0] == '"':
+            name = token[1:-1].replace('\\"', '"')  # no other escape counts in a file's name
+            event = _Event(at, _event_kind(before, last), name, depth == 0)
+            if opened is None or last == "(":
+                yield event
+            opened = None if opened is None or last == "(" else event
+        elif token in _BLOCK_STARTS:
+            depth += 1
+        elif token == "#end":
+            depth = max(depth - 1, 0)
+        elif token == "#fopen":
+            opened = _Event(at, "", "", False)
+        elif opened is not None and token in ("read", "write", "append"):
+            if opened.name:
+                yield opened._replace(kind="read" if token == "read" else "write")
+            opened = None
+        elif token == "{":
+            blocks.append(last)
+            if last == "radiosity" or (last == "photons" and "global_settings" in blocks):
+                yield _Event(at, "uses", last, depth == 0)
+        elif token == "}" and blocks:
+            blocks.pop()
+        before, last = last, token
+
+
+def _event_kind(before: str, last: str) -> str:
+    """Tell what a string is by the two tokens before it."""
+    if last in _READING_WORDS or last == "load_file":
+        return last
+    if last == "{" and before in _IMAGE_BLOCKS:
+        return "guess"
+    if last == "(" and before == "concat":
+        return "concat"
+    return "write" if last == "save_file" else "string"
+
+
+class _Scan:
+    """Follows a scene through its includes and finds the files that they name.
+
+    Only names written out are seen: what ``concat(...)`` or a variable make is
+    not known until POV-Ray runs, but any string that is the name of a file
+    takes that file along. What stands between ``#if``, ``#macro`` and the like
+    and their ``#end`` may never be reached: what is missing there is a warning.
+    """
+
+    def __init__(self, tree: _Tree, renders: _Renders) -> None:
+        self.files: dict[str, tuple[Path, bool]] = {}  # by place: local file, certainly needed
+        self.uses: set[str] = set()
+        self.warnings: list[str] = []
+        self._tree = tree
+        self._search = tree.search
+        self._renders = renders
+        self._waiting: dict[Path, bool] = {}
+        self._strings: dict[str, None] = {}
+        self._written: set[str] = set()
+        self._lost: dict[str, tuple[str, bool]] = {}  # by name: what to say, certainly needed
+
+    def run(self, scene: Path, place: str) -> None:
+        """Scan everything from the scene on; ``UserError`` for a file that is not there."""
+        self._take(scene, place, True, True)
+        seen: set[Path] = set()
+        tried = 0
+        while self._waiting or tried < len(self._strings):
+            if not self._waiting:
+                for name in list(self._strings)[tried:]:
+                    self._try_string(name)
+                    tried += 1
+                continue
+            # What is certain comes first, so that no file need be read twice.
+            path = next((path for path, certain in self._waiting.items() if certain),
+                        next(iter(self._waiting)))
+            certain = self._waiting.pop(path)
+            if path not in seen:
+                seen.add(path)
+                self._read(path, certain)
+        self._judge()
+
+    def _take(self, local: Path, place: str, certain: bool, follow: bool) -> None:
+        certain = certain or self.files.get(place, (local, False))[1]
+        self.files[place] = (local, certain)
+        if follow:
+            self._waiting[local] = certain
+
+    def _read(self, path: Path, certain: bool) -> None:
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        if not any(word in data for word in (b'"', b"radiosity", b"photons")):
+            return  # such as a mesh of many megabytes
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("latin-1")
+        for event in _events(text):
+            if event.kind == "uses":
+                self.uses.add(event.name)
+            elif event.kind == "write":
+                self._written.add(os.path.normpath(event.name))
+            elif event.kind == "concat":
+                if self._renders.counts_from(event.name):
+                    self.uses.add("own-output")
+            else:
+                if self._renders.has(event.name):
+                    self.uses.add("own-output")
+                if event.kind == "string":
+                    self._strings[event.name] = None
+                else:
+                    line = text.count("\n", 0, event.at) + 1
+                    self._refer(event, path, line, certain and event.certain)
+
+    def _refer(self, event: _Event, path: Path, line: int, certain: bool) -> None:
+        kind, name = event.kind, event.name
+        found = self._search.find(kind, name, here_only=kind == "load_file")
+        place = self._tree.place(found) if found else None
+        if found and place is not None:
+            self._take(found.local, place, certain, kind == "#include")
+        if found and (place is not None or found.place == _OWN):
+            return
+        shown = _below(path, self._search.cwd) or path
+        verb = "includes" if kind == "#include" else "reads"
+        problem = f"{shown}:{line} {verb} '{name}', "
+        if _is_absolute(name):
+            problem += ("which other computers do not have there: copy it into the project, or "
+                        "leave its directory out and give that with +L")
+        elif found:
+            problem += (f"which is outside of the project {self._tree.top}: copy it there, or give "
+                        "a --root that holds both, or its directory with +L")
+        else:
+            problem += f"which is {self._search.places()}{self._search.hint(name, path.parent)}"
+        self._lost.setdefault(name, (problem, certain))  # what is certain comes first
+
+    def _try_string(self, name: str) -> None:
+        """Take the file along that any string happens to name."""
+        suffix = PurePosixPath(name).suffix
+        if not suffix or _is_absolute(name) or self._renders.has(name):
+            return
+        found = self._search.find("string", name)
+        place = self._tree.place(found) if found else None
+        if found and place:
+            self._take(found.local, place, False, suffix.lower() in (".inc", ".pov"))
+
+    def _judge(self) -> None:
+        wrong = {}
+        for name, (problem, certain) in self._lost.items():
+            if self._renders.has(name) or os.path.normpath(name) in self._written:
+                continue  # the scene makes it, or an earlier frame does
+            # A name that is a plain string too may be what a macro is told to write.
+            if certain and name not in self._strings:
+                wrong[name] = problem
+            else:
+                self.warnings.append(f"{problem} (it may not be needed)")
+        if wrong:
+            first, *others = wrong
+            more = f"; missing too: {_some(map(repr, others))}" if others else ""
+            raise UserError(wrong[first] + more)
+
+
+class _Renders:
+    """The images that the job makes, and how older ones of it are called."""
+
+    def __init__(self, outputs: Iterable[Path], frames: Sequence[int], scene: Path) -> None:
+        self._paths = {Path(os.path.normpath(path)) for path in outputs}
+        self._names = {path.name for path in self._paths}
+        self._suffixes = {path.suffix for path in self._paths}
+        self._counted = {scene.with_suffix("")}  # what a number may follow
+        stem = _stem_of(sorted(path.stem for path in self._paths), frames)
+        for folder in {path.parent for path in self._paths}:
+            self._counted |= {folder / scene.stem, folder / (stem or scene.stem)}
+
+    def has(self, name: str) -> bool:
+        """Tell whether a name in a scene is, directories apart, one of the images."""
+        return PurePosixPath(name).name in self._names
+
+    def counts_from(self, start: str) -> bool:
+        """Tell whether an image is called ``start`` and a number."""
+        start = PurePosixPath(start).name
+        return bool(start) and any(
+            name.startswith(start) and PurePosixPath(name).stem[len(start):].isdecimal()
+            for name in self._names)
+
+    def is_old(self, path: Path) -> bool:
+        """Tell whether a file is one of the images or looks like one with another number."""
+        stem = path.stem.rstrip("0123456789")
+        return path in self._paths or (path.suffix in self._suffixes and any(
+            path.with_name(path.stem[:end]) in self._counted
+            for end in range(max(len(stem), 1), len(path.stem))))
+
+
+def _stem_of(stems: Sequence[str], frames: Sequence[int]) -> str:
+    """Return what the images of an animation are called before the frame's number."""
+    for end in range(1, len(stems[0]) if len(frames) > 1 and stems else 0):
+        start, number = stems[0][:end], stems[0][end:]
+        if number.isdecimal() and int(number) in frames and stems[-1].startswith(start):
+            return start
+    return ""
+
+
+# --- listing a directory, .bsac files
+
+class _Rule(NamedTuple):
+    """One name in a ``.bsac`` file, for what lies below ``base``."""
+
+    base: str
+    pattern: str
+    exclude: bool
+    since: float
+
+    def matches(self, path: str) -> bool:
+        """A pattern with a slash is a path from its ``.bsac`` file, others are names anywhere."""
+        names, patterns = path[len(self.base):].split("/"), self.pattern.split("/")
+        names = names[-1:] if len(patterns) == 1 else names
+        return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
+
+
+class _Folder(NamedTuple):
+    path: Path
+    prefix: str  # of the places of what is in it
+    rules: tuple[_Rule, ...]
+    since: float  # from which frame on it is included as a whole
+    real: tuple[Path, ...]  # the directories above it, without links
+
+
+class _Listing:
+    """The files below the root that go along without being named by the scene.
+
+    ``.bsac`` files say which, as in BSAC: lines ``Include`` and ``Exclude``
+    begin a section, each other line is a name or wildcard of files or
+    directories; what is excluded stays out whatever is included; a ``.bsac``
+    file in a subdirectory adds its rules for what is below. ``if %f > N``
+    makes the names after it, up to the next ``if``, ``endif`` or section, be
+    needed by frames after N only. (Under ``Exclude`` such names stay, because
+    the other frames need them.) Where no rule includes anything, everything
+    goes but old renders, hidden files and what version control, editors and
+    systems leave; an ``Include`` without wildcards takes even those.
+    """
+
+    def __init__(self, root: Path, renders: _Renders, guarded: bool) -> None:
+        self.members: dict[str, tuple[Path, float]] = {}  # by path below the root
+        self.warnings: list[str] = []
+        self._root = root.resolve()
+        self._renders = renders
+        self._links: list[str] = []
+        self._odd: list[str] = []
+        problem = ""
+        guarded = guarded and not _is_file(root / ".bsac")
+        if guarded and root in (Path.home().resolve(), root.parent):
+            problem = "is no project's own directory"
+        elif not self._walk(root, guarded):
+            problem = f"holds more than {GUARD_FILES} files or {format_size(GUARD_SIZE)}"
+        if problem:
+            self.members.clear()
+            self.warnings.append(
+                f"{root} {problem}, so only the files go along that the scene names: say which "
+                f"others with --root or in {root / '.bsac'}")
+        if self._links:
+            self.warnings.append("links that lead outside or in a circle go along only if the "
+                                 f"scene names them: {_some(self._links)}")
+        if self._odd:
+            self.warnings.append("files whose names not every system can take are left out: "
+                                 f"{_some(repr(name) for name in self._odd)}")
+
+    def _walk(self, root: Path, guarded: bool) -> bool:
+        folders = [_Folder(root, "", (), _NO_FRAME, (self._root,))]
+        size = 0
+        while folders and len(self.members) <= MAX_FILES:
+            folder = folders.pop()
+            try:
+                inside = sorted(folder.path.iterdir())
+            except OSError as error:
+                self.warnings.append(f"{folder.path} is left out: {error.strerror}")
+                continue
+            rules = (*folder.rules, *_read_bsac(folder.path / ".bsac", folder.prefix))
+            folder = folder._replace(rules=rules)
+            for path in inside:
+                with contextlib.suppress(OSError):
+                    folders += self._look(path, folder)
+                    if folder.prefix + path.name in self.members:
+                        size += path.stat().st_size
+            if guarded and (len(self.members) > GUARD_FILES or size > GUARD_SIZE):
+                return False
+        return True
+
+    def _look(self, path: Path, folder: _Folder) -> list[_Folder]:
+        """Take a file, or return a directory that is to be walked."""
+        place = folder.prefix + path.name
+        is_folder = path.is_dir()
+        since = self._since(path, place, folder, is_folder)
+        if since is None:
+            return []
+        real = path.resolve() if path.is_symlink() else folder.real[-1] / path.name
+        if _below(real, self._root) is None or (is_folder and real in folder.real):
+            self._links.append(place)
+        elif not _is_portable(path.name):
+            self._odd.append(place)
+        elif is_folder:
+            return [_Folder(path, place + "/", folder.rules, since, (*folder.real, real))]
+        elif path.is_file():
+            listed = any(not rule.exclude for rule in folder.rules)
+            if since < _NO_FRAME or not listed:
+                self.members[place] = (path, since if listed else _EVERY_FRAME)
+        return []
+
+    def _since(self, path: Path, place: str, folder: _Folder, is_folder: bool) -> float | None:
+        """Return from which frame on something is included by name; None to leave it out."""
+        hits = [rule for rule in folder.rules if rule.matches(place)]
+        if any(rule.exclude and rule.since == _EVERY_FRAME for rule in hits):
+            return None
+        hits = [rule for rule in hits if not rule.exclude]
+        if (_JUNK.fullmatch(path.name) or self._renders.is_old(path)
+                or (is_folder and path.name.endswith("-frames"))):
+            hits = [rule for rule in hits if not set("*?[") & set(rule.pattern)]
+            if not hits:
+                return None
+        return min([folder.since, *(rule.since for rule in hits)])
+
+
+_CONDITION = re.compile(r"if\s*%f\s*(.*)", re.IGNORECASE)
+
+
+def _read_bsac(path: Path, base: str) -> list[_Rule]:
+    """Read a ``.bsac`` file; an empty list when there is none."""
+    if not _is_file(path):
+        return []
+    rules: list[_Rule] = []
+    exclude, since = None, _EVERY_FRAME
+    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
+        text = line.strip().replace("\\", "/").rstrip("/")
+        word = text.lower()
+        condition = _CONDITION.fullmatch(text)
+        if word in ("include", "exclude"):
+            exclude, since = word == "exclude", _EVERY_FRAME
+        elif word == "endif":
+            since = _EVERY_FRAME
+        elif condition:
+            after = re.fullmatch(r">\s*(\d+)", condition[1])
+            if after is None:
+                raise UserError(f"{path}:{number} cannot be read: a condition is 'if %f > 100'")
+            since = int(after[1])
+        elif text and exclude is None:
+            raise UserError(f"{path}:{number} names '{text}' before any line Include or Exclude")
+        elif text:
+            rules.append(_Rule(base, text, bool(exclude), since))
+    return rules
+
+
+def _is_portable(name: str) -> bool:
+    with contextlib.suppress(UserError, UnicodeEncodeError):
+        safe_join(Path(), name, windows=False)
+        return bool(name.encode())
+    return False
+
+
+# --- the manifest and zip files
+
+def _entries(
+    members: Mapping[str, tuple[Path, float]], needed: Collection[str], cache: HashCache
+) -> tuple[tuple[FileEntry, ...], list[str]]:
+    """Hash the files; those that cannot be read and were not asked for are a warning."""
+    entries, unread = [], []
+    for path, (local, since) in sorted(members.items()):
+        try:
+            about = local.stat()
+            known = (str(local), about.st_size, about.st_mtime_ns)
+            if known not in cache:
+                cache[known] = sha256_file(local)
+        except OSError as error:
+            if path in needed:
+                raise UserError(f"{local} cannot be read: {error.strerror}") from None
+            unread.append(path)
+            continue
+        after = None if since == _EVERY_FRAME else int(since)
+        entries.append(_checked(FileEntry(
+            path, cache[known], about.st_size, about.st_mtime, after)))
+    return tuple(entries), (
+        [f"files that cannot be read are left out: {_some(unread)}"] if unread else [])
+
+
+def _as_povray_reads(name: str, charset: str = "latin-1") -> str:
+    """Return a name with the blanks that POV-Ray 3.7 on Unix reads for letters beyond ASCII.
+
+    In a scene each byte of them is one, or each letter where it declares
+    ``charset utf8``. An INI file or command line has no way at all to name
+    such a file, so each is in the tree also under names that it can be given.
+    """
+    return re.sub(r"[^\x00-\x7f]", " ", name.encode().decode(charset))
+
+
+def _entry(row: Any) -> FileEntry:
+    try:
+        return _checked(FileEntry(**row))
+    except TypeError:
+        raise UserError("a manifest's row is not the description of a file") from None
+
+
+def _checked(file: FileEntry) -> FileEntry:
+    """Return ``file`` when each of its values is one that a file can have."""
+    good = (
+        isinstance(file.path, str) and len(file.path) <= 1000 and isinstance(file.sha256, str)
+        and re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None
+        and type(file.size) is int and file.size >= 0
+        and type(file.mtime) in (int, float) and math.isfinite(file.mtime)
+        and (file.after_frame is None or type(file.after_frame) is int)
+    )
+    if not good:
+        raise UserError(f"the manifest's values for {file.path!r} are wrong")
+    if not all(_is_portable(part) for part in file.path.split("/")):
+        raise UserError(f"{file.path!r} is not a name of a file inside a project")
+    return file
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    """Return the first few names for a message."""
+    all_names = list(names)
+    more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
+    return ", ".join(all_names[:most]) + more
+
+
+def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int) -> None:
+    infos = archive.infolist()
+    size = sum(info.file_size for info in infos)
+    if len(infos) > MAX_FILES:
+        raise UserError(f"it holds more than {MAX_FILES} files")
+    if size > MAX_ZIP_SIZE or (size > 10**7 and size > 200 * packed_size):
+        raise UserError(f"it would unpack to {format_size(size)}")
+    seen: set[str] = set()
+    for info in infos:
+        name = _zip_name(info)
+        path = safe_join(into, name.rstrip("/"))
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if re.match("[A-Za-z]:", name):
+            raise UserError(f"{name!r} is not a name of a file inside a project")
+        if info.flag_bits & 1:
+            raise UserError(f"'{name}' is encrypted")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(f"'{name}' is compressed in a way that not everyone reads: "
+                            "pack it with a plain zip program")
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise UserError(f"'{name}' is a link or a device")
+        if name.endswith("/"):
+            path.mkdir(parents=True, exist_ok=True)
+            continue
+        if name in seen:
+            raise UserError(f"it holds '{name}' twice")
+        seen.add(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(info) as source, path.open("xb") as target:
+            shutil.copyfileobj(source, target, BUFFER)
+        if path.stat().st_size != info.file_size:
+            raise UserError(f"'{name}' is damaged")
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Return the name as it was meant: macOS writes UTF-8 without saying so."""
+    name = info.filename
+    if not info.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
+
+
+class _Sink(io.RawIOBase):
+    """A file that keeps what is written to it until it is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blocks: list[bytes] = []
+
+    def writable(self) -> bool:
+        """Only that."""
+        return True
+
+    def write(self, block: Any) -> int:
+        """Keep a block."""
+        self._blocks.append(bytes(block))
+        return len(block)
+
+    def take(self) -> bytes:
+        """Return what was written since the last time."""
+        data, self._blocks = b"".join(self._blocks), []
+        return data
+# === 6. MODEL ================================================================
+# The records that the coordinator and the worker share, the states and the
+# changes between them that are allowed. Pure: no files, no database, no time.
+
+
+class TaskState(str, enum.Enum):
+    """Where a task (a frame, or a slice of one) stands."""
+
+    QUEUED = "queued"
+    LEASED = "leased"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class JobState(str, enum.Enum):
+    """Where a job stands; ``WAITING`` is a job whose files have not all come yet."""
+
+    WAITING = "waiting"
+    ACTIVE = "active"
+    PAUSED = "paused"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class WorkerState(str, enum.Enum):
+    """Whether a worker may work here."""
+
+    PENDING = "pending"
+    ADMITTED = "admitted"
+    REMOVED = "removed"
+
+
+class AttemptState(str, enum.Enum):
+    """How one try of a task on one worker stands or ended."""
+
+    LIVE = "live"
+    DONE = "done"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    RELEASED = "released"
+    LOST = "lost"
+
+
+# A task may be DONE from any unfinished state, and from FAILED: a good picture
+# is never thrown away, however late it comes.
+TRANSITIONS: frozenset[tuple[TaskState, TaskState]] = frozenset({
+    (TaskState.QUEUED, TaskState.LEASED),
+    (TaskState.QUEUED, TaskState.DONE),
+    (TaskState.QUEUED, TaskState.CANCELLED),
+    (TaskState.LEASED, TaskState.QUEUED),
+    (TaskState.LEASED, TaskState.DONE),
+    (TaskState.LEASED, TaskState.FAILED),
+    (TaskState.LEASED, TaskState.CANCELLED),
+    (TaskState.FAILED, TaskState.DONE),
+    (TaskState.FAILED, TaskState.QUEUED),
+    (TaskState.CANCELLED, TaskState.QUEUED),
+})
+
+JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset({
+    (JobState.WAITING, JobState.ACTIVE),
+    (JobState.WAITING, JobState.PAUSED),
+    (JobState.WAITING, JobState.CANCELLED),
+    (JobState.ACTIVE, JobState.PAUSED),
+    (JobState.ACTIVE, JobState.DONE),
+    (JobState.ACTIVE, JobState.FAILED),
+    (JobState.ACTIVE, JobState.CANCELLED),
+    (JobState.PAUSED, JobState.WAITING),
+    (JobState.PAUSED, JobState.ACTIVE),
+    (JobState.PAUSED, JobState.DONE),
+    (JobState.PAUSED, JobState.FAILED),
+    (JobState.PAUSED, JobState.CANCELLED),
+    (JobState.FAILED, JobState.ACTIVE),
+    (JobState.FAILED, JobState.DONE),
+    (JobState.CANCELLED, JobState.ACTIVE),
+})
+
+PAUSED_BY_HAND = "paused by hand"  # the reason that waits for a person, not for a mended scene
+FINISHED = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
+
+
+@dataclass(frozen=True)
+class PovJob:
+    """What POV-Ray is told to do: a normalised command line over a project.
+
+    ``run_dir`` is the directory, inside the project's tree, that POV-Ray's
+    relative names start from; ``uses`` names what the scan of the scene found
+    (``radiosity``, ``photons``, ``own-output``).
+    """
+
+    values: Mapping[str, str]
+    declares: tuple[str, ...]
+    library: tuple[str, ...]
+    run_dir: str
+    uses: tuple[str, ...] = ()
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "values": dict(self.values), "declares": list(self.declares),
+            "library": list(self.library), "run_dir": self.run_dir, "uses": list(self.uses),
+        }
+
+    @classmethod
+    def from_wire(cls, wire: Any) -> PovJob:
+        """Read the JSON form; ``UserError`` when it has another shape or starts programs."""
+        values = want(wire, "values", dict)
+        texts = [*values, *values.values()]
+        lists = {name: tuple(want(wire, name, list)) for name in ("declares", "library", "uses")}
+        texts += [text for items in lists.values() for text in items]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError("the job's POV-Ray options are not all texts")
+        job = cls(values, lists["declares"], lists["library"], want(wire, "run_dir", str),
+                  lists["uses"])
+        # File names may have letters that an INI file cannot: workers rename those.
+        checked = {key: value for key, value in values.items()
+                   if key not in ("Input_File_Name", "Output_File_Name")}
+        check_ini(to_ini(checked, job.declares, ()))
+        for path in (job.run_dir, *job.library):
+            if path not in (".", STANDARD):
+                safe_join(Path(), path)
+        return job
+
+    @property
+    def options(self) -> PovOptions:
+        """The same as the POV section's record, for frames, names and sizes."""
+        return PovOptions(self.values, self.declares, self.library, (), ())
+
+    @property
+    def thread_safe(self) -> bool:
+        """True when the picture does not depend on the number of threads.
+
+        Radiosity samples and photons are gathered in an order that threads
+        change (POV-Ray 3.7: two renders of one scene differ).
+        """
+        return not {"radiosity", "photons"} & set(self.uses)
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How a job is treated by the farm. ``max_workers`` 0 is no limit."""
+
+    priority: int = 0
+    max_workers: int = 0
+    retry_limit: int = 3
+    in_order: bool = False
+
+    def changed(self, changes: Mapping[str, Any]) -> JobOptions:
+        """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
+        for name, value in changes.items():
+            if name == "in_order":
+                good = isinstance(value, bool)
+            else:
+                low, high = _OPTION_LIMITS.get(name, (1, 0))
+                good = type(value) is int and low <= value <= high
+            if not good:
+                known = "priority, max_workers, retry_limit, in_order"
+                raise UserError(f"'{name}={value}' cannot be set: there are {known}")
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What a worker says of itself when it joins; ``memory`` in bytes."""
+
+    name: str
+    cores: int
+    memory: int
+    system: str
+    engines: Mapping[str, str]
+    tags: tuple[str, ...] = ()
+
+    @classmethod
+    def from_wire(cls, wire: Any) -> WorkerInfo:
+        """Read the JSON form; ``UserError`` when it has another shape."""
+        info = cls(
+            want(wire, "name", str)[:100], want(wire, "cores", int), want(wire, "memory", int),
+            want(wire, "system", str)[:100], want(wire, "engines", dict),
+            tuple(want(wire, "tags", list)),
+        )
+        texts = [*info.engines, *info.engines.values(), *info.tags]
+        if info.cores < 1 or not all(isinstance(text, str) for text in texts):
+            raise UserError("a worker has one core or more, and engines and tags are texts")
+        return info
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task as a worker gets it: a whole frame, and the file that it makes."""
+
+    id: int
+    frame: int
+    name: str
+
+
+@dataclass(frozen=True)
+class LeaseSpec:
+    """Tasks that one worker holds, and all that it needs to render them.
+
+    The tasks are neighbouring frames for one run of the renderer with
+    ``threads`` threads. In an ``in_order`` job the run starts at the job's
+    first frame, whichever tasks are left.
+    """
+
+    id: str
+    job: int
+    job_name: str
+    threads: int
+    tasks: tuple[TaskSpec, ...]
+    manifest: str
+    pov: PovJob
+    in_order: bool
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "id": self.id, "job": self.job, "job_name": self.job_name, "threads": self.threads,
+            "tasks": [vars(task) for task in self.tasks], "manifest": self.manifest,
+            "pov": self.pov.to_wire(), "in_order": self.in_order,
+        }
+
+    @classmethod
+    def from_wire(cls, wire: Any) -> LeaseSpec:
+        """Read the JSON form; ``UserError`` when it has another shape."""
+        tasks = tuple(
+            TaskSpec(want(task, "id", int), want(task, "frame", int), want(task, "name", str))
+            for task in want(wire, "tasks", list)
+        )
+        for task in tasks:
+            safe_join(Path(), task.name)
+        return cls(
+            want(wire, "id", str), want(wire, "job", int), want(wire, "job_name", str),
+            want(wire, "threads", int), tasks, want(wire, "manifest", str),
+            PovJob.from_wire(want(wire, "pov", dict)), want(wire, "in_order", bool),
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a task cost: processor and wall seconds, and the peak memory in bytes."""
+
+    cpu: float = 0.0
+    wall: float = 0.0
+    memory: int = 0
+
+
+def want(wire: Any, key: str, kind: type) -> Any:
+    """Return ``wire[key]`` when it is there and of that kind, else raise ``UserError``."""
+    value = wire.get(key) if isinstance(wire, dict) else None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"'{key}' is missing or not a {kind.__name__}")
+    return value
+
+
+def pause_reason(done: int, failed: int) -> str:
+    """Return why a job that only fails should pause, or nothing when it need not.
+
+    Seed BSAC: "it can take mere seconds to get 3000 error frames".
+    """
+    if done == 0 and failed >= 3:
+        return "the first frames all failed: see the log of one, mend the scene, then retry"
+    return ""
+
+
+def lease_size(queued: int, slots: int, cost: Cost | None, sleep: float = 0.25) -> int:
+    """Return how many neighbouring frames one run of the renderer should get.
+
+    ``queued`` frames are left for ``slots`` runs at a time; ``cost`` is the
+    mean of the frames measured so far. Half of the fair share leaves something
+    to even out with at the end; a run of frames that are cheaper than the
+    start of a process (some 0.04 s of CPU) should hold several of them; no
+    run should be longer than about 10 s, nor more than its fair share.
+    """
+    if cost is None:
+        return 1
+    share = math.ceil(queued / max(slots, 1))
+    cheap = math.ceil(0.15 / max(cost.cpu, 0.001))
+    long = max(int(10 / (cost.cpu + sleep)), 1)
+    return max(1, min(max(math.ceil(share / 2), cheap), long, share))
+
+
+def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
+    """Return the state that a job's tasks put it into (``state`` when none)."""
+    if counts[TaskState.QUEUED] or counts[TaskState.LEASED]:
+        return JobState.ACTIVE if state in (JobState.DONE, JobState.FAILED) else state
+    if state is JobState.CANCELLED or counts[TaskState.CANCELLED]:
+        return JobState.CANCELLED
+    return JobState.FAILED if counts[TaskState.FAILED] else JobState.DONE
+
+
+_OPTION_LIMITS: Mapping[str, tuple[int, int]] = {
+    "priority": (-1000, 1000), "max_workers": (0, 10_000), "retry_limit": (1, 100),
+}
+
+
+# === 7. DISCOVERY ============================================================
+# How workers find coordinators on a LAN: a probe is broadcast by UDP, each
+# coordinator answers it. Knows names, ports and the farm key, nothing of HTTP.
+#
+# What the MAC is worth: an answer names the prober's nonce, so an old one is no
+# use; it names the address that it is sent from, so a machine without the key
+# cannot pass on a true coordinator's answer as its own and have workers come to
+# it. Who can take over an address itself (ARP spoofing) is stopped only by TLS.
+
+DISCOVERY_PORT = 2269  # the port of BSAC's meta server (seed 002); hints go to the next one
+_PACKET_LIMIT = 2048
+_ANSWERS_A_SECOND = 50
+_FARMS_LIMIT = 100
+_PROBE_TIMES = (0.0, 0.2, 0.6)  # seconds: a lost packet should not cost a round
+_STOP_STEP = 0.2  # seconds after which a wait looks whether it should stop
+_LOOPBACK = ("127.0.0.1", "127.255.255.255")
+_SIOCGIFBRDADDR = 0x8919  # Linux: the broadcast address of an interface
+
+
+@dataclass(frozen=True)
+class Found:
+    """A coordinator that answered; ``verified`` means that it holds our farm key."""
+
+    name: str
+    farm_id: str
+    url: str
+    verified: bool
+    address: str
+
+
+class Beacon:
+    """Answers probes for one coordinator, in a thread, and announces its start.
+
+    Several beacons of one machine share the port. A port that cannot be had is
+    only warned about: workers can still be told the URL.
+    """
+
+    def __init__(self, name: str, farm_id: str, url_port: int, farm_key: bytes, *,
+                 scheme: str = "http", port: int = DISCOVERY_PORT,
+                 clock: Clock | None = None) -> None:
+        self.port = port  # 0 becomes a free one when started
+        self._name = name
+        self._fields = {"name": name, "id": farm_id, "port": url_port, "scheme": scheme}
+        self._key = farm_key
+        self._clock = clock or Clock()
+        self._stopping = threading.Event()
+        self._second = 0
+        self._answers = 0  # given in this second
+
+    def start(self) -> None:
+        """Listen, and wake the workers that wait for a coordinator."""
+        sock = _udp_socket()
+        try:
+            _share_port(sock, self.port)
+        except OSError as error:
+            sock.close()
+            log.warning("UDP port %d cannot be used (%s): workers will not find this coordinator "
+                        "by themselves, start them with --server", self.port, error.strerror)
+            return
+        self.port = sock.getsockname()[1]
+        threading.Thread(target=self._serve, args=(sock,), name="beacon", daemon=True).start()
+        # Not signed: all that it does is make workers probe a little sooner.
+        _send_to(sock, _packet("hint"), self.port + 1, _broadcast_addresses())
+
+    def stop(self) -> None:
+        """Answer no more."""
+        self._stopping.set()
+        with _udp_socket() as sock:
+            _send_to(sock, b"", self.port, _LOOPBACK)  # wakes the thread
+
+    def answer(self, packet: bytes, sender: str) -> bytes | None:
+        """Return the answer to a probe from the address ``sender``; None to keep silent."""
+        probe = _parse_packet(packet, "probe")
+        if probe is None or not _is_nonce(probe.get("nonce")):
+            return None
+        wanted = probe.get("name")
+        if isinstance(wanted, str) and wanted.casefold() != self._name.casefold():
+            return None
+        second = int(self._clock.monotonic())
+        self._answers = self._answers + 1 if second == self._second else 1
+        self._second = second
+        if self._answers > _ANSWERS_A_SECOND:
+            return None
+        answer = {
+            "povfarm": "answer", "version": 1, "nonce": probe["nonce"],
+            "address": _address_towards(sender), **self._fields,
+        }
+        return json.dumps({**answer, "mac": _mac(self._key, answer)}).encode()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with sock:
+            while not self._stopping.is_set():
+                try:
+                    packet, sender = sock.recvfrom(_PACKET_LIMIT + 1)
+                    answer = self.answer(packet, sender[0])
+                    if answer is not None and not self._stopping.is_set():
+                        sock.sendto(answer, sender)
+                except OSError as error:
+                    # Windows says here that an earlier answer found nobody.
+                    log.debug("discovery: %s", error)
+                    self._stopping.wait(0.05)
+
+
+def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
+             name: str | None = None, stop: threading.Event | None = None) -> list[Found]:
+    """Return the coordinators that answer within ``timeout`` seconds, by name.
+
+    With a ``key``, only those that hold it. With a ``name``, only that one, as
+    soon as it answers. A coordinator that is reached by several ways is listed
+    once, with its loopback address where it has one.
+    """
+    nonce = secrets.token_hex(16)
+    wanted = {} if name is None else {"name": name}
+    probe = _packet("probe", nonce=nonce, **wanted)
+    farms: dict[str, Found] = {}
+    times = [*_PROBE_TIMES, math.inf]
+    start = time.monotonic()
+    with _udp_socket() as sock:
+        while not (stop and stop.is_set()):
+            elapsed = time.monotonic() - start
+            if elapsed >= timeout:
+                break
+            if elapsed >= times[0]:
+                del times[0]
+                _send_to(sock, probe, port, _broadcast_addresses())
+            found = _receive_answer(sock, min(times[0], timeout) - elapsed, nonce, key)
+            if found is None or (name is not None and found.name.casefold() != name.casefold()):
+                continue
+            if found.farm_id in farms or len(farms) < _FARMS_LIMIT:
+                farms[found.farm_id] = min(farms.get(found.farm_id, found), found, key=_distance)
+            if name is not None:
+                break
+    return sorted(farms.values(), key=_name_and_id)
+
+
+def wait_for_coordinator(key: bytes | None, stop: threading.Event, port: int = DISCOVERY_PORT,
+                         name: str | None = None, pause: float = 5.0) -> list[Found]:
+    """Return the coordinators on this LAN as soon as there is one; none when stopped.
+
+    Probes every ``pause`` seconds, and at once when a coordinator announces itself.
+    """
+    with _udp_socket() as hints:
+        try:
+            _share_port(hints, port + 1)
+        except OSError as error:
+            log.debug("no hints from coordinators: %s", error)
+        while not stop.is_set():
+            found = discover(_PROBE_TIMES[-1] + 0.2, key, port, name, stop)
+            if found:
+                return found
+            _wait_for_hint(hints, pause, stop)
+    return []
+
+
+def _wait_for_hint(hints: socket.socket, seconds: float, stop: threading.Event) -> None:
+    deadline = time.monotonic() + seconds
+    hints.settimeout(_STOP_STEP)
+    while not stop.is_set() and time.monotonic() < deadline:
+        try:
+            if _parse_packet(hints.recv(_PACKET_LIMIT + 1), "hint") is not None:
+                return
+        except socket.timeout:
+            pass
+        except OSError:  # not bound
+            stop.wait(_STOP_STEP)
+
+
+def _receive_answer(sock: socket.socket, seconds: float, nonce: str,
+                    key: bytes | None) -> Found | None:
+    """Return the next answer worth believing, None when this was not one."""
+    sock.settimeout(max(min(seconds, _STOP_STEP), 0.001))
+    try:
+        packet, (address, _) = sock.recvfrom(_PACKET_LIMIT + 1)
+    except OSError:  # nothing came, or Windows says that a probe found nobody
+        return None
+    return _read_answer(packet, address, nonce, key)
+
+
+def _read_answer(packet: bytes, address: str, nonce: str, key: bytes | None) -> Found | None:
+    message = _parse_packet(packet, "answer")
+    if message is None or message.get("nonce") != nonce:
+        return None
+    mac = str(message.pop("mac", "")).encode(errors="replace")
+    name, farm_id, port, scheme = (message.get(key) for key in ("name", "id", "port", "scheme"))
+    if not _is_label(name) or not _is_label(farm_id):
+        return None
+    if scheme not in ("http", "https") or not isinstance(port, int) or not 0 < port < 65536:
+        return None
+    if key is not None:
+        signed = hmac.compare_digest(mac, _mac(key, message).encode())
+        if not signed or message.get("address") != address:
+            log.debug("discovery: %s says that it is %s, without our key", address, name)
+            return None
+    return Found(str(name), str(farm_id), f"{scheme}://{address}:{port}", key is not None, address)
+
+
+def _mac(key: bytes, message: Mapping[str, Any]) -> str:
+    """Return the HMAC-SHA256 of a message, as hexadecimal digits."""
+    text = json.dumps(message, sort_keys=True, separators=(",", ":"))
+    return hmac.new(key, text.encode(), "sha256").hexdigest()
+
+
+def _packet(kind: str, **fields: str) -> bytes:
+    return json.dumps({"povfarm": kind, "version": 1, **fields}).encode()
+
+
+def _parse_packet(packet: bytes, kind: str) -> dict[str, Any] | None:
+    if len(packet) > _PACKET_LIMIT:
+        return None
+    try:
+        message = json.loads(packet)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict) or message.get("povfarm") != kind:
+        return None
+    return message if message.get("version") == 1 else None
+
+
+def _is_nonce(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32,128}", value) is not None
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
+
+
+def _distance(found: Found) -> bool:
+    return not found.address.startswith("127.")
+
+
+def _name_and_id(found: Found) -> tuple[str, str]:
+    return found.name, found.farm_id
+
+
+def _udp_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    return sock
+
+
+def _share_port(sock: socket.socket, port: int) -> None:
+    """Bind to a port that others may bind too: each of them gets every broadcast.
+
+    A packet to 127.0.0.1 reaches only one of them, so probes go to
+    127.255.255.255 as well.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "SO_REUSEPORT"):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock.bind(("", port))
+
+
+def _send_to(sock: socket.socket, packet: bytes, port: int, addresses: Sequence[str]) -> None:
+    for address in addresses:
+        # A host without a default route has "Network is unreachable" for 255.255.255.255.
+        with contextlib.suppress(OSError):
+            sock.sendto(packet, (address, port))
+
+
+def _broadcast_addresses() -> list[str]:
+    """Return the addresses that together reach this machine and every LAN it is on."""
+    addresses = [*_LOOPBACK, "255.255.255.255"]
+    if sys.platform == "linux":
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for _, name in socket.if_nameindex():
+                request = struct.pack("256s", name.encode()[:15])
+                with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                    reply = fcntl.ioctl(sock.fileno(), _SIOCGIFBRDADDR, request)
+                    addresses.append(socket.inet_ntoa(reply[20:24]))
+    return [address for address in dict.fromkeys(addresses) if address != "0.0.0.0"]
+
+
+def _address_towards(address: str) -> str:
+    """Return our own address on the way to another: what an answer to it comes from."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((address, 9))
+        return str(sock.getsockname()[0])
+# === 8. HTTP =================================================================
+# Requests, responses, routes and roles, and the one adaptor between them and
+# sockets. Router.handle is the only place that turns anything, errors too, into
+# a response. Knows nothing of jobs, workers or keys: who somebody is, is decided
+# by the function that Router is given. Deadlines here are the real time's, not a
+# Clock's: they bound what a socket may cost.
+
+ROLES = ("anyone", "reader", "user", "pending", "worker", "admin")
+BODY_LIMIT = 1 << 20  # bytes that a request's body may have where its route says nothing
+_DRAIN_LIMIT = 1 << 16  # an unread body up to this size is read away to keep the connection
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who sends a request: the roles held, a worker's number, a name for people.
+
+    Roles imply nothing: an admin who may read holds ``reader`` as well. An
+    empty ``name`` is a stranger, who is told 401 instead of 403.
+    """
+
+    roles: frozenset[str] = frozenset()
+    worker: int | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one connection, or all of them, may cost; bytes and seconds."""
+
+    connections: int = 256
+    head_bytes: int = 32768
+    head_fields: int = 100
+    head_seconds: float = 20.0
+    body_seconds: float = 30.0  # a body may take this long, and
+    body_rate: float = 2000.0  # a second more for each so many bytes that came
+    idle_seconds: float = 75.0
+    send_seconds: float = 60.0
+    linger_seconds: float = 2.0  # reading on after a refusal, so that the client gets to see it
+    stop_seconds: float = 2.0
+
+
+class BodyReader:
+    """The body of a request, read once, from front to end.
+
+    ``length`` is the declared size, None when it comes in chunks. Reading past
+    ``limit``, which the route sets, is a ``ProtocolError`` 413; a body that
+    breaks off is a 400, one that comes too slowly a 408.
+    """
+
+    def __init__(self, pull: Callable[[int], bytes], length: int | None) -> None:
+        self.length = length
+        self.limit = BODY_LIMIT
+        self.received = 0
+        self.finished = length == 0
+        self.broken = False  # where it ends cannot be known any more
+        self._pull = pull
+
+    @classmethod
+    def of(cls, data: bytes) -> BodyReader:
+        """Return a body that is already here."""
+        return cls(io.BytesIO(data).read, len(data))
+
+    def read(self, size: int = -1) -> bytes:
+        """Return at most ``size`` bytes, ``b""`` at the end; all when it is negative."""
+        if size < 0:
+            return b"".join(self.blocks())
+        if self.length is not None and self.length > self.limit:
+            raise self._too_large()
+        try:
+            block = b"" if self.finished else self._pull(size)
+        except ProtocolError:
+            self.broken = True
+            raise
+        self.received += len(block)
+        if self.received > self.limit:
+            raise self._too_large()
+        self.finished = self.finished or not block or self.received == self.length
+        return block
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the body in blocks of at most ``BUFFER`` bytes."""
+        while True:
+            block = self.read(BUFFER)
+            if not block:
+                return
+            yield block
+
+    def _too_large(self) -> ProtocolError:
+        return ProtocolError(413, f"the body is larger than {format_size(self.limit)}")
+
+
+@dataclass
+class Request:
+    """One request. ``path`` is decoded; ``headers`` has lower-case names.
+
+    ``params`` holds what the route's wildcards matched. ``alive()`` is False
+    once the client has gone or the server is stopping: a handler that waits
+    looks at it now and then.
+    """
+
+    method: str
+    path: str
+    query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: BodyReader = field(default_factory=lambda: BodyReader.of(b""))
+    remote: str = "127.0.0.1"
+    identity: Identity = field(default_factory=Identity)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    alive: Callable[[], bool] = lambda: True
+
+    def json(self, limit: int = BODY_LIMIT) -> Any:
+        """Return the JSON body; ``ProtocolError`` 415, 413 or 400 when it is none."""
+        self._require_type("application/json")
+        self.body.limit = min(self.body.limit, limit)
+        try:
+            return _JSON.decode(self.text())
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(400, "the body is not JSON", str(error)) from error
+
+    def form(self) -> dict[str, str]:
+        """Return the fields of an HTML form; of a field given twice the last."""
+        self._require_type("application/x-www-form-urlencoded")
+        return _fields(self.text())
+
+    def text(self) -> str:
+        """Return the body as UTF-8 text; ``ProtocolError`` 400 when it is not."""
+        try:
+            return self.body.read().decode()
+        except UnicodeDecodeError as error:
+            raise ProtocolError(400, "the body is not UTF-8 text") from error
+
+    def _require_type(self, wanted: str) -> None:
+        given = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != wanted:
+            raise ProtocolError(415, f"the body must be {wanted}")
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """A body that is ``length`` bytes of an open file, from ``start``."""
+
+    file: BinaryIO
+    start: int
+    length: int
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class Stream:
+    """A body that is made while it is sent.
+
+    The first block is made at once: what fails before it is still an error
+    response, not a 200 that breaks off. An iterator that has nothing to say
+    for long yields ``b""`` now and then, so that it ends when nobody listens.
+    """
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._first = next(chunks, b"")
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the blocks as they are made; ``OSError`` when one cannot be made."""
+        yield self._first
+        try:
+            yield from self._chunks
+        except Exception as error:
+            log.exception("a response broke off while it was made")
+            raise OSError("the response broke off") from error
+
+    def close(self) -> None:
+        """End the iterator where it waits, if it is a generator."""
+        close = getattr(self._chunks, "close", None)
+        if close is not None:
+            close()
+
+
+@dataclass
+class Response:
+    """What is answered: a status, headers, and bytes, part of a file or a stream."""
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | FileSlice | Stream = b""
+
+    def close(self) -> None:
+        """Let go of what the body holds."""
+        if not isinstance(self.body, bytes):
+            self.body.close()
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """Return ``value`` as JSON."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Response(status, {"Content-Type": "application/json"}, text.encode())
+
+
+def text_response(text: str, status: int = 200, mime: str = "text/plain") -> Response:
+    """Return UTF-8 text of the type ``mime``."""
+    return Response(status, {"Content-Type": f"{mime}; charset=utf-8"}, text.encode())
+
+
+def html_response(text: str, status: int = 200) -> Response:
+    """Return an HTML page."""
+    return text_response(text, status, "text/html")
+
+
+def empty_response(status: int = 204) -> Response:
+    """Return a status and nothing else."""
+    return Response(status)
+
+
+def redirect(location: str, status: int = 303) -> Response:
+    """Send the browser to ``location``, with a GET."""
+    return Response(status, {"Location": location})
+
+
+def stream_response(chunks: Iterator[bytes], mime: str) -> Response:
+    """Return a body of unknown length that is made while it is sent: see ``Stream``."""
+    return Response(200, {"Content-Type": mime}, Stream(chunks))
+
+
+def file_response(path: Path, mime: str, request: Request, etag: str = "") -> Response:
+    """Return a file, or the one range of it that was asked for, or 304 or 416.
+
+    ``etag`` names the contents, best by their hash; without it size and time
+    do. No such file is a ``ProtocolError`` 404.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ProtocolError(404, f"{path.name} is not here") from error
+    status = os.fstat(file.fileno())
+    quoted = f'"{etag or f"{status.st_mtime_ns:x}-{status.st_size:x}"}"'
+    headers = {"Content-Type": mime, "ETag": quoted, "Accept-Ranges": "bytes"}
+    if _etag_matches(request.headers.get("if-none-match", ""), quoted):
+        file.close()
+        return Response(304, {"ETag": quoted})
+    wanted = _byte_range(request.headers, quoted, status.st_size)
+    if wanted is None:
+        return _file_part(file, 0, status.st_size, 200, headers)
+    headers["Content-Range"] = f"bytes {wanted[0]}-{wanted[1] - 1}/{status.st_size}"
+    if wanted[0] < wanted[1]:
+        return _file_part(file, wanted[0], wanted[1], 206, headers)
+    file.close()
+    response = _refusal(416, f"the file has {status.st_size} bytes")
+    response.headers["Content-Range"] = f"bytes */{status.st_size}"
+    return response
+
+
+Handler = Callable[..., Response]
+
+
+@dataclass(frozen=True)
+class route:  # noqa: N801 - it is used as a decorator
+    """Tags a method as the handler of a path; ``Router`` collects the tags.
+
+    In ``pattern``, ``<name>`` matches anything but a slash, ``<n:int>`` a
+    number, and ``<rest:path>`` slashes too. ``role`` is who may come in, one
+    of ``ROLES``; it has no default so that nothing is open by forgetfulness.
+    """
+
+    method: str
+    pattern: str
+    role: str
+    max_body: int = BODY_LIMIT
+    summary: str = ""
+
+    def __call__(self, function: Handler) -> Handler:
+        """Tag ``function``, and return it as it was."""
+        if self.role not in ROLES:
+            raise ValueError(f"{self.pattern}: there is no role {self.role!r}")
+        vars(function).setdefault("routes", []).append(self)
+        return function
+
+
+@dataclass(frozen=True)
+class BoundRoute:
+    """A route and the bound method that handles it."""
+
+    route: route
+    handler: Handler
+    regex: re.Pattern[str]
+
+    @property
+    def doc(self) -> str:
+        """The handler's docstring."""
+        return self.handler.__doc__ or ""
+
+
+class Router:
+    """Finds the handler of a request and makes a response of whatever comes out.
+
+    ``authenticate`` says who sends a request; ``allowed_hosts`` whether a name
+    in the Host header is one of ours (a browser that was lured to us under
+    another name by DNS rebinding is refused).
+    """
+
+    def __init__(self, *providers: object, authenticate: Callable[[Request], Identity],
+                 allowed_hosts: Callable[[str], bool] | None = None) -> None:
+        self._authenticate = authenticate
+        self._allowed_hosts = allowed_hosts
+        found = [bound for provider in providers for bound in _bound_routes(provider)]
+        # The more a pattern leaves open, the later it is tried.
+        self.routes = sorted(
+            found, key=lambda one: (":path>" in one.route.pattern, one.route.pattern.count("<"))
+        )
+        seen = collections.Counter((one.route.method, one.regex.pattern) for one in self.routes)
+        if seen and seen.most_common(1)[0][1] > 1:
+            raise ValueError(f"two routes are the same: {seen.most_common(1)[0][0]}")
+
+    def handle(self, request: Request) -> Response:
+        """Return the response to a request, an error response for any exception."""
+        try:
+            response = self._dispatch(request)
+            if _UNSENDABLE.search("".join(response.headers.values())):
+                response.close()
+                raise ValueError(f"a header field cannot be sent: {response.headers}")
+            return response
+        except Exception as error:
+            return _error_response(error, request)
+
+    def _dispatch(self, request: Request) -> Response:
+        self._check_host(request)
+        # HEAD is a GET of which the adaptor sends the head.
+        method = "GET" if request.method == "HEAD" else request.method
+        allowed: set[str] = set()
+        for bound in self.routes:
+            match = bound.regex.fullmatch(request.path)
+            if match is None:
+                continue
+            if bound.route.method == method:
+                return self._call(bound, match, request)
+            allowed.add(bound.route.method)
+        if not allowed:
+            raise ProtocolError(404, f"there is no {request.path} here")
+        response = _refusal(405, f"{request.path} does not take {request.method}")
+        allowed.update(["HEAD"] if "GET" in allowed else [])
+        response.headers["Allow"] = ", ".join(sorted(allowed))
+        return response
+
+    def _call(self, bound: BoundRoute, match: re.Match[str], request: Request) -> Response:
+        # The group's name ends in what it is converted to: see _compile.
+        request.params = {
+            name[:-4]: int(value) if name.endswith("_int") else value
+            for name, value in match.groupdict().items()
+        }
+        request.body.limit = bound.route.max_body
+        request.identity = self._authenticate(request)
+        if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
+            return bound.handler(request)
+        if request.identity.name:
+            raise ProtocolError(403, f"this needs the role '{bound.route.role}'")
+        response = _refusal(401, f"log in first: this needs the role '{bound.route.role}'")
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+    def _check_host(self, request: Request) -> None:
+        # Only browsers can be rebound, and they always send a Host.
+        host = request.headers.get("host")
+        if host is not None and self._allowed_hosts is not None:
+            name = re.sub(r":\d*$", "", host).strip("[]").lower()
+            if not self._allowed_hosts(name):
+                raise ProtocolError(403, f"this coordinator is not called {name}")
+
+
+class Server(http.server.HTTPServer):
+    """Serves a ``Router`` on a TCP port, one thread to a connection.
+
+    Port 0 picks a free one; ``port`` tells which. A port or an address that
+    cannot be had is a ``UserError``. What http.server does with a connection
+    is replaced: its limits, its parser and its logging are not for a farm.
+    """
+
+    request_queue_size = 128
+
+    def __init__(self, router: Router, host: str, port: int,
+                 tls: ssl.SSLContext | None = None, limits: Limits | None = None) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.router = router
+        self.tls = tls
+        self.limits = limits or Limits()
+        self.stopping = threading.Event()
+        self.changed = threading.Condition()  # held to touch connections
+        self.connections: set[_Connection] = set()
+        try:
+            super().__init__((host, port), http.server.BaseHTTPRequestHandler)
+        except OSError as error:
+            raise UserError(_cannot_listen(host, port, error)) from error
+        self.port: int = self.server_address[1]
+        self._thread = threading.Thread(target=self._accept, name="http", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer, in a thread of its own."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more requests, let those that run end, close all connections."""
+        self.stopping.set()
+        if self._thread.is_alive():
+            # A connection wakes it; serve_forever would look at a flag for ever instead.
+            host = str(self.server_address[0])
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            with contextlib.suppress(OSError):
+                socket.create_connection((host, self.port), 1).close()
+            self._thread.join(1)
+        self.server_close()
+        with self.changed:
+            for connection in self.connections:
+                if connection.idle:
+                    connection.cut()
+            # Not by a Clock: these are threads in system calls.
+            self.changed.wait_for(self._all_closed, self.limits.stop_seconds)
+            for connection in self.connections:
+                connection.cut()
+
+    def server_bind(self) -> None:
+        """Bind; unlike the inherited one without asking the DNS for our name, which may stall."""
+        if os.name != "nt":  # there the option would let two programs share the port
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.05)  # out of descriptors: the selector would call again at once
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread; drop it when there are too many."""
+        connection = _Connection(self, request, client_address[0])
+        with self.changed:
+            if len(self.connections) >= self.limits.connections:
+                log.warning("too many connections: one from %s is dropped", client_address[0])
+                request.close()
+                return
+            threading.Thread(target=connection.serve, name="http client", daemon=True).start()
+            self.connections.add(connection)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log that a connection could not be served."""
+        log.exception("a connection from %s could not be served", client_address)
+
+    def _accept(self) -> None:
+        while not self.stopping.is_set():
+            self.handle_request()
+
+    def _all_closed(self) -> bool:
+        return not self.connections
+
+
+class _Connection:
+    """One client: reads its requests, one after the other, and writes the responses."""
+
+    def __init__(self, server: Server, sock: socket.socket, remote: str) -> None:
+        self._server = server
+        self._limits = server.limits
+        self._sock = sock
+        self._remote = remote[7:] if remote.startswith("::ffff:") else remote
+        self._buffer = bytearray()  # received and not yet used
+        self.idle = True  # nothing is asked at the moment
+
+    def serve(self) -> None:
+        """Answer until one side has had enough."""
+        try:
+            self._open()
+            while self._next_request():
+                pass
+        except OSError as error:
+            log.debug("%s: connection ended: %s", self._remote, error)
+        except Exception:
+            log.exception("%s: connection failed", self._remote)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        with self._server.changed:
+            self._server.connections.discard(self)
+            self._server.changed.notify_all()
+            self._sock.close()
+
+    def cut(self) -> None:
+        """Break the connection; its own thread then closes it."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def alive(self) -> bool:
+        """Whether the client still waits and the server is not stopping."""
+        if self._server.stopping.is_set():
+            return False
+        timeout = self._sock.gettimeout()
+        self._sock.settimeout(0)
+        try:
+            # Below TLS: there, a client that waits sends nothing but its farewell.
+            data = socket.socket.recv(self._sock, 1, socket.MSG_PEEK)
+            return bool(data) and self._server.tls is None
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return False
+        finally:
+            self._sock.settimeout(timeout)
+
+    def receive(self, deadline: float) -> bool:
+        """Take in what comes next; False at the end, ``socket.timeout`` when late."""
+        self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        data = self._sock.recv(BUFFER)
+        self._buffer += data
+        return bool(data)
+
+    def take(self, size: int, deadline: float) -> bytes:
+        """Return 1 to ``size`` bytes of a body; ``ProtocolError`` when none come."""
+        try:
+            while not self._buffer:
+                if time.monotonic() > deadline:
+                    raise ProtocolError(408, "the body came too slowly")
+                if not self.receive(deadline):
+                    raise ProtocolError(400, "the body ended early")
+        except socket.timeout:
+            raise ProtocolError(408, "the body came too slowly") from None
+        except OSError as error:
+            raise ProtocolError(400, f"the connection broke: {error}") from error
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+    def go_on(self) -> None:
+        """Tell a client that waits with its body to send it."""
+        with contextlib.suppress(OSError):  # reading will show it
+            self._sock.settimeout(self._limits.send_seconds)
+            self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _open(self) -> None:
+        self._sock.settimeout(self._limits.head_seconds)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._server.tls is not None:
+            # Here, not where connections are accepted: a slow handshake holds up only itself.
+            self._sock = self._server.tls.wrap_socket(self._sock, server_side=True)
+
+    def _next_request(self) -> bool:
+        """Serve one request; False when it was the last of this connection."""
+        try:
+            head = self._read_head()
+            if head is None:
+                return False
+            request, old, last = self._parse(head)
+        except ProtocolError as error:
+            # Where the next request would begin is not known now: see RFC 9112, 6.3.
+            self._send(_error_response(error, None), "", old=False, last=True)
+            self._linger()
+            return False
+        response = self._server.router.handle(request)
+        unread = not self._drained(request)
+        last = last or unread or self._server.stopping.is_set()
+        log.debug("%s %s %r: %d", self._remote, request.method, request.path, response.status)
+        self._send(response, request.method, old, last)
+        if unread:
+            self._linger()
+        return not last
+
+    def _read_head(self) -> bytes | None:
+        """Return a request's lines, without the empty one; None when no request came."""
+        limits = self._limits
+        with self._server.changed:  # so that it is either seen as idle, or sees the stop
+            self.idle = not self._buffer
+            if self._server.stopping.is_set():
+                return None
+        patience = limits.idle_seconds if self.idle else limits.head_seconds
+        deadline = time.monotonic() + patience
+        searched = 0
+        try:
+            while True:
+                while self._buffer[:2] == b"\r\n":  # some clients end a body with a line end
+                    del self._buffer[:2]
+                end = _HEAD_END.search(self._buffer, searched)
+                if (end.end() if end else len(self._buffer)) > limits.head_bytes:
+                    raise ProtocolError(431, "the head of the request is too long")
+                if end:
+                    head = bytes(self._buffer[: end.start() + 1])
+                    del self._buffer[: end.end()]
+                    return head
+                searched = max(len(self._buffer) - 3, 0)
+                if not self.receive(deadline):
+                    return None
+                if self.idle:
+                    self.idle = False
+                    deadline = time.monotonic() + limits.head_seconds
+        except socket.timeout:
+            if self._buffer:
+                raise ProtocolError(408, "the request came too slowly") from None
+            return None
+
+    def _parse(self, head: bytes) -> tuple[Request, bool, bool]:
+        """Return the request, whether it is HTTP/1.0, whether it is to be the last."""
+        first, *lines = head.decode("latin-1").removesuffix("\r\n").split("\r\n")
+        match = _REQUEST_LINE.fullmatch(first)
+        if match is None:
+            raise ProtocolError(400, "this is not an HTTP/1 request")
+        method, host, target, minor = match.groups()
+        headers = _parse_fields(lines, self._limits)
+        if host is not None:
+            headers["host"] = host
+        old = minor == "0"
+        if not old and "host" not in headers:
+            raise ProtocolError(400, "the request has no Host")
+        path, _, query = target.partition("?")
+        length = _body_length(headers, old)
+        expects = headers.get("expect", "").lower() == "100-continue" and not old
+        body = _WireBody(self, length, self._limits, expects)
+        request = Request(
+            method, _decode(path), _fields(query), headers, BodyReader(body.read, length),
+            self._remote, alive=self.alive,
+        )
+        return request, old, old or "close" in headers.get("connection", "").lower()
+
+    def _drained(self, request: Request) -> bool:
+        """Read away the little that a handler left of a body; False when it is not little."""
+        body = request.body
+        awaited = "expect" in request.headers and not body.received  # it may never be sent
+        if body.finished or body.broken or awaited:
+            return body.finished
+        body.limit = body.received + _DRAIN_LIMIT
+        with contextlib.suppress(ProtocolError):
+            body.read()
+        return body.finished
+
+    def _send(self, response: Response, method: str, old: bool, last: bool) -> None:
+        body = response.body
+        extra = "Connection: close\r\n" if last else ""
+        try:
+            if isinstance(body, Stream) and not old:
+                extra += "Transfer-Encoding: chunked\r\n"
+            head = _head(response, extra)
+            self._sock.settimeout(self._limits.send_seconds)
+            if isinstance(body, bytes):
+                self._sock.sendall(head if method == "HEAD" else head + body)
+            elif method == "HEAD":
+                self._sock.sendall(head)
+            elif isinstance(body, FileSlice):
+                self._sock.sendall(head)
+                if self._sock.sendfile(body.file, body.start, body.length) != body.length:
+                    raise OSError("the file became shorter while it was sent")
+            else:
+                self._send_stream(head, body, old)
+        finally:
+            response.close()
+
+    def _send_stream(self, head: bytes, body: Stream, old: bool) -> None:
+        for chunk in body:
+            if chunk:
+                data = chunk if old else b"%x\r\n%b\r\n" % (len(chunk), chunk)
+                self._sock.sendall(head + data)
+            elif head:
+                self._sock.sendall(head)
+            elif not self.alive():
+                raise OSError("nobody listens to the stream")
+            head = b""
+            if self._server.stopping.is_set():
+                raise OSError("the server is stopping")
+        if not old:
+            self._sock.sendall(b"0\r\n\r\n")
+
+    def _linger(self) -> None:
+        """Close in a way that lets a client that is still sending read the response.
+
+        Closing with unread data makes TCP throw away what was sent.
+        """
+        deadline = time.monotonic() + self._limits.linger_seconds
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            while time.monotonic() < deadline and self.receive(deadline):
+                self._buffer.clear()
+
+
+class _WireBody:
+    """Takes a body off a connection, by its length or chunk by chunk."""
+
+    def __init__(self, connection: _Connection, length: int | None, limits: Limits,
+                 expects: bool) -> None:
+        self._connection = connection
+        self._left = length or 0  # of the body, or of the chunk
+        self._chunked = length is None
+        self._limits = limits
+        self._expects = expects
+        self._received = 0
+        self._start = 0.0
+
+    def read(self, size: int) -> bytes:
+        """Return 1 to ``size`` bytes, ``b""`` at the end."""
+        if not self._start:
+            self._start = time.monotonic()
+            if self._expects:
+                self._connection.go_on()
+        if self._chunked and not self._left:
+            self._next_chunk()
+        if not self._left:
+            return b""
+        block = self._take(min(size, self._left))
+        self._left -= len(block)
+        if self._chunked and not self._left and self._line():
+            raise ProtocolError(400, "a chunk of the body is longer than it said")
+        return block
+
+    def _take(self, size: int) -> bytes:
+        paid = self._received / self._limits.body_rate
+        data = self._connection.take(size, self._start + self._limits.body_seconds + paid)
+        self._received += len(data)
+        return data
+
+    def _next_chunk(self) -> None:
+        size = self._line().partition(b";")[0].strip(b" \t")
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,12}", size):
+            raise ProtocolError(400, "the body has a chunk without a size")
+        self._left = int(size, 16)
+        if not self._left:
+            self._chunked = False
+            for _ in range(self._limits.head_fields):
+                if not self._line():
+                    return
+            raise ProtocolError(431, "the body has too long a trailer")
+
+    def _line(self) -> bytes:
+        line = b""
+        while not line.endswith(b"\r\n"):
+            line += self._take(1)
+            if len(line) > 1000:
+                raise ProtocolError(400, "the body has too long a line between chunks")
+        return line[:-2]
+
+
+_HEAD_END = re.compile(rb"\n\r?\n")
+_REQUEST_LINE = re.compile(
+    r"([A-Z]{1,20}) (?:https?://([^/?\s]+))?(/[^\s\x00-\x1f\x7f]*) HTTP/1\.([0-9])"
+)
+_UNSENDABLE = re.compile("[\r\n\0\u0100-\U0010ffff]")
+_FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\n-\x1f\x7f]*)")
+_WILDCARD = re.compile(r"<([a-z]+)(?::(int|path))?>")
+_WILDCARD_REGEX = {"": "[^/]+", "int": "[0-9]{1,18}", "path": ".+"}
+
+# What is answered to an exception; the first that fits counts.
+_STATUS: tuple[tuple[type[FarmError], int], ...] = (
+    (UserError, 400),
+    (StaleLease, 410),
+    (IllegalTransition, 409),
+    (StoreError, 500),
+    (FarmError, 409),
+)
+
+
+def _bound_routes(provider: object) -> Iterator[BoundRoute]:
+    for owner in type(provider).__mro__:
+        for name, member in vars(owner).items():
+            for tag in getattr(member, "routes", ()) if callable(member) else ():
+                yield BoundRoute(tag, getattr(provider, name), _compile(tag.pattern))
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """Return the regular expression of a route's pattern.
+
+    Groups are called ``name_int`` or ``name_str``, after what they become.
+    """
+    regex, position = "", 0
+    for match in _WILDCARD.finditer(pattern):
+        name, kind = match[1], match[2] or ""
+        regex += re.escape(pattern[position : match.start()])
+        regex += f"(?P<{name}_{'int' if kind == 'int' else 'str'}>{_WILDCARD_REGEX[kind]})"
+        position = match.end()
+    return re.compile(regex + re.escape(pattern[position:]), re.DOTALL)
+
+
+def _refusal(status: int, message: str, detail: Any = None) -> Response:
+    return json_response({"error": message, "detail": detail}, status)
+
+
+def _error_response(error: Exception, request: Request | None) -> Response:
+    if isinstance(error, ProtocolError):
+        return _refusal(error.status, str(error), error.detail)
+    if not isinstance(error, FarmError):
+        place = f"{request.method} {request.path!r}" if request else "a request"
+        log.error("%s failed", place, exc_info=error)
+        return _refusal(500, "the coordinator made a mistake: its log says which")
+    status = next(status for kind, status in _STATUS if isinstance(error, kind))
+    if status >= 500:
+        log.warning("%s", error)
+    return _refusal(status, str(error))
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _fields(text: str) -> dict[str, str]:
+    """Return the fields of a query or a form; ``ProtocolError`` 400 for too many."""
+    if not text:
+        return {}
+    try:
+        return dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=1000))
+    except ValueError as error:
+        raise ProtocolError(400, "the request has too many fields") from error
+
+
+def _decode(path: str) -> str:
+    """Return a path as people write it, from its form in the request line."""
+    if "%" not in path and path.isascii():
+        return path
+    try:
+        text = urllib.parse.unquote_to_bytes(path.encode("latin-1")).decode()
+    except UnicodeDecodeError as error:
+        raise ProtocolError(400, "the path is not UTF-8") from error
+    if "\0" in text:
+        raise ProtocolError(400, "the path has a zero byte in it")
+    return text
+
+
+def _parse_fields(lines: list[str], limits: Limits) -> dict[str, str]:
+    """Return the header fields; those given twice are joined where that has a meaning."""
+    if len(lines) > limits.head_fields:
+        raise ProtocolError(431, "the request has too many header fields")
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _FIELD.fullmatch(line)
+        if match is None:
+            raise ProtocolError(400, "a header field is malformed")
+        name, value = match[1].lower(), match[2].strip(" \t")
+        if name in headers:
+            if name in ("host", "content-length", "transfer-encoding", "authorization"):
+                raise ProtocolError(400, f"the request has two {name} fields")
+            value = f"{headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
+        headers[name] = value
+    return headers
+
+
+def _body_length(headers: Mapping[str, str], old: bool) -> int | None:
+    """Return how long the body is, None when it is chunked; anything odd is refused.
+
+    Two parties that disagree about where a body ends can be made to see
+    different requests, so nothing is guessed.
+    """
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is None:
+        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+            raise ProtocolError(400, "the Content-Length is not a number")
+        return int(length or 0)
+    if length is not None or old:
+        raise ProtocolError(400, "a body has either a length or chunks, those only in HTTP/1.1")
+    if coding.lower() != "chunked":
+        raise ProtocolError(501, f"the transfer coding {coding!r} is not known here")
+    return None
+
+
+def _head(response: Response, extra: str) -> bytes:
+    """Return the status line and the header of a response, with the empty line."""
+    status = response.status
+    headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", **response.headers}
+    if isinstance(response.body, FileSlice):
+        headers["Content-Length"] = str(response.body.length)
+    elif isinstance(response.body, bytes) and status not in (204, 304):
+        headers["Content-Length"] = str(len(response.body))
+    fields = [f"{name}: {value}" for name, value in headers.items()]
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+    reason = http.client.responses.get(status, "")
+    lines = [f"HTTP/1.1 {status} {reason}", f"Date: {date}", *fields, extra + "\r\n"]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def _etag_matches(header: str, etag: str) -> bool:
+    given = [part.strip() for part in header.split(",")]
+    return "*" in given or etag in given or f"W/{etag}" in given
+
+
+def _byte_range(headers: Mapping[str, str], etag: str, size: int) -> tuple[int, int] | None:
+    """Return start and end of the range that is asked for, None for the whole file.
+
+    Several ranges are answered with the whole file, as is allowed; a range
+    that the file does not have comes out empty.
+    """
+    match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", headers.get("range", ""))
+    if match is None or match[0] == "bytes=-" or headers.get("if-range", etag) != etag:
+        return None
+    if not match[1]:
+        return (max(size - int(match[2]), 0), size) if int(match[2]) else (size, size)
+    start = int(match[1])
+    end = min(int(match[2]) + 1, size) if match[2] else size
+    return None if match[2] and int(match[2]) < start else (start, max(start, end))
+
+
+def _file_part(file: BinaryIO, start: int, end: int, status: int,
+               headers: dict[str, str]) -> Response:
+    if end - start > BUFFER:
+        return Response(status, headers, FileSlice(file, start, end - start))
+    with file:  # little enough to travel with the head
+        file.seek(start)
+        return Response(status, headers, file.read(end - start))
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is in use: is another povfarm running here? choose another with --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} needs administrator rights: choose one above 1023 with --port"
+    return f"cannot listen on {host} port {port}: {error.strerror or error}"
+# === 9. STORE ================================================================
+# All SQL, and the directory of blobs. Methods are single statements with a
+# name; what they mean for the farm is SCHEDULER's. No network, no rules.
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE meta (
+        key TEXT PRIMARY KEY, value TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE worker (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, token TEXT NOT NULL UNIQUE,
+        state TEXT NOT NULL, code TEXT NOT NULL, cores INTEGER NOT NULL, memory INTEGER NOT NULL,
+        system TEXT NOT NULL, engines TEXT NOT NULL, tags TEXT NOT NULL, address TEXT NOT NULL,
+        joined REAL NOT NULL
+    );
+    CREATE TABLE blob (
+        sha256 TEXT PRIMARY KEY, size INTEGER NOT NULL, stored REAL NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE manifest (
+        key TEXT PRIMARY KEY, wire TEXT NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE manifest_blob (
+        manifest TEXT NOT NULL REFERENCES manifest ON DELETE CASCADE, sha256 TEXT NOT NULL,
+        PRIMARY KEY (manifest, sha256)
+    ) WITHOUT ROWID;
+    CREATE INDEX manifest_blob_sha256 ON manifest_blob (sha256);
+    CREATE TABLE job (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, state TEXT NOT NULL,
+        reason TEXT NOT NULL DEFAULT '', owner TEXT NOT NULL, pov TEXT NOT NULL,
+        manifest TEXT NOT NULL REFERENCES manifest, priority INTEGER NOT NULL,
+        max_workers INTEGER NOT NULL, retry_limit INTEGER NOT NULL, in_order INTEGER NOT NULL,
+        created REAL NOT NULL, started REAL, finished REAL,
+        queued INTEGER NOT NULL DEFAULT 0, leased INTEGER NOT NULL DEFAULT 0,
+        done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
+        cancelled INTEGER NOT NULL DEFAULT 0, cpu REAL NOT NULL DEFAULT 0,
+        wall REAL NOT NULL DEFAULT 0
+    );
+    CREATE INDEX job_state ON job (state, priority);
+    CREATE INDEX job_manifest ON job (manifest);
+    CREATE TABLE task (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+        frame INTEGER NOT NULL, slice INTEGER NOT NULL DEFAULT 0, name TEXT NOT NULL,
+        state TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0, worker INTEGER, finished REAL,
+        sha256 TEXT, size INTEGER, cpu REAL, wall REAL, memory INTEGER,
+        UNIQUE (job, frame, slice)
+    );
+    CREATE INDEX task_state ON task (job, state, frame);
+    CREATE TABLE lease (
+        id TEXT PRIMARY KEY, worker INTEGER NOT NULL REFERENCES worker,
+        job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE, granted REAL NOT NULL,
+        ended REAL, why TEXT NOT NULL DEFAULT ''
+    ) WITHOUT ROWID;
+    CREATE INDEX lease_live ON lease (job) WHERE ended IS NULL;
+    CREATE TABLE attempt (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        task INTEGER NOT NULL REFERENCES task ON DELETE CASCADE,
+        lease TEXT NOT NULL REFERENCES lease ON DELETE CASCADE, worker INTEGER NOT NULL,
+        state TEXT NOT NULL, started REAL NOT NULL, ended REAL,
+        message TEXT NOT NULL DEFAULT '', log TEXT NOT NULL DEFAULT '',
+        UNIQUE (task, lease)
+    );
+    CREATE INDEX attempt_lease ON attempt (lease);
+    CREATE INDEX attempt_worker ON attempt (worker, state);
+    CREATE TABLE event (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job INTEGER, frame INTEGER,
+        worker INTEGER, what TEXT NOT NULL, text TEXT NOT NULL
+    );
+    CREATE INDEX event_job ON event (job);
+    """,
+)
+
+Row = sqlite3.Row
+
+
+class Store:
+    """The farm's database and blobs under one data directory.
+
+    ``durable`` False skips the waits for the disk: for a farm whose data
+    nobody needs after its process has ended. Raises ``StoreError`` when the
+    directory or the database cannot be used.
+    """
+
+    def __init__(self, root: Path, durable: bool = True) -> None:
+        self.root = root
+        self.durable = durable
+        self._lock = threading.RLock()
+        self._readers: list[sqlite3.Connection] = []
+        try:
+            for name in ("blobs", "jobs"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+            self._writer = self._connect()
+            self._migrate()
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the data directory {root} cannot be used: {error}") from None
+
+    def close(self) -> None:
+        """Close every connection; the store cannot be used afterwards."""
+        with self._lock:
+            for connection in [self._writer, *self._readers]:
+                connection.close()
+
+    @contextlib.contextmanager
+    def tx(self) -> Iterator[Tx]:
+        """One writer at a time: all of the block is done, or nothing of it."""
+        with self._lock:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield Tx(self._writer)
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Tx]:
+        """Look at the database as it is at this moment; writes are refused."""
+        with self._lock:
+            connection = self._readers.pop() if self._readers else self._connect(writes=False)
+        try:
+            connection.execute("BEGIN")
+            yield Tx(connection)
+        finally:
+            connection.execute("COMMIT")
+            with self._lock:
+                self._readers.append(connection)
+
+    def blob_path(self, sha256: str) -> Path:
+        """Return where the contents with this hash are, or would be."""
+        return self.root / "blobs" / sha256[:2] / sha256[2:]
+
+    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> int:
+        """Store contents as they come and return their size in bytes.
+
+        ``ProtocolError`` 422, and nothing kept, when the hash is another one.
+        """
+        path = self.blob_path(sha256)
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_name(f".{secrets.token_hex(8)}.part")
+        digest, size = hashlib.sha256(), 0
+        try:
+            with open(part, "wb") as file:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
+                    file.write(chunk)
+                self._sync(file)
+            if digest.hexdigest() != sha256:
+                raise ProtocolError(422, "the contents do not have the hash that they came under")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+        return size
+
+    def job_directory(self, job: int, name: str) -> Path:
+        """Return the directory of a job's images, such as ``jobs/7-camera2``."""
+        slug = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "job"
+        return self.root / "jobs" / f"{job}-{slug}"
+
+    def put_image(self, directory: Path, name: str, data: bytes) -> None:
+        """Write a finished image so that it is there whole or not at all."""
+        directory.mkdir(parents=True, exist_ok=True)
+        part = directory / f".{secrets.token_hex(8)}.part"
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                self._sync(file)
+            os.replace(part, safe_join(directory, name))
+        finally:
+            part.unlink(missing_ok=True)
+
+    def put_log(self, directory: Path, name: str, text: bytes) -> str:
+        """Keep the renderer's text of one attempt; return its name below ``directory``."""
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+        safe_join(directory / "logs", name).write_bytes(text)
+        return f"logs/{name}"
+
+    def _sync(self, file: BinaryIO) -> None:
+        file.flush()
+        if self.durable:
+            os.fsync(file.fileno())
+
+    def _connect(self, writes: bool = True) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.root / "farm.db", timeout=30, isolation_level=None, check_same_thread=False
+        )
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA foreign_keys = ON")
+        if writes:
+            connection.execute("PRAGMA journal_mode = WAL")
+            level = "PRAGMA synchronous = FULL" if self.durable else "PRAGMA synchronous = OFF"
+            connection.execute(level)
+        else:
+            connection.execute("PRAGMA query_only = ON")
+        return connection
+
+    def _migrate(self) -> None:
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"{self.root / 'farm.db'} was written by a newer povfarm: use that version"
+            )
+        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+            self._writer.executescript(
+                f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
+            )
+
+
+class Tx:
+    """One transaction: every statement that the farm runs, by name."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    # --- the farm itself
+
+    def meta(self, key: str) -> str:
+        """Return a value of the farm itself, or an empty text."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = :key", {"key": key}).fetchone()
+        return row["value"] if row else ""
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Set a value of the farm itself."""
+        self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (:key, :value)",
+                         {"key": key, "value": value})
+
+    def add_event(self, now: float, what: str, text: str, job: int | None = None,
+                  frame: int | None = None, worker: int | None = None) -> None:
+        """Append to the story of the farm."""
+        self._db.execute(
+            """INSERT INTO event (time, job, frame, worker, what, text)
+               VALUES (:now, :job, :frame, :worker, :what, :text)""",
+            {"now": now, "job": job, "frame": frame, "worker": worker, "what": what, "text": text})
+
+    def events(self, after: int, limit: int) -> list[Row]:
+        """Return events with a higher id, oldest first."""
+        return self._db.execute(
+            "SELECT * FROM event WHERE id > :after ORDER BY id LIMIT :limit",
+            {"after": after, "limit": limit}).fetchall()
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 when there is none."""
+        return int(self._db.execute("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
+
+    def drop_events(self, before: int) -> None:
+        """Forget old events."""
+        self._db.execute("DELETE FROM event WHERE id < :before", {"before": before})
+
+    # --- workers
+
+    def add_worker(self, info: WorkerInfo, token: str, state: WorkerState, code: str,
+                   address: str, now: float) -> int:
+        """Add a worker and return its id; ``token`` is the hash of its secret."""
+        cursor = self._db.execute(
+            """INSERT INTO worker (name, token, state, code, cores, memory, system, engines, tags,
+                                   address, joined)
+               VALUES (:name, :token, :state, :code, :cores, :memory, :system, :engines, :tags,
+                       :address, :now)""",
+            {"name": info.name, "token": token, "state": state.value, "code": code,
+             "cores": info.cores, "memory": info.memory, "system": info.system,
+             "engines": json.dumps(dict(info.engines)), "tags": json.dumps(info.tags),
+             "address": address, "now": now})
+        return int(cursor.lastrowid or 0)
+
+    def set_worker_info(self, worker: int, info: WorkerInfo, address: str) -> None:
+        """Replace what a worker says of itself."""
+        self._db.execute(
+            """UPDATE worker SET name = :name, cores = :cores, memory = :memory, system = :system,
+                                 engines = :engines, tags = :tags, address = :address
+               WHERE id = :id""",
+            {"id": worker, "name": info.name, "cores": info.cores, "memory": info.memory,
+             "system": info.system, "engines": json.dumps(dict(info.engines)),
+             "tags": json.dumps(info.tags), "address": address})
+
+    def worker(self, worker: int) -> Row | None:
+        """Return one worker."""
+        return cast("Row | None", self._db.execute(
+            "SELECT * FROM worker WHERE id = :id", {"id": worker}).fetchone())
+
+    def worker_by_token(self, token: str) -> Row | None:
+        """Return the worker whose secret has this hash."""
+        return cast("Row | None", self._db.execute(
+            "SELECT * FROM worker WHERE token = :token AND state != 'removed'",
+            {"token": token}).fetchone())
+
+    def workers(self) -> list[Row]:
+        """Return every worker that was not removed."""
+        return self._db.execute(
+            "SELECT * FROM worker WHERE state != 'removed' ORDER BY id").fetchall()
+
+    def set_worker_state(self, worker: int, state: WorkerState) -> bool:
+        """Admit or remove a worker; False when there is none of that id."""
+        return self._db.execute(
+            "UPDATE worker SET state = :state WHERE id = :id AND state != 'removed'",
+            {"id": worker, "state": state.value}).rowcount == 1
+
+    # --- files
+
+    def add_blob(self, sha256: str, size: int, now: float) -> None:
+        """Record contents that are on disk already."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO blob (sha256, size, stored) VALUES (:sha256, :size, :now)",
+            {"sha256": sha256, "size": size, "now": now})
+
+    def has_blob(self, sha256: str) -> bool:
+        """Tell whether contents with this hash are stored."""
+        return self._db.execute("SELECT 1 FROM blob WHERE sha256 = :sha256",
+                                {"sha256": sha256}).fetchone() is not None
+
+    def blob_wanted(self, sha256: str) -> bool:
+        """Tell whether a manifest names these contents."""
+        return self._db.execute("SELECT 1 FROM manifest_blob WHERE sha256 = :sha256 LIMIT 1",
+                                {"sha256": sha256}).fetchone() is not None
+
+    def add_manifest(self, manifest: Manifest) -> None:
+        """Record a manifest, once however many jobs use it."""
+        self._db.execute("INSERT OR IGNORE INTO manifest (key, wire) VALUES (:key, :wire)",
+                         {"key": manifest.key, "wire": json.dumps(manifest.to_wire())})
+        self._db.executemany(
+            "INSERT OR IGNORE INTO manifest_blob (manifest, sha256) VALUES (:key, :sha256)",
+            [{"key": manifest.key, "sha256": file.sha256} for file in manifest.files])
+
+    def manifest(self, key: str) -> str:
+        """Return a manifest's JSON text, or an empty text."""
+        row = self._db.execute("SELECT wire FROM manifest WHERE key = :key",
+                               {"key": key}).fetchone()
+        return row["wire"] if row else ""
+
+    def missing_blobs(self, manifest: str) -> list[str]:
+        """Return the hashes that a manifest names and that are not stored."""
+        return [row["sha256"] for row in self._db.execute(
+            """SELECT sha256 FROM manifest_blob WHERE manifest = :key
+               AND sha256 NOT IN (SELECT sha256 FROM blob) ORDER BY sha256""", {"key": manifest})]
+
+    def drop_manifests(self) -> None:
+        """Forget the manifests that no job uses."""
+        self._db.execute("DELETE FROM manifest WHERE key NOT IN (SELECT manifest FROM job)")
+
+    def unused_blobs(self, before: float) -> list[str]:
+        """Return the hashes that no manifest names and that are older than ``before``."""
+        return [row["sha256"] for row in self._db.execute(
+            """SELECT sha256 FROM blob WHERE stored < :before
+               AND sha256 NOT IN (SELECT sha256 FROM manifest_blob)""", {"before": before})]
+
+    def drop_blob(self, sha256: str) -> None:
+        """Forget contents, before their file is deleted."""
+        self._db.execute("DELETE FROM blob WHERE sha256 = :sha256", {"sha256": sha256})
+
+    # --- jobs
+
+    def add_job(self, name: str, owner: str, pov: PovJob, manifest: str, options: JobOptions,
+                now: float) -> int:
+        """Add a waiting job without tasks and return its id."""
+        cursor = self._db.execute(
+            """INSERT INTO job (name, state, owner, pov, manifest, priority, max_workers,
+                                retry_limit, in_order, created)
+               VALUES (:name, 'waiting', :owner, :pov, :manifest, :priority, :max_workers,
+                       :retry_limit, :in_order, :now)""",
+            {**vars(options), "name": name, "owner": owner, "pov": json.dumps(pov.to_wire()),
+             "manifest": manifest, "now": now})
+        return int(cursor.lastrowid or 0)
+
+    def add_tasks(self, job: int, tasks: Iterable[tuple[int, str]]) -> None:
+        """Add queued tasks, given as frame and file name, and count them."""
+        rows = [{"job": job, "frame": frame, "name": name} for frame, name in tasks]
+        self._db.executemany(
+            "INSERT INTO task (job, frame, name, state) VALUES (:job, :frame, :name, 'queued')",
+            rows)
+        self._db.execute("UPDATE job SET queued = queued + :count WHERE id = :job",
+                         {"job": job, "count": len(rows)})
+
+    def job(self, job: int) -> Row | None:
+        """Return one job."""
+        return cast("Row | None", self._db.execute(
+            "SELECT * FROM job WHERE id = :id", {"id": job}).fetchone())
+
+    def jobs(self, after: int, limit: int) -> list[Row]:
+        """Return jobs, the newest first; ``after`` is the last id already seen, or 0."""
+        return self._db.execute(
+            """SELECT * FROM job WHERE (:after = 0 OR id < :after)
+               ORDER BY id DESC LIMIT :limit""", {"after": after, "limit": limit}).fetchall()
+
+    def waiting_jobs(self) -> list[Row]:
+        """Return the jobs whose files have not all come."""
+        return self._db.execute("SELECT * FROM job WHERE state = 'waiting'").fetchall()
+
+    def leasable_jobs(self) -> list[Row]:
+        """Return active jobs in the order in which they may be served.
+
+        Higher priority first; among equals the one with the fewest runs under
+        way, so that each gets its share; then the oldest.
+        """
+        return self._db.execute(
+            """SELECT job.*, (SELECT COUNT(*) FROM lease
+                              WHERE lease.job = job.id AND lease.ended IS NULL) AS runs
+               FROM job WHERE state = 'active' AND queued + leased > 0
+               ORDER BY priority DESC, runs, id""").fetchall()
+
+    def set_job_state(self, job: int, frm: JobState, to: JobState, reason: str,
+                      finished: float | None) -> bool:
+        """Move a job from one state to another; False when it was in neither."""
+        return self._db.execute(
+            """UPDATE job SET state = :to, reason = :reason, finished = :finished
+               WHERE id = :id AND state = :frm""",
+            {"id": job, "frm": frm.value, "to": to.value, "reason": reason,
+             "finished": finished}).rowcount == 1
+
+    def set_job_started(self, job: int, now: float) -> None:
+        """Note when the first task of a job was given out."""
+        self._db.execute("UPDATE job SET started = :now WHERE id = :id AND started IS NULL",
+                         {"id": job, "now": now})
+
+    def set_job_options(self, job: int, options: JobOptions) -> None:
+        """Change how a job is treated."""
+        self._db.execute(
+            """UPDATE job SET priority = :priority, max_workers = :max_workers,
+                              retry_limit = :retry_limit, in_order = :in_order
+               WHERE id = :id""", {**vars(options), "id": job})
+
+    def add_job_cost(self, job: int, cost: Cost) -> None:
+        """Add what a finished task cost."""
+        self._db.execute("UPDATE job SET cpu = cpu + :cpu, wall = wall + :wall WHERE id = :id",
+                         {"id": job, "cpu": cost.cpu, "wall": cost.wall})
+
+    def drop_job(self, job: int) -> None:
+        """Forget a job with its tasks, leases and attempts."""
+        self._db.execute("DELETE FROM job WHERE id = :id", {"id": job})
+
+    def count_task(self, job: int, frm: TaskState, to: TaskState) -> None:
+        """Keep the job's counters equal to its rows when one task changes."""
+        self._db.execute(
+            """UPDATE job SET
+                 queued = queued + (:to = 'queued') - (:frm = 'queued'),
+                 leased = leased + (:to = 'leased') - (:frm = 'leased'),
+                 done = done + (:to = 'done') - (:frm = 'done'),
+                 failed = failed + (:to = 'failed') - (:frm = 'failed'),
+                 cancelled = cancelled + (:to = 'cancelled') - (:frm = 'cancelled')
+               WHERE id = :id""", {"id": job, "frm": frm.value, "to": to.value})
+
+    # --- tasks
+
+    def task(self, task: int) -> Row | None:
+        """Return one task."""
+        return cast("Row | None", self._db.execute(
+            "SELECT * FROM task WHERE id = :id", {"id": task}).fetchone())
+
+    def task_of_frame(self, job: int, frame: int) -> Row | None:
+        """Return the task of one frame."""
+        return cast("Row | None", self._db.execute(
+            "SELECT * FROM task WHERE job = :job AND frame = :frame ORDER BY slice",
+            {"job": job, "frame": frame}).fetchone())
+
+    def tasks(self, job: int, after: int = -1, limit: int = -1) -> list[Row]:
+        """Return a job's tasks by frame; ``after`` is the last frame already seen."""
+        return self._db.execute(
+            """SELECT * FROM task WHERE job = :job AND frame > :after
+               ORDER BY frame, slice LIMIT :limit""",
+            {"job": job, "after": after, "limit": limit}).fetchall()
+
+    def tasks_in(self, job: int, state: TaskState) -> list[Row]:
+        """Return the tasks of a job that are in one state, by frame."""
+        return self._db.execute(
+            "SELECT * FROM task WHERE job = :job AND state = :state ORDER BY frame, slice",
+            {"job": job, "state": state.value}).fetchall()
+
+    def next_tasks(self, job: int, worker: int, limit: int) -> list[Row]:
+        """Return queued tasks by frame that this worker has not failed yet."""
+        return self._db.execute(
+            """SELECT * FROM task WHERE job = :job AND state = 'queued' AND NOT EXISTS (
+                 SELECT 1 FROM attempt WHERE attempt.task = task.id
+                 AND attempt.worker = :worker AND attempt.state = 'failed')
+               ORDER BY frame, slice LIMIT :limit""",
+            {"job": job, "worker": worker, "limit": limit}).fetchall()
+
+    def newest_task(self) -> Row | None:
+        """Return the task that was finished last."""
+        return cast("Row | None", self._db.execute(
+            """SELECT * FROM task WHERE state = 'done'
+               ORDER BY finished DESC, id DESC LIMIT 1""").fetchone())
+
+    def newest_task_of(self, job: int) -> Row | None:
+        """Return the task of one job that was finished last."""
+        return cast("Row | None", self._db.execute(
+            """SELECT * FROM task WHERE job = :job AND state = 'done'
+               ORDER BY finished DESC, id DESC LIMIT 1""", {"job": job}).fetchone())
+
+    def set_task_state(self, task: int, frm: TaskState, to: TaskState) -> bool:
+        """Move a task from one state to another; False when it was not there."""
+        return self._db.execute(
+            "UPDATE task SET state = :to WHERE id = :id AND state = :frm",
+            {"id": task, "frm": frm.value, "to": to.value}).rowcount == 1
+
+    def set_task_result(self, task: int, worker: int, sha256: str, size: int, cost: Cost,
+                        now: float) -> None:
+        """Record the accepted image of a task."""
+        self._db.execute(
+            """UPDATE task SET worker = :worker, sha256 = :sha256, size = :size, cpu = :cpu,
+                               wall = :wall, memory = :memory, finished = :now
+               WHERE id = :id""",
+            {**vars(cost), "id": task, "worker": worker, "sha256": sha256, "size": size,
+             "now": now})
+
+    def set_tries(self, task: int, tries: int) -> None:
+        """Set how often a task has failed."""
+        self._db.execute("UPDATE task SET tries = :tries WHERE id = :id",
+                         {"id": task, "tries": tries})
+
+    # --- leases and attempts
+
+    def add_lease(self, lease: str, worker: int, job: int, tasks: Iterable[int],
+                  now: float) -> None:
+        """Add a live lease with one live attempt for each of its tasks."""
+        self._db.execute(
+            """INSERT INTO lease (id, worker, job, granted)
+               VALUES (:lease, :worker, :job, :now)""",
+            {"lease": lease, "worker": worker, "job": job, "now": now})
+        self._db.executemany(
+            """INSERT INTO attempt (task, lease, worker, state, started)
+               VALUES (:task, :lease, :worker, 'live', :now)""",
+            [{"task": task, "lease": lease, "worker": worker, "now": now} for task in tasks])
+
+    def lease(self, lease: str) -> Row | None:
+        """Return one lease."""
+        return cast("Row | None", self._db.execute(
+            "SELECT * FROM lease WHERE id = :id", {"id": lease}).fetchone())
+
+    def live_leases(self) -> list[Row]:
+        """Return every lease that has not ended."""
+        return self._db.execute(
+            "SELECT * FROM lease WHERE ended IS NULL ORDER BY granted").fetchall()
+
+    def job_workers(self, job: int) -> set[int]:
+        """Return the workers that hold a live lease of a job."""
+        return {row["worker"] for row in self._db.execute(
+            "SELECT DISTINCT worker FROM lease WHERE job = :job AND ended IS NULL",
+            {"job": job})}
+
+    def end_lease(self, lease: str, why: str, now: float) -> None:
+        """End a lease; its attempts are ended by their own statements."""
+        self._db.execute(
+            "UPDATE lease SET ended = :now, why = :why WHERE id = :id AND ended IS NULL",
+            {"id": lease, "why": why, "now": now})
+
+    def attempt(self, task: int, lease: str) -> Row | None:
+        """Return the attempt of a task under a lease."""
+        return cast("Row | None", self._db.execute(
+            "SELECT * FROM attempt WHERE task = :task AND lease = :lease",
+            {"task": task, "lease": lease}).fetchone())
+
+    def attempts(self, task: int) -> list[Row]:
+        """Return every attempt of a task, oldest first, with the worker's name."""
+        return self._db.execute(
+            """SELECT attempt.*, worker.name AS worker_name
+               FROM attempt JOIN worker ON worker.id = attempt.worker
+               WHERE task = :task ORDER BY attempt.id""", {"task": task}).fetchall()
+
+    def live_attempts_of_task(self, task: int) -> list[Row]:
+        """Return the attempts of a task that are under way."""
+        return self._db.execute(
+            "SELECT * FROM attempt WHERE task = :task AND state = 'live' ORDER BY id",
+            {"task": task}).fetchall()
+
+    def live_attempts_of_lease(self, lease: str) -> list[Row]:
+        """Return the attempts under a lease that are under way."""
+        return self._db.execute(
+            "SELECT * FROM attempt WHERE lease = :lease AND state = 'live' ORDER BY id",
+            {"lease": lease}).fetchall()
+
+    def live_attempts_of_job(self, job: int) -> list[Row]:
+        """Return the attempts of a job's tasks that are under way, oldest lease first."""
+        return self._db.execute(
+            """SELECT attempt.*, task.frame AS frame
+               FROM attempt JOIN task ON task.id = attempt.task
+               WHERE task.job = :job AND attempt.state = 'live'
+               ORDER BY attempt.started, task.frame DESC""", {"job": job}).fetchall()
+
+    def end_attempt(self, attempt: int, state: AttemptState, now: float, message: str = "",
+                    log: str = "") -> None:
+        """End a live attempt with its result."""
+        self._db.execute(
+            """UPDATE attempt SET state = :state, ended = :now, message = :message, log = :log
+               WHERE id = :id""",
+            {"id": attempt, "state": state.value, "now": now, "message": message, "log": log})
+
+    def failed_workers(self, task: int) -> set[int]:
+        """Return the workers that failed a task."""
+        return {row["worker"] for row in self._db.execute(
+            "SELECT DISTINCT worker FROM attempt WHERE task = :task AND state = 'failed'",
+            {"task": task})}
+
+    def forget_failures(self, task: int) -> None:
+        """Let every worker try a task again."""
+        self._db.execute(
+            "UPDATE attempt SET state = 'released' WHERE task = :task AND state = 'failed'",
+            {"task": task})
+
+    def job_record(self, job: int, worker: int) -> dict[str, int]:
+        """Return how many attempts of a job one worker ended in each state."""
+        return {row["state"]: row["count"] for row in self._db.execute(
+            """SELECT attempt.state AS state, COUNT(*) AS count
+               FROM attempt JOIN task ON task.id = attempt.task
+               WHERE attempt.worker = :worker AND task.job = :job
+               GROUP BY attempt.state""", {"job": job, "worker": worker})}
+
+    def recent_attempts(self, worker: int, limit: int) -> list[str]:
+        """Return how a worker's last attempts ended, the newest first."""
+        return [row["state"] for row in self._db.execute(
+            """SELECT state FROM attempt WHERE worker = :worker AND state IN ('done', 'failed')
+               ORDER BY id DESC LIMIT :limit""", {"worker": worker, "limit": limit})]
+
+    def first_failure(self, job: int) -> Row | None:
+        """Return the newest failed attempt of a job with its frame, to show to a person."""
+        return cast("Row | None", self._db.execute(
+            """SELECT attempt.*, task.frame AS frame
+               FROM attempt JOIN task ON task.id = attempt.task
+               WHERE task.job = :job AND attempt.state = 'failed'
+               ORDER BY attempt.id DESC LIMIT 1""", {"job": job}).fetchone())
+
+    # --- invariants
+
+    def wrong_counters(self) -> list[int]:
+        """Return the jobs whose counters differ from their rows."""
+        return [row["id"] for row in self._db.execute(
+            """SELECT job.id AS id FROM job LEFT JOIN task ON task.job = job.id GROUP BY job.id
+               HAVING queued != COALESCE(SUM(task.state = 'queued'), 0)
+                   OR leased != COALESCE(SUM(task.state = 'leased'), 0)
+                   OR done != COALESCE(SUM(task.state = 'done'), 0)
+                   OR failed != COALESCE(SUM(task.state = 'failed'), 0)
+                   OR cancelled != COALESCE(SUM(task.state = 'cancelled'), 0)""")]
+
+    def tasks_out_of_step(self) -> list[int]:
+        """Return tasks that are leased without a live attempt, or the other way round."""
+        return [row["id"] for row in self._db.execute(
+            """SELECT id FROM task WHERE (state = 'leased') != EXISTS (
+                 SELECT 1 FROM attempt WHERE attempt.task = task.id AND attempt.state = 'live')""")]
+
+    def leases_out_of_step(self) -> list[str]:
+        """Return live leases without a live attempt or of a removed worker, and the reverse."""
+        return [row["id"] for row in self._db.execute(
+            """SELECT lease.id AS id FROM lease JOIN worker ON worker.id = lease.worker
+               WHERE (lease.ended IS NULL) != EXISTS (
+                   SELECT 1 FROM attempt
+                   WHERE attempt.lease = lease.id AND attempt.state = 'live')
+               OR (lease.ended IS NULL AND worker.state != 'admitted')""")]
+
+    def done_tasks(self) -> list[Row]:
+        """Return every finished task with its job's name."""
+        return self._db.execute(
+            """SELECT task.*, job.name AS job_name FROM task JOIN job ON job.id = task.job
+               WHERE task.state = 'done'""").fetchall()
+
+    def twice_accepted(self) -> list[int]:
+        """Return tasks of which more than one attempt was accepted."""
+        return [row["task"] for row in self._db.execute(
+            """SELECT task FROM attempt WHERE state = 'done'
+               GROUP BY task HAVING COUNT(*) > 1""")]
+
+    def missing_live_blobs(self) -> list[str]:
+        """Return hashes that a job in work needs and that are not stored."""
+        return [row["sha256"] for row in self._db.execute(
+            """SELECT DISTINCT manifest_blob.sha256 AS sha256
+               FROM job JOIN manifest_blob ON manifest_blob.manifest = job.manifest
+               WHERE job.state = 'active'
+               AND manifest_blob.sha256 NOT IN (SELECT sha256 FROM blob)""")]
+
+
+# === 10. SCHEDULER ===========================================================
+# The only writer of states. Every change of a task goes through _move, which
+# holds it to TRANSITIONS, counts it, and lets it ripple to the job, in one
+# transaction. Knows nothing of HTTP; what it keeps in memory (deadlines,
+# progress, who was seen) may be lost with the process without harm.
+
+KEEP_BLOBS = 24 * 3600.0  # seconds that contents nobody names any more are kept
+KEEP_EVENTS = 10_000
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a worker asks for: up to ``want`` runs at once.
+
+    ``slots`` is how many runs it keeps going at a time, ``idle`` how many of
+    its cores have nothing to do.
+    """
+
+    want: int
+    slots: int
+    idle: int
+
+
+class Scheduler:
+    """The rules of the farm over a ``Store``; every method is thread-safe.
+
+    ``lease_time`` is how many seconds a lease lives without a beat. It is
+    measured by the clock's ``monotonic``, so a jump of the wall clock moves
+    nothing; leases found in the database at the start get the full time.
+    """
+
+    def __init__(self, store: Store, clock: Clock, lease_time: float = 30.0) -> None:
+        self.store = store
+        self.clock = clock
+        self.lease_time = lease_time
+        self._changed = threading.Condition()
+        self._version = 0
+        self._closed = False
+        self._delivery = threading.Lock()
+        self._progress: dict[int, float] = {}
+        self._seen: dict[int, float] = {}
+        self._slots: dict[int, int] = {}
+        self._left: dict[int, int] = {}
+        with store.read() as tx:
+            leases = tx.live_leases()
+            self._missing = {
+                job["id"]: set(tx.missing_blobs(job["manifest"])) for job in tx.waiting_jobs()
+            }
+        self._deadlines = {row["id"]: clock.monotonic() + lease_time for row in leases}
+        self._owners = {row["id"]: row["worker"] for row in leases}
+
+    # --- jobs
+
+    def submit(self, name: str, owner: str, pov: PovJob, manifest: Manifest,
+               options: JobOptions) -> tuple[int, list[str]]:
+        """Add a job; return its id and the hashes of the files that are missing.
+
+        Raises ``UserError`` when the command line asks for no frame or when
+        two frames would have the same name.
+        """
+        plan = plan_frames(pov.options)
+        tasks = [(frame, PurePosixPath(plan.output_name(frame)).name) for frame in plan.frames]
+        if len({file for _, file in tasks}) < len(tasks):
+            raise UserError("two frames of this job would have the same file name")
+        now = self.clock.time()
+        with self.store.tx() as tx:
+            tx.add_manifest(manifest)
+            job = tx.add_job(name, owner, pov, manifest.key, options, now)
+            tx.add_tasks(job, tasks)
+            tx.add_event(now, "submitted", f"{len(tasks)} frames", job)
+            missing = tx.missing_blobs(manifest.key)
+            self._missing[job] = set(missing)
+            if not missing:
+                self._activate(tx, job)
+        self._wake()
+        return job, missing
+
+    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
+        """Store contents that a job asked for; the last one starts the job.
+
+        ``ProtocolError`` 404 for contents that nobody asked for.
+        """
+        with self.store.read() as tx:
+            if not tx.blob_wanted(sha256):
+                raise ProtocolError(404, "no job asked for a file with this hash")
+        size = self.store.put_blob(sha256, chunks)
+        with self.store.tx() as tx:
+            tx.add_blob(sha256, size, self.clock.time())
+            for job, missing in list(self._missing.items()):
+                missing.discard(sha256)
+                if not missing:
+                    self._activate(tx, job)
+        self._wake()
+
+    def pause(self, job: int) -> None:
+        """Give out no more of a job; what is being rendered is finished."""
+        with self.store.tx() as tx:
+            self._move_job(tx, self._job(tx, job), JobState.PAUSED, PAUSED_BY_HAND)
+        self._wake()
+
+    def resume(self, job: int) -> None:
+        """Go on with a paused job."""
+        with self.store.tx() as tx:
+            row = self._job(tx, job)
+            waiting = bool(tx.missing_blobs(row["manifest"]))
+            self._move_job(tx, row, JobState.WAITING if waiting else JobState.ACTIVE, "")
+        self._wake()
+
+    def cancel(self, job: int) -> None:
+        """End a job; finished images stay, workers are told to stop."""
+        with self.store.tx() as tx:
+            row = self._job(tx, job)
+            self._move_job(tx, row, JobState.CANCELLED, "")
+            self._cancel_tasks(tx, row)
+        self._wake()
+
+    def retry(self, job: int) -> int:
+        """Queue the failed and cancelled tasks of a job again; return how many."""
+        with self.store.tx() as tx:
+            row = self._job(tx, job)
+            failed = [*tx.tasks_in(job, TaskState.FAILED), *tx.tasks_in(job, TaskState.CANCELLED)]
+            for task in failed:
+                tx.forget_failures(task["id"])
+                tx.set_tries(task["id"], 0)
+                self._move(tx, task, TaskState.QUEUED, "tried again by hand")
+            row = self._job(tx, job)
+            if failed and row["state"] != JobState.ACTIVE:
+                self._move_job(tx, row, JobState.ACTIVE, "")
+        self._wake()
+        return len(failed)
+
+    def change(self, job: int, changes: Mapping[str, Any]) -> None:
+        """Set priority, max_workers, retry_limit or in_order of a job."""
+        with self.store.tx() as tx:
+            row = self._job(tx, job)
+            tx.set_job_options(job, self._options(row).changed(changes))
+            text = ", ".join(f"{name} = {value}" for name, value in changes.items())
+            tx.add_event(self.clock.time(), "changed", text, job)
+        self._wake()
+
+    def delete(self, job: int) -> None:
+        """Forget a job and delete its images and logs."""
+        with self._delivery, self.store.tx() as tx:
+            row = self._job(tx, job)
+            self._cancel_tasks(tx, row)
+            tx.drop_job(job)
+            tx.drop_manifests()
+            tx.add_event(self.clock.time(), "deleted", row["name"], job)
+        self._missing.pop(job, None)
+        shutil.rmtree(self.store.job_directory(row["id"], row["name"]), ignore_errors=True)
+        self._wake()
+
+    # --- workers
+
+    def join(self, info: WorkerInfo, token: str, address: str, admitted: bool) -> tuple[int, str]:
+        """Add a worker whose secret hashes to ``token``; return its id and its code.
+
+        A worker that is not admitted yet is pending until ``admit`` is
+        called with its code.
+        """
+        state = WorkerState.ADMITTED if admitted else WorkerState.PENDING
+        code = "".join(secrets.choice("ABCDEFGHJKLMNPQRSTUVWXYZ23456789") for _ in range(6))
+        now = self.clock.time()
+        with self.store.tx() as tx:
+            worker = tx.add_worker(info, token, state, code, address, now)
+            tx.add_event(now, "joined" if admitted else "asks to join", info.name, worker=worker)
+        self._seen[worker] = self.clock.monotonic()
+        self._wake()
+        return worker, code
+
+    def rejoin(self, worker: int, info: WorkerInfo, address: str) -> None:
+        """Take what a known worker says of itself when it comes again."""
+        with self.store.tx() as tx:
+            tx.set_worker_info(worker, info, address)
+        self._seen[worker] = self.clock.monotonic()
+        self._wake()
+
+    def admit(self, code: str) -> str:
+        """Admit the pending worker with this code and return its name."""
+        with self.store.tx() as tx:
+            for row in tx.workers():
+                if row["state"] == WorkerState.PENDING and hmac.compare_digest(
+                        row["code"], code.strip().upper()):
+                    tx.set_worker_state(row["id"], WorkerState.ADMITTED)
+                    tx.add_event(self.clock.time(), "admitted", row["name"], worker=row["id"])
+                    break
+            else:
+                raise UserError(f"no worker waits with the code '{code}'")
+        self._wake()
+        return str(row["name"])
+
+    def remove_worker(self, worker: int) -> None:
+        """Take a worker's leases back and forget its secret."""
+        with self.store.tx() as tx:
+            row = tx.worker(worker)
+            if row is None or not tx.set_worker_state(worker, WorkerState.REMOVED):
+                raise UserError(f"there is no worker {worker}")
+            for lease in tx.live_leases():
+                if lease["worker"] == worker:
+                    self._end_lease(tx, lease, AttemptState.RELEASED, "worker removed")
+            tx.add_event(self.clock.time(), "removed", row["name"], worker=worker)
+        self._seen.pop(worker, None)
+        self._wake()
+
+    def live_workers(self) -> set[int]:
+        """Return the workers that were heard of within the lease time."""
+        oldest = self.clock.monotonic() - self.lease_time
+        return {worker for worker, seen in list(self._seen.items()) if seen >= oldest}
+
+    def seen(self, worker: int) -> float | None:
+        """Return how many seconds ago a worker was heard of, None when never."""
+        at = self._seen.get(worker)
+        return None if at is None else self.clock.monotonic() - at
+
+    def progress(self, task: int) -> float:
+        """Return how much of a task is rendered, 0 to 1, as last heard."""
+        return self._progress.get(task, 0.0)
+
+    def is_sick(self, tx: Tx, worker: int) -> bool:
+        """Tell whether a worker fails everything while others do not.
+
+        Alone in the farm nobody is sick: then the scenes are to blame.
+        """
+        recent = tx.recent_attempts(worker, 6)
+        if len(recent) < 6 or "done" in recent:
+            return False
+        return any("done" in tx.recent_attempts(other, 6)
+                   for other in self.live_workers() - {worker})
+
+    # --- leases
+
+    def lease(self, worker: int, offer: Offer, wait: float,
+              alive: Callable[[], bool]) -> list[LeaseSpec]:
+        """Give out work: waits up to ``wait`` seconds when there is none.
+
+        ``alive`` tells whether the worker still listens: one that was killed
+        while it waited gets nothing.
+        """
+        end = self.clock.monotonic() + wait
+        stays = self._left.get(worker, 0)
+        while True:
+            with self._changed:
+                version = self._version
+            if stays != self._left.get(worker, 0) or not alive():
+                return []
+            self._seen[worker] = self.clock.monotonic()
+            self._slots[worker] = offer.slots
+            leases = self._grant(worker, offer)
+            left = end - self.clock.monotonic()
+            if leases or left <= 0 or self._closed:
+                return leases
+            # A task becomes a straggler by the passing of time alone.
+            self._wait(version, min(left, 1.0) if self._deadlines else left)
+
+    def beat(self, worker: int, progress: Mapping[str, Mapping[int, float]],
+             wait: float) -> list[str]:
+        """Keep a worker's leases alive; return those of them that have ended.
+
+        Answers after ``wait`` seconds, or at once when there is bad news.
+        """
+        end = self.clock.monotonic() + wait
+        while True:
+            with self._changed:
+                version = self._version
+            now = self.clock.monotonic()
+            self._seen[worker] = now
+            ended = []
+            for lease, tasks in progress.items():
+                if self._owners.get(lease) != worker:
+                    ended.append(lease)
+                    continue
+                self._deadlines[lease] = now + self.lease_time
+                self._progress.update(tasks)
+            left = end - now
+            if ended or left <= 0 or self._closed:
+                return ended
+            self._wait(version, left)
+
+    def leave(self, worker: int) -> None:
+        """Hand back every lease of a worker that stops; it may come again."""
+        self._left[worker] = self._left.get(worker, 0) + 1
+        with self.store.tx() as tx:
+            for lease in tx.live_leases():
+                if lease["worker"] == worker:
+                    self._end_lease(tx, lease, AttemptState.RELEASED, "worker stopped")
+        self._seen.pop(worker, None)
+        self._wake()
+
+    def release(self, worker: int, lease: str) -> None:
+        """Take back a lease that its worker hands in unfinished."""
+        with self.store.tx() as tx:
+            row = tx.lease(lease)
+            if row is None or row["worker"] != worker:
+                raise StaleLease("this lease is not yours")
+            self._end_lease(tx, row, AttemptState.RELEASED, "handed back")
+        self._wake()
+
+    def finish(self, worker: int, lease: str, task: int, image: bytes, log_text: bytes,
+               cost: Cost) -> bool:
+        """Accept the image of a task; False when another was accepted before.
+
+        The image is checked whole first: ``ImageError`` when it is not the
+        picture that was asked for, and the task stays as it was. A late image
+        of a task that is still unfinished is taken.
+        """
+        with self.store.read() as tx:
+            attempt, row, job = self._attempt(tx, worker, lease, task)
+        pov = PovJob.from_wire(json.loads(job["pov"]))
+        check_image(image, pov.options.extension, pov.options.width, pov.options.height)
+        directory = self.store.job_directory(job["id"], job["name"])
+        with self._delivery:
+            with self.store.read() as tx:
+                attempt, row, job = self._attempt(tx, worker, lease, task)
+            accepted = row["state"] not in (TaskState.DONE, TaskState.CANCELLED)
+            if accepted:
+                self.store.put_image(directory, row["name"], image)
+            log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
+            with self.store.tx() as tx:
+                accepted = self._accept(tx, attempt, image, log_name, cost) and accepted
+        self._wake()
+        return accepted
+
+    def fail(self, worker: int, lease: str, task: int, message: str, log_text: bytes,
+             scene: bool) -> None:
+        """Record a failed try; the task is queued again while tries are left.
+
+        ``scene`` says that the scene itself is wrong: then it is not worth
+        more than one try on each worker.
+        """
+        with self.store.read() as tx:
+            attempt, row, job = self._attempt(tx, worker, lease, task)
+        directory = self.store.job_directory(job["id"], job["name"])
+        log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
+        with self.store.tx() as tx:
+            attempt, row, job = self._attempt(tx, worker, lease, task)
+            if attempt["state"] != AttemptState.LIVE:
+                return
+            self._end_attempt(tx, attempt, AttemptState.FAILED, message, log_name)
+            if row["state"] == TaskState.LEASED and not tx.live_attempts_of_task(task):
+                tx.set_tries(task, row["tries"] + 1)
+                used_up = self._used_up(tx, row, job, scene)
+                self._move(tx, row, TaskState.FAILED if used_up else TaskState.QUEUED, message)
+        self._wake()
+
+    def expire(self) -> None:
+        """Take back every lease whose worker has been silent for too long."""
+        now = self.clock.monotonic()
+        late = [lease for lease, deadline in list(self._deadlines.items()) if deadline < now]
+        if not late:
+            return
+        with self.store.tx() as tx:
+            for lease in late:
+                row = tx.lease(lease)
+                if row is not None:
+                    self._end_lease(tx, row, AttemptState.EXPIRED, "worker silent")
+                self._forget_lease(lease)
+        self._wake()
+
+    def tidy(self) -> None:
+        """Delete contents that nobody names any more, and old events."""
+        with self.store.tx() as tx:
+            tx.drop_manifests()
+            unused = tx.unused_blobs(self.clock.time() - KEEP_BLOBS)
+            for sha256 in unused:
+                tx.drop_blob(sha256)
+            tx.drop_events(tx.last_event() - KEEP_EVENTS)
+        for sha256 in unused:
+            self.store.blob_path(sha256).unlink(missing_ok=True)
+
+    # --- waiting
+
+    def wait_events(self, after: int, wait: float, limit: int) -> list[Row]:
+        """Return the first events after an id, waiting up to ``wait`` seconds for one."""
+        end = self.clock.monotonic() + wait
+        while True:
+            with self._changed:
+                version = self._version
+            with self.store.read() as tx:
+                events = tx.events(after, limit)
+            left = end - self.clock.monotonic()
+            if events or left <= 0 or self._closed:
+                return events
+            self._wait(version, left)
+
+    def close(self) -> None:
+        """Answer everybody who waits, now and from now on."""
+        self._closed = True
+        self._wake()
+
+    def check_invariants(self) -> list[str]:
+        """Return what is wrong with the farm's data, in words: nothing, always."""
+        with self.store.read() as tx:
+            problems = [f"job {job}: counters differ from its tasks" for job in tx.wrong_counters()]
+            problems += [f"task {task}: leased and not in work, or the reverse"
+                         for task in tx.tasks_out_of_step()]
+            problems += [f"lease {lease}: live and empty, or the reverse"
+                         for lease in tx.leases_out_of_step()]
+            problems += [f"task {task}: two accepted results" for task in tx.twice_accepted()]
+            problems += [f"blob {sha256}: needed and not stored"
+                         for sha256 in tx.missing_live_blobs()]
+            problems += [f"lease {row['id']}: live and not known to the scheduler"
+                         for row in tx.live_leases() if row["id"] not in self._deadlines]
+            done = tx.done_tasks()
+        for row in done:
+            directory = self.store.job_directory(row["job"], row["job_name"])
+            path = safe_join(directory, row["name"])
+            if not path.is_file() or sha256_file(path) != row["sha256"]:
+                problems.append(f"task {row['id']}: {path} is missing or not what was accepted")
+        return problems
+
+    # --- inside
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._version += 1
+            self._changed.notify_all()
+
+    def _wait(self, version: int, seconds: float) -> None:
+        with self._changed:
+            if self._version == version:
+                self.clock.wait(self._changed, seconds)
+
+    def _job(self, tx: Tx, job: int) -> Row:
+        row = tx.job(job)
+        if row is None:
+            raise ProtocolError(404, f"there is no job {job}")
+        return row
+
+    def _options(self, job: Row) -> JobOptions:
+        return JobOptions(job["priority"], job["max_workers"], job["retry_limit"],
+                          bool(job["in_order"]))
+
+    def _attempt(self, tx: Tx, worker: int, lease: str, task: int) -> tuple[Row, Row, Row]:
+        attempt = tx.attempt(task, lease)
+        if attempt is None or attempt["worker"] != worker:
+            raise StaleLease("this task is not in a lease of yours")
+        row = tx.task(task)
+        assert row is not None  # the attempt's foreign key
+        return attempt, row, self._job(tx, row["job"])
+
+    def _activate(self, tx: Tx, job: int) -> None:
+        row = tx.job(job)
+        if row is not None and row["state"] == JobState.WAITING:
+            self._move_job(tx, row, JobState.ACTIVE, "")
+        self._missing.pop(job, None)
+
+    def _move(self, tx: Tx, task: Row, to: TaskState, why: str) -> None:
+        frm = TaskState(task["state"])
+        if (frm, to) not in TRANSITIONS or not tx.set_task_state(task["id"], frm, to):
+            raise IllegalTransition(
+                f"frame {task['frame']} cannot go from {frm.value} to {to.value}")
+        tx.count_task(task["job"], frm, to)
+        tx.add_event(self.clock.time(), to.value, why, task["job"], task["frame"])
+        if to is not TaskState.LEASED:
+            self._progress.pop(task["id"], None)
+            self._settle(tx, task["job"], to is TaskState.FAILED)
+
+    def _move_job(self, tx: Tx, job: Row, to: JobState, reason: str) -> None:
+        frm = JobState(job["state"])
+        now = self.clock.time()
+        finished = now if to in FINISHED else None
+        if (frm, to) not in JOB_TRANSITIONS or not tx.set_job_state(
+                job["id"], frm, to, reason, finished):
+            raise IllegalTransition(f"job {job['id']} is {frm.value}: it cannot become {to.value}")
+        tx.add_event(now, f"job {to.value}", reason, job["id"])
+
+    def _settle(self, tx: Tx, job: int, after_failure: bool) -> None:
+        row = self._job(tx, job)
+        frm = JobState(row["state"])
+        to, reason = job_state(frm, {state: row[state.value] for state in TaskState}), ""
+        if to is frm is JobState.ACTIVE and after_failure:
+            reason = pause_reason(row["done"], row["failed"])
+            to = JobState.PAUSED if reason else to
+        if to is not frm and frm is not JobState.CANCELLED:
+            self._move_job(tx, row, to, reason)
+
+    def _cancel_tasks(self, tx: Tx, job: Row) -> None:
+        for lease in tx.live_leases():
+            if lease["job"] == job["id"]:
+                self._end_lease(tx, lease, AttemptState.RELEASED, "job cancelled")
+        for task in tx.tasks_in(job["id"], TaskState.QUEUED):
+            self._move(tx, task, TaskState.CANCELLED, "job cancelled")
+
+    def _accept(self, tx: Tx, attempt: Row, image: bytes, log_name: str, cost: Cost) -> bool:
+        task = tx.task(attempt["task"])
+        if task is None:
+            return False
+        live = attempt["state"] == AttemptState.LIVE
+        if task["state"] in (TaskState.DONE, TaskState.CANCELLED):
+            if live:
+                self._end_attempt(tx, attempt, AttemptState.LOST, "another was first", log_name)
+            return False
+        tx.set_task_result(task["id"], attempt["worker"], hashlib.sha256(image).hexdigest(),
+                           len(image), cost, self.clock.time())
+        tx.add_job_cost(task["job"], cost)
+        self._end_attempt(tx, attempt, AttemptState.DONE, "", log_name)
+        for other in tx.live_attempts_of_task(task["id"]):
+            self._end_attempt(tx, other, AttemptState.LOST, "another was first", "")
+        self._move(tx, task, TaskState.DONE, "")
+        return True
+
+    def _end_attempt(self, tx: Tx, attempt: Row, state: AttemptState, message: str,
+                     log_name: str) -> None:
+        tx.end_attempt(attempt["id"], state, self.clock.time(), message, log_name)
+        if not tx.live_attempts_of_lease(attempt["lease"]):
+            tx.end_lease(attempt["lease"], "finished", self.clock.time())
+            self._forget_lease(attempt["lease"])
+
+    def _end_lease(self, tx: Tx, lease: Row, state: AttemptState, why: str) -> None:
+        for attempt in tx.live_attempts_of_lease(lease["id"]):
+            tx.end_attempt(attempt["id"], state, self.clock.time(), why)
+            task = tx.task(attempt["task"])
+            if (task is not None and task["state"] == TaskState.LEASED
+                    and not tx.live_attempts_of_task(task["id"])):
+                self._move(tx, task, TaskState.QUEUED, why)
+        tx.end_lease(lease["id"], why, self.clock.time())
+        self._forget_lease(lease["id"])
+
+    def _forget_lease(self, lease: str) -> None:
+        self._deadlines.pop(lease, None)
+        self._owners.pop(lease, None)
+
+    def _used_up(self, tx: Tx, task: Row, job: Row, scene: bool) -> bool:
+        failed = tx.failed_workers(task["id"])
+        if scene:
+            return len(failed) >= job["retry_limit"] or not self.live_workers() - failed
+        return bool(task["tries"] + 1 >= job["retry_limit"])
+
+    def _grant(self, worker: int, offer: Offer) -> list[LeaseSpec]:
+        leases: list[LeaseSpec] = []
+        with self.store.read() as tx:
+            if not tx.leasable_jobs():
+                return leases
+        with self.store.tx() as tx:
+            row = tx.worker(worker)
+            if row is None or row["state"] != WorkerState.ADMITTED or self.is_sick(tx, worker):
+                return leases
+            while len(leases) < offer.want:
+                idle = offer.idle - sum(lease.threads for lease in leases)
+                lease = self._grant_one(tx, worker, replace(offer, idle=idle))
+                if lease is None:
+                    break
+                leases.append(lease)
+        return leases
+
+    def _grant_one(self, tx: Tx, worker: int, offer: Offer) -> LeaseSpec | None:
+        for job in tx.leasable_jobs():
+            if not self._may_work(tx, job, worker):
+                continue
+            tasks = self._pick(tx, job, worker, offer) or self._pick_straggler(tx, job, worker)
+            if tasks:
+                return self._give(tx, job, worker, tasks, offer.idle)
+        return None
+
+    def _may_work(self, tx: Tx, job: Row, worker: int) -> bool:
+        workers = tx.job_workers(job["id"])
+        if job["max_workers"] and worker not in workers and len(workers) >= job["max_workers"]:
+            return False
+        if job["in_order"] and job["leased"]:
+            return False
+        record = tx.job_record(job["id"], worker)
+        hopeless = record.get("failed", 0) >= 3 and not record.get("done", 0)
+        return not (hopeless and self.live_workers() - {worker})
+
+    def _pick(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
+        if job["in_order"]:
+            return tx.tasks_in(job["id"], TaskState.QUEUED)
+        cost = Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
+        others = self.live_workers() - {worker}
+        slots = offer.slots + sum(self._slots.get(other, 1) for other in others)
+        tasks = tx.next_tasks(job["id"], worker, lease_size(job["queued"], slots, cost))
+        if not tasks:
+            # What this worker failed goes back to it only when nobody else is left to try.
+            return [task for task in tx.tasks_in(job["id"], TaskState.QUEUED)
+                    if not others - tx.failed_workers(task["id"])][:1]
+        step = plan_frames(PovJob.from_wire(json.loads(job["pov"])).options).frames.step
+        for index in range(1, len(tasks)):
+            if tasks[index]["frame"] != tasks[index - 1]["frame"] + step:
+                return tasks[:index]
+        return tasks
+
+    def _pick_straggler(self, tx: Tx, job: Row, worker: int) -> list[Row]:
+        """Find a task to lease a second time: of the oldest lease the frame it comes to last."""
+        if job["queued"] or job["in_order"] or not job["done"]:
+            return []
+        patience = max(1.5 * job["wall"] / job["done"], 5.0)
+        attempts = tx.live_attempts_of_job(job["id"])
+        counts = collections.Counter(attempt["task"] for attempt in attempts)
+        for attempt in attempts:
+            if self.clock.time() - attempt["started"] < patience:
+                break
+            if attempt["worker"] != worker and counts[attempt["task"]] == 1:
+                task = tx.task(attempt["task"])
+                return [task] if task is not None else []
+        return []
+
+    def _give(self, tx: Tx, job: Row, worker: int, tasks: Sequence[Row], idle: int) -> LeaseSpec:
+        pov = PovJob.from_wire(json.loads(job["pov"]))
+        lease = secrets.token_hex(16)
+        now = self.clock.time()
+        tx.add_lease(lease, worker, job["id"], [task["id"] for task in tasks], now)
+        tx.set_job_started(job["id"], now)
+        row = tx.worker(worker)
+        for task in tasks:
+            if task["state"] == TaskState.QUEUED:
+                self._move(tx, task, TaskState.LEASED, row["name"] if row else "")
+        self._deadlines[lease] = self.clock.monotonic() + self.lease_time
+        self._owners[lease] = worker
+        return LeaseSpec(
+            lease, job["id"], job["name"], self._threads(job, pov, idle),
+            tuple(TaskSpec(task["id"], task["frame"], task["name"]) for task in tasks),
+            job["manifest"], pov, bool(job["in_order"]),
+        )
+
+    def _threads(self, job: Row, pov: PovJob, idle: int) -> int:
+        """Return the threads of one run: more than one only where frames run out.
+
+        A still has whole machines to itself; the last frames of an animation
+        share what is idle, unless their pixels depend on the threads.
+        """
+        frames = sum(job[state.value] for state in TaskState)
+        if frames > 1 and not pov.thread_safe:
+            return 1
+        runs = 1 if job["in_order"] else max(job["queued"], 1)
+        threads = max(idle // runs, 1)
+        return min(threads, int(pov.values.get("Work_Threads", threads)))
+
+
+# === 11. API =================================================================
+# Who may come in, and the farm's own JSON under /api/v1. Decodes, calls
+# SCHEDULER, encodes; decides nothing. docs/api.md describes every route.
+
+MAX_WAIT = 60.0  # seconds that a request may ask to be held open
+MAX_EVENTS = 1000
+MAX_IMAGE = 1 << 30  # bytes
+MAX_BLOB = 1 << 40  # bytes
+SESSION_TIME = 12 * 3600.0  # seconds that a login in a browser lasts
+
+
+class Access:
+    """Tells who sends a request: by farm key, worker's token or browser login.
+
+    The farm key is the admin's; a worker has a token of its own. A login code
+    works once and is exchanged for a cookie (DESIGN: as Jupyter does).
+    """
+
+    def __init__(self, store: Store, farm_key: str, private: bool, clock: Clock) -> None:
+        with store.read() as tx:
+            self.cookie = f"povfarm-{tx.meta('farm_id')[:8]}"
+        self._store = store
+        self._key = farm_key
+        self._clock = clock
+        self._stranger = Identity(frozenset() if private else frozenset({"reader"}))
+        self._lock = threading.Lock()
+        self._codes: dict[str, float] = {}
+        self._sessions: dict[str, float] = {}
+
+    def identify(self, request: Request) -> Identity:
+        """Return the sender of a request; a stranger may at most read."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and token:
+            return self._by_token(token.strip())
+        session = self._session(request)
+        if session and self._allowed(session):
+            # Only forms that hold the session's token may change anything: a
+            # page elsewhere can make a browser send the cookie, not the token.
+            return _ADMIN
+        return self._stranger
+
+    def login_code(self) -> str:
+        """Return a new code that logs a browser in, once, within ten minutes."""
+        code = secrets.token_urlsafe(24)
+        with self._lock:
+            self._codes[_secret_hash(code)] = self._clock.monotonic() + 600
+        return code
+
+    def log_in(self, code: str) -> str:
+        """Exchange a login code for a session; ``ProtocolError`` 403 when it is no good."""
+        now = self._clock.monotonic()
+        with self._lock:
+            if self._codes.pop(_secret_hash(code), 0.0) < now:
+                raise ProtocolError(403, "this link was used before or is too old: "
+                                         "'povfarm.py login' prints a new one")
+            session = secrets.token_urlsafe(32)
+            self._sessions[_secret_hash(session)] = now + SESSION_TIME
+        return session
+
+    def form_token(self, request: Request) -> str:
+        """Return the token that a form on a page for this browser must hold."""
+        session = self._session(request)
+        return hmac.new(self._key.encode(), session.encode(), "sha256").hexdigest()
+
+    def check_form(self, request: Request, fields: Mapping[str, str]) -> None:
+        """Raise ``ProtocolError`` 403 for a form that was not made for this browser."""
+        if not hmac.compare_digest(fields.get("token", ""), self.form_token(request)):
+            raise ProtocolError(403, "this form is too old: load the page again")
+
+    def _session(self, request: Request) -> str:
+        for part in request.headers.get("cookie", "").split(";"):
+            name, _, value = part.strip().partition("=")
+            if name == self.cookie:
+                return value
+        return ""
+
+    def _allowed(self, session: str) -> bool:
+        with self._lock:
+            return self._sessions.get(_secret_hash(session), 0.0) > self._clock.monotonic()
+
+    def _by_token(self, token: str) -> Identity:
+        if hmac.compare_digest(token.encode(), self._key.encode()):
+            return _ADMIN
+        with self._store.read() as tx:
+            row = tx.worker_by_token(_secret_hash(token))
+        if row is None:
+            raise ProtocolError(401, "this key is not the farm's")
+        return _WORKERS[WorkerState(row["state"])](row)
+
+
+def _secret_hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _pending(row: Row) -> Identity:
+    return Identity(frozenset({"reader", "pending"}), row["id"], row["name"])
+
+
+def _admitted(row: Row) -> Identity:
+    return Identity(frozenset({"reader", "pending", "worker"}), row["id"], row["name"])
+
+
+_ADMIN = Identity(frozenset({"reader", "user", "admin"}), None, "admin")
+_WORKERS = {WorkerState.PENDING: _pending, WorkerState.ADMITTED: _admitted}
+
+
+class Api:
+    """The routes of /api/v1. ``routes`` is set once the router has them all."""
+
+    def __init__(self, scheduler: Scheduler, access: Access, name: str,
+                 admit_private: bool) -> None:
+        self.routes: Sequence[BoundRoute] = ()
+        self._farm = scheduler
+        self._store = scheduler.store
+        self._access = access
+        self._name = name
+        self._admit_private = admit_private
+        self._started = scheduler.clock.monotonic()
+
+    # --- looking
+
+    @route("GET", "/api/v1/farm", role="reader", summary="The farm as a whole")
+    def farm(self, request: Request) -> Response:
+        """Name, version, id and the newest event's id of this farm."""
+        with self._store.read() as tx:
+            return json_response({
+                "name": self._name, "version": VERSION, "farm_id": tx.meta("farm_id"),
+                "event": tx.last_event(), "workers": len(self._farm.live_workers()),
+                "uptime": self._farm.clock.monotonic() - self._started,
+            })
+
+    @route("GET", "/api/v1/jobs", role="reader", summary="The jobs, the newest first")
+    def jobs(self, request: Request) -> Response:
+        """Query: limit, after (the last id already seen)."""
+        with self._store.read() as tx:
+            rows = tx.jobs(_query_number(request, "after", 0), _query_number(request, "limit", 100))
+            return json_response({"jobs": [self.job_view(tx, row) for row in rows]})
+
+    @route("GET", "/api/v1/jobs/<job:int>", role="reader", summary="One job")
+    def job(self, request: Request) -> Response:
+        """One job with its counters, rate and, when frames failed, the newest failure."""
+        with self._store.read() as tx:
+            return json_response(self.job_view(tx, self._job(tx, request), whole=True))
+
+    @route("GET", "/api/v1/jobs/<job:int>/frames", role="reader", summary="The frames of a job")
+    def frames(self, request: Request) -> Response:
+        """Query: limit, after (the last frame number already seen)."""
+        with self._store.read() as tx:
+            job = self._job(tx, request)
+            names = {row["id"]: row["name"] for row in tx.workers()}
+            rows = tx.tasks(job["id"], _query_number(request, "after", -1),
+                            _query_number(request, "limit", 1000))
+            return json_response({"frames": [self.frame_view(row, names) for row in rows]})
+
+    @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image", role="reader",
+           summary="A finished image")
+    def image(self, request: Request) -> Response:
+        """The image as POV-Ray wrote it; takes Range and If-None-Match."""
+        with self._store.read() as tx:
+            job, task = self._frame(tx, request)
+        if task["state"] != TaskState.DONE:
+            raise ProtocolError(404, f"frame {task['frame']} is {task['state']}")
+        path = safe_join(self._store.job_directory(job["id"], job["name"]), task["name"])
+        return file_response(path, _MIME[path.suffix], request, task["sha256"])
+
+    @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/log", role="reader",
+           summary="What POV-Ray printed")
+    def log(self, request: Request) -> Response:
+        """The text of every attempt at one frame, the oldest first, as plain text."""
+        with self._store.read() as tx:
+            job, task = self._frame(tx, request)
+            attempts = tx.attempts(task["id"])
+        directory = self._store.job_directory(job["id"], job["name"])
+        parts = []
+        for attempt in attempts:
+            ended = attempt["state"] + (f": {attempt['message']}" if attempt["message"] else "")
+            parts.append(f"--- frame {task['frame']} on {attempt['worker_name']}: {ended}\n")
+            if attempt["log"]:
+                with contextlib.suppress(OSError):
+                    parts.append((directory / attempt["log"]).read_text("utf-8", "replace"))
+        return text_response("".join(parts))
+
+    @route("GET", "/api/v1/jobs/<job:int>/archive.zip", role="reader",
+           summary="All finished images of a job")
+    def archive(self, request: Request) -> Response:
+        """A zip of the finished images, made while it is sent."""
+        with self._store.read() as tx:
+            job = self._job(tx, request)
+            done = tx.tasks_in(job["id"], TaskState.DONE)
+        directory = self._store.job_directory(job["id"], job["name"])
+        entries = ((row["name"], safe_join(directory, row["name"])) for row in done)
+        response = stream_response(zip_stream(entries), "application/zip")
+        name = urllib.parse.quote(f"{directory.name}.zip")
+        response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
+        return response
+
+    @route("GET", "/api/v1/workers", role="reader", summary="The workers")
+    def workers(self, request: Request) -> Response:
+        """Every worker with what it does: working, idle, gone, sick or pending."""
+        with self._store.read() as tx:
+            return json_response({"workers": self.worker_views(tx)})
+
+    @route("GET", "/api/v1/events", role="reader", summary="What happens, as it happens")
+    def events(self, request: Request) -> Response:
+        """Server-sent events after the id ``after`` (or Last-Event-ID), or from now on.
+
+        With ``wait`` (seconds) it is one JSON list instead, answered when there is something.
+        """
+        with self._store.read() as tx:
+            newest = tx.last_event()
+        after = _query_number(request, "after", newest)
+        if "wait" in request.query:
+            events = self._farm.wait_events(
+                after, _seconds(request.query["wait"]), MAX_EVENTS)
+            return json_response({
+                "events": [dict(event) for event in events], "more": len(events) == MAX_EVENTS})
+        known = request.headers.get("last-event-id", "")
+        after = int(known) if known.isdecimal() else after
+        return stream_response(self._event_stream(after), "text/event-stream")
+
+    @route("GET", "/api/v1/openapi.json", role="reader", summary="This API, for programs")
+    def openapi(self, request: Request) -> Response:
+        """An OpenAPI 3 document, made from the routes themselves."""
+        return json_response(openapi_document(self.routes))
+
+    @route("GET", "/api/v1/metrics", role="reader", summary="Figures for Prometheus")
+    def metrics(self, request: Request) -> Response:
+        """Counters in Prometheus' text format."""
+        with self._store.read() as tx:
+            jobs = tx.jobs(0, -1)
+            workers = tx.workers()
+        lines = ["# TYPE povfarm_frames gauge"]
+        lines += [f'povfarm_frames{{state="{state.value}"}} {sum(job[state.value] for job in jobs)}'
+                  for state in TaskState]
+        lines += ["# TYPE povfarm_jobs gauge"]
+        lines += [f'povfarm_jobs{{state="{state.value}"}} '
+                  f'{sum(job["state"] == state for job in jobs)}' for state in JobState]
+        lines += ["# TYPE povfarm_workers gauge", f"povfarm_workers {len(workers)}",
+                  "# TYPE povfarm_workers_live gauge",
+                  f"povfarm_workers_live {len(self._farm.live_workers())}",
+                  "# TYPE povfarm_cpu_seconds counter",
+                  f"povfarm_cpu_seconds {sum(job['cpu'] for job in jobs):.3f}"]
+        return text_response("\n".join(lines) + "\n")
+
+    # --- steering
+
+    @route("POST", "/api/v1/jobs", role="user", max_body=64 << 20, summary="Submit a job")
+    def submit(self, request: Request) -> Response:
+        """Body: name, pov, manifest, options. Answers the id and the hashes still missing.
+
+        Everything that happens to the job comes after the event ``event``.
+        """
+        wire = request.json(64 << 20)
+        with self._store.read() as tx:
+            event = tx.last_event()
+        job, missing = self._farm.submit(
+            want(wire, "name", str)[:100], request.identity.name,
+            PovJob.from_wire(want(wire, "pov", dict)),
+            Manifest.from_wire(want(wire, "manifest", dict)),
+            JobOptions().changed(want(wire, "options", dict)),
+        )
+        return json_response({"id": job, "missing": missing, "event": event}, 201)
+
+    @route("PUT", "/api/v1/blobs/<hash>", role="user", max_body=MAX_BLOB,
+           summary="Send a file of a job")
+    def put_blob(self, request: Request) -> Response:
+        """Body: the contents; 422 when they have another hash, 404 when no job asked for them."""
+        self._farm.put_blob(_sha256(request), request.body.blocks())
+        return empty_response()
+
+    @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", summary="Steer a job")
+    def steer(self, request: Request) -> Response:
+        """Action: pause, resume, cancel or retry."""
+        actions: Mapping[str, Callable[[int], Any]] = {
+            "pause": self._farm.pause, "resume": self._farm.resume,
+            "cancel": self._farm.cancel, "retry": self._farm.retry,
+        }
+        action = actions.get(request.params["action"])
+        if action is None:
+            raise ProtocolError(404, f"a job cannot be asked to {request.params['action']}")
+        action(request.params["job"])
+        return self.job(request)
+
+    @route("PATCH", "/api/v1/jobs/<job:int>", role="user", summary="Change a job")
+    def change(self, request: Request) -> Response:
+        """Body: any of priority, max_workers, retry_limit, in_order."""
+        wire = request.json()
+        if not isinstance(wire, dict):
+            raise UserError("the body is not a list of changes")
+        self._farm.change(request.params["job"], wire)
+        return self.job(request)
+
+    @route("DELETE", "/api/v1/jobs/<job:int>", role="user", summary="Delete a job")
+    def delete(self, request: Request) -> Response:
+        """Delete a job with its images and logs."""
+        self._farm.delete(request.params["job"])
+        return empty_response()
+
+    @route("POST", "/api/v1/workers/admit", role="admin", summary="Admit a pending worker")
+    def admit(self, request: Request) -> Response:
+        """Body: code, as the worker shows it."""
+        return json_response({"name": self._farm.admit(want(request.json(), "code", str))})
+
+    @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
+    def remove_worker(self, request: Request) -> Response:
+        """Take its work back and let it in no more."""
+        self._farm.remove_worker(request.params["worker"])
+        return empty_response()
+
+    @route("POST", "/api/v1/login", role="admin", summary="Make a login link")
+    def login_link(self, request: Request) -> Response:
+        """Answer the path of a link that logs one browser in."""
+        return json_response({"path": f"/login/{self._access.login_code()}"})
+
+    # --- working
+
+    @route("POST", "/api/v1/workers", role="anyone", summary="Join as a worker")
+    def join(self, request: Request) -> Response:
+        """Body: name, cores, memory, system, engines, tags. Answers a token for this worker.
+
+        With the farm key it is admitted at once; else it is pending, and shows ``code``.
+        A worker that shows the token it once got is the same worker again.
+        """
+        info = WorkerInfo.from_wire(request.json())
+        if request.identity.worker is not None:
+            return self._rejoin(request, info)
+        address = ipaddress.ip_address(request.remote)
+        admitted = "admin" in request.identity.roles or (
+            self._admit_private and (address.is_private or address.is_loopback))
+        token = secrets.token_urlsafe(32)
+        worker, code = self._farm.join(info, _secret_hash(token), request.remote, admitted)
+        return json_response(
+            {"id": worker, "token": token, "admitted": admitted, "code": code}, 201)
+
+    @route("POST", "/api/v1/lease", role="pending", summary="Ask for work")
+    def lease(self, request: Request) -> Response:
+        """Body: want, slots, idle, wait. Held open until there is something to render.
+
+        ``open`` is how many tasks the farm has left; ``pending`` that this worker
+        is not admitted yet.
+        """
+        wire = request.json()
+        offer = Offer(*(_small(want(wire, name, int)) for name in ("want", "slots", "idle")))
+        worker = request.identity.worker or 0
+        leases = self._farm.lease(worker, offer, _seconds(wire.get("wait", 0)), request.alive)
+        with self._store.read() as tx:
+            open_tasks = sum(job["queued"] + job["leased"] for job in tx.leasable_jobs())
+            row = tx.worker(worker)
+        return json_response({
+            "leases": [lease.to_wire() for lease in leases], "open": open_tasks,
+            "pending": row is not None and row["state"] == WorkerState.PENDING,
+        })
+
+    @route("POST", "/api/v1/beat", role="worker", summary="Keep leases alive")
+    def beat(self, request: Request) -> Response:
+        """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended."""
+        wire = request.json()
+        progress = {
+            lease: {int(task): float(part) for task, part in tasks.items()}
+            for lease, tasks in want(wire, "leases", dict).items()
+        }
+        ended = self._farm.beat(request.identity.worker or 0, progress,
+                                _seconds(wire.get("wait", 0)))
+        return json_response({"ended": ended})
+
+    @route("POST", "/api/v1/leave", role="pending", summary="Stop working here")
+    def leave(self, request: Request) -> Response:
+        """Hand back every lease of this worker."""
+        self._farm.leave(request.identity.worker or 0)
+        return empty_response()
+
+    @route("POST", "/api/v1/leases/<lease>/release", role="worker", summary="Hand back a lease")
+    def release(self, request: Request) -> Response:
+        """What of the lease is unfinished is given to others."""
+        self._farm.release(request.identity.worker or 0, request.params["lease"])
+        return empty_response()
+
+    @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>", role="worker", max_body=MAX_IMAGE,
+           summary="Deliver an image")
+    def deliver(self, request: Request) -> Response:
+        """Body: ``log`` bytes of POV-Ray's text, then the image. Query: log, cpu, wall, memory.
+
+        422 when the image is not the whole picture that was asked for. ``accepted``
+        is False when another worker was first.
+        """
+        size = _query_number(request, "log", 0)
+        data = request.body.read()
+        cost = Cost(_seconds(request.query.get("cpu", "0"), math.inf),
+                    _seconds(request.query.get("wall", "0"), math.inf),
+                    _query_number(request, "memory", 0))
+        try:
+            accepted = self._farm.finish(
+                request.identity.worker or 0, request.params["lease"], request.params["task"],
+                data[size:], data[:size], cost)
+        except ImageError as error:
+            raise ProtocolError(422, str(error)) from None
+        return json_response({"accepted": accepted})
+
+    @route("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail", role="worker",
+           max_body=16 << 20, summary="Tell of a failed task")
+    def fail(self, request: Request) -> Response:
+        """Body: message, scene (true when the scene is to blame), log."""
+        wire = request.json(16 << 20)
+        self._farm.fail(
+            request.identity.worker or 0, request.params["lease"], request.params["task"],
+            want(wire, "message", str)[:1000], want(wire, "log", str).encode(),
+            want(wire, "scene", bool))
+        return empty_response()
+
+    @route("GET", "/api/v1/manifests/<key>", role="worker", summary="The files of a project")
+    def manifest(self, request: Request) -> Response:
+        """Path, SHA-256, size and time of each file."""
+        with self._store.read() as tx:
+            wire = tx.manifest(request.params["key"])
+        if not wire:
+            raise ProtocolError(404, "there is no such project")
+        return text_response(wire, mime="application/json")
+
+    @route("GET", "/api/v1/blobs/<hash>", role="worker", summary="A file of a project")
+    def blob(self, request: Request) -> Response:
+        """The contents with this hash."""
+        sha256 = _sha256(request)
+        return file_response(self._store.blob_path(sha256), "application/octet-stream", request,
+                             sha256)
+
+    # --- views, which the pages use too
+
+    def job_view(self, tx: Tx, job: Row, whole: bool = False) -> dict[str, Any]:
+        """Return a job as people want to see it; ``whole`` adds the newest failure."""
+        total = sum(job[state.value] for state in TaskState)
+        live = tx.live_attempts_of_job(job["id"]) if job["leased"] else []
+        part = sum(self._farm.progress(attempt["task"]) for attempt in live)
+        options = PovJob.from_wire(json.loads(job["pov"])).options if whole else None
+        end = job["finished"] or self._farm.clock.time()
+        spent = end - job["started"] if job["started"] else 0.0
+        work = job["done"] + part
+        rate = work / spent if spent > 0 else 0.0
+        left = job["queued"] + job["leased"] - part
+        view = {name: job[name] for name in (
+            "id", "name", "state", "reason", "owner", "priority", "max_workers", "retry_limit",
+            "created", "started", "finished", "cpu", "wall")}
+        view.update(
+            in_order=bool(job["in_order"]), progress=work / total if total else 0.0, elapsed=spent,
+            rate=rate, eta=left / rate if rate and left else None,
+            frames={"total": total, **{state.value: job[state.value] for state in TaskState}},
+        )
+        if options is not None:
+            failure = tx.first_failure(job["id"])
+            view.update(
+                width=options.width, height=options.height, extension=options.extension,
+                failure=failure and {"frame": failure["frame"], "message": failure["message"]})
+        return view
+
+    def frame_view(self, task: Row, workers: Mapping[int, str]) -> dict[str, Any]:
+        """Return a frame as people want to see it."""
+        view = {name: task[name] for name in (
+            "frame", "name", "state", "tries", "finished", "size", "sha256", "cpu", "wall",
+            "memory")}
+        view["progress"] = (
+            1.0 if task["state"] == TaskState.DONE else self._farm.progress(task["id"]))
+        view["worker"] = workers.get(task["worker"], "")
+        return view
+
+    def worker_views(self, tx: Tx) -> list[dict[str, Any]]:
+        """Return every worker with what it does and how long ago it was heard of."""
+        live = self._farm.live_workers()
+        runs = collections.Counter(lease["worker"] for lease in tx.live_leases())
+        views = []
+        for row in tx.workers():
+            view = {name: row[name] for name in (
+                "id", "name", "cores", "memory", "system", "address", "joined")}
+            view.update(engines=json.loads(row["engines"]), tags=json.loads(row["tags"]),
+                        runs=runs[row["id"]], seen=self._farm.seen(row["id"]))
+            if row["state"] == WorkerState.PENDING:
+                view.update(state="pending", code=row["code"])
+            elif row["id"] not in live:
+                view["state"] = "gone"
+            elif self._farm.is_sick(tx, row["id"]):
+                view["state"] = "sick"
+            else:
+                view["state"] = "working" if runs[row["id"]] else "idle"
+            views.append(view)
+        return views
+
+    # --- inside
+
+    def _rejoin(self, request: Request, info: WorkerInfo) -> Response:
+        worker = request.identity.worker or 0
+        self._farm.rejoin(worker, info, request.remote)
+        with self._store.read() as tx:
+            row = tx.worker(worker)
+        return json_response({
+            "id": worker, "admitted": "worker" in request.identity.roles,
+            "code": row["code"] if row else "", "token": ""})
+
+    def _job(self, tx: Tx, request: Request) -> Row:
+        row = tx.job(request.params["job"])
+        if row is None:
+            raise ProtocolError(404, f"there is no job {request.params['job']}")
+        return row
+
+    def _frame(self, tx: Tx, request: Request) -> tuple[Row, Row]:
+        job = self._job(tx, request)
+        task = tx.task_of_frame(job["id"], request.params["frame"])
+        if task is None:
+            raise ProtocolError(404, f"job {job['id']} has no frame {request.params['frame']}")
+        return job, task
+
+    def _event_stream(self, after: int) -> Iterator[bytes]:
+        yield b"retry: 2000\n\n"
+        while True:
+            events = self._farm.wait_events(after, 1.0, MAX_EVENTS)
+            for event in events:
+                after = event["id"]
+                data = json.dumps(dict(event))
+                yield f"id: {after}\nevent: change\ndata: {data}\n\n".encode()
+            if not events:
+                yield b""
+
+
+def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
+    """Return the OpenAPI 3 document of the routes below /api."""
+    paths: dict[str, dict[str, Any]] = {}
+    for bound in routes:
+        tag = bound.route
+        if not tag.pattern.startswith("/api/"):
+            continue
+        parameters = [
+            {"name": name, "in": "path", "required": True,
+             "schema": {"type": "integer" if kind == ":int" else "string"}}
+            for name, kind in re.findall(r"<(\w+)(:\w+)?>", tag.pattern)
+        ]
+        path = re.sub(r"<(\w+)(?::\w+)?>", r"{\1}", tag.pattern)
+        paths.setdefault(path, {})[tag.method.lower()] = {
+            "summary": tag.summary, "description": " ".join(bound.doc.split()),
+            "operationId": bound.handler.__name__, "parameters": parameters,
+            "x-role": tag.role, "responses": {"default": {"description": "see docs/api.md"}},
+            "security": [] if tag.role in ("anyone", "reader") else [{"key": []}],
+        }
+    return {
+        "openapi": "3.0.3", "info": {"title": "povfarm", "version": VERSION}, "paths": paths,
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+_MIME: Mapping[str, str] = {kind.extension: kind.mime for kind in IMAGE_TYPES.values()}
+
+
+def _query_number(request: Request, name: str, default: int) -> int:
+    text = request.query.get(name, str(default))
+    if not re.fullmatch(r"-?\d{1,15}", text):
+        raise UserError(f"'{name}' is not a whole number")
+    return int(text)
+
+
+def _seconds(value: Any, most: float = MAX_WAIT) -> float:
+    try:
+        return min(max(float(value), 0.0), most)
+    except (TypeError, ValueError):
+        raise UserError(f"{value!r} is not a number of seconds") from None
+
+
+def _small(value: int) -> int:
+    return min(max(value, 0), 1000)
+
+
+def _sha256(request: Request) -> str:
+    value = str(request.params["hash"])
+    if not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise UserError("that is not a SHA-256 hash")
+    return value
+
+
+# === 12. HTTPOV ==============================================================
+# The dialect of HTTPov's clients, versions 1.2 and 2.2: decodes what they ask
+# at /httpov.php, calls SCHEDULER, encodes its answers as key=value lines.
+
+
+# === 13. SHEEPIT =============================================================
+# The dialect of SheepIt's clients: decodes their requests below /server,
+# calls SCHEDULER, encodes its answers as XML.
+
+
+# === 14. RENDERONLINE ========================================================
+# The dialect of RenderOnline's clients and machines: decodes their JSON, calls
+# SCHEDULER, encodes its answers.
+
+
+# === 15. PAGES ===============================================================
+# The status page: plain HTML that loads itself again, and the forms on it. Every
+# text is escaped unless it is Html, which only ``element`` makes. Reads through
+# API's views, changes things through API and SCHEDULER, decides nothing.
+
+# Not "no-referrer": with that, browsers send "Origin: null" with our own forms.
+PAGE_HEADERS: Mapping[str, str] = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; "
+                               "form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "Referrer-Policy": "same-origin", "Cache-Control": "no-store",
+}
+BROWSER_TYPES = frozenset({".png", ".jpg", ".jpeg", ".bmp"})  # what <img> can show
+JOBS_SHOWN = 48  # on one page
+CELLS_SHOWN = 400  # in a grid of frames; of more frames than that, a cell shows several
+EVENTS_READ = 400  # of which the story's few lines are made
+LOG_SHOWN = 50_000  # characters of POV-Ray's text on a page
+
+Node = Union[None, str, int, Iterable["Node"]]
+View = Mapping[str, Any]
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def element(tag: str, /, *children: Node, **attributes: str | int | None) -> Html:
+    """Return an HTML element; everything in it that is not ``Html`` is escaped.
+
+    ``class_`` and ``http_equiv`` are written ``class`` and ``http-equiv``; an
+    attribute that is None is left out.
+    """
+    start = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+                    for name, value in attributes.items() if value is not None)
+    end = "" if tag in ("meta", "link", "img", "input") else f"{_markup(children)}</{tag}>"
+    return Html(f"<{tag}{start}>{end}")
+
+
+class Pages:
+    """What people see: the farm, a job, a frame, and the forms that steer them."""
+
+    def __init__(self, api: Api, scheduler: Scheduler, access: Access) -> None:
+        self._api = api
+        self._farm = scheduler
+        self._access = access
+
+    @route("GET", "/", role="reader", summary="The status page")
+    def home(self, request: Request) -> Response:
+        """Show jobs, workers and what happened. Query: before (a job's id), for older jobs."""
+        before = _query_digits(request, "before")
+        with self._farm.store.read() as tx:
+            rows = tx.jobs(before, JOBS_SHOWN)
+            older = rows[-1]["id"] if len(rows) == JOBS_SHOWN else None
+            shown = {row["id"] for row in rows}
+            rows += [row for row in tx.leasable_jobs() if row["id"] not in shown and not before]
+            jobs = [(self._api.job_view(tx, row, whole=True), tx.newest_task_of(row["id"]))
+                    for row in rows]
+            workers = self._api.worker_views(tx)
+            events = tx.events(tx.last_event() - EVENTS_READ, EVENTS_READ)
+        views = [view for view, _ in jobs]
+        live = [worker for worker in workers if worker["state"] in ("working", "idle")]
+        active = any(view["state"] == JobState.ACTIVE for view in views)
+        story = _story(events, {view["id"]: view["name"] for view in views},
+                       self._farm.clock.time())
+        return self._page(
+            request, " · ".join([*_progress_title(views), self._farm_name(request)]),
+            element("h1", _summary(views)), element("p", _at_hand(live), class_="lead"),
+            [self._asks_to_join(request, worker) for worker in workers if "code" in worker],
+            _job_cards(jobs) if jobs else _no_jobs(),
+            element("p", element("a", "Older jobs", href=f"/?before={older}")) if older else None,
+            element("div", _workers(workers, request.headers.get("host", "")), story,
+                    class_="columns"),
+            reload=(3 if active else 30) if live else 5)
+
+    @route("GET", "/jobs/<job:int>", role="reader", summary="The page of a job")
+    def job(self, request: Request) -> Response:
+        """A job with its frames. Query: from (a frame), to see the frames of its cell."""
+        return self._told(request, self._job)
+
+    @route("GET", "/jobs/<job:int>/frames/<frame:int>", role="reader", summary="A frame's page")
+    def frame(self, request: Request) -> Response:
+        """A frame's image, its numbers, and what POV-Ray printed."""
+        return self._told(request, self._frame)
+
+    @route("POST", "/jobs/<job:int>/<action>", role="user", summary="Steer a job by a form")
+    def steer(self, request: Request) -> Response:
+        """Action: pause, resume, cancel, retry or delete."""
+        return self._told(request, self._steer)
+
+    @route("POST", "/workers/<code>/admit", role="admin", summary="Admit a worker by a form")
+    def admit(self, request: Request) -> Response:
+        """Admit the worker that shows the code."""
+        return self._told(request, self._admit)
+
+    @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
+    def login(self, request: Request) -> Response:
+        """Exchange a login link's code for a cookie."""
+        return self._told(request, self._log_in)
+
+    @route("POST", "/logout", role="user", summary="Log a browser out")
+    def logout(self, request: Request) -> Response:
+        """Let the browser forget its cookie."""
+        return self._told(request, self._log_out)
+
+    @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
+    @route("GET", "/style.css", role="anyone", summary="How the pages look")
+    def look(self, request: Request) -> Response:
+        """The style sheet, or the mark; both are asked for once a day at most."""
+        look = (STYLE, 200, "text/css") if request.path == "/style.css" else (
+            MARK, 200, "image/svg+xml")
+        response = text_response(*look)
+        response.headers["Cache-Control"] = "public, max-age=86400"
+        return response
+
+    # --- what the routes do
+
+    def _told(self, request: Request, handler: Callable[[Request], Response]) -> Response:
+        """Do it, or return a page with what is refused, for people to read."""
+        try:
+            if request.method == "POST":
+                self._access.check_form(request, request.form())
+            return handler(request)
+        except FarmError as error:
+            status = error.status if isinstance(error, ProtocolError) else 409
+            return self._page(
+                request, "That did not work", element("h1", "That did not work"),
+                element("p", str(error), class_="lead"),
+                element("p", element("a", "To the farm", href="/", class_="button")), status=status)
+
+    def _job(self, request: Request) -> Response:
+        with self._farm.store.read() as tx:
+            row = self._row(tx, request)
+            view, newest = self._api.job_view(tx, row, whole=True), tx.newest_task_of(row["id"])
+            tasks = tx.tasks(row["id"])
+        size = -(-len(tasks) // CELLS_SHOWN)
+        first = _query_digits(request, "from")
+        chosen = [self._api.frame_view(task, {}) for index, task in enumerate(tasks)
+                  if size == 1 or tasks[index - index % size]["frame"] == first]
+        reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
+        return self._page(
+            request, " · ".join([*_progress_title([view]), view["name"]]),
+            element("div", _picture(view, newest, "large"), element(
+                "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
+                _figures(view), _warnings(view), self._buttons(request, view),
+                _job_links(view, newest)), class_="stage"),
+            _storyboard(view, tasks), _frames(view, tasks, chosen, size), _options(view, row),
+            reload=reloads.get(view["state"], 0))
+
+    def _frame(self, request: Request) -> Response:
+        number = request.params["frame"]
+        with self._farm.store.read() as tx:
+            row = self._row(tx, request)
+            task = tx.task_of_frame(row["id"], number)
+            if task is None:
+                raise ProtocolError(404, f"job {row['id']} has no frame {number}")
+            step = plan_frames(PovJob.from_wire(json.loads(row["pov"])).options).frames.step
+            near = [to for to in (number - step, number + step)
+                    if tx.task_of_frame(row["id"], to) is not None]
+            names = {worker["id"]: worker["name"] for worker in tx.workers()}
+            view = self._api.job_view(tx, row, whole=True)
+        frame, address = self._api.frame_view(task, names), f"/jobs/{row['id']}"
+        text = cast(bytes, self._api.log(request).body).decode()[-LOG_SHOWN:]
+        return self._page(
+            request, f"Frame {number} · {row['name']}",
+            element("h1", element("a", row["name"], href=address)),
+            element("p", f"{_frame_name(view, number)} ", _badge(frame["state"]), class_="lead"),
+            _picture(view, task, "large") if frame["state"] == TaskState.DONE else None,
+            _frame_facts(frame),
+            element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
+                            for to in near], class_="links"),
+            element("section", element("h2", "What POV-Ray printed"), element(
+                "pre", text or "Nothing yet.", tabindex=0), id="log"),
+            reload=5 if frame["state"] in ("queued", "leased") else 0)
+
+    def _steer(self, request: Request) -> Response:
+        if request.params["action"] == "delete":
+            self._api.delete(request)
+            return redirect("/")
+        self._api.steer(request)
+        return redirect(f"/jobs/{request.params['job']}")
+
+    def _admit(self, request: Request) -> Response:
+        self._farm.admit(request.params["code"])
+        return redirect("/")
+
+    def _log_in(self, request: Request) -> Response:
+        if request.method == "HEAD":  # a link's preview: it must not use the code up
+            return redirect("/")
+        return self._with_cookie(self._access.log_in(request.params["code"]), "")
+
+    def _log_out(self, request: Request) -> Response:
+        return self._with_cookie("", "; Max-Age=0")
+
+    # --- inside
+
+    def _page(self, request: Request, title: str, *body: Node, reload: int = 0,
+              status: int = 200) -> Response:
+        """Return a whole page that loads itself again after ``reload`` seconds, 0 for never."""
+        still = "still" in request.query
+        head = element(
+            "head", element("meta", charset="utf-8"), element("title", title),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("meta", http_equiv="refresh", content=reload) if reload and not still else None,
+            element("link", rel="icon", href="/favicon.svg"),
+            element("link", rel="stylesheet", href=_STYLE_ADDRESS))
+        user = self._form(request, "/logout", "Log out") if "user" in request.identity.roles else \
+            element("span", "Just looking. To steer: ", element("code", "python povfarm.py login"))
+        mark = element("img", src="/favicon.svg", alt="", width=28, height=28)
+        switch = element("a", "Load this page again and again" if still else
+                         "Stop loading this page again",
+                         href=request.path + ("" if still else "?still=1"))
+        page = element("html", head, element(
+            "body", element("header", element("a", mark, self._farm_name(request), href="/"), user),
+            element("main", body), element("footer", switch if reload else None,
+                                           element("span", f"povfarm {VERSION}"))), lang="en")
+        response = html_response(f"<!DOCTYPE html>{page}", status)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+    def _row(self, tx: Tx, request: Request) -> Row:
+        row = tx.job(request.params["job"])
+        if row is None:
+            raise ProtocolError(404, f"there is no job {request.params['job']}")
+        return row
+
+    def _farm_name(self, request: Request) -> str:
+        return str(json.loads(cast(bytes, self._api.farm(request).body))["name"])
+
+    def _with_cookie(self, value: str, more: str) -> Response:
+        response = redirect("/")
+        cookie = f"{self._access.cookie}={value}; HttpOnly; SameSite=Strict; Path=/{more}"
+        response.headers.update({**PAGE_HEADERS, "Set-Cookie": cookie})
+        return response
+
+    def _form(self, request: Request, address: str, label: str, kind: str | None = None) -> Html:
+        token = self._access.form_token(request)
+        return element("form", element("input", type="hidden", name="token", value=token),
+                       element("button", label, class_=kind), method="post", action=address)
+
+    def _asks_to_join(self, request: Request, worker: View) -> Html:
+        code = worker["code"]
+        how = self._form(request, f"/workers/{code}/admit", "Admit", "good") \
+            if "admin" in request.identity.roles else element(
+                "span", "To let it in: ", element("code", f"python povfarm.py admit {code}"))
+        return element("div", element("p", element("strong", worker["name"]), " asks to join. "
+                                      "Does it show the code ", element("strong", code), "?"),
+                       how, class_="notice")
+
+    def _buttons(self, request: Request, view: View) -> Node:
+        """Return what can be done to a job; only an ended one can be deleted, after a question."""
+        if "user" not in request.identity.roles:
+            return None
+        state, frames, address = JobState(view["state"]), view["frames"], f"/jobs/{view['id']}"
+        possible = {
+            "Resume": state is JobState.PAUSED,
+            "Pause": (state, JobState.PAUSED) in JOB_TRANSITIONS,
+            "Cancel": (state, JobState.CANCELLED) in JOB_TRANSITIONS,
+            "Retry": frames["failed"] + frames["cancelled"] > 0,
+        }
+        delete = element("details", element("summary", "Delete…"), self._form(
+            request, f"{address}/delete", f"Delete it and {_count_of(frames['done'], 'image')}",
+            "bad")) if state in FINISHED else None
+        return element("div", [self._form(request, f"{address}/{action.lower()}", action)
+                               for action, can in possible.items() if can], delete, class_="row")
+
+
+# --- parts of pages
+
+_STATE_WORDS: Mapping[str, str] = {
+    "waiting": "… waiting for its files", "active": "◷ waiting for its turn",
+    "rendering": "● rendering", "paused": "‖ paused", "done": "✓ finished", "failed": "✕ failed",
+    "cancelled": "⊘ cancelled", "queued": "◷ queued", "leased": "● in work",
+    "working": "● working", "idle": "○ idle", "gone": "◌ gone", "sick": "✕ sick: fails everything",
+    "pending": "? asks to join",
+}
+# What happened, after the name of a job, a frame or a worker.
+_EVENT_WORDS: Mapping[str, str] = {
+    "submitted": "was submitted", "job active": "is ready to render", "job done": "is finished",
+    "job failed": "ended with failed frames", "job paused": "is paused",
+    "job cancelled": "was cancelled", "job waiting": "waits for its files", "done": "is done",
+    "queued": "is queued again", "cancelled": "was cancelled", "changed": "was changed",
+    "removed": "was removed", "admitted": "was let in", "deleted": "was deleted",
+}
+
+
+def _markup(node: Node) -> str:
+    if node is None or isinstance(node, Html):
+        return node or ""
+    if isinstance(node, (str, int)):
+        return html.escape(str(node))
+    return "".join(_markup(child) for child in node)
+
+
+def _query_digits(request: Request, name: str) -> int:
+    text = request.query.get(name, "")
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0
+
+
+def _count_of(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _ago(seconds: float) -> str:
+    for limit, unit, word in ((100, 1, "s"), (5400, 60, "min"), (130_000, 3600, "h")):
+        if seconds < limit:
+            return f"{max(seconds, 0) / unit:.0f} {word} ago"
+    return f"{_count_of(int(seconds / 86400 + 0.5), 'day')} ago"
+
+
+def _frame_name(view: View, frame: int) -> str:
+    return "The image" if view["frames"]["total"] == 1 else f"Frame {frame}"
+
+
+def _state(view: View) -> str:
+    busy = view["state"] == JobState.ACTIVE and view["frames"]["leased"]
+    return "rendering" if busy else str(view["state"])
+
+
+def _badge(state: str) -> Html:
+    return element("span", _STATE_WORDS[state], class_=f"badge {state}")
+
+
+def _progress_title(views: Sequence[View]) -> list[str]:
+    return [f"{100 * view['progress']:.0f} % {view['name']}"
+            for view in views if _state(view) == "rendering"][:1]
+
+
+def _summary(views: Sequence[View]) -> str:
+    busy = [view for view in views if _state(view) == "rendering"]
+    idle = [view for view in views if view["state"] == JobState.ACTIVE]
+    if not busy:
+        return f"{idle[0]['name']} is waiting" if idle else "Nothing to render"
+    more = f" and {_count_of(len(busy) - 1, 'more job')}" if len(busy) > 1 else ""
+    left = max(view["eta"] or 0.0 for view in busy)
+    return f"Rendering {busy[0]['name']}{more}" + (
+        f", about {format_duration(left)} left" if left else "")
+
+
+def _at_hand(live: Sequence[View]) -> str:
+    cores = sum(worker["cores"] for worker in live)
+    return (f"{_count_of(len(live), 'worker')} with {_count_of(cores, 'core')} at hand"
+            if live else "No worker is here")
+
+
+def _bar(view: View) -> Html:
+    """Return a job's progress as a picture, in thousandths: done, in work, failed."""
+    frames, total = view["frames"], max(view["frames"]["total"], 1)
+    done, rects, x = frames["done"] / total, [], 0.0
+    for name, part in (("done", done), ("live", view["progress"] - done),
+                       ("failed", frames["failed"] / total)):
+        rects.append(element("rect", class_=name, x=f"{x:.1f}", width=f"{1000 * part:.1f}",
+                             height=1))
+        x += 1000 * part
+    return element("svg", rects, class_="bar", viewBox="0 0 1000 1", preserveAspectRatio="none",
+                   role="img", aria_label=f"{100 * view['progress']:.0f} percent")
+
+
+def _facts(facts: Mapping[str, str | None]) -> Html:
+    return element("dl", [element("div", element("dt", name), element("dd", value))
+                          for name, value in facts.items() if value])
+
+
+def _figures(view: View) -> Html:
+    frames, rate = view["frames"], 3600 * view["rate"]
+    return _facts({
+        "frames": f"{frames['done']:,} of {frames['total']:,}",
+        "an hour": f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}" if rate else None,
+        "left": f"≈ {format_duration(view['eta'])}"
+                if view["eta"] and JobState(view["state"]) not in FINISHED else None,
+        "spent": format_duration(view["elapsed"]) if view["started"] else None,
+        "failed": f"{frames['failed']:,}" if frames["failed"] else None,
+    })
+
+
+def _warnings(view: View) -> Node:
+    failure = view["failure"]
+    address = failure and f"/jobs/{view['id']}/frames/{failure['frame']}#log"
+    return [
+        element("p", f"Paused: {view['reason']}", class_="notice") if view["reason"] else None,
+        element("p", element("a", f"{_frame_name(view, failure['frame'])} failed", href=address),
+                f": {failure['message']}", class_="notice failed") if failure else None,
+    ]
+
+
+def _picture(view: View, task: Row | None, kind: str = "") -> Html:
+    """Return the image of a finished task, or a box that says why there is none."""
+    suffix = PurePosixPath(task["name"]).suffix.lower() if task else ""
+    if task is None or task["state"] != TaskState.DONE:
+        return element("div", element("span", "No image yet"), class_=f"picture {kind}")
+    if suffix not in BROWSER_TYPES:
+        return element("div", element("span", f"{suffix[1:].upper()} image: a browser cannot "
+                                      "show it"), class_=f"picture {kind}")
+    address = f"/api/v1/jobs/{view['id']}/frames/{task['frame']}/image"
+    image = element("img", src=address, alt=f"frame {task['frame']} of {view['name']}",
+                    width=view["width"], height=view["height"])
+    return element("div", element("a", image, href=address) if kind else image,
+                   class_=f"picture {kind}")
+
+
+def _job_card(view: View, newest: Row | None) -> Html:
+    counts = _count_of(view["frames"]["done"], "frame")
+    ended = JobState(view["state"]) in FINISHED
+    return element(
+        "article", _picture(view, newest), element(
+            "div", element("h3", element("a", view["name"], href=f"/jobs/{view['id']}")),
+            _badge(_state(view)),
+            element("p", f"{counts} in {format_duration(view['elapsed'])}") if ended else
+            [_bar(view), _figures(view)], _warnings(view)), class_="card")
+
+
+def _job_cards(jobs: Sequence[tuple[View, Row | None]]) -> Node:
+    ended = [job for job in jobs if JobState(job[0]["state"]) in FINISHED]
+    going = [job for job in jobs if job not in ended]
+    return [element("section", element("h2", title), element(
+        "div", [_job_card(*job) for job in some], class_=f"cards {kind}"))
+        for title, some, kind in (("Jobs", going, "going"), ("Finished", ended, "ended")) if some]
+
+
+def _no_jobs() -> Html:
+    return element(
+        "section", element("img", src="/favicon.svg", alt="", width=120, height=120),
+        element("p", "Give the farm a scene. In the directory where it is, type:"),
+        element("pre", "python povfarm.py submit scene.pov +W640 +H480"), class_="empty")
+
+
+def _workers(workers: Sequence[View], host: str) -> Html:
+    order = ("pending", "working", "idle", "sick", "gone")
+    rows = [element(
+        "tr", element("th", worker["name"], scope="row"),
+        [element("td", cell) for cell in (
+            _badge(worker["state"]), worker["cores"], worker["runs"],
+            worker["engines"].get("povray", ""),
+            "long ago" if worker["seen"] is None else _ago(worker["seen"]))])
+        for worker in sorted(workers, key=lambda worker: order.index(worker["state"]))]
+    heads = ("Name", "State", "Cores", "Renders", "POV-Ray", "Heard of")
+    table = element("table", element("thead", element("tr", [
+        element("th", head, scope="col") for head in heads])), element("tbody", rows))
+    if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
+        host = "HOST:2271"
+    return element(
+        "section", element("h2", "Workers"),
+        element("div", table, class_="scroll") if workers else None,
+        element("p", "Any computer with Python and POV-Ray can help. On this one, type:"
+                if re.match(r"localhost|127\.|\[::1\]", host) else
+                "Any computer with Python and POV-Ray can help. Type there:"),
+        element("pre", f"python povfarm.py work --server http://{host}"),
+        element("p", "On another one leave --server out: it looks for the farm by itself."))
+
+
+def _story(events: Sequence[Row], names: Mapping[int, str], now: float) -> Node:
+    """Return the newest events in words; frames with the same fate share a line."""
+    lines: dict[Any, list[Row]] = {}
+    for event in reversed(events):
+        if event["what"] != TaskState.LEASED:
+            same = (event["job"], event["what"], event["text"])
+            lines.setdefault(event["id"] if event["frame"] is None else same, []).append(event)
+    items = [element("li", _event_line(line[0], len(line) - 1, names), " ", element(
+        "time", _ago(now - line[0]["time"]))) for line in itertools.islice(lines.values(), 14)]
+    return element("section", element("h2", "What happened"),
+                   element("ul", items, class_="story")) if items else None
+
+
+def _event_line(event: Row, more: int, names: Mapping[int, str]) -> Node:
+    what, job, text = event["what"], event["job"], event["text"]
+    words = f" {_EVENT_WORDS.get(what, what)}"
+    if job is None or what == "deleted":
+        return [element("strong", text), words]
+    subject: Node = element("a", names[job], href=f"/jobs/{job}") if job in names else f"job {job}"
+    return [subject, None if event["frame"] is None else f" frame {event['frame']}", words,
+            f", and {more:,} before it" if more else None, f": {text}" if text else None]
+
+
+def _job_links(view: View, newest: Row | None) -> Html:
+    address, shown = f"/jobs/{view['id']}", view["failure"] or newest
+    return element(
+        "nav", element("a", "All images (zip)", href=f"/api/v1{address}/archive.zip")
+        if view["frames"]["done"] else None,
+        element("a", f"{_frame_name(view, shown['frame'])}: log",
+                href=f"{address}/frames/{shown['frame']}#log") if shown else None, class_="links")
+
+
+def _storyboard(view: View, tasks: Sequence[Row]) -> Node:
+    """Return eight images from all over an animation, the same ones at every look."""
+    if len(tasks) < 8 or not view["frames"]["done"] or view["extension"] not in BROWSER_TYPES:
+        return None
+    return element("section", element("h2", "Storyboard"), element("div", [
+        element("a", _picture(view, task), f"Frame {task['frame']}",
+                href=f"/jobs/{view['id']}/frames/{task['frame']}")
+        for task in (tasks[part * len(tasks) // 8] for part in range(8))], class_="cards board"))
+
+
+def _cell(job: int, frame: View) -> Html:
+    state, number = frame["state"], frame["frame"]
+    text, tenth = str(number), ""
+    if state == TaskState.LEASED and frame["progress"]:
+        text, tenth = f"{100 * frame['progress']:.0f}%", f" p{int(10 * frame['progress'])}"
+    return element("a", text, class_=state + tenth, title=f"frame {number}: {_STATE_WORDS[state]}",
+                   href=f"/jobs/{job}/frames/{number}{'#log' if state == 'failed' else ''}")
+
+
+def _block(job: int, tasks: Sequence[Row]) -> Html:
+    """Return one cell for several frames, in the state that a person should look at first."""
+    counts = collections.Counter(task["state"] for task in tasks)
+    states = [state for state in ("failed", "leased", "cancelled", "queued", "done")
+              if counts[state]]
+    tenth = f" p{10 * counts['done'] // len(tasks)}" if states[0] in ("leased", "queued") else ""
+    first, told = tasks[0]["frame"], ", ".join(
+        f"{counts[state]} {_STATE_WORDS[state]}" for state in states)
+    return element("a", first, class_=states[0] + tenth, href=f"/jobs/{job}?from={first}#part",
+                   title=f"frames {first} to {tasks[-1]['frame']}: {told}")
+
+
+def _frames(view: View, tasks: Sequence[Row], chosen: Sequence[View], size: int) -> Html:
+    """Return a cell for each frame, or for each ``size`` frames and then for each chosen one."""
+    job, frames = view["id"], view["frames"]
+    legend = []
+    for state in ("done", "leased", "queued", "failed", "cancelled"):
+        glyph, _, word = _STATE_WORDS[state].partition(" ")
+        if frames[state]:
+            legend.append(element("li", element("span", glyph, class_=state),
+                                  f"{frames[state]:,} {word}"))
+    blocks = None if size == 1 else [
+        element("p", f"A cell is {size} frames: choose one to see them."),
+        element("div", [_block(job, tasks[index:index + size])
+                        for index in range(0, len(tasks), size)], class_="grid"),
+        element("h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}") if chosen else None]
+    return element(
+        "section", element("h2", "Frames"), element("ul", legend, class_="legend"), blocks,
+        element("div", [_cell(job, frame) for frame in chosen], class_="grid", id="part"))
+
+
+def _options(view: View, row: Row) -> Html:
+    pov = json.loads(row["pov"])
+    options = [f"{name}={value}" for name, value in sorted(pov["values"].items())]
+    options += [f"Declare={declare}" for declare in pov["declares"]]
+    return element("section", element("h2", "Options"), _facts({
+        "job": str(view["id"]), "submitted by": view["owner"], "priority": str(view["priority"]),
+        "most workers": str(view["max_workers"] or "no limit"),
+        "tries for a frame": str(view["retry_limit"]),
+        "in order": "yes" if view["in_order"] else None,
+        "processor time": format_duration(view["cpu"]),
+    }), element("p", [[element("code", option), " "] for option in options]))
+
+
+def _frame_facts(frame: View) -> Html:
+    facts = {"file": frame["name"], "failed tries": str(frame["tries"] or "")}
+    if frame["state"] == TaskState.DONE:
+        facts.update({
+            "size": format_size(frame["size"]), "rendered by": frame["worker"],
+            "took": format_duration(frame["wall"]), "processor time": format_duration(frame["cpu"]),
+            "memory": format_size(frame["memory"]) if frame["memory"] else ""})
+    return _facts(facts)
+
+
+# --- how it looks: a glass marble on a chequered floor, and the style sheet
+
+MARK = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><radialGradient id="g" cx=".36" '
+    'cy=".28" r=".8"><stop offset="0" stop-color="#fff"/><stop offset=".22" stop-color="#8fe3d0"/>'
+    '<stop offset=".62" stop-color="#1c8a76"/><stop offset="1" stop-color="#06342d"/>'
+    '</radialGradient><path fill="#d8cfb8" d="M6 20h20l6 11H0z"/><path fill="#6f553a" d="M6 20h5'
+    'l-1.3 4.5H3.5zM16 20h5l1.3 4.5H16zM9.7 24.5H16V31H8zM22.3 24.5h6.2L32 31h-8z"/>'
+    '<circle cx="16" cy="13" r="12" fill="url(#g)"/></svg>'
+)
+STYLE = """\
+:root { color-scheme: light dark; --bg: #f4f2ec; --card: #fffefb; --ink: #1d2126; --dim: #575d65;
+  --line: #dcd8cd; --mat: #e9e5db; --link: #1c57a5; --done: #1b7765; --live: #976000;
+  --bad: #b3261e; --on: #fff; --glow: #f3dfb0; }
+@media (prefers-color-scheme: dark) { :root { --bg: #101317; --card: #181c22; --ink: #e6e9ed;
+  --dim: #9ca5b0; --line: #2c333c; --mat: #0a0c0e; --link: #93beff; --done: #46b39b;
+  --live: #f0b850; --bad: #ff8d7e; --on: #07110f; --glow: #5a4416; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 90rem; padding: 0 clamp(1rem, 3vw, 2.5rem); color: var(--ink);
+  background: var(--bg); overflow-wrap: anywhere; font: 1rem/1.55 system-ui, "Segoe UI", Roboto,
+  "Noto Sans", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
+header, footer, .notice, .row, .links, .legend { display: flex; flex-wrap: wrap;
+  gap: .5rem 1rem; align-items: center; }
+header, footer { padding: 1rem 0; color: var(--dim); font-size: .875rem; }
+header, footer, div.notice { justify-content: space-between; }
+header a { display: flex; gap: .6rem; align-items: center; color: inherit; font-weight: 600;
+  text-decoration: none; }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); }
+h1 { margin: .5rem 0; font-size: clamp(1.6rem, 4vw, 2.3rem); font-weight: 650; line-height: 1.2; }
+h2 { margin: 2.2rem 0 .8rem; font-size: 1.05rem; } h3 { margin: 0; font-size: 1.15rem; }
+p { margin: .5rem 0; } ul { margin: 0; padding: 0; list-style: none; }
+a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .3rem; }
+.lead, dt, time, thead, section > p { color: var(--dim); } .lead { font-size: 1.1rem; }
+.cards { display: grid; gap: 1.25rem; }
+.going { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.ended { grid-template-columns: repeat(auto-fill, minmax(clamp(9rem, 18vw, 13rem), 1fr)); }
+.card { position: relative; overflow: hidden; border: 1px solid var(--line);
+  border-radius: .9rem; background: var(--card); }
+.card:hover { border-color: var(--dim); } .card > :last-child { padding: 1rem 1.2rem 1.1rem; }
+.card h3 a { color: inherit; text-decoration: none; }
+.card h3 a::after { content: ""; position: absolute; inset: 0; }
+.picture { display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); place-items: center;
+  overflow: hidden; aspect-ratio: 16 / 9; background: var(--mat); color: var(--dim); }
+.picture span { padding: 1rem; text-align: center; }
+.picture img { display: block; width: 100%; height: 100%; object-fit: contain; }
+.large { min-height: 12rem; aspect-ratio: auto; border-radius: .9rem; }
+.large img { width: auto; height: auto; max-width: 100%; max-height: 80vh; }
+.large + dl { margin-top: 1rem; } .stage .large a, .stage .large img { width: 100%; }
+.board { gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+.board a { color: var(--dim); font-size: .8rem; text-decoration: none; }
+.board .picture { border-radius: .4rem; } .board span { visibility: hidden; }
+@media (min-width: 56rem) { .columns, .stage, .going > :only-child { display: grid;
+    gap: 0 3rem; grid-template-columns: 3fr 2fr; }
+  .stage, .going > :only-child { align-items: center; } .going:has(> :only-child) {
+    display: block; } .going > :only-child { gap: 0; } }
+.badge { display: inline-block; color: var(--dim); font-size: .9rem; font-weight: 600; }
+.badge.done, .badge.idle { color: var(--done); } .badge.failed, .badge.sick { color: var(--bad); }
+.badge.rendering, .badge.working, .badge.leased, .badge.pending { color: var(--live); }
+.bar { display: block; width: 100%; height: .6rem; margin: .5rem 0 .8rem; border-radius: .3rem;
+  background: var(--line); }
+.bar .done { fill: var(--done); } .bar .live { fill: var(--live); }
+.bar .failed { fill: var(--bad); }
+dl { display: flex; flex-wrap: wrap; gap: .5rem 1.3rem; margin: 0; }
+dt { font-size: .8rem; } dd { margin: 0; font-weight: 600; }
+.notice { margin: 1rem 0; padding: .7rem 1rem; border: 1px solid var(--line); border-left:
+  .3rem solid var(--live); border-radius: .5rem; background: var(--card); }
+.notice.failed { display: block; border-left-color: var(--bad); } .notice a { position: relative; }
+.card .notice { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
+  overflow: hidden; margin: .8rem 0 0; padding: 0 0 0 .7rem; border-width: 0 0 0 .2rem;
+  border-radius: 0; font-size: .85rem; }
+.row, .links { margin: 1rem 0; align-items: start; }
+button, .button, summary { display: inline-block; padding: .4rem 1rem; font: inherit;
+  border: 1px solid var(--dim); border-radius: .5rem; background: var(--card); color: var(--ink);
+  text-decoration: none; cursor: pointer; }
+button:hover, .button:hover, summary:hover { border-color: var(--ink); }
+.good { background: var(--done); color: var(--on); } summary { color: var(--bad); }
+.bad { margin-top: .5rem; background: var(--bad); color: var(--on); }
+code, pre { font: .9em/1.5 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
+pre { overflow: auto; max-height: 40rem; padding: .8rem 1rem; border: 1px solid var(--line);
+  border-radius: .5rem; background: var(--card); }
+.empty { padding: 2rem 0; text-align: center; } .empty pre { display: inline-block; }
+.scroll { overflow-x: auto; } table { width: 100%; border-collapse: collapse; }
+th, td { padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); font-weight: 400;
+  text-align: left; overflow-wrap: normal; } thead { font-size: .8rem; }
+td { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 600; }
+.story li { padding: .3rem 0; } time { font-size: .85rem; }
+.legend { margin-bottom: .8rem; } .legend span { display: inline-block; width: 1.8rem;
+  margin-right: .4rem; }
+.grid { display: grid; gap: 3px; grid-template-columns: repeat(auto-fill, minmax(3rem, 1fr)); }
+.grid a, .legend span { border: 1px solid var(--dim); border-radius: .25rem; color: var(--dim);
+  font-size: .75rem; line-height: 1.6rem; text-align: center; text-decoration: none; }
+.grid .done, .legend .done { border-color: var(--done); background: var(--done);
+  color: var(--on); }
+.grid .leased, .legend .leased { outline: 2px solid var(--live); outline-offset: -2px;
+  color: var(--ink); }
+.grid .queued, .legend .queued { border-style: dashed; }
+.grid .failed, .legend .failed { border-color: var(--bad); background: var(--bad);
+  color: var(--on); font-weight: 700; } .grid .failed::before { content: "✕ "; }
+.grid .cancelled { text-decoration: line-through; } .grid .cancelled, .legend .cancelled {
+  background: var(--line); }
+.grid [class*=" p"] { background: linear-gradient(var(--glow) 0 0) bottom / 100% 0 no-repeat; }
+""" + "".join(f".grid .p{tenth} {{ background-size: 100% {tenth}0%; }}\n" for tenth in range(1, 11))
+_STYLE_ADDRESS = f"/style.css?{hashlib.sha256(STYLE.encode()).hexdigest()[:12]}"
+# === 16. COORDINATOR =========================================================
+# Puts sections 9 to 15 together: one data directory, one port, one beacon, and
+# a thread that keeps house. Decides nothing about jobs.
+
+HOUSEKEEPING = 1.0  # seconds between two looks for leases that have run out
+TIDYING = 3600.0  # seconds between two clean-ups of what nobody needs
+
+
+class Coordinator:
+    """A farm that serves: made, then ``start``ed, then ``stop``ped.
+
+    ``port`` 0 picks a free port; ``url`` tells which. ``discovery_port`` None
+    answers no probes. Raises ``UserError`` for a port in use and ``StoreError``
+    for a data directory that cannot be used or that another povfarm holds.
+    """
+
+    def __init__(self, data: Path, *, bind: str = "", port: int = 0, name: str = "",
+                 discovery_port: int | None = None, admit_private: bool = False,
+                 private: bool = False, durable: bool = True, lease_time: float = 30.0,
+                 clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+        self.data = data
+        self.key = farm_key(data)
+        self._lock = _hold(data)
+        self.store = Store(data, durable)
+        with self.store.tx() as tx:
+            if not tx.meta("farm_id"):
+                tx.set_meta("farm_id", secrets.token_hex(8))
+            farm_id = tx.meta("farm_id")
+        self.name = name or socket.gethostname()
+        self.scheduler = Scheduler(self.store, self.clock, lease_time)
+        self.access = Access(self.store, self.key, private, self.clock)
+        self.api = Api(self.scheduler, self.access, self.name, admit_private)
+        self.router = Router(self.api, Pages(self.api, self.scheduler, self.access),
+                             authenticate=self.access.identify)
+        self.api.routes = self.router.routes
+        self.server = Server(self.router, bind or "0.0.0.0", port)
+        self.url = f"http://{'127.0.0.1' if bind in ('', '0.0.0.0', '::') else bind}:{self.port}"
+        self.beacon = None if discovery_port is None else Beacon(
+            name=self.name, farm_id=farm_id, url_port=self.port, farm_key=self.key.encode(),
+            port=discovery_port)
+        self._stopped = threading.Event()
+        self._house = threading.Thread(target=self._keep_house, name="house", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """The TCP port that is served."""
+        return self.server.port
+
+    def start(self) -> None:
+        """Serve, and note in the data directory where."""
+        self.server.start()
+        if self.beacon is not None:
+            self.beacon.start()
+        self._house.start()
+        note = {"url": self.url, "name": self.name, "pid": os.getpid()}
+        atomic_write(self.data / "coordinator.json", json.dumps(note).encode())
+
+    def stop(self) -> None:
+        """Answer everybody who waits, and stop serving. Leases live on in the database."""
+        self._stopped.set()
+        self.scheduler.close()
+        if self.beacon is not None:
+            self.beacon.stop()
+        self.server.stop()
+        self._house.join()
+        (self.data / "coordinator.json").unlink(missing_ok=True)
+        self.store.close()
+        self._lock.close()
+
+    def _keep_house(self) -> None:
+        tidied = self.clock.monotonic()
+        while not self._stopped.wait(HOUSEKEEPING):
+            try:
+                self.scheduler.expire()
+                if self.clock.monotonic() - tidied > TIDYING:
+                    tidied = self.clock.monotonic()
+                    self.scheduler.tidy()
+            except (FarmError, OSError, sqlite3.Error):
+                log.exception("housekeeping failed; it is tried again")
+
+
+def farm_key(data: Path) -> str:
+    """Return the farm key of a data directory, made at the first call."""
+    path = data / "farm.key"
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            atomic_write(path, secrets.token_hex(32).encode(), 0o600)
+        return path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise StoreError(f"the data directory {data} cannot be used: {error.strerror}") from None
+
+
+def _hold(data: Path) -> BinaryIO:
+    """Lock the data directory for this process; the lock goes when the process goes."""
+    file = open(data / "farm.lock", "ab")  # noqa: SIM115 - held until stop
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise StoreError(f"another povfarm uses {data}: give this one its own --data") from None
+    return file
+
+
+# === 17. ENGINES =============================================================
+# What a renderer is: how it is found, the command line and the files that make
+# it render the tasks of a lease, and how to read what it prints. Starts nothing.
+
+
+@dataclass(frozen=True)
+class Run:
+    """One start of a renderer: ``frames`` are the numbers that it will render, in order.
+
+    ``tree`` is the project's directory, ``place`` the run's own empty
+    directory, where it runs and writes: relative names are looked for there
+    first and then, by library paths, in the project, so that runs at the same
+    time cannot meet. (POV-Ray 3.7 looks for every file that it reads in its
+    current directory first and then in the library paths, in order.)
+    """
+
+    lease: LeaseSpec
+    tree: Path
+    place: Path
+    frames: tuple[int, ...]
+
+    @property
+    def output_file(self) -> str:
+        """What POV-Ray is told to call its images; ASCII, whatever they are called later.
+
+        It ends in the type's own extension, which POV-Ray takes off again
+        once, so that dots in the name stay.
+        """
+        options = self.lease.pov.options
+        stem = PurePosixPath(plan_frames(options).stem).name
+        return (stem if stem.isascii() else "image") + options.extension
+
+    def made(self, frame: int) -> Path:
+        """Return the image that the run makes of a frame: where the scene expects it."""
+        plan = plan_frames(self.lease.pov.options)
+        name = PurePosixPath(plan.output_name(frame))
+        inside = not name.is_absolute() and ".." not in name.parts and str(name.parent).isascii()
+        stem = PurePosixPath(plan.stem).name
+        number = name.name[len(stem):] if not stem.isascii() else ""
+        return self.place / (name.parent if inside else "") / (
+            f"image{number}" if number else name.name)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to start: a program, its environment, and files and links to make first."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    files: Mapping[Path, str]
+    links: Mapping[Path, Path]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A POV-Ray of this machine; ``library`` holds its own include directories."""
+
+    program: str
+    version: str
+    library: tuple[str, ...]
+
+    def command(self, run: Run) -> Command:
+        """Return how to render a run.
+
+        Everything is in one INI file that POVINI names: no other INI file of
+        this machine is read, so every worker renders the same picture. Names
+        in it are relative to the run's place, and ASCII: POV-Ray 3.7 garbles
+        other letters there, also those of a home directory.
+        """
+        environment = {
+            "POVINI": _INI, "HOME": str(run.place), "PATH": os.defpath, "LANG": "C.UTF-8",
+        }
+        values = self.values(run)
+        scene = values["Input_File_Name"]
+        links = {} if scene.isascii() else {run.place / _SCENE: self._scene(run, scene)}
+        values["Input_File_Name"] = scene if scene.isascii() else _SCENE
+        library = []
+        for number, path in enumerate(self.library_of(run)):
+            near = os.path.relpath(path, run.place) if path.is_relative_to(run.tree) else str(path)
+            if not near.isascii():
+                links[run.place / f"_library{number}"] = path
+                near = f"_library{number}"
+            library.append(near)
+        text = to_ini(values, run.lease.pov.declares, library)
+        return Command((self.program,), environment, {run.place / _INI: text}, links)
+
+    def values(self, run: Run) -> dict[str, str]:
+        """Return the options of a run: the job's, and where and how much this run renders."""
+        values = dict(run.lease.pov.values)
+        output = run.made(run.frames[0]).relative_to(run.place).parent / run.output_file
+        values.update({
+            "Work_Threads": str(run.lease.threads), "Output_To_File": "On", "Display": "Off",
+            "Pause_When_Done": "Off", "Verbose": "On", "Continue_Trace": "Off",
+            "Output_File_Name": output.as_posix(),
+        })
+        if plan_frames(run.lease.pov.options).animation:
+            values["Subset_Start_Frame"] = str(run.frames[0])
+            values["Subset_End_Frame"] = str(run.frames[-1])
+        return values
+
+    def library_of(self, run: Run) -> list[Path]:
+        """Return the directories that a run reads from, after its own: the project's first."""
+        paths = [run.tree / run.lease.pov.run_dir]
+        for entry in run.lease.pov.library:
+            mine = [Path(path) for path in self.library]
+            paths += mine if entry == STANDARD else [run.tree / entry]
+        return paths
+
+    def _scene(self, run: Run, scene: str) -> Path:
+        found = [path / scene for path in self.library_of(run) if (path / scene).is_file()]
+        if not found:
+            raise RenderFailed(f"the scene {scene} is not in the project")
+        return found[0]
+
+
+@dataclass(frozen=True)
+class WindowsEngine(Engine):
+    """POV-Ray for Windows, which is a program with a window and no console.
+
+    ``/RENDER`` renders one INI file, ``/EXIT`` ends the program afterwards
+    and ``/NR`` keeps it from restoring what was open (POV-Ray for Windows,
+    Command-Line Options; POV-Ray/povray issue 227). POVINI does not exist
+    there, and what it prints goes into a file.
+    """
+
+    def command(self, run: Run) -> Command:
+        """Return how to render a run with pvengine.exe."""
+        values = {**self.values(run), "All_File": "povray.txt"}
+        library = [str(path) for path in self.library_of(run)]
+        text = to_ini(values, run.lease.pov.declares, library)
+        argv = (self.program, "/NR", "/RENDER", str(run.place / _INI), "/EXIT")
+        return Command(argv, dict(os.environ), {run.place / _INI: text}, {})
+
+
+_INI = "povfarm.ini"
+_SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read
+
+
+def find_engine(program: str, clock: Clock) -> Engine:
+    """Find POV-Ray: ``program``, or the one of this machine.
+
+    Raises ``UserError`` with what to install when there is none, or when the
+    program that was named is not POV-Ray.
+    """
+    path = shutil.which(program or "povray") or (None if program else _windows_program())
+    if path is None:
+        if program:
+            raise UserError(f"there is no program '{program}': give the path of POV-Ray")
+        raise UserError(f"POV-Ray is not installed here: {_INSTALL.get(sys.platform, _DOWNLOAD)}")
+    if Path(path).name.lower().startswith("pvengine"):
+        return WindowsEngine(path, "3.7", _windows_library(Path(path)))
+    try:
+        result = subprocess.run(
+            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20,
+            check=False, text=True, errors="replace")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{path} cannot be started: {error}") from None
+    match = re.search(r"POV-Ray (\d+\.\d+\S*)", result.stdout + result.stderr)
+    if match is None:
+        raise UserError(f"{path} is not POV-Ray 3.7 or newer: it does not tell its version")
+    return Engine(path, match[1], standard_library())
+
+
+_DOWNLOAD = "get it from povray.org"
+_INSTALL: Mapping[str, str] = {
+    "linux": "sudo apt-get install povray (or your system's package of that name)",
+    "darwin": "brew install povray",
+}
+
+
+def standard_library() -> tuple[str, ...]:
+    """Return the include directories of this machine's own POV-Ray, best from its INI file."""
+    for ini in SYSTEM_INI:
+        with contextlib.suppress(OSError):
+            text = ini.read_text(encoding="utf-8", errors="replace")
+            found = re.findall(r'(?im)^\s*Library_Path\s*=\s*"?([^";\n]+)', text)
+            if found:
+                return tuple(path.strip() for path in found)
+    places = ("/usr", "/usr/local", "/opt/homebrew")
+    found = [str(path) for place in places
+             for path in sorted(Path(place).glob("share/povray-3.*/include"))[-1:]]
+    return tuple(found)
+
+
+def _windows_program() -> str | None:
+    root = os.environ.get("PROGRAMFILES", "")
+    found = sorted(Path(root).glob("POV-Ray/*/bin/pvengine*.exe")) if root else []
+    return str(found[-1]) if found else None
+
+
+def _windows_library(program: Path) -> tuple[str, ...]:
+    return (str(program.parent.parent / "include"),)
+
+
+# --- reading what POV-Ray prints
+
+_FRAME = re.compile(r"Rendering frame (\d+) of \d+")
+_PERCENT = re.compile(r"(?:Rendered|pretrace:) .*\((\d+)%\)")
+_SCENE_ERROR = re.compile(r"(?:Possible )?Parse Error|Cannot parse input|Fatal error in parser")
+_ERROR = re.compile(r"(?<!Possible )(?:Parse Error|Fatal error|Cannot|rror:|failed)")
+
+
+class PovText:
+    """Follows the text of one run: which frame, how far, and what went wrong.
+
+    ``feed`` takes a line; afterwards ``index`` is the place of the frame in
+    the run (a still has one, 0), ``percent`` 0 to 100, ``traced`` whether the
+    frame's last statistics have come, and ``text`` what was printed since
+    the frame began. Prefixes in ``hide`` are taken out of every line.
+    """
+
+    def __init__(self, hide: Sequence[str]) -> None:
+        self.index = 0
+        self.percent = 0
+        self.traced = False
+        self.lines: list[str] = []
+        self._hide = hide
+
+    def feed(self, line: str) -> bool:
+        """Take a line; True when it says that the next frame of the run has begun."""
+        for prefix in self._hide:
+            line = line.replace(prefix, "")
+        match = _FRAME.match(line)
+        begun = match is not None and int(match[1]) - 1 > self.index
+        if match is not None:
+            self.index = int(match[1]) - 1
+            self.traced, self.percent = False, 0
+            if begun:
+                self.lines = []
+        progress = _PERCENT.search(line)
+        if progress is not None:
+            self.percent = int(progress[1])
+        elif line.strip():
+            self.lines.append(line)
+            self.traced = self.traced or "Trace Time:" in line
+        return begun
+
+    @property
+    def text(self) -> str:
+        """What was printed since the frame began."""
+        return "\n".join(self.lines) + "\n"
+
+    @property
+    def scene_is_wrong(self) -> bool:
+        """True when another worker would fail in the same way."""
+        return any(_SCENE_ERROR.search(line) for line in self.lines)
+
+    def error(self) -> str:
+        """Return POV-Ray's own words for what went wrong, in one line; or nothing."""
+        whole: list[str] = []
+        for line in self.lines:
+            # The console wraps at 80 columns: what goes on starts with a blank.
+            if line.startswith(" ") and whole:
+                whole[-1] += " " + line.strip()
+            else:
+                whole.append(line.strip())
+        errors = [line for line in whole if _ERROR.search(line) and "configuration" not in line]
+        best = [line for line in errors if line.startswith("File ")] or errors
+        return best[0] if best else ""
+
+
+# === 18. CLIENT ==============================================================
+# How everything outside the coordinator talks to it: one request, tried again
+# while the coordinator cannot be reached, over connections that stay open.
+# Knows HTTP and JSON, nothing of the routes. It is http.client below and not
+# urllib.request, which makes a new connection for every request. Environment
+# variables for proxies are ignored: a coordinator is in the same room.
+
+REPLY_LIMIT = 64 << 20  # bytes of an answer that is kept in memory
+DOWNLOAD_LIMIT = 16 << 30
+_TRY_LATER = (502, 503, 504)
+_FIRST_DELAY, _LONGEST_DELAY = 0.1, 30.0  # seconds between tries
+_CONNECT_SECONDS = 10.0
+_STOP_LOOK = 0.5  # seconds after which a wait for an answer looks whether it should stop
+
+
+class ServerGone(FarmError):
+    """The coordinator did not answer for as long as it was tried, or until stopped."""
+
+
+class RequestRefused(FarmError):
+    """The coordinator answered, and said no: ``status`` and ``detail`` are its."""
+
+    def __init__(self, status: int, message: str, detail: Any = None, later: float = 0.0) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = detail
+        self.later = later  # seconds after which it wants to be asked again
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request as it is sent: ``target`` is encoded, a ``Path`` is sent from the file."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes | Path
+    timeout: float
+    stop: threading.Event
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The head of an answer; ``read(n)`` gets the body, ``close()`` must follow.
+
+    ``read`` returns ``b""`` at the end and raises ``ServerGone`` when the body breaks off.
+    """
+
+    status: int
+    headers: Mapping[str, str]  # lower-case names
+    read: Callable[[int], bytes]
+    close: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer."""
+
+    status: int
+    headers: Mapping[str, str]  # lower-case names
+    body: bytes
+
+    def json(self) -> Any:
+        """Return the JSON in the body; ``FarmError`` when it is none."""
+        try:
+            return json.loads(self.body)
+        except ValueError as error:
+            raise FarmError("this is no answer of a povfarm coordinator: wrong address?") from error
+
+
+class Transport:
+    """Sends one call to one coordinator, on a connection that is kept for the next.
+
+    ``fingerprint`` is the SHA-256 of the only certificate that is accepted;
+    without it, ``cafile`` or the system says which are. Raises ``ServerGone``
+    when no answer comes, ``UserError`` when the certificate is wrong.
+    """
+
+    def __init__(self, base_url: str, fingerprint: str = "", cafile: str = "") -> None:
+        url = _split_url(base_url)
+        self._base_url = base_url
+        self._tls = url.scheme == "https"
+        self._host = url.hostname or ""
+        self._port = url.port or (443 if self._tls else 80)
+        self._authority = url.netloc.rpartition("@")[2]
+        self._prefix = url.path.rstrip("/")
+        self._fingerprint = fingerprint.replace(":", "").lower()
+        self._cafile = cafile
+        self._idle: list[socket.socket] = []  # append and pop are atomic
+
+    def exchange(self, call: Call) -> Answer:
+        """Send ``call`` and return the head of the answer."""
+        try:
+            sock = self._take_idle()
+            if sock is not None:
+                with contextlib.suppress(ConnectionError):  # it was closed while it was idle
+                    return self._exchange(sock, call)
+            return self._exchange(self._connect(call.timeout), call)
+        except (OSError, http.client.HTTPException) as error:
+            raise _gone(self._base_url, error) from error
+
+    def close(self) -> None:
+        """Close the connections that nobody uses now."""
+        while True:
+            sock = self._take_idle()
+            if sock is None:
+                return
+            sock.close()
+
+    def _take_idle(self) -> socket.socket | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def _exchange(self, sock: socket.socket, call: Call) -> Answer:
+        try:
+            whole = self._send(sock, call)
+            _await_answer(sock, call)
+            sock.settimeout(call.timeout)
+            response = http.client.HTTPResponse(sock, method=call.method)
+            response.begin()
+            if response.length is None and not response.chunked:
+                # http.client takes a head that was cut short for a whole one.
+                raise http.client.HTTPException("the answer is cut short")
+        except BaseException:
+            sock.close()
+            raise
+        body = _Incoming(self._base_url, sock, response, self._idle if whole else None)
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, headers, body.read, body.close)
+
+    def _send(self, sock: socket.socket, call: Call) -> bool:
+        """Send the request; False when the other side stopped listening to it.
+
+        It may have answered before the end, so that is no error yet.
+        """
+        sock.settimeout(call.timeout)
+        try:
+            if isinstance(call.body, bytes):
+                sock.sendall(self._head(call, len(call.body)) + call.body)
+                return True
+            with _open_upload(call.body) as file:
+                size = os.fstat(file.fileno()).st_size
+                sock.sendall(self._head(call, size))
+                if size and sock.sendfile(file, 0, size) != size:
+                    raise OSError(f"{call.body.name} became shorter while it was sent")
+            return True
+        except ConnectionError:
+            return False
+
+    def _head(self, call: Call, size: int) -> bytes:
+        fields = {"Host": self._authority, "User-Agent": f"povfarm/{VERSION}", **call.headers}
+        if size or call.method not in ("GET", "HEAD", "DELETE"):
+            fields["Content-Length"] = str(size)
+        target = self._prefix + call.target
+        text = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        if not re.fullmatch("[!-~]+", target) or not re.fullmatch("(?:[ -~]+\r\n)*", text):
+            raise UserError("the address or the key has a character in it that cannot be sent")
+        return f"{call.method} {target} HTTP/1.1\r\n{text}\r\n".encode()
+
+    def _connect(self, timeout: float) -> socket.socket:
+        address = (self._host, self._port)
+        sock = socket.create_connection(address, min(timeout, _CONNECT_SECONDS))
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self._secure(sock) if self._tls else sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def _secure(self, sock: socket.socket) -> socket.socket:
+        context = ssl.create_default_context(cafile=self._cafile or None)
+        if self._fingerprint:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        try:
+            secured = context.wrap_socket(sock, server_hostname=self._host)
+        except ssl.SSLCertVerificationError as error:
+            raise UserError(
+                f"the certificate of {self._host} is not trusted ({error.verify_message}): "
+                "use the worker command that 'serve' prints there"
+            ) from error
+        seen = hashlib.sha256(secured.getpeercert(binary_form=True) or b"").hexdigest()
+        if self._fingerprint and not hmac.compare_digest(seen, self._fingerprint):
+            secured.close()
+            raise UserError(
+                f"{self._host} shows another certificate than it should: it is not your "
+                "coordinator, or has a new one (its worker command shows which)"
+            )
+        return secured
+
+
+class Client:
+    """Talks to one coordinator; may be used by several threads at once.
+
+    What was sent may arrive twice, when an answer was lost: the coordinator's
+    routes are made for that. ``token`` may be changed at any time. Addresses
+    that are none are a ``UserError``.
+    """
+
+    def __init__(self, base_url: str, token: str = "", *, timeout: float = 30.0,
+                 retry_for: float = 60.0, fingerprint: str = "", cafile: str = "",
+                 clock: Clock | None = None, transport: Transport | None = None) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.token = token
+        self._timeout = timeout
+        self._retry_for = retry_for
+        self._clock = clock or Clock()
+        self._transport = transport or Transport(base_url, fingerprint, cafile)
+
+    def request(self, method: str, path: str, *, body: bytes | Path = b"", json: Any = None,
+                headers: Mapping[str, str] | None = None, timeout: float | None = None,
+                retry_for: float | None = None, stop: threading.Event | None = None) -> Reply:
+        """Return the answer to one request, which is repeated until there is one.
+
+        ``path`` starts with a slash and is encoded already; a ``body`` that is a
+        ``Path`` is streamed from that file. ``timeout`` is the
+        silence after which a connection counts as dead, ``retry_for`` how long
+        to try, both in seconds; ``stop`` ends both soon. Raises
+        ``RequestRefused`` for every status from 300, ``ServerGone`` without one.
+        """
+        fields = dict(headers or {})
+        if json is not None:
+            body = _to_json(json)
+            fields["Content-Type"] = "application/json"
+        call = self._call(method, path, fields, body, timeout=timeout, stop=stop)
+        return self._persist(call, retry_for, _whole_reply)
+
+    def download(self, path: str, to: Path, sha256: str | None = None, *,
+                 limit: int = DOWNLOAD_LIMIT, retry_for: float | None = None,
+                 stop: threading.Event | None = None) -> None:
+        """Get a file; ``to`` appears only when it is whole and has that hash.
+
+        Raises as ``request`` does, and ``FarmError`` when the hash differs, it
+        has more than ``limit`` bytes, or ``to`` cannot be written.
+        """
+        call = self._call("GET", path, {}, b"", timeout=None, stop=stop)
+        self._persist(call, retry_for, _Download(to, sha256, limit).take)
+
+    def close(self) -> None:
+        """Close the connections that nobody uses now."""
+        self._transport.close()
+
+    def _call(self, method: str, path: str, headers: dict[str, str], body: bytes | Path, *,
+              timeout: float | None, stop: threading.Event | None) -> Call:
+        if self.token:
+            headers["Authorization"] = f"Bearer {self.token}"
+        patience = self._timeout if timeout is None else timeout
+        return Call(method, path, headers, body, patience, stop or threading.Event())
+
+    def _persist(self, call: Call, retry_for: float | None,
+                 consume: Callable[[Answer], Reply]) -> Reply:
+        """Try until there is an answer that is not "later"."""
+        patience = self._retry_for if retry_for is None else retry_for
+        deadline = self._clock.monotonic() + patience
+        longest = _FIRST_DELAY
+        while not call.stop.is_set():
+            delay = longest * random.uniform(0.5, 1)  # or all workers would come back at once
+            try:
+                with contextlib.closing(self._transport.exchange(call)) as answer:
+                    return consume(answer)
+            except RequestRefused as error:
+                if error.status not in _TRY_LATER:
+                    raise
+                failure: FarmError = error
+                delay = max(delay, min(error.later, _LONGEST_DELAY))
+            except ServerGone as error:
+                failure = error
+            if self._clock.monotonic() + delay > deadline:
+                raise failure
+            level = logging.INFO if longest == _FIRST_DELAY else logging.DEBUG
+            log.log(level, "%s (trying again)", failure)
+            call.stop.wait(delay)
+            longest = min(longest * 2, _LONGEST_DELAY)
+        raise ServerGone(f"stopped before {self.base_url} had answered")
+
+
+class _Incoming:
+    """The body of an answer; when it is read to the end, its connection is kept."""
+
+    def __init__(self, base_url: str, sock: socket.socket, response: http.client.HTTPResponse,
+                 idle: list[socket.socket] | None) -> None:
+        self._base_url = base_url
+        self._sock = sock
+        self._response = response
+        self._idle = idle
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = self._response.read(size)
+            if not data and self._response.length:  # http.client takes that for the end
+                raise ConnectionError("the answer ended early")
+            return data
+        except (OSError, http.client.HTTPException) as error:
+            raise _gone(self._base_url, error) from error
+
+    def close(self) -> None:
+        whole = self._response.isclosed()
+        self._response.close()
+        if whole and not self._response.will_close and self._idle is not None:
+            self._idle.append(self._sock)
+        else:
+            self._sock.close()
+
+
+class _Download:
+    """Writes an answer to a file, beside it first."""
+
+    def __init__(self, to: Path, sha256: str | None, limit: int) -> None:
+        self._to = to
+        self._sha256 = sha256
+        self._limit = limit
+
+    def take(self, answer: Answer) -> Reply:
+        _raise_refusal(answer)
+        part = self._to.with_name(f".{self._to.name}.{os.getpid()}.{threading.get_ident()}.part")
+        try:
+            with part.open("wb") as file:
+                self._copy(answer, file)
+            part.replace(self._to)
+        except OSError as error:
+            raise FarmError(f"{self._to} cannot be written: {error.strerror or error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        return Reply(answer.status, answer.headers, b"")
+
+    def _copy(self, answer: Answer, file: BinaryIO) -> None:
+        digest, size = hashlib.sha256(), 0
+        while True:
+            block = answer.read(BUFFER)
+            if not block:
+                break
+            size += len(block)
+            if size > self._limit:
+                raise FarmError(f"{self._to.name} is larger than {format_size(self._limit)}")
+            digest.update(block)
+            file.write(block)
+        if self._sha256 is not None and digest.hexdigest() != self._sha256:
+            raise FarmError(f"{self._to.name} arrived with other contents than it should have")
+
+
+def _split_url(base_url: str) -> urllib.parse.SplitResult:
+    try:
+        url = urllib.parse.urlsplit(base_url)
+        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        good = False
+    if not good or url.query or url.fragment:
+        raise UserError(f"'{base_url}' is not an address: write http://NAME:2271")
+    return url
+
+
+def _gone(base_url: str, error: Exception) -> ServerGone:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return ServerGone(
+        f"{base_url} does not answer ({reason}): is 'povfarm.py serve' running there?"
+    )
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _open_upload(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise FarmError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _await_answer(sock: socket.socket, call: Call) -> None:
+    """Wait until an answer begins, or ``call.stop``: a long poll must not hold up a stop."""
+    deadline = time.monotonic() + call.timeout
+    while not call.stop.is_set():
+        sock.settimeout(max(min(_STOP_LOOK, deadline - time.monotonic()), 0.001))
+        try:
+            socket.socket.recv(sock, 1, socket.MSG_PEEK)  # below TLS, which cannot peek
+            return
+        except socket.timeout:
+            if time.monotonic() >= deadline:
+                raise
+    raise ServerGone("stopped while waiting for an answer")
+
+
+def _raise_refusal(answer: Answer) -> None:
+    """Raise ``RequestRefused`` when the status says so, in the coordinator's own words."""
+    if answer.status < 300:
+        return
+    try:
+        message = json.loads(_read_limited(answer, BUFFER))
+        text, detail = str(message["error"]), message.get("detail")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        text, detail = f"the coordinator answered with status {answer.status}", None
+    later = answer.headers.get("retry-after", "")
+    raise RequestRefused(answer.status, text, detail, float(later) if later.isdecimal() else 0.0)
+
+
+def _read_limited(answer: Answer, limit: int) -> bytes:
+    data = bytearray()
+    while True:
+        block = answer.read(BUFFER)
+        if not block:
+            return bytes(data)
+        data += block
+        if len(data) > limit:
+            raise FarmError(f"the coordinator's answer is larger than {format_size(limit)}")
+
+
+def _whole_reply(answer: Answer) -> Reply:
+    _raise_refusal(answer)
+    return Reply(answer.status, answer.headers, _read_limited(answer, REPLY_LIMIT))
+# === 19. PROCESS =============================================================
+# Starts, watches, measures and ends renderers. On POSIX a launcher, forked
+# before there are threads, starts them: fork is safe there, it can wait for
+# them with wait4, and when the worker dies in whatever way, it ends them all.
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: exit ``code`` (negative: a signal), CPU seconds, peak bytes."""
+
+    code: int
+    cpu: float
+    memory: int
+
+
+class Process:
+    """A renderer under way: its output line by line, its end, its processor time."""
+
+    def __init__(self, output: io.BufferedReader, kill: Callable[[], None]) -> None:
+        self.kill = kill
+        self.pid = 0
+        self._output = output
+        self._ended: concurrent.futures.Future[Ended] = concurrent.futures.Future()
+
+    def lines(self) -> Iterator[str]:
+        """Yield what the process prints, parted at line feeds and carriage returns.
+
+        A progress line comes as soon as it is written, not when it is ended.
+        """
+        rest = ""
+        while True:
+            data = self._output.read1(BUFFER)
+            if not data:
+                break
+            *whole, rest = re.split(r"[\r\n]", rest + data.decode("utf-8", "replace"))
+            yield from whole
+        self._output.close()
+        if rest:
+            yield rest
+
+    def ended(self, result: Ended) -> None:
+        """Record the end; for the launcher."""
+        self._ended.set_result(result)
+
+    def wait(self) -> Ended:
+        """Wait for the end."""
+        return self._ended.result()
+
+    def cpu_now(self) -> float | None:
+        """Return the CPU seconds used so far, or None where the system does not tell."""
+        fields = _proc_stat(self.pid)
+        return None if fields is None else (int(fields[11]) + int(fields[12])) / _TICKS
+
+    def memory_now(self) -> int:
+        """Return the bytes of memory in use, 0 where the system does not tell."""
+        fields = _proc_stat(self.pid)
+        return 0 if fields is None else int(fields[21]) * _PAGE
+
+
+class Launcher:
+    """Starts renderers on POSIX systems. Make it before the first thread."""
+
+    def __init__(self, nice: int = 0) -> None:
+        self._ids = itertools.count(1)
+        self._processes: dict[int, Process] = {}
+        self._lock = threading.Lock()
+        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        if os.fork() == 0:
+            self._socket.close()
+            _LauncherProcess(other, nice).run()
+        other.close()
+        threading.Thread(target=self._listen, name="launcher", daemon=True).start()
+
+    def start(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Process:
+        """Start a program whose output, both streams, comes out of ``Process.lines``."""
+        reading, writing = os.pipe()
+        number = next(self._ids)
+        process = Process(os.fdopen(reading, "rb"), functools.partial(self._kill, number))
+        request = {"id": number, "argv": argv, "cwd": str(cwd), "env": dict(environment)}
+        with self._lock:
+            self._processes[number] = process
+            try:
+                socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [writing])
+            except OSError:
+                raise RenderFailed("the launcher of renderers has ended") from None
+            finally:
+                os.close(writing)
+        return process
+
+    def close(self) -> None:
+        """End every process that is still there, and the launcher."""
+        self._socket.close()
+
+    def _kill(self, number: int) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps({"kill": number}).encode() + b"\n")
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError, ValueError), self._socket.makefile("r") as answers:
+            for line in answers:
+                answer = json.loads(line)
+                process = self._processes[answer["id"]]
+                if "pid" in answer:
+                    process.pid = answer["pid"]
+                else:
+                    del self._processes[answer["id"]]
+                    process.ended(Ended(answer["code"], answer["cpu"], answer["memory"]))
+        for process in self._processes.values():
+            process.ended(Ended(-signal.SIGKILL, 0.0, 0))
+
+
+class _LauncherProcess:
+    """The other side: a process without threads that forks, waits and kills."""
+
+    def __init__(self, link: socket.socket, nice: int) -> None:
+        self._link = link
+        self._nice = nice
+        self._ids: dict[int, int] = {}
+        self._buffer = b""
+        self._descriptors: list[int] = []
+
+    def run(self) -> None:
+        """Serve until the worker is gone; never returns."""
+        with contextlib.suppress(BaseException):
+            self._serve()
+        for pid in self._ids:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+        os._exit(0)
+
+    def _serve(self) -> None:
+        os.setsid()
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, _ignore_signal)
+        signal.set_wakeup_fd(wake_write)
+        if self._nice:
+            os.nice(self._nice)
+        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+        while True:
+            ready, _, _ = select.select([self._link.fileno(), wake_read], [], [])
+            if wake_read in ready:
+                os.read(wake_read, BUFFER)
+                self._reap()
+            if self._link.fileno() in ready:
+                data, descriptors, _, _ = socket.recv_fds(self._link, BUFFER, 16)
+                if not data:
+                    return
+                self._buffer += data
+                self._descriptors += descriptors
+                self._handle(prctl)
+
+    def _handle(self, prctl: Any) -> None:
+        while b"\n" in self._buffer:
+            line, self._buffer = self._buffer.split(b"\n", 1)
+            request = json.loads(line)
+            if "argv" in request:
+                self._start(request, self._descriptors.pop(0), prctl)
+                continue
+            for pid, number in self._ids.items():
+                if number == request["kill"]:
+                    os.killpg(pid, signal.SIGKILL)
+
+    def _start(self, request: dict[str, Any], output: int, prctl: Any) -> None:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _become(request, output, prctl)
+            except BaseException as error:  # whatever it is, nobody else may go on from here
+                os.write(2, f"povfarm: cannot start {request['argv'][0]}: {error}\n".encode())
+            os._exit(127)
+        # Both sides set the group, so that it exists before either goes on.
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
+        os.close(output)
+        self._ids[pid] = request["id"]
+        self._answer({"id": request["id"], "pid": pid})
+
+    def _reap(self) -> None:
+        while self._ids:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+            unit = 1 if sys.platform == "darwin" else 1024
+            self._answer({
+                "id": self._ids.pop(pid), "code": code,
+                "cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * unit,
+            })
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        self._link.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _become(request: dict[str, Any], output: int, prctl: Any) -> None:
+    """Turn the forked child into the renderer."""
+    if prctl is not None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the launcher
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.chdir(request["cwd"])
+    os.execve(request["argv"][0], request["argv"], request["env"])
+
+
+def _ignore_signal(number: int, frame: Any) -> None:
+    """Let set_wakeup_fd see a signal."""
+
+
+class WindowsLauncher:
+    """Starts renderers where there is no fork; same methods as ``Launcher``."""
+
+    def __init__(self, nice: int = 0) -> None:
+        # BELOW_NORMAL_PRIORITY_CLASS and CREATE_NO_WINDOW of the Windows API
+        self._flags = (0x4000 if nice else 0) | 0x08000000
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def start(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Process:
+        """Start a program whose output, both streams, comes out of ``Process.lines``."""
+        program = subprocess.Popen(
+            argv, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            creationflags=self._flags if os.name == "nt" else 0)
+        self._running.add(program)
+        process = Process(cast(io.BufferedReader, program.stdout), program.kill)
+        process.pid = program.pid
+        threading.Thread(target=self._wait, args=(program, process), daemon=True).start()
+        return process
+
+    def close(self) -> None:
+        """End every process that is still there."""
+        for program in list(self._running):
+            program.kill()
+
+    def _wait(self, program: subprocess.Popen[bytes], process: Process) -> None:
+        code = program.wait()
+        self._running.discard(program)
+        process.ended(Ended(code, _windows_cpu(program), 0))
+
+
+def _windows_cpu(program: subprocess.Popen[bytes]) -> float:
+    """Return the CPU seconds of an ended program, by GetProcessTimes (units of 100 ns)."""
+    times = [ctypes.c_ulonglong() for _ in range(4)]
+    windll = getattr(ctypes, "windll", None)
+    if windll is None or not windll.kernel32.GetProcessTimes(
+            int(getattr(program, "_handle", 0)), *(ctypes.byref(time) for time in times)):
+        return 0.0
+    return (times[2].value + times[3].value) / 1e7
+
+
+def make_launcher(nice: int = 0) -> Launcher | WindowsLauncher:
+    """Return the launcher for this system; call it before any thread is started."""
+    return Launcher(nice) if hasattr(os, "fork") else WindowsLauncher(nice)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that programs could still take; a guess where unknown."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 4 * 1000**3
+
+
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+_PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
+
+
+def _proc_stat(pid: int) -> list[str] | None:
+    """Return the fields of /proc/PID/stat after the name (proc(5): field 3 is index 0)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()
+
+
+# === 20. WORKER ==============================================================
+# Asks for leases, fetches projects, renders, and delivers each frame as soon
+# as it is there; keeps the cores busy and the leases alive. Decides nothing
+# about jobs: what the coordinator says is done.
+
+LEASE_WAIT = 25.0  # seconds that a request for work is held open
+BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
+START_SLEEP, FRAME_SLEEP = 0.3, 0.22  # seconds that POV-Ray 3.7 sleeps: at its start, per frame
+
+
+class Pace:
+    """How many runs to keep going: POV-Ray sleeps, so there are more than cores.
+
+    A job's *duty* is the share of its time in which a run uses a core:
+    CPU / (CPU + sleep). The sleep is what POV-Ray is known to sleep, or less
+    where the measured wall time says so: wall time alone would take the
+    waiting for a core, when too many run, for sleep.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self.cores = cores
+        self._cpu: dict[int, float] = {}
+        self._sleep: dict[int, float] = {}
+        self._memory: dict[int, int] = {}
+
+    def measured(self, job: int, frames: int, cpu: float, wall: float, threads: int) -> None:
+        """Learn from a finished run of ``frames`` frames; seconds."""
+        busy = cpu / max(threads, 1)
+        sleep = min(START_SLEEP + FRAME_SLEEP * frames, max(wall - busy, 0.0))
+        self._cpu[job] = 0.7 * self._cpu.get(job, busy) + busy
+        self._sleep[job] = 0.7 * self._sleep.get(job, sleep) + sleep
+
+    def measured_memory(self, job: int, memory: int) -> None:
+        """Learn the peak memory of a run, in bytes."""
+        self._memory[job] = max(self._memory.get(job, 0), memory)
+
+    def duty(self, job: int) -> float | None:
+        """Return the duty of a job's runs, 0.02 to 1, or None when nothing is known."""
+        if job not in self._cpu:
+            return None
+        return max(self._cpu[job] / max(self._cpu[job] + self._sleep[job], 0.001), 0.02)
+
+    def load(self, runs: Iterable[RunState]) -> float:
+        """Return how many cores the runs use, as measured or as they look so far."""
+        return sum(run.threads * (self.duty(run.job) or run.duty_so_far()) for run in runs)
+
+    def room(self, runs: Sequence[RunState], free_memory: int) -> int:
+        """Return how many more runs to start now."""
+        load = self.load(runs)
+        if not runs:
+            # Two a core: half of a start is sleep, whatever the scene.
+            return 2 * self.cores
+        duty = min((self.duty(run.job) or run.duty_so_far()) for run in runs)
+        memory = max((self._memory.get(run.job, 0) for run in runs), default=0)
+        more = int((self.cores - load) / duty + 0.5)
+        if any(self.duty(run.job) is None for run in runs):
+            more = min(more, self.cores)
+        more = min(more, 16 * self.cores - len(runs))
+        if memory:
+            more = min(more, int(0.8 * free_memory / memory))
+        return max(more, 0)
+
+
+class RunState:
+    """One run of the renderer as the worker sees it."""
+
+    def __init__(self, lease: LeaseSpec, clock: Clock) -> None:
+        self.lease = lease
+        self.job = lease.job
+        self.threads = lease.threads
+        self.started = clock.monotonic()
+        self.clock = clock
+        self.process: Process | None = None
+        self.text = PovText(())
+        self.stopped = False
+        self.code = 0
+        self.undelivered = 0
+        self.open = {task.frame: task for task in lease.tasks}
+
+    def duty_so_far(self) -> float:
+        """Guess the duty of a run under way; a half while it is starting."""
+        age = self.clock.monotonic() - self.started
+        cpu = self.process.cpu_now() if self.process else None
+        if cpu is None or age < START_SLEEP + 0.1:
+            return 0.5
+        return min(max(cpu / self.threads / (age - START_SLEEP), 0.02), 1.0)
+
+    def progress(self) -> dict[str, float]:
+        """Return how far the task under way is, by its id, 0 to 1."""
+        frames = [task.frame for task in self.lease.tasks]
+        index = min(self.text.index, len(frames) - 1)
+        return {str(self.lease.tasks[index].id): self.text.percent / 100}
+
+    def stop(self) -> None:
+        """End the renderer at once."""
+        self.stopped = True
+        if self.process is not None:
+            self.process.kill()
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A finished frame on its way to the coordinator."""
+
+    run: RunState
+    task: TaskSpec
+    image: bytes
+    text: str
+    cost: Cost
+
+
+class Cache:
+    """Projects of this worker, by the key of their manifest, within a size in bytes."""
+
+    def __init__(self, root: Path, limit: int, client: Client) -> None:
+        self.root = root
+        self.limit = limit
+        self._client = client
+        self._lock = threading.Lock()
+        self._using: collections.Counter[str] = collections.Counter()
+        self._ready: dict[str, set[str]] = {}
+        root.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def project(self, key: str, last_frame: int) -> Iterator[tuple[Path, Manifest]]:
+        """Give a project's directory, with every file that frames up to ``last_frame`` need.
+
+        Files that another project of the cache has are taken from there.
+        """
+        if not re.fullmatch(r"[0-9a-f]{64}", key):
+            raise UserError("the coordinator named a project that has no valid key")
+        with self._lock:
+            self._using[key] += 1
+        try:
+            with self._lock:
+                manifest = self._manifest(key)
+                self._fill(key, manifest, last_frame)
+            yield self.root / key / "tree", manifest
+        finally:
+            with self._lock:
+                self._using[key] -= 1
+            os.utime(self.root / key)
+
+    def trim(self) -> None:
+        """Delete the projects that were not used for longest until the rest fits."""
+        with self._lock:
+            projects = sorted(
+                (path.stat().st_mtime, path) for path in self.root.iterdir() if path.is_dir())
+            sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                     for _, path in projects}
+            total = sum(sizes.values())
+            for _, path in projects:
+                if total > self.limit and not self._using[path.name]:
+                    shutil.rmtree(path, ignore_errors=True)
+                    self._ready.pop(path.name, None)
+                    total -= sizes[path]
+
+    def _manifest(self, key: str) -> Manifest:
+        path = self.root / key / "manifest.json"
+        try:
+            manifest = Manifest.from_wire(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, UserError):
+            reply = self._client.request("GET", f"/api/v1/manifests/{key}", retry_for=300)
+            manifest = Manifest.from_wire(reply.json())
+            path.parent.mkdir(exist_ok=True)
+            atomic_write(path, reply.body)
+        if manifest.key != key:
+            raise UserError("the coordinator sent another project than the one asked for")
+        return manifest
+
+    def _fill(self, key: str, manifest: Manifest, last_frame: int) -> None:
+        tree = self.root / key / "tree"
+        tree.mkdir(exist_ok=True)
+        ready = self._ready.setdefault(key, set())
+        for file in manifest.files:
+            if file.path in ready or (file.after_frame is not None
+                                      and last_frame <= file.after_frame):
+                continue
+            path = safe_join(tree, file.path)
+            if not _holds(path, file):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not self._copy(key, file, path):
+                    self._client.download(f"/api/v1/blobs/{file.sha256}", path, file.sha256,
+                                          limit=file.size)
+            ready.add(file.path)
+
+    def _copy(self, key: str, wanted: FileEntry, to: Path) -> bool:
+        for other in self.root.iterdir():
+            if other.name == key or not (other / "manifest.json").is_file():
+                continue
+            source = safe_join(other / "tree", wanted.path)
+            if _holds(source, wanted):
+                shutil.copyfile(source, to)
+                return True
+        return False
+
+
+def _holds(path: Path, file: FileEntry) -> bool:
+    try:
+        return path.stat().st_size == file.size and sha256_file(path) == file.sha256
+    except OSError:
+        return False
+
+
+class Worker:
+    """Renders for one coordinator until it is stopped.
+
+    ``stop`` once lets the frames under way finish and hands the rest back;
+    twice ends everything at once. ``until_idle`` ends when there is nothing left.
+    """
+
+    def __init__(self, client: Client, engine: Engine, launcher: Launcher | WindowsLauncher,
+                 cache: Cache, cores: int, until_idle: bool = False,
+                 clock: Clock | None = None) -> None:
+        self.client = client
+        self.engine = engine
+        self.cache = cache
+        self.until_idle = until_idle
+        self.rendered = 0
+        self._launcher = launcher
+        self._clock = clock or Clock()
+        self._pace = Pace(cores)
+        self._runs: set[RunState] = set()  # that use the machine
+        self._held: set[RunState] = set()  # whose leases must be kept alive
+        self._changed = threading.Condition()
+        self._deliveries: queue.Queue[Delivery] = queue.Queue()
+        self._stopping = threading.Event()
+        self._idle = False
+
+    def run(self) -> None:
+        """Work until stopped; raises ``FarmError`` when the coordinator refuses this worker."""
+        for number in range(2):
+            name = f"deliver-{number}"
+            threading.Thread(target=self._deliver_all, name=name, daemon=True).start()
+        threading.Thread(target=self._beat_all, name="beat", daemon=True).start()
+        try:
+            while not self._stopping.is_set() and not self._idle:
+                with contextlib.suppress(ServerGone):  # only when it was stopped meanwhile
+                    self._ask()
+            with self._changed:
+                while self._runs:
+                    self._changed.wait(1.0)
+            self._deliveries.join()
+        finally:
+            for run in list(self._runs):
+                run.stop()
+            with contextlib.suppress(FarmError):
+                self.client.request("POST", "/api/v1/leave", json={}, retry_for=0, timeout=5)
+            self.cache.trim()
+
+    def stop(self) -> None:
+        """Finish the frames under way and hand back the rest; a second call ends at once."""
+        if self._stopping.is_set():
+            for run in list(self._runs):
+                run.stop()
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+
+    # --- asking for work
+
+    def _ask(self) -> None:
+        with self._changed:
+            runs = list(self._runs)
+            room = self._pace.room(runs, available_memory())
+            if room == 0:
+                # What is known of a run grows by the moment until the first has ended.
+                self._changed.wait(0.1 if any(self._unknown(run) for run in runs) else 5.0)
+                return
+        wait = 0.1 if any(self._unknown(run) for run in runs) else LEASE_WAIT
+        if self.until_idle:
+            wait = min(wait, 1.0)
+        idle = int(self._pace.cores - self._pace.load(runs) + 0.5)
+        offer = {"want": room, "slots": len(runs) + room, "idle": max(idle, 0), "wait": wait}
+        reply = self.client.request("POST", "/api/v1/lease", json=offer, timeout=wait + 30,
+                                    retry_for=math.inf, stop=self._stopping).json()
+        for wire in reply["leases"]:
+            run = RunState(LeaseSpec.from_wire(wire), self._clock)
+            with self._changed:
+                self._runs.add(run)
+                self._held.add(run)
+                self._changed.notify_all()
+            threading.Thread(target=self._work, args=(run,), name=f"run-{run.lease.id[:6]}",
+                             daemon=True).start()
+        self._idle = self.until_idle and not reply["leases"] and reply["open"] == 0
+
+    def _unknown(self, run: RunState) -> bool:
+        return self._pace.duty(run.job) is None
+
+    def _beat_all(self) -> None:
+        while True:
+            with self._changed:
+                while not self._held:
+                    self._changed.wait()
+                runs = {run.lease.id: run for run in self._held}
+            progress = {lease: run.progress() for lease, run in runs.items()}
+            with contextlib.suppress(FarmError):
+                reply = self.client.request(
+                    "POST", "/api/v1/beat", json={"leases": progress, "wait": BEAT_WAIT},
+                    timeout=BEAT_WAIT + 10, retry_for=math.inf)
+                for lease in reply.json()["ended"]:
+                    if runs[lease].open:
+                        runs[lease].stop()
+
+    # --- one run
+
+    def _work(self, run: RunState) -> None:
+        message, scene = "", False
+        try:
+            self._render(run)
+            if run.open and not run.stopped and not self._stopping.is_set():
+                message, scene = run.text.error(), run.text.scene_is_wrong
+                message = message or _how_it_ended(run.code)
+        except (FarmError, OSError) as error:
+            message = str(error)
+        with self._changed:
+            self._runs.discard(run)
+            self._changed.notify_all()
+        if run.open and not run.stopped:
+            self._give_up(run, message, scene)
+        run.open.clear()
+        self._let_go(run)
+
+    def _let_go(self, run: RunState) -> None:
+        """Beat no more for a lease of which nothing is left to render or to deliver."""
+        with self._changed:
+            if not run.open and not run.undelivered:
+                self._held.discard(run)
+
+    def _give_up(self, run: RunState, message: str, scene: bool) -> None:
+        """Tell of the frame that failed, and hand back what was not begun."""
+        lease = f"/api/v1/leases/{run.lease.id}"
+        with contextlib.suppress(FarmError):
+            if message:
+                task = run.open.pop(min(run.open))
+                self.client.request(
+                    "POST", f"{lease}/tasks/{task.id}/fail", retry_for=300,
+                    json={"message": message, "scene": scene, "log": run.text.text})
+            if run.open:
+                self.client.request("POST", f"{lease}/release", json={}, retry_for=30)
+
+    def _render(self, run: RunState) -> None:
+        frames = self._frames(run.lease)
+        place = Path(tempfile.mkdtemp(prefix="run-", dir=self.cache.root.parent))
+        try:
+            with self.cache.project(run.lease.manifest, frames[-1]) as (tree, manifest):
+                plan = Run(run.lease, tree, place, frames)
+                _make_directories(plan, manifest)
+                self._watch(run, plan)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _frames(self, lease: LeaseSpec) -> tuple[int, ...]:
+        last = lease.tasks[-1].frame
+        if not lease.in_order:
+            return tuple(task.frame for task in lease.tasks)
+        return tuple(frame for frame in plan_frames(lease.pov.options).frames if frame <= last)
+
+    def _watch(self, run: RunState, plan: Run) -> None:
+        command = self.engine.command(plan)
+        for path, text in command.files.items():
+            path.write_text(text, encoding="utf-8")
+        for path, target in command.links.items():
+            path.symlink_to(target)
+        if run.stopped:
+            return
+        run.text = PovText(_hidden(plan))
+        run.process = process = self._launcher.start(command.argv, plan.place, command.environment)
+        measure = _Measure(run, self._clock)
+        for line in process.lines():
+            done = run.text.index
+            text = run.text.text if _FRAME.match(line) else ""
+            if run.text.feed(line):
+                self._finish(run, plan, done, text, measure.frame())
+                if self._stopping.is_set():
+                    process.kill()
+            if run.text.traced and run.text.index == len(plan.frames) - 1 and run.open:
+                self._finish_early(run, plan, measure)
+        ended = process.wait()
+        run.code = ended.code
+        self._pace.measured_memory(run.job, ended.memory)
+        if run.open and ended.code == 0:
+            self._finish(run, plan, run.text.index, run.text.text, measure.frame(ended))
+        self._measured(run, measure, len(plan.frames))
+
+    def _finish_early(self, run: RunState, plan: Run, measure: _Measure) -> None:
+        """Deliver the last frame before POV-Ray, which sleeps at its end, has ended."""
+        options = run.lease.pov.options
+        path = plan.made(plan.frames[-1])
+        until = self._clock.monotonic() + START_SLEEP
+        while run.open and self._clock.monotonic() < until:
+            try:
+                check_image(path.read_bytes(), options.extension, options.width, options.height)
+            except (OSError, ImageError):
+                time.sleep(0.01)
+                continue
+            self._finish(run, plan, run.text.index, run.text.text, measure.frame())
+            self._measured(run, measure, len(plan.frames))
+            with self._changed:
+                self._runs.discard(run)
+                self._changed.notify_all()
+
+    def _measured(self, run: RunState, measure: _Measure, frames: int) -> None:
+        if measure.frames == frames and not measure.told:
+            measure.told = True
+            self._pace.measured(run.job, frames, measure.cpu, measure.wall, run.threads)
+
+    # --- delivering
+
+    def _finish(self, run: RunState, plan: Run, index: int, text: str, cost: Cost) -> None:
+        task = run.open.get(plan.frames[index]) if index < len(plan.frames) else None
+        if task is None:
+            return
+        path = plan.made(task.frame)
+        try:
+            image = path.read_bytes()
+        except FileNotFoundError:
+            return
+        del run.open[task.frame]
+        if not run.lease.in_order:
+            path.unlink()
+        run.undelivered += 1
+        self._deliveries.put(Delivery(run, task, image, text, cost))
+
+    def _deliver_all(self) -> None:
+        while True:
+            delivery = self._deliveries.get()
+            try:
+                self._deliver(delivery)
+            except FarmError as error:
+                log.warning("frame %d was not taken: %s", delivery.task.frame, error)
+            finally:
+                delivery.run.undelivered -= 1
+                self._let_go(delivery.run)
+                self._deliveries.task_done()
+
+    def _deliver(self, delivery: Delivery) -> None:
+        text = delivery.text.encode()
+        path = f"/api/v1/leases/{delivery.run.lease.id}/tasks/{delivery.task.id}"
+        cost = delivery.cost
+        query = f"log={len(text)}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}&memory={cost.memory}"
+        try:
+            self.client.request("PUT", f"{path}?{query}", body=text + delivery.image,
+                                timeout=120, retry_for=math.inf)
+            self.rendered += 1
+        except RequestRefused as error:
+            if error.status != 422:
+                raise
+            self.client.request(
+                "POST", f"{path}/fail", retry_for=300,
+                json={"message": str(error), "scene": False, "log": delivery.text})
+
+
+class _Measure:
+    """What the frames of one run cost, parted at the moments when they ended."""
+
+    def __init__(self, run: RunState, clock: Clock) -> None:
+        self.frames = 0
+        self.cpu = 0.0
+        self.wall = 0.0
+        self.told = False
+        self._run = run
+        self._clock = clock
+        self._start = clock.monotonic()
+
+    def frame(self, ended: Ended | None = None) -> Cost:
+        """Return what the frame that has just ended cost."""
+        process = self._run.process
+        assert process is not None  # frames end only once there is a renderer
+        cpu, wall = self.cpu, self.wall
+        self.wall = self._clock.monotonic() - self._start
+        now = ended.cpu if ended else process.cpu_now()
+        self.cpu = self.wall if now is None else max(now, cpu)
+        self.frames += 1
+        memory = ended.memory if ended else process.memory_now()
+        return Cost(self.cpu - cpu, self.wall - wall, memory)
+
+
+def _how_it_ended(code: int) -> str:
+    if code == -9:
+        return "POV-Ray was killed, perhaps because the computer ran out of memory"
+    return f"POV-Ray ended without a picture (exit code {code})"
+
+
+def _hidden(run: Run) -> list[str]:
+    """Return how POV-Ray's text may begin the names of the project's files."""
+    trees = [run.tree / run.lease.pov.run_dir, run.tree]
+    return [f"{os.path.relpath(tree, run.place)}{os.sep}" for tree in trees]
+
+
+def _make_directories(run: Run, manifest: Manifest) -> None:
+    """Give the run's own directory the project's directories, for scenes that write there."""
+    home = PurePosixPath(run.lease.pov.run_dir)
+    for file in manifest.files:
+        parent = PurePosixPath(file.path).parent
+        if home in (parent, *parent.parents):
+            (run.place / parent.relative_to(home)).mkdir(parents=True, exist_ok=True)
+    run.made(run.frames[0]).parent.mkdir(parents=True, exist_ok=True)
+
+
+# === 21. CLI =================================================================
+# What a person types. One small function per command, the only place that
+# prints, and the only one that sees both towers. Results go to stdout,
+# progress and errors to stderr.
+
+Options = argparse.Namespace
+CommandFunction = Callable[[Options], int]
+
+
+@dataclass(frozen=True)
+class command:  # noqa: N801 - it is used as a decorator
+    """Tags a function as a command; ``main`` collects the tags.
+
+    ``arguments`` is how the help shows what follows the name; ``pov`` says that
+    everything that does not start with ``--`` is POV-Ray's command line.
+    """
+
+    name: str
+    arguments: str
+    summary: str
+    pov: bool = False
+    count: tuple[int, int] = (0, 0)
+    groups: tuple[str, ...] = ()
+
+    def __call__(self, function: CommandFunction) -> CommandFunction:
+        """Tag ``function``, and return it as it was."""
+        vars(function)["command"] = self
+        return function
+
+    def settings(self) -> list[Setting]:
+        """Return the options that the command takes."""
+        mine = {self.name, *self.groups}
+        return [row for row in SETTINGS if mine & set(row.commands.split())]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A job before it is submitted, and where its images belong on this machine."""
+
+    name: str
+    pov: PovJob
+    project: Project
+    plan: FramePlan
+    directory: Path
+    options: JobOptions
+    keeps_files: bool
+
+    def destination(self, frame: int) -> Path:
+        """Return where POV-Ray would have put the image of a frame."""
+        return self.directory / self.plan.output_name(frame)
+
+
+@command("render", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]",
+         "render here and now, with every core; --lan lets other computers help",
+         pov=True, groups=("job",))
+def render(options: Options) -> int:
+    """The whole farm for one job: coordinator, worker, job, images in their places."""
+    launcher = make_launcher()  # before the first thread
+    with contextlib.ExitStack() as stack:
+        stack.callback(launcher.close)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="povfarm-")))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+        engine = pool.submit(find_engine, options.povray, Clock())
+        draft = _draft(options, scratch)
+        _check_destination(draft)
+        coordinator = _private_farm(options, scratch, draft)
+        coordinator.start()
+        stack.callback(coordinator.stop)
+        client = Client(coordinator.url, coordinator.key)
+        worker = _join(client, engine.result(), launcher, scratch / "cache", options,
+                       token_file=None)
+        thread = threading.Thread(target=worker.run, name="worker", daemon=True)
+        stack.callback(worker.stop)
+        stack.callback(worker.stop)
+        job, event = _submit(client, draft)
+        thread.start()
+        return _follow(client, job, event, draft, options)
+
+
+@command("serve", "", "start a coordinator: it holds the jobs, the page and the images")
+def serve(options: Options) -> int:
+    """Coordinate until stopped."""
+    launcher = make_launcher(options.nice) if options.work else None
+    engine = find_engine(options.povray, Clock()) if launcher else None
+    coordinator = Coordinator(
+        options.data, bind=options.bind, port=options.port, name=options.name,
+        discovery_port=None if options.no_discovery else options.discovery_port,
+        admit_private=options.open, private=options.private, lease_time=options.lease_time)
+    coordinator.start()
+    worker = None
+    try:
+        _greet(coordinator)
+        if launcher is not None and engine is not None:
+            worker = _join(Client(coordinator.url, coordinator.key), engine, launcher,
+                           options.data / "cache", options, token_file=options.data / "workers")
+            threading.Thread(target=worker.run, name="worker", daemon=True).start()
+        _until_signal()
+        return 130
+    finally:
+        if worker is not None:
+            worker.stop()
+            worker.stop()
+        coordinator.stop()
+        if launcher is not None:
+            launcher.close()
+
+
+@command("work", "", "start a worker: it finds the coordinator and renders until stopped")
+def work(options: Options) -> int:
+    """Render for a coordinator; the first Ctrl-C finishes the frames under way."""
+    launcher = make_launcher(options.nice)
+    try:
+        engine = find_engine(options.povray, Clock())
+        stop = threading.Event()
+        signals = _Signals(stop.set)
+        client = _find_coordinator(options, stop, waits=True)
+        if client is None:
+            return 130
+        worker = _join(client, engine, launcher, options.data / "cache", options,
+                       token_file=options.data / "workers")
+        signals.action = worker.stop
+        _say(f"working for {client.base_url} with POV-Ray {engine.version} "
+             f"(Ctrl-C finishes what is under way, twice stops at once)")
+        thread = _Background(worker.run)
+        thread.join(signals)
+        _say(f"rendered {worker.rendered} frames")
+        return 130 if signals.count else 0
+    finally:
+        launcher.close()
+
+
+@command("submit", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]",
+         "queue a job and print its number", pov=True, groups=("talk", "job"))
+def submit(options: Options) -> int:
+    """Send a project to a coordinator that runs already."""
+    client = _coordinator(options)
+    with tempfile.TemporaryDirectory(prefix="povfarm-") as scratch:
+        draft = _draft(options, Path(scratch))
+        if options.output is not None:
+            draft = replace(draft, directory=options.output, plan=_flat(draft.plan))
+            options.output.mkdir(parents=True, exist_ok=True)
+        job, event = _submit(client, draft)
+        if not options.json or not options.wait:
+            print(json.dumps({"id": job}) if options.json else job, flush=True)
+        if options.wait:
+            return _follow(client, job, event,
+                           replace(draft, keeps_files=options.output is not None), options)
+    return 0
+
+
+@command("status", "[JOB]", "show the jobs, or one job", count=(0, 1), groups=("talk",))
+def status(options: Options) -> int:
+    """Print jobs; with --watch again after every change."""
+    client = _coordinator(options)
+    path = f"/api/v1/jobs/{_job_number(options.rest[0])}" if options.rest else "/api/v1/jobs"
+    while True:
+        after = client.request("GET", "/api/v1/farm").json()["event"]
+        reply = client.request("GET", path).json()
+        jobs = [reply] if options.rest else reply["jobs"]
+        if options.json:
+            print(json.dumps(reply if options.rest else jobs), flush=True)
+        else:
+            print(_job_table(jobs), flush=True)
+        if not options.watch:
+            return 0
+        client.request("GET", f"/api/v1/events?after={after}&wait=30", timeout=60)
+
+
+@command("workers", "", "show the workers", groups=("talk",))
+def workers(options: Options) -> int:
+    """Print the workers and what they do."""
+    views = _coordinator(options).request("GET", "/api/v1/workers").json()["workers"]
+    if options.json:
+        print(json.dumps(views))
+        return 0
+    rows = [("id", "name", "state", "cores", "runs", "POV-Ray", "address")]
+    rows += [(str(view["id"]), view["name"],
+              view["state"] + (f" (code {view['code']})" if "code" in view else ""),
+              str(view["cores"]), str(view["runs"]), view["engines"].get("povray", ""),
+              view["address"]) for view in views]
+    print(_table(rows) if views else "no worker has joined: start one with 'povfarm.py work'")
+    return 0
+
+
+@command("logs", "JOB FRAME", "show what POV-Ray printed for a frame", count=(2, 2),
+         groups=("talk",))
+def logs(options: Options) -> int:
+    """Print the text of every attempt at a frame."""
+    job, frame = (_job_number(text) for text in options.rest)
+    reply = _coordinator(options).request("GET", f"/api/v1/jobs/{job}/frames/{frame}/log")
+    text = reply.body.decode("utf-8", "replace")
+    print(json.dumps({"log": text}) if options.json else text, end="" if text else "\n")
+    return 0
+
+
+@command("fetch", "JOB", "get the finished images of a job", count=(1, 1), groups=("talk",))
+def fetch(options: Options) -> int:
+    """Copy finished images that are not here yet into --output or NAME-frames."""
+    client = _coordinator(options)
+    job = _job_number(options.rest[0])
+    view = client.request("GET", f"/api/v1/jobs/{job}").json()
+    directory = options.output or Path(f"{_file_name(view['name'])}-frames")
+    directory.mkdir(parents=True, exist_ok=True)
+    fetched = []
+    for frame in _finished_frames(client, job):
+        path = safe_join(directory, frame["name"])
+        if not path.is_file() or sha256_file(path) != frame["sha256"]:
+            client.download(f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", path,
+                            frame["sha256"])
+            fetched.append(str(path))
+    print(json.dumps({"files": fetched}) if options.json else
+          f"{len(fetched)} new of {view['frames']['done']} finished images in {directory}")
+    return 0
+
+
+def _steer(options: Options, action: str) -> int:
+    job = _job_number(options.rest[0])
+    view = _coordinator(options).request("POST", f"/api/v1/jobs/{job}/{action}", json={}).json()
+    _say(f"job {job} ({view['name']}) is {view['state']}")
+    return 0
+
+
+@command("pause", "JOB", "give out no more of a job", count=(1, 1), groups=("talk",))
+def pause(options: Options) -> int:
+    """Pause a job."""
+    return _steer(options, "pause")
+
+
+@command("resume", "JOB", "go on with a paused job", count=(1, 1), groups=("talk",))
+def resume(options: Options) -> int:
+    """Resume a job."""
+    return _steer(options, "resume")
+
+
+@command("cancel", "JOB", "end a job; its finished images stay", count=(1, 1), groups=("talk",))
+def cancel(options: Options) -> int:
+    """Cancel a job."""
+    return _steer(options, "cancel")
+
+
+@command("retry", "JOB", "render the failed and cancelled frames again", count=(1, 1),
+         groups=("talk",))
+def retry(options: Options) -> int:
+    """Queue failed and cancelled frames again."""
+    return _steer(options, "retry")
+
+
+@command("delete", "JOB", "delete a job and its images from the farm", count=(1, 1),
+         groups=("talk",))
+def delete(options: Options) -> int:
+    """Delete a job."""
+    job = _job_number(options.rest[0])
+    _coordinator(options).request("DELETE", f"/api/v1/jobs/{job}")
+    _say(f"job {job} is deleted")
+    return 0
+
+
+@command("set", "JOB KEY=VALUE ...",
+         "change priority, max_workers, retry_limit or in_order of a job", count=(2, 9),
+         groups=("talk",))
+def set_option(options: Options) -> int:
+    """Change how a job is treated."""
+    changes: dict[str, Any] = {}
+    for item in options.rest[1:]:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"'{item}' is not KEY=VALUE, such as priority=5")
+        known = {"true": True, "on": True, "false": False, "off": False}
+        whole = re.fullmatch(r"-?\d+", text)
+        changes[name.replace("-", "_")] = int(text) if whole else known.get(text.lower(), text)
+    job = _job_number(options.rest[0])
+    _coordinator(options).request("PATCH", f"/api/v1/jobs/{job}", json=changes)
+    _say(f"job {job}: {', '.join(options.rest[1:])}")
+    return 0
+
+
+@command("admit", "CODE", "let a worker in that shows this code", count=(1, 1), groups=("talk",))
+def admit(options: Options) -> int:
+    """Admit a pending worker."""
+    reply = _coordinator(options).request(
+        "POST", "/api/v1/workers/admit", json={"code": options.rest[0]})
+    _say(f"{reply.json()['name']} may work now")
+    return 0
+
+
+@command("login", "", "print a link that lets one browser steer the farm", groups=("talk",))
+def login(options: Options) -> int:
+    """Print a login link, good once."""
+    client = _coordinator(options)
+    print(client.base_url + client.request("POST", "/api/v1/login", json={}).json()["path"])
+    return 0
+
+
+@command("discover", "", "show the coordinators on this network", groups=("talk",))
+def discover_command(options: Options) -> int:
+    """Print every coordinator that answers within a second and a half."""
+    key = _known_key(options)
+    found = discover(1.5, None, options.discovery_port)
+    proven = {farm.farm_id for farm in discover(1.0, key.encode(), options.discovery_port)} \
+        if key else set()
+    if options.json:
+        print(json.dumps([{"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
+                           "yours": farm.farm_id in proven} for farm in found]))
+        return 0
+    rows = [("name", "address", "")]
+    rows += [(farm.name, farm.url, "has your key" if farm.farm_id in proven else "")
+             for farm in found]
+    print(_table(rows) if found else "no coordinator answers: start one with 'povfarm.py serve'")
+    return 0 if found else 1
+
+
+@command("doctor", "", "check whether this computer is fit for rendering")
+def doctor(options: Options) -> int:
+    """Look at everything that the farm needs, and say what is missing."""
+    checks = [_check_python(), _check_povray(options.povray), _check_disk(options.data),
+              _check_port("TCP port 2271", socket.SOCK_STREAM, 2271),
+              _check_port("UDP port 2269", socket.SOCK_DGRAM, 2269)]
+    if options.json:
+        print(json.dumps([{"check": name, "good": good, "text": text}
+                          for name, good, text in checks]))
+    else:
+        print(_table([(("ok" if good else "NO"), name, text) for name, good, text in checks]))
+    return 0 if all(good for _, good, _ in checks) else 1
+
+
+@command("help", "[COMMAND]", "show this, or the options of a command", count=(0, 1))
+def help_command(options: Options) -> int:
+    """Print the help."""
+    commands = _commands()
+    name = options.rest[0] if options.rest else ""
+    if name and name not in commands:
+        raise UserError(f"there is no command '{name}': see 'povfarm.py help'")
+    print(_command_help(vars(commands[name])["command"]) if name else _help(commands))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped."""
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except FarmError as error:
+        _say(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("stopped")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+# --- the command line
+
+def _commands() -> dict[str, CommandFunction]:
+    tagged = [value for value in globals().values()
+              if callable(value) and isinstance(getattr(value, "__dict__", {}).get("command"),
+                                                command)]
+    return {vars(function)["command"].name: function for function in tagged}
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments in ([], ["--help"], ["-h"], ["help"]):
+        print(_help(_commands()))
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"povfarm {VERSION}")
+        return 0
+    function = _commands().get(arguments[0])
+    if function is None:
+        raise UserError(f"there is no command '{arguments[0]}': see 'povfarm.py help'")
+    tag: command = vars(function)["command"]
+    if "--help" in arguments:
+        print(_command_help(tag))
+        return 0
+    options = _parse(tag, arguments[1:])
+    level = logging.INFO if getattr(options, "verbose", False) else logging.WARNING
+    logging.basicConfig(level=level, format="povfarm: %(message)s")
+    return function(options)
+
+
+def _parse(tag: command, arguments: list[str]) -> Options:
+    """Part our options from the rest, which for POV-Ray commands is POV-Ray's."""
+    rows = {f"--{row.name}": row for row in tag.settings()}
+    options = Options(**{name.replace("-", "_"): value
+                         for name, value in configured_defaults(os.environ).items()})
+    rest: list[str] = []
+    queue_ = collections.deque(arguments)
+    while queue_:
+        item = queue_.popleft()
+        name, equals, text = item.partition("=")
+        if item == "--":
+            rest += queue_
+            break
+        if not item.startswith("--"):
+            rest.append(item)
+            continue
+        row = rows.get(name)
+        if row is None:
+            raise UserError(f"'{tag.name}' has no option {name}: see 'povfarm.py help {tag.name}'")
+        if not row.is_flag and not equals:
+            if not queue_:
+                raise UserError(f"{name} needs a value")
+            text = queue_.popleft()
+        value = row.parse(text if equals or not row.is_flag else "on", name)
+        setattr(options, row.name.replace("-", "_"), value)
+    least, most = tag.count
+    if not tag.pov and not least <= len(rest) <= most:
+        raise UserError(f"usage: povfarm.py {tag.name} {tag.arguments}".rstrip())
+    options.rest = rest
+    options.command = tag.name
+    return options
+
+
+def _help(commands: Mapping[str, CommandFunction]) -> str:
+    tags = [vars(function)["command"] for function in commands.values()]
+    rows = [(f"  {tag.name}", tag.summary) for tag in tags]
+    return "\n".join([
+        f"povfarm {VERSION}: the render farm for POV-Ray, in one file", "",
+        "usage: povfarm.py COMMAND [--OPTIONS] [POVRAY ARGUMENTS]", "", _table(rows), "",
+        "  povfarm.py render camera2.ini +W640 +H480    what povray does, sooner",
+        "  povfarm.py serve                             on one computer,",
+        "  povfarm.py work                              on every other one,",
+        "  povfarm.py submit camera2.ini +W640 +H480    and render on all of them", "",
+        "What starts with -- is povfarm's; everything else is POV-Ray's own command line.",
+        "'povfarm.py help COMMAND' shows a command's options; docs/manual.md has it all."])
+
+
+def _command_help(tag: command) -> str:
+    lines = [f"usage: povfarm.py {tag.name} [--OPTIONS] {tag.arguments}".rstrip(), "",
+             tag.summary, ""]
+    rows = []
+    for row in tag.settings():
+        metavar = row.metavar and f" {row.metavar}"
+        plain = row.default not in (None, "", False)
+        default = f" (by itself {row.default:g})" if isinstance(row.default, float) else (
+            f" (by itself {row.default})" if plain and row.name != "cache-size" else "")
+        rows.append((f"  --{row.name}{metavar}", row.help + default))
+    return "\n".join([*lines, _table(rows), "",
+                      "Each option is also an environment variable, such as "
+                      f"{tag.settings()[0].variable if rows else 'POVFARM_DATA'}."])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
+             for row in rows]
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(f"povfarm: {text}", file=sys.stderr, flush=True)
+
+
+# --- jobs
+
+def _draft(options: Options, scratch: Path) -> Draft:
+    """Read the command line and the project; nothing is started or changed."""
+    here = Path.cwd()
+    arguments, cwd, named = _whole_project(options.rest, here, scratch)
+    if not arguments:
+        raise UserError(f"what shall be rendered? For example: povfarm.py {options.command} "
+                        "scene.pov +W640 +H480")
+    pov = read_command_line(arguments, cwd, os.environ)
+    plan = plan_frames(pov)
+    outputs = {plan.output_name(frame) for frame in plan.frames}
+    project = collect_project(
+        pov.scene, pov.library, cwd, options.root, outputs, plan.frames,
+        [Path(path) for path in standard_library()])
+    uses = tuple(sorted(project.uses))
+    for warning in (*pov.warnings, *project.warnings):
+        _say(warning)
+    if "own-output" in uses and plan.animation and not options.in_order:
+        _say("the scene seems to read images that its earlier frames write: "
+             "if so, add --in-order")
+    values = {**pov.values, "Input_File_Name": project.scene}
+    job = PovJob(values, pov.declares, project.library, project.run_dir, uses)
+    limits = JobOptions().changed({
+        "priority": options.priority, "max_workers": options.max_workers or 0,
+        "retry_limit": options.retries, "in_order": options.in_order})
+    name = options.name or named or PurePosixPath(pov.scene).stem
+    if named:
+        plan, directory = _flat(plan), here / f"{named}-frames"
+    else:
+        directory = cwd
+    return Draft(name, job, project, plan, directory, limits, pov.to_file)
+
+
+def _whole_project(arguments: Sequence[str], here: Path,
+                   scratch: Path) -> tuple[list[str], Path, str]:
+    """Turn a directory or zip among POV-Ray's arguments into what it holds.
+
+    Returns the arguments, the directory that they are meant in, and the name
+    of the project, empty when there is none.
+    """
+    for index, item in enumerate(arguments):
+        path = here / item
+        if item.startswith(("+", "-")) or not (path.is_dir() or item.lower().endswith(".zip")):
+            continue
+        if path.is_dir():
+            place, name = path, path.resolve().name
+        else:
+            place, name = scratch / "project", path.stem
+            read_zip(path, place)
+        found = find_project(place)
+        return [*arguments[:index], found.name, *arguments[index + 1:]], found.parent, name
+    return list(arguments), here, ""
+
+
+def _flat(plan: FramePlan) -> FramePlan:
+    """Return a plan whose files have no directory."""
+    return replace(plan, stem=PurePosixPath(plan.stem).name)
+
+
+def _check_destination(draft: Draft) -> None:
+    """Fail before anything is rendered where the images could not be written."""
+    directory = draft.destination(draft.plan.frames[0]).parent
+    if draft.directory.name.endswith("-frames") and draft.directory == directory:
+        directory.mkdir(exist_ok=True)
+    if draft.keeps_files and not directory.is_dir():
+        raise UserError(f"the directory {directory} for the images is not there: make it first")
+    if draft.keeps_files and not _is_writable(directory):
+        raise UserError(f"the images cannot be written into {directory}: choose another with +O")
+
+
+def _is_writable(directory: Path) -> bool:
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError:
+        return False
+    return True
+
+
+def _submit(client: Client, draft: Draft) -> tuple[int, int]:
+    """Submit a job and send the files that the farm does not have.
+
+    Returns the job's number and that of the last event before it.
+    """
+    reply = client.request("POST", "/api/v1/jobs", json={
+        "name": draft.name, "pov": draft.pov.to_wire(),
+        "manifest": draft.project.manifest.to_wire(), "options": vars(draft.options),
+    }, timeout=120).json()
+    files = {file.sha256: draft.project.sources[file.path]
+             for file in draft.project.manifest.files}
+    try:
+        for sha256 in reply["missing"]:
+            client.request("PUT", f"/api/v1/blobs/{sha256}", body=files[sha256])
+    except BaseException:
+        # A job that would wait for ever for its files is worse than none.
+        with contextlib.suppress(FarmError):
+            client.request("DELETE", f"/api/v1/jobs/{reply['id']}", retry_for=0)
+        raise
+    return reply["id"], reply["event"]
+
+
+def _follow(client: Client, job: int, event: int, draft: Draft, options: Options) -> int:
+    """Show a job's progress and put its images in their places until it is finished."""
+    bar = ProgressBar(draft.name, sys.stderr)
+    started = time.monotonic()
+    files: list[str] = []
+    seen, ended = event, False
+    have: set[int] = set()
+    while not ended:
+        if bar.due():
+            bar.show(client.request("GET", f"/api/v1/jobs/{job}").json())
+        reply = client.request("GET", f"/api/v1/events?after={seen}&wait={bar.pause}")
+        events = [event for event in reply.json()["events"] if event["job"] == job]
+        seen = max([seen, *(event["id"] for event in reply.json()["events"])])
+        done = {event["frame"] for event in events if event["what"] == TaskState.DONE.value}
+        for frame in sorted(done - have if draft.keeps_files else ()):
+            to = draft.destination(frame)
+            client.download(f"/api/v1/jobs/{job}/frames/{frame}/image", to)
+            files.append(str(to))
+        have |= done
+        ended = not reply.json()["more"] and any(
+            event["what"] in _JOB_ENDS and event["text"] != PAUSED_BY_HAND for event in events)
+        if not ended:
+            time.sleep(0.03)  # what happens in a moment is told in one answer
+    bar.close()
+    view = client.request("GET", f"/api/v1/jobs/{job}").json()
+    return _conclude(view, files, draft, time.monotonic() - started, options)
+
+
+_JOB_ENDS = frozenset(f"job {state}" for state in ("done", "failed", "cancelled", "paused"))
+
+
+def _conclude(view: dict[str, Any], files: list[str], draft: Draft, seconds: float,
+              options: Options) -> int:
+    """Say how a job ended, and return the exit code."""
+    counts = view["frames"]
+    if options.json:
+        print(json.dumps({"job": view, "files": files, "seconds": round(seconds, 3)}))
+    if view["state"] == JobState.DONE.value:
+        where = f" in {Path(files[0]).parent}" if files else ""
+        frames = f"{counts['total']} frames" if counts["total"] > 1 else "1 image"
+        if not draft.keeps_files and options.command == "render":
+            where = "; no file is kept, as Output_To_File is off"
+        if not options.json:
+            print(f"{frames}{where}, {format_duration(seconds)}")
+        return 0
+    failure = view["failure"]
+    text = f"{counts['failed']} of {counts['total']} frames failed" if counts["total"] > 1 else ""
+    if failure:
+        where = f" (frame {failure['frame']})" if counts["total"] > 1 else ""
+        text = f"{text + ': ' if text else ''}{failure['message']}{where}"
+    raise FarmError(text or f"the job is {view['state']}: {view['reason']}")
+
+
+def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:
+    after = -1
+    while True:
+        frames = client.request("GET", f"/api/v1/jobs/{job}/frames?after={after}").json()["frames"]
+        if not frames:
+            return
+        yield from (frame for frame in frames if frame["state"] == TaskState.DONE.value)
+        after = frames[-1]["frame"]
+
+
+def _job_number(text: str) -> int:
+    if not re.fullmatch(r"\d{1,15}", text):
+        raise UserError(f"'{text}' is not a number: 'povfarm.py status' shows the jobs")
+    return int(text)
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", text).strip(".-") or "job"
+
+
+def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
+    if not jobs:
+        return "no jobs: queue one with 'povfarm.py submit'"
+    rows = [("job", "name", "state", "frames", "", "rate", "left")]
+    for job in jobs:
+        frames = job["frames"]
+        failed = f", {frames['failed']} failed" if frames["failed"] else ""
+        left = format_duration(job["eta"]) if job["eta"] is not None else ""
+        rows.append((
+            str(job["id"]), job["name"], job["state"],
+            f"{frames['done']}/{frames['total']}{failed}", f"{100 * job['progress']:.0f} %",
+            f"{3600 * job['rate']:.0f}/h" if left else "",
+            left))
+        if job["reason"]:
+            rows.append(("", job["reason"], "", "", "", "", ""))
+    return _table(rows)
+
+
+class ProgressBar:
+    """A line that is drawn again on a terminal, or a line now and then in a pipe."""
+
+    def __init__(self, name: str, file: Any) -> None:
+        self._name = name
+        self._file = file
+        self._terminal = file.isatty()
+        self.pause = 0.25 if self._terminal else 5.0
+        self._last = -math.inf
+        self._width = 0
+
+    def due(self) -> bool:
+        """Tell whether it is time to show something new."""
+        return time.monotonic() - self._last >= self.pause
+
+    def show(self, job: Mapping[str, Any]) -> None:
+        """Show how far a job is, as the API describes it."""
+        self._last = time.monotonic()
+        line = self.line(job)
+        if self._terminal:
+            self._file.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        elif job["progress"] > 0:
+            self._file.write(line + "\n")
+        self._file.flush()
+
+    def line(self, job: Mapping[str, Any]) -> str:
+        """Return the line for a job."""
+        frames, part = job["frames"], job["progress"]
+        filled = int(24 * part)
+        text = f"{self._name} "
+        text += f"[{'#' * filled}{'.' * (24 - filled)}] " if self._terminal else ""
+        text += f"{frames['done']}/{frames['total']} frames {100 * part:3.0f} %"
+        if frames["failed"]:
+            text += f", {frames['failed']} failed"
+        if job["eta"] is not None and part > 0:
+            text += f", {job['rate']:.2f}/s, {format_duration(job['eta'])} left"
+        return text
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._terminal and self._width:
+            self._file.write("\r" + " " * self._width + "\r")
+            self._file.flush()
+
+
+# --- farms and workers
+
+def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
+    data = scratch / "farm"
+    if not options.lan:
+        return Coordinator(data, bind="127.0.0.1", name=draft.name, durable=False)
+    # Workers that know this user's farm key may help without being asked for.
+    data.mkdir()
+    atomic_write(data / "farm.key", farm_key(options.data).encode(), 0o600)
+    coordinator = Coordinator(data, name=draft.name, durable=False, discovery_port=2269)
+    _say(f"others help with: povfarm.py work --key {coordinator.key}")
+    return coordinator
+
+
+def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, cache: Path,
+          options: Options, token_file: Path | None) -> Worker:
+    """Join a farm as a worker, as the one that this computer was before if it can."""
+    cores = options.cores or len(_affinity())
+    info = {
+        "name": (options.name if options.command == "work" else "") or socket.gethostname(),
+        "cores": cores, "memory": available_memory(),
+        "system": f"{platform.system()} {platform.release()}",
+        "engines": {"povray": engine.version},
+        "tags": [tag for tag in options.tags.split(",") if tag],
+    }
+    token = _Token(token_file, str(info["name"]), client.base_url)
+    info["name"] = token.name
+    own = Client(client.base_url, token.read() or client.token, retry_for=math.inf)
+    try:
+        reply = own.request("POST", "/api/v1/workers", json=info).json()
+    except RequestRefused as error:
+        if error.status != 401 or not token.read():
+            raise
+        own.token = client.token
+        reply = own.request("POST", "/api/v1/workers", json=info).json()
+    if reply["token"]:
+        own.token = reply["token"]
+        token.write(reply["token"])
+    if not reply["admitted"]:
+        _say(f"waiting to be admitted: the status page at {client.base_url} shows the code "
+             f"{reply['code']}, or type there: povfarm.py admit {reply['code']}")
+    return Worker(own, engine, launcher, Cache(cache, options.cache_size, own), cores,
+                  options.until_idle)
+
+
+class _Token:
+    """A worker's secret on disk, held by one process at a time under one name."""
+
+    def __init__(self, directory: Path | None, name: str, url: str) -> None:
+        self.name = name
+        self._path: Path | None = None
+        if directory is None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        farm = hashlib.sha256(url.encode()).hexdigest()[:12]
+        for number in itertools.count(1):
+            self.name = name if number == 1 else f"{name}-{number}"
+            self._path = directory / f"{_file_name(self.name)}-{farm}"
+            self._lock = open(self._path, "ab")  # noqa: SIM115 - held until the end
+            try:
+                if fcntl is not None:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                self._lock.close()  # another worker of this computer has that name
+
+    def read(self) -> str:
+        """Return the secret, empty when there is none."""
+        return self._path.read_text(encoding="ascii").strip() if self._path else ""
+
+    def write(self, token: str) -> None:
+        """Keep a secret; in the same file, which is locked."""
+        if self._path is not None:
+            self._path.chmod(0o600)
+            self._path.write_text(token, encoding="ascii")
+
+
+def _affinity() -> Sequence[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)
+
+
+def _greet(coordinator: Coordinator) -> None:
+    host = _lan_address()
+    address = f"http://{host}:{coordinator.port}"
+    login_link = f"{coordinator.url}/login/{coordinator.access.login_code()}"
+    print("\n".join([
+        f"povfarm '{coordinator.name}' is at {address}",
+        f"  steer it in a browser here:  {login_link}",
+        "  start workers elsewhere:     "
+        f"python povfarm.py work --server {address} --key {coordinator.key}",
+        "  queue a job here:            python povfarm.py submit scene.pov +W640 +H480",
+        "Ctrl-C stops it; nothing is lost."]), flush=True)
+
+
+def _lan_address() -> str:
+    """Return the address by which others on the LAN reach this machine, or loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # documentation address: nothing is sent
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def _known_key(options: Options) -> str:
+    if options.key:
+        return str(options.key)
+    try:
+        return Path(options.data, "farm.key").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _coordinator(options: Options) -> Client:
+    client = _find_coordinator(options, threading.Event(), waits=False)
+    assert client is not None  # only a wait that was stopped finds none
+    return client
+
+
+def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> Client | None:
+    """Return a client for the coordinator that is meant; None when stopped while waiting."""
+    key = _known_key(options)
+    patience = 20.0 if waits else 1.0
+    if options.server:
+        url = options.server if "//" in options.server else f"http://{options.server}"
+        client = Client(url, key, retry_for=patience)
+        _check_coordinator(client)
+        return client
+    with contextlib.suppress(OSError, ValueError, FarmError):
+        note = json.loads((options.data / "coordinator.json").read_text(encoding="utf-8"))
+        client = Client(note["url"], key, retry_for=0)
+        _check_coordinator(client)
+        return Client(note["url"], key, retry_for=patience)
+    name = options.name if options.command in ("work", "submit") and not waits else None
+    secret = key.encode() if options.key else None
+    found = discover(1.5, secret, options.discovery_port)
+    if not found and waits:
+        _say("no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
+        found = wait_for_coordinator(secret, stop, options.discovery_port)
+        if not found:
+            return None
+    return Client(_choose(found, name).url, key, retry_for=patience)
+
+
+def _choose(found: Sequence[Found], name: str | None) -> Found:
+    if not found:
+        raise FarmError("no coordinator answers on this network: start one with "
+                        "'povfarm.py serve', or name it with --server URL")
+    if len(found) > 1:
+        names = ", ".join(f"{farm.name} ({farm.url})" for farm in found)
+        raise UserError(f"there are several coordinators, choose one with --server: {names}")
+    return found[0]
+
+
+def _check_coordinator(client: Client) -> None:
+    """Fail now, in one line, when there is no coordinator or the key is wrong."""
+    farm = client.request("GET", "/api/v1/farm", timeout=10).json()
+    if not isinstance(farm, dict) or "farm_id" not in farm:
+        raise FarmError(f"{client.base_url} is not a povfarm coordinator")
+
+
+class _Signals:
+    """Calls ``action`` for every Ctrl-C or SIGTERM, and counts them."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self.action = action
+        self.count = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.count += 1
+        if self.count == 1:
+            _say("stopping")
+        # In a thread: a handler runs in the middle of anything, locks too.
+        threading.Thread(target=self.action, daemon=True).start()
+
+
+class _Background:
+    """A function in a thread whose exception comes out of ``join``."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        threading.Thread(target=self._run, args=(function,), daemon=True).start()
+
+    def _run(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+            self._future.set_result(None)
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def join(self, signals: _Signals) -> None:
+        """Wait for the end; signals are handled while waiting."""
+        while True:
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return self._future.result(timeout=1.0)
+
+
+def _until_signal() -> None:
+    stop = threading.Event()
+    _Signals(stop.set)
+    while not stop.wait(60):
+        pass
+
+
+# --- doctor
+
+def _check_python() -> tuple[str, bool, str]:
+    return "Python", sys.version_info >= (3, 9), platform.python_version()
+
+
+def _check_povray(program: str) -> tuple[str, bool, str]:
+    try:
+        engine = find_engine(program, Clock())
+    except UserError as error:
+        return "POV-Ray", False, str(error)
+    if not engine.library:
+        return "POV-Ray", False, (f"{engine.version} at {engine.program}, but its include files "
+                                  "are not found: install povray-includes")
+    return "POV-Ray", True, f"{engine.version} at {engine.program}"
+
+
+def _check_disk(data: Path) -> tuple[str, bool, str]:
+    place = next(path for path in (data, *data.parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    return "disk", free > 10**9 and _is_writable(place), f"{format_size(free)} free at {place}"
+
+
+def _check_port(name: str, kind: int, port: int) -> tuple[str, bool, str]:
+    with socket.socket(socket.AF_INET, kind) as sock:
+        try:
+            sock.bind(("", port))
+        except OSError:
+            return name, True, "in use: a coordinator seems to run here"
+    return name, True, "free"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Times povfarm beside bare POV-Ray and GNU parallel, in one run on this machine.
+
+    python tests/bench.py [--rounds N] [NAME ...]
+
+Prints a Markdown table: wall seconds of each (the median of the rounds, the start of
+everything included), how many times as fast as bare POV-Ray `render` is, and the limit that
+the processor sets (CPU-seconds of the bare run / cores). Every image is compared, too.
+Needs povray and povray-examples; GNU parallel is used when it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+POVFARM = Path(__file__).resolve().parent.parent / "povfarm.py"
+EXAMPLES = Path("/usr/share/doc/povray/examples")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command line; ``least`` is the ratio to bare POV-Ray that the project promises."""
+
+    name: str
+    directory: str
+    arguments: Tuple[str, ...]
+    frames: int
+    least: float
+
+
+CASES = (
+    Case("c_colors", "portfolio", ("c_colors.ini",), 130, 6.0),
+    Case("camera2", "animations/camera2", ("camera2.ini", "+W320", "+H240"), 30, 1.9),
+    Case("vect1", "animations/vect1", ("vect1.ini", "+W320", "+H240"), 60, 1.0),
+    Case("splinefollow", "animations/splinefollow", ("splinefollow.ini", "+W320", "+H240"), 20, 1.0),
+    Case("float1", "animations/float1", ("float1.ini", "+W640", "+H480"), 51, 1.4),
+    Case("benchmark", "advanced/benchmark", ("benchmark.pov", "+W120", "+H90", "+A0.3"), 1, 0.95),
+)
+
+
+def timed(command: List[str], case: Case) -> Tuple[float, float, Dict[str, int]]:
+    """Run a command in a fresh copy of the project: wall and CPU seconds, and the images."""
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(EXAMPLES / case.directory, place, dirs_exist_ok=True)
+        before = {path.name for path in Path(place).iterdir()}
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = -usage.ru_utime - usage.ru_stime
+        start = time.monotonic()
+        subprocess.run(command, cwd=place, check=True, stdin=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wall = time.monotonic() - start
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        images = {path.name: pixels(path) for path in Path(place).iterdir()
+                  if path.name not in before}
+        return wall, cpu + usage.ru_utime + usage.ru_stime, images
+
+
+def pixels(path: Path) -> int:
+    """Return a checksum of a PNG without the chunks that tell when it was written."""
+    data, at, sum_ = path.read_bytes(), 8, 0
+    while at < len(data):
+        size = int.from_bytes(data[at:at + 4], "big")
+        if data[at + 4:at + 8] not in (b"tIME", b"tEXt"):
+            sum_ = zlib.crc32(data[at:at + 12 + size], sum_)
+        at += 12 + size
+    return sum_
+
+
+def measure(case: Case, rounds: int) -> str:
+    """Return the table's row for a case; each round runs every contestant once."""
+    cores = len(os.sched_getaffinity(0))
+    contestants = {
+        "bare": ["povray", *case.arguments, "-D"],
+        "render": [sys.executable, str(POVFARM), "render", *case.arguments],
+    }
+    if shutil.which("parallel") and case.frames > 1:
+        contestants["parallel"] = [
+            "parallel", f"-j{2 * cores}", "povray", *case.arguments, "-D", "+WT1", "+SF{}", "+EF{}",
+            ":::", *map(str, range(1, case.frames + 1))]
+    walls: Dict[str, List[float]] = {name: [] for name in contestants}
+    cpus, same = [], "same"
+    for _ in range(rounds):
+        images = {}
+        for name, command in contestants.items():
+            wall, cpu, images[name] = timed(command, case)
+            walls[name].append(wall)
+            if name == "bare":
+                cpus.append(cpu)
+        if images["render"] != images["bare"] or len(images["bare"]) != case.frames:
+            same = "DIFFERENT"
+    median = {name: statistics.median(values) for name, values in walls.items()}
+    beside = f"{median['parallel']:.1f}" if "parallel" in median else "-"
+    ratio = median["bare"] / median["render"]
+    verdict = "" if ratio >= case.least else f" (promised: {case.least})"
+    return (f"| {case.name}, {case.frames} x {' '.join(case.arguments[1:]) or 'own size'} "
+            f"| {median['bare']:.1f} | {beside} | {median['render']:.1f} "
+            f"| {statistics.median(cpus) / cores:.1f} | {ratio:.2f}{verdict} | {same} |")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("names", nargs="*", help="cases; by itself all")
+    options = parser.parse_args()
+    print("| animation | povray | parallel | povfarm render | CPU limit | times as fast | images |")
+    print("|---|---|---|---|---|---|---|")
+    for case in CASES:
+        if not options.names or case.name in options.names:
+            print(measure(case, options.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What every test may use: the module under test and the real POV-Ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import List
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = Path("/usr/share/doc/povray/examples")
+
+sys.path.insert(0, str(ROOT))
+
+REQUIRED = set(filter(None, os.environ.get("POVFARM_TEST_REQUIRE", "").split(",")))
+
+
+def need(name: str, present: bool, why: str) -> None:
+    """Skip the test when something is missing here, or fail where it must be there."""
+    if present:
+        return
+    if name in REQUIRED:
+        pytest.fail(f"{name} is required here: {why}")
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def povray() -> str:
+    """The path of the real POV-Ray."""
+    path = shutil.which("povray")
+    need("povray", path is not None, "POV-Ray is not installed: apt-get install povray")
+    assert path is not None
+    return path
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    """The directory of POV-Ray's own example scenes."""
+    need("examples", EXAMPLES.is_dir(), "apt-get install povray-examples")
+    return EXAMPLES
+
+
+def run_povray(args: List[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Run plain POV-Ray as a person would, without a display window."""
+    return subprocess.run(
+        ["povray", *args, "-D"], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, errors="replace", timeout=600, check=False,
+    )

@@ -1,0 +1,380 @@
+"""Beacons and probes: on loopback, between processes, and between hosts on a LAN of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import povfarm
+import pytest
+from conftest import need
+from povfarm import Beacon, Found, discover, wait_for_coordinator
+
+KEY = b"the farm key"
+ROUND = 0.25  # seconds, with the first probe and a second one
+
+
+@contextlib.contextmanager
+def beacon(name: str = "studio", farm_id: str = "f1", port: int = 0, key: bytes = KEY,
+           url_port: int = 2271) -> Iterator[Beacon]:
+    one = Beacon(name, farm_id, url_port, key, port=port)
+    one.start()
+    try:
+        yield one
+    finally:
+        one.stop()
+
+
+def probe(**fields: Any) -> bytes:
+    return json.dumps({"povfarm": "probe", "version": 1, "nonce": "ab" * 16, **fields}).encode()
+
+
+def shared_socket(port: int = 0) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    for name in ("SO_REUSEADDR", "SO_REUSEPORT"):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
+    sock.bind(("", port))
+    sock.settimeout(10)
+    return sock
+
+
+@contextlib.contextmanager
+def rogue(reply: Callable[[bytes], List[bytes]], source: str = "127.0.0.1") -> Iterator[int]:
+    """Somebody without the key, who answers every probe from ``source`` as he likes."""
+    with shared_socket() as ears, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mouth:
+        mouth.bind((source, 0))
+        thread = threading.Thread(target=_serve_rogue, args=(ears, mouth, reply), daemon=True)
+        thread.start()
+        port = ears.getsockname()[1]
+        yield port
+        mouth.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        mouth.sendto(b"stop", ("127.255.255.255", port))
+        thread.join(10)
+
+
+def _serve_rogue(ears: socket.socket, mouth: socket.socket,
+                 reply: Callable[[bytes], List[bytes]]) -> None:
+    while True:
+        packet, sender = ears.recvfrom(4096)
+        if packet == b"stop":
+            return
+        for answer in reply(packet):
+            mouth.sendto(answer, sender)
+
+
+def test_a_coordinator_on_this_machine_is_found_by_its_loopback_address() -> None:
+    with beacon() as one:
+        url = "http://127.0.0.1:2271"
+        assert discover(ROUND, KEY, one.port) == [Found("studio", "f1", url, True, "127.0.0.1")]
+        assert discover(ROUND, None, one.port) == [Found("studio", "f1", url, False, "127.0.0.1")]
+        assert discover(ROUND, b"another key", one.port) == []
+
+
+def test_a_stopped_beacon_is_silent() -> None:
+    with beacon() as one:
+        pass
+    assert discover(ROUND, KEY, one.port) == []
+
+
+def test_two_coordinators_of_one_machine_are_both_listed() -> None:
+    with beacon("b", "f2") as two, beacon("a", "f1", two.port), beacon("a", "f0", two.port):
+        found = discover(ROUND, KEY, two.port)
+        assert [(one.name, one.farm_id) for one in found] == [("a", "f0"), ("a", "f1"), ("b", "f2")]
+        # Found by name, the round is not waited for.
+        assert [one.farm_id for one in discover(60, KEY, two.port, "B")] == ["f2"]
+        assert discover(ROUND, KEY, two.port, "c") == []
+
+
+SCRIPT = """
+import sys, povfarm
+beacon = povfarm.Beacon(sys.argv[1], sys.argv[1], 2271, b"the farm key", port=int(sys.argv[2]))
+beacon.start()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def process(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """A program that has said "ready"."""
+    env = {**os.environ, "PYTHONPATH": str(Path(povfarm.__file__).parent)}
+    with subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as one:
+        try:
+            assert one.stdout is not None
+            assert one.stdout.readline() == "ready\n"
+            yield one
+        finally:
+            one.kill()
+
+
+def test_coordinators_in_two_processes_are_both_listed() -> None:
+    with beacon("here", "here") as one, \
+            process(sys.executable, "-c", SCRIPT, "there", str(one.port)):
+        assert [two.name for two in discover(ROUND, KEY, one.port)] == ["here", "there"]
+
+
+TRUE = Beacon("studio", "f1", 2271, KEY)
+
+
+def tampered(*all_changes: Dict[str, Any]) -> Callable[[bytes], List[bytes]]:
+    """Replies of a true coordinator with some fields changed or, by None, left out."""
+
+    def reply(packet: bytes) -> List[bytes]:
+        true = json.loads(TRUE.answer(packet, "127.0.0.1") or b"null")
+        messages = [{**true, **changes} for changes in all_changes if true]
+        return [
+            json.dumps({k: v for k, v in message.items() if v is not None}).encode()
+            for message in messages
+        ]
+
+    return reply
+
+
+FORGED: List[Dict[str, Any]] = [
+    {"mac": "0" * 64}, {"mac": None}, {"mac": 7}, {"mac": "\u00fc\ud800"}, {"name": "other"},
+    {"id": "f2"}, {"port": 2272}, {"scheme": "https"}, {"nonce": "cd" * 16}, {"address": None},
+    {"address": "127.0.0.2"}, {"more": 1},
+]
+MALFORMED: List[Dict[str, Any]] = [
+    {"povfarm": "probe"}, {"povfarm": None}, {"version": 2}, {"nonce": "cd" * 16}, {"nonce": None},
+    {"name": ""}, {"name": "x" * 101}, {"name": "\x1b[2J"}, {"name": 7}, {"name": None},
+    {"id": ""}, {"id": ["f1"]}, {"port": 0}, {"port": 65536}, {"port": "2271"}, {"port": 22.5},
+    {"scheme": "file"}, {"scheme": None}, {"padding": "x" * 2048},
+]
+
+
+@pytest.mark.parametrize("key, bad", [(KEY, FORGED), (KEY, MALFORMED), (None, MALFORMED)],
+                         ids=["forged", "malformed", "malformed without a key"])
+def test_a_bad_answer_is_ignored(key: Optional[bytes], bad: List[Dict[str, Any]]) -> None:
+    # All have what would show that they were taken; the last and only good one has not.
+    marked = [{"port": 666, **changes} if key is None else changes for changes in bad]
+    with rogue(tampered(*marked, {})) as port:
+        url = "http://127.0.0.1:2271"
+        assert discover(ROUND, key, port) == [Found("studio", "f1", url, bool(key), "127.0.0.1")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is no address of this system")
+def test_a_true_answer_passed_on_from_another_address_is_not_believed() -> None:
+    with rogue(tampered({}), source="127.0.0.2") as port:
+        assert discover(ROUND, KEY, port) == []
+        # Without a key there is nothing to tell it by.
+        assert [one.address for one in discover(ROUND, None, port)] == ["127.0.0.2"]
+
+
+def test_a_rogue_beside_a_true_coordinator_does_not_displace_it() -> None:
+    with rogue(tampered({"mac": None, "port": 666})) as port, beacon(port=port):
+        assert [one.url for one in discover(ROUND, KEY, port)] == ["http://127.0.0.1:2271"]
+
+
+NOISE = [
+    b"", b"{", b"[]", b"7", b"null", b"[" * 2000, b"\xff\xfe", b'{"povfarm": "probe"}',
+    probe(nonce=None), probe(nonce=7), probe(nonce="ab"), probe(nonce="ab" * 100),
+    probe(nonce="zz" * 16), probe(version=2), probe(povfarm="answer"), probe(name="other"),
+    probe(padding="x" * 2048), *(secrets.token_bytes(n) for n in range(100)),
+]
+
+
+def test_noise_is_not_answered_and_does_no_harm() -> None:
+    with beacon() as one, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        assert [one.answer(packet, "127.0.0.1") for packet in NOISE] == [None] * len(NOISE)
+        for packet in NOISE:
+            sock.sendto(packet, ("127.0.0.1", one.port))
+        sock.sendto(secrets.token_bytes(9000), ("127.0.0.1", one.port))
+        assert len(discover(60, KEY, one.port, "studio")) == 1
+
+
+def test_noise_instead_of_answers_does_no_harm() -> None:
+    with rogue(lambda packet: [*NOISE, packet]) as port:
+        assert discover(ROUND, None, port) == []
+
+
+def test_answers_are_rationed() -> None:
+    class Frozen(povfarm.Clock):
+        now = 7.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Frozen()
+    one = Beacon("studio", "f1", 2271, KEY, clock=clock)
+    for second in (7.2, 8.1):
+        clock.now = second
+        answers = [one.answer(probe(), "127.0.0.1") for _ in range(60)]
+        assert [answer is not None for answer in answers] == [True] * 50 + [False] * 10
+
+
+def test_a_port_that_cannot_be_had_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("", 0))
+        with beacon(port=taken.getsockname()[1]):
+            assert "start them with --server" in caplog.text
+
+
+class Waiter(threading.Thread):
+    """A worker that waits for a coordinator, for an hour between two rounds."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(daemon=True)
+        self.port = port
+        self.stop = threading.Event()
+        self.found: Optional[List[Found]] = None
+
+    def run(self) -> None:
+        self.found = wait_for_coordinator(KEY, self.stop, self.port, pause=3600)
+
+
+def wait_for_three_probes(sock: socket.socket) -> None:
+    nonces = []
+    while nonces.count(nonces[0] if nonces else "") < 6:  # each to two loopback addresses
+        nonces.append(json.loads(sock.recv(2048))["nonce"])
+
+
+def test_a_waiting_worker_is_woken_by_a_coordinator_that_starts() -> None:
+    with shared_socket() as observer:
+        waiter = Waiter(observer.getsockname()[1])
+        waiter.start()
+        wait_for_three_probes(observer)  # it found nobody: only a hint can help now
+        with beacon(port=waiter.port):
+            waiter.join(10)
+            assert [one.name for one in waiter.found or []] == ["studio"]
+
+
+def test_a_waiting_worker_can_be_stopped() -> None:
+    with shared_socket() as observer:
+        waiter = Waiter(observer.getsockname()[1])
+        waiter.start()
+        wait_for_three_probes(observer)
+        waiter.stop.set()
+        waiter.join(10)
+        assert waiter.found == []
+
+
+# Hosts on a LAN
+
+
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+
+
+class Lan:
+    """Hosts 10.77.0.1, 2, ... on one bridge, each a network namespace without other routes."""
+
+    def __init__(self, hosts: int) -> None:
+        tag = f"pf{random.randrange(10**6):06}"
+        self.switch = f"{tag}s"
+        self.hosts = [f"{tag}h{n}" for n in range(1, hosts + 1)]
+
+    def __enter__(self) -> Lan:
+        try:
+            ip("netns", "add", self.switch)
+            ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
+            ip("-n", self.switch, "link", "set", "br0", "up")
+            for number, host in enumerate(self.hosts, 1):
+                ip("netns", "add", host)
+                ip("-n", host, "link", "add", "eth0", "type", "veth",
+                   "peer", "name", f"port{number}", "netns", self.switch)
+                ip("-n", self.switch, "link", "set", f"port{number}", "master", "br0", "up")
+                ip("-n", host, "addr", "add", f"10.77.0.{number}/24", "brd", "+", "dev", "eth0")
+                ip("-n", host, "link", "set", "eth0", "up")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in [*self.hosts, self.switch]:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+    def python(self, number: int, script: str, *args: str) -> List[str]:
+        """A command line that runs on a host."""
+        host = self.hosts[number - 1]
+        return ["ip", "netns", "exec", host, sys.executable, "-c", script, *args]
+
+
+@pytest.fixture(scope="module")
+def lan() -> Iterator[Lan]:
+    need("netns", sys.platform == "linux" and shutil.which("ip") is not None,
+         "network namespaces need Linux and the ip program: apt-get install iproute2")
+    need("netns", os.geteuid() == 0, "network namespaces need root")
+    try:
+        with Lan(3) as one:
+            yield one
+    except subprocess.CalledProcessError as error:
+        need("netns", False, f"no network namespaces here: {error.stderr.strip()}")
+
+
+# Looks on until a worker has probed three times in vain, and only then becomes a coordinator.
+LATE = """
+import socket, sys, povfarm
+ears = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+ears.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+ears.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+ears.bind(("", 2269))
+print("ready", flush=True)
+for _ in range(3):
+    ears.recv(4096)
+povfarm.Beacon("late", "late", 2271, b"the farm key").start()
+sys.stdin.read()
+"""
+
+WAIT = """
+import threading, povfarm
+found = povfarm.wait_for_coordinator(b"the farm key", threading.Event(), pause=3600)
+print([one.name for one in found])
+"""
+
+# Asks the true coordinator what it is asked, and passes on what that answers.
+RELAY = """
+import socket, sys
+ears = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+ears.bind(("", 2269))
+mouth = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+print("ready", flush=True)
+while True:
+    packet, sender = ears.recvfrom(4096)
+    mouth.sendto(packet, ("10.77.0.1", 2280))
+    ears.sendto(mouth.recv(4096), sender)
+"""
+
+LIST = """
+import sys, povfarm
+print(sorted(one.url for one in povfarm.discover(0.5, sys.argv[1].encode() or None)))
+"""
+
+
+def run(command: List[str]) -> str:
+    env = {**os.environ, "PYTHONPATH": str(Path(povfarm.__file__).parent)}
+    return subprocess.run(command, env=env, check=True, text=True, stdout=subprocess.PIPE,
+                          timeout=60).stdout.strip()
+
+
+def test_workers_find_coordinators_on_other_hosts_without_a_default_route(lan: Lan) -> None:
+    with process(*lan.python(1, SCRIPT, "one", "2269")), \
+            process(*lan.python(3, SCRIPT, "three", "2269")):
+        urls = "['http://10.77.0.1:2271', 'http://10.77.0.3:2271']"
+        assert run(lan.python(2, LIST, "the farm key")) == urls
+        assert run(lan.python(2, LIST, "")) == urls
+        assert run(lan.python(2, LIST, "another key")) == "[]"
+
+
+def test_a_worker_that_waits_is_woken_by_a_coordinator_on_another_host(lan: Lan) -> None:
+    with process(*lan.python(1, LATE)):
+        assert run(lan.python(2, WAIT)) == "['late']"
+
+
+def test_a_host_that_passes_on_true_answers_is_not_believed(lan: Lan) -> None:
+    with process(*lan.python(1, SCRIPT, "true", "2280")), process(*lan.python(3, RELAY)):
+        assert run(lan.python(2, LIST, "the farm key")) == "[]"
+        assert run(lan.python(2, LIST, "")) == "['http://10.77.0.3:2271']"

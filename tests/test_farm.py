@@ -1,0 +1,574 @@
+"""Whole farms: real processes, real POV-Ray, real sockets, compared with plain POV-Ray."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+from conftest import ROOT, run_povray
+
+import povfarm
+
+POVFARM = [sys.executable, str(ROOT / "povfarm.py")]
+SMALL = ["+W40", "+H30"]
+
+STILL = """#version 3.7;
+global_settings { assumed_gamma 1 }
+camera { location <0, 1, -5> look_at 0 }
+light_source { <5, 5, -5>, 1 }
+sphere { <clock, 0, 0>, 1 pigment { rgb <1, clock, 0.5> } }
+"""
+
+# Takes some seconds a frame at 160x120 and tells nothing until it is done: many reflections.
+HEAVY = STILL + """
+#declare N = 0;
+#while (N < 40)
+  sphere { <mod(N, 7) - 3, mod(N, 5) - 2, N / 10>, 0.45
+    pigment { rgbt <1, 1, 1, 0.3> } finish { reflection 0.6 } interior { ior 1.4 } }
+  #declare N = N + 1;
+#end
+"""
+
+
+@pytest.fixture(autouse=True)
+def _needs_povray(povray: str) -> None:
+    """Every test here renders."""
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left(tmp_path: Path) -> Iterator[None]:
+    """Whatever a test does, no POV-Ray that it caused may outlive it."""
+    yield
+    wait_until(lambda: not renderers(tmp_path), "a POV-Ray was left behind")
+
+
+def renderers(place: Path) -> List[str]:
+    """Return the POV-Ray processes that work below a directory."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdigit() and (process / "comm").read_text().strip() == "povray":
+                state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and place in Path(os.readlink(process / "cwd")).parents:
+                    found.append(process.name)
+    return found
+
+
+def wait_until(true: Callable[[], Any], why: str, seconds: float = 30) -> Any:
+    """Wait for something to become true; it is looked for often, and long enough."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        result = true()
+        if result:
+            return result
+        time.sleep(0.02)
+    raise AssertionError(why)
+
+
+def environment(tmp_path: Path) -> Dict[str, str]:
+    """The environment of a user whose home and temporary files are the test's own."""
+    (tmp_path / "tmp").mkdir(exist_ok=True)
+    return {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path / "tmp"),
+            "POVFARM_DATA": str(tmp_path / "farm")}
+
+
+def run(tmp_path: Path, *args: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a povfarm command to its end."""
+    return subprocess.run([*POVFARM, *args], cwd=cwd, env=environment(tmp_path), text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=300, check=False)
+
+
+class Farm:
+    """A coordinator and workers as processes; all are ended at the end."""
+
+    def __init__(self, tmp_path: Path, lease_time: str = "3s") -> None:
+        self.tmp_path = tmp_path
+        self.lease_time = lease_time
+        self.processes: List["subprocess.Popen[str]"] = []
+        self.port = "0"
+        self.coordinator = self.serve()
+
+    def start(self, *args: str) -> "subprocess.Popen[str]":
+        """Start a povfarm command."""
+        process = subprocess.Popen(
+            [*POVFARM, *args], cwd=self.tmp_path, env=environment(self.tmp_path), text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.processes.append(process)
+        return process
+
+    def serve(self) -> "subprocess.Popen[str]":
+        """Start the coordinator, at the same port as before."""
+        process = self.start("serve", "--bind", "127.0.0.1", "--port", self.port,
+                             "--no-discovery", "--lease-time", self.lease_time)
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        assert "is at http" in first, first + process.stdout.read()
+        note = json.loads((self.tmp_path / "farm" / "coordinator.json").read_text())
+        self.port = note["url"].rpartition(":")[2]
+        self.client = povfarm.Client(
+            note["url"], (self.tmp_path / "farm" / "farm.key").read_text(), retry_for=20)
+        return process
+
+    def work(self, *args: str) -> "subprocess.Popen[str]":
+        """Start a worker."""
+        return self.start("work", *args)
+
+    def submit(self, cwd: Path, *args: str) -> int:
+        """Queue a job and return its number."""
+        result = run(self.tmp_path, "submit", *args, cwd=cwd)
+        assert result.returncode == 0, result.stderr
+        return int(result.stdout)
+
+    def job(self, job: int) -> Dict[str, Any]:
+        """Return a job as the API shows it."""
+        view: Dict[str, Any] = self.client.request("GET", f"/api/v1/jobs/{job}").json()
+        return view
+
+    def finished(self, job: int, seconds: float = 60) -> Dict[str, Any]:
+        """Wait for the end of a job."""
+        def ended() -> Any:
+            view = self.job(job)
+            return view["state"] in ("done", "failed") and view
+        view: Dict[str, Any] = wait_until(ended, f"job {job} does not end", seconds)
+        return view
+
+    def check(self) -> None:
+        """Stop everything and look for damage in the data that is left."""
+        self.close()
+        store = povfarm.Store(self.tmp_path / "farm")
+        try:
+            assert povfarm.Scheduler(store, povfarm.Clock()).check_invariants() == []
+        finally:
+            store.close()
+
+    def close(self) -> None:
+        """End every process."""
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(3)
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture
+def farm(tmp_path: Path) -> Iterator[Farm]:
+    """A coordinator without workers."""
+    farm = Farm(tmp_path)
+    try:
+        yield farm
+    finally:
+        farm.close()
+
+
+def project(tmp_path: Path, text: str = STILL, name: str = "scene") -> Path:
+    """Make a project of one scene."""
+    place = tmp_path / "project"
+    place.mkdir(exist_ok=True)
+    (place / f"{name}.pov").write_text(text)
+    return place
+
+
+def pixels(path: Path) -> bytes:
+    """Return the part of a PNG that is the picture: its size and its data."""
+    data, at, found = path.read_bytes(), 8, b""
+    while at < len(data):
+        size = int.from_bytes(data[at:at + 4], "big")
+        if data[at + 4:at + 8] in (b"IHDR", b"IDAT"):
+            found += data[at + 8:at + 8 + size]
+        at += 12 + size
+    return found
+
+
+def pictures(place: Path) -> Dict[str, bytes]:
+    """Return the pixels of every image below a directory that is not part of a project."""
+    return {str(path.relative_to(place)): pixels(path) for path in place.rglob("*.png")}
+
+
+# --- the same files, names and pixels as povray
+
+ANIMATIONS = {
+    "animations/ambient/ambient.ini": [], "animations/camera2/camera2.ini": [],
+    "animations/clockd/clockd.ini": [], "animations/diffuse/diffuse.ini": [],
+    "animations/float1/float1.ini": [], "animations/float2/float2.ini": [],
+    "animations/float3/float3.ini": [], "animations/float4/float4.ini": [],
+    "animations/fractalzoom/fractalzoom.ini": [], "animations/l_o/l_o.ini": [],
+    "animations/quilted/plotqlt.ini": [],
+    # radiosity is the same from run to run with one thread only, and so is desk
+    "animations/raddem/raddem.ini": ["+WT1"],
+    "animations/speclr/speclr.ini": [], "animations/splinefollow/splinefollow.ini": [],
+    "animations/vect1/vect1.ini": [], "animations/vect2/vect2.ini": [],
+    "portfolio/c_colors.ini": [], "advanced/desk/desk.ini": ["--in-order", "+WT1"],
+}
+
+
+@pytest.fixture(scope="module")
+def plain(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
+    """What plain POV-Ray makes of every animation, all at once: it sleeps most of the time."""
+    pool = concurrent.futures.ThreadPoolExecutor(18)
+
+    def render(ini: str) -> Dict[str, bytes]:
+        place = tmp_path_factory.mktemp("plain") / "p"
+        shutil.copytree(examples / ini.rpartition("/")[0], place)
+        before = set(pictures(place))
+        ours = [arg for arg in ANIMATIONS[ini] if not arg.startswith("--")]
+        result = run_povray([Path(ini).name, *SMALL, *ours], place)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return {name: data for name, data in pictures(place).items() if name not in before}
+
+    return {ini: pool.submit(render, ini) for ini in ANIMATIONS}
+
+
+@pytest.mark.parametrize("ini", ANIMATIONS)
+def test_render_leaves_what_povray_leaves(
+        ini: str, plain: Dict[str, Any], examples: Path, tmp_path: Path) -> None:
+    expected = plain[ini].result()
+    place = tmp_path / "p"
+    shutil.copytree(examples / ini.rpartition("/")[0], place)
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    result = run(tmp_path, "render", Path(ini).name, *SMALL, *ANIMATIONS[ini], cwd=place)
+    assert result.returncode == 0, result.stderr
+    made = {path for path in place.rglob("*") if path.is_file()} - set(before)
+    assert {str(path.relative_to(place)) for path in made} == set(expected)
+    assert {str(path.relative_to(place)): pixels(path) for path in made} == expected
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_an_ini_that_names_a_scene_that_is_not_there_is_told_so(
+        examples: Path, tmp_path: Path) -> None:
+    shutil.copytree(examples / "animations/reflection", tmp_path / "p")
+    result = run(tmp_path, "render", "reflection.ini", cwd=tmp_path / "p")
+    assert result.returncode == 2
+    assert "reflect.pov" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_warning_when_frames_read_what_earlier_frames_wrote(
+        examples: Path, tmp_path: Path) -> None:
+    shutil.copytree(examples / "advanced/desk", tmp_path / "p")
+    result = run(tmp_path, "render", "desk.ini", *SMALL, "+EF1", cwd=tmp_path / "p")
+    assert "--in-order" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [
+    ["scene.pov", "+FP"], ["scene.pov", "+FT"], ["scene.pov", "+FC"], ["scene.pov", "+FB"],
+    ["scene.pov", "+FJ"], ["scene.pov", "+FE"], ["scene.pov", "+FH"], ["scene.pov", "+FN16"],
+    ["scene.pov", "+UA"], ["scene.pov", "+Oout/"], ["scene.pov", "+Oother.name"],
+    ["+Iscene.pov", "+KFI0", "+KFF3", "+SF1", "+EF2"], ["scene.pov", "+KFF12", "+STP5"],
+    ["scene.pov", "+SR10", "+ER20"], ["+Iscene.pov", "Declare=x=1", '+O"my name.png"'],
+])
+def test_output_of_every_kind_is_where_povray_puts_it(
+        arguments: List[str], tmp_path: Path) -> None:
+    places = [tmp_path / "plain", tmp_path / "ours"]
+    for place in places:
+        (place / "out").mkdir(parents=True)
+        (place / "scene.pov").write_text(STILL)
+    plain = run_povray([*arguments, *SMALL], places[0])
+    result = run(tmp_path, "render", *arguments, *SMALL, cwd=places[1])
+    assert (plain.returncode, result.returncode) == (0, 0), result.stderr
+    names = [sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+             for place in places]
+    assert names[0] == names[1] and len(names[0]) > 1
+    for name in names[0]:
+        left, right = (place / name for place in places)
+        if name.endswith(".png"):
+            assert pixels(left) == pixels(right)
+        elif not name.endswith(".exr"):  # tells when it was written, as does not PPM
+            assert len(left.read_bytes()) == len(right.read_bytes())
+
+
+def test_a_directory_and_a_zip_render_into_frames_directories(tmp_path: Path) -> None:
+    place = project(tmp_path)
+    (place / "pov.ini").write_text("Input_File_Name=scene.pov\n+KFF2 +W40 +H30\n")
+    here = tmp_path / "here"
+    here.mkdir()
+    shutil.make_archive(str(here / "my film"), "zip", place)
+    for argument, frames in ((str(place), "project-frames"), ("my film.zip", "my film-frames")):
+        result = run(tmp_path, "render", argument, cwd=here)
+        assert result.returncode == 0, result.stderr
+        assert sorted(os.listdir(here / frames)) == ["scene1.png", "scene2.png"]
+
+
+def test_a_scene_whose_name_povray_itself_cannot_read_is_rendered(tmp_path: Path) -> None:
+    (tmp_path / "prüject").mkdir()
+    place = project(tmp_path / "prüject", name="süß ünd 'gut'")
+    result = run(tmp_path, "render", "+I\"süß ünd 'gut'.pov\"", "+KFF2", *SMALL, cwd=place)
+    assert result.returncode == 0, result.stderr
+    names = sorted(os.listdir(place))
+    assert names == ["süß ünd 'gut'.pov", "süß ünd 'gut'1.png", "süß ünd 'gut'2.png"]
+    (place / "plain.pov").write_text(STILL)
+    run_povray(["plain.pov", "+KFF2", *SMALL], place)
+    assert pixels(place / "süß ünd 'gut'2.png") == pixels(place / "plain2.png")
+
+
+# --- one clear line, and nothing left behind
+
+@pytest.mark.parametrize(("text", "arguments", "code", "words"), [
+    (STILL, ["nothing.pov"], 2, "nothing.pov"),
+    (STILL + "sphere {", ["scene.pov"], 1, "Parse Error"),
+    (STILL + '#include "gone.inc"\n', ["scene.pov"], 2, "scene.pov:6"),
+    (STILL, ["evil.ini"], 2, "Pre_Scene_Command"),
+    (STILL, ["scene.pov", "+Onowhere/"], 2, "nowhere"),
+    (STILL, ["scene.pov", "--povray", "/nowhere/povray"], 2, "/nowhere/povray"),
+    (STILL, ["broken.zip"], 2, "broken.zip"),
+    (STILL, ["scene.pov", "+W0"], 2, ""),
+    (STILL, ["scene.pov", "--no-such-option"], 2, "--no-such-option"),
+    (STILL, [], 2, "scene.pov"),
+    (STILL, ["scene.pov", "+Z7"], 2, "Z7"),
+])
+def test_bad_input_gets_one_clear_line(
+        text: str, arguments: List[str], code: int, words: str, tmp_path: Path) -> None:
+    place = project(tmp_path, text)
+    (place / "evil.ini").write_text("Input_File_Name=scene.pov\nPre_Scene_Command=touch evil\n")
+    (place / "broken.zip").write_bytes(b"PK\3\4 this is no zip")
+    before = sorted(os.listdir(place))
+    result = run(tmp_path, "render", *arguments, *(SMALL if "+W0" not in arguments else []),
+                 cwd=place) if arguments else run(tmp_path, "render", cwd=place)
+    assert result.returncode == code, result.stderr
+    assert words in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert sorted(os.listdir(place)) == before
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_without_povray_it_says_what_to_install(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [*POVFARM, "render", "scene.pov"], cwd=project(tmp_path), text=True, capture_output=True,
+        env={**environment(tmp_path), "PATH": str(tmp_path)}, check=False)
+    assert result.returncode == 2 and "install" in result.stderr
+
+
+def test_a_port_in_use_is_told(farm: Farm, tmp_path: Path) -> None:
+    result = run(tmp_path, "serve", "--bind", "127.0.0.1", "--port", farm.port, "--data",
+                 str(tmp_path / "other"), cwd=tmp_path)
+    assert result.returncode == 2 and farm.port in result.stderr
+
+
+def test_a_second_coordinator_leaves_the_data_alone(farm: Farm, tmp_path: Path) -> None:
+    result = run(tmp_path, "serve", "--port", "0", "--no-discovery", cwd=tmp_path)
+    assert result.returncode == 1 and "--data" in result.stderr
+
+
+def test_a_wrong_key_and_no_coordinator_are_told(farm: Farm, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{farm.port}"
+    wrong = run(tmp_path, "status", "--server", url, "--key", "wrong", cwd=tmp_path)
+    assert wrong.returncode == 1 and "key" in wrong.stderr
+    farm.close()
+    gone = run(tmp_path, "status", "--server", url, cwd=tmp_path)
+    assert gone.returncode == 1 and url in gone.stderr
+    assert len(gone.stderr.splitlines()) == len(wrong.stderr.splitlines()) == 1
+
+
+# --- a farm of several processes
+
+def test_a_job_from_submit_to_fetch(farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path)
+    farm.work()
+    job = farm.submit(place, "scene.pov", "+KFF6", *SMALL)
+    assert farm.finished(job)["frames"]["done"] == 6
+    result = run(tmp_path, "fetch", str(job), cwd=place)
+    assert result.returncode == 0, result.stderr
+    run_povray(["scene.pov", "+KFF6", *SMALL], place)
+    assert pictures(place / "scene-frames") == {
+        name: data for name, data in pictures(place).items() if "/" not in name}
+    logs = run(tmp_path, "logs", str(job), "3", cwd=place)
+    assert "Trace Time" in logs.stdout and "frame 3" in logs.stdout
+    status = json.loads(run(tmp_path, "status", str(job), "--json", cwd=place).stdout)
+    assert status["frames"]["done"] == 6 and status["state"] == "done"
+    farm.check()
+
+
+def test_the_same_project_with_one_changed_file_sends_one_file(
+        farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path, STILL + '#include "a.inc"\n#include "b.inc"\n')
+    for name in "ab":
+        (place / f"{name}.inc").write_text(f"// {name}\n")
+    farm.submit(place, "scene.pov", *SMALL)
+    blobs = tmp_path / "farm" / "blobs"
+    before = {path for path in blobs.rglob("*") if path.is_file()}
+    (place / "b.inc").write_text("// changed\n")
+    farm.submit(place, "scene.pov", *SMALL)
+    after = {path for path in blobs.rglob("*") if path.is_file()}
+    assert len(before) == 3 and len(after - before) == 1
+
+
+def test_a_worker_killed_in_mid_frame_loses_nothing(farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path, HEAVY)
+    first = farm.work()
+    job = farm.submit(place, "scene.pov", "+KFF6", "+W200", "+H150", "+A0.1")
+    wait_until(lambda: renderers(tmp_path), "nothing is rendered")
+    first.kill()
+    wait_until(lambda: not renderers(tmp_path), "POV-Ray lives on without its worker")
+    farm.work()
+    assert farm.finished(job, 120)["frames"]["done"] == 6
+    run(tmp_path, "fetch", str(job), cwd=place)
+    run_povray(["scene.pov", "+KFF6", "+W200", "+H150", "+A0.1"], place)
+    assert pictures(place / "scene-frames") == {
+        name: data for name, data in pictures(place).items() if "/" not in name}
+    farm.check()
+
+
+def test_a_coordinator_killed_in_mid_job_goes_on_where_it_was(
+        farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path, HEAVY)
+    farm.work()
+    job = farm.submit(place, "scene.pov", "+KFF12", "+W120", "+H90", "+A0.1")
+    wait_until(lambda: farm.job(job)["frames"]["done"] >= 3, "no frame is finished", 60)
+    farm.coordinator.kill()
+    farm.coordinator.wait()
+    images = {path: path.stat().st_mtime_ns
+              for path in (tmp_path / "farm" / "jobs").rglob("*.png")}
+    farm.coordinator = farm.serve()
+    assert farm.finished(job, 120)["frames"]["done"] == 12
+    # What had been delivered is still the same file.
+    done = {frame["name"]: frame["sha256"] for frame in farm.client.request(
+        "GET", f"/api/v1/jobs/{job}/frames").json()["frames"]}
+    for path, written in images.items():
+        assert path.stat().st_mtime_ns == written
+        assert povfarm.sha256_file(path) == done[path.name]
+    farm.check()
+
+
+def test_the_first_ctrl_c_finishes_frames_and_hands_back(farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path, HEAVY)
+    worker = farm.work("--cores", "1")
+    job = farm.submit(place, "scene.pov", "+KFF9", "+W120", "+H90")
+    wait_until(lambda: renderers(tmp_path), "nothing is rendered")
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(60) == 130
+    view = farm.job(job)["frames"]
+    assert view["leased"] == 0 and view["done"] + view["queued"] == 9 and view["done"] >= 1
+
+
+def test_ctrl_c_in_render_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    place = project(tmp_path, HEAVY)
+    process = subprocess.Popen(
+        [*POVFARM, "render", "scene.pov", "+W1600", "+H1200", "+A0.01"], cwd=place,
+        env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: renderers(tmp_path), "nothing is rendered")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert os.listdir(place) == ["scene.pov"] and os.listdir(tmp_path / "tmp") == []
+
+
+def test_a_cancelled_job_stops_its_renders_at_once(farm: Farm, tmp_path: Path) -> None:
+    farm.work()
+    job = farm.submit(project(tmp_path, HEAVY), "scene.pov", "+W1600", "+H1200", "+A0.01")
+    wait_until(lambda: renderers(tmp_path), "nothing is rendered")
+    run(tmp_path, "cancel", str(job), cwd=tmp_path)
+    wait_until(lambda: not renderers(tmp_path), "the render goes on", 5)
+
+
+def test_a_worker_without_the_key_waits_until_it_is_admitted(farm: Farm, tmp_path: Path) -> None:
+    home = tmp_path / "elsewhere"
+    home.mkdir()
+    worker = subprocess.Popen(
+        [*POVFARM, "work", "--server", f"127.0.0.1:{farm.port}", "--until-idle"], cwd=home,
+        env={**environment(tmp_path), "POVFARM_DATA": str(home / "data")}, text=True,
+        stderr=subprocess.PIPE)
+    farm.processes.append(worker)
+    job = farm.submit(project(tmp_path), "scene.pov", *SMALL)
+    assert worker.stderr is not None
+    code = worker.stderr.readline().split()[-1]
+    assert farm.job(job)["frames"]["queued"] == 1
+    shown = run(tmp_path, "workers", cwd=tmp_path).stdout
+    assert "pending" in shown and code in shown
+    assert run(tmp_path, "admit", code.lower(), cwd=tmp_path).returncode == 0
+    assert farm.finished(job)["state"] == "done"
+    assert worker.wait(30) == 0
+    worker.stderr.close()
+
+
+def test_a_scene_error_pauses_a_new_job_and_shows_povrays_words(
+        farm: Farm, tmp_path: Path) -> None:
+    farm.work()
+    job = farm.submit(project(tmp_path, STILL + "oops\n"), "scene.pov", "+KFF50", *SMALL)
+    view = wait_until(lambda: farm.job(job)["state"] == "paused" and farm.job(job), "no pause")
+    assert view["frames"]["failed"] <= 6
+    assert "scene.pov' line 6" in view["failure"]["message"]
+
+
+def test_jobs_of_higher_priority_go_first(farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path)
+    low = farm.submit(place, "scene.pov", "+KFF4", *SMALL)
+    high = farm.submit(place, "scene.pov", "+KFF4", *SMALL, "--priority", "5")
+    farm.work("--cores", "1")
+    farm.finished(low)
+    assert farm.job(high)["started"] <= farm.job(low)["started"]
+
+
+def test_an_idle_worker_starts_at_once(farm: Farm, tmp_path: Path) -> None:
+    worker = farm.work()
+    assert worker.stdout is not None
+    assert "working for" in worker.stdout.readline()
+    job = farm.submit(project(tmp_path), "scene.pov", *SMALL)
+    view = farm.finished(job)
+    assert view["started"] - view["created"] < 0.5
+
+
+def test_names_with_blanks_umlauts_and_quotes_travel(farm: Farm, tmp_path: Path) -> None:
+    place = tmp_path / "my 'own' prüject"
+    (place / "mäps & more").mkdir(parents=True)
+    (place / "sub scene.pov").write_text(STILL + '#include "mäps & more/ä \'x\'.inc"\n')
+    (place / "mäps & more" / "ä 'x'.inc").write_text("// here\n")
+    farm.work()
+    job = farm.submit(place, '+I"sub scene.pov"', *SMALL)
+    assert farm.finished(job)["state"] == "done"
+
+
+def test_two_workers_share_an_animation(farm: Farm, tmp_path: Path) -> None:
+    for number in (1, 2):
+        farm.work("--cores", "1", "--name", f"worker {number}")
+    wait_until(lambda: farm.client.request("GET", "/api/v1/farm").json()["workers"] == 2,
+               "the workers do not come")
+    job = farm.submit(project(tmp_path, HEAVY), "scene.pov", "+KFF10", "+W100", "+H75")
+    farm.finished(job)
+    frames = farm.client.request("GET", f"/api/v1/jobs/{job}/frames").json()["frames"]
+    assert {frame["worker"] for frame in frames} == {"worker 1", "worker 2"}
+    farm.check()
+
+
+def test_serve_with_work_renders_too(tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    farm.coordinator.send_signal(signal.SIGTERM)
+    farm.coordinator.wait()
+    try:
+        served = farm.start("serve", "--bind", "127.0.0.1", "--port", farm.port,
+                            "--no-discovery", "--work")
+        assert served.stdout is not None and "is at" in served.stdout.readline()
+        assert farm.finished(farm.submit(project(tmp_path), "scene.pov", *SMALL))["state"] == "done"
+    finally:
+        farm.close()
+
+
+def test_a_still_uses_every_core_in_one_process(tmp_path: Path) -> None:
+    seen: List[int] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.05):
+            seen.append(len(renderers(tmp_path)))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    result = run(tmp_path, "render", "scene.pov", "+W160", "+H120", "--json", "--verbose",
+                 cwd=project(tmp_path, HEAVY))
+    stop.set()
+    thread.join()
+    assert result.returncode == 0 and max(seen) == 1

@@ -1,0 +1,500 @@
+"""The status page: what it says, who may do what, and that nothing on it is taken for HTML."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+import threading
+import urllib.parse
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import pytest
+from conftest import need, run_povray
+
+import povfarm
+from povfarm import (
+    Access, Api, BodyReader, Clock, Coordinator, Cost, Html, JobOptions, LeaseSpec, Manifest, Offer,
+    Pages, PovJob, Request, Response, Router, Scheduler, Store, WorkerInfo, element,
+)
+
+HOSTILE = "<script>alert('1')</script>\"><b onclick=x>&amp;"
+VOID = {"meta", "link", "img", "input"}
+SCENE = """#version 3.7; global_settings { assumed_gamma 1 }
+camera { location -3*z look_at 0 } light_source { <5, 5, -5> rgb 1 }
+sphere { 0, 1 pigment { rgb <1, .5, .2> } }"""
+
+
+def png(width: int = 4, height: int = 3) -> bytes:
+    """A whole PNG, by the book (RFC 2083) and not by povfarm."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+             (b"IDAT", zlib.compress((b"\0" + b"\x80" * width) * height)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts)
+
+
+class Dom(HTMLParser):
+    """A page as a browser sees it: every element with its attributes, and the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: List[Tuple[str, Dict[str, str]]] = []
+        self.text = ""
+        self.open: List[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: Sequence[Tuple[str, Optional[str]]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag not in VOID and self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str, **attributes: str) -> List[Dict[str, str]]:
+        """The attributes of every ``tag`` whose attributes contain these."""
+        return [found for name, found in self.elements if name == tag and all(
+            value in found.get(key.rstrip("_"), "") for key, value in attributes.items())]
+
+    def harmless(self) -> None:
+        """Nothing that runs or that the content policy would refuse."""
+        for tag, attributes in self.elements:
+            assert tag not in ("script", "style", "b", "iframe", "object", "base"), tag
+            for name, value in attributes.items():
+                assert name != "style" and not name.startswith("on"), (tag, attributes)
+                if name in ("href", "src", "action"):
+                    assert re.match(r"(/|\?|#)(?!/)", value), value
+
+
+class Farm:
+    """A coordinator without a socket, and a worker that delivers what it is told to."""
+
+    def __init__(self, path: Path, private: bool = False) -> None:
+        self.store = Store(path, durable=False)
+        with self.store.tx() as tx:
+            tx.set_meta("farm_id", "0123456789abcdef")
+        self.scheduler = Scheduler(self.store, Clock())
+        self.access = Access(self.store, "k" * 64, private, Clock())
+        self.api = Api(self.scheduler, self.access, "the attic", False)
+        self.router = Router(self.api, Pages(self.api, self.scheduler, self.access),
+                             authenticate=self.access.identify)
+        self.admin = self.log_in()
+
+    def log_in(self) -> str:
+        return f"{self.access.cookie}={self.access.log_in(self.access.login_code())}"
+
+    def send(self, method: str, address: str, cookie: str = "", body: Optional[Dict[str, str]] = None,
+             **headers: str) -> Response:
+        path, _, query = address.partition("?")
+        headers = {"host": "farm.local:2271", "cookie": cookie, **headers,
+                   "content-type": "application/x-www-form-urlencoded"}
+        return self.router.handle(Request(
+            method, path, dict(urllib.parse.parse_qsl(query)), headers,
+            BodyReader.of(urllib.parse.urlencode(body or {}).encode())))
+
+    def page(self, address: str, cookie: str = "", status: int = 200, **headers: str) -> Dom:
+        response = self.send("GET", address, cookie, **headers)
+        assert response.status == status and isinstance(response.body, bytes)
+        dom = Dom(response.body.decode())
+        dom.harmless()
+        return dom
+
+    def token(self, cookie: str) -> str:
+        return self.access.form_token(Request("GET", "/", headers={"cookie": cookie}))
+
+    def submit(self, frames: int = 5, name: str = "marbles", **values: str) -> int:
+        values = {"Input_File_Name": "a.pov", "Width": "4", "Height": "3",
+                  "Output_File_Type": "N", "Final_Frame": str(frames), **values}
+        return self.scheduler.submit(name, "somebody", PovJob(values, (), (), "."),
+                                     Manifest(()), JobOptions(retry_limit=1))[0]
+
+    def join(self, name: str = "laptop", admitted: bool = True, version: str = "3.7.0.10") -> int:
+        info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": version})
+        return self.scheduler.join(info, name, "10.0.0.7", admitted)[0]
+
+    def lease(self, worker: int) -> LeaseSpec:
+        """One frame, as they are said to take long."""
+        lease, = self.scheduler.lease(worker, Offer(1, 1, 1), 0, always)
+        assert len(lease.tasks) == 1
+        return lease
+
+    def deliver(self, worker: int, count: int, image: bytes = b"") -> None:
+        for _ in range(count):
+            lease = self.lease(worker)
+            self.scheduler.finish(worker, lease.id, lease.tasks[0].id, image or png(), b"a log",
+                                  Cost(cpu=20, wall=20))
+
+    def fail(self, worker: int, message: str) -> int:
+        lease = self.lease(worker)
+        self.scheduler.fail(worker, lease.id, lease.tasks[0].id, message,
+                            f"POV-Ray says {HOSTILE}".encode(), False)
+        return lease.tasks[0].frame
+
+
+def always() -> bool:
+    return True
+
+
+@pytest.fixture
+def farm(tmp_path: Path) -> Iterator[Farm]:
+    made = Farm(tmp_path)
+    yield made
+    assert made.scheduler.check_invariants() == []
+    made.store.close()
+
+
+def test_element_escapes_all_that_is_not_html() -> None:
+    inner = element("i", "<", class_="a\"b'")
+    assert inner == "<i class=\"a&quot;b&#x27;\">&lt;</i>"
+    assert element("p", inner, ["&", None, 7], title=None) == f"<p>{inner}&amp;7</p>"
+    assert element("meta", http_equiv="refresh") == '<meta http-equiv="refresh">'
+    assert not isinstance(inner + "<", Html), "what is put together by hand is escaped again"
+
+
+def test_an_empty_farm_says_what_to_type(farm: Farm) -> None:
+    dom = farm.page("/")
+    assert "the attic" in dom.text and "Nothing to render" in dom.text
+    assert "python povfarm.py submit scene.pov +W640 +H480" in dom.text
+    assert "python povfarm.py work --server http://farm.local:2271" in dom.text
+
+
+@pytest.mark.parametrize("host", ["x;rm -rf ~", "$(id)", "<b>", ""])
+def test_a_host_that_a_shell_would_act_on_is_not_shown(farm: Farm, host: str) -> None:
+    dom = farm.page("/", host=host)
+    assert "work --server http://HOST:2271" in dom.text and (not host or host not in dom.text)
+
+
+def test_the_farm_while_it_renders(farm: Farm) -> None:
+    job, worker = farm.submit(), farm.join()
+    farm.deliver(worker, 2)
+    lease = farm.lease(worker)
+    farm.scheduler.beat(worker, {lease.id: {lease.tasks[0].id: 0.5}}, 0)
+    dom = farm.page("/")
+    assert "Rendering marbles" in dom.text and "1 worker with 2 cores" in dom.text
+    assert "2 of 5" in dom.text and "● working" in dom.text and "3.7.0.10" in dom.text
+    assert "frame 2 is done, and 1 before it" in dom.text and "was submitted: 5 frames" in dom.text
+    assert dom.all("img", src=f"/api/v1/jobs/{job}/frames/2/image")
+    bar, = dom.all("svg")
+    assert bar["aria-label"] == "50 percent"
+    assert [float(rect["width"]) for rect in dom.all("rect")] == [400, 100, 0]
+    assert dom.all("title") and "50 % marbles" in dom.text
+
+
+def test_the_page_of_a_job(farm: Farm) -> None:
+    job, worker = farm.submit(frames=9), farm.join()
+    farm.deliver(worker, 2)
+    failed = farm.fail(worker, "no such colour")
+    lease = farm.lease(worker)
+    farm.scheduler.beat(worker, {lease.id: {lease.tasks[0].id: 0.4}}, 0)
+    dom = farm.page(f"/jobs/{job}")
+    frames = f"/jobs/{job}/frames"
+    assert [cell["class"] for cell in dom.all("a", title="frame ")] == [
+        "done", "done", "failed", "leased p4", *["queued"] * 5]
+    assert dom.all("a", href=f"{frames}/1", class_="done")
+    assert dom.all("a", href=f"{frames}/{failed}#log", class_="failed")
+    assert f"Frame {failed} failed: no such colour" in dom.text and "40%" in dom.text
+    assert dom.all("a", href=f"/api/v1/jobs/{job}/archive.zip")
+    assert "Width=4" in dom.text and "somebody" in dom.text
+    assert "2 finished" in dom.text and "1 in work" in dom.text and "1 failed" in dom.text
+    assert len(dom.all("div", class_="picture")) == 1 + 8, "the newest image and the storyboard"
+    farm.scheduler.leave(worker)
+
+
+def test_the_page_of_a_frame(farm: Farm) -> None:
+    job, worker = farm.submit(), farm.join()
+    farm.deliver(worker, 1)
+    farm.fail(worker, "the sky fell")
+    done, failed = farm.page(f"/jobs/{job}/frames/1"), farm.page(f"/jobs/{job}/frames/2")
+    assert done.all("img", src=f"/api/v1/jobs/{job}/frames/1/image", width="4", height="3")
+    assert "✓ finished" in done.text and "a1.png" in done.text and "laptop" in done.text
+    assert "a log" in done.text and done.all("a", href=f"/jobs/{job}/frames/2")
+    assert not failed.all("img", src="/api/") and "the sky fell" in failed.text
+    assert f"POV-Ray says {HOSTILE}" in failed.text
+
+
+@pytest.mark.parametrize("address, words", [
+    ("/jobs/77", "there is no job 77"), ("/jobs/77/frames/1", "there is no job 77"),
+    ("/jobs/1/frames/99", "job 1 has no frame 99"),
+])
+def test_what_is_not_there_is_a_page_too(farm: Farm, address: str, words: str) -> None:
+    farm.submit()
+    dom = farm.page(address, status=404)
+    assert words in dom.text and dom.all("a", href="/")
+
+
+def test_ten_thousand_frames_are_a_small_page_of_blocks(farm: Farm) -> None:
+    job, worker = farm.submit(frames=10_000), farm.join()
+    farm.deliver(worker, 30)
+    farm.fail(worker, "")
+    response = farm.send("GET", f"/jobs/{job}")
+    assert isinstance(response.body, bytes) and len(response.body) < 60_000
+    dom = farm.page(f"/jobs/{job}")
+    blocks = dom.all("a", title="frames ")
+    assert len(blocks) == 400 and not dom.all("a", title="frame ")
+    assert [block["class"] for block in blocks[:3]] == ["done", "failed", "queued p0"]
+    assert blocks[0]["title"] == "frames 1 to 25: 25 ✓ finished"
+    part = farm.page(blocks[1]["href"].partition("#")[0])
+    cells = part.all("a", title="frame ")
+    assert [cell["title"].split(":")[0] for cell in cells] == [
+        f"frame {number}" for number in range(26, 51)]
+
+
+def test_a_type_that_no_browser_shows_is_named(farm: Farm) -> None:
+    job, worker = farm.submit(Output_File_Type="P"), farm.join()
+    farm.deliver(worker, 1, b"P6\n4 3\n255\n" + bytes(36))
+    for address in ("/", f"/jobs/{job}"):
+        dom = farm.page(address)
+        assert "PPM image" in dom.text and not dom.all("img", src="/api/")
+
+
+def test_older_jobs_are_on_another_page(farm: Farm) -> None:
+    for number in range(povfarm.JOBS_SHOWN + 2):
+        farm.scheduler.cancel(farm.submit(name=f"job number {number}."))
+    newest = farm.page("/")
+    assert "job number 2." in newest.text and "job number 1." not in newest.text
+    older, = newest.all("a", href="/?before")
+    dom = farm.page(older["href"])
+    assert "job number 1." in dom.text and "job number 2." not in dom.text
+    assert not dom.all("a", href="/?before")
+
+
+@pytest.mark.parametrize("state, words", [
+    ("pending", "? asks to join"), ("idle", "○ idle"), ("gone", "◌ gone"), ("working", "● working"),
+])
+def test_what_a_worker_does_is_told_in_words(farm: Farm, state: str, words: str) -> None:
+    worker = farm.join(admitted=state != "pending")
+    if state == "working":
+        farm.submit()
+        farm.lease(worker)
+    elif state == "gone":
+        farm.scheduler.leave(worker)
+    assert words in farm.page("/").text
+
+
+def test_nothing_hostile_becomes_html(farm: Farm) -> None:
+    job, worker = farm.submit(name=HOSTILE), farm.join(HOSTILE, version=HOSTILE)
+    farm.join(HOSTILE + "2", admitted=False)
+    farm.deliver(worker, 1)
+    farm.fail(worker, HOSTILE)
+    farm.scheduler.pause(job)
+    for address in ("/", f"/jobs/{job}", f"/jobs/{job}/frames/1", f"/jobs/{job}/frames/2"):
+        for cookie in ("", farm.admin):
+            assert farm.page(address, cookie).text.count(HOSTILE) >= 2
+    assert farm.page("/").text.count(HOSTILE) >= 8
+    error = farm.page("/login/" + urllib.parse.quote(HOSTILE, safe=""), status=403)
+    assert "used before" in error.text
+
+
+def test_every_page_has_the_policy_and_is_not_kept(farm: Farm) -> None:
+    job = farm.submit()
+    code = farm.access.login_code()
+    for address in ("/", f"/jobs/{job}", f"/jobs/{job}/frames/1", "/jobs/9", f"/login/{code}"):
+        headers = farm.send("GET", address).headers
+        policy = dict(part.strip().split(" ", 1)
+                      for part in headers["Content-Security-Policy"].split(";"))
+        assert policy == {
+            "default-src": "'none'", "img-src": "'self'", "style-src": "'self'",
+            "form-action": "'self'", "frame-ancestors": "'none'", "base-uri": "'none'"}
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["Referrer-Policy"] == "same-origin"
+
+
+@pytest.mark.parametrize("path, mime", [("/style.css", "text/css"), ("/favicon.svg", "image/svg")])
+def test_what_pages_are_made_with_is_served(farm: Farm, path: str, mime: str) -> None:
+    link, = farm.page("/").all("link", href=path)
+    response = farm.send("GET", link["href"])
+    assert response.headers["Content-Type"].startswith(mime) and response.status == 200
+    assert b"http:" not in response.body.replace(b"http://www.w3.org/2000/svg", b"")  # type: ignore
+
+
+def refresh(dom: Dom) -> str:
+    return "".join(meta["content"] for meta in dom.all("meta", http__equiv="") if
+                   meta.get("http-equiv") == "refresh")
+
+
+def test_how_often_pages_load_themselves_again(farm: Farm) -> None:
+    assert refresh(farm.page("/")) == "5", "somebody is just setting the farm up"
+    worker = farm.join()
+    assert refresh(farm.page("/")) == "30"
+    job = farm.submit(frames=2)
+    assert refresh(farm.page("/")) == refresh(farm.page(f"/jobs/{job}")) == "3"
+    assert refresh(farm.page(f"/jobs/{job}/frames/1")) == "5"
+    still, = farm.page("/").all("a", href="?still")
+    assert refresh(farm.page(still["href"])) == ""
+    farm.deliver(worker, 2)
+    assert refresh(farm.page("/")) == "30"
+    assert refresh(farm.page(f"/jobs/{job}")) == refresh(farm.page(f"/jobs/{job}/frames/1")) == ""
+
+
+@pytest.mark.parametrize("state, actions", [
+    ("active", ["pause", "cancel"]), ("paused", ["resume", "cancel"]),
+    ("cancelled", ["retry", "delete"]), ("done", ["delete"]),
+])
+def test_only_what_is_possible_has_a_button(farm: Farm, state: str, actions: List[str]) -> None:
+    job = farm.submit(frames=2)
+    if state == "done":
+        farm.deliver(farm.join(), 2)
+    elif state != "active":
+        getattr(farm.scheduler, {"paused": "pause", "cancelled": "cancel"}[state])(job)
+    forms = farm.page(f"/jobs/{job}", farm.admin).all("form", action="/jobs/")
+    assert [form["action"] for form in forms] == [f"/jobs/{job}/{action}" for action in actions]
+    assert not farm.page(f"/jobs/{job}").all("form"), "a stranger has no forms"
+
+
+def test_the_forms_steer_a_job(farm: Farm) -> None:
+    job = farm.submit()
+    for action, state in (("pause", "paused"), ("resume", "active"), ("cancel", "cancelled"),
+                          ("retry", "active"), ("cancel", "cancelled"), ("delete", None)):
+        page = farm.page(f"/jobs/{job}", farm.admin)
+        form, = page.all("form", action=f"/jobs/{job}/{action}")
+        token = page.all("input", name="token")[0]["value"]
+        answer = farm.send("POST", form["action"], farm.admin, {"token": token})
+        assert (answer.status, answer.headers["Location"]) == (
+            303, f"/jobs/{job}" if state else "/")
+        with farm.store.read() as tx:
+            row = tx.job(job)
+        assert (row["state"] if row else None) == state
+
+
+def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
+    worker = farm.join(admitted=False)
+    with farm.store.read() as tx:
+        code = tx.worker(worker)["code"]  # type: ignore[index]
+    stranger = farm.page("/")
+    assert f"povfarm.py admit {code}" in stranger.text and not stranger.all("form")
+    form, = farm.page("/", farm.admin).all("form", action="admit")
+    body = {"token": farm.token(farm.admin)}
+    assert farm.send("POST", form["action"], farm.admin, body).status == 303
+    assert "○ idle" in farm.page("/").text
+    again = farm.send("POST", form["action"], farm.admin, body)
+    assert again.status == 409 and isinstance(again.body, bytes)
+    assert f"no worker waits with the code '{code}'" in Dom(again.body.decode()).text
+
+
+POSTS = ["/jobs/1/pause", "/jobs/1/cancel", "/jobs/1/delete", "/workers/CODE12/admit", "/logout"]
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_form_that_is_not_ours_changes_nothing(farm: Farm, path: str) -> None:
+    farm.submit()
+    other = farm.log_in()
+    nobody = farm.token("")
+    for cookie, token, status in (
+            (farm.admin, None, 403), (farm.admin, "", 403), (farm.admin, nobody, 403),
+            (farm.admin, farm.token(other), 403), ("", nobody, 401),
+            ("", farm.token(farm.admin), 401), (f"{farm.access.cookie}=made up", nobody, 401)):
+        answer = farm.send("POST", path, cookie, {} if token is None else {"token": token})
+        assert answer.status == status and "Set-Cookie" not in answer.headers
+    assert farm.send("POST", path, "", authorization="Bearer wrong").status == 401
+    with farm.store.read() as tx:
+        assert tx.job(1)["state"] == "active"  # type: ignore[index]
+
+
+def test_the_posts_above_are_all_there_are(farm: Farm) -> None:
+    patterns = [one for one in farm.router.routes
+                if one.route.method == "POST" and not one.route.pattern.startswith("/api/")]
+    assert all(any(one.regex.fullmatch(path) for path in POSTS) for one in patterns)
+    assert {one.route.role for one in patterns} == {"user", "admin"}
+
+
+def test_a_private_farm_shows_a_stranger_nothing(tmp_path: Path) -> None:
+    farm = Farm(tmp_path, private=True)
+    farm.submit()
+    for address in ("/", "/jobs/1", "/jobs/1/frames/1"):
+        assert farm.send("GET", address).status == 401
+        farm.page(address, farm.admin)
+
+
+def test_a_login_link_works_once(farm: Farm) -> None:
+    link = f"/login/{farm.access.login_code()}"
+    assert "Set-Cookie" not in farm.send("HEAD", link).headers, "a link's preview"
+    answer = farm.send("GET", link)
+    cookie, *rest = [part.strip() for part in answer.headers["Set-Cookie"].split(";")]
+    assert (answer.status, answer.headers["Location"]) == (303, "/")
+    assert set(rest) == {"HttpOnly", "SameSite=Strict", "Path=/"}
+    assert "used before" in farm.page(link, status=403).text
+    page = farm.page("/", cookie)
+    token = page.all("input", name="token")[0]["value"]
+    out = farm.send("POST", page.all("form", action="/logout")[0]["action"], cookie,
+                    {"token": token})
+    assert out.headers["Set-Cookie"].startswith(f"{farm.access.cookie}=; ")
+    assert "Max-Age=0" in out.headers["Set-Cookie"]
+
+
+def test_what_cannot_be_done_is_told_on_a_page(farm: Farm) -> None:
+    job = farm.submit()
+    farm.scheduler.cancel(job)
+    body = {"token": farm.token(farm.admin)}
+    for action, status in (("pause", 409), ("explode", 404)):
+        answer = farm.send("POST", f"/jobs/{job}/{action}", farm.admin, body)
+        assert answer.status == status and isinstance(answer.body, bytes)
+        assert "That did not work" in Dom(answer.body.decode()).text
+
+
+class Recorder:
+    """A router that notes what a browser asked for."""
+
+    def __init__(self, router: Any) -> None:
+        self.router = router
+        self.answers: Dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def handle(self, request: Request) -> Response:
+        response: Response = self.router.handle(request)
+        with self._lock:
+            self.answers[request.path] = response.status
+        return response
+
+
+def test_chromium_shows_a_real_farm(povray: str, tmp_path: Path) -> None:
+    """Under our content policy the style and the image are fetched, and no name is HTML."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser",
+                                                   "google-chrome"))), None)
+    need("chromium", browser is not None, "Chromium is not installed: apt-get install chromium")
+    (tmp_path / "a.pov").write_text(SCENE)
+    assert run_povray(["a.pov", "+W32", "+H24", "+Ob.png"], tmp_path).returncode == 0
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", name=HOSTILE, durable=False)
+    recorder = Recorder(farm.router)
+    farm.server.router = recorder  # type: ignore[assignment]
+    farm.start()
+    try:
+        worker = farm.scheduler.join(WorkerInfo(HOSTILE, 2, 1, "x", {}), "t", "10.0.0.7", True)[0]
+        pov = PovJob({"Input_File_Name": "a.pov", "Width": "32", "Height": "24",
+                      "Output_File_Type": "N"}, (), (), ".")
+        job, _ = farm.scheduler.submit(HOSTILE, "me", pov, Manifest(()), JobOptions())
+        lease, = farm.scheduler.lease(worker, Offer(1, 1, 1), 0, always)
+        farm.scheduler.finish(worker, lease.id, lease.tasks[0].id,
+                              (tmp_path / "b.png").read_bytes(), b"", Cost())
+        dom = chromium(str(browser), f"{farm.url}/", tmp_path)
+    finally:
+        farm.stop()
+    assert dom.text.count(HOSTILE) >= 3 and "✓ finished" in dom.text
+    image = f"/api/v1/jobs/{job}/frames/0/image"
+    assert dom.all("img", src=image)
+    assert {path: recorder.answers.get(path) for path in ("/", "/style.css", image)} == {
+        "/": 200, "/style.css": 200, image: 200}
+
+
+def chromium(browser: str, url: str, tmp_path: Path) -> Dom:
+    """Load a page in the real browser and return the document that it made of it."""
+    with tempfile.TemporaryDirectory(prefix="povfarm-test-", ignore_cleanup_errors=True) as profile:
+        done = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+             "--no-first-run", "--disable-background-networking", "--disable-component-update",
+             "--disable-sync", f"--user-data-dir={profile}", "--dump-dom", url],
+            cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+            check=True)
+    dom = Dom(done.stdout)
+    dom.harmless()
+    return dom
