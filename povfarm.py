@@ -7213,7 +7213,8 @@ class Launcher:
         self._processes: dict[int, Process] = {}
         self._lock = threading.Lock()
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        if os.fork() == 0:
+        self._pid = os.fork()
+        if self._pid == 0:
             self._socket.close()
             _LauncherProcess(other, nice).run()
         other.close()
@@ -7236,8 +7237,11 @@ class Launcher:
         return process
 
     def close(self) -> None:
-        """End every process that is still there, and the launcher."""
-        self._socket.close()
+        """End every process that is still there, and the launcher; wait until they are gone."""
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
 
     def _kill(self, number: int) -> None:
         with self._lock, contextlib.suppress(OSError):
@@ -7417,6 +7421,14 @@ def available_memory() -> int:
     return 4 * 1000**3
 
 
+def total_memory() -> int:
+    """Return the bytes of memory of this machine; a guess where unknown."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * _PAGE
+    except (AttributeError, ValueError, OSError):
+        return available_memory()
+
+
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 
@@ -7573,19 +7585,18 @@ class Cache:
                 self._using[key] -= 1
             os.utime(self.root / key)
 
-    def trim(self) -> None:
+    def _trim(self) -> None:
         """Delete the projects that were not used for longest until the rest fits."""
-        with self._lock:
-            projects = sorted(
-                (path.stat().st_mtime, path) for path in self.root.iterdir() if path.is_dir())
-            sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                     for _, path in projects}
-            total = sum(sizes.values())
-            for _, path in projects:
-                if total > self.limit and not self._using[path.name]:
-                    shutil.rmtree(path, ignore_errors=True)
-                    self._ready.pop(path.name, None)
-                    total -= sizes[path]
+        projects = sorted(
+            (path.stat().st_mtime, path) for path in self.root.iterdir() if path.is_dir())
+        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                 for _, path in projects}
+        total = sum(sizes.values())
+        for _, path in projects:
+            if total > self.limit and not self._using[path.name]:
+                shutil.rmtree(path, ignore_errors=True)
+                self._ready.pop(path.name, None)
+                total -= sizes[path]
 
     def _manifest(self, key: str) -> Manifest:
         path = self.root / key / "manifest.json"
@@ -7594,6 +7605,7 @@ class Cache:
         except (OSError, ValueError, UserError):
             reply = self._client.request("GET", f"/api/v1/manifests/{key}", retry_for=300)
             manifest = Manifest.from_wire(reply.json())
+            self._trim()
             path.parent.mkdir(exist_ok=True)
             atomic_write(path, reply.body)
         if manifest.key != key:
@@ -7678,7 +7690,6 @@ class Worker:
                 run.stop()
             with contextlib.suppress(FarmError):
                 self.client.request("POST", "/api/v1/leave", json={}, retry_for=0, timeout=5)
-            self.cache.trim()
 
     def stop(self) -> None:
         """Finish the frames under way and hand back the rest; a second call ends at once."""
@@ -7988,9 +7999,10 @@ class Draft:
 def render(options: Options) -> int:
     """The whole farm for one job: coordinator, worker, job, images in their places."""
     launcher = make_launcher()  # before the first thread
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
-        stack.callback(launcher.close)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="povfarm-")))
+        stack.callback(launcher.close)
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
         engine = pool.submit(find_engine, options.povray, Clock())
         draft = _draft(options, scratch)
@@ -8001,12 +8013,10 @@ def render(options: Options) -> int:
         client = Client(coordinator.url, coordinator.key)
         worker = _join(client, engine.result(), launcher, scratch / "cache", options,
                        token_file=None)
-        thread = threading.Thread(target=worker.run, name="worker", daemon=True)
         stack.callback(worker.stop)
         stack.callback(worker.stop)
         job, event = _submit(client, draft)
-        thread.start()
-        return _follow(client, job, event, draft, options)
+        return _follow(client, job, event, draft, options, _Background(worker.run))
 
 
 @command("serve", "", "start a coordinator: it holds the jobs, the page and the images")
@@ -8053,8 +8063,7 @@ def work(options: Options) -> int:
         signals.action = worker.stop
         _say(f"working for {client.base_url} with POV-Ray {engine.version} "
              f"(Ctrl-C finishes what is under way, twice stops at once)")
-        thread = _Background(worker.run)
-        thread.join(signals)
+        _Background(worker.run).join()
         _say(f"rendered {worker.rendered} frames")
         return 130 if signals.count else 0
     finally:
@@ -8485,14 +8494,20 @@ def _submit(client: Client, draft: Draft) -> tuple[int, int]:
     return reply["id"], reply["event"]
 
 
-def _follow(client: Client, job: int, event: int, draft: Draft, options: Options) -> int:
-    """Show a job's progress and put its images in their places until it is finished."""
+def _follow(client: Client, job: int, event: int, draft: Draft, options: Options,
+            worker: _Background | None = None) -> int:
+    """Show a job's progress and put its images in their places until it is finished.
+
+    When the only ``worker`` fails, so does this.
+    """
     bar = ProgressBar(draft.name, sys.stderr)
     started = time.monotonic()
     files: list[str] = []
     seen, ended = event, False
     have: set[int] = set()
     while not ended:
+        if worker is not None:
+            worker.check()
         if bar.due():
             bar.show(client.request("GET", f"/api/v1/jobs/{job}").json())
         reply = client.request("GET", f"/api/v1/events?after={seen}&wait={bar.pause}")
@@ -8642,7 +8657,7 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
     cores = options.cores or len(_affinity())
     info = {
         "name": (options.name if options.command == "work" else "") or socket.gethostname(),
-        "cores": cores, "memory": available_memory(),
+        "cores": cores, "memory": total_memory(),
         "system": f"{platform.system()} {platform.release()}",
         "engines": {"povray": engine.version},
         "tags": [tag for tag in options.tags.split(",") if tag],
@@ -8816,11 +8831,17 @@ class _Background:
         except BaseException as error:
             self._future.set_exception(error)
 
-    def join(self, signals: _Signals) -> None:
+    def join(self) -> None:
         """Wait for the end; signals are handled while waiting."""
-        while True:
+        while not self._future.done():
             with contextlib.suppress(concurrent.futures.TimeoutError):
-                return self._future.result(timeout=1.0)
+                self._future.result(timeout=1.0)
+        self.check()
+
+    def check(self) -> None:
+        """Raise what the function has raised, if it has."""
+        if self._future.done():
+            self._future.result()
 
 
 def _until_signal() -> None:

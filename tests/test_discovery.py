@@ -357,7 +357,7 @@ print(sorted(one.url for one in povfarm.discover(0.5, sys.argv[1].encode() or No
 def run(command: List[str]) -> str:
     env = {**os.environ, "PYTHONPATH": str(Path(povfarm.__file__).parent)}
     return subprocess.run(command, env=env, check=True, text=True, stdout=subprocess.PIPE,
-                          timeout=60).stdout.strip()
+                          timeout=20).stdout.strip()
 
 
 def test_workers_find_coordinators_on_other_hosts_without_a_default_route(lan: Lan) -> None:
