@@ -236,7 +236,7 @@ def sha256_file(path: Path) -> str:
 def format_size(size: float) -> str:
     """Return a number of bytes as people write it: ``512 B``, ``1.5 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if round(size) < 1000:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
@@ -312,6 +312,8 @@ class Setting:
             raise UserError(f"{source}: '{text}' is neither on nor off")
         try:
             return self.kind(text)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
         except ValueError:
             raise UserError(f"{source}: '{text}' is not {_KIND_NAMES[self.kind]}") from None
 
@@ -320,15 +322,28 @@ _KIND_NAMES: Mapping[Any, str] = {int: "a whole number", float: "a number", str:
 
 
 def _port(text: str) -> int:
-    if not text.strip().isdigit() or int(text) > 65535:
+    if not text.strip().isdecimal() or int(text) > 65535:
         raise UserError(f"'{text}' is not a port: write a number from 0 to 65535")
     return int(text)
 
 
 def _count(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise UserError(f"'{text}' is not a count: write a whole number, 1 or more")
     return int(text)
+
+
+def _nice(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) > 19:
+        raise UserError(f"'{text}' is not between 0 and 19")
+    return int(text)
+
+
+def _lease_time(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds < 1:
+        raise UserError(f"'{text}' is too short: a second is the least")
+    return seconds
 
 
 def _path(text: str) -> Path:
@@ -353,13 +368,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("open", bool, False, "admit workers from private addresses by themselves", "serve"),
     Setting("private", bool, False, "show the page and the API only to those with a key", "serve"),
     Setting("work", bool, False, "render on this machine too", "serve"),
-    Setting("lease-time", parse_duration, 30.0,
+    Setting("lease-time", _lease_time, 30.0,
             "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
     Setting("cores", _count, None, "cores to keep busy; by itself all of them",
             "work render serve", "N"),
     Setting("until-idle", bool, False, "end when there is nothing left to render", "work"),
     Setting("povray", str, "", "the POV-Ray program to use", "work render serve doctor", "PATH"),
-    Setting("nice", int, 5, "how far renders step back behind other programs, 0 to 19",
+    Setting("nice", _nice, 5, "how far renders step back behind other programs, 0 to 19",
             "work serve", "N"),
     Setting("tags", str, "", "words that describe the worker, parted by commas", "work", "A,B"),
     Setting("cache-size", parse_size, 10 * 1000**3, "most bytes of projects to keep here",
@@ -384,7 +399,7 @@ SETTINGS: tuple[Setting, ...] = (
 
 def setting(name: str) -> Setting:
     """Return the row of an option; KeyError when there is none of that name."""
-    return next(row for row in SETTINGS if row.name == name)
+    return {row.name: row for row in SETTINGS}[name]
 
 
 def configured_defaults(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -412,7 +427,7 @@ def configured_defaults(environ: Mapping[str, str]) -> dict[str, Any]:
 def _read_settings_file(path: Path) -> Mapping[str, str]:
     parser = configparser.ConfigParser(interpolation=None)
     try:
-        parser.read_string(path.read_text(encoding="utf-8"))
+        parser.read_string(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (configparser.Error, OSError, UnicodeDecodeError) as error:
@@ -2422,6 +2437,7 @@ JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset({
     (JobState.FAILED, JobState.ACTIVE),
     (JobState.FAILED, JobState.DONE),
     (JobState.CANCELLED, JobState.ACTIVE),
+    (JobState.CANCELLED, JobState.WAITING),
 })
 
 PAUSED_BY_HAND = "paused by hand"  # the reason that waits for a person, not for a mended scene
@@ -2462,6 +2478,9 @@ class PovJob:
         job = cls(values, lists["declares"], lists["library"], want(wire, "run_dir", str),
                   lists["uses"])
         # File names may have letters that an INI file cannot: workers rename those.
+        for name in ("Input_File_Name", "Output_File_Name"):
+            if any(ord(c) < 32 for c in values.get(name, "")):
+                raise UserError(f"{name} is not a file name")
         checked = {key: value for key, value in values.items()
                    if key not in ("Input_File_Name", "Output_File_Name")}
         check_ini(to_ini(checked, job.declares, ()))
@@ -2528,7 +2547,9 @@ class WorkerInfo:
             tuple(want(wire, "tags", list)),
         )
         texts = [*info.engines, *info.engines.values(), *info.tags]
-        if info.cores < 1 or not all(isinstance(text, str) for text in texts):
+        if not 1 <= info.cores <= 10_000 or not 0 <= info.memory < 2**60:
+            raise UserError("a worker has one core or more, and a memory of some bytes")
+        if not all(isinstance(text, str) for text in texts):
             raise UserError("a worker has one core or more, and engines and tags are texts")
         return info
 
@@ -3034,7 +3055,9 @@ class Request:
         self._require_type("application/json")
         self.body.limit = min(self.body.limit, limit)
         try:
-            return _JSON.decode(self.text())
+            value = _JSON.decode(self.text())
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate cannot be stored
+            return value
         except (ValueError, RecursionError) as error:
             raise ProtocolError(400, "the body is not JSON", str(error)) from error
 
@@ -4016,7 +4039,6 @@ class Store:
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys = ON")
         if writes:
-            connection.execute("PRAGMA journal_mode = WAL")
             level = "PRAGMA synchronous = FULL" if self.durable else "PRAGMA synchronous = OFF"
             connection.execute(level)
         else:
@@ -4029,6 +4051,7 @@ class Store:
             raise StoreError(
                 f"{self.root / 'farm.db'} was written by a newer povfarm: use that version"
             )
+        self._writer.execute("PRAGMA journal_mode = WAL")
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             self._writer.executescript(
                 f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
@@ -4130,11 +4153,6 @@ class Tx:
         self._db.execute(
             "INSERT OR IGNORE INTO blob (sha256, size, stored) VALUES (:sha256, :size, :now)",
             {"sha256": sha256, "size": size, "now": now})
-
-    def has_blob(self, sha256: str) -> bool:
-        """Tell whether contents with this hash are stored."""
-        return self._db.execute("SELECT 1 FROM blob WHERE sha256 = :sha256",
-                                {"sha256": sha256}).fetchone() is not None
 
     def blob_wanted(self, sha256: str) -> bool:
         """Tell whether a manifest names these contents."""
@@ -4300,12 +4318,6 @@ class Tx:
                  AND attempt.worker = :worker AND attempt.state = 'failed')
                ORDER BY frame, slice LIMIT :limit""",
             {"job": job, "worker": worker, "limit": limit}).fetchall()
-
-    def newest_task(self) -> Row | None:
-        """Return the task that was finished last."""
-        return cast("Row | None", self._db.execute(
-            """SELECT * FROM task WHERE state = 'done'
-               ORDER BY finished DESC, id DESC LIMIT 1""").fetchone())
 
     def newest_task_of(self, job: int) -> Row | None:
         """Return the task of one job that was finished last."""
@@ -4484,6 +4496,13 @@ class Tx:
             """SELECT task FROM attempt WHERE state = 'done'
                GROUP BY task HAVING COUNT(*) > 1""")]
 
+    def live_blobs(self) -> list[str]:
+        """Return the hashes that jobs in work need."""
+        return [row["sha256"] for row in self._db.execute(
+            """SELECT DISTINCT manifest_blob.sha256 AS sha256
+               FROM job JOIN manifest_blob ON manifest_blob.manifest = job.manifest
+               WHERE job.state = 'active'""")]
+
     def missing_live_blobs(self) -> list[str]:
         """Return hashes that a job in work needs and that are not stored."""
         return [row["sha256"] for row in self._db.execute(
@@ -4536,13 +4555,12 @@ class Scheduler:
         self._seen: dict[int, float] = {}
         self._slots: dict[int, int] = {}
         self._left: dict[int, int] = {}
-        with store.read() as tx:
-            leases = tx.live_leases()
-            self._missing = {
-                job["id"]: set(tx.missing_blobs(job["manifest"])) for job in tx.waiting_jobs()
-            }
-        self._deadlines = {row["id"]: clock.monotonic() + lease_time for row in leases}
-        self._owners = {row["id"]: row["worker"] for row in leases}
+        self._deadlines: dict[str, float] = {}
+        self._granted: dict[str, float] = {}
+        self._owners: dict[str, int] = {}
+        self._missing: dict[int, set[str]] = {}
+        self._recall()
+        self._seen.update(dict.fromkeys(self._owners.values(), clock.monotonic()))
 
     # --- jobs
 
@@ -4557,8 +4575,12 @@ class Scheduler:
         tasks = [(frame, PurePosixPath(plan.output_name(frame)).name) for frame in plan.frames]
         if len({file for _, file in tasks}) < len(tasks):
             raise UserError("two frames of this job would have the same file name")
+        for _, file in (tasks[0], tasks[-1]):
+            safe_join(Path(), file)
+            if len(file.encode()) > 200:  # its logs have longer names
+                raise UserError(f"the file name {file[:40]}... is too long")
         now = self.clock.time()
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             tx.add_manifest(manifest)
             job = tx.add_job(name, owner, pov, manifest.key, options, now)
             tx.add_tasks(job, tasks)
@@ -4579,7 +4601,7 @@ class Scheduler:
             if not tx.blob_wanted(sha256):
                 raise ProtocolError(404, "no job asked for a file with this hash")
         size = self.store.put_blob(sha256, chunks)
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             tx.add_blob(sha256, size, self.clock.time())
             for job, missing in list(self._missing.items()):
                 missing.discard(sha256)
@@ -4589,21 +4611,22 @@ class Scheduler:
 
     def pause(self, job: int) -> None:
         """Give out no more of a job; what is being rendered is finished."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             self._move_job(tx, self._job(tx, job), JobState.PAUSED, PAUSED_BY_HAND)
         self._wake()
 
     def resume(self, job: int) -> None:
         """Go on with a paused job."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             row = self._job(tx, job)
-            waiting = bool(tx.missing_blobs(row["manifest"]))
-            self._move_job(tx, row, JobState.WAITING if waiting else JobState.ACTIVE, "")
+            if row["state"] != JobState.PAUSED:
+                raise IllegalTransition(f"job {job} is {row['state']}: only a paused job resumes")
+            self._start(tx, row)
         self._wake()
 
     def cancel(self, job: int) -> None:
         """End a job; finished images stay, workers are told to stop."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             row = self._job(tx, job)
             self._move_job(tx, row, JobState.CANCELLED, "")
             self._cancel_tasks(tx, row)
@@ -4611,7 +4634,7 @@ class Scheduler:
 
     def retry(self, job: int) -> int:
         """Queue the failed and cancelled tasks of a job again; return how many."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             row = self._job(tx, job)
             failed = [*tx.tasks_in(job, TaskState.FAILED), *tx.tasks_in(job, TaskState.CANCELLED)]
             for task in failed:
@@ -4620,13 +4643,13 @@ class Scheduler:
                 self._move(tx, task, TaskState.QUEUED, "tried again by hand")
             row = self._job(tx, job)
             if failed and row["state"] != JobState.ACTIVE:
-                self._move_job(tx, row, JobState.ACTIVE, "")
+                self._start(tx, row)
         self._wake()
         return len(failed)
 
     def change(self, job: int, changes: Mapping[str, Any]) -> None:
         """Set priority, max_workers, retry_limit or in_order of a job."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             row = self._job(tx, job)
             tx.set_job_options(job, self._options(row).changed(changes))
             text = ", ".join(f"{name} = {value}" for name, value in changes.items())
@@ -4635,7 +4658,7 @@ class Scheduler:
 
     def delete(self, job: int) -> None:
         """Forget a job and delete its images and logs."""
-        with self._delivery, self.store.tx() as tx:
+        with self._delivery, self._tx() as tx:
             row = self._job(tx, job)
             self._cancel_tasks(tx, row)
             tx.drop_job(job)
@@ -4656,7 +4679,7 @@ class Scheduler:
         state = WorkerState.ADMITTED if admitted else WorkerState.PENDING
         code = "".join(secrets.choice("ABCDEFGHJKLMNPQRSTUVWXYZ23456789") for _ in range(6))
         now = self.clock.time()
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             worker = tx.add_worker(info, token, state, code, address, now)
             tx.add_event(now, "joined" if admitted else "asks to join", info.name, worker=worker)
         self._seen[worker] = self.clock.monotonic()
@@ -4665,17 +4688,17 @@ class Scheduler:
 
     def rejoin(self, worker: int, info: WorkerInfo, address: str) -> None:
         """Take what a known worker says of itself when it comes again."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             tx.set_worker_info(worker, info, address)
         self._seen[worker] = self.clock.monotonic()
         self._wake()
 
     def admit(self, code: str) -> str:
         """Admit the pending worker with this code and return its name."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             for row in tx.workers():
                 if row["state"] == WorkerState.PENDING and hmac.compare_digest(
-                        row["code"], code.strip().upper()):
+                        row["code"].encode(), code.strip().upper().encode()):
                     tx.set_worker_state(row["id"], WorkerState.ADMITTED)
                     tx.add_event(self.clock.time(), "admitted", row["name"], worker=row["id"])
                     break
@@ -4686,7 +4709,7 @@ class Scheduler:
 
     def remove_worker(self, worker: int) -> None:
         """Take a worker's leases back and forget its secret."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             row = tx.worker(worker)
             if row is None or not tx.set_worker_state(worker, WorkerState.REMOVED):
                 raise UserError(f"there is no worker {worker}")
@@ -4694,6 +4717,7 @@ class Scheduler:
                 if lease["worker"] == worker:
                     self._end_lease(tx, lease, AttemptState.RELEASED, "worker removed")
             tx.add_event(self.clock.time(), "removed", row["name"], worker=worker)
+        self._left[worker] = self._left.get(worker, 0) + 1
         self._seen.pop(worker, None)
         self._wake()
 
@@ -4745,7 +4769,7 @@ class Scheduler:
             if leases or left <= 0 or self._closed:
                 return leases
             # A task becomes a straggler by the passing of time alone.
-            self._wait(version, min(left, 1.0) if self._deadlines else left)
+            self._wait(version, min(left, 1.0 if self._deadlines else self.lease_time / 3))
 
     def beat(self, worker: int, progress: Mapping[str, Mapping[int, float]],
              wait: float) -> list[str]:
@@ -4753,19 +4777,23 @@ class Scheduler:
 
         Answers after ``wait`` seconds, or at once when there is bad news.
         """
-        end = self.clock.monotonic() + wait
+        end = self.clock.monotonic() + min(wait, self.lease_time / 3)
+        stays = self._left.get(worker, 0)
+        for lease, tasks in progress.items():
+            if self._owners.get(lease) == worker:
+                self._progress.update(tasks)
         while True:
             with self._changed:
                 version = self._version
             now = self.clock.monotonic()
-            self._seen[worker] = now
+            if stays == self._left.get(worker, 0):
+                self._seen[worker] = now
             ended = []
-            for lease, tasks in progress.items():
+            for lease in progress:
                 if self._owners.get(lease) != worker:
                     ended.append(lease)
                     continue
                 self._deadlines[lease] = now + self.lease_time
-                self._progress.update(tasks)
             left = end - now
             if ended or left <= 0 or self._closed:
                 return ended
@@ -4774,7 +4802,7 @@ class Scheduler:
     def leave(self, worker: int) -> None:
         """Hand back every lease of a worker that stops; it may come again."""
         self._left[worker] = self._left.get(worker, 0) + 1
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             for lease in tx.live_leases():
                 if lease["worker"] == worker:
                     self._end_lease(tx, lease, AttemptState.RELEASED, "worker stopped")
@@ -4783,7 +4811,7 @@ class Scheduler:
 
     def release(self, worker: int, lease: str) -> None:
         """Take back a lease that its worker hands in unfinished."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             row = tx.lease(lease)
             if row is None or row["worker"] != worker:
                 raise StaleLease("this lease is not yours")
@@ -4810,7 +4838,7 @@ class Scheduler:
             if accepted:
                 self.store.put_image(directory, row["name"], image)
             log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
-            with self.store.tx() as tx:
+            with self._tx() as tx:
                 accepted = self._accept(tx, attempt, image, log_name, cost) and accepted
         self._wake()
         return accepted
@@ -4822,19 +4850,13 @@ class Scheduler:
         ``scene`` says that the scene itself is wrong: then it is not worth
         more than one try on each worker.
         """
-        with self.store.read() as tx:
-            attempt, row, job = self._attempt(tx, worker, lease, task)
-        directory = self.store.job_directory(job["id"], job["name"])
-        log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
-        with self.store.tx() as tx:
-            attempt, row, job = self._attempt(tx, worker, lease, task)
-            if attempt["state"] != AttemptState.LIVE:
-                return
-            self._end_attempt(tx, attempt, AttemptState.FAILED, message, log_name)
-            if row["state"] == TaskState.LEASED and not tx.live_attempts_of_task(task):
-                tx.set_tries(task, row["tries"] + 1)
-                used_up = self._used_up(tx, row, job, scene)
-                self._move(tx, row, TaskState.FAILED if used_up else TaskState.QUEUED, message)
+        with self._delivery:
+            with self.store.read() as tx:
+                attempt, row, job = self._attempt(tx, worker, lease, task)
+            directory = self.store.job_directory(job["id"], job["name"])
+            log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
+            with self._tx() as tx:
+                self._fail(tx, self._attempt(tx, worker, lease, task), message, log_name, scene)
         self._wake()
 
     def expire(self) -> None:
@@ -4843,7 +4865,7 @@ class Scheduler:
         late = [lease for lease, deadline in list(self._deadlines.items()) if deadline < now]
         if not late:
             return
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             for lease in late:
                 row = tx.lease(lease)
                 if row is not None:
@@ -4853,7 +4875,7 @@ class Scheduler:
 
     def tidy(self) -> None:
         """Delete contents that nobody names any more, and old events."""
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             tx.drop_manifests()
             unused = tx.unused_blobs(self.clock.time() - KEEP_BLOBS)
             for sha256 in unused:
@@ -4895,15 +4917,43 @@ class Scheduler:
                          for sha256 in tx.missing_live_blobs()]
             problems += [f"lease {row['id']}: live and not known to the scheduler"
                          for row in tx.live_leases() if row["id"] not in self._deadlines]
+            problems += [f"job {row['id']}: {row['state']} does not fit its tasks"
+                         for row in tx.jobs(0, -1) if self._state(row) != row["state"]]
+            blobs = tx.live_blobs()
             done = tx.done_tasks()
+        problems += [f"blob {sha256}: not on disk"
+                     for sha256 in blobs if not self.store.blob_path(sha256).is_file()]
         for row in done:
             directory = self.store.job_directory(row["job"], row["job_name"])
-            path = safe_join(directory, row["name"])
-            if not path.is_file() or sha256_file(path) != row["sha256"]:
+            path = directory / row["name"]
+            if path.parent != directory or not path.is_file() or sha256_file(path) != row["sha256"]:
                 problems.append(f"task {row['id']}: {path} is missing or not what was accepted")
         return problems
 
     # --- inside
+
+    @contextlib.contextmanager
+    def _tx(self) -> Iterator[Tx]:
+        """A transaction; when it fails, what was noted in memory did not happen either."""
+        try:
+            with self.store.tx() as tx:
+                yield tx
+        except BaseException:
+            self._recall()
+            raise
+
+    def _recall(self) -> None:
+        """Learn from the database which leases live and which files are missing."""
+        now = self.clock.monotonic()
+        with self.store.read() as tx:
+            leases = {row["id"]: row["worker"] for row in tx.live_leases()}
+            self._missing = {
+                job["id"]: set(tx.missing_blobs(job["manifest"])) for job in tx.waiting_jobs()
+            }
+        self._deadlines = {lease: self._deadlines.get(lease, now + self.lease_time)
+                           for lease in leases}
+        self._granted = {lease: self._granted.get(lease, now) for lease in leases}
+        self._owners = leases
 
     def _wake(self) -> None:
         with self._changed:
@@ -4932,6 +4982,13 @@ class Scheduler:
         row = tx.task(task)
         assert row is not None  # the attempt's foreign key
         return attempt, row, self._job(tx, row["job"])
+
+    def _start(self, tx: Tx, job: Row) -> None:
+        """Make a job active, or let it wait for its files."""
+        missing = tx.missing_blobs(job["manifest"])
+        if missing:
+            self._missing[job["id"]] = set(missing)
+        self._move_job(tx, job, JobState.WAITING if missing else JobState.ACTIVE, "")
 
     def _activate(self, tx: Tx, job: int) -> None:
         row = tx.job(job)
@@ -4962,17 +5019,21 @@ class Scheduler:
     def _settle(self, tx: Tx, job: int, after_failure: bool) -> None:
         row = self._job(tx, job)
         frm = JobState(row["state"])
-        to, reason = job_state(frm, {state: row[state.value] for state in TaskState}), ""
+        to, reason = self._state(row), ""
         if to is frm is JobState.ACTIVE and after_failure:
             reason = pause_reason(row["done"], row["failed"])
             to = JobState.PAUSED if reason else to
         if to is not frm and frm is not JobState.CANCELLED:
             self._move_job(tx, row, to, reason)
 
+    def _state(self, job: Row) -> JobState:
+        return job_state(JobState(job["state"]), {state: job[state.value] for state in TaskState})
+
     def _cancel_tasks(self, tx: Tx, job: Row) -> None:
         for lease in tx.live_leases():
             if lease["job"] == job["id"]:
-                self._end_lease(tx, lease, AttemptState.RELEASED, "job cancelled")
+                self._end_lease(tx, lease, AttemptState.RELEASED, "job cancelled",
+                                TaskState.CANCELLED)
         for task in tx.tasks_in(job["id"], TaskState.QUEUED):
             self._move(tx, task, TaskState.CANCELLED, "job cancelled")
 
@@ -4994,6 +5055,17 @@ class Scheduler:
         self._move(tx, task, TaskState.DONE, "")
         return True
 
+    def _fail(self, tx: Tx, tried: tuple[Row, Row, Row], message: str, log_name: str,
+              scene: bool) -> None:
+        attempt, row, job = tried
+        if attempt["state"] != AttemptState.LIVE:
+            return
+        self._end_attempt(tx, attempt, AttemptState.FAILED, message, log_name)
+        if row["state"] == TaskState.LEASED and not tx.live_attempts_of_task(row["id"]):
+            tx.set_tries(row["id"], row["tries"] + 1)
+            used_up = self._used_up(tx, row, job, scene)
+            self._move(tx, row, TaskState.FAILED if used_up else TaskState.QUEUED, message)
+
     def _end_attempt(self, tx: Tx, attempt: Row, state: AttemptState, message: str,
                      log_name: str) -> None:
         tx.end_attempt(attempt["id"], state, self.clock.time(), message, log_name)
@@ -5001,24 +5073,26 @@ class Scheduler:
             tx.end_lease(attempt["lease"], "finished", self.clock.time())
             self._forget_lease(attempt["lease"])
 
-    def _end_lease(self, tx: Tx, lease: Row, state: AttemptState, why: str) -> None:
+    def _end_lease(self, tx: Tx, lease: Row, state: AttemptState, why: str,
+                   to: TaskState = TaskState.QUEUED) -> None:
         for attempt in tx.live_attempts_of_lease(lease["id"]):
             tx.end_attempt(attempt["id"], state, self.clock.time(), why)
             task = tx.task(attempt["task"])
             if (task is not None and task["state"] == TaskState.LEASED
                     and not tx.live_attempts_of_task(task["id"])):
-                self._move(tx, task, TaskState.QUEUED, why)
+                self._move(tx, task, to, why)
         tx.end_lease(lease["id"], why, self.clock.time())
         self._forget_lease(lease["id"])
 
     def _forget_lease(self, lease: str) -> None:
         self._deadlines.pop(lease, None)
+        self._granted.pop(lease, None)
         self._owners.pop(lease, None)
 
     def _used_up(self, tx: Tx, task: Row, job: Row, scene: bool) -> bool:
         failed = tx.failed_workers(task["id"])
         if scene:
-            return len(failed) >= job["retry_limit"] or not self.live_workers() - failed
+            return len(failed) >= job["retry_limit"] or not self._helpers(tx, job) - failed
         return bool(task["tries"] + 1 >= job["retry_limit"])
 
     def _grant(self, worker: int, offer: Offer) -> list[LeaseSpec]:
@@ -5026,7 +5100,7 @@ class Scheduler:
         with self.store.read() as tx:
             if not tx.leasable_jobs():
                 return leases
-        with self.store.tx() as tx:
+        with self._tx() as tx:
             row = tx.worker(worker)
             if row is None or row["state"] != WorkerState.ADMITTED or self.is_sick(tx, worker):
                 return leases
@@ -5039,10 +5113,13 @@ class Scheduler:
         return leases
 
     def _grant_one(self, tx: Tx, worker: int, offer: Offer) -> LeaseSpec | None:
-        for job in tx.leasable_jobs():
-            if not self._may_work(tx, job, worker):
-                continue
-            tasks = self._pick(tx, job, worker, offer) or self._pick_straggler(tx, job, worker)
+        jobs = [job for job in tx.leasable_jobs() if self._may_work(tx, job, worker)]
+        for job in jobs:
+            tasks = self._pick(tx, job, worker, offer)
+            if tasks:
+                return self._give(tx, job, worker, tasks, offer.idle)
+        for job in jobs:
+            tasks = self._pick_straggler(tx, job, worker)
             if tasks:
                 return self._give(tx, job, worker, tasks, offer.idle)
         return None
@@ -5053,21 +5130,37 @@ class Scheduler:
             return False
         if job["in_order"] and job["leased"]:
             return False
+        return not self._is_hopeless(tx, job, worker) or worker in self._helpers(tx, job)
+
+    def _is_hopeless(self, tx: Tx, job: Row, worker: int) -> bool:
         record = tx.job_record(job["id"], worker)
-        hopeless = record.get("failed", 0) >= 3 and not record.get("done", 0)
-        return not (hopeless and self.live_workers() - {worker})
+        return record.get("failed", 0) >= 3 and not record.get("done", 0)
+
+    def _helpers(self, tx: Tx, job: Row) -> set[int]:
+        """Return the workers that a frame of a job may wait for.
+
+        Those that fail all of the job count when there are no others: then
+        the scene is to blame, and the job has to find that out.
+        """
+        live = self.live_workers() & {
+            row["id"] for row in tx.workers() if row["state"] == WorkerState.ADMITTED}
+        well = {worker for worker in live if not self.is_sick(tx, worker)}
+        return {worker for worker in well if not self._is_hopeless(tx, job, worker)} or well
 
     def _pick(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
         if job["in_order"]:
-            return tx.tasks_in(job["id"], TaskState.QUEUED)
+            queued = tx.tasks_in(job["id"], TaskState.QUEUED)
+            failed = tx.failed_workers(queued[0]["id"]) if queued else set()
+            return [] if worker in failed and self._helpers(tx, job) - failed else queued
         cost = Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
         others = self.live_workers() - {worker}
         slots = offer.slots + sum(self._slots.get(other, 1) for other in others)
         tasks = tx.next_tasks(job["id"], worker, lease_size(job["queued"], slots, cost))
-        if not tasks:
+        if not tasks and job["queued"]:
             # What this worker failed goes back to it only when nobody else is left to try.
+            helpers = self._helpers(tx, job) - {worker}
             return [task for task in tx.tasks_in(job["id"], TaskState.QUEUED)
-                    if not others - tx.failed_workers(task["id"])][:1]
+                    if not helpers - tx.failed_workers(task["id"])][:1]
         step = plan_frames(PovJob.from_wire(json.loads(job["pov"])).options).frames.step
         for index in range(1, len(tasks)):
             if tasks[index]["frame"] != tasks[index - 1]["frame"] + step:
@@ -5081,10 +5174,12 @@ class Scheduler:
         patience = max(1.5 * job["wall"] / job["done"], 5.0)
         attempts = tx.live_attempts_of_job(job["id"])
         counts = collections.Counter(attempt["task"] for attempt in attempts)
+        latest = self.clock.monotonic() - patience
         for attempt in attempts:
-            if self.clock.time() - attempt["started"] < patience:
-                break
-            if attempt["worker"] != worker and counts[attempt["task"]] == 1:
+            if self._granted.get(attempt["lease"], math.inf) > latest:
+                continue
+            failed = tx.failed_workers(attempt["task"])
+            if counts[attempt["task"]] == 1 and worker not in failed | {attempt["worker"]}:
                 task = tx.task(attempt["task"])
                 return [task] if task is not None else []
         return []
@@ -5099,7 +5194,8 @@ class Scheduler:
         for task in tasks:
             if task["state"] == TaskState.QUEUED:
                 self._move(tx, task, TaskState.LEASED, row["name"] if row else "")
-        self._deadlines[lease] = self.clock.monotonic() + self.lease_time
+        self._granted[lease] = self.clock.monotonic()
+        self._deadlines[lease] = self._granted[lease] + self.lease_time
         self._owners[lease] = worker
         return LeaseSpec(
             lease, job["id"], job["name"], self._threads(job, pov, idle),
@@ -5118,7 +5214,7 @@ class Scheduler:
             return 1
         runs = 1 if job["in_order"] else max(job["queued"], 1)
         threads = max(idle // runs, 1)
-        return min(threads, int(pov.values.get("Work_Threads", threads)))
+        return max(min(threads, int(pov.values.get("Work_Threads", threads))), 1)
 
 
 # === 11. API =================================================================
@@ -5127,6 +5223,7 @@ class Scheduler:
 
 MAX_WAIT = 60.0  # seconds that a request may ask to be held open
 MAX_EVENTS = 1000
+MAX_COST = 1e9  # seconds
 MAX_IMAGE = 1 << 30  # bytes
 MAX_BLOB = 1 << 40  # bytes
 SESSION_TIME = 12 * 3600.0  # seconds that a login in a browser lasts
@@ -5156,11 +5253,12 @@ class Access:
         if scheme.lower() == "bearer" and token:
             return self._by_token(token.strip())
         session = self._session(request)
-        if session and self._allowed(session):
-            # Only forms that hold the session's token may change anything: a
-            # page elsewhere can make a browser send the cookie, not the token.
-            return _ADMIN
-        return self._stranger
+        if not session or not self._allowed(session):
+            return self._stranger
+        # A page elsewhere can make a browser send the cookie: with it alone one
+        # may only look. What the forms of PAGES change, check_form guards.
+        looks = request.method in ("GET", "HEAD") or not request.path.startswith("/api/")
+        return _ADMIN if looks else _READER
 
     def login_code(self) -> str:
         """Return a new code that logs a browser in, once, within ten minutes."""
@@ -5187,7 +5285,8 @@ class Access:
 
     def check_form(self, request: Request, fields: Mapping[str, str]) -> None:
         """Raise ``ProtocolError`` 403 for a form that was not made for this browser."""
-        if not hmac.compare_digest(fields.get("token", ""), self.form_token(request)):
+        if not hmac.compare_digest(fields.get("token", "").encode(),
+                                   self.form_token(request).encode()):
             raise ProtocolError(403, "this form is too old: load the page again")
 
     def _session(self, request: Request) -> str:
@@ -5223,6 +5322,7 @@ def _admitted(row: Row) -> Identity:
     return Identity(frozenset({"reader", "pending", "worker"}), row["id"], row["name"])
 
 
+_READER = Identity(frozenset({"reader"}), None, "browser")
 _ADMIN = Identity(frozenset({"reader", "user", "admin"}), None, "admin")
 _WORKERS = {WorkerState.PENDING: _pending, WorkerState.ADMITTED: _admitted}
 
@@ -5337,8 +5437,8 @@ class Api:
                 after, _seconds(request.query["wait"]), MAX_EVENTS)
             return json_response({
                 "events": [dict(event) for event in events], "more": len(events) == MAX_EVENTS})
-        known = request.headers.get("last-event-id", "")
-        after = int(known) if known.isdecimal() else after
+        known = re.fullmatch("[0-9]{1,15}", request.headers.get("last-event-id", ""))
+        after = int(known[0]) if known else after
         return stream_response(self._event_stream(after), "text/event-stream")
 
     @route("GET", "/api/v1/openapi.json", role="reader", summary="This API, for programs")
@@ -5478,9 +5578,11 @@ class Api:
     def beat(self, request: Request) -> Response:
         """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended."""
         wire = request.json()
+        leases = want(wire, "leases", dict)
         progress = {
-            lease: {int(task): float(part) for task, part in tasks.items()}
-            for lease, tasks in want(wire, "leases", dict).items()
+            lease: {_task(task): _seconds(part, 1.0)
+                    for task, part in want(leases, lease, dict).items()}
+            for lease in leases
         }
         ended = self._farm.beat(request.identity.worker or 0, progress,
                                 _seconds(wire.get("wait", 0)))
@@ -5508,8 +5610,8 @@ class Api:
         """
         size = _query_number(request, "log", 0)
         data = request.body.read()
-        cost = Cost(_seconds(request.query.get("cpu", "0"), math.inf),
-                    _seconds(request.query.get("wall", "0"), math.inf),
+        cost = Cost(_seconds(request.query.get("cpu", "0"), MAX_COST),
+                    _seconds(request.query.get("wall", "0"), MAX_COST),
                     _query_number(request, "memory", 0))
         try:
             accepted = self._farm.finish(
@@ -5678,9 +5780,18 @@ def _query_number(request: Request, name: str, default: int) -> int:
 
 def _seconds(value: Any, most: float = MAX_WAIT) -> float:
     try:
-        return min(max(float(value), 0.0), most)
-    except (TypeError, ValueError):
-        raise UserError(f"{value!r} is not a number of seconds") from None
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number):
+        raise UserError("that is not a number of seconds")
+    return min(max(number, 0.0), most)
+
+
+def _task(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise UserError("that is not the number of a task")
+    return int(text)
 
 
 def _small(value: int) -> int:
@@ -6013,7 +6124,7 @@ def _count_of(number: int, noun: str) -> str:
 def _ago(seconds: float) -> str:
     for limit, unit, word in ((100, 1, "s"), (5400, 60, "min"), (130_000, 3600, "h")):
         if seconds < limit:
-            return f"{max(seconds, 0) / unit:.0f} {word} ago"
+            return f"{seconds / unit:.0f} {word} ago" if seconds >= 5 else "now"
     return f"{_count_of(int(seconds / 86400 + 0.5), 'day')} ago"
 
 
@@ -6431,7 +6542,8 @@ class Coordinator:
         if self.beacon is not None:
             self.beacon.stop()
         self.server.stop()
-        self._house.join()
+        if self._house.is_alive():
+            self._house.join()
         (self.data / "coordinator.json").unlink(missing_ok=True)
         self.store.close()
         self._lock.close()
@@ -6502,15 +6614,15 @@ class Run:
         """
         options = self.lease.pov.options
         stem = PurePosixPath(plan_frames(options).stem).name
-        return (stem if stem.isascii() else "image") + options.extension
+        return (stem if _is_plain(stem) else "image") + options.extension
 
     def made(self, frame: int) -> Path:
         """Return the image that the run makes of a frame: where the scene expects it."""
         plan = plan_frames(self.lease.pov.options)
         name = PurePosixPath(plan.output_name(frame))
-        inside = not name.is_absolute() and ".." not in name.parts and str(name.parent).isascii()
+        inside = not name.is_absolute() and ".." not in name.parts and _is_plain(str(name.parent))
         stem = PurePosixPath(plan.stem).name
-        number = name.name[len(stem):] if not stem.isascii() else ""
+        number = "" if _is_plain(stem) else name.name[len(stem):]
         return self.place / (name.parent if inside else "") / (
             f"image{number}" if number else name.name)
 
@@ -6546,12 +6658,12 @@ class Engine:
         }
         values = self.values(run)
         scene = values["Input_File_Name"]
-        links = {} if scene.isascii() else {run.place / _SCENE: self._scene(run, scene)}
-        values["Input_File_Name"] = scene if scene.isascii() else _SCENE
+        links = {} if _is_plain(scene) else {run.place / _SCENE: self._scene(run, scene)}
+        values["Input_File_Name"] = scene if _is_plain(scene) else _SCENE
         library = []
         for number, path in enumerate(self.library_of(run)):
             near = os.path.relpath(path, run.place) if path.is_relative_to(run.tree) else str(path)
-            if not near.isascii():
+            if not _is_plain(near):
                 links[run.place / f"_library{number}"] = path
                 near = f"_library{number}"
             library.append(near)
@@ -6608,6 +6720,11 @@ class WindowsEngine(Engine):
 
 _INI = "povfarm.ini"
 _SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read
+
+
+def _is_plain(name: str) -> bool:
+    """Tell whether an INI file can hold a name, and POV-Ray 3.7 read it from there."""
+    return name.isascii() and not ('"' in name and "'" in name)
 
 
 def find_engine(program: str, clock: Clock) -> Engine:

@@ -1,0 +1,285 @@
+"""A whole coordinator in one process: no sockets, no waiting, and a clock that the test turns."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from urllib.parse import parse_qsl
+
+import pytest
+
+import povfarm
+from povfarm import (
+    Access,
+    Api,
+    BodyReader,
+    Clock,
+    Cost,
+    FileEntry,
+    FileSlice,
+    JobOptions,
+    LeaseSpec,
+    Manifest,
+    Offer,
+    PovJob,
+    Request,
+    Response,
+    Router,
+    Scheduler,
+    Store,
+    TaskState,
+    WorkerInfo,
+)
+
+KEY = "the farm key"
+WIDTH, HEIGHT = 4, 3
+SCENE = b"sphere { 0, 1 }\n"
+
+
+def png(shade: int = 0, width: int = WIDTH, height: int = HEIGHT) -> bytes:
+    """A real picture of one grey, different for every shade."""
+    rows = (b"\0" + bytes([shade % 256, shade // 256 % 256, 0]) * width) * height
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def manifest(files: Mapping[str, bytes]) -> Manifest:
+    return Manifest(tuple(FileEntry(path, sha256(data), len(data), 1.0)
+                          for path, data in sorted(files.items())))
+
+
+def pov_job(frames: int = 3, uses: Sequence[str] = (), **values: str) -> PovJob:
+    """An animation of so many frames, out1.png and on; a still, out.png, when it is one."""
+    base = {"Input_File_Name": "scene.pov", "Output_File_Name": "out", "Width": str(WIDTH),
+            "Height": str(HEIGHT)}
+    if frames > 1:
+        base.update(Initial_Frame="1", Final_Frame=str(frames))
+    return PovJob({**base, **values}, (), (povfarm.STANDARD,), ".", tuple(uses))
+
+
+class FakeClock(Clock):
+    """Stands still until somebody waits.
+
+    Every wait first does the next thing of ``meanwhile``, if there is one, and
+    then lets time pass, calling ``housekeeping`` every second.
+    """
+
+    def __init__(self, mono: float = 1000.0) -> None:
+        self.wall = 1_700_000_000.0
+        self.mono = mono
+        self.meanwhile: Deque[Callable[[], Any]] = collections.deque()
+        self.housekeeping: Callable[[], Any] = lambda: None
+
+    def time(self) -> float:
+        return self.wall
+
+    def monotonic(self) -> float:
+        return self.mono
+
+    def advance(self, seconds: float) -> None:
+        self.wall += seconds
+        self.mono += seconds
+
+    def wait(self, condition: Any, seconds: float) -> bool:
+        assert 0 <= seconds < 1e6, f"a wait of {seconds} seconds"
+        notified: List[bool] = []
+        condition.notify_all = lambda: notified.append(True)
+        try:
+            if self.meanwhile:
+                self.meanwhile.popleft()()
+            end = self.mono + seconds
+            while not notified and self.mono < end:
+                self.advance(min(1.0, end - self.mono))
+                self.housekeeping()
+            return bool(notified)
+        finally:
+            del condition.notify_all
+
+
+class Farm:
+    """A coordinator without sockets, and what a test does with it."""
+
+    def __init__(self, root: Path, clock: Optional[FakeClock] = None, lease_time: float = 30.0,
+                 private: bool = False, admit_private: bool = False) -> None:
+        self.root = root
+        self.clock = clock or FakeClock()
+        self.store = Store(root, durable=False)
+        with self.store.tx() as tx:
+            tx.set_meta("farm_id", "f" * 16)
+        self.scheduler = Scheduler(self.store, self.clock, lease_time)
+        self.access = Access(self.store, KEY, private, self.clock)
+        self.api = Api(self.scheduler, self.access, "box", admit_private)
+        self.router = Router(self.api, authenticate=self.access.identify)
+        self.api.routes = self.router.routes
+
+    def restarted(self) -> Farm:
+        """The same data after a reboot: nothing in memory, and another monotonic clock."""
+        self.store.close()
+        clock = FakeClock(mono=5.0)
+        clock.wall = self.clock.wall + 100
+        return Farm(self.root, clock, self.scheduler.lease_time)
+
+    # --- jobs
+
+    def submit(self, frames: int = 3, files: Optional[Mapping[str, bytes]] = None,
+               send: bool = True, uses: Sequence[str] = (), name: str = "ball",
+               values: Optional[Mapping[str, str]] = None, **options: Any) -> int:
+        """Submit a job, and send its files; return its number."""
+        files = {"scene.pov": SCENE} if files is None else files
+        job, missing = self.scheduler.submit(
+            name, "admin", pov_job(frames, uses, **(values or {})), manifest(files),
+            JobOptions().changed(options))
+        for data in files.values():
+            if send and sha256(data) in missing:
+                self.scheduler.put_blob(sha256(data), [data])
+        return job
+
+    def job(self, job: int) -> Dict[str, Any]:
+        with self.store.read() as tx:
+            row = tx.job(job)
+        assert row is not None
+        return dict(row)
+
+    def state(self, job: int) -> str:
+        return str(self.job(job)["state"])
+
+    def tasks(self, job: int) -> List[Dict[str, Any]]:
+        with self.store.read() as tx:
+            return [dict(row) for row in tx.tasks(job)]
+
+    def task(self, job: int, frame: int) -> Dict[str, Any]:
+        return next(row for row in self.tasks(job) if row["frame"] == frame)
+
+    def states(self, job: int) -> List[str]:
+        return [row["state"] for row in self.tasks(job)]
+
+    def attempts(self, task: int) -> List[Tuple[str, str]]:
+        """Who tried a task, and how it ended."""
+        with self.store.read() as tx:
+            return [(row["worker_name"], row["state"]) for row in tx.attempts(task)]
+
+    def story(self, job: int, frame: Optional[int] = None) -> List[str]:
+        """Every state that a frame, or the job itself, came into."""
+        with self.store.read() as tx:
+            events = tx.events(0, 1_000_000)
+        return [event["what"].replace("job ", "") for event in events
+                if event["job"] == job and event["frame"] == frame
+                and (frame is not None or event["what"].startswith("job "))]
+
+    # --- workers
+
+    def worker(self, name: str = "anna", admitted: bool = True) -> int:
+        info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
+        return self.scheduler.join(info, sha256(name.encode()), "192.168.1.5", admitted)[0]
+
+    def leases(self, worker: int, want: int = 1, slots: int = 1, idle: int = 1,
+               wait: float = 0.0) -> List[LeaseSpec]:
+        return self.scheduler.lease(worker, Offer(want, slots, idle), wait, lambda: True)
+
+    def lease(self, worker: int, **offer: Any) -> LeaseSpec:
+        leases = self.leases(worker, **offer)
+        assert len(leases) == 1, f"worker {worker} got {len(leases)} leases"
+        return leases[0]
+
+    def finish(self, worker: int, lease: LeaseSpec, index: int = 0, cpu: float = 1.0,
+               image: Optional[bytes] = None) -> bool:
+        task = lease.tasks[index]
+        return self.scheduler.finish(
+            worker, lease.id, task.id, png(task.id) if image is None else image,
+            b"rendered", Cost(cpu, cpu, 1 << 20))
+
+    def fail(self, worker: int, lease: LeaseSpec, index: int = 0, scene: bool = False) -> None:
+        self.scheduler.fail(worker, lease.id, lease.tasks[index].id, "it broke", b"the log", scene)
+
+    def beat(self, worker: int, *leases: LeaseSpec, wait: float = 0.0) -> List[str]:
+        return self.scheduler.beat(worker, {lease.id: {} for lease in leases}, wait)
+
+    def render(self, worker: int, job: Optional[int] = None) -> List[int]:
+        """Let one worker render all that it is given; return the frames in order."""
+        frames: List[int] = []
+        while True:
+            leases = self.leases(worker)
+            if not leases:
+                return frames
+            for index, task in enumerate(leases[0].tasks):
+                assert job is None or leases[0].job == job
+                self.finish(worker, leases[0], index)
+                frames.append(task.frame)
+
+    # --- requests
+
+    def ask(self, method: str, target: str, *, key: Optional[str] = KEY, json_body: Any = None,
+            body: bytes = b"", headers: Optional[Mapping[str, str]] = None,
+            remote: str = "192.168.1.5") -> Reply:
+        """One request by its target, as it would come in over a socket."""
+        path, _, query = target.partition("?")
+        lines = {"host": "box", **(headers or {})}
+        if key:
+            lines["authorization"] = f"Bearer {key}"
+        if json_body is not None:
+            body = json_body if isinstance(json_body, bytes) else json.dumps(json_body).encode()
+            lines["content-type"] = "application/json"
+        return Reply(self.router.handle(Request(
+            method, path, dict(parse_qsl(query, keep_blank_values=True)), lines,
+            BodyReader.of(body), remote)))
+
+    # --- truth
+
+    def problems(self) -> List[str]:
+        """What is wrong with the farm's data, by its own rules and by one of ours."""
+        found = self.scheduler.check_invariants()
+        with self.store.read() as tx:
+            for row in tx.jobs(0, -1):
+                counts = {state: row[state.value] for state in TaskState}
+                state = povfarm.JobState(row["state"])
+                if povfarm.job_state(state, counts) is not state:
+                    found.append(f"job {row['id']} is {state.value} with the tasks {counts}")
+        return found
+
+    def leftovers(self) -> List[Path]:
+        """Files that were begun and not finished."""
+        return list(self.root.rglob("*.part"))
+
+    def close(self) -> None:
+        self.store.close()
+
+
+class Reply:
+    """A response with its body read."""
+
+    def __init__(self, response: Response) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        if isinstance(response.body, FileSlice):
+            response.body.file.seek(response.body.start)
+            self.body = response.body.file.read(response.body.length)
+        else:
+            whole = isinstance(response.body, bytes)
+            self.body = response.body if whole else b"".join(response.body)  # type: ignore
+        response.close()
+
+    def json(self) -> Any:
+        assert self.headers["Content-Type"].startswith("application/json"), self.body
+        return json.loads(self.body)
+
+
+@pytest.fixture(name="farm")
+def farm_fixture(tmp_path: Path) -> Iterator[Farm]:
+    """A farm; whatever the test does with it must leave its data whole."""
+    one = Farm(tmp_path / "data")
+    yield one
+    problems = [*one.problems(), *map(str, one.leftovers())]
+    assert not problems, "\n".join(problems)
+    one.close()

@@ -1,0 +1,709 @@
+"""The farm's own JSON: each route, who may use it, and what it answers to nonsense."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+import zipfile
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+
+import pytest
+from farm_in_a_box import (  # noqa: F401 - the fixture
+    KEY,
+    SCENE,
+    Farm,
+    Reply,
+    farm_fixture,
+    manifest,
+    png,
+    pov_job,
+    sha256,
+)
+
+import povfarm
+from povfarm import JobState, LeaseSpec, ProtocolError, Request, TaskState
+
+WORKER = {"name": "anna", "cores": 4, "memory": 1 << 33, "system": "Linux 6",
+          "engines": {"povray": "3.7.0.10"}, "tags": ["fast"]}
+OFFER = {"want": 1, "slots": 1, "idle": 1, "wait": 0}
+ZEROS = "0" * 64
+
+# Every route and who may use it, as DESIGN.md 6 has it; an example of its path.
+ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
+    ("GET", "/api/v1/farm"): ("reader", "/api/v1/farm"),
+    ("GET", "/api/v1/jobs"): ("reader", "/api/v1/jobs"),
+    ("GET", "/api/v1/jobs/<job:int>"): ("reader", "/api/v1/jobs/1"),
+    ("GET", "/api/v1/jobs/<job:int>/frames"): ("reader", "/api/v1/jobs/1/frames"),
+    ("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image"):
+        ("reader", "/api/v1/jobs/1/frames/1/image"),
+    ("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/log"):
+        ("reader", "/api/v1/jobs/1/frames/1/log"),
+    ("GET", "/api/v1/jobs/<job:int>/archive.zip"): ("reader", "/api/v1/jobs/1/archive.zip"),
+    ("GET", "/api/v1/workers"): ("reader", "/api/v1/workers"),
+    ("GET", "/api/v1/events"): ("reader", "/api/v1/events?wait=0"),
+    ("GET", "/api/v1/openapi.json"): ("reader", "/api/v1/openapi.json"),
+    ("GET", "/api/v1/metrics"): ("reader", "/api/v1/metrics"),
+    ("POST", "/api/v1/jobs"): ("user", "/api/v1/jobs"),
+    ("PUT", "/api/v1/blobs/<hash>"): ("user", f"/api/v1/blobs/{ZEROS}"),
+    ("POST", "/api/v1/jobs/<job:int>/<action>"): ("user", "/api/v1/jobs/1/pause"),
+    ("PATCH", "/api/v1/jobs/<job:int>"): ("user", "/api/v1/jobs/1"),
+    ("DELETE", "/api/v1/jobs/<job:int>"): ("user", "/api/v1/jobs/1"),
+    ("POST", "/api/v1/workers/admit"): ("admin", "/api/v1/workers/admit"),
+    ("DELETE", "/api/v1/workers/<worker:int>"): ("admin", "/api/v1/workers/99"),
+    ("POST", "/api/v1/login"): ("admin", "/api/v1/login"),
+    ("POST", "/api/v1/workers"): ("anyone", "/api/v1/workers"),
+    ("POST", "/api/v1/lease"): ("pending", "/api/v1/lease"),
+    ("POST", "/api/v1/leave"): ("pending", "/api/v1/leave"),
+    ("POST", "/api/v1/beat"): ("worker", "/api/v1/beat"),
+    ("POST", "/api/v1/leases/<lease>/release"): ("worker", "/api/v1/leases/abc/release"),
+    ("PUT", "/api/v1/leases/<lease>/tasks/<task:int>"): ("worker", "/api/v1/leases/abc/tasks/1"),
+    ("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail"):
+        ("worker", "/api/v1/leases/abc/tasks/1/fail"),
+    ("GET", "/api/v1/manifests/<key>"): ("worker", f"/api/v1/manifests/{ZEROS}"),
+    ("GET", "/api/v1/blobs/<hash>"): ("worker", f"/api/v1/blobs/{ZEROS}"),
+}
+ROLES: Dict[str, FrozenSet[str]] = {
+    "stranger": frozenset({"reader"}),
+    "pending": frozenset({"reader", "pending"}),
+    "worker": frozenset({"reader", "pending", "worker"}),
+    "admin": frozenset({"reader", "user", "admin"}),
+}
+
+
+def join(farm: Farm, name: str = "anna", key: Optional[str] = KEY, **more: Any) -> Dict[str, Any]:
+    """Join as a worker; return the answer with its token."""
+    reply = farm.ask("POST", "/api/v1/workers", key=key, json_body={**WORKER, "name": name}, **more)
+    assert reply.status == 201, reply.body
+    return dict(reply.json())
+
+
+def key_of(who: str, farm: Farm) -> Optional[str]:
+    if who in ("stranger", "admin"):
+        return KEY if who == "admin" else None
+    return str(join(farm, key=None if who == "pending" else KEY)["token"])
+
+
+def working(farm: Farm, frames: int = 3) -> Tuple[str, LeaseSpec]:
+    """A job, a worker's token, and its lease."""
+    farm.submit(frames)
+    token = join(farm)["token"]
+    reply = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()
+    return token, LeaseSpec.from_wire(reply["leases"][0])
+
+
+def deliver(farm: Farm, token: str, lease: LeaseSpec, index: int = 0, query: str = "",
+            image: Optional[bytes] = None) -> Reply:
+    task = lease.tasks[index]
+    text = b"POV-Ray said something\n"
+    return farm.ask("PUT", f"/api/v1/leases/{lease.id}/tasks/{task.id}?log={len(text)}{query}",
+                    key=token, body=text + (png(task.id) if image is None else image))
+
+
+def is_refusal(reply: Reply) -> bool:
+    wire = reply.json()
+    return set(wire) == {"error", "detail"} and bool(wire["error"]) and "\n" not in wire["error"]
+
+
+# --- who may come in
+
+def test_the_routes_are_these(farm: Farm) -> None:
+    found = {(bound.route.method, bound.route.pattern): bound.route.role
+             for bound in farm.router.routes}
+    assert found == {place: role for place, (role, _) in ROUTES.items()}
+
+
+@pytest.mark.parametrize("place", ROUTES, ids=" ".join)
+def test_a_route_is_open_to_its_role_and_closed_to_others(
+        place: Tuple[str, str], farm: Farm) -> None:
+    farm.submit()
+    role, target = ROUTES[place]
+    for who, roles in ROLES.items():
+        key = key_of(who, farm)
+        before = farm.scheduler.wait_events(0, 0, 100)
+        reply = farm.ask(place[0], target, key=key)
+        if role == "anyone" or role in roles:
+            assert reply.status not in (401, 403), who
+        else:
+            assert reply.status == (401 if who == "stranger" else 403), who
+            assert is_refusal(reply)
+            assert farm.scheduler.wait_events(0, 0, 100) == before
+        if place[0] == "DELETE" and who == "admin":
+            farm.submit()
+
+
+@pytest.mark.parametrize("place", ROUTES, ids=" ".join)
+@pytest.mark.parametrize("who", ["wrong key", "removed worker"])
+def test_a_key_that_is_not_the_farms_opens_nothing(
+        who: str, place: Tuple[str, str], farm: Farm) -> None:
+    key = "x" * 64
+    if who == "removed worker":
+        worker = join(farm)
+        key = worker["token"]
+        assert farm.ask("DELETE", f"/api/v1/workers/{worker['id']}").status == 204
+    reply = farm.ask(place[0], ROUTES[place][1], key=key)
+    assert reply.status == 401 and is_refusal(reply)
+
+
+@pytest.mark.parametrize("place", ROUTES, ids=" ".join)
+def test_a_private_farm_shows_strangers_nothing(place: Tuple[str, str], tmp_path: Any) -> None:
+    farm = Farm(tmp_path, private=True)
+    farm.submit()
+    role, target = ROUTES[place]
+    assert (farm.ask(place[0], target, key=None).status == 401) is (role != "anyone")
+    assert farm.ask("GET", "/api/v1/jobs", key=KEY).status == 200
+    farm.close()
+
+
+def browser(farm: Farm) -> Dict[str, str]:
+    session = farm.access.log_in(farm.access.login_code())
+    return {"cookie": f"other=1; {farm.access.cookie}={session}"}
+
+
+def test_a_browser_that_logged_in_sees_a_private_farm(tmp_path: Any) -> None:
+    farm = Farm(tmp_path, private=True)
+    cookie = browser(farm)
+    assert farm.ask("GET", "/api/v1/jobs", key=None, headers=cookie).status == 200
+    wrong = {"cookie": f"{farm.access.cookie}=guess"}
+    assert farm.ask("GET", "/api/v1/jobs", key=None, headers=wrong).status == 401
+    farm.clock.advance(povfarm.SESSION_TIME + 1)
+    assert farm.ask("GET", "/api/v1/jobs", key=None, headers=cookie).status == 401
+    farm.close()
+
+
+@pytest.mark.parametrize("place", [
+    place for place, (role, _) in ROUTES.items() if role in ("user", "admin")], ids=" ".join)
+def test_a_cookie_alone_changes_nothing(place: Tuple[str, str], farm: Farm) -> None:
+    """Any page on this host can make a browser send it: see Access.identify."""
+    job = farm.submit()
+    before = farm.job(job), farm.scheduler.wait_events(0, 0, 100)
+    reply = farm.ask(place[0], ROUTES[place][1], key=None, headers=browser(farm))
+    assert reply.status in (401, 403)
+    assert (farm.job(job), farm.scheduler.wait_events(0, 0, 100)) == before
+
+
+def test_a_login_code_is_good_once_and_for_ten_minutes(farm: Farm) -> None:
+    path = farm.ask("POST", "/api/v1/login", json_body={}).json()["path"]
+    code = path.rpartition("/")[2]
+    assert path == f"/login/{code}" and farm.access.log_in(code)
+    for bad in (code, "", "x", "ä"):
+        with pytest.raises(ProtocolError) as caught:
+            farm.access.log_in(bad)
+        assert caught.value.status == 403
+    late = farm.access.login_code()
+    farm.clock.advance(601)
+    with pytest.raises(ProtocolError):
+        farm.access.log_in(late)
+
+
+def test_a_form_holds_the_token_of_its_own_browser(farm: Farm) -> None:
+    mine, other = (Request("POST", "/", headers=browser(farm)) for _ in range(2))
+    farm.access.check_form(mine, {"token": farm.access.form_token(mine)})
+    for token in (farm.access.form_token(other), "", "ä", "x" * 64):
+        with pytest.raises(ProtocolError) as caught:
+            farm.access.check_form(mine, {"token": token})
+        assert caught.value.status == 403
+    with pytest.raises(ProtocolError):
+        farm.access.check_form(mine, {})
+
+
+# --- workers come
+
+def test_with_the_key_a_worker_is_in_at_once(farm: Farm) -> None:
+    answer = join(farm)
+    assert answer["admitted"] is True and len(answer["token"]) >= 32
+    farm.submit()
+    reply = farm.ask("POST", "/api/v1/lease", key=answer["token"], json_body=OFFER).json()
+    assert len(reply["leases"]) == 1 and reply["pending"] is False and reply["open"] == 3
+
+
+def test_without_a_key_a_worker_waits_to_be_admitted(farm: Farm) -> None:
+    farm.submit()
+    answer = join(farm, key=None)
+    assert answer["admitted"] is False and re.fullmatch("[A-Z2-9]{6}", answer["code"])
+    reply = farm.ask("POST", "/api/v1/lease", key=answer["token"], json_body=OFFER).json()
+    assert reply == {"leases": [], "open": 3, "pending": True}
+    assert farm.ask("GET", "/api/v1/workers").json()["workers"][0]["code"] == answer["code"]
+    admit = farm.ask("POST", "/api/v1/workers/admit", json_body={"code": answer["code"]})
+    assert admit.json() == {"name": "anna"}
+    reply = farm.ask("POST", "/api/v1/lease", key=answer["token"], json_body=OFFER).json()
+    assert len(reply["leases"]) == 1
+    assert "code" not in farm.ask("GET", "/api/v1/workers").json()["workers"][0]
+
+
+@pytest.mark.parametrize("remote, admitted", [
+    ("127.0.0.1", True), ("192.168.1.9", True), ("10.1.2.3", True), ("fe80::1", True), ("::1", True),
+    ("8.8.8.8", False), ("2a00:1450:4001::5", False),
+])
+def test_an_open_farm_admits_private_addresses(
+        remote: str, admitted: bool, tmp_path: Any) -> None:
+    farm = Farm(tmp_path, admit_private=True)
+    assert join(farm, key=None, remote=remote)["admitted"] is admitted
+    assert join(farm, key=KEY, remote=remote)["admitted"] is True
+    farm.close()
+
+
+def test_a_worker_that_comes_again_is_the_same(farm: Farm) -> None:
+    first = join(farm)
+    again = farm.ask("POST", "/api/v1/workers", key=first["token"],
+                     json_body={**WORKER, "cores": 16}).json()
+    assert (again["id"], again["admitted"], again["token"]) == (first["id"], True, "")
+    views = farm.ask("GET", "/api/v1/workers").json()["workers"]
+    assert [(view["id"], view["cores"]) for view in views] == [(first["id"], 16)]
+
+
+def test_workers_are_shown_with_what_they_do(farm: Farm) -> None:
+    token, lease = working(farm)
+    join(farm, "idle")
+    join(farm, "zoe", key=None)
+    views = farm.ask("GET", "/api/v1/workers").json()["workers"]
+    assert [(view["name"], view["state"], view["runs"]) for view in views] == [
+        ("anna", "working", 1), ("idle", "idle", 0), ("zoe", "pending", 0)]
+    assert views[0]["engines"] == {"povray": "3.7.0.10"} and views[0]["tags"] == ["fast"]
+    assert "token" not in views[0]
+    farm.ask("POST", "/api/v1/leave", key=token, json_body={})
+    farm.clock.advance(31)
+    views = farm.ask("GET", "/api/v1/workers").json()["workers"]
+    assert [view["state"] for view in views] == ["gone", "gone", "pending"]
+    assert farm.states(lease.job)[0] == "queued"
+
+
+# --- a job from end to end
+
+def test_a_job_from_submit_to_archive(farm: Farm) -> None:
+    files = {"scene.pov": SCENE, "inc/colours ä.inc": b"#declare Rot = 1;\n"}
+    project = manifest(files)
+    body = {"name": "ball", "pov": pov_job(3).to_wire(), "manifest": project.to_wire(),
+            "options": {"priority": 3}}
+    reply = farm.ask("POST", "/api/v1/jobs", json_body=body)
+    answer = reply.json()
+    assert reply.status == 201 and sorted(answer["missing"]) == sorted(map(sha256, files.values()))
+    for data in files.values():
+        assert farm.ask("PUT", f"/api/v1/blobs/{sha256(data)}", body=data).status == 204
+    job = answer["id"]
+    token = join(farm)["token"]
+    while True:
+        leases = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()["leases"]
+        if not leases:
+            break
+        lease = LeaseSpec.from_wire(leases[0])
+        wire = farm.ask("GET", f"/api/v1/manifests/{lease.manifest}", key=token).json()
+        assert povfarm.Manifest.from_wire(wire) == project
+        for file in project.files:
+            blob = farm.ask("GET", f"/api/v1/blobs/{file.sha256}", key=token)
+            assert blob.body == files[file.path]
+        for index in range(len(lease.tasks)):
+            query = "&cpu=1.5&wall=2.0&memory=1000"
+            assert deliver(farm, token, lease, index, query).json() == {"accepted": True}
+    view = farm.ask("GET", f"/api/v1/jobs/{job}").json()
+    assert (view["state"], view["progress"], view["cpu"], view["wall"]) == ("done", 1.0, 4.5, 6.0)
+    assert (view["width"], view["height"], view["extension"]) == (4, 3, ".png")
+    assert (view["owner"], view["priority"], view["failure"]) == ("admin", 3, None)
+    frames = farm.ask("GET", f"/api/v1/jobs/{job}/frames").json()["frames"]
+    images = {}
+    for frame in frames:
+        assert (frame["state"], frame["progress"], frame["worker"]) == ("done", 1.0, "anna")
+        image = farm.ask("GET", f"/api/v1/jobs/{job}/frames/{frame['frame']}/image")
+        assert image.headers["Content-Type"] == "image/png"
+        assert sha256(image.body) == frame["sha256"] and len(image.body) == frame["size"]
+        images[frame["name"]] = image.body
+    assert sorted(images) == ["out1.png", "out2.png", "out3.png"]
+    with zipfile.ZipFile(io.BytesIO(
+            farm.ask("GET", f"/api/v1/jobs/{job}/archive.zip").body)) as archive:
+        assert archive.testzip() is None
+        assert {name: archive.read(name) for name in archive.namelist()} == images
+    assert farm.ask("DELETE", f"/api/v1/jobs/{job}").status == 204
+    assert farm.ask("GET", f"/api/v1/jobs/{job}").status == 404
+
+
+def test_the_archive_of_a_job_in_work_has_what_is_finished(farm: Farm) -> None:
+    token, lease = working(farm)
+    for names in ([], ["out1.png"]):
+        reply = farm.ask("GET", "/api/v1/jobs/1/archive.zip")
+        assert reply.headers["Content-Type"] == "application/zip"
+        assert "1-ball.zip" in reply.headers["Content-Disposition"]
+        with zipfile.ZipFile(io.BytesIO(reply.body)) as archive:
+            assert archive.namelist() == names
+        deliver(farm, token, lease)
+
+
+def test_the_log_has_every_try_with_its_end(farm: Farm) -> None:
+    token, lease = working(farm, frames=1)
+    farm.ask("POST", f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}/fail", key=token,
+             json_body={"message": "Parse Error: no ball", "scene": False, "log": "line 1\nöl\n"})
+    view = farm.ask("GET", "/api/v1/jobs/1").json()
+    assert view["failure"] == {"frame": 0, "message": "Parse Error: no ball"}
+    leases = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()["leases"]
+    deliver(farm, token, LeaseSpec.from_wire(leases[0]))
+    text = farm.ask("GET", "/api/v1/jobs/1/frames/0/log").body.decode()
+    assert text.index("Parse Error: no ball") < text.index("line 1\nöl\n") < text.index(
+        "POV-Ray said something")
+    assert "failed" in text and "done" in text and "anna" in text
+
+
+@pytest.mark.parametrize("action, state", [
+    ("pause", "paused"), ("cancel", "cancelled"), ("retry", "active")])
+def test_a_job_is_steered(action: str, state: str, farm: Farm) -> None:
+    job = farm.submit()
+    reply = farm.ask("POST", f"/api/v1/jobs/{job}/{action}", json_body={})
+    assert reply.status == 200 and reply.json()["state"] == state == farm.state(job)
+    if action == "pause":
+        assert farm.ask("POST", f"/api/v1/jobs/{job}/resume").json()["state"] == "active"
+
+
+def test_what_cannot_be_is_a_conflict(farm: Farm) -> None:
+    job = farm.submit()
+    farm.ask("POST", f"/api/v1/jobs/{job}/cancel")
+    for action in ("cancel", "pause", "resume"):
+        reply = farm.ask("POST", f"/api/v1/jobs/{job}/{action}")
+        assert reply.status == 409 and is_refusal(reply)
+
+
+def test_a_job_is_changed(farm: Farm) -> None:
+    job = farm.submit()
+    changes = {"priority": 7, "max_workers": 2, "retry_limit": 5, "in_order": True}
+    view = farm.ask("PATCH", f"/api/v1/jobs/{job}", json_body=changes).json()
+    assert {name: view[name] for name in changes} == changes
+
+
+def test_lists_come_in_pages(farm: Farm) -> None:
+    jobs = [farm.submit(5, name=f"j{number}") for number in range(5)]
+    seen: List[int] = []
+    while True:
+        after = f"&after={seen[-1]}" if seen else ""
+        page = farm.ask("GET", f"/api/v1/jobs?limit=2{after}").json()["jobs"]
+        if not page:
+            break
+        seen += [view["id"] for view in page]
+    assert seen == jobs[::-1]
+    page = farm.ask("GET", f"/api/v1/jobs/{jobs[0]}/frames?limit=2&after=2").json()["frames"]
+    assert [view["frame"] for view in page] == [3, 4]
+    page = farm.ask("GET", f"/api/v1/jobs/{jobs[0]}/frames").json()["frames"]
+    assert [view["frame"] for view in page] == [1, 2, 3, 4, 5]
+
+
+def test_progress_and_the_time_that_is_left(farm: Farm) -> None:
+    token, lease = working(farm, frames=4)
+    farm.clock.advance(10)
+    deliver(farm, token, lease)
+    reply = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()
+    second = LeaseSpec.from_wire(reply["leases"][0])
+    beat = {"leases": {second.id: {str(second.tasks[0].id): 0.5}}, "wait": 0}
+    assert farm.ask("POST", "/api/v1/beat", key=token, json_body=beat).json() == {"ended": []}
+    farm.clock.advance(5)
+    view = farm.ask("GET", "/api/v1/jobs/1").json()
+    assert view["progress"] == pytest.approx(1.5 / 4)
+    assert view["elapsed"] == pytest.approx(15) and view["rate"] == pytest.approx(0.1)
+    assert view["eta"] == pytest.approx(25)
+    assert view["frames"]["total"] == 4 and view["frames"]["done"] == 1
+    frame = farm.ask("GET", "/api/v1/jobs/1/frames").json()["frames"][1]
+    assert (frame["state"], frame["progress"]) == ("leased", 0.5)
+
+
+def test_a_beat_tells_what_ended(farm: Farm) -> None:
+    token, lease = working(farm)
+    farm.ask("POST", "/api/v1/jobs/1/cancel")
+    reply = farm.ask("POST", "/api/v1/beat", key=token,
+                     json_body={"leases": {lease.id: {}, "nonsense": {}}, "wait": 5})
+    assert sorted(reply.json()["ended"]) == sorted([lease.id, "nonsense"])
+
+
+def test_a_lease_is_handed_back(farm: Farm) -> None:
+    token, lease = working(farm)
+    reply = farm.ask("POST", f"/api/v1/leases/{lease.id}/release", key=token, json_body={})
+    assert reply.status == 204 and farm.states(1)[0] == "queued"
+
+
+def test_a_worker_that_shows_the_lease_of_another_is_told_that_it_is_gone(farm: Farm) -> None:
+    _, lease = working(farm)
+    other = join(farm, "bert")["token"]
+    assert deliver(farm, other, lease).status == 410
+    for target, body in ((f"/api/v1/leases/{lease.id}/release", {}),
+                         (f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}/fail",
+                          {"message": "x", "scene": False, "log": ""})):
+        reply = farm.ask("POST", target, key=other, json_body=body)
+        assert reply.status == 410 and is_refusal(reply)
+    assert farm.states(1)[0] == "leased"
+
+
+@pytest.mark.parametrize("image", [b"", b"no picture", png()[:-4], png(width=9)])
+def test_an_image_that_is_not_the_one_asked_for_is_unprocessable(
+        image: bytes, farm: Farm) -> None:
+    token, lease = working(farm)
+    reply = deliver(farm, token, lease, image=image)
+    assert reply.status == 422 and is_refusal(reply)
+    assert farm.states(1)[0] == "leased"
+
+
+def test_a_blob_is_refused_when_wrong_or_not_wanted(farm: Farm) -> None:
+    farm.submit(send=False)
+    put = f"/api/v1/blobs/{sha256(SCENE)}"
+    assert farm.ask("PUT", put, body=b"another text").status == 422
+    assert farm.ask("PUT", f"/api/v1/blobs/{sha256(b'spam')}", body=b"spam").status == 404
+    for bad in ("xyz", ZEROS[:-1], ZEROS + "0", "G" * 64, sha256(SCENE).upper()):
+        assert farm.ask("PUT", f"/api/v1/blobs/{bad}", body=SCENE).status == 400
+    assert farm.state(1) == "waiting"
+    assert farm.ask("PUT", put, body=SCENE).status == 204 and farm.state(1) == "active"
+
+
+# --- images: ranges and caching
+
+@pytest.fixture
+def still(farm: Farm) -> Farm:
+    """A farm with one finished image."""
+    token, lease = working(farm, frames=1)
+    assert deliver(farm, token, lease, image=png(5)).json() == {"accepted": True}
+    return farm
+
+
+IMAGE = "/api/v1/jobs/1/frames/0/image"
+SIZE = len(png(5))
+
+
+@pytest.mark.parametrize("header, status, start, end", [
+    ("bytes=0-9", 206, 0, 10), ("bytes=10-", 206, 10, SIZE), ("bytes=-7", 206, SIZE - 7, SIZE),
+    (f"bytes=0-{SIZE * 2}", 206, 0, SIZE), (f"bytes=-{SIZE * 2}", 206, 0, SIZE),
+    (f"bytes={SIZE}-", 416, 0, 0), ("bytes=5-2", 200, 0, SIZE), ("bytes=0-1,5-6", 200, 0, SIZE),
+    ("lines=1-2", 200, 0, SIZE), ("bytes=", 200, 0, SIZE), ("bytes=-", 200, 0, SIZE),
+])
+def test_a_part_of_an_image(header: str, status: int, start: int, end: int, still: Farm) -> None:
+    reply = still.ask("GET", IMAGE, headers={"range": header})
+    assert reply.status == status
+    if status == 416:
+        assert reply.headers["Content-Range"] == f"bytes */{SIZE}"
+        return
+    assert reply.body == png(5)[start:end]
+    if status == 206:
+        assert reply.headers["Content-Range"] == f"bytes {start}-{end - 1}/{SIZE}"
+
+
+def test_an_image_that_the_browser_has_is_not_sent_again(still: Farm) -> None:
+    etag = still.ask("GET", IMAGE).headers["ETag"]
+    assert etag == f'"{sha256(png(5))}"'
+    for known, status in [(etag, 304), (f"W/{etag}", 304), ('"x", ' + etag, 304), ('"x"', 200)]:
+        reply = still.ask("GET", IMAGE, headers={"if-none-match": known})
+        assert (reply.status, reply.body) == (status, b"" if status == 304 else png(5))
+    part = still.ask("GET", IMAGE, headers={"range": "bytes=0-3", "if-range": '"x"'})
+    assert part.status == 200
+
+
+@pytest.mark.parametrize("target", [
+    "/api/v1/jobs/1/frames/5/image", "/api/v1/jobs/1/frames/5/log", "/api/v1/jobs/2/frames/0/image",
+    "/api/v1/jobs/2/frames/0/log", "/api/v1/jobs/2", "/api/v1/jobs/2/frames",
+    "/api/v1/jobs/2/archive.zip", "/api/v1/jobs/x", "/api/v1/jobs/-1", "/api/v1/nothing",
+    f"/api/v1/manifests/{ZEROS}", f"/api/v1/jobs/{'9' * 18}", f"/api/v1/jobs/{'9' * 40}",
+])
+def test_what_is_not_there_is_not_found(target: str, still: Farm) -> None:
+    key = join(still, "bert")["token"] if "manifests" in target else None
+    reply = still.ask("GET", target, key=key)
+    assert reply.status == 404 and is_refusal(reply)
+
+
+def test_an_unfinished_frame_has_no_image(farm: Farm) -> None:
+    farm.submit()
+    assert farm.ask("GET", "/api/v1/jobs/1/frames/1/image").status == 404
+    assert farm.ask("GET", "/api/v1/jobs/1/frames/1/log").body == b""
+
+
+@pytest.mark.parametrize("target", [
+    "/api/v1/jobs/2/pause", "/api/v1/jobs/1/explode", "/api/v1/jobs/2/retry"])
+def test_there_is_nothing_to_steer_there(target: str, still: Farm) -> None:
+    assert still.ask("POST", target).status == 404
+
+
+# --- nonsense
+
+def bodies(farm: Farm) -> List[Tuple[str, str, str, Any]]:
+    """Routes that take JSON: method, target, key and a good body."""
+    token, lease = working(farm)
+    task = lease.tasks[0].id
+    waiting = join(farm, "zoe", key=None)
+    return [
+        ("POST", "/api/v1/jobs", KEY, {
+            "name": "b", "pov": pov_job(2).to_wire(), "options": {"priority": 1},
+            "manifest": manifest({"a.inc": b"a"}).to_wire()}),
+        ("PATCH", "/api/v1/jobs/1", KEY, {"priority": 1, "max_workers": 0, "in_order": False}),
+        ("POST", "/api/v1/workers", KEY, dict(WORKER)),
+        ("POST", "/api/v1/workers/admit", KEY, {"code": waiting["code"]}),
+        ("POST", "/api/v1/lease", token, dict(OFFER)),
+        ("POST", "/api/v1/beat", token, {"leases": {lease.id: {str(task): 0.5}}, "wait": 0}),
+        ("POST", f"/api/v1/leases/{lease.id}/tasks/{task}/fail", token,
+         {"message": "m", "scene": False, "log": "l"}),
+    ]
+
+
+ODD: List[Any] = [None, True, -1, 2.5, 10**30, 10**4000, "text", "nan", "-inf", "", "x" * 100_000,
+                  "\ud800", "\0", [], {}, [1], [[]], {"a": 1}, {"1": "nan"}, {"1": "@huge"},
+                  {"x": 0.5}, "@huge"]
+SHAPES = [b"", b"{", b"[]", b"null", b"1", b'"text"', b"{}", b"[" * 100_000, b'{"a": NaN}',
+          b"\xff\xfe", b'{"a": 1, }', b"1" * 5000]
+
+
+def odd_bodies(good: Any) -> Iterator[bytes]:
+    """The body with each of its parts, on two levels, replaced or left out."""
+    for key, value in good.items():
+        for odd in ODD:
+            yield dump({**good, key: odd})
+            if isinstance(value, dict):
+                for inner in value:
+                    yield dump({**good, key: {**value, inner: odd}})
+        yield dump({name: part for name, part in good.items() if name != key})
+
+
+def dump(value: Any) -> bytes:
+    return json.dumps(value).replace('"@huge"', "1e999").encode()
+
+
+def look_everywhere(farm: Farm) -> None:
+    for target in ("farm", "jobs", "jobs/1", "jobs/1/frames", "workers", "metrics",
+                   "events?after=0&wait=0"):
+        reply = farm.ask("GET", f"/api/v1/{target}")
+        assert reply.status == 200, (target, reply.body)
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_nonsense_is_refused_and_breaks_nothing(number: int, farm: Farm) -> None:
+    method, target, key, good = bodies(farm)[number]
+    for body in [*SHAPES, *odd_bodies(copy.deepcopy(good))]:
+        reply = farm.ask(method, target, key=key, json_body=body)
+        assert reply.status < 500, (body[:200], reply.body)
+        if body in SHAPES and not (body == b"{}" and method == "PATCH"):
+            assert reply.status == 400 and is_refusal(reply), body[:200]
+        look_everywhere(farm)
+    reply = farm.ask(method, target, key=key, body=dump(good))
+    assert reply.status == 415, "a browser's form is not JSON"
+
+
+@pytest.mark.parametrize("target", [
+    "jobs?after={}", "jobs?limit={}", "jobs/1/frames?after={}", "jobs/1/frames?limit={}",
+    "events?after={}&wait=0", "events?wait={}",
+])
+@pytest.mark.parametrize("value", [
+    "", "x", "nan", "inf", "-inf", "1e3", "1.5", "-1", "0", "9" * 15, "9" * 30, "²", "0x10", " 1",
+])
+def test_odd_numbers_in_a_query(target: str, value: str, farm: Farm) -> None:
+    farm.submit()
+    reply = farm.ask("GET", f"/api/v1/{target}".format(value))
+    assert reply.status in (200, 400), reply.body
+
+
+@pytest.mark.parametrize("value", ["", "x", "9" * 30, "9" * 5000, "-1", "²"],
+                         ids=["none", "text", "large", "huge", "negative", "odd digit"])
+def test_an_odd_last_event_id_is_no_mistake_of_ours(value: str, farm: Farm) -> None:
+    farm.submit()
+    response = farm.router.handle(Request("GET", "/api/v1/events",
+                                          headers={"last-event-id": value}))
+    assert response.status == 200
+    stream = iter(response.body)  # type: ignore[arg-type]
+    next(stream)
+    next(stream)
+    response.close()
+
+
+@pytest.mark.parametrize("name", ["cpu", "wall", "memory", "log"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-5", "x", "", "1e999", "9" * 30, "1e308"])
+def test_odd_costs_of_an_image(name: str, value: str, farm: Farm) -> None:
+    token, lease = working(farm)
+    reply = deliver(farm, token, lease, query=f"&{name}={value}")
+    assert reply.status < 500, reply.body
+    look_everywhere(farm)
+    view = farm.ask("GET", "/api/v1/jobs/1").json()
+    assert view["cpu"] >= 0 and view["wall"] >= 0
+
+
+# --- events, metrics, the description
+
+def parse_events(chunks: List[bytes]) -> List[Dict[str, Any]]:
+    found = []
+    for block in b"".join(chunks).decode().split("\n\n"):
+        fields: Dict[str, str] = {}
+        for line in block.splitlines():
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        if "data" in fields:
+            found.append({**json.loads(fields["data"]), "sse": (fields["id"], fields["event"])})
+    return found
+
+
+def open_stream(farm: Farm, query: Mapping[str, str], headers: Mapping[str, str]) -> Any:
+    response = farm.router.handle(Request("GET", "/api/v1/events", query, headers))
+    assert response.headers["Content-Type"] == "text/event-stream"
+    return iter(response.body)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("query, headers, first", [
+    ({}, {}, "job paused"), ({"after": "0"}, {}, "submitted"), ({}, {"last-event-id": "1"},
+                                                                "job active"),
+])
+def test_events_stream_as_they_happen(
+        query: Dict[str, str], headers: Dict[str, str], first: str, farm: Farm) -> None:
+    job = farm.submit()
+    stream = open_stream(farm, query, headers)
+    chunks = [next(stream)]
+    assert chunks[0].startswith(b"retry: ")
+    farm.scheduler.pause(job)
+    while not chunks[-1].count(b"job paused"):
+        chunks.append(next(stream))
+    events = parse_events(chunks)
+    assert events[0]["what"] == first and events[-1]["what"] == "job paused"
+    assert [event["sse"] for event in events] == [(str(event["id"]), "change") for event in events]
+    assert next(stream) == b""  # nothing happens, and it looks whether somebody listens
+
+
+def test_events_can_be_polled(farm: Farm) -> None:
+    after = farm.ask("GET", "/api/v1/farm").json()["event"]
+    assert farm.ask("GET", f"/api/v1/events?after={after}&wait=5").json()["events"] == []
+    farm.clock.meanwhile.append(lambda: farm.submit())
+    events = farm.ask("GET", f"/api/v1/events?after={after}&wait=5").json()["events"]
+    assert [event["what"] for event in events][0] == "submitted"
+
+
+def test_metrics_are_in_the_format_of_prometheus(farm: Farm) -> None:
+    token, lease = working(farm)
+    deliver(farm, token, lease, query="&cpu=2.5")
+    farm.submit(4, send=False, files={"x.inc": b"x"})
+    text = farm.ask("GET", "/api/v1/metrics").body.decode()
+    assert text.endswith("\n")
+    figures, kinds = {}, set()
+    for line in text.splitlines():
+        kind = re.fullmatch(r"# TYPE (\w+) (gauge|counter)", line)
+        if kind:
+            assert kind[1] not in kinds
+            kinds.add(kind[1])
+            continue
+        match = re.fullmatch(r'(\w+)(\{\w+="\w+"\})? (-?\d+(?:\.\d+)?)', line)
+        assert match and match[1] in kinds, line
+        figures[match[1] + (match[2] or "")] = float(match[3])
+    assert figures['povfarm_frames{state="done"}'] == 1
+    assert figures['povfarm_frames{state="queued"}'] == 6
+    assert figures['povfarm_jobs{state="active"}'] == figures['povfarm_jobs{state="waiting"}'] == 1
+    assert figures["povfarm_workers_live"] == 1 and figures["povfarm_cpu_seconds"] == 2.5
+    for state in TaskState:
+        assert f'povfarm_frames{{state="{state.value}"}}' in figures
+    for job_state in JobState:
+        assert f'povfarm_jobs{{state="{job_state.value}"}}' in figures
+
+
+def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
+    document = farm.ask("GET", "/api/v1/openapi.json").json()
+    assert re.fullmatch(r"3\.\d\.\d", document["openapi"])
+    assert document["info"] == {"title": "povfarm", "version": povfarm.VERSION}
+    described = {(method.upper(), path): operation for path, item in document["paths"].items()
+                 for method, operation in item.items()}
+    assert set(described) == {
+        (method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", pattern)) for method, pattern in ROUTES}
+    names = [operation["operationId"] for operation in described.values()]
+    assert len(set(names)) == len(names)
+    for (_, path), operation in described.items():
+        listed = {parameter["name"] for parameter in operation["parameters"]
+                  if parameter["in"] == "path"}
+        assert listed == set(re.findall(r"{(\w+)}", path))
+        assert operation["summary"] and operation["description"] and operation["responses"]
+
+
+def test_the_farm_names_itself(farm: Farm) -> None:
+    farm.clock.advance(60)
+    answer = farm.ask("GET", "/api/v1/farm", key=None).json()
+    assert answer == {"name": "box", "version": povfarm.VERSION, "farm_id": "f" * 16, "event": 0,
+                      "workers": 0, "uptime": 60.0}

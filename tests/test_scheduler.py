@@ -1,0 +1,1739 @@
+"""The rules of the farm: every change of a task and of a job, leases, retries, order, restarts."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Set, Tuple
+
+import pytest
+from farm_in_a_box import (  # noqa: F401 - the fixture
+    SCENE,
+    Farm,
+    farm_fixture,
+    manifest,
+    png,
+    pov_job,
+    sha256,
+)
+
+import povfarm
+from povfarm import (
+    JOB_TRANSITIONS,
+    TRANSITIONS,
+    Cost,
+    IllegalTransition,
+    ImageError,
+    JobOptions,
+    JobState,
+    LeaseSpec,
+    Offer,
+    ProtocolError,
+    StaleLease,
+    TaskState,
+    UserError,
+    WorkerInfo,
+)
+
+
+def leased(farm: Farm, frames: int = 3, **options: Any) -> Tuple[int, int, LeaseSpec]:
+    """A worker, a job, and the lease of its first frame."""
+    worker, job = farm.worker(), farm.submit(frames, **options)
+    return worker, job, farm.lease(worker)
+
+
+def use_up(farm: Farm, worker: int, frame: int, tries: int = 3) -> LeaseSpec:
+    """Fail one frame, which has to be the next, until it is given up."""
+    for _ in range(tries):
+        lease = farm.lease(worker)
+        assert lease.tasks[0].frame == frame
+        farm.fail(worker, lease)
+    return lease
+
+
+# --- the changes of a task, each by its name
+
+def test_queued_to_leased_when_a_worker_asks(farm: Farm) -> None:
+    _, job, lease = leased(farm)
+    assert farm.story(job, 1) == ["leased"] and farm.states(job) == ["leased", "queued", "queued"]
+    assert [(task.frame, task.name) for task in lease.tasks] == [(1, "out1.png")]
+
+
+def test_leased_to_done_when_the_image_comes(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    assert farm.finish(worker, lease) is True
+    task = farm.task(job, 1)
+    image = png(task["id"])
+    assert farm.story(job, 1) == ["leased", "done"]
+    assert (task["sha256"], task["size"], task["worker"]) == (sha256(image), len(image), worker)
+    assert (task["cpu"], task["wall"], task["memory"]) == (1.0, 1.0, 1 << 20)
+    assert (farm.root / "jobs" / f"{job}-ball" / "out1.png").read_bytes() == image
+
+
+def test_leased_to_queued_when_the_worker_dies(farm: Farm) -> None:
+    _, job, _ = leased(farm)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    assert farm.story(job, 1) == ["leased", "queued"]
+    assert farm.task(job, 1)["tries"] == 0
+    assert farm.attempts(farm.task(job, 1)["id"]) == [("anna", "expired")]
+
+
+def test_leased_to_queued_when_the_worker_hands_it_back(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.scheduler.release(worker, lease.id)
+    assert farm.story(job, 1) == ["leased", "queued"] and farm.task(job, 1)["tries"] == 0
+    assert farm.attempts(farm.task(job, 1)["id"]) == [("anna", "released")]
+
+
+def test_leased_to_queued_when_the_worker_leaves(farm: Farm) -> None:
+    worker, job, _ = leased(farm)
+    farm.scheduler.leave(worker)
+    assert farm.story(job, 1) == ["leased", "queued"] and farm.task(job, 1)["tries"] == 0
+
+
+def test_leased_to_queued_when_the_worker_is_removed(farm: Farm) -> None:
+    worker, job, _ = leased(farm)
+    farm.scheduler.remove_worker(worker)
+    assert farm.story(job, 1) == ["leased", "queued"] and farm.task(job, 1)["tries"] == 0
+
+
+def test_leased_to_queued_when_a_try_fails(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.fail(worker, lease)
+    assert farm.story(job, 1) == ["leased", "queued"] and farm.task(job, 1)["tries"] == 1
+    assert farm.attempts(farm.task(job, 1)["id"]) == [("anna", "failed")]
+
+
+def test_leased_to_failed_when_the_tries_are_used_up(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(1, retry_limit=2)
+    use_up(farm, worker, 0, tries=2)
+    assert farm.story(job, 0) == ["leased", "queued", "leased", "failed"]
+
+
+def test_leased_to_cancelled_when_the_job_is_cancelled(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.scheduler.cancel(job)
+    assert farm.story(job, 1) == ["leased", "cancelled"]
+    assert farm.beat(worker, lease) == [lease.id]
+
+
+def test_queued_to_cancelled_when_the_job_is_cancelled(farm: Farm) -> None:
+    job = farm.submit()
+    farm.scheduler.cancel(job)
+    assert farm.story(job, 2) == ["cancelled"] and farm.states(job) == ["cancelled"] * 3
+
+
+def test_queued_to_done_when_a_late_image_comes(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    assert farm.finish(worker, lease) is True
+    assert farm.story(job, 1) == ["leased", "queued", "done"]
+    assert farm.attempts(farm.task(job, 1)["id"]) == [("anna", "done")]
+
+
+def test_failed_to_done_when_a_late_image_comes(farm: Farm) -> None:
+    slow, job, lease = leased(farm, retry_limit=1)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    use_up(farm, farm.worker("bert"), 1, tries=1)
+    assert farm.task(job, 1)["state"] == "failed"
+    assert farm.finish(slow, lease) is True
+    assert farm.story(job, 1)[-2:] == ["failed", "done"]
+
+
+def test_failed_to_queued_when_the_job_is_retried(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(1)
+    use_up(farm, worker, 0)
+    assert farm.scheduler.retry(job) == 1
+    assert farm.story(job, 0)[-2:] == ["failed", "queued"] and farm.task(job, 0)["tries"] == 0
+    use_up(farm, worker, 0)  # it has all its tries again, on the same worker too
+
+
+def test_cancelled_to_queued_when_the_job_is_retried(farm: Farm) -> None:
+    job = farm.submit()
+    farm.scheduler.cancel(job)
+    assert farm.scheduler.retry(job) == 3
+    assert farm.story(job, 1) == ["cancelled", "queued"]
+
+
+def force(farm: Farm, tx: povfarm.Tx, job: int, state: TaskState) -> Any:
+    """Put the job's only task into a state by hand; return its row."""
+    tx._db.execute("UPDATE task SET state = ? WHERE job = ?", (state.value, job))
+    tx.count_task(job, TaskState.QUEUED, state)
+    return tx.tasks(job)[0]
+
+
+class RollBack(Exception):
+    """Ends a transaction that is only looked at."""
+
+
+@pytest.mark.parametrize("frm, to", itertools.product(TaskState, TaskState))
+def test_a_task_takes_the_changes_of_the_table_and_no_others(
+        frm: TaskState, to: TaskState, farm: Farm) -> None:
+    job = farm.submit(1)
+    allowed = (frm, to) in TRANSITIONS
+    with pytest.raises(RollBack if allowed else IllegalTransition), farm.store.tx() as tx:
+        farm.scheduler._move(tx, force(farm, tx, job, frm), to, "")
+        raise RollBack
+    assert farm.states(job) == ["queued"]
+
+
+@pytest.mark.parametrize("frm, to", itertools.product(JobState, JobState))
+def test_a_job_takes_the_changes_of_the_table_and_no_others(
+        frm: JobState, to: JobState, farm: Farm) -> None:
+    job = farm.submit(1)
+    allowed = (frm, to) in JOB_TRANSITIONS
+    with pytest.raises(RollBack if allowed else IllegalTransition), farm.store.tx() as tx:
+        tx._db.execute("UPDATE job SET state = ? WHERE id = ?", (frm.value, job))
+        row = tx.job(job)
+        assert row is not None
+        farm.scheduler._move_job(tx, row, to, "")
+        raise RollBack
+
+
+def test_a_change_from_a_state_that_is_no_more_raises(farm: Farm) -> None:
+    job = farm.submit(1)
+    with pytest.raises(IllegalTransition), farm.store.tx() as tx:
+        old = tx.tasks(job)[0]
+        farm.scheduler._move(tx, old, TaskState.CANCELLED, "")
+        farm.scheduler._move(tx, old, TaskState.CANCELLED, "")
+
+
+@pytest.mark.parametrize("table, prefix", [(TRANSITIONS, ""), (JOB_TRANSITIONS, "job_")])
+def test_every_change_of_the_table_has_a_test_of_its_name(table: Any, prefix: str) -> None:
+    for frm, to in table:
+        name = f"test_{prefix}{frm.value}_to_{to.value}_when_"
+        assert [test for test in globals() if test.startswith(name)], name
+
+
+# --- the changes of a job
+
+def test_job_waiting_to_active_when_the_last_file_comes(farm: Farm) -> None:
+    files = {"a.pov": b"one", "b.inc": b"two", "c.inc": b"three"}
+    job = farm.submit(files=files, send=False)
+    for data in files.values():
+        assert farm.state(job) == "waiting"
+        assert farm.leases(farm.worker(data.decode())) == []
+        farm.scheduler.put_blob(sha256(data), [data])
+    assert farm.state(job) == "active" and farm.story(job) == ["active"]
+
+
+def test_job_waiting_to_paused_when_asked(farm: Farm) -> None:
+    job = farm.submit(send=False)
+    farm.scheduler.pause(job)
+    assert farm.story(job) == ["paused"]
+    farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+    assert farm.state(job) == "paused"
+
+
+def test_job_waiting_to_cancelled_when_asked(farm: Farm) -> None:
+    job = farm.submit(send=False)
+    farm.scheduler.cancel(job)
+    assert farm.story(job) == ["cancelled"] and farm.states(job) == ["cancelled"] * 3
+    farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+    assert farm.state(job) == "cancelled"
+
+
+def test_job_active_to_paused_when_asked(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.scheduler.pause(job)
+    assert farm.state(job) == "paused" and farm.leases(worker) == []
+    assert farm.beat(worker, lease) == []  # what is being rendered is finished
+    assert farm.finish(worker, lease) is True
+
+
+def test_job_active_to_paused_when_the_first_three_frames_fail(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(100, retry_limit=1)
+    for frame in (1, 2, 3):
+        assert farm.state(job) == "active"
+        use_up(farm, worker, frame, tries=1)
+    assert farm.state(job) == "paused" and "failed" in farm.job(job)["reason"]
+    assert farm.leases(worker) == []
+    farm.scheduler.retry(job)
+    assert farm.state(job) == "active" and farm.job(job)["reason"] == ""
+
+
+def test_job_active_to_done_when_the_last_image_comes(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit()
+    assert farm.render(worker, job) == [1, 2, 3]
+    assert farm.story(job) == ["active", "done"]
+    assert farm.job(job)["finished"] == farm.clock.wall
+
+
+def test_job_active_to_failed_when_the_last_frame_fails(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(3, retry_limit=1)
+    farm.finish(worker, farm.lease(worker))
+    farm.finish(worker, farm.lease(worker))
+    farm.fail(worker, farm.lease(worker))
+    assert farm.story(job) == ["active", "failed"]
+
+
+def test_job_active_to_cancelled_when_asked(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.finish(worker, lease)
+    farm.scheduler.cancel(job)
+    assert farm.story(job) == ["active", "cancelled"]
+    assert farm.states(job) == ["done", "cancelled", "cancelled"]
+
+
+def test_job_paused_to_waiting_when_files_are_still_missing(farm: Farm) -> None:
+    job = farm.submit(send=False)
+    farm.scheduler.pause(job)
+    farm.scheduler.resume(job)
+    assert farm.story(job) == ["paused", "waiting"]
+    farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+    assert farm.state(job) == "active"
+
+
+def test_job_paused_to_active_when_asked(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit()
+    farm.scheduler.pause(job)
+    farm.scheduler.resume(job)
+    assert farm.story(job) == ["active", "paused", "active"]
+    assert farm.render(worker) == [1, 2, 3]
+
+
+def test_job_paused_to_done_when_the_last_image_comes(farm: Farm) -> None:
+    worker, job, lease = leased(farm, frames=1)
+    farm.scheduler.pause(job)
+    farm.finish(worker, lease)
+    assert farm.story(job) == ["active", "paused", "done"]
+
+
+def test_job_paused_to_failed_when_the_last_frame_fails(farm: Farm) -> None:
+    worker, job, lease = leased(farm, frames=1, retry_limit=1)
+    farm.scheduler.pause(job)
+    farm.fail(worker, lease)
+    assert farm.story(job) == ["active", "paused", "failed"]
+
+
+def test_job_paused_to_cancelled_when_asked(farm: Farm) -> None:
+    job = farm.submit()
+    farm.scheduler.pause(job)
+    farm.scheduler.cancel(job)
+    assert farm.story(job) == ["active", "paused", "cancelled"]
+
+
+def test_job_failed_to_active_when_retried(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(1, retry_limit=1)
+    use_up(farm, worker, 0, tries=1)
+    assert farm.state(job) == "failed" and farm.job(job)["finished"] is not None
+    farm.scheduler.retry(job)
+    assert farm.state(job) == "active" and farm.job(job)["finished"] is None
+
+
+def test_job_failed_to_done_when_a_late_image_comes(farm: Farm) -> None:
+    slow, job, lease = leased(farm, frames=1, retry_limit=1)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    use_up(farm, farm.worker("bert"), 0, tries=1)
+    farm.finish(slow, lease)
+    assert farm.story(job) == ["active", "failed", "done"]
+
+
+def test_job_cancelled_to_active_when_retried(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.finish(worker, lease)
+    farm.scheduler.cancel(job)
+    farm.scheduler.retry(job)
+    assert farm.story(job) == ["active", "cancelled", "active"]
+    assert farm.render(worker) == [2, 3]  # what was done stays done
+
+
+def test_job_cancelled_to_waiting_when_retried_before_its_files_came(farm: Farm) -> None:
+    job = farm.submit(send=False)
+    farm.scheduler.cancel(job)
+    farm.scheduler.retry(job)
+    assert farm.story(job) == ["cancelled", "waiting"]
+    assert farm.leases(farm.worker()) == [] and farm.problems() == []
+    farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+    assert farm.state(job) == "active"
+
+
+def in_state(farm: Farm, state: str) -> int:
+    """A job of two frames that is in this state."""
+    job = farm.submit(2, retry_limit=1, send=state != "waiting")
+    worker = farm.worker()
+    if state == "done":
+        farm.render(worker)
+    elif state == "failed":
+        farm.finish(worker, farm.lease(worker))
+        farm.fail(worker, farm.lease(worker))
+    elif state in ("paused", "cancelled"):
+        getattr(farm.scheduler, {"paused": "pause", "cancelled": "cancel"}[state])(job)
+    assert farm.state(job) == state
+    return job
+
+
+@pytest.mark.parametrize("action, becomes", [
+    ("pause", {"waiting": "paused", "active": "paused"}),
+    ("resume", {"paused": "active"}),
+    ("cancel", {"waiting": "cancelled", "active": "cancelled", "paused": "cancelled"}),
+    ("retry", {"failed": "active", "cancelled": "active", "waiting": "waiting", "active": "active",
+               "paused": "paused", "done": "done"}),
+])
+@pytest.mark.parametrize("state", [state.value for state in JobState])
+def test_steering_a_job_does_what_it_says_or_says_why_not(
+        action: str, becomes: Dict[str, str], state: str, farm: Farm) -> None:
+    job = in_state(farm, state)
+    before = farm.job(job)
+    steer = getattr(farm.scheduler, action)
+    if state in becomes:
+        steer(job)
+        assert farm.state(job) == becomes[state]
+    else:
+        with pytest.raises(IllegalTransition, match=state):
+            steer(job)
+        assert farm.job(job) == before
+
+
+@pytest.mark.parametrize("action", ["pause", "resume", "cancel", "retry", "delete"])
+def test_there_is_nothing_to_steer_in_a_job_that_is_not_there(action: str, farm: Farm) -> None:
+    with pytest.raises(ProtocolError, match="no job 99") as caught:
+        getattr(farm.scheduler, action)(99)
+    assert caught.value.status == 404
+
+
+# --- submitting
+
+def test_a_job_starts_at_once_when_its_files_are_there(farm: Farm) -> None:
+    farm.submit(name="first")
+    job, missing = farm.scheduler.submit(
+        "second", "me", pov_job(), manifest({"scene.pov": SCENE}), JobOptions())
+    assert missing == [] and farm.state(job) == "active"
+
+
+def test_the_same_project_with_one_changed_file_lacks_only_that_one(farm: Farm) -> None:
+    files = {f"part{number}.inc": b"%d" % number for number in range(10)}
+    farm.submit(files=files)
+    changed = {**files, "part3.inc": b"another"}
+    job, missing = farm.scheduler.submit("ball", "me", pov_job(), manifest(changed), JobOptions())
+    assert missing == [sha256(b"another")]
+    farm.scheduler.put_blob(missing[0], [b"another"])
+    assert farm.state(job) == "active"
+
+
+def test_a_file_named_twice_is_asked_for_once(farm: Farm) -> None:
+    project = manifest({"a.inc": b"same", "b.inc": b"same"})
+    _, missing = farm.scheduler.submit("ball", "me", pov_job(), project, JobOptions())
+    assert missing == [sha256(b"same")]
+    farm.scheduler.put_blob(missing[0], [b"same"])
+
+
+def test_one_file_starts_every_job_that_waits_for_it(farm: Farm) -> None:
+    jobs = [farm.submit(send=False) for _ in range(3)]
+    farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+    assert [farm.state(job) for job in jobs] == ["active"] * 3
+
+
+def test_a_file_under_a_wrong_hash_is_refused(farm: Farm) -> None:
+    job = farm.submit(send=False)
+    with pytest.raises(ProtocolError) as caught:
+        farm.scheduler.put_blob(sha256(SCENE), [b"another text"])
+    assert caught.value.status == 422 and farm.state(job) == "waiting"
+
+
+def test_a_file_that_nobody_asked_for_is_refused(farm: Farm) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        farm.scheduler.put_blob(sha256(b"spam"), [b"spam"])
+    assert caught.value.status == 404
+    assert not farm.store.blob_path(sha256(b"spam")).exists()
+
+
+@pytest.mark.parametrize("values", [
+    {"Initial_Frame": "5", "Final_Frame": "2"},
+    {"Output_File_Name": "out1", "Final_Frame": "5", "Subset_Start_Frame": "2",
+     "Subset_End_Frame": "12"},  # frames 2 and 12 would both be out12.png
+    {"Output_File_Name": "-"},
+    {"Output_File_Name": "a\\b"}, {"Output_File_Name": "a\tb"},  # the farm could not store them
+    {"Output_File_Name": "x" * 300},
+], ids=repr)
+def test_a_job_that_can_have_no_pictures_is_refused(values: Dict[str, str], farm: Farm) -> None:
+    with pytest.raises(UserError):
+        farm.submit(3, values=values)
+    with farm.store.read() as tx:
+        assert tx.jobs(0, -1) == []
+
+
+def test_images_keep_the_names_of_pov_ray_without_its_directories(farm: Farm) -> None:
+    job = farm.submit(12, values={"Output_File_Name": "pics/frame_"})
+    names = [task["name"] for task in farm.tasks(job)]
+    assert names[0] == "frame_01.png" and names[-1] == "frame_12.png"
+
+
+# --- leases
+
+def test_a_lease_has_all_that_a_worker_needs(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(3, name="böll")
+    lease = farm.lease(worker)
+    assert (lease.job, lease.job_name, lease.in_order) == (job, "böll", False)
+    assert lease.pov == pov_job(3)
+    assert lease.manifest == manifest({"scene.pov": SCENE}).key
+    assert len(lease.id) >= 32
+    assert povfarm.LeaseSpec.from_wire(lease.to_wire()) == lease
+
+
+def test_leases_grow_with_what_was_measured_and_shrink_at_the_end(farm: Farm) -> None:
+    worker = farm.worker()
+    farm.submit(40)
+    sizes = []
+    while True:
+        leases = farm.leases(worker)
+        if not leases:
+            break
+        sizes.append(len(leases[0].tasks))
+        for index in range(sizes[-1]):
+            farm.finish(worker, leases[0], index, cpu=0.5)
+    assert sizes[0] == 1 and max(sizes) >= 10 and sizes[-1] == 1
+    assert sum(sizes) == 40
+
+
+def test_a_lease_is_a_run_of_neighbours(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(9)
+    farm.finish(anna, farm.lease(anna), cpu=0.01)
+    hole = farm.lease(bert, slots=100)  # one frame, as a hundred slots share
+    assert [task.frame for task in hole.tasks] == [2]
+    ahead = farm.lease(bert, slots=100)
+    farm.scheduler.release(bert, hole.id)
+    assert [task.frame for task in ahead.tasks] == [3]
+    for lease in (farm.lease(anna), farm.lease(anna)):
+        frames = [task.frame for task in lease.tasks]
+        assert frames == list(range(frames[0], frames[-1] + 1))
+    assert farm.states(job)[:3] == ["done", "leased", "leased"]
+
+
+def test_neighbours_of_every_second_frame_are_two_apart(farm: Farm) -> None:
+    worker = farm.worker()
+    farm.submit(21, values={"Frame_Step": "2"})
+    farm.finish(worker, farm.lease(worker), cpu=0.01)
+    frames = [task.frame for task in farm.lease(worker).tasks]
+    assert frames[:3] == [3, 5, 7]
+
+
+def test_a_worker_gets_as_many_runs_as_it_wants(farm: Farm) -> None:
+    worker = farm.worker()
+    farm.submit(10)
+    leases = farm.leases(worker, want=4)
+    assert [lease.tasks[0].frame for lease in leases] == [1, 2, 3, 4]
+    assert len({lease.id for lease in leases}) == 4
+    assert farm.leases(worker, want=0) == []
+
+
+def test_leases_expire_by_monotonic_time_and_not_by_the_wall_clock(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    for jump in (86400.0, -10 * 86400.0):
+        farm.clock.wall += jump
+        farm.scheduler.expire()
+        assert farm.states(job)[0] == "leased" and farm.beat(worker, lease) == []
+    farm.clock.mono += 29.9
+    farm.scheduler.expire()
+    assert farm.states(job)[0] == "leased"
+    farm.clock.mono += 0.2
+    farm.scheduler.expire()
+    assert farm.states(job)[0] == "queued"
+
+
+def test_a_jump_of_the_wall_clock_makes_no_stragglers(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    farm.submit(2)
+    farm.finish(anna, farm.lease(anna))
+    farm.lease(anna)
+    farm.clock.wall += 86400
+    assert farm.leases(bert) == []
+    farm.clock.wall -= 2 * 86400
+    farm.clock.mono += 6
+    assert farm.leases(bert) != []
+
+
+def test_a_beat_keeps_a_lease_alive(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    for _ in range(10):
+        farm.clock.advance(20)
+        assert farm.beat(worker, lease) == []
+        farm.scheduler.expire()
+    assert farm.states(job)[0] == "leased"
+
+
+@pytest.mark.parametrize("lease_time", [1.0, 6.0, 30.0])
+def test_a_beat_that_is_held_open_keeps_its_lease_alive(lease_time: float, tmp_path: Path) -> None:
+    farm = Farm(tmp_path, lease_time=lease_time)
+    worker, job, lease = leased(farm)
+    farm.clock.housekeeping = farm.scheduler.expire
+    for _ in range(3):
+        assert farm.beat(worker, lease, wait=20) == []
+    assert farm.states(job)[0] == "leased"
+
+
+def test_a_poll_that_is_held_open_keeps_its_worker_alive(tmp_path: Path) -> None:
+    farm = Farm(tmp_path, lease_time=10)
+    worker, seen = farm.worker(), []
+    farm.clock.housekeeping = lambda: seen.append(farm.scheduler.live_workers())
+    assert farm.leases(worker, wait=25) == []
+    assert seen and all(live == {worker} for live in seen)
+
+
+def test_a_beat_tells_of_leases_that_ended_or_are_not_its_workers(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(3)
+    mine, other = farm.lease(anna), farm.lease(bert)
+    assert farm.beat(anna, mine, other) == [other.id]
+    assert farm.scheduler.beat(anna, {"no such lease": {}}, 0) == ["no such lease"]
+    farm.clock.advance(20)
+    farm.beat(anna, mine, other)
+    farm.clock.advance(20)
+    farm.scheduler.expire()  # bert's is over: anna's beats did nothing for it
+    assert farm.states(job)[:2] == ["leased", "queued"]
+    assert farm.beat(bert, other) == [other.id]
+
+
+def test_a_beat_is_answered_at_once_when_a_lease_ends(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    start = farm.clock.mono
+    assert farm.beat(worker, lease, wait=2) == []
+    assert farm.clock.mono == start + 2
+    farm.clock.meanwhile.append(lambda: farm.scheduler.cancel(job))
+    assert farm.beat(worker, lease, wait=2) == [lease.id]
+    assert farm.clock.mono == start + 2
+
+
+def test_progress_is_what_was_heard_last_and_ends_with_the_try(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    task = lease.tasks[0].id
+    assert farm.scheduler.progress(task) == 0.0
+    farm.scheduler.beat(worker, {lease.id: {task: 0.25}}, 0)
+    farm.scheduler.beat(worker, {lease.id: {task: 0.5}}, 0)
+    assert farm.scheduler.progress(task) == 0.5
+    farm.fail(worker, lease)
+    assert farm.scheduler.progress(task) == 0.0
+    assert farm.states(job)[0] == "queued"
+
+
+def test_progress_is_taken_only_from_the_holder_of_the_lease(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    farm.submit(3)
+    mine, other = farm.lease(anna), farm.lease(bert)
+    farm.scheduler.beat(bert, {other.id: {}, mine.id: {mine.tasks[0].id: 0.9}}, 0)
+    assert farm.scheduler.progress(mine.tasks[0].id) == 0.0
+
+
+def test_a_beat_that_is_held_open_brings_no_old_progress_back(farm: Farm) -> None:
+    worker = farm.worker()
+    farm.submit(9)
+    farm.finish(worker, farm.lease(worker), cpu=0.01)
+    lease = farm.lease(worker)
+    assert len(lease.tasks) > 1
+    farm.clock.meanwhile.append(lambda: farm.fail(worker, lease))
+    farm.scheduler.beat(worker, {lease.id: {lease.tasks[0].id: 0.9}}, 5)
+    assert farm.scheduler.progress(lease.tasks[0].id) == 0.0
+
+
+def test_what_expires_costs_no_try_however_often(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(1, retry_limit=1)
+    for _ in range(10):
+        farm.lease(worker)
+        farm.clock.advance(31)
+        farm.scheduler.expire()
+    assert farm.task(job, 0)["tries"] == 0
+    assert farm.render(worker) == [0]
+
+
+def test_only_the_unfinished_part_of_a_lease_is_handed_back(farm: Farm) -> None:
+    worker = farm.worker()
+    job = farm.submit(9)
+    farm.finish(worker, farm.lease(worker), cpu=0.01)
+    lease = farm.lease(worker)
+    farm.finish(worker, lease, 0)
+    farm.fail(worker, lease, 1)
+    farm.scheduler.release(worker, lease.id)
+    assert farm.states(job) == ["done", "done"] + ["queued"] * 7
+    assert [task["tries"] for task in farm.tasks(job)] == [0, 0, 1] + [0] * 6
+
+
+def test_a_lease_ends_with_its_last_frame(farm: Farm) -> None:
+    worker, _, lease = leased(farm)
+    farm.finish(worker, lease)
+    assert farm.beat(worker, lease) == [lease.id]
+    with farm.store.read() as tx:
+        assert tx.live_leases() == []
+
+
+@pytest.mark.parametrize("action", [
+    lambda farm, other, lease: farm.finish(other, lease),
+    lambda farm, other, lease: farm.fail(other, lease),
+    lambda farm, other, lease: farm.scheduler.release(other, lease.id),
+    lambda farm, other, lease: farm.scheduler.release(other, "no such lease"),
+    lambda farm, other, lease: farm.scheduler.finish(
+        other, lease.id, 10**9, png(), b"", Cost()),
+], ids=["finish", "fail", "release", "unknown lease", "unknown task"])
+def test_a_worker_can_do_nothing_to_the_lease_of_another(
+        action: Callable[[Farm, int, LeaseSpec], Any], farm: Farm) -> None:
+    _, job, lease = leased(farm)
+    with pytest.raises(StaleLease):
+        action(farm, farm.worker("bert"), lease)
+    assert farm.states(job)[0] == "leased"
+
+
+# --- deliveries
+
+def test_a_late_image_of_a_finished_frame_changes_nothing(farm: Farm) -> None:
+    anna, job, lease = leased(farm)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    bert = farm.worker("bert")
+    again = farm.lease(bert)
+    farm.finish(bert, again, image=png(7))
+    before = farm.task(job, 1), farm.job(job)
+    assert farm.finish(anna, lease, image=png(8)) is False
+    assert farm.finish(bert, again, image=png(9)) is False
+    assert (farm.task(job, 1), farm.job(job)) == before
+    assert (farm.root / "jobs" / f"{job}-ball" / "out1.png").read_bytes() == png(7)
+
+
+def test_a_late_image_stops_the_worker_that_renders_it_again(farm: Farm) -> None:
+    anna, job, lease = leased(farm)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    bert = farm.worker("bert")
+    again = farm.lease(bert)
+    assert farm.finish(anna, lease) is True
+    assert farm.beat(bert, again) == [again.id]
+    assert farm.finish(bert, again) is False
+    assert farm.attempts(farm.task(job, 1)["id"]) == [("anna", "done"), ("bert", "lost")]
+
+
+def test_an_image_for_a_cancelled_job_is_answered_kindly(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.scheduler.cancel(job)
+    assert farm.finish(worker, lease) is False
+    assert farm.states(job) == ["cancelled"] * 3
+
+
+def test_a_failure_of_a_finished_frame_changes_nothing(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.finish(worker, lease)
+    farm.fail(worker, lease)
+    assert farm.states(job)[0] == "done" and farm.task(job, 1)["tries"] == 0
+
+
+@pytest.mark.parametrize("image", [
+    b"", png()[:-5], png() + b"x", png(width=5), png().replace(b"IDAT", b"IDAx"), b"P6 4 3 255 ",
+], ids=["empty", "cut off", "longer", "another size", "damaged", "another type"])
+def test_what_is_not_the_whole_picture_is_refused(image: bytes, farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    with pytest.raises(ImageError):
+        farm.finish(worker, lease, image=image)
+    assert farm.states(job)[0] == "leased"
+    assert not (farm.root / "jobs" / f"{job}-ball" / "out1.png").exists()
+    assert farm.finish(worker, lease) is True
+
+
+def at_once(actions: Sequence[Callable[[], Any]]) -> List[Any]:
+    """Run each in a thread of its own, all at the same moment; return what they answered."""
+    barrier, answers = threading.Barrier(len(actions)), []  # type: ignore[var-annotated]
+
+    def run(action: Callable[[], Any]) -> None:
+        barrier.wait()
+        try:
+            answers.append(action())
+        except Exception as error:
+            answers.append(error)
+
+    threads = [threading.Thread(target=run, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def test_of_uploads_at_once_exactly_one_is_accepted(farm: Farm) -> None:
+    workers = [farm.worker(f"w{number}") for number in range(4)]
+    job = farm.submit(12)
+    for frame in range(1, 13):
+        held = []
+        for worker in workers:
+            held.append((worker, farm.lease(worker)))
+            farm.clock.advance(31)
+            farm.scheduler.expire()
+        assert {lease.tasks[0].frame for _, lease in held} == {frame}
+        answers = at_once([
+            lambda held=held, number=number: farm.finish(
+                *held[number % 4], image=png(number)) for number in range(8)])
+        assert sorted(map(str, answers)) == ["False"] * 7 + ["True"]
+        assert farm.problems() == []
+    assert farm.state(job) == "done"
+
+
+def test_many_workers_at_once_render_every_frame_once(farm: Farm) -> None:
+    workers = [farm.worker(f"w{number}") for number in range(4)]
+    jobs = [farm.submit(25, name=name) for name in ("one", "two")]
+    frames = at_once([lambda worker=worker: farm.render(worker) for worker in workers])
+    assert sorted(itertools.chain(*frames)) == sorted([*range(1, 26)] * 2)
+    assert [farm.state(job) for job in jobs] == ["done", "done"]
+
+
+# --- failures
+
+def test_the_log_of_every_try_is_kept(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(1)
+    for text in (b"first", b"second"):
+        lease = farm.lease(worker)
+        farm.scheduler.fail(worker, lease.id, lease.tasks[0].id, "it broke", text, False)
+    lease = farm.lease(worker)
+    farm.finish(worker, lease)
+    with farm.store.read() as tx:
+        attempts = tx.attempts(lease.tasks[0].id)
+    logs = [(farm.root / "jobs" / f"{job}-ball" / attempt["log"]).read_bytes()
+            for attempt in attempts]
+    assert logs == [b"first", b"second", b"rendered"]
+    assert [attempt["message"] for attempt in attempts] == ["it broke", "it broke", ""]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_retries_go_to_different_workers_where_there_are_that_many(
+        workers: int, farm: Farm) -> None:
+    names = [f"w{number}" for number in range(workers)]
+    ids = [farm.worker(name) for name in names]
+    job = farm.submit(1)
+    for _ in range(20):
+        for worker in ids:
+            for lease in farm.leases(worker):
+                farm.fail(worker, lease)
+    tried = [name for name, _ in farm.attempts(farm.task(job, 0)["id"])]
+    assert len(tried) == 3 and len(set(tried)) == min(workers, 3)
+    assert farm.state(job) == "failed"
+
+
+def test_a_frame_that_one_worker_fails_is_done_by_another(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(3)
+    farm.fail(anna, farm.lease(anna))
+    assert farm.lease(anna).tasks[0].frame == 2
+    assert farm.lease(bert).tasks[0].frame == 1
+    assert farm.task(job, 1)["tries"] == 1
+
+
+def test_a_worker_that_went_away_is_not_waited_for(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    farm.submit(1)
+    farm.fail(anna, farm.lease(anna))
+    assert farm.leases(anna) == []  # it is bert's turn
+    farm.clock.advance(31)
+    assert bert not in farm.scheduler.live_workers()
+    assert farm.lease(anna).tasks[0].frame == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_scene_error_is_tried_once_on_each_worker(
+        workers: int, in_order: bool, farm: Farm) -> None:
+    """And not on more than the limit. Frame 1 is good, so that nobody is thought hopeless."""
+    ids = [farm.worker(f"w{number}") for number in range(workers)]
+    job = farm.submit(2, in_order=in_order)
+    first = farm.lease(ids[0])
+    farm.finish(ids[0], first)
+    if in_order:
+        farm.fail(ids[0], first, 1, scene=True)
+    for _ in range(20):
+        for worker in ids:
+            for lease in farm.leases(worker):
+                farm.fail(worker, lease, scene=True)
+    tried = [name for name, state in farm.attempts(farm.task(job, 2)["id"]) if state == "failed"]
+    assert len(tried) == len(set(tried)) == min(workers, 3)
+    assert farm.states(job) == ["done", "failed"]
+
+
+def test_failed_frames_do_not_stop_others(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(10, retry_limit=1)
+    drive(farm, [worker], lambda worker, frame: "good" if frame % 2 else "error")
+    assert farm.states(job) == ["done", "failed"] * 5 and farm.state(job) == "failed"
+
+
+def test_a_worker_that_only_fails_a_job_gets_no_more_of_it(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    bad = farm.submit(20, name="bad")
+    farm.finish(bert, farm.lease(bert))
+    for _ in range(3):
+        farm.fail(anna, farm.lease(anna))
+    assert farm.leases(anna) == []
+    good = farm.submit(2, name="good", priority=-1)
+    assert farm.lease(anna).job == good
+    assert farm.lease(bert).job == bad
+
+
+def test_a_worker_that_fails_everything_is_sick_and_gets_nothing(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    for number in range(3):
+        farm.submit(9, name=f"j{number}")
+    farm.finish(bert, farm.lease(bert))
+    for _ in range(6):
+        farm.fail(anna, farm.lease(anna))
+    with farm.store.read() as tx:
+        assert farm.scheduler.is_sick(tx, anna) and not farm.scheduler.is_sick(tx, bert)
+    assert farm.leases(anna) == []
+    farm.lease(bert)
+
+
+def test_alone_nobody_is_sick(farm: Farm) -> None:
+    worker = farm.worker()
+    for number in range(4):
+        job = farm.submit(2, name=f"j{number}", retry_limit=1)
+        farm.fail(worker, farm.lease(worker))
+        farm.fail(worker, farm.lease(worker))
+        assert farm.state(job) == "failed"
+    farm.submit(2)
+    farm.lease(worker)
+
+
+Behaviour = Callable[[int, int], str]  # worker, frame -> what becomes of it
+
+
+def drive(farm: Farm, workers: Sequence[int], behave: Behaviour, rounds: int = 300) -> None:
+    """Let workers render in turn, two runs each, for so many rounds of a second."""
+    for _ in range(rounds):
+        with farm.store.read() as tx:
+            if not tx.leasable_jobs():
+                return
+        for worker in workers:
+            for lease in farm.leases(worker, want=2, slots=2, idle=2):
+                for index, task in enumerate(lease.tasks):
+                    how = behave(worker, task.frame)
+                    if how == "good":
+                        farm.finish(worker, lease, index)
+                    elif how == "lost":
+                        break
+                    else:
+                        farm.fail(worker, lease, index, scene=how == "scene")
+            farm.beat(worker)
+        farm.clock.advance(1)
+        farm.scheduler.expire()
+
+
+@pytest.mark.parametrize("how", ["scene", "error"])
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 6])
+def test_a_broken_scene_pauses_however_many_workers_there_are(
+        how: str, workers: int, farm: Farm) -> None:
+    ids = [farm.worker(f"w{number}") for number in range(workers)]
+    job = farm.submit(50)
+    drive(farm, ids, lambda worker, frame: how, rounds=60)
+    assert farm.state(job) == "paused"
+    assert 3 <= farm.job(job)["failed"] <= 3 + 2 * workers
+
+
+@pytest.mark.parametrize("how", ["scene", "error"])
+@pytest.mark.parametrize("other", ["pending", "sick", "hopeless", "removed", "left"])
+def test_a_frame_does_not_wait_for_a_worker_that_cannot_help(
+        how: str, other: str, farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert", admitted=other != "pending")
+    if other == "sick":
+        farm.submit(1, name="first")
+        farm.finish(anna, farm.lease(anna))
+        for number in range(3):
+            farm.submit(2, name=f"other{number}")
+            for _ in range(2):
+                farm.fail(bert, farm.lease(bert))
+            farm.render(anna)
+        with farm.store.read() as tx:
+            assert farm.scheduler.is_sick(tx, bert)
+    job = farm.submit(20, name="bad frame 7")
+    if other == "hopeless":
+        farm.finish(anna, farm.lease(anna))
+        for _ in range(3):
+            farm.fail(bert, farm.lease(bert))
+    if other == "removed":
+        farm.scheduler.remove_worker(bert)
+    if other == "left":
+        farm.scheduler.leave(bert)
+    polls = [anna] if other in ("removed", "left") else [bert, anna]
+    drive(farm, polls, lambda worker, frame: how if frame == 7 or worker == bert else "good", 60)
+    assert farm.state(job) == "failed"
+    assert farm.job(job)["failed"] == 1 and farm.job(job)["done"] == 19
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_job_comes_to_an_end(seed: int, tmp_path: Path) -> None:
+    """Whoever fails whatever: nothing is left to wait for in the end."""
+    chance = random.Random(seed)
+    farm = Farm(tmp_path, lease_time=3)
+    workers = [farm.worker(f"w{number}") for number in range(chance.randint(1, 5))]
+    pending = [farm.worker("pending", admitted=False)] if chance.random() < 0.5 else []
+    rates = {worker: chance.choice([0.0, 0.1, 0.6, 1.0]) for worker in workers}
+    frames = {frame: chance.choice(["good"] * 6 + ["scene", "error"]) for frame in range(20)}
+    jobs = [farm.submit(chance.choice([1, 4, 12]), name=f"j{number}", send=True,
+                        in_order=chance.random() < 0.2, max_workers=chance.choice([0, 0, 1, 2]),
+                        retry_limit=chance.choice([1, 2, 3, 5])) for number in range(4)]
+
+    def behave(worker: int, frame: int) -> str:
+        if chance.random() < rates[worker]:
+            return chance.choice(["error", "error", "scene", "lost"])
+        return frames[frame]
+
+    drive(farm, workers + pending, behave, rounds=150)
+    assert [farm.state(job) for job in jobs if farm.state(job) not in ("done", "failed", "paused")
+            ] == [], [farm.states(job) for job in jobs]
+    assert farm.problems() == []
+    farm.close()
+
+
+# --- whose turn it is
+
+def test_a_higher_priority_goes_first(farm: Farm) -> None:
+    worker = farm.worker()
+    low, high, middle = (farm.submit(3, name=str(priority), priority=priority)
+                         for priority in (-5, 10, 0))
+    order = [farm.lease(worker).job for _ in range(9)]
+    assert order == [high] * 3 + [middle] * 3 + [low] * 3
+
+
+def test_equals_get_equal_shares(farm: Farm) -> None:
+    workers = [farm.worker(f"w{number}") for number in range(3)]
+    jobs = [farm.submit(20, name=f"j{number}") for number in range(3)]
+    held = [lease.job for worker in workers for lease in farm.leases(worker, want=4, slots=4)]
+    assert sorted(held) == sorted(jobs * 4)
+
+
+def test_a_new_job_gets_its_share_when_runs_end(farm: Farm) -> None:
+    anna = farm.worker()
+    old = farm.submit(20, name="old")
+    leases = farm.leases(anna, want=4, slots=4)
+    new = farm.submit(20, name="new")
+    for lease in leases[:2]:
+        farm.finish(anna, lease)
+    assert [lease.job for lease in farm.leases(anna, want=2, slots=4)] == [new, new]
+    assert old in [lease.job for lease in leases]
+
+
+def test_max_workers_is_the_most_workers_at_a_time(farm: Farm) -> None:
+    anna, bert, cleo = (farm.worker(name) for name in ("anna", "bert", "cleo"))
+    job = farm.submit(10, max_workers=2)
+    first = farm.lease(anna)
+    farm.lease(bert)
+    assert farm.leases(cleo) == []
+    farm.lease(anna)  # who is in may have more
+    farm.scheduler.change(job, {"max_workers": 3})
+    farm.lease(cleo)
+    farm.scheduler.change(job, {"max_workers": 1})
+    farm.finish(anna, first)
+    assert farm.beat(anna, first) == [first.id]
+
+
+def test_a_priority_that_is_set_counts_at_once(farm: Farm) -> None:
+    worker = farm.worker()
+    first, second = farm.submit(5, name="a"), farm.submit(5, name="b")
+    farm.scheduler.change(second, {"priority": 1})
+    assert [farm.lease(worker).job for _ in range(6)] == [second] * 5 + [first]
+
+
+@pytest.mark.parametrize("changes", [{"priority": "high"}, {"state": "done"}, {"max_workers": -1}])
+def test_what_cannot_be_set_changes_nothing(changes: Dict[str, Any], farm: Farm) -> None:
+    job = farm.submit()
+    before = farm.job(job)
+    with pytest.raises(UserError):
+        farm.scheduler.change(job, changes)
+    assert farm.job(job) == before
+
+
+def test_a_retry_limit_that_is_set_counts_for_the_next_failure(farm: Farm) -> None:
+    worker, job, lease = leased(farm, frames=1)
+    farm.scheduler.change(job, {"retry_limit": 1})
+    farm.fail(worker, lease)
+    assert farm.state(job) == "failed"
+
+
+# --- stragglers
+
+def straggler(farm: Farm) -> Tuple[int, int, int, LeaseSpec]:
+    """Two workers, a job of which all but the last frame is done, and anna's lease of that."""
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(3)
+    farm.finish(anna, farm.lease(anna))
+    farm.finish(anna, farm.lease(anna))
+    return anna, bert, job, farm.lease(anna)
+
+
+def test_the_oldest_unfinished_frame_is_leased_a_second_time(farm: Farm) -> None:
+    anna, bert, job, first = straggler(farm)
+    assert farm.leases(bert) == []  # it is too early to give up
+    farm.clock.advance(6)
+    second = farm.lease(bert)
+    assert second.tasks == first.tasks
+    assert farm.leases(anna) == [] and farm.leases(farm.worker("cleo")) == []
+    assert farm.states(job) == ["done", "done", "leased"]
+
+
+@pytest.mark.parametrize("winner", ["first", "second"])
+def test_the_first_good_result_of_two_wins(winner: str, farm: Farm) -> None:
+    anna, bert, job, first = straggler(farm)
+    farm.clock.advance(6)
+    second = farm.lease(bert)
+    pairs = [(anna, first), (bert, second)]
+    (won, winning), (lost, losing) = pairs if winner == "first" else pairs[::-1]
+    assert farm.beat(lost, losing) == []
+    assert farm.finish(won, winning, image=png(1)) is True
+    assert farm.beat(lost, losing) == [losing.id]
+    assert farm.finish(lost, losing, image=png(2)) is False
+    assert (farm.root / "jobs" / f"{job}-ball" / "out3.png").read_bytes() == png(1)
+    assert farm.state(job) == "done"
+
+
+def test_a_waiting_worker_gets_a_straggler_when_it_is_time(farm: Farm) -> None:
+    anna, bert, _, first = straggler(farm)
+    start = farm.clock.mono
+    farm.clock.housekeeping = lambda: farm.beat(anna, first)
+    assert farm.lease(bert, wait=25).tasks == first.tasks
+    assert 5 <= farm.clock.mono - start < 7
+
+
+def test_a_slow_job_is_given_its_time(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    farm.submit(2)
+    farm.finish(anna, farm.lease(anna), cpu=100)
+    lease = farm.lease(anna)
+    for _ in range(14):
+        farm.clock.advance(10)
+        farm.beat(anna, lease)
+        assert farm.leases(bert) == []
+    farm.clock.advance(20)
+    assert farm.lease(bert).tasks == lease.tasks
+
+
+def test_one_failure_of_two_is_not_the_end(farm: Farm) -> None:
+    anna, bert, job, first = straggler(farm)
+    farm.clock.advance(6)
+    farm.fail(bert, farm.lease(bert))
+    assert farm.states(job)[2] == "leased" and farm.task(job, 3)["tries"] == 0
+    assert farm.finish(anna, first) is True
+
+
+def test_who_failed_a_straggler_does_not_get_it_again(farm: Farm) -> None:
+    _, bert, _, _ = straggler(farm)
+    farm.clock.advance(6)
+    farm.fail(bert, farm.lease(bert), scene=True)
+    assert farm.leases(bert) == []
+
+
+def test_when_one_of_two_dies_the_other_goes_on(farm: Farm) -> None:
+    _, bert, job, _ = straggler(farm)
+    farm.clock.advance(20)
+    second = farm.lease(bert)
+    farm.clock.advance(20)
+    farm.scheduler.expire()
+    assert farm.states(job)[2] == "leased"
+    assert farm.finish(bert, second) is True
+
+
+def test_new_frames_of_another_job_go_before_stragglers(farm: Farm) -> None:
+    _, bert, _, _ = straggler(farm)
+    other = farm.submit(5, name="other", priority=-1)
+    farm.clock.advance(6)
+    assert farm.lease(bert).job == other
+
+
+# --- in order
+
+def test_a_job_in_order_goes_to_one_worker_whole(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    farm.submit(6, in_order=True)
+    leases = farm.leases(anna, want=3, slots=3, idle=3)
+    assert [len(lease.tasks) for lease in leases] == [6] and leases[0].in_order
+    farm.finish(anna, leases[0], 0)
+    farm.clock.advance(20)
+    assert farm.leases(bert) == []
+
+
+def test_the_rest_of_a_job_in_order_goes_to_another_when_its_worker_dies(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    farm.submit(6, in_order=True)
+    lease = farm.lease(anna)
+    farm.finish(anna, lease, 0)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    assert [task.frame for task in farm.lease(bert).tasks] == [2, 3, 4, 5, 6]
+
+
+# --- threads
+
+@pytest.mark.parametrize("frames, uses, values, idle, threads", [
+    (1, [], {}, 8, [8]),
+    (1, ["radiosity"], {}, 8, [8]),  # as POV-Ray itself would
+    (1, [], {"Work_Threads": "2"}, 8, [2]),
+    (1, [], {"Work_Threads": "64"}, 8, [8]),
+    (1, [], {}, 0, [1]),
+    (1, [], {"Work_Threads": "0"}, 4, [1]),
+    (1, [], {"Work_Threads": "-3"}, 4, [1]),
+    (2, [], {}, 8, [4, 4]),
+    (3, [], {}, 8, [2, 3, 3]),
+    (2, [], {"Work_Threads": "1"}, 8, [1, 1]),
+    (2, ["radiosity"], {}, 8, [1, 1]),
+    (2, ["photons"], {}, 8, [1, 1]),
+    (9, [], {}, 8, [1] * 8),
+], ids=str)
+def test_threads_are_for_stills_and_for_the_last_frames(
+        frames: int, uses: List[str], values: Dict[str, str], idle: int, threads: List[int],
+        farm: Farm) -> None:
+    worker = farm.worker()
+    farm.submit(frames, uses=uses, values=values)
+    leases = farm.leases(worker, want=8, slots=8, idle=idle)
+    assert [lease.threads for lease in leases] == threads
+
+
+def test_a_job_in_order_has_the_idle_cores_for_its_one_run(farm: Farm) -> None:
+    farm.submit(9, in_order=True)
+    assert farm.lease(farm.worker(), want=8, slots=8, idle=8).threads == 8
+
+
+# --- polls
+
+def test_a_poll_is_answered_as_soon_as_there_is_work(farm: Farm) -> None:
+    worker, start = farm.worker(), farm.clock.mono
+    farm.clock.meanwhile.append(lambda: farm.submit())
+    assert len(farm.leases(worker, wait=25)) == 1
+    assert farm.clock.mono == start
+
+
+def test_a_poll_without_work_ends_when_it_is_over(farm: Farm) -> None:
+    worker, start = farm.worker(), farm.clock.mono
+    assert farm.leases(worker, wait=25) == []
+    assert farm.clock.mono == start + 25
+
+
+def test_a_poll_that_is_abandoned_gets_nothing(farm: Farm) -> None:
+    worker, alive = farm.worker(), [True]
+
+    def hang_up() -> None:
+        alive.clear()
+        farm.submit()
+
+    farm.clock.meanwhile.append(hang_up)
+    assert farm.scheduler.lease(worker, Offer(1, 1, 1), 25, lambda: bool(alive)) == []
+    with farm.store.read() as tx:
+        assert tx.live_leases() == []
+
+
+@pytest.mark.parametrize("end", ["leave", "remove_worker"])
+def test_a_poll_of_a_worker_that_stopped_gets_nothing(end: str, farm: Farm) -> None:
+    worker = farm.worker()
+    farm.clock.meanwhile.append(lambda: getattr(farm.scheduler, end)(worker))
+    farm.clock.meanwhile.append(lambda: farm.submit())
+    assert farm.leases(worker, wait=25) == []
+    assert worker not in farm.scheduler.live_workers()
+
+
+def test_a_beat_that_is_open_does_not_revive_a_worker_that_left(farm: Farm) -> None:
+    worker, _, lease = leased(farm)
+    farm.clock.meanwhile.append(lambda: farm.scheduler.leave(worker))
+    assert farm.beat(worker, lease, wait=20) == [lease.id]
+    assert worker not in farm.scheduler.live_workers()
+
+
+def test_everybody_who_waits_is_answered_at_the_end(farm: Farm) -> None:
+    worker, job, lease = leased(farm, frames=1)
+    idle = farm.worker("bert")
+    start = farm.clock.mono
+    farm.clock.meanwhile.append(farm.scheduler.close)
+    assert farm.leases(idle, wait=25) == []
+    assert farm.beat(worker, lease, wait=20) == []
+    assert farm.scheduler.wait_events(10**6, 20, 100) == []
+    assert farm.clock.mono == start and farm.states(job) == ["leased"]
+
+
+def test_events_come_once_and_in_order(farm: Farm) -> None:
+    job = farm.submit(1)
+    events = farm.scheduler.wait_events(0, 0, 100)
+    assert [event["what"] for event in events] == ["submitted", "job active"]
+    last = events[-1]["id"]
+    farm.clock.meanwhile.append(lambda: farm.scheduler.pause(job))
+    start = farm.clock.mono
+    assert [event["what"] for event in farm.scheduler.wait_events(last, 20, 100)] == ["job paused"]
+    assert farm.clock.mono == start
+    assert farm.scheduler.wait_events(last + 1, 20, 100) == [] and farm.clock.mono == start + 20
+
+
+# --- workers
+
+def test_a_pending_worker_gets_nothing_until_it_is_admitted(farm: Farm) -> None:
+    info = WorkerInfo("zoe", 1, 1, "Linux", {})
+    zoe, code = farm.scheduler.join(info, "hash", "192.168.1.9", False)
+    farm.submit()
+    assert farm.leases(zoe) == []
+    farm.clock.meanwhile.append(lambda: farm.scheduler.admit(f" {code.lower()} "))
+    assert len(farm.leases(zoe, wait=25)) == 1
+
+
+@pytest.mark.parametrize("code", ["", "AAAAAA", "ÄÖÜ", "x" * 1000, "' OR 1=1 --"])
+def test_a_wrong_code_admits_nobody(code: str, farm: Farm) -> None:
+    zoe = farm.worker("zoe", admitted=False)
+    with pytest.raises(UserError):
+        farm.scheduler.admit(code)
+    farm.submit()
+    assert farm.leases(zoe) == []
+
+
+def test_a_code_admits_one_worker_once(farm: Farm) -> None:
+    codes = {}
+    for name in ("zoe", "yann"):
+        codes[name] = farm.scheduler.join(WorkerInfo(name, 1, 1, "", {}), name, "::1", False)
+    assert farm.scheduler.admit(codes["zoe"][1]) == "zoe"
+    farm.submit()
+    assert farm.leases(codes["yann"][0]) == [] and farm.leases(codes["zoe"][0]) != []
+    with pytest.raises(UserError):
+        farm.scheduler.admit(codes["zoe"][1])
+
+
+def test_a_worker_that_comes_again_is_the_same_with_new_properties(farm: Farm) -> None:
+    worker, job, _ = leased(farm)
+    farm.scheduler.leave(worker)
+    assert worker not in farm.scheduler.live_workers()
+    farm.scheduler.rejoin(worker, WorkerInfo("anna", 64, 5, "Plan 9", {"povray": "3.8"}), "::1")
+    with farm.store.read() as tx:
+        rows = tx.workers()
+    assert [(row["id"], row["cores"], row["system"]) for row in rows] == [(worker, 64, "Plan 9")]
+    assert worker in farm.scheduler.live_workers()
+    assert farm.lease(worker).job == job
+
+
+def test_a_removed_worker_is_gone(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.scheduler.remove_worker(worker)
+    assert farm.leases(worker) == [] and farm.beat(worker, lease) == [lease.id]
+    with farm.store.read() as tx:
+        assert tx.workers() == [] and tx.worker_by_token(sha256(b"anna")) is None
+    for number in (worker, 99):
+        with pytest.raises(UserError):
+            farm.scheduler.remove_worker(number)
+    assert farm.states(job)[0] == "queued"
+
+
+def test_a_worker_is_live_as_long_as_it_is_heard_of(farm: Farm) -> None:
+    worker = farm.worker()
+    assert farm.scheduler.seen(worker) == 0.0 and farm.scheduler.seen(99) is None
+    farm.clock.advance(29)
+    assert farm.scheduler.live_workers() == {worker} and farm.scheduler.seen(worker) == 29
+    farm.clock.advance(2)
+    assert farm.scheduler.live_workers() == set()
+    farm.beat(worker)
+    assert farm.scheduler.live_workers() == {worker}
+
+
+# --- deleting and tidying
+
+def test_a_deleted_job_is_gone_with_its_files_and_others_stay(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    farm.finish(worker, lease)
+    late = farm.lease(worker)
+    other = farm.submit(1, name="other", priority=5)
+    farm.finish(worker, farm.lease(worker))
+    farm.scheduler.delete(job)
+    assert [path.name for path in (farm.root / "jobs").iterdir()] == [f"{other}-other"]
+    for act in (farm.finish, farm.fail):
+        with pytest.raises(StaleLease):
+            act(worker, late)
+    assert farm.beat(worker, late) == [late.id]
+    assert [path.name for path in (farm.root / "jobs").iterdir()] == [f"{other}-other"]
+    with pytest.raises(ProtocolError):
+        farm.scheduler.pause(job)
+
+
+@pytest.mark.parametrize("state", [state.value for state in JobState])
+def test_a_job_can_be_deleted_in_every_state(state: str, farm: Farm) -> None:
+    job = in_state(farm, state)
+    farm.scheduler.delete(job)
+    with farm.store.read() as tx:
+        assert tx.job(job) is None
+    assert list((farm.root / "jobs").iterdir()) == []
+
+
+def test_a_failure_told_while_its_job_is_deleted_leaves_no_directory(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, job, lease = leased(farm)
+    put_log = farm.store.put_log
+    deleter = threading.Thread(target=farm.scheduler.delete, args=(job,))
+
+    def slow_put_log(*arguments: Any) -> str:
+        deleter.start()
+        deleter.join(0.2)  # it may have to wait for this
+        return put_log(*arguments)
+
+    monkeypatch.setattr(farm.store, "put_log", slow_put_log)
+    try:
+        farm.fail(worker, lease)
+    except StaleLease:
+        pass
+    deleter.join()
+    assert list((farm.root / "jobs").iterdir()) == []
+
+
+def test_contents_are_kept_a_day_after_the_last_job_that_names_them(farm: Farm) -> None:
+    files = {"a.pov": b"shared", "b.inc": b"only mine"}
+    first, second = farm.submit(files=files), farm.submit(files={"a.pov": b"shared"})
+    farm.scheduler.delete(first)
+    farm.scheduler.tidy()
+    assert farm.store.blob_path(sha256(b"only mine")).exists()
+    farm.clock.advance(povfarm.KEEP_BLOBS + 1)
+    farm.scheduler.tidy()
+    assert not farm.store.blob_path(sha256(b"only mine")).exists()
+    assert farm.store.blob_path(sha256(b"shared")).exists()
+    job, missing = farm.scheduler.submit("again", "me", pov_job(), manifest(files), JobOptions())
+    assert missing == [sha256(b"only mine")]
+    farm.scheduler.put_blob(missing[0], [b"only mine"])
+    assert farm.state(job) == "active" and farm.state(second) == "active"
+
+
+def test_old_events_are_forgotten(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "KEEP_EVENTS", 3)
+    for _ in range(5):
+        farm.submit(1)
+    farm.scheduler.tidy()
+    with farm.store.read() as tx:
+        events = tx.events(0, 100)
+        assert [event["id"] for event in events][-1] == tx.last_event() and len(events) <= 4
+
+
+# --- a restart
+
+def test_after_a_restart_leases_live_on_and_nothing_is_rendered_again(tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    worker, job = farm.worker(), farm.submit(4)
+    farm.finish(worker, farm.lease(worker))
+    lease = farm.lease(worker)
+    farm.clock.advance(29)
+    again = farm.restarted()
+    assert again.problems() == []
+    again.clock.advance(29)
+    again.scheduler.expire()
+    assert again.beat(worker, lease) == []
+    assert [again.finish(worker, lease, index) for index in range(len(lease.tasks))][0] is True
+    assert again.render(worker) == [*range(2 + len(lease.tasks), 5)]
+    assert again.state(job) == "done" and again.problems() == []
+    assert [len(again.attempts(task["id"])) for task in again.tasks(job)] == [1] * 4
+    again.close()
+
+
+def test_after_a_restart_silent_workers_lose_their_leases(tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    _, job, _ = leased(farm)
+    again = farm.restarted()
+    again.clock.advance(31)
+    again.scheduler.expire()
+    assert again.states(job)[0] == "queued" and again.problems() == []
+    again.close()
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_after_a_restart_a_job_goes_on_waiting_for_its_files(paused: bool, tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    files = {"a.pov": b"one", "b.inc": b"two"}
+    job = farm.submit(files=files, send=False)
+    farm.scheduler.put_blob(sha256(b"one"), [b"one"])
+    if paused:
+        farm.scheduler.pause(job)
+    again = farm.restarted()
+    if paused:
+        again.scheduler.resume(job)
+    assert again.state(job) == "waiting"
+    again.scheduler.put_blob(sha256(b"two"), [b"two"])
+    assert again.state(job) == "active"
+    again.close()
+
+
+def test_after_a_restart_the_first_scene_error_is_still_tried_by_others(tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(3)
+    mine, _ = farm.lease(anna), farm.lease(bert)
+    again = farm.restarted()
+    again.fail(anna, mine, scene=True)  # before bert is heard of
+    assert again.states(job)[0] == "queued"
+    again.close()
+
+
+class FailingCommit:
+    """A connection of which one commit fails, as on a full disk."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self.left = 1
+
+    def execute(self, sql: str, *arguments: Any) -> Any:
+        if sql == "COMMIT" and self.left:
+            self.left -= 1
+            raise sqlite3.OperationalError("database or disk is full")
+        return self.connection.execute(sql, *arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+
+@pytest.mark.parametrize("action", [
+    "finish", "fail", "release", "cancel", "leave", "expire", "lease", "delete", "remove_worker",
+    "put_blob"])
+def test_when_a_commit_fails_nothing_has_happened(action: str, farm: Farm) -> None:
+    """Neither in the database nor in memory: afterwards everything goes on as before."""
+    worker, job, lease = leased(farm)
+    waiting = farm.submit(1, files={"big.inc": b"big"}, send=False)
+    other = farm.worker("bert")
+    actions: Dict[str, Callable[[], Any]] = {
+        "finish": lambda: farm.finish(worker, lease),
+        "fail": lambda: farm.fail(worker, lease),
+        "release": lambda: farm.scheduler.release(worker, lease.id),
+        "cancel": lambda: farm.scheduler.cancel(job),
+        "leave": lambda: farm.scheduler.leave(worker),
+        "expire": farm.scheduler.expire,
+        "lease": lambda: farm.leases(other),
+        "delete": lambda: farm.scheduler.delete(job),
+        "remove_worker": lambda: farm.scheduler.remove_worker(worker),
+        "put_blob": lambda: farm.scheduler.put_blob(sha256(b"big"), [b"big"]),
+    }
+    if action == "expire":
+        farm.clock.advance(31)
+    connection = farm.store._writer
+    farm.store._writer = FailingCommit(connection)  # type: ignore[assignment]
+    with pytest.raises(sqlite3.OperationalError):
+        actions[action]()
+    farm.store._writer = connection
+    assert farm.problems() == []
+    if action not in ("expire", "leave"):
+        assert farm.beat(worker, lease) == []
+    farm.scheduler.put_blob(sha256(b"big"), [b"big"])
+    assert farm.state(waiting) == "active"
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    assert farm.states(job)[0] == "queued"
+    farm.scheduler.rejoin(worker, WorkerInfo("anna", 1, 1, "", {}), "::1")
+    assert len(farm.render(worker)) == 4
+
+
+# --- check_invariants finds what is wrong
+
+def sql(text: str) -> Callable[[Farm], None]:
+    def damage(farm: Farm) -> None:
+        with farm.store.tx() as tx:
+            tx._db.execute(text)
+    return damage
+
+
+def image(farm: Farm) -> Path:
+    return next(farm.root.glob("jobs/*/out1.png"))
+
+
+DAMAGES: Dict[str, Tuple[str, Callable[[Farm], Any]]] = {
+    "an image is deleted": ("out1.png", lambda farm: image(farm).unlink()),
+    "an image is cut off": ("out1.png", lambda farm: image(farm).write_bytes(png()[:-9])),
+    "an image is another": ("out1.png", lambda farm: image(farm).write_bytes(png(99))),
+    "an image lies outside": ("task", sql("UPDATE task SET name = '../out1.png' WHERE frame = 1")),
+    "a hash is lost": ("out1.png", sql("UPDATE task SET sha256 = NULL WHERE frame = 1")),
+    "a done frame is queued": ("counters", sql("UPDATE task SET state = 'queued' WHERE frame = 1")),
+    **{f"{name} is miscounted": ("counters", sql(f"UPDATE job SET {name} = {name} + 1"))
+       for name in ("queued", "leased", "done", "failed", "cancelled")},
+    "a frame is leased to nobody": ("task", sql("UPDATE task SET state = 'leased' WHERE frame = 3")),
+    "a frame in work is queued": ("task", sql("UPDATE task SET state = 'queued' WHERE frame = 2")),
+    "a try in work is lost": ("task", sql("UPDATE attempt SET state = 'lost' WHERE state = 'live'")),
+    "a lease is empty": ("lease", sql("DELETE FROM attempt WHERE state = 'live'")),
+    "a lease has ended too early": ("lease", sql("UPDATE lease SET ended = 1, why = 'x'")),
+    "a lease is not ended": ("lease", sql("UPDATE lease SET ended = NULL")),
+    "a worker is removed with its lease": ("lease", sql("UPDATE worker SET state = 'removed'")),
+    "a worker is pending with a lease": ("lease", sql("UPDATE worker SET state = 'pending'")),
+    "two results are accepted": ("accepted", sql(
+        "INSERT INTO attempt (task, lease, worker, state, started)"
+        " SELECT task, (SELECT id FROM lease WHERE ended IS NULL), worker, 'done', 1"
+        " FROM attempt WHERE state = 'done'")),
+    "a file is forgotten": ("blob", sql("DELETE FROM blob")),
+    "a file is deleted": ("blob", lambda farm: farm.store.blob_path(sha256(SCENE)).unlink()),
+    "a lease is unknown": ("lease", lambda farm: farm.scheduler._deadlines.clear()),
+    "a job is done too early": ("job", sql("UPDATE job SET state = 'done'")),
+    "a job is failed without reason": ("job", sql("UPDATE job SET state = 'failed'")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_check_invariants_finds_the_damage_when(name: str, tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    worker = farm.worker()
+    farm.submit(3)
+    farm.finish(worker, farm.lease(worker))
+    farm.lease(worker)
+    assert farm.scheduler.check_invariants() == []
+    says, damage = DAMAGES[name]
+    damage(farm)
+    found = farm.scheduler.check_invariants()
+    assert any(says in problem for problem in found), found
+    farm.close()
+
+
+# --- whatever happens
+
+class Chaos:
+    """Does one thing after the other to a farm, sensible or not."""
+
+    def __init__(self, farm: Farm, seed: int) -> None:
+        self.farm = farm
+        self.chance = random.Random(seed)
+        self.workers = [farm.worker(f"w{number}") for number in range(3)]
+        self.removed: Set[int] = set()
+        self.jobs: List[int] = []
+        self.files: Dict[str, bytes] = {}
+        self.leases: List[Tuple[int, LeaseSpec]] = []
+        self.done: Dict[Tuple[int, int], str] = {}
+        self.count = 0
+
+    def step(self) -> None:
+        names = [name[3:] for name in dir(self) if name.startswith("do_")]
+        weights = [{"lease": 12, "finish": 25, "fail": 8, "beat": 4, "submit": 3, "delete": 2,
+                    "restart": 0.3, "remove": 0.5, "pause": 0.7, "resume": 2}.get(name, 1)
+                   for name in names]
+        name = self.chance.choices(names, weights)[0]
+        try:
+            getattr(self, f"do_{name}")()
+        except (StaleLease, IllegalTransition, UserError, ProtocolError, ImageError):
+            pass
+        problems = self.farm.problems()
+        assert problems == [], f"after {name}: {problems}"
+        self.count += 1
+        if self.count % 10 == 0:
+            self.look()
+
+    def look(self) -> None:
+        """What was accepted stays accepted, byte for byte, as long as its job is there."""
+        with self.farm.store.read() as tx:
+            done = {(row["job"], row["frame"]): row["sha256"] for row in tx.done_tasks()}
+            jobs = {row["id"] for row in tx.jobs(0, -1)}
+        for (job, frame), sha in self.done.items():
+            assert job not in jobs or done[job, frame] == sha
+        self.done = done
+
+    def job(self) -> int:
+        return self.chance.choice(self.jobs) if self.jobs else 99
+
+    def worker(self) -> int:
+        return self.chance.choice(self.workers)
+
+    def held(self) -> Tuple[int, LeaseSpec]:
+        if not self.leases:
+            raise StaleLease("none")
+        recent = self.leases[-self.chance.choice([3, 3, 30]):]
+        return self.chance.choice(recent)
+
+    def do_submit(self) -> None:
+        if len(self.jobs) < 5:
+            files = {f"{name}.inc": name.encode() for name in self.chance.sample("abcdef", 2)}
+            self.files.update((sha256(data), data) for data in files.values())
+            self.jobs.append(self.farm.submit(
+                self.chance.randint(1, 8), files=files, send=self.chance.random() < 0.7,
+                priority=self.chance.randint(-1, 1), max_workers=self.chance.choice([0, 0, 1]),
+                in_order=self.chance.random() < 0.2, retry_limit=self.chance.randint(1, 3)))
+
+    def do_send(self) -> None:
+        sha, data = self.chance.choice([*self.files.items()] or [("0" * 64, b"")])
+        wrong = self.chance.random() < 0.2
+        self.farm.scheduler.put_blob(sha, [b"damaged" if wrong else data])
+
+    def do_lease(self) -> None:
+        worker = self.worker()
+        want = self.chance.randint(1, 3)
+        self.leases += [(worker, lease) for lease in
+                        self.farm.leases(worker, want=want, slots=want, idle=want)]
+
+    def do_finish(self) -> None:
+        worker, lease = self.held()
+        index = self.chance.randrange(len(lease.tasks))
+        bad = self.chance.random() < 0.1
+        self.farm.finish(worker, lease, index, cpu=self.chance.choice([0.01, 0.1, 1, 50]),
+                         image=b"no picture" if bad else png(self.chance.randrange(10_000)))
+
+    def do_fail(self) -> None:
+        worker, lease = self.held()
+        self.farm.fail(worker, lease, self.chance.randrange(len(lease.tasks)),
+                       scene=self.chance.random() < 0.3)
+
+    def do_beat(self) -> None:
+        worker, lease = self.held()
+        self.farm.scheduler.beat(worker, {lease.id: {lease.tasks[0].id: self.chance.random()}}, 0)
+
+    def do_release(self) -> None:
+        self.farm.scheduler.release(*[(worker, lease.id) for worker, lease in [self.held()]][0])
+
+    def do_time(self) -> None:
+        self.farm.clock.advance(self.chance.choice([1, 6, 15, 31, 90_000]))
+        self.farm.scheduler.expire()
+        self.farm.scheduler.tidy()
+
+    def do_leave(self) -> None:
+        self.farm.scheduler.leave(self.worker())
+
+    def do_rejoin(self) -> None:
+        self.farm.scheduler.rejoin(self.worker(), WorkerInfo("again", 2, 1, "", {}), "::1")
+
+    def do_remove(self) -> None:
+        self.farm.scheduler.remove_worker(self.worker())
+        info = WorkerInfo("new", 1, 1, "", {})
+        worker, code = self.farm.scheduler.join(info, str(self.count), "::1", False)
+        if self.chance.random() < 0.8:
+            self.farm.scheduler.admit(code)
+        self.workers = [*self.workers[-2:], worker]
+
+    def do_pause(self) -> None:
+        self.farm.scheduler.pause(self.job())
+
+    def do_resume(self) -> None:
+        self.farm.scheduler.resume(self.job())
+
+    def do_cancel(self) -> None:
+        self.farm.scheduler.cancel(self.job())
+
+    def do_retry(self) -> None:
+        self.farm.scheduler.retry(self.job())
+
+    def do_change(self) -> None:
+        self.farm.scheduler.change(self.job(), {"priority": self.chance.randint(-3, 3),
+                                                "max_workers": self.chance.randint(0, 2)})
+
+    def do_delete(self) -> None:
+        job = self.job()
+        self.farm.scheduler.delete(job)
+        self.jobs.remove(job)
+
+    def do_restart(self) -> None:
+        self.farm = self.farm.restarted()
+
+    def bring_to_an_end(self) -> None:
+        """Good workers, every file, and whatever a person would ask for: then all is rendered."""
+        for sha, data in self.files.items():
+            try:
+                self.farm.scheduler.put_blob(sha, [data])
+            except ProtocolError:
+                pass
+        helpers = [self.farm.worker(f"good{number}") for number in range(2)]
+        for _ in range(3):
+            for job in self.jobs:
+                for steer in (self.farm.scheduler.resume, self.farm.scheduler.retry):
+                    try:
+                        steer(job)
+                    except IllegalTransition:
+                        pass
+            self.farm.clock.advance(31)
+            self.farm.scheduler.expire()
+            drive(self.farm, helpers, lambda worker, frame: "good", rounds=40)
+        assert self.farm.problems() == [] and self.farm.leftovers() == []
+        self.look()
+        assert {self.farm.state(job) for job in self.jobs} == {"done"}
+
+
+@pytest.fixture(params=[1, 2])
+def chaos(request: Any, tmp_path: Path) -> Iterator[Chaos]:
+    one = Chaos(Farm(tmp_path), request.param)
+    yield one
+    one.farm.close()
+
+
+def test_after_anything_at_all_the_data_is_whole_and_every_job_can_be_finished(
+        chaos: Chaos) -> None:
+    for _ in range(1000):
+        chaos.step()
+    chaos.do_submit()
+    chaos.bring_to_an_end()

@@ -1,0 +1,172 @@
+"""One row per option: names, values, where they come from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+
+import povfarm
+from povfarm import SETTINGS, Setting, UserError, configured_defaults, setting
+
+NAMES = [row.name for row in SETTINGS]
+SOURCE = Path(povfarm.__file__).read_text(encoding="utf-8")
+# A text that each kind of value takes, and what it then is.
+SAMPLES: Dict[str, Any] = {
+    "data": "farm", "root": "scenes", "output": "out", "port": "8080", "discovery-port": "8081",
+    "lease-time": "1m30s", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
+    "max-workers": "2", "retries": "5",
+}
+VALUES: Dict[str, Any] = {
+    "data": Path("farm"), "root": Path("scenes"), "output": Path("out"), "port": 8080,
+    "discovery-port": 8081, "lease-time": 90.0, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
+    "priority": -4, "max-workers": 2, "retries": 5,
+}
+
+
+def sample(row: Setting) -> Any:
+    return "on" if row.is_flag else SAMPLES.get(row.name, "text")
+
+
+def expected(row: Setting) -> Any:
+    return True if row.is_flag else VALUES.get(row.name, "text")
+
+
+# --- the table
+
+def test_every_option_has_one_name_and_one_explanation() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    for row in SETTINGS:
+        assert re.fullmatch("[a-z]+(-[a-z]+)*", row.name), row.name
+        assert row.help and not row.help.endswith(".") and len(row.help) < 80, row.name
+        assert bool(row.metavar) != row.is_flag, f"{row.name}: a value has a name, a flag has none"
+
+
+def test_every_option_belongs_to_commands_that_there_are() -> None:
+    commands = set(re.findall(r'^@command\("([a-z]+)"', SOURCE, re.MULTILINE))
+    groups = set(re.findall(r'"(\w+)"', " ".join(re.findall(r"groups=\(([^)]*)\)", SOURCE))))
+    for row in SETTINGS:
+        unknown = set(row.commands.split()) - commands - groups
+        assert row.commands and not unknown, f"{row.name}: {unknown}"
+
+
+def test_every_option_does_something() -> None:
+    for row in SETTINGS:
+        name = row.name.replace("-", "_")
+        assert re.search(rf'options(\.|, "){name}\b', SOURCE), row.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_is_what_the_option_would_read(name: str) -> None:
+    row = setting(name)
+    if row.default not in (None, ""):
+        text = "off" if row.default is False else str(row.default)
+        assert row.parse(text, "here") == row.default
+
+
+def test_there_is_no_row_for_an_unknown_name() -> None:
+    with pytest.raises(KeyError):
+        setting("colour")
+
+
+# --- values
+
+@pytest.mark.parametrize("text, value", [
+    ("1", True), ("on", True), ("Yes", True), (" TRUE ", True),
+    ("0", False), ("off", False), ("no", False), ("False", False), ("", False),
+])
+def test_flags_are_on_or_off(text: str, value: bool) -> None:
+    assert setting("private").parse(text, "here") is value
+
+
+@pytest.mark.parametrize("name, text", [
+    ("private", "maybe"), ("port", "http"), ("port", "-1"), ("port", "65536"), ("port", ""),
+    ("port", "²"), ("discovery-port", "1.5"), ("cores", "0"), ("cores", "-2"), ("cores", "many"),
+    ("cores", "³"), ("max-workers", "0"), ("retries", "0"), ("priority", "high"),
+    ("priority", "1.5"), ("lease-time", "soon"), ("lease-time", "0"), ("cache-size", "much"),
+    ("nice", "20"), ("nice", "-1"),
+])
+def test_a_bad_value_is_refused_with_the_place_where_it_stands(name: str, text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        setting(name).parse(text, "the place")
+    assert "the place" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("port", "0", 0), ("port", "65535", 65535), ("nice", "0", 0), ("nice", "19", 19),
+    ("priority", "-3", -3), ("cores", "1", 1), ("name", "studio 2", "studio 2"),
+])
+def test_values_at_the_edge_are_taken(name: str, text: str, value: Any) -> None:
+    assert setting(name).parse(text, "here") == value
+
+
+def test_a_path_may_start_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert setting("data").parse("~/farm", "here") == tmp_path / "farm"
+
+
+# --- where they come from
+
+def test_without_anything_the_defaults_count(tmp_path: Path) -> None:
+    found = configured_defaults({"POVFARM_DATA": str(tmp_path)})
+    assert found == {**{row.name: row.default for row in SETTINGS}, "data": tmp_path}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "data"])
+def test_every_option_is_read_from_environment_and_file(name: str, tmp_path: Path) -> None:
+    row = setting(name)
+    assert row.variable == "POVFARM_" + name.upper().replace("-", "_")
+    environ = {"POVFARM_DATA": str(tmp_path)}
+    found = configured_defaults({**environ, row.variable: sample(row)})
+    assert found[name] == expected(row)
+    (tmp_path / "povfarm.ini").write_text(f"[povfarm]\n{name} = {sample(row)}\n", encoding="utf-8")
+    assert configured_defaults(environ)[name] == expected(row)
+
+
+def test_the_environment_goes_before_the_file(tmp_path: Path) -> None:
+    (tmp_path / "povfarm.ini").write_text("[povfarm]\nport = 1\nname = file\nopen = on\n",
+                                          encoding="utf-8")
+    found = configured_defaults({"POVFARM_DATA": str(tmp_path), "POVFARM_PORT": "2",
+                                 "POVFARM_OPEN": "off", "POVFARM_NAME": ""})
+    assert (found["port"], found["name"], found["open"]) == (2, "file", False)
+
+
+def test_a_percent_sign_in_the_file_means_itself(tmp_path: Path) -> None:
+    (tmp_path / "povfarm.ini").write_text("[povfarm]\nname = 50%(x)s\n", encoding="utf-8")
+    assert configured_defaults({"POVFARM_DATA": str(tmp_path)})["name"] == "50%(x)s"
+
+
+def test_a_file_saved_by_notepad_is_read(tmp_path: Path) -> None:
+    (tmp_path / "povfarm.ini").write_text("\ufeff[povfarm]\nport = 7\n", encoding="utf-8")
+    assert configured_defaults({"POVFARM_DATA": str(tmp_path)})["port"] == 7
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"[povfarm]\ncolour = red\n", "colour"),
+    (b"[povfarm]\nport = red\n", "port"),
+    (b"[povfarm]\nopen = perhaps\n", "open"),
+    (b"port = 5\n", "povfarm.ini"),
+    (b"[povfarm]\nport = 1\nport = 2\n", "port"),
+    (b"[povfarm]\nname = \xff\xfe\n", "povfarm.ini"),
+])
+def test_a_bad_file_is_named_in_one_line(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "povfarm.ini").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        configured_defaults({"POVFARM_DATA": str(tmp_path)})
+    text = str(caught.value)
+    assert str(tmp_path / "povfarm.ini") in text and says in text and "\n" not in text
+
+
+def test_a_bad_variable_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="POVFARM_PORT"):
+        configured_defaults({"POVFARM_DATA": str(tmp_path), "POVFARM_PORT": "red"})
+
+
+def test_a_file_that_is_a_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "povfarm.ini").mkdir()
+    with pytest.raises(UserError, match=r"povfarm\.ini"):
+        configured_defaults({"POVFARM_DATA": str(tmp_path)})

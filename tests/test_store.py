@@ -1,0 +1,458 @@
+"""The database and the blobs: all or nothing, one writer, all SQL in one place."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gc
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, Type
+
+import pytest
+from farm_in_a_box import (  # noqa: F401 - the fixture
+    Farm,
+    farm_fixture,
+    manifest,
+    png,
+    pov_job,
+    sha256,
+)
+
+import povfarm
+from povfarm import (
+    AttemptState,
+    Coordinator,
+    Cost,
+    JobOptions,
+    JobState,
+    ProtocolError,
+    Store,
+    StoreError,
+    TaskState,
+    Tx,
+    UserError,
+    WorkerInfo,
+    WorkerState,
+)
+
+INFO = WorkerInfo("anna", 2, 1 << 30, "Linux", {"povray": "3.7"}, ("fast",))
+HELLO = sha256(b"hello")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    one = Store(tmp_path / "data", durable=False)
+    yield one
+    one.close()
+
+
+def add_job(tx: Tx, frames: int = 2) -> int:
+    project = manifest({"scene.pov": b"hello"})
+    tx.add_manifest(project)
+    job = tx.add_job("ball", "me", pov_job(frames), project.key, JobOptions(), 1.0)
+    tx.add_tasks(job, [(frame, f"out{frame}.png") for frame in range(1, frames + 1)])
+    return job
+
+
+def files_in(root: Path) -> Set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+# --- transactions
+
+@pytest.mark.parametrize("error", [
+    ValueError, UserError, sqlite3.IntegrityError, KeyboardInterrupt, GeneratorExit, SystemExit,
+])
+def test_a_transaction_rolls_back_on_any_exception(
+        error: Type[BaseException], store: Store) -> None:
+    with pytest.raises(error), store.tx() as tx:
+        tx.set_meta("a", "1")
+        raise error("in the middle")
+    with store.tx() as tx:
+        assert tx.meta("a") == ""
+        tx.set_meta("b", "2")
+    with store.read() as tx:
+        assert (tx.meta("a"), tx.meta("b")) == ("", "2")
+
+
+def test_a_transaction_rolls_back_when_its_commit_fails(store: Store) -> None:
+    with pytest.raises(sqlite3.IntegrityError), store.tx() as tx:
+        # With this, a broken foreign key is found only by the commit.
+        tx._db.execute("PRAGMA defer_foreign_keys = ON")
+        tx.set_meta("a", "1")
+        tx.add_lease("L", worker=77, job=88, tasks=[], now=1.0)
+    with store.tx() as tx:
+        assert tx.meta("a") == "" and tx.lease("L") is None
+
+
+def test_a_row_without_its_parent_is_refused(store: Store) -> None:
+    with pytest.raises(sqlite3.IntegrityError), store.tx() as tx:
+        tx.add_lease("L", worker=77, job=88, tasks=[], now=1.0)
+
+
+def test_there_is_one_writer_at_a_time(store: Store) -> None:
+    def add_one_by_one() -> None:
+        for _ in range(50):
+            with store.tx() as tx:
+                tx.set_meta("n", str(int(tx.meta("n") or 0) + 1))
+
+    threads = [threading.Thread(target=add_one_by_one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with store.read() as tx:
+        assert tx.meta("n") == "200"
+
+
+def test_a_reader_sees_one_moment(store: Store) -> None:
+    with store.tx() as tx:
+        tx.set_meta("a", "before")
+    with store.read() as reader:
+        assert reader.meta("a") == "before"
+        with store.tx() as tx:
+            tx.set_meta("a", "after")
+        assert reader.meta("a") == "before"
+    with store.read() as reader:
+        assert reader.meta("a") == "after"
+
+
+def test_a_reader_that_fails_leaves_a_reader_that_works(store: Store) -> None:
+    for _ in range(3):
+        with pytest.raises(ValueError), store.read():
+            raise ValueError
+    with store.read() as tx:
+        assert tx.meta("a") == ""
+
+
+WRITES: Dict[str, Callable[[Tx], Any]] = {
+    "set_meta": lambda tx: tx.set_meta("a", "b"),
+    "add_event": lambda tx: tx.add_event(1.0, "x", "y"),
+    "drop_events": lambda tx: tx.drop_events(1),
+    "add_worker": lambda tx: tx.add_worker(INFO, "t", WorkerState.PENDING, "c", "a", 1.0),
+    "set_worker_info": lambda tx: tx.set_worker_info(1, INFO, "a"),
+    "set_worker_state": lambda tx: tx.set_worker_state(1, WorkerState.REMOVED),
+    "add_blob": lambda tx: tx.add_blob(HELLO, 5, 1.0),
+    "add_manifest": lambda tx: tx.add_manifest(manifest({"a": b"b"})),
+    "drop_manifests": lambda tx: tx.drop_manifests(),
+    "drop_blob": lambda tx: tx.drop_blob(HELLO),
+    "add_job": lambda tx: tx.add_job("n", "o", pov_job(), "k", JobOptions(), 1.0),
+    "add_tasks": lambda tx: tx.add_tasks(1, [(1, "a.png")]),
+    "set_job_state": lambda tx: tx.set_job_state(1, JobState.ACTIVE, JobState.DONE, "", None),
+    "set_job_started": lambda tx: tx.set_job_started(1, 1.0),
+    "set_job_options": lambda tx: tx.set_job_options(1, JobOptions()),
+    "add_job_cost": lambda tx: tx.add_job_cost(1, Cost(1, 1, 1)),
+    "drop_job": lambda tx: tx.drop_job(1),
+    "count_task": lambda tx: tx.count_task(1, TaskState.QUEUED, TaskState.LEASED),
+    "set_task_state": lambda tx: tx.set_task_state(1, TaskState.QUEUED, TaskState.LEASED),
+    "set_task_result": lambda tx: tx.set_task_result(1, 1, HELLO, 5, Cost(), 1.0),
+    "set_tries": lambda tx: tx.set_tries(1, 1),
+    "add_lease": lambda tx: tx.add_lease("L", 1, 1, [1], 1.0),
+    "end_lease": lambda tx: tx.end_lease("L", "why", 1.0),
+    "end_attempt": lambda tx: tx.end_attempt(1, AttemptState.DONE, 1.0),
+    "forget_failures": lambda tx: tx.forget_failures(1),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_readers_cannot_write(name: str, store: Store) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="readonly"), store.read() as tx:
+        WRITES[name](tx)
+
+
+def test_the_list_of_writes_is_whole() -> None:
+    """Everything else that a transaction can do is looking."""
+    source = Path(povfarm.__file__).read_text(encoding="utf-8")
+    tx_class = next(node for node in ast.walk(ast.parse(source))
+                    if isinstance(node, ast.ClassDef) and node.name == "Tx")
+    writing = {function.name for function in tx_class.body if isinstance(function, ast.FunctionDef)
+               for text in strings_in(function)
+               if text.lstrip().startswith(("INSERT", "UPDATE", "DELETE", "REPLACE"))}
+    assert writing == set(WRITES)
+
+
+def strings_in(function: ast.FunctionDef) -> List[str]:
+    return [node.value for node in ast.walk(function)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_counters_follow_their_tasks(store: Store) -> None:
+    with store.tx() as tx:
+        job = add_job(tx)
+        task = tx.tasks(job)[0]["id"]
+        for frm, to in [("queued", "leased"), ("leased", "done")]:
+            assert tx.set_task_state(task, TaskState(frm), TaskState(to))
+            tx.count_task(job, TaskState(frm), TaskState(to))
+        row = tx.job(job)
+        assert row is not None
+        assert (row["queued"], row["leased"], row["done"]) == (1, 0, 1)
+        assert tx.wrong_counters() == []
+
+
+def test_a_state_changes_only_from_the_one_that_is_named(store: Store) -> None:
+    with store.tx() as tx:
+        job = add_job(tx)
+        task = tx.tasks(job)[0]["id"]
+        assert not tx.set_task_state(task, TaskState.LEASED, TaskState.DONE)
+        assert not tx.set_job_state(job, JobState.ACTIVE, JobState.DONE, "", None)
+        assert not tx.set_worker_state(5, WorkerState.ADMITTED)
+        assert tx.tasks(job)[0]["state"] == "queued"
+
+
+# --- blobs and images
+
+def test_a_blob_lies_under_its_hash(store: Store) -> None:
+    assert store.put_blob(HELLO, [b"he", b"", b"llo"]) == 5
+    assert store.put_blob(HELLO, [b"hello"]) == 5
+    assert files_in(store.root / "blobs") == {f"{HELLO[:2]}/{HELLO[2:]}"}
+    assert store.blob_path(HELLO).read_bytes() == b"hello"
+
+
+def test_a_blob_under_a_wrong_hash_is_refused(store: Store) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        store.put_blob(HELLO, [b"hullo"])
+    assert caught.value.status == 422
+    assert files_in(store.root / "blobs") == set()
+
+
+def test_a_blob_that_breaks_off_leaves_nothing(store: Store) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"hel"
+        raise ProtocolError(400, "the body ended early")
+
+    store.put_blob(HELLO, [b"hello"])
+    for sha in (HELLO, sha256(b"other")):
+        with pytest.raises(ProtocolError, match="ended early"):
+            store.put_blob(sha, broken())
+    assert store.blob_path(HELLO).read_bytes() == b"hello"
+    assert len(files_in(store.root / "blobs")) == 1
+
+
+@pytest.mark.parametrize("name", [
+    "camera2", "../../etc", "a/b", "..", "", "....", "Müller & Söhne", "a" * 500, "CON", "a\0b",
+    "-rf", "\n", "日本",
+])
+def test_a_job_has_a_directory_of_its_own(name: str, store: Store) -> None:
+    first, second = (store.job_directory(number, name) for number in (7, 8))
+    assert first != second
+    assert first.parent == store.root / "jobs" and first.name.startswith("7-")
+    assert first.name.isascii() and len(first.name) < 50 and "." not in first.name
+
+
+def test_the_directory_of_a_job_has_its_name(store: Store) -> None:
+    assert store.job_directory(7, "camera2") == store.root / "jobs" / "7-camera2"
+
+
+def test_an_image_is_there_whole_or_not_at_all(
+        store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = store.root / "jobs" / "1-x"
+    store.put_image(directory, "out1.png", b"old picture")
+    monkeypatch.setattr(povfarm.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28)))
+    with pytest.raises(OSError):
+        store.put_image(directory, "out1.png", b"new")
+    monkeypatch.undo()
+    assert (directory / "out1.png").read_bytes() == b"old picture"
+    assert files_in(directory) == {"out1.png"}
+
+
+@pytest.mark.parametrize("name", ["../out.png", "/out.png", "a/../../out.png", "a\\b.png", "", ".."])
+def test_images_and_logs_stay_in_their_directory(name: str, store: Store) -> None:
+    before = files_in(store.root.parent)
+    directory = store.root / "jobs" / "1-x"
+    with pytest.raises(UserError):
+        store.put_image(directory, name, b"x")
+    with pytest.raises(UserError):
+        store.put_log(directory, name, b"x")
+    assert files_in(store.root.parent) == before
+
+
+def test_a_log_is_named_below_its_job(store: Store) -> None:
+    directory = store.root / "jobs" / "1-x"
+    assert store.put_log(directory, "out1.png.5.txt", b"text") == "logs/out1.png.5.txt"
+    assert (directory / "logs" / "out1.png.5.txt").read_bytes() == b"text"
+
+
+# --- opening
+
+def schema(path: Path) -> Tuple[int, List[Any]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        rows = db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name")
+        return db.execute("PRAGMA user_version").fetchone()[0], rows.fetchall()
+
+
+def test_a_new_database_has_the_newest_version(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    version, tables = schema(tmp_path / "farm.db")
+    assert version == len(povfarm.MIGRATIONS)
+    Store(tmp_path).close()
+    assert schema(tmp_path / "farm.db") == (version, tables)
+
+
+@pytest.mark.parametrize("version", range(len(povfarm.MIGRATIONS)))
+def test_every_older_database_becomes_as_a_new_one(version: int, tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    with contextlib.closing(sqlite3.connect(tmp_path / "old" / "farm.db")) as db:
+        for script in povfarm.MIGRATIONS[:version]:
+            db.executescript(script)
+        db.execute(f"PRAGMA user_version = {version}")
+    for name in ("old", "new"):
+        Store(tmp_path / name).close()
+    assert schema(tmp_path / "old" / "farm.db") == schema(tmp_path / "new" / "farm.db")
+
+
+def test_a_migration_that_fails_changes_nothing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store(tmp_path).close()
+    before = schema(tmp_path / "farm.db")
+    bad = (*povfarm.MIGRATIONS, "CREATE TABLE extra (x); INSERT INTO nowhere VALUES (1)")
+    monkeypatch.setattr(povfarm, "MIGRATIONS", bad)
+    with pytest.raises(StoreError):
+        Store(tmp_path)
+    monkeypatch.undo()
+    gc.collect()
+    assert schema(tmp_path / "farm.db") == before
+    Store(tmp_path).close()
+
+
+@pytest.mark.parametrize("journal", ["WAL", "DELETE"])
+def test_a_newer_database_is_refused_untouched(journal: str, tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "farm.db")) as db:
+        db.execute(f"PRAGMA journal_mode = {journal}")
+        db.execute("CREATE TABLE future (x)")
+        db.execute(f"PRAGMA user_version = {len(povfarm.MIGRATIONS) + 1}")
+    before = (tmp_path / "farm.db").read_bytes()
+    with pytest.raises(StoreError, match="newer povfarm"):
+        Store(tmp_path)
+    gc.collect()
+    assert (tmp_path / "farm.db").read_bytes() == before
+    assert files_in(tmp_path) == {"farm.db"}
+
+
+def a_file(path: Path) -> None:
+    path.write_text("I was here first")
+
+
+def a_broken_database(path: Path) -> None:
+    path.mkdir()
+    (path / "farm.db").write_bytes(b"this is no database " * 500)
+
+
+def a_file_for_blobs(path: Path) -> None:
+    path.mkdir()
+    (path / "blobs").write_text("I was here first")
+
+
+@pytest.mark.parametrize("make", [a_file, a_broken_database, a_file_for_blobs])
+def test_a_directory_that_cannot_be_used_is_named(
+        make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "data")
+    with pytest.raises(StoreError) as caught:
+        Store(tmp_path / "data")
+    assert str(tmp_path / "data") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_second_coordinator_on_the_same_data_is_refused(tmp_path: Path) -> None:
+    first = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False)
+    first.start()
+    try:
+        with pytest.raises(StoreError, match="another povfarm"):
+            Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False)
+        here = "\n".join([
+            "import sys, pathlib, povfarm",
+            "try: povfarm.Coordinator(pathlib.Path(sys.argv[1]), bind='127.0.0.1')",
+            "except povfarm.StoreError as error: print(error)"])
+        other = subprocess.run(
+            [sys.executable, "-c", here, str(tmp_path / "data")], capture_output=True, text=True,
+            check=True, env={**os.environ, "PYTHONPATH": str(Path(povfarm.__file__).parent)})
+        assert "another povfarm" in other.stdout
+        elsewhere = Coordinator(tmp_path / "more", bind="127.0.0.1", durable=False)
+        elsewhere.start()
+        elsewhere.stop()
+    finally:
+        first.stop()
+    again = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False)
+    again.start()
+    again.stop()
+
+
+def test_a_coordinator_that_never_started_can_be_stopped(tmp_path: Path) -> None:
+    Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False).stop()
+
+
+def test_the_farm_key_is_made_once_and_for_its_owner_only(tmp_path: Path) -> None:
+    key = povfarm.farm_key(tmp_path / "data")
+    assert len(key) == 64
+    assert povfarm.farm_key(tmp_path / "data") == key
+    assert povfarm.farm_key(tmp_path / "other") != key
+    if os.name != "nt":
+        assert (tmp_path / "data" / "farm.key").stat().st_mode & 0o777 == 0o600
+
+
+# --- what only a whole farm shows
+
+def test_a_deleted_job_leaves_no_rows(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(frames=2)
+    farm.finish(worker, farm.lease(worker))
+    farm.lease(worker)
+    farm.scheduler.delete(job)
+    with contextlib.closing(sqlite3.connect(farm.root / "farm.db")) as db:
+        for table in ("job", "task", "lease", "attempt", "manifest", "manifest_blob"):
+            assert db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] == 0, table
+
+
+def test_the_picture_is_on_disk_before_its_row(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash between the two may leave a file too many, never a row too many."""
+    worker, job = farm.worker(), farm.submit(frames=1)
+    lease = farm.lease(worker)
+    monkeypatch.setattr(farm.store, "put_image", lambda *_: (_ for _ in ()).throw(OSError(28)))
+    with pytest.raises(OSError):
+        farm.finish(worker, lease)
+    monkeypatch.undo()
+    assert farm.states(job) == ["leased"] and farm.problems() == []
+    monkeypatch.setattr(farm.store, "tx", lambda: (_ for _ in ()).throw(sqlite3.OperationalError()))
+    with pytest.raises(sqlite3.OperationalError):
+        farm.finish(worker, lease)
+    monkeypatch.undo()
+    assert farm.states(job) == ["leased"]
+    assert (farm.root / "jobs" / f"{job}-ball" / "out.png").read_bytes() == png(1)
+    assert farm.finish(worker, lease)
+
+
+# --- the SQL itself
+
+def calls_of_sql() -> List[Tuple[str, str, ast.expr]]:
+    """Where SQL is run: class and function, and the first argument."""
+    found = []
+    tree = ast.parse(Path(povfarm.__file__).read_text(encoding="utf-8"))
+    for owner in ast.walk(tree):
+        if isinstance(owner, ast.ClassDef):
+            for function in owner.body:
+                found += [(owner.name, function.name, node.args[0]) for node in ast.walk(function)
+                          if isinstance(function, ast.FunctionDef) and isinstance(node, ast.Call)
+                          and isinstance(node.func, ast.Attribute)
+                          and node.func.attr in ("execute", "executemany", "executescript")]
+    return found
+
+
+def test_sql_is_literal_and_only_in_the_store() -> None:
+    calls = calls_of_sql()
+    odd = {(owner, function) for owner, function, sql in calls
+           if not (isinstance(sql, ast.Constant) and isinstance(sql.value, str))}
+    # The pragma that says how durable, and the migrations, which are constants.
+    assert odd == {("Store", "_connect"), ("Store", "_migrate")}
+    assert {owner for owner, _, _ in calls} == {"Store", "Tx"}
+    assert len(calls) > 60
+
+
+def test_no_query_is_unused() -> None:
+    source = Path(povfarm.__file__).read_text(encoding="utf-8")
+    for name in vars(Tx):
+        if not name.startswith("_"):
+            assert f"tx.{name}(" in source, f"Tx.{name} is never called"
