@@ -6711,9 +6711,9 @@ class WindowsEngine(Engine):
 
     def command(self, run: Run) -> Command:
         """Return how to render a run with pvengine.exe."""
-        values = {**self.values(run), "All_File": "povray.txt"}
         library = [str(path) for path in self.library_of(run)]
-        text = to_ini(values, run.lease.pov.declares, library)
+        text = to_ini(self.values(run), run.lease.pov.declares, library)
+        text += "All_File=povray.txt\n"
         argv = (self.program, "/NR", "/RENDER", str(run.place / _INI), "/EXIT")
         return Command(argv, dict(os.environ), {run.place / _INI: text}, {})
 
@@ -6787,7 +6787,8 @@ def _windows_library(program: Path) -> tuple[str, ...]:
 
 _FRAME = re.compile(r"Rendering frame (\d+) of \d+")
 _PERCENT = re.compile(r"(?:Rendered|pretrace:) .*\((\d+)%\)")
-_SCENE_ERROR = re.compile(r"(?:Possible )?Parse Error|Cannot parse input|Fatal error in parser")
+_SCENE_ERROR = re.compile(r"(?<!Possible )Parse Error|Cannot parse input|Fatal error in parser")
+_HARMLESS = re.compile(r"Possible Parse Error|configuration file")
 _ERROR = re.compile(r"(?<!Possible )(?:Parse Error|Fatal error|Cannot|rror:|failed)")
 
 
@@ -6845,7 +6846,7 @@ class PovText:
                 whole[-1] += " " + line.strip()
             else:
                 whole.append(line.strip())
-        errors = [line for line in whole if _ERROR.search(line) and "configuration" not in line]
+        errors = [line for line in whole if _ERROR.search(line) and not _HARMLESS.search(line)]
         best = [line for line in errors if line.startswith("File ")] or errors
         return best[0] if best else ""
 
@@ -7940,7 +7941,10 @@ class Worker:
         run.code = ended.code
         self._pace.measured_memory(run.job, ended.memory)
         if run.open and ended.code == 0:
-            self._finish(run, plan, run.text.index, run.text.text, measure.frame(ended))
+            cost = measure.frame(ended)
+            # More than the last only where the renderer does not tell of its frames.
+            for index in range(run.text.index, len(plan.frames)):
+                self._finish(run, plan, index, run.text.text, cost)
         self._measured(run, measure, len(plan.frames))
 
     def _finish_early(self, run: RunState, plan: Run, measure: _Measure) -> None:
@@ -8209,8 +8213,8 @@ def submit(options: Options) -> int:
 @command("status", "[JOB]", "show the jobs, or one job", count=(0, 1), groups=("talk",))
 def status(options: Options) -> int:
     """Print jobs; with --watch again after every change."""
-    client = _coordinator(options)
     path = f"/api/v1/jobs/{_job_number(options.rest[0])}" if options.rest else "/api/v1/jobs"
+    client = _coordinator(options)
     while True:
         after = client.request("GET", "/api/v1/farm").json()["event"]
         reply = client.request("GET", path).json()
@@ -8254,8 +8258,8 @@ def logs(options: Options) -> int:
 @command("fetch", "JOB", "get the finished images of a job", count=(1, 1), groups=("talk",))
 def fetch(options: Options) -> int:
     """Copy finished images that are not here yet into --output or NAME-frames."""
-    client = _coordinator(options)
     job = _job_number(options.rest[0])
+    client = _coordinator(options)
     view = client.request("GET", f"/api/v1/jobs/{job}").json()
     directory = options.output or Path(f"{_file_name(view['name'])}-frames")
     directory.mkdir(parents=True, exist_ok=True)
@@ -8318,6 +8322,7 @@ def delete(options: Options) -> int:
          groups=("talk",))
 def set_option(options: Options) -> int:
     """Change how a job is treated."""
+    job = _job_number(options.rest[0])
     changes: dict[str, Any] = {}
     for item in options.rest[1:]:
         name, equals, text = item.partition("=")
@@ -8326,7 +8331,6 @@ def set_option(options: Options) -> int:
         known = {"true": True, "on": True, "false": False, "off": False}
         whole = re.fullmatch(r"-?\d+", text)
         changes[name.replace("-", "_")] = int(text) if whole else known.get(text.lower(), text)
-    job = _job_number(options.rest[0])
     _coordinator(options).request("PATCH", f"/api/v1/jobs/{job}", json=changes)
     _say(f"job {job}: {', '.join(options.rest[1:])}")
     return 0

@@ -16,9 +16,10 @@ import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
-import povfarm
 import pytest
 from conftest import need
+
+import povfarm
 from povfarm import (
     Answer,
     Call,

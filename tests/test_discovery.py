@@ -15,9 +15,10 @@ import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-import povfarm
 import pytest
 from conftest import need
+
+import povfarm
 from povfarm import Beacon, Found, discover, wait_for_coordinator
 
 KEY = b"the farm key"

@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
-import povfarm
 import pytest
 from conftest import need
+
+import povfarm
 from povfarm import BodyReader, Identity, Limits, Request, Response, Router, Server, route
 
 ROLES = ("reader", "user", "pending", "worker", "admin")

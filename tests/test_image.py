@@ -135,6 +135,11 @@ def test_exr_pixels_with_a_flipped_bit_are_refused(pictures: Dict[str, bytes]) -
     assert taken < 20  # some bits of the packed form mean nothing, and Adler-32 is weak
 
 
+def test_a_bmp_whose_header_has_another_length_is_refused(pictures: Dict[str, bytes]) -> None:
+    data = pictures["+FB +W37 +H29"]
+    assert "another length" in refused(data[:2] + b"\7" + data[3:], ".bmp", 37, 29)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_never_ends_in_another_error(pictures: Dict[str, bytes], kind: str) -> None:
     data, extension, size = pictures[kind], WRITTEN[kind][0], size_of(kind)

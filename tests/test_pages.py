@@ -19,8 +19,26 @@ from conftest import need, run_povray
 
 import povfarm
 from povfarm import (
-    Access, Api, BodyReader, Clock, Coordinator, Cost, Html, JobOptions, LeaseSpec, Manifest, Offer,
-    Pages, PovJob, Request, Response, Router, Scheduler, Store, WorkerInfo, element,
+    Access,
+    Api,
+    BodyReader,
+    Clock,
+    Coordinator,
+    Cost,
+    Html,
+    JobOptions,
+    LeaseSpec,
+    Manifest,
+    Offer,
+    Pages,
+    PovJob,
+    Request,
+    Response,
+    Router,
+    Scheduler,
+    Store,
+    WorkerInfo,
+    element,
 )
 
 HOSTILE = "<script>alert('1')</script>\"><b onclick=x>&amp;"

@@ -322,18 +322,19 @@ USES = {
     "sphere { 0, 1 photons { target } }": set(),
     "// radiosity { } photons { }": set(),
     "#declare radiosity_on = 1;": set(),
-    'png "old/s03.png"': {"own-output"},
-    '#declare Name = "s03.png";': {"own-output"},
-    'png concat("s", str(frame_number - 1, -2, 0), ".png")': {"own-output"},
-    '#debug concat("so", "x")': set(),
-    '#if (0) png "s04.png" #end': set(),
+    'png "old/so03.png"': {"own-output"},
+    '#declare Name = "so03.png";': {"own-output"},
+    'png concat("so", str(frame_number - 1, -2, 0), ".png")': {"own-output"},
+    '#debug concat("sox", "x")': set(),
+    '#debug concat("s", "x")': set(),
+    '#if (0) png "so04.png" #end': set(),
 }
 
 
 @pytest.mark.parametrize("text", USES)
 def test_uses_are_seen(tmp_path: Path, text: str) -> None:
     make(tmp_path, {"s.pov": '#include "a.inc"', "a.inc": text})
-    outputs = [f"s{frame:02}.png" for frame in range(1, 4)]
+    outputs = [f"so{frame:02}.png" for frame in range(1, 4)]
     assert collect(tmp_path, outputs=outputs, frames=range(1, 4)).uses == USES[text]
 
 
@@ -560,7 +561,7 @@ def test_old_renders_have_other_numbers(
     tmp_path: Path, scene: str, outputs: List[str], old: str
 ) -> None:
     numbers = range(1, 31) if len(outputs) > 1 else range(1)
-    kept = ["camera.png", "camerax.png", "x/b.tga", "b1.tga", "bb1.png", "a.png7", scene]
+    kept = ["camera.png", "camera1.png", "camerax.png", "x/b.tga", "b1.tga", "bb1.png", "a.png7", scene]
     make(tmp_path, dict.fromkeys([*old.split(), *outputs, *kept], ""))
     assert paths(collect(tmp_path, scene, outputs=outputs, frames=numbers)) == sorted(kept)
 
@@ -601,6 +602,19 @@ def test_a_root_that_is_too_large_sends_only_what_the_scene_names(
     monkeypatch.setattr(povfarm, "MAX_FILES", 2)
     with pytest.raises(povfarm.UserError, match="more than 2 files"):
         collect(tmp_path, root=tmp_path)
+
+
+def test_of_two_names_povrays_first_is_taken(
+    povray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extension that is not the kind's own is only part of the name."""
+    wrong = '#error "the wrong one"'
+    make(tmp_path, {"s.pov": scene("a.txt", "b.inc"), "a.txt": wrong, "a.txt.inc": INC,
+                    "b.inc": INC, "b.inc.inc": wrong})
+    only_scanned(monkeypatch)
+    project = collect(tmp_path)
+    assert paths(project) == ["a.txt.inc", "b.inc", "s.pov"]
+    assert run_povray(["+Is.pov", "+W16", "+H12"], tmp_path).returncode == 0
 
 
 def test_a_string_that_names_a_file_takes_it_along(

@@ -1,0 +1,145 @@
+"""CLI: options, help, tables, the progress bar; commands themselves are in test_farm.py."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+from conftest import ROOT
+
+import povfarm
+from povfarm import SETTINGS, ProgressBar, main
+
+COMMANDS = ["render", "serve", "work", "submit", "status", "workers", "logs", "fetch", "pause",
+            "resume", "cancel", "retry", "delete", "set", "discover", "doctor", "admit", "login"]
+
+
+@pytest.fixture(autouse=True)
+def _own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may see the data of whoever runs it."""
+    monkeypatch.setenv("POVFARM_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    text = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"  {name} " in text
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_commands_help_shows_its_options(
+        name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    first = capsys.readouterr().out
+    assert main(["help", name]) == 0
+    assert capsys.readouterr().out == first
+    assert first.startswith(f"usage: povfarm.py {name}")
+
+
+def test_every_setting_is_an_option_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ""
+    for name in COMMANDS:
+        main([name, "--help"])
+        shown += capsys.readouterr().out
+    for row in SETTINGS:
+        assert f"--{row.name}" in shown
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["nonsense"], "no command 'nonsense'"),
+    (["status", "--nonsense"], "--nonsense"),
+    (["status", "one"], "'one' is not a number"),
+    (["status", "1", "2"], "usage: povfarm.py status"),
+    (["logs", "1"], "usage: povfarm.py logs JOB FRAME"),
+    (["work", "--cores", "none"], "--cores"),
+    (["work", "--cores"], "needs a value"),
+    (["serve", "--port", "70000"], "70000"),
+    (["set", "1", "priority"], "KEY=VALUE"),
+    (["render", "--in-order=perhaps", "x.pov"], "perhaps"),
+    (["help", "nonsense"], "nonsense"),
+])
+def test_wrong_usage_is_one_line_and_exit_code_2(
+        arguments: List[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_an_environment_variable_that_is_wrong_is_named(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("POVFARM_CORES", "many")
+    assert main(["doctor"]) == 2
+    assert "POVFARM_CORES" in capsys.readouterr().err
+
+
+def test_what_starts_with_two_dashes_is_ours_and_the_rest_povrays() -> None:
+    tag = vars(povfarm.submit)["command"]
+    options = povfarm._parse(tag, [
+        "scene.pov", "--priority", "5", "+W320", "-D", "--name=my job", "+Oout/", "--wait",
+        "--", "--odd"])
+    assert options.rest == ["scene.pov", "+W320", "-D", "+Oout/", "--odd"]
+    assert (options.priority, options.name, options.wait) == (5, "my job", True)
+
+
+def test_no_coordinator_is_told_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--discovery-port", "59999"]) == 1
+    assert "povfarm.py serve" in capsys.readouterr().err
+
+
+def test_doctor_finds_this_machine_fit(povray: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)
+    assert all(check["good"] for check in checks)
+    assert povray in json.dumps(checks)
+    assert main(["doctor", "--povray", "/nowhere/povray"]) == 1
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        """It is one."""
+        return True
+
+
+def view(**changes: Any) -> Dict[str, Any]:
+    """Return a job as the API shows it."""
+    frames = {"total": 30, "queued": 10, "leased": 8, "done": 12, "failed": 0, "cancelled": 0}
+    return {"frames": frames, "progress": 0.4, "rate": 3.2, "eta": 65.0, **changes}
+
+
+def test_the_progress_bar_is_redrawn_on_a_terminal() -> None:
+    file = Terminal()
+    bar = ProgressBar("camera2", file)
+    bar.show(view())
+    assert "\r" in file.getvalue() and "\n" not in file.getvalue()
+    for part in ("camera2", "12/30 frames", "40 %", "3.20/s", "1:05 left"):
+        assert part in file.getvalue()
+    bar.close()
+    assert file.getvalue().endswith("\r")
+
+
+def test_a_pipe_gets_plain_lines() -> None:
+    file = io.StringIO()
+    bar = ProgressBar("camera2", file)
+    assert bar.due()
+    bar.show(view())
+    assert not bar.due()
+    assert file.getvalue().count("\n") == 1 and "\r" not in file.getvalue()
+
+
+def test_it_starts_in_a_blink() -> None:
+    """What is loaded at the start is bounded by what it is, not by this machine's speed."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import povfarm; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True,
+                           text=True, check=True).stdout.split()
+    assert not {"asyncio", "unittest", "multiprocessing", "tkinter", "xml.dom"} & set(shown)

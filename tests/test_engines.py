@@ -1,0 +1,174 @@
+"""ENGINES: command lines for POV-Ray on every system, and what its text means."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+from pathlib import Path
+from typing import Any, Dict, Tuple
+
+import pytest
+from conftest import run_povray
+
+from povfarm import (
+    STANDARD,
+    Clock,
+    Engine,
+    LeaseSpec,
+    PovJob,
+    PovText,
+    Run,
+    TaskSpec,
+    UserError,
+    WindowsEngine,
+    find_engine,
+    plan_frames,
+    standard_library,
+)
+
+LIBRARY = ("/usr/share/povray-3.7/include",)
+
+
+def make_run(place: Path, frames: Tuple[int, ...] = (3, 4), threads: int = 1,
+             run_dir: str = ".", **values: str) -> Run:
+    """Return a run of a small animation."""
+    wanted: Dict[str, str] = {
+        "Input_File_Name": "scene.pov", "Width": "32", "Height": "24", "Output_File_Type": "N",
+        "Initial_Frame": "1", "Final_Frame": "9", **values}
+    pov = PovJob(wanted, ("x=1",), (STANDARD, "_lib1"), run_dir)
+    plan = plan_frames(pov.options)
+    tasks = tuple(TaskSpec(n, n, Path(plan.output_name(n)).name) for n in frames)
+    lease = LeaseSpec("ab", 1, "job", threads, tasks, "0" * 64, pov, False)
+    return Run(lease, place / "tree", place / "run", frames)
+
+
+def ini(command: Any) -> Dict[str, str]:
+    """Return the last value of each key of the one INI file of a command."""
+    (text,) = command.files.values()
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def test_a_run_is_one_ini_file_with_relative_names(tmp_path: Path) -> None:
+    command = Engine("/usr/bin/povray", "3.7", LIBRARY).command(make_run(tmp_path))
+    values = ini(command)
+    assert command.argv == ("/usr/bin/povray",)
+    assert command.environment["POVINI"] == "povfarm.ini"
+    assert command.environment["HOME"] == str(tmp_path / "run")
+    assert set(command.environment) == {"POVINI", "HOME", "PATH", "LANG"}
+    assert (values["Subset_Start_Frame"], values["Subset_End_Frame"]) == ("3", "4")
+    assert values["Work_Threads"] == "1" and values["Display"].lower() == "off"
+    (text,) = command.files.values()
+    libraries = [line.split("=")[1].strip('"') for line in text.splitlines()
+                 if line.startswith("Library_Path")]
+    assert libraries == ["../tree", LIBRARY[0], "../tree/_lib1"]
+
+
+def test_a_still_has_no_subset_and_all_threads(tmp_path: Path) -> None:
+    run = make_run(tmp_path, (0,), 8, Initial_Frame="0", Final_Frame="0")
+    values = ini(Engine("povray", "3.7", LIBRARY).command(run))
+    assert "Subset_Start_Frame" not in values and values["Work_Threads"] == "8"
+
+
+@pytest.mark.parametrize(("output", "made"), [
+    ("", "scene3.png"), ("film", "film3.png"), ("out/film", "out/film3.png"),
+    ("/elsewhere/film", "film3.png"), ("../film", "film3.png"), ("a.b.png", "a.b3.png"),
+    ("a.png.png", "a.png3.png"), ("füm", "image3.png"), ("ö/film", "film3.png"),
+])
+def test_images_are_made_where_the_scene_expects_them(
+        tmp_path: Path, output: str, made: str, povray: str) -> None:
+    """And the real POV-Ray makes them there."""
+    values = {"Output_File_Name": output} if output else {}
+    run = make_run(tmp_path, (3,), **values)
+    assert run.made(3) == run.place / made
+    for path in (run.tree, run.place, run.made(3).parent):
+        path.mkdir(parents=True, exist_ok=True)
+    (run.tree / "scene.pov").write_text("#version 3.7; camera { location -z }")
+    command = Engine(povray, "3.7", standard_library()).command(run)
+    for path, text in command.files.items():
+        path.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POVINI", command.environment["POVINI"])
+        assert run_povray([], run.place).returncode == 0
+    assert run.made(3).is_file()
+
+
+def test_names_that_povray_cannot_read_are_linked(tmp_path: Path) -> None:
+    run = make_run(tmp_path, (3,), run_dir="ünder", Input_File_Name="süß.pov")
+    (run.tree / "ünder").mkdir(parents=True)
+    (run.tree / "ünder" / "süß.pov").write_text("")
+    command = Engine("povray", "3.7", LIBRARY).command(run)
+    (text,) = command.files.values()
+    assert text.isascii() and 'Input_File_Name="scene.pov"' in text
+    assert command.links == {
+        run.place / "scene.pov": run.tree / "ünder" / "süß.pov",
+        run.place / "_library0": run.tree / "ünder"}
+
+
+def test_windows_gets_pvengines_switches_and_paths(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    engine = WindowsEngine("C:/POV-Ray/bin/pvengine64.exe", "3.7", ("C:/POV-Ray/include",))
+    command = engine.command(run)
+    assert command.argv == ("C:/POV-Ray/bin/pvengine64.exe", "/NR", "/RENDER",
+                            str(run.place / "povfarm.ini"), "/EXIT")
+    values = ini(command)
+    assert values["All_File"] == '"povray.txt"' or values["All_File"] == "povray.txt"
+    assert "C:/POV-Ray/include" in "".join(command.files.values())
+    assert not command.links
+
+
+def test_the_povray_of_this_machine_is_found(povray: str) -> None:
+    engine = find_engine("", Clock())
+    assert engine.program == povray and engine.version.startswith("3.")
+    assert any((Path(path) / "colors.inc").is_file() for path in engine.library)
+
+
+def test_a_program_that_is_not_povray_is_refused(tmp_path: Path) -> None:
+    fake = tmp_path / "povray"
+    fake.write_text("#!/bin/sh\necho hello\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    with pytest.raises(UserError, match="is not POV-Ray"):
+        find_engine(str(fake), Clock())
+    with pytest.raises(UserError, match="no program"):
+        find_engine(str(tmp_path / "gone"), Clock())
+
+
+def test_pvengine_is_recognised_by_its_name(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "pvengine64.exe"
+    program.parent.mkdir()
+    shutil.copy("/bin/true", program)
+    engine = find_engine(str(program), Clock())
+    assert isinstance(engine, WindowsEngine)
+    assert engine.library == (str(tmp_path / "include"),)
+
+
+def test_the_text_of_a_real_animation_is_followed(tmp_path: Path, povray: str) -> None:
+    (tmp_path / "s.pov").write_text("#version 3.7; camera { location -z } #debug \"hello\\n\"")
+    shown = run_povray(["s.pov", "+KFF3", "+SF2", "+W64", "+H48", "+V"], tmp_path).stderr
+    text, begun, percents = PovText(()), [], []
+    for line in shown.replace("\r", "\n").split("\n"):
+        if text.feed(line):
+            begun.append(text.index)
+        percents.append(text.percent)
+    assert begun == [1] and text.traced and max(percents) == 100
+    assert "hello" in text.text and not text.scene_is_wrong
+
+
+@pytest.mark.parametrize(("scene", "words"), [
+    ("sphere {", "File 's.pov' line 1: Parse Error"),
+    ('#include "gone.inc"', "Cannot open include file gone.inc"),
+    ("#version 3.7;\n#error \"my own words\"", "my own words"),
+])
+def test_the_error_is_povrays_own_line(
+        tmp_path: Path, povray: str, scene: str, words: str) -> None:
+    (tmp_path / "s.pov").write_text(scene)
+    text = PovText(())
+    for line in run_povray(["s.pov", "+W8", "+H6"], tmp_path).stderr.splitlines():
+        text.feed(line)
+    assert words in text.error() and text.scene_is_wrong
+    assert "\n" not in text.error()
+
+
+def test_prefixes_of_this_machine_are_taken_out_of_the_text() -> None:
+    text = PovText(("../cache/tree/",))
+    text.feed("File '../cache/tree/s.pov' line 3: Parse Error: no")
+    assert text.error() == "File 's.pov' line 3: Parse Error: no"

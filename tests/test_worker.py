@@ -1,0 +1,204 @@
+"""WORKER: how many runs to keep going, and the cache of projects."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+
+from povfarm import (
+    Cache,
+    Cost,
+    FarmError,
+    FileEntry,
+    Manifest,
+    Pace,
+    Reply,
+    UserError,
+    lease_size,
+)
+
+
+class FakeRun:
+    """A run whose duty so far is given."""
+
+    def __init__(self, job: int = 1, threads: int = 1, so_far: float = 0.5) -> None:
+        self.job, self.threads, self._so_far = job, threads, so_far
+
+    def duty_so_far(self) -> float:
+        """What it looks like until its job was measured."""
+        return self._so_far
+
+
+LOTS = 10**12
+
+
+def test_frames_that_only_sleep_get_many_processes() -> None:
+    pace = Pace(2)
+    pace.measured(1, 6, cpu=0.15, wall=1.9, threads=1)
+    assert pace.room([FakeRun()] * 4, LOTS) >= 12
+
+
+def test_heavy_frames_get_a_process_a_core() -> None:
+    pace = Pace(4)
+    pace.measured(1, 1, cpu=60, wall=60.5, threads=1)
+    assert pace.room([FakeRun()] * 4, LOTS) == 0
+    assert pace.room([FakeRun()] * 3, LOTS) == 1
+
+
+def test_waiting_for_a_core_is_not_taken_for_sleep() -> None:
+    """Eight runs on two cores take four times as long: that is no reason to start more."""
+    pace = Pace(2)
+    pace.measured(1, 1, cpu=10, wall=40, threads=1)
+    assert pace.room([FakeRun()] * 2, LOTS) == 0
+
+
+def test_a_still_on_every_core_leaves_no_room() -> None:
+    pace = Pace(8)
+    assert pace.room([FakeRun(threads=8, so_far=1.0)], LOTS) == 0
+
+
+def test_memory_holds_the_runs_down() -> None:
+    pace = Pace(4)
+    pace.measured(1, 6, cpu=0.15, wall=1.9, threads=1)
+    pace.measured_memory(1, 1000)
+    assert pace.room([FakeRun()] * 2, free_memory=2600) == 2
+    assert pace.room([FakeRun()] * 2, free_memory=100) == 0
+
+
+def test_the_number_of_runs_is_bounded() -> None:
+    pace = Pace(2)
+    pace.measured(1, 1, cpu=0.0, wall=1.0, threads=1)
+    assert pace.room([FakeRun()] * 30, LOTS) == 2
+    assert pace.room([FakeRun()] * 32, LOTS) == 0
+
+
+@pytest.mark.parametrize(("queued", "slots", "cpu", "size"), [
+    (100, 4, None, 1),  # nothing is known yet
+    (130, 24, 0.023, 6),  # cheaper than a start: the whole fair share
+    (1000, 4, 0.3, 18),  # ten seconds of it
+    (1000, 4, 60.0, 1),
+    (8, 4, 1.0, 1),  # half of the fair share, to even out at the end
+    (1, 50, 0.01, 1),
+    (0, 0, 0.01, 1),
+])
+def test_how_many_frames_a_run_gets(
+        queued: int, slots: int, cpu: Any, size: int) -> None:
+    assert lease_size(queued, slots, None if cpu is None else Cost(cpu, cpu)) == size
+
+
+class FakeCoordinator:
+    """Hands out manifests and blobs, and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.blobs: Dict[str, bytes] = {}
+        self.manifests: Dict[str, Manifest] = {}
+        self.asked: List[str] = []
+
+    def project(self, files: Dict[str, bytes], late: Dict[str, int]) -> str:
+        """Add a project; ``late`` files are for frames after a number. Returns its key."""
+        entries = []
+        for path, data in sorted(files.items()):
+            sha256 = hashlib.sha256(data).hexdigest()
+            self.blobs[sha256] = data
+            entries.append(FileEntry(path, sha256, len(data), 0.0, late.get(path)))
+        manifest = Manifest(tuple(entries))
+        self.manifests[manifest.key] = manifest
+        return manifest.key
+
+    def request(self, method: str, path: str, **options: Any) -> Reply:
+        """Answer like the API."""
+        import json
+        manifest = self.manifests[path.rpartition("/")[2]]
+        return Reply(200, {}, json.dumps(manifest.to_wire()).encode())
+
+    def download(self, path: str, to: Path, sha256: str, **options: Any) -> None:
+        """Answer like the API."""
+        self.asked.append(sha256)
+        to.write_bytes(self.blobs[sha256])
+
+
+@pytest.fixture
+def farm() -> FakeCoordinator:
+    """A coordinator in memory."""
+    return FakeCoordinator()
+
+
+def test_a_project_is_fetched_once_and_only_what_changed(
+        farm: FakeCoordinator, tmp_path: Path) -> None:
+    cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    first = farm.project({"a.pov": b"a", "sub/ä b.inc": b"b", "big.png": b"c" * 1000}, {})
+    for _ in range(2):
+        with cache.project(first, 1) as (tree, manifest):
+            assert (tree / "sub" / "ä b.inc").read_bytes() == b"b"
+            assert manifest.key == first
+    assert len(farm.asked) == 3
+    second = farm.project({"a.pov": b"new", "sub/ä b.inc": b"b", "big.png": b"c" * 1000}, {})
+    with cache.project(second, 1) as (tree, _):
+        assert (tree / "a.pov").read_bytes() == b"new"
+    assert len(farm.asked) == 4
+    again: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    with again.project(second, 1):
+        assert len(farm.asked) == 4
+
+
+def test_files_of_later_frames_come_when_they_are_needed(
+        farm: FakeCoordinator, tmp_path: Path) -> None:
+    cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    key = farm.project({"a.pov": b"a", "critters/c.inc": b"c"}, {"critters/c.inc": 100})
+    with cache.project(key, 100) as (tree, _):
+        assert not (tree / "critters" / "c.inc").exists()
+    with cache.project(key, 101) as (tree, _):
+        assert (tree / "critters" / "c.inc").exists()
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_again(
+        farm: FakeCoordinator, tmp_path: Path) -> None:
+    key = farm.project({"a.pov": b"good"}, {})
+    for _ in range(2):
+        cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+        with cache.project(key, 1) as (tree, _):
+            assert (tree / "a.pov").read_bytes() == b"good"
+        (tree / "a.pov").write_bytes(b"evil")
+    assert len(farm.asked) == 2
+
+
+def test_the_cache_stays_within_its_size_but_keeps_what_is_used(
+        farm: FakeCoordinator, tmp_path: Path) -> None:
+    cache: Any = Cache(tmp_path, 2500, farm)  # type: ignore[arg-type]
+    keys = [farm.project({"a.pov": bytes([n]) * 2000}, {}) for n in range(3)]
+    with cache.project(keys[0], 1):
+        with cache.project(keys[1], 1):
+            pass
+        with cache.project(keys[2], 1):
+            assert {path.name for path in tmp_path.iterdir()} == {keys[0], keys[2]}
+
+
+@pytest.mark.parametrize("key", ["../../etc", "", "A" * 64, "0" * 63])
+def test_a_project_key_is_no_path(farm: FakeCoordinator, tmp_path: Path, key: str) -> None:
+    cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    with pytest.raises(UserError), cache.project(key, 1):
+        pass
+
+
+def test_threads_share_one_fetch(farm: FakeCoordinator, tmp_path: Path) -> None:
+    cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    key = farm.project({"a.pov": b"a", "b.inc": b"b"}, {})
+    errors: List[FarmError] = []
+
+    def use() -> None:
+        try:
+            with cache.project(key, 1) as (tree, _):
+                assert (tree / "b.inc").exists()
+        except FarmError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(farm.asked) == 2
