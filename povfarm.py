@@ -2170,8 +2170,9 @@ class _Listing:
         since = self._since(path, place, folder, is_folder)
         if since is None:
             return []
-        real = path.resolve() if path.is_symlink() else folder.real[-1] / path.name
-        if _below(real, self._root) is None or (is_folder and real in folder.real):
+        is_link = path.is_symlink()
+        real = path.resolve() if is_link else folder.real[-1] / path.name
+        if is_link and (_below(real, self._root) is None or (is_folder and real in folder.real)):
             self._links.append(place)
         elif not _is_portable(path.name):
             self._odd.append(place)
@@ -2226,10 +2227,10 @@ def _read_bsac(path: Path, base: str) -> list[_Rule]:
     return rules
 
 
-def _is_portable(name: str) -> bool:
+def _is_portable(path: str) -> bool:
     with contextlib.suppress(UserError, UnicodeEncodeError):
-        safe_join(Path(), name, windows=False)
-        return bool(name.encode())
+        safe_join(Path(), path, windows=False)
+        return bool(path.encode())
     return False
 
 
@@ -2286,7 +2287,7 @@ def _checked(file: FileEntry) -> FileEntry:
     )
     if not good:
         raise UserError(f"the manifest's values for {file.path!r} are wrong")
-    if not all(_is_portable(part) for part in file.path.split("/")):
+    if not _is_portable(file.path):
         raise UserError(f"{file.path!r} is not a name of a file inside a project")
     return file
 
@@ -2502,6 +2503,12 @@ class PovJob:
         change (POV-Ray 3.7: two renders of one scene differ).
         """
         return not {"radiosity", "photons"} & set(self.uses)
+
+
+@functools.lru_cache(maxsize=64)
+def pov_of(text: str) -> PovJob:
+    """Read the JSON text of a job in the database, which is looked at for every frame."""
+    return PovJob.from_wire(json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -4828,7 +4835,7 @@ class Scheduler:
         """
         with self.store.read() as tx:
             attempt, row, job = self._attempt(tx, worker, lease, task)
-        pov = PovJob.from_wire(json.loads(job["pov"]))
+        pov = pov_of(job["pov"])
         check_image(image, pov.options.extension, pov.options.width, pov.options.height)
         directory = self.store.job_directory(job["id"], job["name"])
         with self._delivery:
@@ -5161,7 +5168,7 @@ class Scheduler:
             helpers = self._helpers(tx, job) - {worker}
             return [task for task in tx.tasks_in(job["id"], TaskState.QUEUED)
                     if not helpers - tx.failed_workers(task["id"])][:1]
-        step = plan_frames(PovJob.from_wire(json.loads(job["pov"])).options).frames.step
+        step = plan_frames(pov_of(job["pov"]).options).frames.step
         for index in range(1, len(tasks)):
             if tasks[index]["frame"] != tasks[index - 1]["frame"] + step:
                 return tasks[:index]
@@ -5185,7 +5192,7 @@ class Scheduler:
         return []
 
     def _give(self, tx: Tx, job: Row, worker: int, tasks: Sequence[Row], idle: int) -> LeaseSpec:
-        pov = PovJob.from_wire(json.loads(job["pov"]))
+        pov = pov_of(job["pov"])
         lease = secrets.token_hex(16)
         now = self.clock.time()
         tx.add_lease(lease, worker, job["id"], [task["id"] for task in tasks], now)
@@ -5655,7 +5662,7 @@ class Api:
         total = sum(job[state.value] for state in TaskState)
         live = tx.live_attempts_of_job(job["id"]) if job["leased"] else []
         part = sum(self._farm.progress(attempt["task"]) for attempt in live)
-        options = PovJob.from_wire(json.loads(job["pov"])).options if whole else None
+        options = pov_of(job["pov"]).options if whole else None
         end = job["finished"] or self._farm.clock.time()
         spent = end - job["started"] if job["started"] else 0.0
         work = job["done"] + part
@@ -5885,7 +5892,8 @@ class Pages:
                        self._farm.clock.time())
         return self._page(
             request, " · ".join([*_progress_title(views), self._farm_name(request)]),
-            element("h1", _summary(views)), element("p", _at_hand(live), class_="lead"),
+            element("h1", "Older jobs" if before else _summary(views)),
+            element("p", _at_hand(live), class_="lead"),
             [self._asks_to_join(request, worker) for worker in workers if "code" in worker],
             _job_cards(jobs) if jobs else _no_jobs(),
             element("p", element("a", "Older jobs", href=f"/?before={older}")) if older else None,
@@ -5943,9 +5951,10 @@ class Pages:
             return handler(request)
         except FarmError as error:
             status = error.status if isinstance(error, ProtocolError) else 409
+            words = str(error)
             return self._page(
                 request, "That did not work", element("h1", "That did not work"),
-                element("p", str(error), class_="lead"),
+                element("p", f"{words[:1].upper()}{words[1:]}.", class_="lead"),
                 element("p", element("a", "To the farm", href="/", class_="button")), status=status)
 
     def _job(self, request: Request) -> Response:
@@ -6649,9 +6658,10 @@ class Engine:
         """Return how to render a run.
 
         Everything is in one INI file that POVINI names: no other INI file of
-        this machine is read, so every worker renders the same picture. Names
-        in it are relative to the run's place, and ASCII: POV-Ray 3.7 garbles
-        other letters there, also those of a home directory.
+        this machine is read, so every worker renders the same picture. What it
+        names is linked into the run's place under short ASCII names: POV-Ray
+        3.7 garbles other letters there, also those of a home directory, and
+        breaks long names in what it prints.
         """
         environment = {
             "POVINI": _INI, "HOME": str(run.place), "PATH": os.defpath, "LANG": "C.UTF-8",
@@ -6662,11 +6672,10 @@ class Engine:
         values["Input_File_Name"] = scene if _is_plain(scene) else _SCENE
         library = []
         for number, path in enumerate(self.library_of(run)):
-            near = os.path.relpath(path, run.place) if path.is_relative_to(run.tree) else str(path)
-            if not _is_plain(near):
-                links[run.place / f"_library{number}"] = path
-                near = f"_library{number}"
-            library.append(near)
+            inside = path == run.tree or run.tree in path.parents
+            library.append(f"{LINK}{number}" if inside else str(path))
+            if inside:
+                links[run.place / library[-1]] = path
         text = to_ini(values, run.lease.pov.declares, library)
         return Command((self.program,), environment, {run.place / _INI: text}, links)
 
@@ -6718,6 +6727,7 @@ class WindowsEngine(Engine):
         return Command(argv, dict(os.environ), {run.place / _INI: text}, {})
 
 
+LINK = "_povfarm"  # begins the names of the links to a project's directories
 _INI = "povfarm.ini"
 _SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read
 
@@ -6785,6 +6795,7 @@ def _windows_library(program: Path) -> tuple[str, ...]:
 
 # --- reading what POV-Ray prints
 
+_OUR_LINK = re.compile(rf"\b{LINK}\d+/")
 _FRAME = re.compile(r"Rendering frame (\d+) of \d+")
 _PERCENT = re.compile(r"(?:Rendered|pretrace:) .*\((\d+)%\)")
 _SCENE_ERROR = re.compile(r"(?<!Possible )Parse Error|Cannot parse input|Fatal error in parser")
@@ -6798,20 +6809,18 @@ class PovText:
     ``feed`` takes a line; afterwards ``index`` is the place of the frame in
     the run (a still has one, 0), ``percent`` 0 to 100, ``traced`` whether the
     frame's last statistics have come, and ``text`` what was printed since
-    the frame began. Prefixes in ``hide`` are taken out of every line.
+    the frame began. The names of our links are taken out of every line.
     """
 
-    def __init__(self, hide: Sequence[str]) -> None:
+    def __init__(self) -> None:
         self.index = 0
         self.percent = 0
         self.traced = False
         self.lines: list[str] = []
-        self._hide = hide
 
     def feed(self, line: str) -> bool:
         """Take a line; True when it says that the next frame of the run has begun."""
-        for prefix in self._hide:
-            line = line.replace(prefix, "")
+        line = _OUR_LINK.sub("", line)
         match = _FRAME.match(line)
         begun = match is not None and int(match[1]) - 1 > self.index
         if match is not None:
@@ -7317,6 +7326,19 @@ class Process:
         fields = _proc_stat(self.pid)
         return None if fields is None else (int(fields[11]) + int(fields[12])) / _TICKS
 
+    def wanted_now(self) -> float | None:
+        """Return the CPU seconds used so far and those that it waited for a core.
+
+        Unlike the first alone they tell, on a busy machine, a renderer that
+        computes from one that sleeps. None where the system does not tell.
+        """
+        try:
+            return sum(
+                int(field) for path in Path(f"/proc/{self.pid}/task").iterdir()
+                for field in (path / "schedstat").read_text(encoding="ascii").split()[:2]) / 1e9
+        except (OSError, ValueError):
+            return None
+
     def memory_now(self) -> int:
         """Return the bytes of memory in use, 0 where the system does not tell."""
         fields = _proc_stat(self.pid)
@@ -7567,6 +7589,7 @@ def _proc_stat(pid: int) -> list[str] | None:
 
 LEASE_WAIT = 25.0  # seconds that a request for work is held open
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
+MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
 START_SLEEP, FRAME_SLEEP = 0.3, 0.22  # seconds that POV-Ray 3.7 sleeps: at its start, per frame
 
 
@@ -7615,9 +7638,8 @@ class Pace:
         duty = min((self.duty(run.job) or run.duty_so_far()) for run in runs)
         memory = max((self._memory.get(run.job, 0) for run in runs), default=0)
         more = int((self.cores - load) / duty + 0.5)
-        if any(self.duty(run.job) is None for run in runs):
-            more = min(more, self.cores)
-        more = min(more, 16 * self.cores - len(runs))
+        unknown = any(self.duty(run.job) is None for run in runs)
+        more = min(more, (4 if unknown else MOST_RUNS) * self.cores - len(runs))
         if memory:
             more = min(more, int(0.8 * free_memory / memory))
         return max(more, 0)
@@ -7633,7 +7655,7 @@ class RunState:
         self.started = clock.monotonic()
         self.clock = clock
         self.process: Process | None = None
-        self.text = PovText(())
+        self.text = PovText()
         self.stopped = False
         self.code = 0
         self.undelivered = 0
@@ -7642,10 +7664,10 @@ class RunState:
     def duty_so_far(self) -> float:
         """Guess the duty of a run under way; a half while it is starting."""
         age = self.clock.monotonic() - self.started
-        cpu = self.process.cpu_now() if self.process else None
-        if cpu is None or age < START_SLEEP + 0.1:
+        wanted = self.process.wanted_now() if self.process else None
+        if wanted is None or age < START_SLEEP + 0.1:
             return 0.5
-        return min(max(cpu / self.threads / (age - START_SLEEP), 0.02), 1.0)
+        return min(max(wanted / self.threads / (age - START_SLEEP), 0.02), 1.0)
 
     def progress(self) -> dict[str, float]:
         """Return how far the task under way is, by its id, 0 to 1."""
@@ -7925,7 +7947,6 @@ class Worker:
             path.symlink_to(target)
         if run.stopped:
             return
-        run.text = PovText(_hidden(plan))
         run.process = process = self._launcher.start(command.argv, plan.place, command.environment)
         measure = _Measure(run, self._clock)
         for line in process.lines():
@@ -8046,12 +8067,6 @@ def _how_it_ended(code: int) -> str:
     return f"POV-Ray ended without a picture (exit code {code})"
 
 
-def _hidden(run: Run) -> list[str]:
-    """Return how POV-Ray's text may begin the names of the project's files."""
-    trees = [run.tree / run.lease.pov.run_dir, run.tree]
-    return [f"{os.path.relpath(tree, run.place)}{os.sep}" for tree in trees]
-
-
 def _make_directories(run: Run, manifest: Manifest) -> None:
     """Give the run's own directory the project's directories, for scenes that write there."""
     home = PurePosixPath(run.lease.pov.run_dir)
@@ -8137,7 +8152,9 @@ def render(options: Options) -> int:
         stack.callback(worker.stop)
         stack.callback(worker.stop)
         job, event = _submit(client, draft)
-        return _follow(client, job, event, draft, options, _Background(worker.run))
+        directory = coordinator.store.job_directory(job, draft.name)
+        images = LocalImages(directory, _Background(worker.run))
+        return _follow(client, job, event, draft, options, images)
 
 
 @command("serve", "", "start a coordinator: it holds the jobs, the page and the images")
@@ -8206,7 +8223,8 @@ def submit(options: Options) -> int:
             print(json.dumps({"id": job}) if options.json else job, flush=True)
         if options.wait:
             return _follow(client, job, event,
-                           replace(draft, keeps_files=options.output is not None), options)
+                           replace(draft, keeps_files=options.output is not None), options,
+                           RemoteImages(client, job))
     return 0
 
 
@@ -8615,20 +8633,53 @@ def _submit(client: Client, draft: Draft) -> tuple[int, int]:
     return reply["id"], reply["event"]
 
 
-def _follow(client: Client, job: int, event: int, draft: Draft, options: Options,
-            worker: _Background | None = None) -> int:
-    """Show a job's progress and put its images in their places until it is finished.
+class RemoteImages:
+    """Gets the images of a job from a coordinator elsewhere."""
 
-    When the only ``worker`` fails, so does this.
-    """
+    def __init__(self, client: Client, job: int) -> None:
+        self._client = client
+        self._path = f"/api/v1/jobs/{job}/frames"
+
+    def check(self) -> None:
+        """Nothing here can fail but the requests themselves."""
+
+    def get(self, frame: int, to: Path) -> None:
+        """Put the image of a frame in its place."""
+        self._client.download(f"{self._path}/{frame}/image", to)
+
+
+class LocalImages:
+    """Takes the images of a job from the coordinator of this process, whose worker renders it."""
+
+    def __init__(self, directory: Path, worker: _Background) -> None:
+        self._directory = directory
+        self._worker = worker
+
+    def check(self) -> None:
+        """Raise what the only worker has raised: nobody else would render."""
+        self._worker.check()
+
+    def get(self, frame: int, to: Path) -> None:
+        """Put the image of a frame in its place, whole or not at all."""
+        part = to.with_name(f".{to.name}.{os.getpid()}.part")
+        image = self._directory / to.name
+        try:
+            os.link(image, part)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(image, part)
+        os.replace(part, to)
+
+
+def _follow(client: Client, job: int, event: int, draft: Draft, options: Options,
+            images: RemoteImages | LocalImages) -> int:
+    """Show a job's progress and put its images in their places until it is finished."""
     bar = ProgressBar(draft.name, sys.stderr)
     started = time.monotonic()
     files: list[str] = []
     seen, ended = event, False
     have: set[int] = set()
     while not ended:
-        if worker is not None:
-            worker.check()
+        images.check()
         if bar.due():
             bar.show(client.request("GET", f"/api/v1/jobs/{job}").json())
         reply = client.request("GET", f"/api/v1/events?after={seen}&wait={bar.pause}")
@@ -8637,13 +8688,13 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
         done = {event["frame"] for event in events if event["what"] == TaskState.DONE.value}
         for frame in sorted(done - have if draft.keeps_files else ()):
             to = draft.destination(frame)
-            client.download(f"/api/v1/jobs/{job}/frames/{frame}/image", to)
+            images.get(frame, to)
             files.append(str(to))
         have |= done
         ended = not reply.json()["more"] and any(
             event["what"] in _JOB_ENDS and event["text"] != PAUSED_BY_HAND for event in events)
         if not ended:
-            time.sleep(0.03)  # what happens in a moment is told in one answer
+            time.sleep(0.05)  # what happens in a moment is told in one answer
     bar.close()
     view = client.request("GET", f"/api/v1/jobs/{job}").json()
     return _conclude(view, files, draft, time.monotonic() - started, options)

@@ -11,6 +11,7 @@ import pytest
 from conftest import run_povray
 
 from povfarm import (
+    LINK,
     STANDARD,
     Clock,
     Engine,
@@ -48,7 +49,7 @@ def ini(command: Any) -> Dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
-def test_a_run_is_one_ini_file_with_relative_names(tmp_path: Path) -> None:
+def test_a_run_is_one_ini_file_with_short_names(tmp_path: Path) -> None:
     command = Engine("/usr/bin/povray", "3.7", LIBRARY).command(make_run(tmp_path))
     values = ini(command)
     assert command.argv == ("/usr/bin/povray",)
@@ -60,7 +61,10 @@ def test_a_run_is_one_ini_file_with_relative_names(tmp_path: Path) -> None:
     (text,) = command.files.values()
     libraries = [line.split("=")[1].strip('"') for line in text.splitlines()
                  if line.startswith("Library_Path")]
-    assert libraries == ["../tree", LIBRARY[0], "../tree/_lib1"]
+    assert libraries == [f"{LINK}0", LIBRARY[0], f"{LINK}2"]
+    assert command.links == {
+        tmp_path / "run" / f"{LINK}0": tmp_path / "tree",
+        tmp_path / "run" / f"{LINK}2": tmp_path / "tree" / "_lib1"}
 
 
 def test_a_still_has_no_subset_and_all_threads(tmp_path: Path) -> None:
@@ -86,6 +90,8 @@ def test_images_are_made_where_the_scene_expects_them(
     command = Engine(povray, "3.7", standard_library()).command(run)
     for path, text in command.files.items():
         path.write_text(text)
+    for path, target in command.links.items():
+        path.symlink_to(target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POVINI", command.environment["POVINI"])
         assert run_povray([], run.place).returncode == 0
@@ -101,7 +107,7 @@ def test_names_that_povray_cannot_read_are_linked(tmp_path: Path) -> None:
     assert text.isascii() and 'Input_File_Name="scene.pov"' in text
     assert command.links == {
         run.place / "scene.pov": run.tree / "ünder" / "süß.pov",
-        run.place / "_library0": run.tree / "ünder"}
+        run.place / f"{LINK}0": run.tree / "ünder", run.place / f"{LINK}2": run.tree / "_lib1"}
 
 
 def test_windows_gets_pvengines_switches_and_paths(tmp_path: Path) -> None:
@@ -144,7 +150,7 @@ def test_pvengine_is_recognised_by_its_name(tmp_path: Path) -> None:
 def test_the_text_of_a_real_animation_is_followed(tmp_path: Path, povray: str) -> None:
     (tmp_path / "s.pov").write_text("#version 3.7; camera { location -z } #debug \"hello\\n\"")
     shown = run_povray(["s.pov", "+KFF3", "+SF2", "+W64", "+H48", "+V"], tmp_path).stderr
-    text, begun, percents = PovText(()), [], []
+    text, begun, percents = PovText(), [], []
     for line in shown.replace("\r", "\n").split("\n"):
         if text.feed(line):
             begun.append(text.index)
@@ -161,7 +167,7 @@ def test_the_text_of_a_real_animation_is_followed(tmp_path: Path, povray: str) -
 def test_the_error_is_povrays_own_line(
         tmp_path: Path, povray: str, scene: str, words: str) -> None:
     (tmp_path / "s.pov").write_text(scene)
-    text = PovText(())
+    text = PovText()
     for line in run_povray(["s.pov", "+W8", "+H6"], tmp_path).stderr.splitlines():
         text.feed(line)
     assert words in text.error() and text.scene_is_wrong
@@ -169,6 +175,6 @@ def test_the_error_is_povrays_own_line(
 
 
 def test_prefixes_of_this_machine_are_taken_out_of_the_text() -> None:
-    text = PovText(("../cache/tree/",))
-    text.feed("File '../cache/tree/s.pov' line 3: Parse Error: no")
+    text = PovText()
+    text.feed(f"File '{LINK}0/s.pov' line 3: Parse Error: no")
     assert text.error() == "File 's.pov' line 3: Parse Error: no"

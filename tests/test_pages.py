@@ -6,7 +6,6 @@ import re
 import shutil
 import struct
 import subprocess
-import tempfile
 import threading
 import urllib.parse
 import zlib
@@ -112,8 +111,8 @@ class Farm:
     def log_in(self) -> str:
         return f"{self.access.cookie}={self.access.log_in(self.access.login_code())}"
 
-    def send(self, method: str, address: str, cookie: str = "", body: Optional[Dict[str, str]] = None,
-             **headers: str) -> Response:
+    def send(self, method: str, address: str, cookie: str = "",
+             body: Optional[Dict[str, str]] = None, **headers: str) -> Response:
         path, _, query = address.partition("?")
         headers = {"host": "farm.local:2271", "cookie": cookie, **headers,
                    "content-type": "application/x-www-form-urlencoded"}
@@ -242,8 +241,8 @@ def test_the_page_of_a_frame(farm: Farm) -> None:
 
 
 @pytest.mark.parametrize("address, words", [
-    ("/jobs/77", "there is no job 77"), ("/jobs/77/frames/1", "there is no job 77"),
-    ("/jobs/1/frames/99", "job 1 has no frame 99"),
+    ("/jobs/77", "There is no job 77."), ("/jobs/77/frames/1", "There is no job 77."),
+    ("/jobs/1/frames/99", "Job 1 has no frame 99."),
 ])
 def test_what_is_not_there_is_a_page_too(farm: Farm, address: str, words: str) -> None:
     farm.submit()
@@ -283,6 +282,7 @@ def test_older_jobs_are_on_another_page(farm: Farm) -> None:
     assert "job number 2." in newest.text and "job number 1." not in newest.text
     older, = newest.all("a", href="/?before")
     dom = farm.page(older["href"])
+    assert dom.all("h1") and "Nothing to render" not in dom.text
     assert "job number 1." in dom.text and "job number 2." not in dom.text
     assert not dom.all("a", href="/?before")
 
@@ -337,8 +337,7 @@ def test_what_pages_are_made_with_is_served(farm: Farm, path: str, mime: str) ->
 
 
 def refresh(dom: Dom) -> str:
-    return "".join(meta["content"] for meta in dom.all("meta", http__equiv="") if
-                   meta.get("http-equiv") == "refresh")
+    return "".join(meta["content"] for meta in dom.all("meta") if meta.get("http-equiv"))
 
 
 def test_how_often_pages_load_themselves_again(farm: Farm) -> None:
@@ -397,7 +396,7 @@ def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
     assert "○ idle" in farm.page("/").text
     again = farm.send("POST", form["action"], farm.admin, body)
     assert again.status == 409 and isinstance(again.body, bytes)
-    assert f"no worker waits with the code '{code}'" in Dom(again.body.decode()).text
+    assert f"No worker waits with the code '{code}'" in Dom(again.body.decode()).text
 
 
 POSTS = ["/jobs/1/pause", "/jobs/1/cancel", "/jobs/1/delete", "/workers/CODE12/admit", "/logout"]
@@ -506,13 +505,11 @@ def test_chromium_shows_a_real_farm(povray: str, tmp_path: Path) -> None:
 
 def chromium(browser: str, url: str, tmp_path: Path) -> Dom:
     """Load a page in the real browser and return the document that it made of it."""
-    with tempfile.TemporaryDirectory(prefix="povfarm-test-", ignore_cleanup_errors=True) as profile:
-        done = subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
-             "--no-first-run", "--disable-background-networking", "--disable-component-update",
-             "--disable-sync", f"--user-data-dir={profile}", "--dump-dom", url],
-            cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
-            check=True)
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", url],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=True)
     dom = Dom(done.stdout)
     dom.harmless()
     return dom

@@ -72,13 +72,14 @@ def test_memory_holds_the_runs_down() -> None:
 def test_the_number_of_runs_is_bounded() -> None:
     pace = Pace(2)
     pace.measured(1, 1, cpu=0.0, wall=1.0, threads=1)
-    assert pace.room([FakeRun()] * 30, LOTS) == 2
-    assert pace.room([FakeRun()] * 32, LOTS) == 0
+    assert pace.room([FakeRun()] * 22, LOTS) == 2
+    assert pace.room([FakeRun()] * 24, LOTS) == 0
 
 
 @pytest.mark.parametrize(("queued", "slots", "cpu", "size"), [
     (100, 4, None, 1),  # nothing is known yet
     (130, 24, 0.023, 6),  # cheaper than a start: the whole fair share
+    (20, 20, 0.023, 1),
     (1000, 4, 0.3, 18),  # ten seconds of it
     (1000, 4, 60.0, 1),
     (8, 4, 1.0, 1),  # half of the fair share, to even out at the end
