@@ -81,9 +81,7 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
@@ -220,6 +218,14 @@ def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Pat
 _RESERVED_NAMES = frozenset(
     ["CON", "PRN", "AUX", "NUL"] + [f"{name}{n}" for name in ("COM", "LPT") for n in range(1, 10)]
 )
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there; False, too, for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long a name, a NUL in it
+        return False
 
 
 def sha256_file(path: Path) -> str:
@@ -435,7 +441,7 @@ def _read_settings_file(path: Path) -> Mapping[str, str]:
     return dict(parser["povfarm"]) if parser.has_section("povfarm") else {}
 
 
-# === 3. POV ===================================================================
+# === 3. POV ==================================================================
 # POV-Ray's command line and INI files, read as POV-Ray 3.7.0.10 reads them on a
 # machine that need not have it: the options in the order in which they count,
 # the frames with their clocks and file names, and the plain INI text that a
@@ -657,7 +663,7 @@ def read_command_line(
     for arg in args:
         if arg in _UNIX_OPTIONS:
             raise UserError(f"{arg} renders nothing: to ask POV-Ray itself, run povray {arg}")
-        if re.search(r"[\s;#'\"]", arg) and _is_file(cwd / arg):
+        if re.search(r"[\s;#'\"]", arg) and is_file(cwd / arg):
             quote = "'" if '"' in arg else '"'
             raise UserError(
                 f"POV-Ray would take {arg!r} apart: put quotes inside the quotes: "
@@ -857,7 +863,7 @@ class _CommandLine:
         for folder in self.folders:
             for candidate in names:
                 path = f"{folder}/{candidate}" if folder else candidate
-                if _is_file(self.cwd / path):
+                if is_file(self.cwd / path):
                     return path
         whose = f" (named in {self.open[-1]})" if self.open else ""
         hint = "" if dot >= 0 else "; a scene's name ends in .pov"
@@ -1025,16 +1031,9 @@ def _base_ini(cwd: Path, environ: Mapping[str, str], system_ini: Sequence[Path])
         *map(str, system_ini),
         home and f"{home}/.povrayrc",
     ):
-        if path and _is_file(cwd / path):
+        if path and is_file(cwd / path):
             return path
     return ""
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long a name, a NUL in it
-        return False
 
 
 def _readable(name: str, value: str, where: str) -> str:
@@ -1717,11 +1716,11 @@ class _Search:
         """Find a file by the name in a scene; ``kind`` tells the extensions that are tried."""
         if _is_absolute(name):
             local = Path(name).parent.resolve() / Path(name).name
-            return _Found(local, _ABSOLUTE) if _is_file(local) else None
+            return _Found(local, _ABSOLUTE) if is_file(local) else None
         for candidate in _candidates(kind, name):
             for place, directory in enumerate(self.directories[:1 if here_only else None]):
                 for folder in self._standard if directory is None else [directory]:
-                    if _is_file(folder / candidate):
+                    if is_file(folder / candidate):
                         local = Path(os.path.normpath(folder / candidate))
                         return _Found(local, _OWN if directory is None else place)
                 if directory is None and not self._standard and candidate in _STANDARD_FILES:
@@ -1744,7 +1743,7 @@ class _Search:
             other = _other_case(directory, name) if directory else None
             if other:
                 return f": there is '{other}', so mind capital and small letters"
-        if beside != self.cwd and _is_file(beside / name):
+        if beside != self.cwd and is_file(beside / name):
             return f", but in {beside}: go there first, or add +L{beside}"
         return ""
 
@@ -1778,7 +1777,7 @@ def _other_case(directory: Path, name: str) -> str | None:
 def _no_scene(search: _Search, scene: str, ini_dirs: Sequence[Path]) -> _Found:
     hint = ""
     for directory in ini_dirs:
-        if _is_file(directory / scene):
+        if is_file(directory / scene):
             hint = f": it is beside its INI file, so do first: cd {directory}"
     here = sorted(path.name for path in (search.cwd / scene).parent.glob("*.[pP][oO][vV]"))
     hint = hint or search.hint(scene, search.cwd)
@@ -2125,7 +2124,7 @@ class _Listing:
         self._links: list[str] = []
         self._odd: list[str] = []
         problem = ""
-        guarded = guarded and not _is_file(root / ".bsac")
+        guarded = guarded and not is_file(root / ".bsac")
         if guarded and root in (Path.home().resolve(), root.parent):
             problem = "is no project's own directory"
         elif not self._walk(root, guarded):
@@ -2203,7 +2202,7 @@ _CONDITION = re.compile(r"if\s*%f\s*(.*)", re.IGNORECASE)
 
 def _read_bsac(path: Path, base: str) -> list[_Rule]:
     """Read a ``.bsac`` file; an empty list when there is none."""
-    if not _is_file(path):
+    if not is_file(path):
         return []
     rules: list[_Rule] = []
     exclude, since = None, _EVERY_FRAME
@@ -5285,6 +5284,11 @@ class Access:
             self._sessions[_secret_hash(session)] = now + SESSION_TIME
         return session
 
+    def log_out(self, request: Request) -> None:
+        """End the session of a request's cookie."""
+        with self._lock:
+            self._sessions.pop(_secret_hash(self._session(request)), None)
+
     def form_token(self, request: Request) -> str:
         """Return the token that a form on a page for this browser must hold."""
         session = self._session(request)
@@ -5343,7 +5347,7 @@ class Api:
         self._farm = scheduler
         self._store = scheduler.store
         self._access = access
-        self._name = name
+        self.name = name
         self._admit_private = admit_private
         self._started = scheduler.clock.monotonic()
 
@@ -5354,7 +5358,7 @@ class Api:
         """Name, version, id and the newest event's id of this farm."""
         with self._store.read() as tx:
             return json_response({
-                "name": self._name, "version": VERSION, "farm_id": tx.meta("farm_id"),
+                "name": self.name, "version": VERSION, "farm_id": tx.meta("farm_id"),
                 "event": tx.last_event(), "workers": len(self._farm.live_workers()),
                 "uptime": self._farm.clock.monotonic() - self._started,
             })
@@ -5891,7 +5895,7 @@ class Pages:
         story = _story(events, {view["id"]: view["name"] for view in views},
                        self._farm.clock.time())
         return self._page(
-            request, " · ".join([*_progress_title(views), self._farm_name(request)]),
+            request, " · ".join([*_progress_title(views), self._api.name]),
             element("h1", "Older jobs" if before else _summary(views)),
             element("p", _at_hand(live), class_="lead"),
             [self._asks_to_join(request, worker) for worker in workers if "code" in worker],
@@ -5983,7 +5987,7 @@ class Pages:
             task = tx.task_of_frame(row["id"], number)
             if task is None:
                 raise ProtocolError(404, f"job {row['id']} has no frame {number}")
-            step = plan_frames(PovJob.from_wire(json.loads(row["pov"])).options).frames.step
+            step = plan_frames(pov_of(row["pov"]).options).frames.step
             near = [to for to in (number - step, number + step)
                     if tx.task_of_frame(row["id"], to) is not None]
             names = {worker["id"]: worker["name"] for worker in tx.workers()}
@@ -6019,6 +6023,7 @@ class Pages:
         return self._with_cookie(self._access.log_in(request.params["code"]), "")
 
     def _log_out(self, request: Request) -> Response:
+        self._access.log_out(request)
         return self._with_cookie("", "; Max-Age=0")
 
     # --- inside
@@ -6040,7 +6045,7 @@ class Pages:
                          "Stop loading this page again",
                          href=request.path + ("" if still else "?still=1"))
         page = element("html", head, element(
-            "body", element("header", element("a", mark, self._farm_name(request), href="/"), user),
+            "body", element("header", element("a", mark, self._api.name, href="/"), user),
             element("main", body), element("footer", switch if reload else None,
                                            element("span", f"povfarm {VERSION}"))), lang="en")
         response = html_response(f"<!DOCTYPE html>{page}", status)
@@ -6052,9 +6057,6 @@ class Pages:
         if row is None:
             raise ProtocolError(404, f"there is no job {request.params['job']}")
         return row
-
-    def _farm_name(self, request: Request) -> str:
-        return str(json.loads(cast(bytes, self._api.farm(request).body))["name"])
 
     def _with_cookie(self, value: str, more: str) -> Response:
         response = redirect("/")
@@ -6808,14 +6810,15 @@ class PovText:
 
     ``feed`` takes a line; afterwards ``index`` is the place of the frame in
     the run (a still has one, 0), ``percent`` 0 to 100, ``traced`` whether the
-    frame's last statistics have come, and ``text`` what was printed since
-    the frame began. The names of our links are taken out of every line.
+    frame's last statistics have come, ``text`` what was printed since the
+    frame began, and ``before`` what was printed in the frame before it. The names of our links are taken out of every line.
     """
 
     def __init__(self) -> None:
         self.index = 0
         self.percent = 0
         self.traced = False
+        self.before = ""
         self.lines: list[str] = []
 
     def feed(self, line: str) -> bool:
@@ -6827,6 +6830,7 @@ class PovText:
             self.index = int(match[1]) - 1
             self.traced, self.percent = False, 0
             if begun:
+                self.before = self.text
                 self.lines = []
         progress = _PERCENT.search(line)
         if progress is not None:
@@ -7951,9 +7955,8 @@ class Worker:
         measure = _Measure(run, self._clock)
         for line in process.lines():
             done = run.text.index
-            text = run.text.text if _FRAME.match(line) else ""
             if run.text.feed(line):
-                self._finish(run, plan, done, text, measure.frame())
+                self._finish(run, plan, done, run.text.before, measure.frame())
                 if self._stopping.is_set():
                     process.kill()
             if run.text.traced and run.text.index == len(plan.frames) - 1 and run.open:

@@ -370,7 +370,7 @@ def test_a_second_coordinator_on_the_same_data_is_refused(tmp_path: Path) -> Non
             "except povfarm.StoreError as error: print(error)"])
         other = subprocess.run(
             [sys.executable, "-c", here, str(tmp_path / "data")], capture_output=True, text=True,
-            check=True, env={**os.environ, "PYTHONPATH": str(Path(povfarm.__file__).parent)})
+            check=True, timeout=60, env={**os.environ, "PYTHONPATH": str(Path(povfarm.__file__).parent)})
         assert "another povfarm" in other.stdout
         elsewhere = Coordinator(tmp_path / "more", bind="127.0.0.1", durable=False)
         elsewhere.start()
