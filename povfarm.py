@@ -1119,6 +1119,8 @@ def _ini_quoted(key: str, value: str) -> str:
         raise UserError(f"POV-Ray 3.7 cannot read {key} from an INI file: {value!r}")
     _readable(key, value, "the job")
     return f"{quote}{value}{quote}"
+
+
 # === 4. IMAGE ================================================================
 # The picture formats that POV-Ray writes: is this the whole picture that was
 # asked for? Bytes in, bytes out: opens no file, starts nothing, and never
@@ -1450,6 +1452,8 @@ _CHECKS: Mapping[str, Callable[[bytes, int, int], ImageInfo]] = {
     ".png": _check_png, ".ppm": _check_ppm, ".tga": _check_tga, ".bmp": _check_bmp,
     ".jpg": _check_jpeg, ".hdr": _check_hdr, ".exr": _check_exr,
 }
+
+
 # === 5. PROJECT ==============================================================
 # Which files a job needs, where they lie in the tree that a worker gets, and
 # projects as zip files. Reads scenes as far as the files go that they name;
@@ -1560,7 +1564,8 @@ class Project:
     is the place of the current directory in the tree, ``.`` for its top, and
     ``scene`` is relative to it, or to a directory of ``library``. Those are
     places in the tree too, or ``STANDARD``. ``uses`` names what the scene has:
-    ``radiosity``, ``photons``, ``own-output`` (it reads what it renders).
+    ``radiosity``, ``photons``, ``own-output`` (it reads what it renders) and
+    ``load_file NAME`` (POV-Ray looks for that file in its own directory only).
     """
 
     manifest: Manifest
@@ -1996,6 +2001,8 @@ class _Scan:
         place = self._tree.place(found) if found else None
         if found and place is not None:
             self._take(found.local, place, certain, kind == "#include")
+            if kind == "load_file":
+                self.uses.add(f"load_file {name}")
         if found and (place is not None or found.place == _OWN):
             return
         shown = _below(path, self._search.cwd) or path
@@ -2361,6 +2368,8 @@ class _Sink(io.RawIOBase):
         """Return what was written since the last time."""
         data, self._blocks = b"".join(self._blocks), []
         return data
+
+
 # === 6. MODEL ================================================================
 # The records that the coordinator and the worker share, the states and the
 # changes between them that are allowed. Pure: no files, no database, no time.
@@ -2450,7 +2459,7 @@ class PovJob:
 
     ``run_dir`` is the directory, inside the project's tree, that POV-Ray's
     relative names start from; ``uses`` names what the scan of the scene found
-    (``radiosity``, ``photons``, ``own-output``).
+    (``radiosity``, ``photons``, ``own-output``, ``load_file NAME``).
     """
 
     values: Mapping[str, str]
@@ -2946,6 +2955,8 @@ def _address_towards(address: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.connect((address, 9))
         return str(sock.getsockname()[0])
+
+
 # === 8. HTTP =================================================================
 # Requests, responses, routes and roles, and the one adaptor between them and
 # sockets. Router.handle is the only place that turns anything, errors too, into
@@ -3856,6 +3867,8 @@ def _cannot_listen(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EACCES:
         return f"port {port} needs administrator rights: choose one above 1023 with --port"
     return f"cannot listen on {host} port {port}: {error.strerror or error}"
+
+
 # === 9. STORE ================================================================
 # All SQL, and the directory of blobs. Methods are single statements with a
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
@@ -6488,6 +6501,8 @@ td { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 600; }
 .grid [class*=" p"] { background: linear-gradient(var(--glow) 0 0) bottom / 100% 0 no-repeat; }
 """ + "".join(f".grid .p{tenth} {{ background-size: 100% {tenth}0%; }}\n" for tenth in range(1, 11))
 _STYLE_ADDRESS = f"/style.css?{hashlib.sha256(STYLE.encode()).hexdigest()[:12]}"
+
+
 # === 16. COORDINATOR =========================================================
 # Puts sections 9 to 15 together: one data directory, one port, one beacon, and
 # a thread that keeps house. Decides nothing about jobs.
@@ -6811,7 +6826,8 @@ class PovText:
     ``feed`` takes a line; afterwards ``index`` is the place of the frame in
     the run (a still has one, 0), ``percent`` 0 to 100, ``traced`` whether the
     frame's last statistics have come, ``text`` what was printed since the
-    frame began, and ``before`` what was printed in the frame before it. The names of our links are taken out of every line.
+    frame began, and ``before`` what was printed in the frame before it. The
+    names of our links are taken out of every line.
     """
 
     def __init__(self) -> None:
@@ -7277,6 +7293,8 @@ def _read_limited(answer: Answer, limit: int) -> bytes:
 def _whole_reply(answer: Answer) -> Reply:
     _raise_refusal(answer)
     return Reply(answer.status, answer.headers, _read_limited(answer, REPLY_LIMIT))
+
+
 # === 19. PROCESS =============================================================
 # Starts, watches, measures and ends renderers. On POSIX a launcher, forked
 # before there are threads, starts them: fork is safe there, it can wait for
@@ -8071,12 +8089,21 @@ def _how_it_ended(code: int) -> str:
 
 
 def _make_directories(run: Run, manifest: Manifest) -> None:
-    """Give the run's own directory the project's directories, for scenes that write there."""
+    """Give the run's own directory what POV-Ray wants to find in it and nowhere else.
+
+    The project's directories, for scenes that write there, and the files of
+    ``load_file``, which it does not look for in library paths.
+    """
     home = PurePosixPath(run.lease.pov.run_dir)
+    (run.tree / home).mkdir(parents=True, exist_ok=True)
     for file in manifest.files:
         parent = PurePosixPath(file.path).parent
         if home in (parent, *parent.parents):
             (run.place / parent.relative_to(home)).mkdir(parents=True, exist_ok=True)
+    for use in run.lease.pov.uses:
+        word, _, name = use.partition(" ")
+        if word == "load_file":
+            shutil.copyfile(safe_join(run.tree / home, name), safe_join(run.place, name))
     run.made(run.frames[0]).parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -8549,7 +8576,8 @@ def _draft(options: Options, scratch: Path) -> Draft:
     outputs = {plan.output_name(frame) for frame in plan.frames}
     project = collect_project(
         pov.scene, pov.library, cwd, options.root, outputs, plan.frames,
-        [Path(path) for path in standard_library()])
+        [Path(path) for path in standard_library()],
+        ini_dirs=[(cwd / name).parent for name in pov.ini_files])
     uses = tuple(sorted(project.uses))
     for warning in (*pov.warnings, *project.warnings):
         _say(warning)
@@ -8557,6 +8585,9 @@ def _draft(options: Options, scratch: Path) -> Draft:
         _say("the scene seems to read images that its earlier frames write: "
              "if so, add --in-order")
     values = {**pov.values, "Input_File_Name": project.scene}
+    if project.scene != pov.scene:
+        # The images are named after the scene as it is called here.
+        values["Output_File_Name"] = plan.stem + plan.extension
     job = PovJob(values, pov.declares, project.library, project.run_dir, uses)
     limits = JobOptions().changed({
         "priority": options.priority, "max_workers": options.max_workers or 0,

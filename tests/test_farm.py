@@ -572,3 +572,17 @@ def test_a_still_uses_every_core_in_one_process(tmp_path: Path) -> None:
     stop.set()
     thread.join()
     assert result.returncode == 0 and max(seen) == 1
+
+
+def test_saved_photons_are_found_where_povray_looks_for_them(tmp_path: Path) -> None:
+    scene = STILL.replace("assumed_gamma 1", "assumed_gamma 1 photons { spacing 0.2 %s }") + (
+        "sphere { <2, 0, 0>, 0.5 photons { target reflection on refraction on }"
+        " pigment { rgbt 1 } interior { ior 1.5 } }\n")
+    place = project(tmp_path, scene % 'save_file "saved.ph"')
+    assert run_povray(["scene.pov", *SMALL], place).returncode == 0
+    expected = pixels(place / "scene.png")
+    (place / "scene.pov").write_text(scene % 'load_file "saved.ph"')
+    (place / "scene.png").unlink()
+    result = run(tmp_path, "render", "scene.pov", *SMALL, cwd=place)
+    assert result.returncode == 0, result.stderr
+    assert pixels(place / "scene.png") == expected
