@@ -2652,16 +2652,17 @@ def lease_size(queued: int, slots: int, cost: Cost | None, sleep: float = 0.25) 
 
     ``queued`` frames are left for ``slots`` runs at a time; ``cost`` is the
     mean of the frames measured so far. Half of the fair share leaves something
-    to even out with at the end; a run of frames that are cheaper than the
-    start of a process (some 0.04 s of CPU) should hold several of them; no
-    run should be longer than about 10 s, nor more than its fair share.
+    to even out with at the end, down to single frames. But the start of a
+    process costs some 0.04 s of CPU: frames as cheap as that come several to a
+    run, up to three times the share, for they are soon done. No run should be
+    longer than about 10 s.
     """
     if cost is None:
         return 1
     share = math.ceil(queued / max(slots, 1))
-    cheap = math.ceil(0.15 / max(cost.cpu, 0.001))
+    cheap = min(math.ceil(0.3 / max(cost.cpu, 0.001)), 3 * share)
     long = max(int(10 / (cost.cpu + sleep)), 1)
-    return max(1, min(max(math.ceil(share / 2), cheap), long, share))
+    return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
 
 
 def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
@@ -6696,6 +6697,22 @@ class Engine:
         text = to_ini(values, run.lease.pov.declares, library)
         return Command((self.program,), environment, {run.place / _INI: text}, links)
 
+    def probed(self) -> Engine:
+        """Return the same with its version, which takes POV-Ray a quarter of a second.
+
+        Raises ``UserError`` when the program turns out not to be POV-Ray.
+        """
+        try:
+            result = subprocess.run(
+                [self.program, "--version"], stdin=subprocess.DEVNULL, capture_output=True,
+                timeout=20, check=False, text=True, errors="replace")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(f"{self.program} cannot be started: {error}") from None
+        match = re.search(r"POV-Ray (\d+\.\d+\S*)", result.stdout + result.stderr)
+        if match is None:
+            raise UserError(f"{self.program} is not POV-Ray 3.7 or newer: it tells no version")
+        return replace(self, version=match[1])
+
     def values(self, run: Run) -> dict[str, str]:
         """Return the options of a run: the job's, and where and how much this run renders."""
         values = dict(run.lease.pov.values)
@@ -6735,6 +6752,10 @@ class WindowsEngine(Engine):
     there, and what it prints goes into a file.
     """
 
+    def probed(self) -> Engine:
+        """Return the same: this program cannot be asked without opening a window."""
+        return self
+
     def command(self, run: Run) -> Command:
         """Return how to render a run with pvengine.exe."""
         library = [str(path) for path in self.library_of(run)]
@@ -6754,11 +6775,11 @@ def _is_plain(name: str) -> bool:
     return name.isascii() and not ('"' in name and "'" in name)
 
 
-def find_engine(program: str, clock: Clock) -> Engine:
-    """Find POV-Ray: ``program``, or the one of this machine.
+def locate_engine(program: str) -> Engine:
+    """Find POV-Ray, ``program`` or the one of this machine, without starting it.
 
-    Raises ``UserError`` with what to install when there is none, or when the
-    program that was named is not POV-Ray.
+    Its version is not known yet: see ``Engine.probed``. Raises ``UserError``
+    with what to install when there is none.
     """
     path = shutil.which(program or "povray") or (None if program else _windows_program())
     if path is None:
@@ -6767,16 +6788,7 @@ def find_engine(program: str, clock: Clock) -> Engine:
         raise UserError(f"POV-Ray is not installed here: {_INSTALL.get(sys.platform, _DOWNLOAD)}")
     if Path(path).name.lower().startswith("pvengine"):
         return WindowsEngine(path, "3.7", _windows_library(Path(path)))
-    try:
-        result = subprocess.run(
-            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20,
-            check=False, text=True, errors="replace")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"{path} cannot be started: {error}") from None
-    match = re.search(r"POV-Ray (\d+\.\d+\S*)", result.stdout + result.stderr)
-    if match is None:
-        raise UserError(f"{path} is not POV-Ray 3.7 or newer: it does not tell its version")
-    return Engine(path, match[1], standard_library())
+    return Engine(path, "", standard_library())
 
 
 _DOWNLOAD = "get it from povray.org"
@@ -7652,14 +7664,23 @@ class Pace:
         return sum(run.threads * (self.duty(run.job) or run.duty_so_far()) for run in runs)
 
     def room(self, runs: Sequence[RunState], free_memory: int) -> int:
-        """Return how many more runs to start now."""
-        load = self.load(runs)
+        """Return how many more runs to start now.
+
+        Runs that sleep at random leave cores idle by chance even where their
+        load adds up to the cores, so it may go beyond them by its standard
+        deviation (of a sum of independent runs, each busy or not).
+        """
         if not runs:
             # Two a core: half of a start is sleep, whatever the scene.
             return 2 * self.cores
-        duty = min((self.duty(run.job) or run.duty_so_far()) for run in runs)
+        duties = [self.duty(run.job) or run.duty_so_far() for run in runs]
+        load = sum(run.threads * duty for run, duty in zip(runs, duties))
+        spread = sum(duty * (1 - duty) for duty in duties)
+        duty, more = min(duties), 0
+        while load + (more + 0.5) * duty <= self.cores + math.sqrt(
+                spread + (more + 1) * duty * (1 - duty)):
+            more += 1
         memory = max((self._memory.get(run.job, 0) for run in runs), default=0)
-        more = int((self.cores - load) / duty + 0.5)
         unknown = any(self.duty(run.job) is None for run in runs)
         more = min(more, (4 if unknown else MOST_RUNS) * self.cores - len(runs))
         if memory:
@@ -8169,21 +8190,21 @@ def render(options: Options) -> int:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="povfarm-")))
         stack.callback(launcher.close)
-        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-        engine = pool.submit(find_engine, options.povray, Clock())
+        engine = locate_engine(options.povray)
+        probe = _Background(engine.probed)
         draft = _draft(options, scratch)
         _check_destination(draft)
         coordinator = _private_farm(options, scratch, draft)
         coordinator.start()
         stack.callback(coordinator.stop)
         client = Client(coordinator.url, coordinator.key)
-        worker = _join(client, engine.result(), launcher, scratch / "cache", options,
+        worker = _join(client, engine, launcher, scratch / "cache", options,
                        token_file=None)
         stack.callback(worker.stop)
         stack.callback(worker.stop)
         job, event = _submit(client, draft)
         directory = coordinator.store.job_directory(job, draft.name)
-        images = LocalImages(directory, _Background(worker.run))
+        images = LocalImages(directory, (probe, _Background(worker.run)))
         return _follow(client, job, event, draft, options, images)
 
 
@@ -8191,7 +8212,7 @@ def render(options: Options) -> int:
 def serve(options: Options) -> int:
     """Coordinate until stopped."""
     launcher = make_launcher(options.nice) if options.work else None
-    engine = find_engine(options.povray, Clock()) if launcher else None
+    engine = locate_engine(options.povray).probed() if launcher else None
     coordinator = Coordinator(
         options.data, bind=options.bind, port=options.port, name=options.name,
         discovery_port=None if options.no_discovery else options.discovery_port,
@@ -8220,7 +8241,7 @@ def work(options: Options) -> int:
     """Render for a coordinator; the first Ctrl-C finishes the frames under way."""
     launcher = make_launcher(options.nice)
     try:
-        engine = find_engine(options.povray, Clock())
+        engine = locate_engine(options.povray).probed()
         stop = threading.Event()
         signals = _Signals(stop.set)
         client = _find_coordinator(options, stop, waits=True)
@@ -8685,13 +8706,14 @@ class RemoteImages:
 class LocalImages:
     """Takes the images of a job from the coordinator of this process, whose worker renders it."""
 
-    def __init__(self, directory: Path, worker: _Background) -> None:
+    def __init__(self, directory: Path, needs: Sequence[_Background]) -> None:
         self._directory = directory
-        self._worker = worker
+        self._needs = needs
 
     def check(self) -> None:
-        """Raise what the only worker has raised: nobody else would render."""
-        self._worker.check()
+        """Raise what the only worker has raised, or the look at its POV-Ray."""
+        for need in self._needs:
+            need.check()
 
     def get(self, frame: int, to: Path) -> None:
         """Put the image of a frame in its place, whole or not at all."""
@@ -8730,6 +8752,7 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
         if not ended:
             time.sleep(0.05)  # what happens in a moment is told in one answer
     bar.close()
+    images.check()
     view = client.request("GET", f"/api/v1/jobs/{job}").json()
     return _conclude(view, files, draft, time.monotonic() - started, options)
 
@@ -9026,11 +9049,11 @@ class _Signals:
 class _Background:
     """A function in a thread whose exception comes out of ``join``."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[], Any]) -> None:
         self._future: concurrent.futures.Future[None] = concurrent.futures.Future()
         threading.Thread(target=self._run, args=(function,), daemon=True).start()
 
-    def _run(self, function: Callable[[], None]) -> None:
+    def _run(self, function: Callable[[], Any]) -> None:
         try:
             function()
             self._future.set_result(None)
@@ -9065,7 +9088,7 @@ def _check_python() -> tuple[str, bool, str]:
 
 def _check_povray(program: str) -> tuple[str, bool, str]:
     try:
-        engine = find_engine(program, Clock())
+        engine = locate_engine(program).probed()
     except UserError as error:
         return "POV-Ray", False, str(error)
     if not engine.library:

@@ -13,7 +13,6 @@ from conftest import run_povray
 from povfarm import (
     LINK,
     STANDARD,
-    Clock,
     Engine,
     LeaseSpec,
     PovJob,
@@ -22,7 +21,7 @@ from povfarm import (
     TaskSpec,
     UserError,
     WindowsEngine,
-    find_engine,
+    locate_engine,
     plan_frames,
     standard_library,
 )
@@ -123,7 +122,7 @@ def test_windows_gets_pvengines_switches_and_paths(tmp_path: Path) -> None:
 
 
 def test_the_povray_of_this_machine_is_found(povray: str) -> None:
-    engine = find_engine("", Clock())
+    engine = locate_engine("").probed()
     assert engine.program == povray and engine.version.startswith("3.")
     assert any((Path(path) / "colors.inc").is_file() for path in engine.library)
 
@@ -133,16 +132,16 @@ def test_a_program_that_is_not_povray_is_refused(tmp_path: Path) -> None:
     fake.write_text("#!/bin/sh\necho hello\n")
     fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
     with pytest.raises(UserError, match="is not POV-Ray"):
-        find_engine(str(fake), Clock())
+        locate_engine(str(fake)).probed()
     with pytest.raises(UserError, match="no program"):
-        find_engine(str(tmp_path / "gone"), Clock())
+        locate_engine(str(tmp_path / "gone"))
 
 
 def test_pvengine_is_recognised_by_its_name(tmp_path: Path) -> None:
     program = tmp_path / "bin" / "pvengine64.exe"
     program.parent.mkdir()
     shutil.copy("/bin/true", program)
-    engine = find_engine(str(program), Clock())
+    engine = locate_engine(str(program)).probed()
     assert isinstance(engine, WindowsEngine)
     assert engine.library == (str(tmp_path / "include"),)
 

@@ -60,7 +60,8 @@ def renderers(place: Path) -> List[str]:
         with contextlib.suppress(OSError):
             if process.name.isdigit() and (process / "comm").read_text().strip() == "povray":
                 state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-                if state != "Z" and place in Path(os.readlink(process / "cwd")).parents:
+                cwd = Path(os.readlink(process / "cwd"))
+                if state != "Z" and place in cwd.parents and cwd.name.startswith("run-"):
                     found.append(process.name)
     return found
 
@@ -351,6 +352,15 @@ def test_without_povray_it_says_what_to_install(tmp_path: Path) -> None:
         [*POVFARM, "render", "scene.pov"], cwd=project(tmp_path), text=True, capture_output=True,
         env={**environment(tmp_path), "PATH": str(tmp_path)}, check=False)
     assert result.returncode == 2 and "install" in result.stderr
+
+
+def test_a_program_that_is_not_povray_is_told(tmp_path: Path) -> None:
+    fake = tmp_path / "povray"
+    fake.write_text("#!/bin/sh\necho hello\n")
+    fake.chmod(0o755)
+    result = run(tmp_path, "render", "scene.pov", "--povray", str(fake), cwd=project(tmp_path))
+    assert result.returncode != 0 and len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.stderr and "POV-Ray" in result.stderr
 
 
 def test_a_port_in_use_is_told(farm: Farm, tmp_path: Path) -> None:

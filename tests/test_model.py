@@ -107,11 +107,12 @@ COSTS = [Cost(cpu, cpu) for cpu in (0.0, 0.001, 0.02, 0.1, 1.0, 4.0, 60.0, 4000.
 
 @pytest.mark.parametrize("cost", COSTS, ids=str)
 @pytest.mark.parametrize("slots", [1, 2, 7, 64])
-def test_a_lease_is_no_longer_than_ten_seconds_and_no_more_than_a_fair_share(
+def test_a_lease_is_no_longer_than_ten_seconds_and_not_much_more_than_a_fair_share(
         cost: Cost, slots: int) -> None:
     for queued in [1, 2, 3, 10, 100, 3000]:
         size = lease_size(queued, slots, cost)
-        assert 1 <= size <= max(-(-queued // slots), 1)
+        share = max(-(-queued // slots), 1)
+        assert 1 <= size <= min(share if cost.cpu >= 0.3 else 3 * share, queued)
         assert size == 1 or size * cost.cpu <= 10
 
 
@@ -119,7 +120,8 @@ def test_a_lease_is_no_longer_than_ten_seconds_and_no_more_than_a_fair_share(
 def test_leases_shrink_to_single_frames_at_the_end(cost: Cost) -> None:
     sizes = [lease_size(queued, 4, cost) for queued in range(2000, 0, -1)]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-4:] == [1, 1, 1, 1]
+    assert sizes[-4:] == [1, 1, 1, 1] or cost.cpu < 0.3
+    assert sizes[-1] == 1
 
 
 def test_cheap_frames_share_the_start_of_a_process() -> None:

@@ -49,6 +49,13 @@ def test_heavy_frames_get_a_process_a_core() -> None:
     assert pace.room([FakeRun()] * 3, LOTS) == 1
 
 
+def test_runs_that_sleep_half_of_the_time_get_more_than_two_a_core() -> None:
+    """Four of them would leave a core idle, by chance, for a fifth of the time."""
+    pace = Pace(2)
+    pace.measured(1, 1, cpu=0.52, wall=1.04, threads=1)
+    assert pace.room([FakeRun()] * 4, LOTS) in (2, 3)
+
+
 def test_waiting_for_a_core_is_not_taken_for_sleep() -> None:
     """Eight runs on two cores take four times as long: that is no reason to start more."""
     pace = Pace(2)
@@ -78,8 +85,9 @@ def test_the_number_of_runs_is_bounded() -> None:
 
 @pytest.mark.parametrize(("queued", "slots", "cpu", "size"), [
     (100, 4, None, 1),  # nothing is known yet
-    (130, 24, 0.023, 6),  # cheaper than a start: the whole fair share
-    (20, 20, 0.023, 1),
+    (130, 24, 0.04, 8),  # as cheap as a start: several
+    (20, 20, 0.04, 3),  # but not much more than the fair share
+    (2, 20, 0.04, 2),
     (1000, 4, 0.3, 18),  # ten seconds of it
     (1000, 4, 60.0, 1),
     (8, 4, 1.0, 1),  # half of the fair share, to even out at the end
