@@ -360,16 +360,19 @@ def _path(text: str) -> Path:
 # "job" for those that describe a new job.
 SETTINGS: tuple[Setting, ...] = (
     Setting("data", _path, Path("~/.povfarm").expanduser(),
-            "directory of the farm: database, images, key, cache", "serve work render talk", "DIR"),
+            "directory of the farm: database, images, key, cache", "serve work render talk doctor",
+            "DIR"),
     Setting("server", str, "", "address of the coordinator, instead of looking for it",
             "work talk", "URL"),
     Setting("key", str, "", "the farm key, where DATA/farm.key is not at hand", "work talk", "KEY"),
-    Setting("name", str, "", "name of the farm, the worker or the job",
+    Setting("name", str, "", "name of the farm, to give it one or to choose it; of the job",
             "serve work talk job", "NAME"),
+    Setting("worker-name", str, "", "name of the worker; by itself the computer's", "work",
+            "NAME"),
     Setting("port", _port, 2271, "TCP port of the coordinator; 0 picks a free one", "serve", "N"),
     Setting("bind", str, "", "address to listen on; by itself every one of this machine",
             "serve", "ADDRESS"),
-    Setting("discovery-port", _port, 2269, "UDP port of the discovery", "serve work talk", "N"),
+    Setting("discovery-port", _port, 2269, "UDP port of the discovery", "serve work talk render", "N"),
     Setting("no-discovery", bool, False, "do not answer workers that look for a farm", "serve"),
     Setting("open", bool, False, "admit workers from private addresses by themselves", "serve"),
     Setting("private", bool, False, "show the page and the API only to those with a key", "serve"),
@@ -4464,10 +4467,17 @@ class Tx:
                GROUP BY attempt.state""", {"job": job, "worker": worker})}
 
     def recent_attempts(self, worker: int, limit: int) -> list[str]:
-        """Return how a worker's last attempts ended, the newest first."""
+        """Return how a worker's last attempts ended, the newest first.
+
+        Failures count only in jobs of which some frame was rendered: where
+        none was, the scene is to blame.
+        """
         return [row["state"] for row in self._db.execute(
-            """SELECT state FROM attempt WHERE worker = :worker AND state IN ('done', 'failed')
-               ORDER BY id DESC LIMIT :limit""", {"worker": worker, "limit": limit})]
+            """SELECT attempt.state AS state FROM attempt JOIN task ON task.id = attempt.task
+               WHERE attempt.worker = :worker AND (attempt.state = 'done' OR (
+                   attempt.state = 'failed' AND EXISTS (
+                       SELECT 1 FROM job WHERE job.id = task.job AND job.done > 0)))
+               ORDER BY attempt.id DESC LIMIT :limit""", {"worker": worker, "limit": limit})]
 
     def first_failure(self, job: int) -> Row | None:
         """Return the newest failed attempt of a job with its frame, to show to a person."""
@@ -6889,6 +6899,9 @@ class PovText:
                 whole.append(line.strip())
         errors = [line for line in whole if _ERROR.search(line) and not _HARMLESS.search(line)]
         best = [line for line in errors if line.startswith("File ")] or errors
+        if best and "Cannot open file" in best[0]:
+            # Which one stands only in what goes before it.
+            best = [line for line in whole if "Cannot find file" in line] + best
         return best[0] if best else ""
 
 
@@ -7737,12 +7750,18 @@ class Delivery:
 
 
 class Cache:
-    """Projects of this worker, by the key of their manifest, within a size in bytes."""
+    """Projects of this worker, by the key of their manifest, within a size in bytes.
 
-    def __init__(self, root: Path, limit: int, client: Client) -> None:
+    ``near`` tells where the coordinator keeps contents by their hash, for a
+    worker in its own process: they are copied, not sent.
+    """
+
+    def __init__(self, root: Path, limit: int, client: Client,
+                 near: Callable[[str], Path] | None = None) -> None:
         self.root = root
         self.limit = limit
         self._client = client
+        self._near = near
         self._lock = threading.Lock()
         self._using: collections.Counter[str] = collections.Counter()
         self._ready: dict[str, set[str]] = {}
@@ -7806,7 +7825,9 @@ class Cache:
             path = safe_join(tree, file.path)
             if not _holds(path, file):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if not self._copy(key, file, path):
+                if self._near is not None:
+                    shutil.copyfile(self._near(file.sha256), path)
+                elif not self._copy(key, file, path):
                     self._client.download(f"/api/v1/blobs/{file.sha256}", path, file.sha256,
                                           limit=file.size)
             ready.add(file.path)
@@ -7856,14 +7877,22 @@ class Worker:
 
     def run(self) -> None:
         """Work until stopped; raises ``FarmError`` when the coordinator refuses this worker."""
+        _sweep(self.cache.root.parent)
         for number in range(2):
             name = f"deliver-{number}"
             threading.Thread(target=self._deliver_all, name=name, daemon=True).start()
         threading.Thread(target=self._beat_all, name="beat", daemon=True).start()
         try:
             while not self._stopping.is_set() and not self._idle:
-                with contextlib.suppress(ServerGone):  # only when it was stopped meanwhile
+                try:
                     self._ask()
+                except ServerGone:  # only when it was stopped meanwhile
+                    break
+                except RequestRefused as error:
+                    if error.status < 500:
+                        raise
+                    log.warning("the coordinator is in trouble: %s", error)
+                    self._stopping.wait(5)
             with self._changed:
                 while self._runs:
                     self._changed.wait(1.0)
@@ -7967,7 +7996,7 @@ class Worker:
 
     def _render(self, run: RunState) -> None:
         frames = self._frames(run.lease)
-        place = Path(tempfile.mkdtemp(prefix="run-", dir=self.cache.root.parent))
+        place = Path(tempfile.mkdtemp(prefix=f"run-{os.getpid()}-", dir=self.cache.root.parent))
         try:
             with self.cache.project(run.lease.manifest, frames[-1]) as (tree, manifest):
                 plan = Run(run.lease, tree, place, frames)
@@ -8103,6 +8132,17 @@ class _Measure:
         return Cost(self.cpu - cpu, self.wall - wall, memory)
 
 
+def _sweep(directory: Path) -> None:
+    """Delete what the runs of workers left that were killed."""
+    for path in directory.glob("run-*-*"):
+        try:
+            os.kill(int(path.name.split("-")[1]), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            pass  # it lives, and is another user's
+
+
 def _how_it_ended(code: int) -> str:
     if code == -9:
         return "POV-Ray was killed, perhaps because the computer ran out of memory"
@@ -8186,7 +8226,6 @@ class Draft:
 def render(options: Options) -> int:
     """The whole farm for one job: coordinator, worker, job, images in their places."""
     launcher = make_launcher()  # before the first thread
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="povfarm-")))
         stack.callback(launcher.close)
@@ -8198,11 +8237,11 @@ def render(options: Options) -> int:
         coordinator.start()
         stack.callback(coordinator.stop)
         client = Client(coordinator.url, coordinator.key)
-        worker = _join(client, engine, launcher, scratch / "cache", options,
-                       token_file=None)
+        worker = _join(client, engine, launcher, scratch / "cache", options, None,
+                       coordinator.store.blob_path)
         stack.callback(worker.stop)
         stack.callback(worker.stop)
-        job, event = _submit(client, draft)
+        job, event = _submit(client, draft, coordinator.scheduler)
         directory = coordinator.store.job_directory(job, draft.name)
         images = LocalImages(directory, (probe, _Background(worker.run)))
         return _follow(client, job, event, draft, options, images)
@@ -8223,7 +8262,8 @@ def serve(options: Options) -> int:
         _greet(coordinator)
         if launcher is not None and engine is not None:
             worker = _join(Client(coordinator.url, coordinator.key), engine, launcher,
-                           options.data / "cache", options, token_file=options.data / "workers")
+                           options.data / "cache", options, options.data / "workers",
+                           coordinator.store.blob_path)
             threading.Thread(target=worker.run, name="worker", daemon=True).start()
         _until_signal()
         return 130
@@ -8248,7 +8288,7 @@ def work(options: Options) -> int:
         if client is None:
             return 130
         worker = _join(client, engine, launcher, options.data / "cache", options,
-                       token_file=options.data / "workers")
+                       options.data / "workers")
         signals.action = worker.stop
         _say(f"working for {client.base_url} with POV-Ray {engine.version} "
              f"(Ctrl-C finishes what is under way, twice stops at once)")
@@ -8497,6 +8537,9 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"povfarm {VERSION}")
         return 0
+    for number in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, number) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, number), signal.default_int_handler)
     function = _commands().get(arguments[0])
     if function is None:
         raise UserError(f"there is no command '{arguments[0]}': see 'povfarm.py help'")
@@ -8573,6 +8616,8 @@ def _command_help(tag: command) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
              for row in rows]
@@ -8638,7 +8683,10 @@ def _whole_project(arguments: Sequence[str], here: Path,
             place, name = scratch / "project", path.stem
             read_zip(path, place)
         found = find_project(place)
-        return [*arguments[:index], found.name, *arguments[index + 1:]], found.parent, name
+        # POV-Ray takes a name with blanks apart that has no quotes of its own.
+        quote = "'" if '"' in found.name else '"'
+        quoted = f"{quote}{found.name}{quote}"
+        return [*arguments[:index], quoted, *arguments[index + 1:]], found.parent, name
     return list(arguments), here, ""
 
 
@@ -8666,10 +8714,11 @@ def _is_writable(directory: Path) -> bool:
     return True
 
 
-def _submit(client: Client, draft: Draft) -> tuple[int, int]:
+def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tuple[int, int]:
     """Submit a job and send the files that the farm does not have.
 
-    Returns the job's number and that of the last event before it.
+    Returns the job's number and that of the last event before it. A ``farm``
+    in this process is handed the files; nothing is sent.
     """
     reply = client.request("POST", "/api/v1/jobs", json={
         "name": draft.name, "pov": draft.pov.to_wire(),
@@ -8679,13 +8728,21 @@ def _submit(client: Client, draft: Draft) -> tuple[int, int]:
              for file in draft.project.manifest.files}
     try:
         for sha256 in reply["missing"]:
-            client.request("PUT", f"/api/v1/blobs/{sha256}", body=files[sha256])
+            if farm is not None:
+                farm.put_blob(sha256, _blocks(files[sha256]))
+            else:
+                client.request("PUT", f"/api/v1/blobs/{sha256}", body=files[sha256])
     except BaseException:
         # A job that would wait for ever for its files is worse than none.
         with contextlib.suppress(FarmError):
             client.request("DELETE", f"/api/v1/jobs/{reply['id']}", retry_for=0)
         raise
     return reply["id"], reply["event"]
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from iter(functools.partial(file.read, BUFFER), b"")
 
 
 class RemoteImages:
@@ -8875,23 +8932,29 @@ def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
     # Workers that know this user's farm key may help without being asked for.
     data.mkdir()
     atomic_write(data / "farm.key", farm_key(options.data).encode(), 0o600)
-    coordinator = Coordinator(data, name=draft.name, durable=False, discovery_port=2269)
-    _say(f"others help with: povfarm.py work --key {coordinator.key}")
+    coordinator = Coordinator(data, name=draft.name, durable=False,
+                              discovery_port=options.discovery_port)
+    _say(f"others help with: povfarm.py work --server http://{_lan_address()}:{coordinator.port} "
+         f"--key {coordinator.key}")
     return coordinator
 
 
 def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, cache: Path,
-          options: Options, token_file: Path | None) -> Worker:
-    """Join a farm as a worker, as the one that this computer was before if it can."""
+          options: Options, tokens: Path | None,
+          near: Callable[[str], Path] | None = None) -> Worker:
+    """Join a farm as a worker, as the one that this computer was before if it can.
+
+    That is known by the files in ``tokens``; ``near`` is for the ``Cache``.
+    """
     cores = options.cores or len(_affinity())
     info = {
-        "name": (options.name if options.command == "work" else "") or socket.gethostname(),
+        "name": options.worker_name or socket.gethostname(),
         "cores": cores, "memory": total_memory(),
         "system": f"{platform.system()} {platform.release()}",
         "engines": {"povray": engine.version},
         "tags": [tag for tag in options.tags.split(",") if tag],
     }
-    token = _Token(token_file, str(info["name"]), client.base_url)
+    token = _Token(tokens, str(info["name"]), client.base_url)
     info["name"] = token.name
     own = Client(client.base_url, token.read() or client.token, retry_for=math.inf)
     try:
@@ -8901,14 +8964,18 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
             raise
         own.token = client.token
         reply = own.request("POST", "/api/v1/workers", json=info).json()
+    if not reply["admitted"] and client.token and own.token != client.token:
+        # It once came without the key; now it has it.
+        own.token = client.token
+        reply = own.request("POST", "/api/v1/workers", json=info).json()
     if reply["token"]:
         own.token = reply["token"]
         token.write(reply["token"])
     if not reply["admitted"]:
         _say(f"waiting to be admitted: the status page at {client.base_url} shows the code "
              f"{reply['code']}, or type there: povfarm.py admit {reply['code']}")
-    return Worker(own, engine, launcher, Cache(cache, options.cache_size, own), cores,
-                  options.until_idle)
+    projects = Cache(cache, options.cache_size, own, near)
+    return Worker(own, engine, launcher, projects, cores, options.until_idle)
 
 
 class _Token:
@@ -8992,41 +9059,74 @@ def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> C
     key = _known_key(options)
     patience = 20.0 if waits else 1.0
     if options.server:
-        url = options.server if "//" in options.server else f"http://{options.server}"
-        client = Client(url, key, retry_for=patience)
-        _check_coordinator(client)
-        return client
+        return _check_coordinator(_server_url(options.server), key, options, patience)
+    name = "" if options.command == "submit" else options.name  # there it is the job's
     with contextlib.suppress(OSError, ValueError, FarmError):
         note = json.loads((options.data / "coordinator.json").read_text(encoding="utf-8"))
-        client = Client(note["url"], key, retry_for=0)
-        _check_coordinator(client)
-        return Client(note["url"], key, retry_for=patience)
-    name = options.name if options.command in ("work", "submit") and not waits else None
-    secret = key.encode() if options.key else None
-    found = discover(1.5, secret, options.discovery_port)
+        if name in ("", note["name"]):
+            _check_coordinator(note["url"], key, options, 0)
+            return Client(note["url"], key, retry_for=patience)
+    found = _discover(options, key, name)
     if not found and waits:
         _say("no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
-        found = wait_for_coordinator(secret, stop, options.discovery_port)
-        if not found:
-            return None
-    return Client(_choose(found, name).url, key, retry_for=patience)
+        while not found and not stop.is_set():
+            wait_for_coordinator(None, stop, options.discovery_port, name or None)
+            found = _discover(options, key, name)
+    if stop.is_set():
+        return None
+    farm = _choose(found)
+    return Client(farm.url, key if farm.verified or options.key else "", retry_for=patience)
 
 
-def _choose(found: Sequence[Found], name: str | None) -> Found:
+def _server_url(text: str) -> str:
+    """Return the address of a coordinator from what a person types for it."""
+    url = text if "//" in text else f"http://{text}"
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "http" and not re.search(r":\d+$", parts.netloc):
+        url = parts._replace(netloc=f"{parts.netloc}:2271").geturl()
+    return url
+
+
+def _discover(options: Options, key: str, name: str) -> list[Found]:
+    """Return the coordinators that answer; those that hold our key, if any does.
+
+    A key that was typed must be right; one that only lies here may be that of
+    another farm, one of this computer.
+    """
+    found = discover(1.5, key.encode(), options.discovery_port, name or None) if key else []
+    others = [] if found else discover(1.5, None, options.discovery_port, name or None)
+    if others and options.key:
+        raise FarmError(f"{others[0].name} at {others[0].url} has another key than the one given: "
+                        "copy the worker command that 'serve' prints there")
+    return found or others
+
+
+def _choose(found: Sequence[Found]) -> Found:
     if not found:
         raise FarmError("no coordinator answers on this network: start one with "
                         "'povfarm.py serve', or name it with --server URL")
     if len(found) > 1:
         names = ", ".join(f"{farm.name} ({farm.url})" for farm in found)
-        raise UserError(f"there are several coordinators, choose one with --server: {names}")
+        raise UserError("there are several coordinators, choose one with --name or --server: "
+                        + names)
     return found[0]
 
 
-def _check_coordinator(client: Client) -> None:
+def _check_coordinator(url: str, key: str, options: Options, patience: float) -> Client:
     """Fail now, in one line, when there is no coordinator or the key is wrong."""
-    farm = client.request("GET", "/api/v1/farm", timeout=10).json()
+    client = Client(url, key, retry_for=patience)
+    try:
+        farm = client.request("GET", "/api/v1/farm", timeout=10).json()
+    except RequestRefused as error:
+        if error.status == 401 and not key and options.command == "work":
+            return client  # a private farm, which a worker without the key may ask to let it in
+        if error.status != 401 or options.key or not key:
+            raise
+        client.token = ""  # a key that only lies here is another farm's
+        farm = client.request("GET", "/api/v1/farm", timeout=10).json()
     if not isinstance(farm, dict) or "farm_id" not in farm:
-        raise FarmError(f"{client.base_url} is not a povfarm coordinator")
+        raise FarmError(f"{url} is not a povfarm coordinator")
+    return client
 
 
 class _Signals:

@@ -43,7 +43,8 @@ CASES = (
     Case("c_colors", "portfolio", ("c_colors.ini",), 130, 6.0),
     Case("camera2", "animations/camera2", ("camera2.ini", "+W320", "+H240"), 30, 1.9),
     Case("vect1", "animations/vect1", ("vect1.ini", "+W320", "+H240"), 60, 1.0),
-    Case("splinefollow", "animations/splinefollow", ("splinefollow.ini", "+W320", "+H240"), 20, 1.0),
+    Case("splinefollow", "animations/splinefollow", ("splinefollow.ini", "+W320", "+H240"),
+         20, 1.0),
     Case("float1", "animations/float1", ("float1.ini", "+W640", "+H480"), 51, 1.4),
     Case("benchmark", "advanced/benchmark", ("benchmark.pov", "+W120", "+H90", "+A0.3"), 1, 0.95),
 )

@@ -544,7 +544,7 @@ def test_names_with_blanks_umlauts_and_quotes_travel(farm: Farm, tmp_path: Path)
 
 def test_two_workers_share_an_animation(farm: Farm, tmp_path: Path) -> None:
     for number in (1, 2):
-        farm.work("--cores", "1", "--name", f"worker {number}")
+        farm.work("--cores", "1", "--worker-name", f"worker {number}")
     wait_until(lambda: farm.client.request("GET", "/api/v1/farm").json()["workers"] == 2,
                "the workers do not come")
     job = farm.submit(project(tmp_path, HEAVY), "scene.pov", "+KFF10", "+W100", "+H75")
