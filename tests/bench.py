@@ -30,13 +30,17 @@ EXAMPLES = Path("/usr/share/doc/povray/examples")
 
 @dataclass(frozen=True)
 class Case:
-    """One command line; ``least`` is the ratio to bare POV-Ray that the project promises."""
+    """One command line; ``least`` is the ratio to bare POV-Ray that the project promises.
+
+    Where bare POV-Ray itself makes other pixels from run to run, nothing is ``exact``.
+    """
 
     name: str
     directory: str
     arguments: Tuple[str, ...]
     frames: int
     least: float
+    exact: bool = True
 
 
 CASES = (
@@ -46,7 +50,8 @@ CASES = (
     Case("splinefollow", "animations/splinefollow", ("splinefollow.ini", "+W320", "+H240"),
          20, 1.0),
     Case("float1", "animations/float1", ("float1.ini", "+W640", "+H480"), 51, 1.4),
-    Case("benchmark", "advanced/benchmark", ("benchmark.pov", "+W120", "+H90", "+A0.3"), 1, 0.95),
+    Case("benchmark", "advanced/benchmark", ("benchmark.pov", "+W120", "+H90", "+A0.3"), 1, 0.95,
+         exact=False),
 )
 
 
@@ -90,7 +95,7 @@ def measure(case: Case, rounds: int) -> str:
             "parallel", f"-j{2 * cores}", "povray", *case.arguments, "-D", "+WT1", "+SF{}", "+EF{}",
             ":::", *map(str, range(1, case.frames + 1))]
     walls: Dict[str, List[float]] = {name: [] for name in contestants}
-    cpus, same = [], "same"
+    cpus, same = [], "same" if case.exact else "not exact"
     for _ in range(rounds):
         images = {}
         for name, command in contestants.items():
@@ -98,7 +103,8 @@ def measure(case: Case, rounds: int) -> str:
             walls[name].append(wall)
             if name == "bare":
                 cpus.append(cpu)
-        if images["render"] != images["bare"] or len(images["bare"]) != case.frames:
+        right = images["render"] == images["bare"] or not case.exact
+        if not right or len(images["render"]) != case.frames:
             same = "DIFFERENT"
     median = {name: statistics.median(values) for name, values in walls.items()}
     beside = f"{median['parallel']:.1f}" if "parallel" in median else "-"

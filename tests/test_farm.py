@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -596,3 +597,38 @@ def test_saved_photons_are_found_where_povray_looks_for_them(tmp_path: Path) -> 
     result = run(tmp_path, "render", "scene.pov", *SMALL, cwd=place)
     assert result.returncode == 0, result.stderr
     assert pixels(place / "scene.png") == expected
+
+
+def test_several_farms_are_listed_and_chosen_by_name_and_key(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("", 0))
+        udp = str(probe.getsockname()[1])
+    env = environment(tmp_path)
+    farms = []
+    try:
+        for name in ("attic", "cellar"):
+            farms.append(subprocess.Popen(
+                [*POVFARM, "serve", "--bind", "127.0.0.1", "--port", "0", "--name", name,
+                 "--discovery-port", udp, "--data", str(tmp_path / name)],
+                env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+            assert farms[-1].stdout is not None and name in farms[-1].stdout.readline()
+
+        def ask(*args: str) -> "subprocess.CompletedProcess[str]":
+            return run(tmp_path, *args, "--discovery-port", udp, cwd=tmp_path)
+
+        found = ask("discover")
+        assert "attic" in found.stdout and "cellar" in found.stdout
+        both = ask("status")
+        assert both.returncode == 2 and "attic" in both.stderr and "cellar" in both.stderr
+        assert ask("status", "--name", "cellar").returncode == 0
+        key = (tmp_path / "attic" / "farm.key").read_text()
+        url = json.loads((tmp_path / "attic" / "coordinator.json").read_text())["url"]
+        assert ask("workers", "--key", key).returncode == 0
+        assert url in ask("login", "--key", key).stdout
+        wrong = ask("work", "--key", "wrong", "--name", "attic")
+        assert wrong.returncode == 1 and "another key" in wrong.stderr
+        assert len(wrong.stderr.splitlines()) == 1
+    finally:
+        for farm in farms:
+            farm.terminate()
+            farm.communicate()
