@@ -8789,14 +8789,23 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
     """Show a job's progress and put its images in their places until it is finished."""
     bar = ProgressBar(draft.name, sys.stderr)
     started = time.monotonic()
+    stop = threading.Event()
+    _Signals(stop.set)
     files: list[str] = []
     seen, ended = event, False
     have: set[int] = set()
     while not ended:
         images.check()
-        if bar.due():
-            bar.show(client.request("GET", f"/api/v1/jobs/{job}").json())
-        reply = client.request("GET", f"/api/v1/events?after={seen}&wait={bar.pause}")
+        try:
+            if bar.due():
+                bar.show(client.request("GET", f"/api/v1/jobs/{job}", stop=stop).json())
+            reply = client.request("GET", f"/api/v1/events?after={seen}&wait={bar.pause}",
+                                   stop=stop)
+        except ServerGone:
+            if not stop.is_set():
+                raise
+        if stop.is_set():
+            raise KeyboardInterrupt
         events = [event for event in reply.json()["events"] if event["job"] == job]
         seen = max([seen, *(event["id"] for event in reply.json()["events"])])
         done = {event["frame"] for event in events if event["what"] == TaskState.DONE.value}
@@ -8808,7 +8817,7 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
         ended = not reply.json()["more"] and any(
             event["what"] in _JOB_ENDS and event["text"] != PAUSED_BY_HAND for event in events)
         if not ended:
-            time.sleep(0.05)  # what happens in a moment is told in one answer
+            stop.wait(0.05)  # what happens in a moment is told in one answer
     bar.close()
     images.check()
     view = client.request("GET", f"/api/v1/jobs/{job}").json()
@@ -9131,20 +9140,27 @@ def _check_coordinator(url: str, key: str, options: Options, patience: float) ->
 
 
 class _Signals:
-    """Calls ``action`` for every Ctrl-C or SIGTERM, and counts them."""
+    """Calls ``action`` for every Ctrl-C or SIGTERM, and counts them.
+
+    Not by an exception, which would be lost where it hits a ``__del__``, nor
+    in the handler itself, which runs in the middle of anything, locks too.
+    """
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self.action = action
         self.count = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         self.count += 1
-        if self.count == 1:
+        threading.Thread(target=self._act, args=(self.count,), daemon=True).start()
+
+    def _act(self, count: int) -> None:
+        if count == 1:
             _say("stopping")
-        # In a thread: a handler runs in the middle of anything, locks too.
-        threading.Thread(target=self.action, daemon=True).start()
+        self.action()
 
 
 class _Background:
