@@ -2644,7 +2644,7 @@ def want(wire: Any, key: str, kind: type) -> Any:
 def pause_reason(done: int, failed: int) -> str:
     """Return why a job that only fails should pause, or nothing when it need not.
 
-    Seed BSAC: "it can take mere seconds to get 3000 error frames".
+    BSAC stops after one: "it can take mere seconds to get 3000 error frames".
     """
     if done == 0 and failed >= 3:
         return "the first frames all failed: see the log of one, mend the scene, then retry"
@@ -2692,7 +2692,7 @@ _OPTION_LIMITS: Mapping[str, tuple[int, int]] = {
 # cannot pass on a true coordinator's answer as its own and have workers come to
 # it. Who can take over an address itself (ARP spoofing) is stopped only by TLS.
 
-DISCOVERY_PORT = 2269  # the port of BSAC's meta server (seed 002); hints go to the next one
+DISCOVERY_PORT = 2269  # the port of BSAC's meta server; hints go to the next one
 _PACKET_LIMIT = 2048
 _ANSWERS_A_SECOND = 50
 _FARMS_LIMIT = 100
@@ -5264,7 +5264,7 @@ class Access:
     """Tells who sends a request: by farm key, worker's token or browser login.
 
     The farm key is the admin's; a worker has a token of its own. A login code
-    works once and is exchanged for a cookie (DESIGN: as Jupyter does).
+    works once and is exchanged for a cookie, as Jupyter does it.
     """
 
     def __init__(self, store: Store, farm_key: str, private: bool, clock: Clock) -> None:

@@ -30,7 +30,7 @@ WORKER = {"name": "anna", "cores": 4, "memory": 1 << 33, "system": "Linux 6",
 OFFER = {"want": 1, "slots": 1, "idle": 1, "wait": 0}
 ZEROS = "0" * 64
 
-# Every route and who may use it, as DESIGN.md 6 has it; an example of its path.
+# Every route and who may use it, with an example of its path.
 ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
     ("GET", "/api/v1/farm"): ("reader", "/api/v1/farm"),
     ("GET", "/api/v1/jobs"): ("reader", "/api/v1/jobs"),
