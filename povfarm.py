@@ -3920,7 +3920,8 @@ MIGRATIONS: tuple[str, ...] = (
         sha256 TEXT, size INTEGER, cpu REAL, wall REAL, memory INTEGER,
         UNIQUE (job, frame, slice)
     );
-    CREATE INDEX task_state ON task (job, state, frame);
+    CREATE INDEX task_state ON task (job, state, frame, slice);
+    CREATE INDEX task_done ON task (job, finished) WHERE state = 'done';
     CREATE TABLE lease (
         id TEXT PRIMARY KEY, worker INTEGER NOT NULL REFERENCES worker,
         job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE, granted REAL NOT NULL,
@@ -3936,7 +3937,9 @@ MIGRATIONS: tuple[str, ...] = (
         UNIQUE (task, lease)
     );
     CREATE INDEX attempt_lease ON attempt (lease);
-    CREATE INDEX attempt_worker ON attempt (worker, state);
+    CREATE INDEX attempt_recent ON attempt (worker, id);
+    CREATE INDEX attempt_live ON attempt (task) WHERE state = 'live';
+    CREATE INDEX attempt_failed ON attempt (worker, task) WHERE state = 'failed';
     CREATE TABLE event (
         id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job INTEGER, frame INTEGER,
         worker INTEGER, what TEXT NOT NULL, text TEXT NOT NULL
@@ -4435,7 +4438,7 @@ class Tx:
         """Return the attempts of a job's tasks that are under way, oldest lease first."""
         return self._db.execute(
             """SELECT attempt.*, task.frame AS frame
-               FROM attempt JOIN task ON task.id = attempt.task
+               FROM attempt CROSS JOIN task ON task.id = attempt.task
                WHERE task.job = :job AND attempt.state = 'live'
                ORDER BY attempt.started, task.frame DESC""", {"job": job}).fetchall()
 
@@ -4459,13 +4462,19 @@ class Tx:
             "UPDATE attempt SET state = 'released' WHERE task = :task AND state = 'failed'",
             {"task": task})
 
-    def job_record(self, job: int, worker: int) -> dict[str, int]:
-        """Return how many attempts of a job one worker ended in each state."""
-        return {row["state"]: row["count"] for row in self._db.execute(
-            """SELECT attempt.state AS state, COUNT(*) AS count
-               FROM attempt JOIN task ON task.id = attempt.task
-               WHERE attempt.worker = :worker AND task.job = :job
-               GROUP BY attempt.state""", {"job": job, "worker": worker})}
+    def failures(self, job: int, worker: int) -> int:
+        """Return how many attempts of a job failed on one worker."""
+        # CROSS JOIN: from the failures, which are few, to their tasks.
+        return int(self._db.execute(
+            """SELECT COUNT(*) FROM attempt CROSS JOIN task ON task.id = attempt.task
+               WHERE attempt.worker = :worker AND attempt.state = 'failed' AND task.job = :job""",
+            {"job": job, "worker": worker}).fetchone()[0])
+
+    def has_done(self, job: int, worker: int) -> bool:
+        """Tell whether one worker rendered a frame of a job."""
+        return self._db.execute(
+            "SELECT 1 FROM task WHERE job = :job AND state = 'done' AND worker = :worker LIMIT 1",
+            {"job": job, "worker": worker}).fetchone() is not None
 
     def recent_attempts(self, worker: int, limit: int) -> list[str]:
         """Return how a worker's last attempts ended, the newest first.
@@ -4484,7 +4493,7 @@ class Tx:
         """Return the newest failed attempt of a job with its frame, to show to a person."""
         return cast("Row | None", self._db.execute(
             """SELECT attempt.*, task.frame AS frame
-               FROM attempt JOIN task ON task.id = attempt.task
+               FROM attempt CROSS JOIN task ON task.id = attempt.task
                WHERE task.job = :job AND attempt.state = 'failed'
                ORDER BY attempt.id DESC LIMIT 1""", {"job": job}).fetchone())
 
@@ -4976,15 +4985,15 @@ class Scheduler:
     def _recall(self) -> None:
         """Learn from the database which leases live and which files are missing."""
         now = self.clock.monotonic()
-        with self.store.read() as tx:
+        with self.store.tx() as tx:  # not read(): no lease may be given in between
             leases = {row["id"]: row["worker"] for row in tx.live_leases()}
             self._missing = {
                 job["id"]: set(tx.missing_blobs(job["manifest"])) for job in tx.waiting_jobs()
             }
-        self._deadlines = {lease: self._deadlines.get(lease, now + self.lease_time)
-                           for lease in leases}
-        self._granted = {lease: self._granted.get(lease, now) for lease in leases}
-        self._owners = leases
+            self._deadlines = {lease: self._deadlines.get(lease, now + self.lease_time)
+                               for lease in leases}
+            self._granted = {lease: self._granted.get(lease, now) for lease in leases}
+            self._owners = leases
 
     def _wake(self) -> None:
         with self._changed:
@@ -5164,8 +5173,7 @@ class Scheduler:
         return not self._is_hopeless(tx, job, worker) or worker in self._helpers(tx, job)
 
     def _is_hopeless(self, tx: Tx, job: Row, worker: int) -> bool:
-        record = tx.job_record(job["id"], worker)
-        return record.get("failed", 0) >= 3 and not record.get("done", 0)
+        return tx.failures(job["id"], worker) >= 3 and not tx.has_done(job["id"], worker)
 
     def _helpers(self, tx: Tx, job: Row) -> set[int]:
         """Return the workers that a frame of a job may wait for.
@@ -5690,7 +5698,7 @@ class Api:
         """Return a job as people want to see it; ``whole`` adds the newest failure."""
         total = sum(job[state.value] for state in TaskState)
         live = tx.live_attempts_of_job(job["id"]) if job["leased"] else []
-        part = sum(self._farm.progress(attempt["task"]) for attempt in live)
+        part = sum(map(self._farm.progress, {attempt["task"] for attempt in live}))
         options = pov_of(job["pov"]).options if whole else None
         end = job["finished"] or self._farm.clock.time()
         spent = end - job["started"] if job["started"] else 0.0

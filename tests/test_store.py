@@ -425,6 +425,56 @@ def test_the_picture_is_on_disk_before_its_row(farm: Farm, monkeypatch: pytest.M
     assert farm.finish(worker, lease)
 
 
+def half_done(root: Path, frames: int) -> Tuple[Farm, int]:
+    """A farm, and its worker who has rendered all but ten of so many frames, one by one."""
+    farm = Farm(root)
+    worker, job = farm.worker(), farm.submit(frames)
+    with farm.store.tx() as tx:
+        for statement in (
+            """INSERT INTO lease (id, worker, job, granted, ended)
+               SELECT 'L' || id, :worker, job, 1, 2 FROM task WHERE frame <= :done""",
+            """INSERT INTO attempt (task, lease, worker, state, started, ended)
+               SELECT id, 'L' || id, :worker, 'done', 1, 2 FROM task WHERE frame <= :done""",
+            """UPDATE task SET state = 'done', finished = id WHERE frame <= :done""",
+            """UPDATE job SET done = :done, queued = queued - :done, cpu = 60 * :done,
+                              wall = 60 * :done WHERE id = :job""",
+        ):
+            tx._db.execute(statement, {"worker": worker, "job": job, "done": frames - 10})
+    return farm, worker
+
+
+def steps_of_sql(root: Path, frames: int) -> Dict[str, int]:
+    """How many steps SQLite takes for what happens all the time, late in a long animation."""
+    farm, worker = half_done(root, frames)
+    farm.ask("GET", "/api/v1/jobs/1")
+    steps: List[int] = []
+    for connection in (farm.store._writer, *farm.store._readers):
+        connection.set_progress_handler(lambda: steps.append(1), 20)
+    leases: List[Any] = []
+    actions: Dict[str, Callable[[], Any]] = {
+        "lease": lambda: leases.append(farm.lease(worker)),
+        "finish": lambda: farm.finish(worker, leases[0], cpu=60),
+        "lease again": lambda: leases.append(farm.lease(worker)),
+        "fail": lambda: farm.fail(worker, leases[1]),
+        "the job": lambda: farm.ask("GET", "/api/v1/jobs/1"),
+        "the jobs": lambda: farm.ask("GET", "/api/v1/jobs"),
+        "the workers": lambda: farm.ask("GET", "/api/v1/workers"),
+    }
+    costs = {}
+    for name, action in actions.items():
+        steps.clear()
+        action()
+        costs[name] = len(steps)
+    farm.close()
+    return costs
+
+
+def test_a_long_animation_is_no_slower_at_its_end(tmp_path: Path) -> None:
+    short, long = (steps_of_sql(tmp_path / str(frames), frames) for frames in (200, 4000))
+    assert {name: (short[name], steps) for name, steps in long.items()
+            if steps > 2 * short[name] + 50} == {}
+
+
 # --- the SQL itself
 
 def calls_of_sql() -> List[Tuple[str, str, ast.expr]]:
