@@ -1,0 +1,261 @@
+"""Every route against every kind of sender, taken from the router itself: none can be forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Tuple
+
+import pytest
+from farm_in_a_box import manifest, png, pov_job
+
+import povfarm
+from povfarm import (
+    BodyReader,
+    BoundRoute,
+    Coordinator,
+    JobOptions,
+    LeaseSpec,
+    Offer,
+    Request,
+    Response,
+    WorkerInfo,
+)
+
+READER, PENDING = frozenset({"reader"}), frozenset({"reader", "pending"})
+WORKER, ADMIN = PENDING | {"worker"}, READER | {"user", "admin"}
+# What each kind of sender may be; None is a key that is refused wherever it is shown.
+SENDERS: Dict[str, Any] = {
+    "nobody": READER, "worker asking to join": PENDING, "worker": WORKER, "another worker": WORKER,
+    "admin": ADMIN, "browser": ADMIN, "browser that logged out": READER, "made-up cookie": READER,
+    "made-up key": None, "removed worker": None, "hash of a worker's token": None,
+}
+STRANGERS = ("nobody", "browser that logged out", "made-up cookie")
+LETTERS = {"": "abc", ":int": "7", ":path": "a/b"}
+BODIES: Mapping[str, bytes] = {
+    "POST /api/v1/leases/<lease>/release": b"{}",
+    "POST /api/v1/leases/<lease>/tasks/<task:int>/fail":
+        b'{"message": "x", "scene": true, "log": ""}',
+    "PUT /api/v1/leases/<lease>/tasks/<task:int>": png(),
+}
+
+
+class House:
+    """A coordinator as ``serve`` makes it, that never listens, and all who may knock."""
+
+    def __init__(self, data: Path, private: bool = False) -> None:
+        self.coordinator = Coordinator(data, bind="127.0.0.1", private=private, durable=False)
+        self.data = data
+        self.scheduler = self.coordinator.scheduler
+        self.access = self.coordinator.access
+        self.router = self.coordinator.router
+        self.entered: List[str] = []
+        self.job, missing = self.scheduler.submit(
+            "ball", "admin", pov_job(4), manifest({"scene.pov": b"sphere"}), JobOptions())
+        for sha256 in missing:
+            self.scheduler.put_blob(sha256, [b"sphere"])
+        self.workers = {name: self.join(name) for name in ("worker", "another worker",
+                                                           "removed worker")}
+        self.join("worker asking to join", admitted=False)
+        self.lease = self.scheduler.lease(
+            self.workers["worker"], Offer(1, 1, 1), 0.0, lambda: True)[0]
+        self.scheduler.remove_worker(self.workers["removed worker"])
+        session = self.access.log_in(self.access.login_code())
+        gone = self.access.log_in(self.access.login_code())
+        cookies = {"browser": session, "browser that logged out": gone, "made-up cookie": "x" * 43}
+        keys = {"admin": self.coordinator.key, "made-up key": "x" * 64,
+                "hash of a worker's token": povfarm.hashlib.sha256(b"worker").hexdigest()}
+        self.headers: Dict[str, Dict[str, str]] = {
+            **{who: {"authorization": f"Bearer {keys.get(who, who)}"} for who in SENDERS},
+            **{who: {"cookie": f"{self.access.cookie}={one}"} for who, one in cookies.items()},
+            "nobody": {},
+        }
+        self.access.log_out(Request("POST", "/", headers=self.headers["browser that logged out"]))
+
+    def join(self, name: str, admitted: bool = True) -> int:
+        info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
+        token = povfarm.hashlib.sha256(name.encode()).hexdigest()
+        return self.scheduler.join(info, token, "192.168.1.5", admitted)[0]
+
+    def spy(self) -> None:
+        """Let every route only note that it was reached."""
+        self.router.routes = [dataclasses.replace(bound, handler=self._enter)
+                              for bound in self.router.routes]
+
+    def _enter(self, request: Request) -> Response:
+        self.entered.append(request.path)
+        return povfarm.empty_response()
+
+    def send(self, method: str, path: str, who: str, body: bytes = b"",
+             **headers: str) -> Response:
+        fields = {"host": "127.0.0.1", "content-type": "application/json", **self.headers[who],
+                  **{name.replace("_", "-"): value for name, value in headers.items()}}
+        return self.router.handle(Request(method, path, {}, fields, BodyReader.of(body)))
+
+    def truth(self) -> Tuple[Any, ...]:
+        """All that the farm has written down, and the names of its files."""
+        with sqlite3.connect(self.data / "farm.db") as db:
+            tables = [row[0] for row in db.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+            rows = [(table, db.execute(f"SELECT * FROM {table}").fetchall()) for table in tables]
+        files = sorted(str(path) for path in self.data.rglob("*") if "farm.db" not in path.name)
+        return rows, files
+
+    def close(self) -> None:
+        problems = self.scheduler.check_invariants()
+        self.coordinator.stop()
+        assert problems == []
+
+
+@pytest.fixture(name="house")
+def house_fixture(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path / "data")
+    yield house
+    house.close()
+
+
+def example(bound: BoundRoute, **values: str) -> str:
+    """A path that the route matches."""
+    path = re.sub(r"<(\w+)(:\w+)?>",
+                  lambda found: values.get(found[1], LETTERS[found[2] or ""]), bound.route.pattern)
+    assert bound.regex.fullmatch(path)
+    return path
+
+
+def allowed(roles: Any, who: str, bound: BoundRoute, private: bool) -> bool:
+    """The rule: the role that the route declares, and nothing more."""
+    if roles is None:
+        return False
+    if private and who in STRANGERS:
+        roles = roles - {"reader"}
+    if who == "browser" and bound.route.pattern.startswith("/api/") and bound.route.method != "GET":
+        roles = READER  # a cookie alone only looks: any page can make a browser send it
+    return bound.route.role == "anyone" or bound.route.role in roles
+
+
+def knock(house: House, who: str, private: bool) -> int:
+    """Try every door; return how many there are."""
+    roles: FrozenSet[str] = SENDERS[who]
+    house.spy()
+    for bound in house.router.routes:
+        method, path = bound.route.method, example(bound)
+        first = next(one for one in house.router.routes
+                     if one.route.method == method and one.regex.fullmatch(path))
+        house.entered.clear()
+        response = house.send(method, path, who)
+        place = f"{who} at {method} {bound.route.pattern}"
+        if allowed(roles, who, first, private):
+            assert house.entered == [path] and response.status == 204, place
+            continue
+        assert house.entered == [], place
+        assert response.status == (401 if roles is None or who in STRANGERS else 403), place
+    return len(house.router.routes)
+
+
+@pytest.mark.parametrize("who", SENDERS)
+def test_every_route_lets_in_its_role_and_no_other(who: str, house: House) -> None:
+    assert knock(house, who, private=False) > 30
+
+
+@pytest.mark.parametrize("who", SENDERS)
+def test_on_a_private_farm_strangers_do_not_even_look(who: str, tmp_path: Path) -> None:
+    house = House(tmp_path / "data", private=True)
+    assert knock(house, who, private=True) > 30
+    house.close()
+
+
+def test_each_role_is_used_and_every_change_needs_one(house: House) -> None:
+    routes = [bound.route for bound in house.router.routes]
+    assert {one.role for one in routes} == set(povfarm.ROLES)
+    # Who changes something without a key: a worker that asks to join, a login link.
+    assert [one.pattern for one in routes if one.role == "anyone" and one.method != "GET"] == [
+        "/api/v1/workers"]
+    assert not [one for one in routes if one.role == "reader" and one.method != "GET"]
+
+
+def test_a_key_in_another_scheme_or_place_is_none(house: House) -> None:
+    key = house.coordinator.key
+    for header in (f"Basic {key}", key, f"Bearer{key}", "Bearer", f"Bearer {key}x",
+                   f"Bearer {key[:-1]}", "Bearer \u00e9", f"Bearer {key} {key}"):
+        answer = house.send("POST", "/api/v1/login", "nobody", authorization=header)
+        assert answer.status == 401, header
+    assert house.send("POST", "/api/v1/login", "nobody", cookie=f"key={key}").status == 401
+    assert house.send("POST", "/api/v1/login", "admin", authorization=f"bearer  {key}").status == 200
+
+
+# --- leases of others
+
+def lease_routes(house: House) -> List[BoundRoute]:
+    return [bound for bound in house.router.routes if "<lease>" in bound.route.pattern]
+
+
+def test_every_route_of_a_lease_is_tried_below(house: House) -> None:
+    assert {f"{bound.route.method} {bound.route.pattern}" for bound in lease_routes(house)} == \
+        set(BODIES)
+
+
+def shown(lease: LeaseSpec, house: House) -> Iterator[Tuple[str, str, bytes]]:
+    """Every request that shows the lease."""
+    for bound in lease_routes(house):
+        body = BODIES[f"{bound.route.method} {bound.route.pattern}"]
+        yield bound.route.method, example(
+            bound, lease=lease.id, task=str(lease.tasks[0].id)), body
+
+
+@pytest.mark.parametrize("who, status", [
+    ("another worker", 410), ("worker asking to join", 403), ("removed worker", 401),
+    ("admin", 403), ("nobody", 401), ("browser", 403),
+])
+def test_the_lease_of_another_can_be_neither_beaten_nor_ended(
+        who: str, status: int, house: House) -> None:
+    before = house.truth()
+    for method, path, body in shown(house.lease, house):
+        assert house.send(method, path, who, body).status == status, path
+    beat = house.send("POST", "/api/v1/beat", who,
+                      b'{"leases": {"%s": {}}}' % house.lease.id.encode())
+    if who == "another worker":
+        assert isinstance(beat.body, bytes) and beat.status == 200
+        assert beat.body == b'{"ended":["%s"]}' % house.lease.id.encode()
+    else:
+        assert beat.status == status
+    assert house.truth() == before
+
+
+def test_the_task_of_another_lease_cannot_be_settled_with_ones_own(house: House) -> None:
+    lease, = house.scheduler.lease(
+        house.workers["another worker"], Offer(1, 1, 1), 0.0, lambda: True)
+    assert lease.tasks[0].id != house.lease.tasks[0].id
+    before = house.truth()
+    for method, path, body in shown(house.lease, house):
+        if "tasks" in path:
+            mine = path.replace(house.lease.id, lease.id)
+            assert house.send(method, mine, "another worker", body).status == 410, path
+    assert house.truth() == before
+
+
+@pytest.mark.parametrize("number", range(len(BODIES)))
+def test_its_own_worker_ends_the_lease(number: int, house: House) -> None:
+    """The same requests as above are good ones when the right worker sends them."""
+    before = house.truth()
+    method, path, body = list(shown(house.lease, house))[number]
+    assert house.send(method, path, "worker", body).status in (200, 204)
+    assert house.truth() != before
+
+
+def test_a_browser_changes_nothing_without_the_token_of_a_form(house: House) -> None:
+    before = house.truth()
+    form = "application/x-www-form-urlencoded"
+    other = house.access.form_token(Request("GET", "/", headers=house.headers["nobody"]))
+    for bound in house.router.routes:
+        if bound.route.method == "GET" or bound.route.role == "anyone":
+            continue
+        for values in ({"job": "1", "action": "cancel"}, {"job": "1", "action": "delete"}):
+            path = example(bound, **values)
+            for body in (b"", b"token=", b"token=" + other.encode(), b"token=%FF"):
+                answer = house.send(bound.route.method, path, "browser", body, content_type=form)
+                assert answer.status == 403, (path, body)
+    assert house.truth() == before
+    assert "user" in house.access.identify(
+        Request("GET", "/", headers=house.headers["browser"])).roles, "it is still logged in"
