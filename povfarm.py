@@ -684,8 +684,10 @@ def plan_frames(options: PovOptions) -> FramePlan:
 
     Initial and final frame both 0 or both 1 (unset counts as 0) make a still.
     Raises ``UserError`` when there are no frames, or more than ``MAX_FRAMES``,
-    or when POV-Ray would write the pictures to stdout or under spoilt names.
+    or no rows in them, or when POV-Ray would write the pictures to stdout or
+    under spoilt names.
     """
+    region_of(options)
     values = options.values
     limits = (int(values.get("Initial_Frame", 0)), int(values.get("Final_Frame", 0)))
     stem = _output_stem(options)
@@ -711,6 +713,56 @@ def plan_frames(options: PovOptions) -> FramePlan:
         _number(values, "Initial_Clock", 0.0), _number(values, "Final_Clock", 1.0),
         cyclic, digits, stem, options.extension,
     )
+
+
+@dataclass(frozen=True)
+class Region:
+    """What one frame renders: its rows and columns from 0, without ``bottom`` and ``right``.
+
+    Slices that begin at ``top + k * block`` make up exactly the picture of the
+    whole; where no slices do, ``block`` is all of the rows.
+    """
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    block: int
+
+
+def region_of(options: PovOptions) -> Region:
+    """Return the part of a frame that a command line asks for; ``UserError`` when it is none.
+
+    POV-Ray itself ends with an error, writes a black picture or hangs for ever
+    (POV-Ray/povray issue 312) where this refuses.
+    """
+    top, bottom = _span(options.values, "Row", options.height)
+    left, right = _span(options.values, "Column", options.width)
+    values, block = options.values, 1
+    if values.get("Antialias") == "On" and values.get("Sampling_Method") != "2":
+        # Method 1 looks at the rows above and below a pixel, but not across the edge of a render
+        # block. Blocks are counted from the corner of the region.
+        block = _block_size(options)
+    if values.get("Dither") == "On" and values.get("Dither_Method", "FS")[0] != "B":
+        block = options.height  # all but the ordered methods carry errors on from row to row
+    return Region(top, bottom, left, right, min(block, bottom - top))
+
+
+def slice_values(options: PovOptions, top: int, bottom: int) -> dict[str, str]:
+    """Return the INI values that render just the rows from ``top`` to before ``bottom``.
+
+    They go on top of the options' own; rows outside of the region are left out.
+    The pixels are those of the whole frame when the slice begins at the region's
+    ``top + k * block``, and so does the one below it.
+    """
+    region = region_of(options)
+    top, bottom = max(top, region.top), min(bottom, region.bottom)
+    if top >= bottom:
+        raise UserError(f"no row of rows {region.top} to {region.bottom} is in the slice")
+    # End_Row=1 is 100 %: to end with the first row takes a fraction.
+    end = str(bottom) if bottom > 1 else _plain(1.5 / options.height)
+    size = str(_block_size(options))
+    return {"Start_Row": str(top + 1), "End_Row": end, "Render_Block_Size": size}
 
 
 def to_ini(values: Mapping[str, str], declares: Sequence[str], library: Sequence[str]) -> str:
@@ -1089,6 +1141,26 @@ def _subset(values: Mapping[str, str], key: str, default: int, initial: int, fin
         return default
     number = max(_number(values, key, 0.0), 0.0)
     return int(_single((final - initial + 1) * number) if 0 < number < 1 else number)
+
+
+def _block_size(options: PovOptions) -> int:
+    return int(options.values.get("Render_Block_Size", 32))
+
+
+def _span(values: Mapping[str, str], axis: str, size: int) -> tuple[int, int]:
+    """Return first row or column and the one after the last, as POV-Ray computes them."""
+    # From 0 to 1 they are fractions: a start without the 1, an end with it. Computed in double from
+    # single precision, so that 0.7 of 100 is row 69. int() cuts off towards 0.
+    start = _number(values, f"Start_{axis}", 1.0)
+    end = _number(values, f"End_{axis}", float(size))
+    first = int(size * start) if 0 <= start < 1 else int(start - 1)
+    after = int(size * end) if 0 <= end <= 1 else int(end - 1) + 1
+    if 0 <= first < after <= size:
+        return first, after
+    raise UserError(
+        f"no {axis.lower()} to render: Start_{axis}={start:g} and End_{axis}={end:g} "
+        f"must be in order, from 1 to {size}"
+    )
 
 
 def _output_stem(options: PovOptions) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
+from typing import List, Tuple
 
 import pytest
 
@@ -50,3 +51,11 @@ def run_povray(args: List[str], cwd: Path) -> "subprocess.CompletedProcess[str]"
         ["povray", *args, "-D"], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
         text=True, errors="replace", timeout=600, check=False,
     )
+
+
+def pixels_of(path: Path) -> Tuple[int, bytes]:
+    """The width of a PPM picture, and its pixels: three bytes or three pairs of bytes each."""
+    data = path.read_bytes()
+    header = re.match(rb"P6\s+(?:#.*\n)*(\d+)\s+\d+\s+\d+\s", data)
+    assert header, data[:50]
+    return int(header[1]), data[header.end() :]

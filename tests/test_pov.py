@@ -14,19 +14,22 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import pytest
-from conftest import EXAMPLES
+from conftest import EXAMPLES, pixels_of, run_povray
 
 import povfarm
 from povfarm import (
     STANDARD,
     PovOptions,
+    Region,
     UserError,
     check_ini,
     plan_frames,
     read_command_line,
+    region_of,
+    slice_values,
     to_ini,
 )
 
@@ -239,6 +242,9 @@ OUR_OWN = [
     (case("help", "s.pov -h"), "-h"),
     (case("benchmark", "--benchmark"), "--benchmark"),
     (case("line break in an argument", ["s.pov", "+Q\n5"]), "+Q"),
+    (case("reversed rows hang POV-Ray", "s.pov +SR90 +ER20"), "no row to render: Start_Row=90"),
+    (case("reversed columns", "s.pov +SC0.5 +EC0.25"), "no column to render: Start_Column=0.5"),
+    (case("rows below the picture", "s.pov +H40 +ER41"), "End_Row=41 must be in order, from 1 to 40"),
     (case("frame numbers beyond single precision", "s.pov +KFI16777216 +KFF16777217"), "too many"),
 ]
 
@@ -301,6 +307,8 @@ def ask_povray(args: Sequence[str], work: Path, environ: Dict[str, str]) -> Answ
     return Answer(done.returncode, text, written, [str(path) for path in new], gamma)
 
 
+Bounds = Optional[Tuple[int, int, int, int]]  # rows and columns, half open
+Renders = Callable[[Sequence[Sequence[str]]], List[Bounds]]
 Answers = Dict[str, Tuple[Path, Answer]]
 
 
@@ -567,3 +575,82 @@ def test_to_ini_refuses(
 ) -> None:
     with pytest.raises(UserError):
         to_ini(values, declares, library)
+
+
+REGIONS = [
+    "", "+SR1 +ER1", "+SR3 +ER1", "+SR0 +ER5", "+SR3 +ER3", "+SR10", "+SR2.9 +ER4.9 +SC2.9 +EC4.9",
+    "+SR0.7", "+ER0.7", "+SC0.7 +EC0.999", "+SR0.3 +ER0.6", "+SR0.99 +EC1", "+ER0.15", "+SC3 +EC3",
+    "+SR0.999999999", "+SR1 +ER0.1", "+H1", "+SR0.96 +ER24 +H25 +W1",
+    # refused, or nothing is rendered
+    "+SR5 +ER4", "+SR0.5 +ER5", "+SR0.5 +ER0.5", "+SC7 +EC6", "+ER0", "+ER0.05", "+SR11", "+ER11",
+    "+SC11", "+EC-3", "+SR-1", "+SC-0.5", "+SR0.5 +ER-0.5",
+]
+WHITE = "#version 3.7; global_settings { assumed_gamma 1 } background { rgb 1 }"
+
+
+@pytest.fixture(scope="module")
+def white(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Renders:
+    """Render white pictures with these arguments and say which pixels are white."""
+    root = tmp_path_factory.mktemp("white")
+    (root / "s.pov").write_text(WHITE)
+
+    def bounds(name: str, args: Sequence[str]) -> Bounds:
+        done = run_povray(["s.pov", "+W10", "+H10", "+FP", f"+O{name}.ppm", *args], root)
+        if done.returncode:
+            return None
+        width, pixels = pixels_of(root / f"{name}.ppm")
+        lit = [i for i in range(len(pixels) // 3) if pixels[3 * i]]
+        columns = [i % width for i in lit]
+        return (lit[0] // width, lit[-1] // width + 1, min(columns), max(columns) + 1) if lit else None
+
+    def many(runs: Sequence[Sequence[str]]) -> List[Bounds]:
+        with ThreadPoolExecutor(14) as pool:
+            return list(pool.map(bounds, map(str, range(len(runs))), runs))
+
+    return many
+
+
+def region_or_none(args: Sequence[str], where: Path) -> Region | None:
+    options = read_command_line(["s.pov", "+W10", "+H10", *args], where, {}, [])
+    try:
+        return region_of(options)
+    except UserError:
+        return None
+
+
+def test_region_is_what_povray_renders(white: Renders, tmp_path: Path) -> None:
+    regions = [region_or_none(text.split(), tmp_path) for text in REGIONS]
+    ours = [r and (r.top, r.bottom, r.left, r.right) for r in regions]
+    assert dict(zip(REGIONS, ours)) == dict(zip(REGIONS, white([t.split() for t in REGIONS])))
+
+
+@pytest.mark.parametrize("args", ["", "+SR0.2 +ER8 +SC2", "+H2", "+H1"])
+def test_slice_renders_just_its_rows(args: str, white: Renders, tmp_path: Path) -> None:
+    options = read_command_line(["s.pov", "+W10", "+H10", *args.split()], tmp_path, {}, [])
+    region = region_of(options)
+    rows = range(region.top, region.bottom + 1)
+    slices = [(a, b) for a in rows for b in rows if a < b and (b - a < 3 or b == region.bottom)]
+    extra = [[f"{k}={v}" for k, v in slice_values(options, *rows).items()] for rows in slices]
+    found = white([[*args.split(), *more] for more in extra])
+    assert found == [(a, b, region.left, region.right) for a, b in slices]
+
+
+def test_slice_is_cut_to_the_region(tmp_path: Path) -> None:
+    options = read_command_line("s.pov +H40 +SR11 +ER30 +BS7".split(), tmp_path, {}, [])
+    whole = {"Start_Row": "11", "End_Row": "30", "Render_Block_Size": "7"}
+    assert slice_values(options, 0, 40) == whole
+    assert slice_values(options, 29, 99)["Start_Row"] == "30"
+    for top, bottom in ((0, 10), (30, 40), (15, 15)):
+        with pytest.raises(UserError, match="rows 10 to 30"):
+            slice_values(options, top, bottom)
+    check_ini(to_ini(slice_values(read_command_line(["s.pov"], tmp_path, {}, []), 0, 1), [], []))
+
+
+@pytest.mark.parametrize(("args", "block"), [
+    ("", 1), ("+A", 32), ("+A0.1 +AM1 +BS7", 7), ("+A +AM2", 1), ("-A +A0.1 -A", 1), ("+BS64", 1),
+    ("+A +BS200", 100), ("+A +SR41 +ER60", 20), ("+TH", 100), ("+THD1 +SR11", 90), ("+THB2", 1),
+    ("+A +THB2", 32), ("+A +AM2 +THD2", 100), ("+THFS -TH", 1), ("+A +AM3", 32),
+])
+def test_where_slices_may_begin(args: str, block: int, tmp_path: Path) -> None:
+    line = ["s.pov", "+H100", *args.split()]
+    assert region_of(read_command_line(line, tmp_path, {}, [])).block == block
