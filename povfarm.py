@@ -135,10 +135,11 @@ class UserError(FarmError):
 class ProtocolError(FarmError):
     """A request that is refused: ``status`` is the HTTP status to answer with."""
 
-    def __init__(self, status: int, message: str, detail: Any = None) -> None:
+    def __init__(self, status: int, message: str, detail: Any = None, **headers: str) -> None:
         super().__init__(message)
         self.status = status
         self.detail = detail
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 class StoreError(FarmError):
@@ -372,6 +373,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("port", _port, 2271, "TCP port of the coordinator; 0 picks a free one", "serve", "N"),
     Setting("bind", str, "", "address to listen on; by itself every one of this machine",
             "serve", "ADDRESS"),
+    Setting("host", str, "", "more names of this computer, parted by commas, that browsers may "
+            "call it by", "serve", "A,B"),
     Setting("discovery-port", _port, 2269, "UDP port of the discovery",
             "serve work talk render", "N"),
     Setting("no-discovery", bool, False, "do not answer workers that look for a farm", "serve"),
@@ -3129,9 +3132,9 @@ class BodyReader:
 class Request:
     """One request. ``path`` is decoded; ``headers`` has lower-case names.
 
-    ``params`` holds what the route's wildcards matched. ``alive()`` is False
-    once the client has gone or the server is stopping: a handler that waits
-    looks at it now and then.
+    ``params`` holds what the route's wildcards matched; ``secure`` says that it
+    came over TLS. ``alive()`` is False once the client has gone or the server is
+    stopping: a handler that waits looks at it now and then.
     """
 
     method: str
@@ -3142,6 +3145,7 @@ class Request:
     remote: str = "127.0.0.1"
     identity: Identity = field(default_factory=Identity)
     params: Mapping[str, Any] = field(default_factory=dict)
+    secure: bool = False
     alive: Callable[[], bool] = lambda: True
 
     def json(self, limit: int = BODY_LIMIT) -> Any:
@@ -3282,9 +3286,8 @@ def file_response(path: Path, mime: str, request: Request, etag: str = "") -> Re
     if wanted[0] < wanted[1]:
         return _file_part(file, wanted[0], wanted[1], 206, headers)
     file.close()
-    response = _refusal(416, f"the file has {status.st_size} bytes")
-    response.headers["Content-Range"] = f"bytes */{status.st_size}"
-    return response
+    raise ProtocolError(416, f"the file has {status.st_size} bytes",
+                        Content_Range=f"bytes */{status.st_size}")
 
 
 Handler = Callable[..., Response]
@@ -3330,15 +3333,18 @@ class BoundRoute:
 class Router:
     """Finds the handler of a request and makes a response of whatever comes out.
 
-    ``authenticate`` says who sends a request; ``allowed_hosts`` whether a name
-    in the Host header is one of ours (a browser that was lured to us under
-    another name by DNS rebinding is refused).
+    ``authenticate`` says who sends a request. ``hosts`` are the names that we
+    are known by, addresses apart: a browser that was lured to us under another
+    one by DNS rebinding is refused; empty stands for any. ``error_page`` makes
+    what a browser is shown for an error, where others get JSON.
     """
 
     def __init__(self, *providers: object, authenticate: Callable[[Request], Identity],
-                 allowed_hosts: Callable[[str], bool] | None = None) -> None:
+                 hosts: Collection[str] = (),
+                 error_page: Callable[[Request, ProtocolError], Response] | None = None) -> None:
         self._authenticate = authenticate
-        self._allowed_hosts = allowed_hosts
+        self._hosts = hosts
+        self._error_page = error_page
         found = [bound for provider in providers for bound in _bound_routes(provider)]
         # The more a pattern leaves open, the later it is tried.
         self.routes = sorted(
@@ -3357,7 +3363,11 @@ class Router:
                 raise ValueError(f"a header field cannot be sent: {response.headers}")
             return response
         except Exception as error:
-            return _error_response(error, request)
+            refusal = _refusal(error, f"{request.method} {request.path!r}")
+            page = "text/html" in request.headers.get("accept", "") and self._error_page
+            response = page(request, refusal) if page else _error_in_json(refusal)
+            response.headers.update(refusal.headers)
+            return response
 
     def _dispatch(self, request: Request) -> Response:
         self._check_host(request)
@@ -3373,10 +3383,9 @@ class Router:
             allowed.add(bound.route.method)
         if not allowed:
             raise ProtocolError(404, f"there is no {request.path} here")
-        response = _refusal(405, f"{request.path} does not take {request.method}")
         allowed.update(["HEAD"] if "GET" in allowed else [])
-        response.headers["Allow"] = ", ".join(sorted(allowed))
-        return response
+        raise ProtocolError(405, f"{request.path} does not take {request.method}",
+                            Allow=", ".join(sorted(allowed)))
 
     def _call(self, bound: BoundRoute, match: re.Match[str], request: Request) -> Response:
         # The group's name ends in what it is converted to: see _compile.
@@ -3390,17 +3399,17 @@ class Router:
             return bound.handler(request)
         if request.identity.name:
             raise ProtocolError(403, f"this needs the role '{bound.route.role}'")
-        response = _refusal(401, f"log in first: this needs the role '{bound.route.role}'")
-        response.headers["WWW-Authenticate"] = "Bearer"
-        return response
+        raise ProtocolError(401, f"log in first: this needs the role '{bound.route.role}'",
+                            WWW_Authenticate="Bearer")
 
     def _check_host(self, request: Request) -> None:
         # Only browsers can be rebound, and they always send a Host.
         host = request.headers.get("host")
-        if host is not None and self._allowed_hosts is not None:
-            name = re.sub(r":\d*$", "", host).strip("[]").lower()
-            if not self._allowed_hosts(name):
-                raise ProtocolError(403, f"this coordinator is not called {name}")
+        if host is not None and self._hosts:
+            name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
+            if name not in self._hosts and not _is_address(name):
+                raise ProtocolError(403, f"this coordinator does not know that it is called "
+                                    f"{name!r}: start it with --host NAME")
 
 
 class Server(http.server.HTTPServer):
@@ -3588,7 +3597,7 @@ class _Connection:
             request, old, last = self._parse(head)
         except ProtocolError as error:
             # Where the next request would begin is not known now: see RFC 9112, 6.3.
-            self._send(_error_response(error, None), "", old=False, last=True)
+            self._send(_error_in_json(error), "", old=False, last=True)
             self._linger()
             return False
         response = self._server.router.handle(request)
@@ -3651,7 +3660,7 @@ class _Connection:
         body = _WireBody(self, length, self._limits, expects)
         request = Request(
             method, _decode(path), _fields(query), headers, BodyReader(body.read, length),
-            self._remote, alive=self.alive,
+            self._remote, secure=self._server.tls is not None, alive=self.alive,
         )
         return request, old, old or "close" in headers.get("connection", "").lower()
 
@@ -3779,6 +3788,13 @@ _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\n-\x1f\x7f]*)")
 _WILDCARD = re.compile(r"<([a-z]+)(?::(int|path))?>")
 _WILDCARD_REGEX = {"": "[^/]+", "int": "[0-9]{1,18}", "path": ".+"}
 
+# What every response says, unless it says otherwise: a browser is to make nothing of it but
+# what it is, not to run anything in it, and to keep it from pages of others.
+_HEADERS: Mapping[str, str] = {
+    "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "same-origin",
+}
 # What is answered to an exception; the first that fits counts.
 _STATUS: tuple[tuple[type[FarmError], int], ...] = (
     (UserError, 400),
@@ -3810,21 +3826,27 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(regex + re.escape(pattern[position:]), re.DOTALL)
 
 
-def _refusal(status: int, message: str, detail: Any = None) -> Response:
-    return json_response({"error": message, "detail": detail}, status)
-
-
-def _error_response(error: Exception, request: Request | None) -> Response:
+def _refusal(error: Exception, place: str) -> ProtocolError:
+    """Return what to tell a client of an exception; our own mistakes are told to the log."""
     if isinstance(error, ProtocolError):
-        return _refusal(error.status, str(error), error.detail)
+        return error
     if not isinstance(error, FarmError):
-        place = f"{request.method} {request.path!r}" if request else "a request"
         log.error("%s failed", place, exc_info=error)
-        return _refusal(500, "the coordinator made a mistake: its log says which")
+        return ProtocolError(500, "the coordinator made a mistake: its log says which")
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
     if status >= 500:
         log.warning("%s", error)
-    return _refusal(status, str(error))
+    return ProtocolError(status, str(error))
+
+
+def _error_in_json(refusal: ProtocolError) -> Response:
+    return json_response({"error": str(refusal), "detail": refusal.detail}, refusal.status)
+
+
+def _is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
 
 
 def _refuse_constant(name: str) -> float:
@@ -3896,7 +3918,7 @@ def _body_length(headers: Mapping[str, str], old: bool) -> int | None:
 def _head(response: Response, extra: str) -> bytes:
     """Return the status line and the header of a response, with the empty line."""
     status = response.status
-    headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", **response.headers}
+    headers = {**_HEADERS, **response.headers}
     if isinstance(response.body, FileSlice):
         headers["Content-Length"] = str(response.body.length)
     elif isinstance(response.body, bytes) and status not in (204, 304):
@@ -5366,10 +5388,12 @@ class Access:
         session = self._session(request)
         if not session or not self._allowed(session):
             return self._stranger
+        if request.method in ("GET", "HEAD"):
+            return _ADMIN
         # A page elsewhere can make a browser send the cookie: with it alone one
-        # may only look. What the forms of PAGES change, check_form guards.
-        looks = request.method in ("GET", "HEAD") or not request.path.startswith("/api/")
-        return _ADMIN if looks else _READER
+        # may only look. What the forms of PAGES change, check_form guards as well.
+        _check_origin(request.headers)
+        return _READER if request.path.startswith("/api/") else _ADMIN
 
     def login_code(self) -> str:
         """Return a new code that logs a browser in, once, within ten minutes."""
@@ -5399,9 +5423,9 @@ class Access:
         session = self._session(request)
         return hmac.new(self._key.encode(), session.encode(), "sha256").hexdigest()
 
-    def check_form(self, request: Request, fields: Mapping[str, str]) -> None:
+    def check_form(self, request: Request) -> None:
         """Raise ``ProtocolError`` 403 for a form that was not made for this browser."""
-        if not hmac.compare_digest(fields.get("token", "").encode(),
+        if not hmac.compare_digest(request.form().get("token", "").encode(),
                                    self.form_token(request).encode()):
             raise ProtocolError(403, "this form is too old: load the page again")
 
@@ -5424,6 +5448,15 @@ class Access:
         if row is None:
             raise ProtocolError(401, "this key is not the farm's")
         return _WORKERS[WorkerState(row["state"])](row)
+
+
+def _check_origin(headers: Mapping[str, str]) -> None:
+    """Refuse what a browser says that a page of another origin made it send."""
+    site = headers.get("sec-fetch-site")
+    origin = headers.get("origin", "").partition("//")[2]
+    if site not in ("same-origin", "none") and (
+            site is not None or ("origin" in headers and origin != headers.get("host"))):
+        raise ProtocolError(403, "a page of another site has sent this: nothing was done")
 
 
 def _secret_hash(secret: str) -> str:
@@ -6013,60 +6046,6 @@ class Pages:
     @route("GET", "/jobs/<job:int>", role="reader", summary="The page of a job")
     def job(self, request: Request) -> Response:
         """A job with its frames. Query: from (a frame), to see the frames of its cell."""
-        return self._told(request, self._job)
-
-    @route("GET", "/jobs/<job:int>/frames/<frame:int>", role="reader", summary="A frame's page")
-    def frame(self, request: Request) -> Response:
-        """A frame's image, its numbers, and what POV-Ray printed."""
-        return self._told(request, self._frame)
-
-    @route("POST", "/jobs/<job:int>/<action>", role="user", summary="Steer a job by a form")
-    def steer(self, request: Request) -> Response:
-        """Action: pause, resume, cancel, retry or delete."""
-        return self._told(request, self._steer)
-
-    @route("POST", "/workers/<code>/admit", role="admin", summary="Admit a worker by a form")
-    def admit(self, request: Request) -> Response:
-        """Admit the worker that shows the code."""
-        return self._told(request, self._admit)
-
-    @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
-    def login(self, request: Request) -> Response:
-        """Exchange a login link's code for a cookie."""
-        return self._told(request, self._log_in)
-
-    @route("POST", "/logout", role="user", summary="Log a browser out")
-    def logout(self, request: Request) -> Response:
-        """Let the browser forget its cookie."""
-        return self._told(request, self._log_out)
-
-    @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
-    @route("GET", "/style.css", role="anyone", summary="How the pages look")
-    def look(self, request: Request) -> Response:
-        """The style sheet, or the mark; both are asked for once a day at most."""
-        look = (STYLE, 200, "text/css") if request.path == "/style.css" else (
-            MARK, 200, "image/svg+xml")
-        response = text_response(*look)
-        response.headers["Cache-Control"] = "public, max-age=86400"
-        return response
-
-    # --- what the routes do
-
-    def _told(self, request: Request, handler: Callable[[Request], Response]) -> Response:
-        """Do it, or return a page with what is refused, for people to read."""
-        try:
-            if request.method == "POST":
-                self._access.check_form(request, request.form())
-            return handler(request)
-        except FarmError as error:
-            status = error.status if isinstance(error, ProtocolError) else 409
-            words = str(error)
-            return self._page(
-                request, "That did not work", element("h1", "That did not work"),
-                element("p", f"{words[:1].upper()}{words[1:]}.", class_="lead"),
-                element("p", element("a", "To the farm", href="/", class_="button")), status=status)
-
-    def _job(self, request: Request) -> Response:
         with self._farm.store.read() as tx:
             row = self._row(tx, request)
             view, newest = self._api.job_view(tx, row, whole=True), tx.newest_task_of(row["id"])
@@ -6085,7 +6064,9 @@ class Pages:
             _storyboard(view, tasks), _frames(view, tasks, chosen, size), _options(view, row),
             reload=reloads.get(view["state"], 0))
 
-    def _frame(self, request: Request) -> Response:
+    @route("GET", "/jobs/<job:int>/frames/<frame:int>", role="reader", summary="A frame's page")
+    def frame(self, request: Request) -> Response:
+        """A frame's image, its numbers, and what POV-Ray printed."""
         number = request.params["frame"]
         with self._farm.store.read() as tx:
             row = self._row(tx, request)
@@ -6111,25 +6092,60 @@ class Pages:
                 "pre", text or "Nothing yet.", tabindex=0), id="log"),
             reload=5 if frame["state"] in ("queued", "leased") else 0)
 
-    def _steer(self, request: Request) -> Response:
+    @route("POST", "/jobs/<job:int>/<action>", role="user", summary="Steer a job by a form")
+    def steer(self, request: Request) -> Response:
+        """Action: pause, resume, cancel, retry or delete."""
+        self._access.check_form(request)
         if request.params["action"] == "delete":
             self._api.delete(request)
             return redirect("/")
         self._api.steer(request)
         return redirect(f"/jobs/{request.params['job']}")
 
-    def _admit(self, request: Request) -> Response:
+    @route("POST", "/workers/<code>/admit", role="admin", summary="Admit a worker by a form")
+    def admit(self, request: Request) -> Response:
+        """Admit the worker that shows the code."""
+        self._access.check_form(request)
         self._farm.admit(request.params["code"])
         return redirect("/")
 
-    def _log_in(self, request: Request) -> Response:
+    @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
+    def login(self, request: Request) -> Response:
+        """Exchange a login link's code for a cookie."""
         if request.method == "HEAD":  # a link's preview: it must not use the code up
             return redirect("/")
-        return self._with_cookie(self._access.log_in(request.params["code"]), "")
+        return self._with_cookie(request, self._access.log_in(request.params["code"]), "")
 
-    def _log_out(self, request: Request) -> Response:
+    @route("POST", "/logout", role="user", summary="Log a browser out")
+    def logout(self, request: Request) -> Response:
+        """Let the browser forget its cookie."""
+        self._access.check_form(request)
         self._access.log_out(request)
-        return self._with_cookie("", "; Max-Age=0")
+        return self._with_cookie(request, "", "; Max-Age=0")
+
+    @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
+    @route("GET", "/style.css", role="anyone", summary="How the pages look")
+    def look(self, request: Request) -> Response:
+        """The style sheet, or the mark; both are asked for once a day at most."""
+        look = (STYLE, 200, "text/css") if request.path == "/style.css" else (
+            MARK, 200, "image/svg+xml")
+        response = text_response(*look)
+        response.headers["Cache-Control"] = "public, max-age=86400"
+        return response
+
+    def error_page(self, request: Request, refusal: ProtocolError) -> Response:
+        """Return a page with what is refused, for people to read."""
+        text = str(refusal)
+        title, words = "That did not work", [f"{text[:1].upper()}{text[1:]}."]
+        if refusal.status == 401:
+            title, words = "Log in first", [
+                "On the computer where the farm runs, type ",
+                element("code", "python povfarm.py login"),
+                ". Open the link that it prints in this browser."]
+        return self._page(
+            request, title, element("h1", title), element("p", words, class_="lead"),
+            element("p", element("a", "To the farm", href="/", class_="button")),
+            status=refusal.status)
 
     # --- inside
 
@@ -6144,7 +6160,8 @@ class Pages:
             element("link", rel="icon", href="/favicon.svg"),
             element("link", rel="stylesheet", href=_STYLE_ADDRESS))
         user = self._form(request, "/logout", "Log out") if "user" in request.identity.roles else \
-            element("span", "Just looking. To steer: ", element("code", "python povfarm.py login"))
+            element("span", "Just looking. To steer: ", element(
+                "code", "python povfarm.py login")) if request.identity.roles else None
         mark = element("img", src="/favicon.svg", alt="", width=28, height=28)
         switch = element("a", "Load this page again and again" if still else
                          "Stop loading this page again",
@@ -6163,8 +6180,9 @@ class Pages:
             raise ProtocolError(404, f"there is no job {request.params['job']}")
         return row
 
-    def _with_cookie(self, value: str, more: str) -> Response:
+    def _with_cookie(self, request: Request, value: str, more: str) -> Response:
         response = redirect("/")
+        more += "; Secure" if request.secure else ""
         cookie = f"{self._access.cookie}={value}; HttpOnly; SameSite=Strict; Path=/{more}"
         response.headers.update({**PAGE_HEADERS, "Set-Cookie": cookie})
         return response
@@ -6607,14 +6625,15 @@ class Coordinator:
     """A farm that serves: made, then ``start``ed, then ``stop``ped.
 
     ``port`` 0 picks a free port; ``url`` tells which. ``discovery_port`` None
-    answers no probes. Raises ``UserError`` for a port in use and ``StoreError``
-    for a data directory that cannot be used or that another povfarm holds.
+    answers no probes. ``hosts`` are names that this computer has beside its
+    own. Raises ``UserError`` for a port in use and ``StoreError`` for a data
+    directory that cannot be used or that another povfarm holds.
     """
 
     def __init__(self, data: Path, *, bind: str = "", port: int = 0, name: str = "",
                  discovery_port: int | None = None, admit_private: bool = False,
-                 private: bool = False, durable: bool = True, lease_time: float = 30.0,
-                 clock: Clock | None = None) -> None:
+                 private: bool = False, hosts: Collection[str] = (), durable: bool = True,
+                 lease_time: float = 30.0, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.data = data
         self.key = farm_key(data)
@@ -6628,8 +6647,9 @@ class Coordinator:
         self.scheduler = Scheduler(self.store, self.clock, lease_time)
         self.access = Access(self.store, self.key, private, self.clock)
         self.api = Api(self.scheduler, self.access, self.name, admit_private)
-        self.router = Router(self.api, Pages(self.api, self.scheduler, self.access),
-                             authenticate=self.access.identify)
+        pages = Pages(self.api, self.scheduler, self.access)
+        self.router = Router(self.api, pages, authenticate=self.access.identify,
+                             hosts=_own_names(hosts), error_page=pages.error_page)
         self.api.routes = self.router.routes
         self.server = Server(self.router, bind or "0.0.0.0", port)
         self.url = f"http://{'127.0.0.1' if bind in ('', '0.0.0.0', '::') else bind}:{self.port}"
@@ -6688,6 +6708,14 @@ def farm_key(data: Path) -> str:
         return path.read_text(encoding="ascii").strip()
     except OSError as error:
         raise StoreError(f"the data directory {data} cannot be used: {error.strerror}") from None
+
+
+def _own_names(more: Collection[str]) -> Collection[str]:
+    """Return the names, in lower case, by which browsers may know this computer."""
+    name = socket.gethostname()
+    short = name.partition(".")[0]
+    return {one.strip(" .").lower() for one in
+            ("localhost", name, short, f"{short}.local", f"{name}.local", *more)} - {""}
 
 
 def _hold(data: Path) -> BinaryIO:
@@ -8336,7 +8364,8 @@ def serve(options: Options) -> int:
     coordinator = Coordinator(
         options.data, bind=options.bind, port=options.port, name=options.name,
         discovery_port=None if options.no_discovery else options.discovery_port,
-        admit_private=options.open, private=options.private, lease_time=options.lease_time)
+        admit_private=options.open, private=options.private, hosts=options.host.split(","),
+        lease_time=options.lease_time)
     coordinator.start()
     worker = None
     try:

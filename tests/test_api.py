@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
+from urllib.parse import urlencode
 
 import pytest
 from farm_in_a_box import (  # noqa: F401 - the fixture
@@ -23,7 +24,7 @@ from farm_in_a_box import (  # noqa: F401 - the fixture
 )
 
 import povfarm
-from povfarm import JobState, LeaseSpec, ProtocolError, Request, TaskState
+from povfarm import BodyReader, JobState, LeaseSpec, ProtocolError, Request, TaskState
 
 WORKER = {"name": "anna", "cores": 4, "memory": 1 << 33, "system": "Linux 6",
           "engines": {"povray": "3.7.0.10"}, "tags": ["fast"]}
@@ -197,14 +198,19 @@ def test_a_login_code_is_good_once_and_for_ten_minutes(farm: Farm) -> None:
 
 
 def test_a_form_holds_the_token_of_its_own_browser(farm: Farm) -> None:
-    mine, other = (Request("POST", "/", headers=browser(farm)) for _ in range(2))
-    farm.access.check_form(mine, {"token": farm.access.form_token(mine)})
-    for token in (farm.access.form_token(other), "", "ä", "x" * 64):
+    mine, other = browser(farm), browser(farm)
+    fields = {**mine, "content-type": "application/x-www-form-urlencoded"}
+    good = farm.access.form_token(Request("GET", "/", headers=mine))
+    bad = farm.access.form_token(Request("GET", "/", headers=other))
+    for token in (good, bad, "", "ä", "x" * 64, None):
+        body = urlencode({} if token is None else {"token": token}).encode()
+        request = Request("POST", "/", headers=fields, body=BodyReader.of(body))
+        if token == good:
+            farm.access.check_form(request)
+            continue
         with pytest.raises(ProtocolError) as caught:
-            farm.access.check_form(mine, {"token": token})
+            farm.access.check_form(request)
         assert caught.value.status == 403
-    with pytest.raises(ProtocolError):
-        farm.access.check_form(mine, {})
 
 
 # --- workers come

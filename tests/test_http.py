@@ -286,12 +286,29 @@ def test_a_form_gives_its_fields() -> None:
 
 @pytest.mark.parametrize("host, status", [
     ("farm", 200), ("farm:2271", 200), ("FARM", 200), ("[::1]:2271", 200), ("[::1]", 200),
-    (None, 200), ("evil.example", 403), ("farm.evil.example:2271", 403), ("", 403),
+    (None, 200), ("192.168.1.5:2271", 200), ("farm.", 200), ("evil.example", 403), ("", 403),
+    ("farm.evil.example:2271", 403), ("192.168.1.5.evil.example", 403), ("farm:2271@evil", 403),
+    ("evil.example:2271:farm", 403), ("1", 403), ("[farm]:x", 403),
 ])
 def test_a_host_name_must_be_ours(host: Optional[str], status: int) -> None:
-    router = Router(Pages(), authenticate=stranger, allowed_hosts={"farm", "::1"}.__contains__)
+    router = Router(Pages(), authenticate=stranger, hosts={"farm"})
     headers = {} if host is None else {"host": host}
     assert router.handle(Request("GET", "/", {}, headers)).status == status
+
+
+def test_a_browser_gets_errors_as_pages_and_a_program_as_json() -> None:
+    def page(request: Request, refusal: povfarm.ProtocolError) -> Response:
+        return povfarm.html_response(f"<p>{request.path}: {refusal}", refusal.status)
+
+    router = Router(Pages(), Doors(), authenticate=stranger, error_page=page)
+    for path, status, header in (("/nothing", 404, ""), ("/json", 405, "Allow"), ("/fail", 500, ""),
+                                 ("/admin", 401, "WWW-Authenticate")):
+        seen = router.handle(Request("GET", path, {}, {"accept": "text/html,*/*;q=0.8"}))
+        assert (seen.status, seen.headers["Content-Type"]) == (status, "text/html; charset=utf-8")
+        assert isinstance(seen.body, bytes) and seen.body.startswith(f"<p>{path}: ".encode())
+        assert b"secret" not in seen.body and (not header or seen.headers[header])
+        told = router.handle(Request("GET", path, {}, {"accept": "*/*"}))
+        assert told.status == status and set(content(told)) == {"error", "detail"}
 
 
 # Files

@@ -104,8 +104,9 @@ class Farm:
         self.scheduler = Scheduler(self.store, Clock())
         self.access = Access(self.store, "k" * 64, private, Clock())
         self.api = Api(self.scheduler, self.access, "the attic", False)
-        self.router = Router(self.api, Pages(self.api, self.scheduler, self.access),
-                             authenticate=self.access.identify)
+        pages = Pages(self.api, self.scheduler, self.access)
+        self.router = Router(self.api, pages, authenticate=self.access.identify,
+                             error_page=pages.error_page)
         self.admin = self.log_in()
 
     def log_in(self) -> str:
@@ -114,7 +115,7 @@ class Farm:
     def send(self, method: str, address: str, cookie: str = "",
              body: Optional[Dict[str, str]] = None, **headers: str) -> Response:
         path, _, query = address.partition("?")
-        headers = {"host": "farm.local:2271", "cookie": cookie, **headers,
+        headers = {"host": "farm.local:2271", "accept": "text/html", "cookie": cookie, **headers,
                    "content-type": "application/x-www-form-urlencoded"}
         return self.router.handle(Request(
             method, path, dict(urllib.parse.parse_qsl(query)), headers,
@@ -395,7 +396,7 @@ def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
     assert farm.send("POST", form["action"], farm.admin, body).status == 303
     assert "○ idle" in farm.page("/").text
     again = farm.send("POST", form["action"], farm.admin, body)
-    assert again.status == 409 and isinstance(again.body, bytes)
+    assert again.status == 400 and isinstance(again.body, bytes)
     assert f"No worker waits with the code '{code}'" in Dom(again.body.decode()).text
 
 
@@ -429,8 +430,11 @@ def test_a_private_farm_shows_a_stranger_nothing(tmp_path: Path) -> None:
     farm = Farm(tmp_path, private=True)
     farm.submit()
     for address in ("/", "/jobs/1", "/jobs/1/frames/1"):
-        assert farm.send("GET", address).status == 401
-        farm.page(address, farm.admin)
+        stranger = farm.page(address, status=401)
+        assert "Log in first" in stranger.text and "povfarm.py login" in stranger.text
+        assert "marbles" not in stranger.text and not stranger.all("form")
+        assert farm.send("GET", address, accept="*/*").headers["Content-Type"] == "application/json"
+        assert "marbles" in farm.page(address, farm.admin).text
 
 
 def test_a_login_link_works_once(farm: Farm) -> None:
@@ -440,6 +444,8 @@ def test_a_login_link_works_once(farm: Farm) -> None:
     cookie, *rest = [part.strip() for part in answer.headers["Set-Cookie"].split(";")]
     assert (answer.status, answer.headers["Location"]) == (303, "/")
     assert set(rest) == {"HttpOnly", "SameSite=Strict", "Path=/"}
+    secure = Request("GET", f"/login/{farm.access.login_code()}", secure=True)
+    assert farm.router.handle(secure).headers["Set-Cookie"].endswith("; Secure")
     assert "used before" in farm.page(link, status=403).text
     page = farm.page("/", cookie)
     token = page.all("input", name="token")[0]["value"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import socket
 import sqlite3
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Tuple
@@ -259,3 +260,52 @@ def test_a_browser_changes_nothing_without_the_token_of_a_form(house: House) -> 
     assert house.truth() == before
     assert "user" in house.access.identify(
         Request("GET", "/", headers=house.headers["browser"])).roles, "it is still logged in"
+
+
+# --- from where
+
+@pytest.mark.parametrize("host, good", [
+    ("127.0.0.1:2271", True), ("192.168.1.5", True), ("[fe80::1]:2271", True),
+    ("localhost:2271", True), (socket.gethostname(), True),
+    (f"{socket.gethostname()}.local:2271", True), ("Render.Example.org:2271", True),
+    ("evil.example", False), ("localhost.evil.example", False), ("127.0.0.1.evil.example", False),
+])
+def test_a_browser_that_was_lured_here_under_another_name_is_refused(
+        host: str, good: bool, tmp_path: Path) -> None:
+    farm = Coordinator(tmp_path, bind="127.0.0.1", durable=False,
+                       hosts=["render.example.org ", ""])
+    for method, path in (("GET", "/"), ("GET", "/api/v1/jobs"), ("GET", "/style.css"),
+                         ("POST", "/api/v1/workers")):
+        answer = farm.router.handle(Request(method, path, {}, {"host": host, "accept": "*/*"}))
+        assert (answer.status == 403) is not good
+        assert good or (isinstance(answer.body, bytes) and b"--host NAME" in answer.body)
+    farm.stop()
+
+
+OURS, THEIRS = "http://127.0.0.1", "http://evil.example"
+
+
+@pytest.mark.parametrize("headers, good", [
+    ({}, True),  # no browser, or one from before 2020
+    ({"origin": OURS}, True), ({"origin": OURS, "sec-fetch-site": "same-origin"}, True),
+    ({"sec-fetch-site": "none"}, True),
+    # Behind a proxy the Host may be another; the browser knows better than we do.
+    ({"origin": "https://proxy", "sec-fetch-site": "same-origin"}, True),
+    ({"origin": THEIRS}, False), ({"origin": "null"}, False), ({"origin": ""}, False),
+    ({"origin": OURS + ":81"}, False), ({"origin": OURS + ".evil.example"}, False),
+    ({"origin": OURS, "sec-fetch-site": "cross-site"}, False),
+    ({"origin": OURS, "sec-fetch-site": "same-site"}, False), ({"sec-fetch-site": ""}, False),
+])
+def test_a_page_elsewhere_cannot_use_the_cookie(
+        headers: Dict[str, str], good: bool, house: House) -> None:
+    cookie = {**house.headers["browser"], "host": "127.0.0.1",
+              "content-type": "application/x-www-form-urlencoded"}
+    token = house.access.form_token(Request("GET", "/", headers=cookie))
+    before = house.truth()
+    request = Request("POST", f"/jobs/{house.job}/pause", {}, {**cookie, **headers},
+                      BodyReader.of(f"token={token}".encode()))
+    assert house.router.handle(request).status == (303 if good else 403)
+    assert (house.truth() != before) is good
+    # With a key it is no browser: nobody else can make it send that.
+    assert house.send("POST", f"/api/v1/jobs/{house.job}/resume", "admin",
+                      **headers).status == (200 if good else 409)
