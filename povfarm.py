@@ -192,10 +192,23 @@ def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        sync_directory(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+def sync_directory(path: Path) -> None:
+    """Let the names in a directory outlive a power cut: fsync of a file does not do that."""
+    if os.name == "nt":
+        return
+    with contextlib.suppress(OSError):  # not every file system can
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
@@ -361,8 +374,8 @@ def _path(text: str) -> Path:
 # "job" for those that describe a new job.
 SETTINGS: tuple[Setting, ...] = (
     Setting("data", _path, Path("~/.povfarm").expanduser(),
-            "directory of the farm: database, images, key, cache", "serve work render talk doctor",
-            "DIR"),
+            "directory of the farm: database, images, key, cache",
+            "serve work render talk doctor backup", "DIR"),
     Setting("server", str, "", "address of the coordinator, instead of looking for it",
             "work talk", "URL"),
     Setting("key", str, "", "the farm key, where DATA/farm.key is not at hand", "work talk", "KEY"),
@@ -4044,6 +4057,8 @@ MIGRATIONS: tuple[str, ...] = (
 
 Row = sqlite3.Row
 
+_BACKUP_LOOKS = 5  # at a farm in which jobs are deleted meanwhile
+
 
 class Store:
     """The farm's database and blobs under one data directory.
@@ -4058,17 +4073,26 @@ class Store:
         self.durable = durable
         self._lock = threading.RLock()
         self._readers: list[sqlite3.Connection] = []
+        self._closed = False
         try:
+            if self._version(root) > len(MIGRATIONS):
+                raise StoreError(
+                    f"{root / 'farm.db'} was written by a newer povfarm: use that version")
             for name in ("blobs", "jobs"):
-                (root / name).mkdir(parents=True, exist_ok=True)
+                self._make(root / name)
             self._writer = self._connect()
-            self._migrate()
+            try:
+                self._migrate()
+            except sqlite3.Error:
+                self._writer.close()
+                raise
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"the data directory {root} cannot be used: {error}") from None
 
     def close(self) -> None:
-        """Close every connection; the store cannot be used afterwards."""
+        """Close every connection, those in use as soon as they no longer are."""
         with self._lock:
+            self._closed = True
             for connection in [self._writer, *self._readers]:
                 connection.close()
 
@@ -4096,7 +4120,10 @@ class Store:
         finally:
             connection.execute("COMMIT")
             with self._lock:
-                self._readers.append(connection)
+                if self._closed:
+                    connection.close()
+                else:
+                    self._readers.append(connection)
 
     def blob_path(self, sha256: str) -> Path:
         """Return where the contents with this hash are, or would be."""
@@ -4107,22 +4134,14 @@ class Store:
 
         ``ProtocolError`` 422, and nothing kept, when the hash is another one.
         """
-        path = self.blob_path(sha256)
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_name(f".{secrets.token_hex(8)}.part")
         digest, size = hashlib.sha256(), 0
-        try:
-            with open(part, "wb") as file:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    size += len(chunk)
-                    file.write(chunk)
-                self._sync(file)
+        with self._placed(self.blob_path(sha256)) as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                file.write(chunk)
             if digest.hexdigest() != sha256:
                 raise ProtocolError(422, "the contents do not have the hash that they came under")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
         return size
 
     def job_directory(self, job: int, name: str) -> Path:
@@ -4132,15 +4151,8 @@ class Store:
 
     def put_image(self, directory: Path, name: str, data: bytes) -> None:
         """Write a finished image so that it is there whole or not at all."""
-        directory.mkdir(parents=True, exist_ok=True)
-        part = directory / f".{secrets.token_hex(8)}.part"
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                self._sync(file)
-            os.replace(part, safe_join(directory, name))
-        finally:
-            part.unlink(missing_ok=True)
+        with self._placed(safe_join(directory, name)) as file:
+            file.write(data)
 
     def put_log(self, directory: Path, name: str, text: bytes) -> str:
         """Keep the renderer's text of one attempt; return its name below ``directory``."""
@@ -4148,10 +4160,84 @@ class Store:
         safe_join(directory / "logs", name).write_bytes(text)
         return f"logs/{name}"
 
-    def _sync(self, file: BinaryIO) -> None:
-        file.flush()
-        if self.durable:
-            os.fsync(file.fileno())
+    @classmethod
+    def backup(cls, root: Path, to: Path) -> list[str]:
+        """Copy a farm's data into a new directory, also while its coordinator runs.
+
+        Images and blobs are linked where that is possible, for what is in them
+        never changes. Returns the names of files that the database names and
+        that are not there: none, unless the farm is damaged.
+        """
+        if not (root / "farm.db").is_file():
+            raise UserError(f"there is no farm in {root}: name its directory with --data")
+        if to.exists():
+            raise UserError(f"{to} is there already: name a directory that is not")
+        part = to.with_name(f".{to.name}.{os.getpid()}.part")
+        try:
+            part.mkdir(mode=0o700, parents=True)
+            for _ in range(_BACKUP_LOOKS):
+                cls._copy_database(root, part)
+                missing = cls._copy_files(root, part)
+                if not missing:
+                    break
+            part.replace(to)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"the backup in {to} cannot be made: {error}") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return missing
+
+    @classmethod
+    def _copy_database(cls, root: Path, to: Path) -> None:
+        if cls._version(root) != len(MIGRATIONS):
+            raise StoreError(f"{root / 'farm.db'} is of another version of povfarm: use that one")
+        with contextlib.closing(sqlite3.connect(root / "farm.db", timeout=30)) as source, \
+                contextlib.closing(sqlite3.connect(to / "farm.db")) as copy:
+            source.backup(copy)
+
+    @classmethod
+    def _copy_files(cls, root: Path, to: Path) -> list[str]:
+        """Copy what lies beside the database; return what is not there although it should be.
+
+        A file that the database names may be gone because its job was deleted
+        after the database was copied: then both are copied again.
+        """
+        paths = [root / "farm.key", root / "povfarm.ini"]
+        for name in ("blobs", "jobs", "workers"):
+            paths += [Path(place, file) for place, _, files in os.walk(root / name)
+                      for file in files if not _is_part(file)]
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                _link(path, to / path.relative_to(root))
+        with contextlib.closing(cls(to, durable=False)) as copy, copy.read() as tx:
+            named = [copy.blob_path(sha256) for sha256 in tx.stored_blobs()]
+            named += [copy.job_directory(row["job"], row["job_name"]) / row["name"]
+                      for row in tx.done_tasks()]
+        return [str(path.relative_to(to)) for path in named if not path.is_file()]
+
+    @contextlib.contextmanager
+    def _placed(self, path: Path) -> Iterator[BinaryIO]:
+        """Write a file that is there whole, and outlives a power cut, or not at all."""
+        self._make(path.parent)
+        part = path.with_name(f".{secrets.token_hex(8)}.part")
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                if self.durable:
+                    os.fsync(file.fileno())
+            os.replace(part, path)
+            if self.durable:
+                sync_directory(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _make(self, directory: Path) -> None:
+        if not directory.is_dir():
+            self._make(directory.parent)
+            directory.mkdir(exist_ok=True)
+            if self.durable:
+                sync_directory(directory.parent)
 
     def _connect(self, writes: bool = True) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -4166,17 +4252,48 @@ class Store:
             connection.execute("PRAGMA query_only = ON")
         return connection
 
+    @staticmethod
+    def _version(root: Path) -> int:
+        """Return the version of the database, 0 without one, and leave every byte as it is."""
+        path = root / "farm.db"
+        if not path.exists():
+            return 0
+        # Whoever may write merges a log that was left behind by a crash into the database;
+        # whoever may not leaves files behind where there was no log.
+        mode = "ro" if path.with_name("farm.db-wal").exists() else "rw"
+        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        with contextlib.closing(sqlite3.connect(uri, timeout=30, uri=True)) as connection:
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
     def _migrate(self) -> None:
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise StoreError(
-                f"{self.root / 'farm.db'} was written by a newer povfarm: use that version"
-            )
         self._writer.execute("PRAGMA journal_mode = WAL")
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             self._writer.executescript(
                 f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
             )
+
+
+def _is_part(name: str) -> bool:
+    """Tell the temporary name of a file that is being written."""
+    return name.startswith(".") and name.endswith(".part")
+
+
+def _link(source: Path, to: Path) -> None:
+    """Give a file a second name, or copy it where that cannot be; nothing when it is there."""
+    status = source.stat()
+    if to.exists():
+        there = to.stat()
+        if (there.st_size, there.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
+            return
+        to.unlink()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, to)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, to)
 
 
 class Tx:
@@ -4274,6 +4391,10 @@ class Tx:
         self._db.execute(
             "INSERT OR IGNORE INTO blob (sha256, size, stored) VALUES (:sha256, :size, :now)",
             {"sha256": sha256, "size": size, "now": now})
+
+    def stored_blobs(self) -> list[str]:
+        """Return the hash of everything that is stored."""
+        return [row["sha256"] for row in self._db.execute("SELECT sha256 FROM blob")]
 
     def blob_wanted(self, sha256: str) -> bool:
         """Tell whether a manifest names these contents."""
@@ -8569,6 +8690,19 @@ def login(options: Options) -> int:
     """Print a login link, good once."""
     client = _coordinator(options)
     print(client.base_url + client.request("POST", "/api/v1/login", json={}).json()["path"])
+    return 0
+
+
+@command("backup", "DIRECTORY", "copy all that a coordinator keeps, also while it runs",
+         count=(1, 1))
+def backup(options: Options) -> int:
+    """Copy a data directory; ``serve --data`` starts from the copy."""
+    to = Path(options.rest[0]).expanduser()
+    missing = Store.backup(options.data, to)
+    _say(f"the farm is copied: 'povfarm.py serve --data {shlex.quote(str(to))}' starts from there")
+    if missing:
+        raise FarmError(f"{len(missing)} files are missing in the farm and in the copy, such as "
+                        f"{missing[0]}")
     return 0
 
 

@@ -555,6 +555,25 @@ def test_two_workers_share_an_animation(farm: Farm, tmp_path: Path) -> None:
     farm.check()
 
 
+def test_a_backup_made_while_frames_come_in_is_a_farm_that_finishes_them(
+        farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path, HEAVY)
+    job = farm.submit(place, "scene.pov", "+KFF6", *SMALL)
+    farm.work("--cores", "1")
+    wait_until(lambda: farm.job(job)["frames"]["done"] >= 1, "nothing is rendered")
+    result = run(tmp_path, "backup", "copy", cwd=tmp_path)
+    assert result.returncode == 0 and "serve --data copy" in result.stderr, result.stderr
+    again = run(tmp_path, "backup", "copy", cwd=tmp_path)
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
+    farm.close()
+    shutil.rmtree(tmp_path / "farm")
+    (tmp_path / "copy").rename(tmp_path / "farm")
+    farm.serve()
+    farm.work()
+    assert farm.finished(job)["state"] == "done"
+    farm.check()
+
+
 def test_serve_with_work_renders_too(tmp_path: Path) -> None:
     farm = Farm(tmp_path)
     farm.coordinator.send_signal(signal.SIGTERM)

@@ -6,15 +6,18 @@ import ast
 import contextlib
 import gc
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, Type
 
 import pytest
 from farm_in_a_box import (  # noqa: F401 - the fixture
+    SCENE,
     Farm,
     farm_fixture,
     manifest,
@@ -320,6 +323,57 @@ def test_a_migration_that_fails_changes_nothing(
     Store(tmp_path).close()
 
 
+@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "data").glob("farm-*")),
+                         ids=lambda folder: folder.name)
+def test_a_farm_of_every_released_version_goes_on(folder: Path, tmp_path: Path) -> None:
+    """Each was made by the program of its time, which was killed in the middle of its work."""
+    root = tmp_path / "data"
+    shutil.copytree(folder, root)
+    with contextlib.closing(sqlite3.connect(root / "farm.db")) as db:
+        db.executescript((root / "farm.sql").read_text(encoding="utf-8"))
+        assert db.execute("PRAGMA user_version").fetchone()[0] == int(folder.name.partition("-")[2])
+    farm = Farm(root)
+    assert farm.problems() == []
+    states = {job["name"]: job["state"] for job in farm.ask("GET", "/api/v1/jobs").json()["jobs"]}
+    assert states == {"first": "done", "broken": "failed", "under way": "active",
+                      "resting": "paused", "dropped": "cancelled", "waiting": "waiting"}
+    assert farm.ask("GET", "/api/v1/jobs/3/frames/1/image").status == 200
+    farm.clock.advance(31)  # the worker of that time is gone
+    farm.scheduler.expire()
+    farm.scheduler.resume(4)
+    farm.scheduler.retry(5)
+    farm.render(farm.worker("berta"))
+    assert [farm.state(job) for job in (1, 3, 4, 5)] == ["done"] * 4
+    assert farm.problems() == []
+    farm.close()
+
+
+def test_a_log_left_by_a_crash_of_a_newer_version_stays(tmp_path: Path) -> None:
+    Store(tmp_path / "one").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "one" / "farm.db")) as db:
+        db.execute(f"PRAGMA user_version = {len(povfarm.MIGRATIONS) + 1}")
+        shutil.copytree(tmp_path / "one", tmp_path / "two")  # as it is when the program is killed
+    before = {path.name: path.read_bytes() for path in (tmp_path / "two").glob("farm.db*")}
+    assert "farm.db-wal" in before
+    with pytest.raises(StoreError, match="newer povfarm"):
+        Store(tmp_path / "two")
+    gc.collect()
+    assert {name: (tmp_path / "two" / name).read_bytes() for name in before
+            if name != "farm.db-shm"} == {name: data for name, data in before.items()
+                                          if name != "farm.db-shm"}
+
+
+def test_a_reader_at_work_is_closed_when_it_has_ended(tmp_path: Path) -> None:
+    one = Store(tmp_path, durable=False)
+    with one.read() as tx:
+        one.close()
+        assert tx.last_event() == 0
+        connection = tx._db
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        connection.execute("SELECT 1")
+    assert files_in(tmp_path) == {"farm.db"}
+
+
 @pytest.mark.parametrize("journal", ["WAL", "DELETE"])
 def test_a_newer_database_is_refused_untouched(journal: str, tmp_path: Path) -> None:
     Store(tmp_path).close()
@@ -393,6 +447,94 @@ def test_the_farm_key_is_made_once_and_for_its_owner_only(tmp_path: Path) -> Non
     assert povfarm.farm_key(tmp_path / "other") != key
     if os.name != "nt":
         assert (tmp_path / "data" / "farm.key").stat().st_mode & 0o777 == 0o600
+
+
+# --- backups
+
+def test_a_backup_of_a_farm_at_work_is_a_farm(farm: Farm, tmp_path: Path) -> None:
+    worker, job = farm.worker(), farm.submit(frames=3)
+    farm.submit(files={"late.pov": b"not sent yet"}, send=False)
+    farm.finish(worker, farm.lease(worker))
+    lease = farm.lease(worker)
+    (farm.root / "jobs" / f"{job}-ball" / ".0123456789abcdef.part").write_bytes(b"under way")
+    (farm.root / "cache").mkdir()
+    (farm.root / "cache" / "big").write_bytes(b"not worth it")
+    assert Store.backup(farm.root, tmp_path / "deep" / "copy") == []
+    (farm.root / "jobs" / f"{job}-ball" / ".0123456789abcdef.part").unlink()
+    assert files_in(tmp_path / "deep") == {
+        "copy/farm.db", f"copy/blobs/{sha256(SCENE)[:2]}/{sha256(SCENE)[2:]}",
+        f"copy/jobs/{job}-ball/out1.png", f"copy/jobs/{job}-ball/logs/out1.png.1.txt"}
+    copy = Farm(tmp_path / "deep" / "copy")
+    assert copy.problems() == [] and copy.states(job) == ["done", "leased", "queued"]
+    copy.clock.advance(31)
+    copy.scheduler.expire()
+    assert copy.render(worker) == [2, 3]
+    assert copy.state(job) == "done" and copy.problems() == []
+    copy.close()
+    assert farm.states(job) == ["done", "leased", "queued"]  # and the farm itself goes on
+    farm.finish(worker, lease)
+
+
+def test_a_backup_while_jobs_come_and_go_is_whole(farm: Farm, tmp_path: Path) -> None:
+    worker, stop = farm.worker(), threading.Event()
+    farm.submit(frames=3)
+
+    def live() -> None:
+        while not stop.is_set():
+            job = farm.submit(frames=5, files={"scene.pov": b"%d" % time.monotonic_ns()})
+            farm.render(worker)
+            farm.scheduler.delete(job - 1)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        for number in range(8):
+            assert Store.backup(farm.root, tmp_path / str(number)) == []
+    finally:
+        stop.set()
+        thread.join()
+    for number in range(8):
+        copy = Farm(tmp_path / str(number))
+        assert copy.problems() == []
+        copy.close()
+
+
+def test_a_backup_is_a_copy_where_nothing_can_be_linked(
+        farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    farm.submit(frames=1)
+    farm.render(farm.worker())
+    monkeypatch.setattr(povfarm.os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "EXDEV")))
+    assert Store.backup(farm.root, tmp_path / "copy") == []
+    copy = Farm(tmp_path / "copy")
+    assert copy.problems() == []
+    copy.close()
+
+
+def test_a_backup_tells_what_the_farm_itself_lacks(tmp_path: Path) -> None:
+    farm = Farm(tmp_path / "data")
+    job = farm.submit(frames=2)
+    farm.render(farm.worker())
+    (farm.root / "jobs" / f"{job}-ball" / "out2.png").unlink()
+    assert Store.backup(farm.root, tmp_path / "copy") == [str(Path("jobs", "1-ball", "out2.png"))]
+    assert (tmp_path / "copy" / "jobs" / "1-ball" / "out1.png").is_file()
+    farm.close()
+
+
+def test_a_backup_that_cannot_be_made_leaves_nothing(
+        farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no farm"):
+        Store.backup(tmp_path / "nowhere", tmp_path / "copy")
+    with pytest.raises(UserError, match="already"):
+        Store.backup(farm.root, tmp_path)
+    farm.submit()
+    monkeypatch.setattr(povfarm.os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "EXDEV")))
+    monkeypatch.setattr(povfarm.shutil, "copy2", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(StoreError, match="full"):
+        Store.backup(farm.root, tmp_path / "copy")
+    monkeypatch.setattr(povfarm, "MIGRATIONS", (*povfarm.MIGRATIONS, "SELECT 1"))
+    with pytest.raises(StoreError, match="another version"):
+        Store.backup(farm.root, tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 # --- what only a whole farm shows
