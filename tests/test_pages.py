@@ -502,6 +502,7 @@ def test_chromium_shows_a_real_farm(povray: str, tmp_path: Path) -> None:
         dom = chromium(str(browser), f"{farm.url}/", tmp_path)
     finally:
         farm.stop()
+    dom.harmless()
     assert dom.text.count(HOSTILE) >= 3 and "✓ finished" in dom.text
     image = f"/api/v1/jobs/{job}/frames/0/image"
     assert dom.all("img", src=image)
@@ -509,13 +510,11 @@ def test_chromium_shows_a_real_farm(povray: str, tmp_path: Path) -> None:
         "/": 200, "/style.css": 200, image: 200}
 
 
-def chromium(browser: str, url: str, tmp_path: Path) -> Dom:
+def chromium(browser: str, url: str, tmp_path: Path, *flags: str) -> Dom:
     """Load a page in the real browser and return the document that it made of it."""
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", url],
+         f"--user-data-dir={tmp_path / 'profile'}", *flags, "--dump-dom", url],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=True)
-    dom = Dom(done.stdout)
-    dom.harmless()
-    return dom
+    return Dom(done.stdout)
