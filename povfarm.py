@@ -114,6 +114,7 @@ except ImportError:  # Windows
 
 VERSION = "0.1.0"
 BUFFER = 1 << 16  # bytes moved at a time when a file or a body is streamed
+LEFT_FREE = 16 << 20  # bytes of a disk that are not filled with images and projects
 
 log = logging.getLogger("povfarm")
 
@@ -144,6 +145,10 @@ class ProtocolError(FarmError):
 
 class StoreError(FarmError):
     """The database or the data directory cannot do what was asked."""
+
+
+class NoRoom(StoreError):
+    """A disk takes nothing: who has something to store keeps it, and tries again later."""
 
 
 class IllegalTransition(StoreError):
@@ -209,6 +214,26 @@ def sync_directory(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def takes_nothing(error: BaseException | None) -> bool:
+    """Tell whether an error, or what caused it, says that a disk can store nothing more."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _TAKES_NOTHING:
+            return True
+        error = error.__cause__
+    return False
+
+
+_TAKES_NOTHING = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EROFS}
+
+
+def free_room(place: Path) -> int:
+    """Return the bytes that are free at a place beyond those that the farm leaves free.
+
+    A disk that is full to the brim would not even take the deletion of a job.
+    """
+    return shutil.disk_usage(place).free - LEFT_FREE
 
 
 def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
@@ -3813,6 +3838,7 @@ _STATUS: tuple[tuple[type[FarmError], int], ...] = (
     (UserError, 400),
     (StaleLease, 410),
     (IllegalTransition, 409),
+    (NoRoom, 507),
     (StoreError, 500),
     (FarmError, 409),
 )
@@ -3847,7 +3873,7 @@ def _refusal(error: Exception, place: str) -> ProtocolError:
         log.error("%s failed", place, exc_info=error)
         return ProtocolError(500, "the coordinator made a mistake: its log says which")
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
-    if status >= 500:
+    if status == 500:
         log.warning("%s", error)
     return ProtocolError(status, str(error))
 
@@ -4057,6 +4083,7 @@ MIGRATIONS: tuple[str, ...] = (
 
 Row = sqlite3.Row
 
+_DATABASE_TAKES_NOTHING = re.compile("is full|disk I/O|readonly")  # SQLite's own words
 _BACKUP_LOOKS = 5  # at a farm in which jobs are deleted meanwhile
 
 
@@ -4065,7 +4092,8 @@ class Store:
 
     ``durable`` False skips the waits for the disk: for a farm whose data
     nobody needs after its process has ended. Raises ``StoreError`` when the
-    directory or the database cannot be used.
+    directory or the database cannot be used, and ``NoRoom`` when the disk takes
+    nothing: then ``notice`` says so until ``look_for_room`` finds that it does.
     """
 
     def __init__(self, root: Path, durable: bool = True) -> None:
@@ -4074,6 +4102,7 @@ class Store:
         self._lock = threading.RLock()
         self._readers: list[sqlite3.Connection] = []
         self._closed = False
+        self.notice = ""
         try:
             if self._version(root) > len(MIGRATIONS):
                 raise StoreError(
@@ -4099,7 +4128,7 @@ class Store:
     @contextlib.contextmanager
     def tx(self) -> Iterator[Tx]:
         """One writer at a time: all of the block is done, or nothing of it."""
-        with self._lock:
+        with self._lock, self._noticing():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield Tx(self._writer)
@@ -4137,6 +4166,7 @@ class Store:
         digest, size = hashlib.sha256(), 0
         with self._placed(self.blob_path(sha256)) as file:
             for chunk in chunks:
+                self.need(len(chunk))
                 digest.update(chunk)
                 size += len(chunk)
                 file.write(chunk)
@@ -4151,14 +4181,60 @@ class Store:
 
     def put_image(self, directory: Path, name: str, data: bytes) -> None:
         """Write a finished image so that it is there whole or not at all."""
+        self.need(len(data))
         with self._placed(safe_join(directory, name)) as file:
             file.write(data)
 
     def put_log(self, directory: Path, name: str, text: bytes) -> str:
         """Keep the renderer's text of one attempt; return its name below ``directory``."""
-        (directory / "logs").mkdir(parents=True, exist_ok=True)
-        safe_join(directory / "logs", name).write_bytes(text)
+        with self._noticing():
+            self._make(directory / "logs")
+            safe_join(directory / "logs", name).write_bytes(text)
         return f"logs/{name}"
+
+    def need(self, size: int) -> None:
+        """Raise ``NoRoom`` when not so many bytes are free."""
+        if free_room(self.root) < size:
+            raise self._no_room()
+
+    def look_for_room(self) -> bool:
+        """Look whether the disk still takes something; True when it does so again."""
+        try:
+            self.need(LEFT_FREE if self.notice else 0)
+            if not self.notice:
+                return False
+            with self._placed(self.root / "probe") as file:
+                file.write(bytes(1 << 20))
+            (self.root / "probe").unlink()
+            with self.tx() as tx:
+                tx.set_meta("probe", "")
+        except (OSError, NoRoom):
+            return False
+        log.warning("the disk of %s takes something again: the farm goes on", self.root)
+        self.notice = ""
+        return True
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        """Make ``NoRoom`` of every error that means it."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if not _DATABASE_TAKES_NOTHING.search(str(error)):
+                raise
+            raise self._no_room() from error
+        except OSError as error:
+            if not takes_nothing(error):
+                raise
+            raise self._no_room() from error
+
+    def _no_room(self) -> NoRoom:
+        if not self.notice:
+            self.notice = ("the coordinator's disk is full or cannot be written. Nothing is lost: "
+                           "make room there ('povfarm.py delete JOB' deletes a job's images) and "
+                           "the farm goes on by itself")
+            log.warning("%s (%s)", self.notice, self.root)
+        return NoRoom(self.notice)
 
     @classmethod
     def backup(cls, root: Path, to: Path) -> list[str]:
@@ -4218,19 +4294,20 @@ class Store:
     @contextlib.contextmanager
     def _placed(self, path: Path) -> Iterator[BinaryIO]:
         """Write a file that is there whole, and outlives a power cut, or not at all."""
-        self._make(path.parent)
         part = path.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
+        with self._noticing():
+            self._make(path.parent)
+            try:
+                with open(part, "wb") as file:
+                    yield file
+                    file.flush()
+                    if self.durable:
+                        os.fsync(file.fileno())
+                os.replace(part, path)
                 if self.durable:
-                    os.fsync(file.fileno())
-            os.replace(part, path)
-            if self.durable:
-                sync_directory(path.parent)
-        finally:
-            part.unlink(missing_ok=True)
+                    sync_directory(path.parent)
+            finally:
+                part.unlink(missing_ok=True)
 
     def _make(self, directory: Path) -> None:
         if not directory.is_dir():
@@ -4395,6 +4472,11 @@ class Tx:
     def stored_blobs(self) -> list[str]:
         """Return the hash of everything that is stored."""
         return [row["sha256"] for row in self._db.execute("SELECT sha256 FROM blob")]
+
+    def is_stored(self, sha256: str) -> bool:
+        """Tell whether these contents are recorded."""
+        return self._db.execute("SELECT 1 FROM blob WHERE sha256 = :sha256",
+                                {"sha256": sha256}).fetchone() is not None
 
     def blob_wanted(self, sha256: str) -> bool:
         """Tell whether a manifest names these contents."""
@@ -4775,6 +4857,7 @@ class Tx:
 
 KEEP_BLOBS = 24 * 3600.0  # seconds that contents nobody names any more are kept
 KEEP_EVENTS = 10_000
+LEAST_FREE = 100 << 20  # bytes without which no job is taken: its images need some
 
 
 @dataclass(frozen=True)
@@ -4824,7 +4907,7 @@ class Scheduler:
         """Add a job; return its id and the hashes of the files that are missing.
 
         Raises ``UserError`` when the command line asks for no frame or when
-        two frames would have the same name.
+        two frames would have the same name, ``NoRoom`` when the disk is as good as full.
         """
         plan = plan_frames(pov.options)
         tasks = [(frame, PurePosixPath(plan.output_name(frame)).name) for frame in plan.frames]
@@ -4841,6 +4924,8 @@ class Scheduler:
             tx.add_tasks(job, tasks)
             tx.add_event(now, "submitted", f"{len(tasks)} frames", job)
             missing = tx.missing_blobs(manifest.key)
+            sizes = {file.sha256: file.size for file in manifest.files}
+            _check_room(self.store.root, sum(sizes[sha256] for sha256 in missing))
             self._missing[job] = set(missing)
             if not missing:
                 self._activate(tx, job)
@@ -4857,6 +4942,8 @@ class Scheduler:
                 raise ProtocolError(404, "no job asked for a file with this hash")
         size = self.store.put_blob(sha256, chunks)
         with self._tx() as tx:
+            if not self.store.blob_path(sha256).is_file():
+                raise ProtocolError(503, "the file was tidied away just now: send it again")
             tx.add_blob(sha256, size, self.clock.time())
             for job, missing in list(self._missing.items()):
                 missing.discard(sha256)
@@ -5137,7 +5224,14 @@ class Scheduler:
                 tx.drop_blob(sha256)
             tx.drop_events(tx.last_event() - KEEP_EVENTS)
         for sha256 in unused:
-            self.store.blob_path(sha256).unlink(missing_ok=True)
+            with self.store.tx() as tx:  # whoever stores it again looks for the file in a tx too
+                if not tx.is_stored(sha256):
+                    self.store.blob_path(sha256).unlink(missing_ok=True)
+
+    def look_for_room(self) -> None:
+        """Give out nothing while the disk takes nothing, and go on when it does."""
+        if self.store.look_for_room():
+            self._wake()
 
     # --- waiting
 
@@ -5353,7 +5447,7 @@ class Scheduler:
     def _grant(self, worker: int, offer: Offer) -> list[LeaseSpec]:
         leases: list[LeaseSpec] = []
         with self.store.read() as tx:
-            if not tx.leasable_jobs():
+            if self.store.notice or not tx.leasable_jobs():
                 return leases
         with self._tx() as tx:
             row = tx.worker(worker)
@@ -5469,6 +5563,14 @@ class Scheduler:
         runs = 1 if job["in_order"] else max(job["queued"], 1)
         threads = max(idle // runs, 1)
         return max(min(threads, int(pov.values.get("Work_Threads", threads))), 1)
+
+
+def _check_room(place: Path, size: int) -> None:
+    """Refuse a job for which there is no room; what its images will take is not known."""
+    free, least = free_room(place), max(size, LEAST_FREE)
+    if free < least:
+        raise NoRoom(f"the coordinator's disk has {format_size(max(free, 0))} to spare and a job "
+                     f"needs {format_size(least)} or more: make room there, then submit it again")
 
 
 # === 11. API =================================================================
@@ -5614,11 +5716,12 @@ class Api:
 
     @route("GET", "/api/v1/farm", role="reader", summary="The farm as a whole")
     def farm(self, request: Request) -> Response:
-        """Name, version, id and the newest event's id of this farm."""
+        """Name, version, id, the newest event's id; ``notice`` says what is wrong, or nothing."""
         with self._store.read() as tx:
             return json_response({
                 "name": self.name, "version": VERSION, "farm_id": tx.meta("farm_id"),
                 "event": tx.last_event(), "workers": len(self._farm.live_workers()),
+                "notice": self._store.notice,
                 "uptime": self._farm.clock.monotonic() - self._started,
             })
 
@@ -5942,7 +6045,8 @@ class Api:
         if options is not None:
             failure = tx.first_failure(job["id"])
             view.update(
-                width=options.width, height=options.height, extension=options.extension,
+                notice=self._store.notice, width=options.width, height=options.height,
+                extension=options.extension,
                 failure=failure and {"frame": failure["frame"], "message": failure["message"]})
         return view
 
@@ -6289,11 +6393,16 @@ class Pages:
                          href=request.path + ("" if still else "?still=1"))
         page = element("html", head, element(
             "body", element("header", element("a", mark, self._api.name, href="/"), user),
-            element("main", body), element("footer", switch if reload else None,
-                                           element("span", f"povfarm {VERSION}"))), lang="en")
+            element("main", self._notice(request), body),
+            element("footer", switch if reload else None,
+                    element("span", f"povfarm {VERSION}"))), lang="en")
         response = html_response(f"<!DOCTYPE html>{page}", status)
         response.headers.update(PAGE_HEADERS)
         return response
+
+    def _notice(self, request: Request) -> Node:
+        notice = self._farm.store.notice if request.identity.roles else ""
+        return element("p", notice, class_="notice failed") if notice else None
 
     def _row(self, tx: Tx, request: Request) -> Row:
         row = tx.job(request.params["job"])
@@ -6811,10 +6920,13 @@ class Coordinator:
         tidied = self.clock.monotonic()
         while not self._stopped.wait(HOUSEKEEPING):
             try:
+                self.scheduler.look_for_room()
                 self.scheduler.expire()
                 if self.clock.monotonic() - tidied > TIDYING:
                     tidied = self.clock.monotonic()
                     self.scheduler.tidy()
+            except NoRoom:
+                pass  # the notice says it
             except (FarmError, OSError, sqlite3.Error):
                 log.exception("housekeeping failed; it is tried again")
 

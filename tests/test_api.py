@@ -725,5 +725,5 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
 def test_the_farm_names_itself(farm: Farm) -> None:
     farm.clock.advance(60)
     answer = farm.ask("GET", "/api/v1/farm", key=None).json()
-    assert answer == {"name": "box", "version": povfarm.VERSION, "farm_id": "f" * 16, "event": 0,
+    assert answer == {"name": "box", "version": povfarm.VERSION, "farm_id": "f" * 16, "event": 0, "notice": "",
                       "workers": 0, "uptime": 60.0}
