@@ -15,7 +15,7 @@ it, and the coordinator's tower and the worker's tower never use each other:
      1. BASE         errors, clock, logging, files, sizes, durations, hashes
      2. SETTINGS     one row per option: flag, environment, file, type, help
      3. POV          POV-Ray's command line and INI files, frames, file names
-     4. IMAGE        the picture formats: header and whole-file check
+     4. IMAGE        the picture formats: whole-file check, rows cut and joined
      5. PROJECT      which files belong to a job, manifest, zip in and out
      6. MODEL        records, states, transitions, the wire form
      7. DISCOVERY    the UDP beacon
@@ -1240,8 +1240,9 @@ def _ini_quoted(key: str, value: str) -> str:
 
 # === 4. IMAGE ================================================================
 # The picture formats that POV-Ray writes: is this the whole picture that was
-# asked for? Bytes in, bytes out: opens no file, starts nothing, and never
-# takes more memory than the picture's own data and one block.
+# asked for? And its rows, cut out and joined again. Bytes in, bytes out: opens
+# no file, starts nothing; a check takes no more memory than the picture's own
+# data and one block.
 
 _ODD = "is of a kind that POV-Ray never writes"
 _BLOCK = 1 << 18  # bytes inflated at a time: what a lying header can cost
@@ -1295,16 +1296,58 @@ def check_image(data: bytes, extension: str, width: int, height: int) -> ImageIn
     if check is None:
         known = ", ".join(_CHECKS)
         raise ImageError(f"'{extension}' is not a picture that POV-Ray writes: it writes {known}")
+    with _told(data, extension):
+        return check(data, width, height)
+
+
+def crop_rows(data: bytes, extension: str, top: int, rows: int) -> bytes:
+    """Return ``rows`` rows of a picture, from row ``top`` on, as a picture of its own.
+
+    Such a *strip* is of the same type and keeps the notes in the header. The
+    picture has passed ``check_image``. Raises ``ImageError`` for rows that it
+    does not have, and for a type that is not one of ``STRIP_TYPES``.
+    """
+    if extension == ".png":
+        with _told(data, extension):
+            return _png_crop(data, top, rows)
+    found = _split(data, extension)
+    _need_rows(top, rows, len(found.rows))
+    with _told(data, extension):
+        return _LAYOUTS[extension].build(data, found.rows[top:top + rows])
+
+
+def join_rows(strips: Sequence[bytes], extension: str) -> bytes:
+    """Return the whole picture that strips make, given from the top to the bottom.
+
+    Its pixels are those of the strips; what its header says besides (software,
+    date) is the first strip's. Each strip has passed ``check_image``, and so
+    does the result. Raises ``ImageError`` when a strip is of another kind than
+    the first.
+    """
+    _need(bool(strips), "there are no strips to join")
+    if extension == ".png":
+        return _png_join(strips)
+    found = [_split(strip, extension) for strip in strips]
+    _need_alike([each.form for each in found])
+    rows = [row for each in found for row in each.rows]
+    with _told(strips[0], extension):
+        whole = _LAYOUTS[extension].build(strips[0], rows)
+    check_image(whole, extension, found[0].width, len(rows))
+    return whole
+
+
+@contextlib.contextmanager
+def _told(data: bytes, extension: str) -> Iterator[None]:
+    """Turn what damaged data raises where it is read into one plain line."""
     name = extension[1:].upper()
     if not data:
         raise ImageError(f"the {name} file is empty")
     try:
-        info = check(data, width, height)
+        yield
     except (IndexError, struct.error):
         raise ImageError(f"the {name} file ends too early, after {len(data)} bytes") from None
     except (zlib.error, ValueError, OverflowError):
         raise ImageError(f"the {name} file is damaged") from None
-    return info
 
 
 def _need(condition: bool, problem: str) -> None:
@@ -1321,6 +1364,43 @@ def _need_end(kind: str, end: int, data: bytes) -> None:
     if end > len(data):
         raise ImageError(f"the {kind} file ends too early, after {len(data)} of {end} bytes")
     _need(end == len(data), f"the {kind} file goes on for {len(data) - end} bytes after its end")
+
+
+class _Rows(NamedTuple):
+    """A picture's rows, from the top, and what two pictures must share to be joined."""
+
+    form: str
+    width: int
+    rows: Sequence[Any]
+
+
+class _Layout(NamedTuple):
+    """How to take a picture's rows, and how to make one like ``data`` of other rows."""
+
+    split: Callable[[bytes], _Rows]
+    build: Callable[[bytes, Sequence[Any]], bytes]
+
+
+def _split(data: bytes, extension: str) -> _Rows:
+    _need(extension in _LAYOUTS, f"the rows of a '{extension}' picture cannot be cut and joined")
+    with _told(data, extension):
+        return _LAYOUTS[extension].split(data)
+
+
+def _between(data: bytes, edges: Sequence[int]) -> list[memoryview]:
+    """Return the rows from the places where they begin and the last one ends."""
+    view = memoryview(data)
+    return [view[start:end] for start, end in zip(edges, edges[1:])]
+
+
+def _need_rows(top: int, rows: int, height: int) -> None:
+    _need(0 <= top < top + rows <= height,
+          f"a picture of {height} rows has no rows {top} to {top + rows - 1}")
+
+
+def _need_alike(kinds: Sequence[str]) -> None:
+    for number, kind in enumerate(kinds, 1):
+        _need(kind == kinds[0], f"strip {number} does not fit the first: {kind}, not {kinds[0]}")
 
 
 # PNG: https://www.w3.org/TR/png-3/ ; channels and depths that a colour type may have.
@@ -1363,6 +1443,16 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
         at = end
 
 
+def _inflated(inflate: zlib._Decompress, body: memoryview) -> Iterator[bytes]:
+    """Yield what packed data holds, a block at a time."""
+    for at in range(0, len(body), BUFFER):
+        piece = inflate.decompress(body[at:at + BUFFER], _BLOCK)
+        yield piece
+        while inflate.unconsumed_tail or len(piece) == _BLOCK:
+            piece = inflate.decompress(inflate.unconsumed_tail, _BLOCK)
+            yield piece
+
+
 class _PngRows:
     """Counts inflated rows and looks at each one's filter byte; keeps no pixels."""
 
@@ -1375,12 +1465,8 @@ class _PngRows:
 
     def feed(self, body: memoryview) -> None:
         self.started = True
-        for at in range(0, len(body), BUFFER):
-            piece = self._inflate.decompress(body[at:at + BUFFER], _BLOCK)
+        for piece in _inflated(self._inflate, body):
             self._count(piece)
-            while self._inflate.unconsumed_tail or len(piece) == _BLOCK:
-                piece = self._inflate.decompress(self._inflate.unconsumed_tail, _BLOCK)
-                self._count(piece)
         _need(not self._inflate.unused_data, "the PNG file goes on after its last pixel")
 
     def _count(self, piece: bytes) -> None:
@@ -1394,31 +1480,185 @@ class _PngRows:
         _need(self._inflate.eof and self._left == 0, "the PNG file has too few pixels")
 
 
+class _Png(NamedTuple):
+    """A PNG picture taken apart: what is before, in and after its IDAT chunks."""
+
+    head: bytes
+    pixels: list[memoryview]
+    tail: bytes
+    width: int
+    height: int
+    row: int  # bytes of a row with its filter byte
+    step: int  # bytes of a pixel, at least 1
+    form: str
+
+
+# zlib's header and its end for deflate data that stops at a whole byte (a full flush):
+# between the two such data can be put together without packing it anew.
+_DEFLATE_HEAD, _DEFLATE_END, _FLUSHED = b"\x78\x9c", b"\x03\x00", b"\x00\x00\xff\xff"
+
+
+def _png_apart(data: bytes) -> _Png:
+    pixels, at, start, end = [], 8, 0, 0
+    gamma = b""
+    for kind, body in _png_chunks(data):
+        if kind == b"IDAT":
+            pixels.append(body)
+            start, end = start or at, at + 12 + len(body)
+        elif kind == b"gAMA":
+            gamma = bytes(body)
+        at += 12 + len(body)
+    width, height, depth, color = struct.unpack_from(">IIBB", data, 16)
+    bits = _PNG_TYPES[color][0] * depth
+    form = f"{width} pixels a row, colour type {color}, {depth} bits, gamma {gamma.hex()}"
+    row = 1 + (width * bits + 7) // 8
+    return _Png(data[:start], pixels, data[end:], width, height, row, max(1, bits // 8), form)
+
+
+def _png_chunk(kind: bytes, body: bytes | memoryview) -> list[bytes | memoryview]:
+    check = zlib.crc32(body, zlib.crc32(kind))
+    return [struct.pack(">I", len(body)), kind, body, struct.pack(">I", check)]
+
+
+def _png_rows(png: _Png) -> Iterator[bytes]:
+    """Yield the rows as they are in the file: a filter byte, then what that filter left."""
+    inflate, rest = zlib.decompressobj(), b""
+    for piece in itertools.chain.from_iterable(_inflated(inflate, body) for body in png.pixels):
+        rest += piece
+        whole = len(rest) - len(rest) % png.row
+        yield from (rest[start:start + png.row] for start in range(0, whole, png.row))
+        rest = rest[whole:]
+
+
+def _png_unfiltered(row: bytes, above: bytes, step: int) -> bytes:
+    """Return a row's own bytes, without the filter byte (PNG, section 9)."""
+    kind, out, above = row[0], bytearray(step) + row[1:], bytes(step) + above
+    for at in range(step, len(out)):
+        a, b, c = out[at - step], above[at], above[at - step]
+        if kind == 4:
+            p = a + b - c
+            guess = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
+        else:
+            guess = (0, a, b, (a + b) // 2)[kind]
+        out[at] = (out[at] + guess) & 255
+    return bytes(out[step:])
+
+
+def _png_crop(data: bytes, top: int, rows: int) -> bytes:
+    """Copy filtered rows: only the first is filtered anew, as nothing is above it now."""
+    png = _png_apart(data)
+    _need_rows(top, rows, png.height)
+    source = _png_rows(png)
+    chain: list[bytes] = []  # what the first row's filter may go back to
+    for row in itertools.islice(source, top):
+        if row[0] <= 1:
+            chain = [row]
+        elif row[0] != 2 or row.count(0) < png.row - 1:  # else it repeats the row above
+            chain.append(row)
+    first = next(source, b"")
+    if first[0] > 1:
+        above = bytes(png.row - 1)
+        for row in chain:
+            above = _png_unfiltered(row, above, png.step)
+        first = b"\0" + _png_unfiltered(first, above, png.step)
+    # Level 6 and the filtered strategy are what libpng and so POV-Ray itself use.
+    deflate = zlib.compressobj(6, zlib.DEFLATED, -15, 8, zlib.Z_FILTERED)
+    packed, check = [_DEFLATE_HEAD], 1
+    for row in itertools.chain([first], itertools.islice(source, rows - 1)):
+        packed.append(deflate.compress(row))
+        check = zlib.adler32(row, check)
+    packed.append(deflate.flush(zlib.Z_FULL_FLUSH))
+    return _png_together(png, rows, [b"".join(packed)], check)
+
+
+def _png_together(
+    png: _Png, height: int, pieces: Sequence[bytes | memoryview], check: int
+) -> bytes:
+    header = png.head[16:20] + struct.pack(">I", height) + png.head[24:29]
+    body = [part for piece in pieces for part in _png_chunk(b"IDAT", piece)]
+    end = _png_chunk(b"IDAT", _DEFLATE_END + struct.pack(">I", check))
+    return b"".join([png.head[:8], *_png_chunk(b"IHDR", header), png.head[33:], *body, *end,
+                     png.tail])
+
+
+def _png_join(strips: Sequence[bytes]) -> bytes:
+    """Put the packed rows one after another: nothing is unpacked but to check the result."""
+    parts = []
+    for strip in strips:
+        with _told(strip, ".png"):
+            png = _png_apart(strip)
+            if not _png_is_loose(png):
+                png = _png_apart(_png_crop(strip, 0, png.height))
+            parts.append(png)
+    _need_alike([png.form for png in parts])
+    pieces: list[bytes | memoryview] = []
+    low, high = 1, 0
+    for png in parts:
+        pieces += [png.pixels[0][2 if pieces else 0:], *png.pixels[1:-1]]
+        check = struct.unpack(">I", png.pixels[-1][2:])[0]
+        # Adler-32 of two pieces from that of each, as in zlib's adler32_combine.
+        high = (high + (check >> 16) + png.row * png.height * (low - 1)) % 65521
+        low = (low + (check & 65535) - 1) % 65521
+    whole = _png_together(parts[0], sum(png.height for png in parts), pieces, high << 16 | low)
+    check_image(whole, ".png", parts[0].width, sum(png.height for png in parts))
+    return whole
+
+
+def _png_is_loose(png: _Png) -> bool:
+    """Is it made as ``_png_crop`` makes a strip, so that its packed rows can be copied?"""
+    ends, last = png.pixels[-2:-1], png.pixels[-1]
+    return (len(last) == 6 and last[:2] == _DEFLATE_END and png.pixels[0][:2] == _DEFLATE_HEAD
+            and bool(ends) and ends[0][-4:] == _FLUSHED
+            and zlib.decompressobj().decompress(png.pixels[0], 1) in (b"\0", b"\1"))
+
+
 _PPM_HEADER = re.compile(rb"P([56])" + rb"(?:\s|#[^\n]*\n)+(\d{1,9})" * 3 + rb"\s")
 
 
 def _check_ppm(data: bytes, width: int, height: int) -> ImageInfo:
     _need(data[:2] in (b"P5"[: len(data)], b"P6"[: len(data)]), "the file is not a PPM picture")
-    header = _PPM_HEADER.match(data)
-    if header is None:
-        raise ImageError("the PPM file's header is not whole")
-    form, w, h, most = (int(group) for group in header.groups())
+    header = _ppm_header(data)
+    w, h, channels, depth = _ppm_shape(header)
     _need_size("PPM", (w, h), (width, height))
-    # POV-Ray writes grey values in two bytes, also where its header says 255 (3.7.0.10).
-    channels, depth = (1, 16) if form == 5 else (3, 8 if most < 256 else 16)
     _need_end("PPM", header.end() + width * height * channels * depth // 8, data)
     return ImageInfo("ppm", width, height, channels, depth)
 
 
+def _ppm_header(data: bytes) -> re.Match[bytes]:
+    header = _PPM_HEADER.match(data)
+    if header is None:
+        raise ImageError("the PPM file's header is not whole")
+    return header
+
+
+def _ppm_shape(header: re.Match[bytes]) -> tuple[int, int, int, int]:
+    """Return width, height, channels and the bits of each."""
+    form, w, h, most = (int(group) for group in header.groups())
+    # POV-Ray writes grey values in two bytes, also where its header says 255 (3.7.0.10).
+    return (w, h, 1, 16) if form == 5 else (w, h, 3, 8 if most < 256 else 16)
+
+
+def _split_ppm(data: bytes) -> _Rows:
+    header = _ppm_header(data)
+    w, h, channels, depth = _ppm_shape(header)
+    size = w * channels * depth // 8
+    rows = _between(data, range(header.end(), header.end() + h * size + 1, size))
+    return _Rows(f"{w} pixels a row, P{header[1].decode()}, values to {int(header[4])}", w, rows)
+
+
+def _build_ppm(data: bytes, rows: Sequence[Any]) -> bytes:
+    header = _ppm_header(data)
+    ends = header.span(3)
+    return b"".join([data[:ends[0]], b"%d" % len(rows), data[ends[1]:header.end()], *rows])
+
+
 def _check_tga(data: bytes, width: int, height: int) -> ImageInfo:
     """TGA 2.0: after the pixels come 495 bytes of notes and a signature, as POV-Ray writes them."""
-    skip, palette, form, w, h, bits = struct.unpack_from("<BBB9xHHB", data)
+    palette, form, w, h, bits = struct.unpack_from("<xBB9xHHB", data)
     _need(palette == 0 and form in (2, 3, 10, 11) and bits in (8, 16, 24, 32),
           "the file is not a TGA picture as POV-Ray writes it")
     _need_size("TGA", (w, h), (width, height))
-    end = 18 + skip + width * height * bits // 8
-    if form >= 10:
-        end = _tga_runs_end(data, 18 + skip, width * height, bits // 8)
+    end = _tga_edges(data)[-1]
     _need_end("TGA", end + 495 + 26, data)
     _need(struct.unpack_from("<H", data, end)[0] == 495
           and data[-26:] == struct.pack("<II", end, 0) + b"TRUEVISION-XFILE.\0",
@@ -1426,7 +1666,18 @@ def _check_tga(data: bytes, width: int, height: int) -> ImageInfo:
     return ImageInfo("tga", width, height, bits // 8, 8)
 
 
-def _tga_runs_end(data: bytes, at: int, pixels: int, size: int) -> int:
+def _tga_edges(data: bytes) -> Sequence[int]:
+    skip, form, w, h, bits = struct.unpack_from("<BxB9xHHB", data)
+    edges = [18 + skip]
+    if form < 10:
+        return range(edges[0], edges[0] + w * h * bits // 8 + 1, w * bits // 8)
+    for _ in range(h):
+        edges.append(_tga_row_end(data, edges[-1], w, bits // 8))
+    return edges
+
+
+def _tga_row_end(data: bytes, at: int, pixels: int, size: int) -> int:
+    """Step over one row: TGA 2.0 lets no run go on into the next, and POV-Ray's do not."""
     done = 0
     while done < pixels:
         head = data[at]
@@ -1435,6 +1686,18 @@ def _tga_runs_end(data: bytes, at: int, pixels: int, size: int) -> int:
         done += count
     _need(done == pixels, "the TGA file is damaged: its runs do not fit the picture")
     return at
+
+
+def _split_tga(data: bytes) -> _Rows:
+    width, bits = struct.unpack_from("<12xH2xB", data)
+    form = f"{width} pixels a row, type {data[2]}, {bits} bits"
+    return _Rows(form, width, _between(data, _tga_edges(data)))
+
+
+def _build_tga(data: bytes, rows: Sequence[Any]) -> bytes:
+    head, end = 18 + data[0], struct.pack("<I", 18 + data[0] + sum(map(len, rows)))
+    return b"".join([data[:14], struct.pack("<H", len(rows)), data[16:head], *rows,
+                     data[-521:-26], end, data[-22:]])
 
 
 def _check_bmp(data: bytes, width: int, height: int) -> ImageInfo:
@@ -1446,6 +1709,21 @@ def _check_bmp(data: bytes, width: int, height: int) -> ImageInfo:
     _need_end("BMP", start + (width * bits + 31) // 32 * 4 * height, data)
     _need(size == len(data), "the BMP file is damaged: its header has another length")
     return ImageInfo("bmp", width, height, bits // 8, 8)
+
+
+def _split_bmp(data: bytes) -> _Rows:
+    """The file's rows go from the bottom to the top, each padded to four bytes."""
+    width, height, bits = struct.unpack_from("<18xii2xH", data)
+    size = (width * bits + 31) // 32 * 4
+    rows = _between(data, range(54, 54 + height * size + 1, size))
+    return _Rows(f"{width} pixels a row, {bits} bits", width, rows[::-1])
+
+
+def _build_bmp(data: bytes, rows: Sequence[Any]) -> bytes:
+    size = sum(map(len, rows))
+    return b"".join([b"BM", struct.pack("<I", 54 + size), data[6:22],
+                     struct.pack("<i", len(rows)), data[26:34], struct.pack("<I", size),
+                     data[38:54], *reversed(rows)])
 
 
 def _check_jpeg(data: bytes, width: int, height: int) -> ImageInfo:
@@ -1488,18 +1766,38 @@ _HDR_HEADER = re.compile(rb"#\?RADIANCE\n(?:[^\n]+\n)*?FORMAT=32-bit_rle_rgbe\n"
 
 def _check_hdr(data: bytes, width: int, height: int) -> ImageInfo:
     _need(data[:11] == b"#?RADIANCE\n"[: len(data)], "the file is not an HDR picture")
+    header = _hdr_header(data)
+    _need_size("HDR", (int(header[2]), int(header[1])), (width, height))
+    _need_end("HDR", _hdr_edges(data, header)[-1], data)
+    return ImageInfo("hdr", width, height, 3, 8)
+
+
+def _hdr_header(data: bytes) -> re.Match[bytes]:
     header = _HDR_HEADER.match(data)
     if header is None:
         raise ImageError("the HDR file's header is not whole")
-    _need_size("HDR", (int(header[2]), int(header[1])), (width, height))
-    at = header.end()
-    if 8 <= width < 32768:
-        for _ in range(height):
-            at = _hdr_row_end(data, at, width)
-    else:  # too narrow or too wide for run lengths: plain pixels
-        at += width * height * 4
-    _need_end("HDR", at, data)
-    return ImageInfo("hdr", width, height, 3, 8)
+    return header
+
+
+def _hdr_edges(data: bytes, header: re.Match[bytes]) -> Sequence[int]:
+    width, height, edges = int(header[2]), int(header[1]), [header.end()]
+    if not 8 <= width < 32768:  # too narrow or too wide for run lengths: plain pixels
+        return range(edges[0], edges[0] + width * height * 4 + 1, width * 4)
+    for _ in range(height):
+        edges.append(_hdr_row_end(data, edges[-1], width))
+    return edges
+
+
+def _split_hdr(data: bytes) -> _Rows:
+    header = _hdr_header(data)
+    width = int(header[2])
+    return _Rows(f"{width} pixels a row", width, _between(data, _hdr_edges(data, header)))
+
+
+def _build_hdr(data: bytes, rows: Sequence[Any]) -> bytes:
+    header = _hdr_header(data)
+    ends = header.span(1)
+    return b"".join([data[:ends[0]], b"%d" % len(rows), data[ends[1]:header.end()], *rows])
 
 
 def _hdr_row_end(data: bytes, at: int, width: int) -> int:
@@ -1521,10 +1819,11 @@ def _check_exr(data: bytes, width: int, height: int) -> ImageInfo:
     """One scanline image in blocks of 16 rows, each deflated or stored (OpenEXR file layout)."""
     _need(data[:8] == b"\x76\x2f\x31\x01\x02\0\0\0"[: len(data)], "the file is not an EXR picture")
     fields, at = _exr_fields(data)
-    left, top, right, bottom = struct.unpack("<4i", fields.get(b"dataWindow", b""))
+    left, top, right, bottom = struct.unpack("<4i", data[fields[b"dataWindow"]])
     _need_size("EXR", (right - left + 1, bottom - top + 1), (width, height))
-    _need(fields.get(b"compression") == b"\x03", f"the EXR file {_ODD}")
-    types = _exr_channels(fields.get(b"channels", b""))
+    display = data[fields[b"displayWindow"]]
+    _need(data[fields[b"compression"]] == b"\x03" and len(display) == 16, f"the EXR file {_ODD}")
+    types = list(_exr_channels(data[fields[b"channels"]]).values())
     offsets = struct.unpack_from(f"<{-(-height // 16)}Q", data, at)
     at += 8 * len(offsets)
     for number, offset in enumerate(offsets):
@@ -1542,33 +1841,108 @@ def _check_exr(data: bytes, width: int, height: int) -> ImageInfo:
     return ImageInfo("exr", width, height, len(types), 16 if 1 in types else 32)
 
 
-def _exr_fields(data: bytes) -> tuple[dict[bytes, bytes], int]:
-    """Return the header's values by name, and where the header ends."""
-    fields: dict[bytes, bytes] = {}
+def _exr_fields(data: bytes) -> tuple[dict[bytes, slice], int]:
+    """Return where the header's values are, by name, and where the header ends."""
+    names = (b"channels", b"compression", b"dataWindow", b"displayWindow")
+    fields = dict.fromkeys(names, slice(0, 0))
     at = 8
     while data[at]:
         name_end = data.index(b"\0", at)
         kind_end = data.index(b"\0", name_end + 1)
         size = struct.unpack_from("<I", data, kind_end + 1)[0]
-        fields[data[at:name_end]] = data[kind_end + 5:kind_end + 5 + size]
+        fields[data[at:name_end]] = slice(kind_end + 5, kind_end + 5 + size)
         at = kind_end + 5 + size
     return fields, at + 1
 
 
-def _exr_channels(listed: bytes) -> list[int]:
+def _exr_channels(listed: bytes) -> dict[str, int]:
     """Return each channel's pixel type: 0 and 2 take four bytes, 1 (half) takes two."""
-    types, at = [], 0
+    types, at = {}, 0
     while listed[at]:
-        at = listed.index(b"\0", at) + 1
-        types.append(struct.unpack_from("<I", listed, at)[0])
-        at += 16
+        end = listed.index(b"\0", at)
+        types[listed[at:end].decode("latin-1")] = struct.unpack_from("<I", listed, end + 1)[0]
+        at = end + 17
     return types
+
+
+class _ExrBlock:
+    """Up to 16 rows as they are packed in a file, ``size`` bytes each when unpacked."""
+
+    def __init__(self, packed: bytes, rows: int, size: int) -> None:
+        self.packed, self.rows, self.size = packed, rows, size
+
+    @functools.cached_property
+    def raw(self) -> bytes:
+        """The rows unpacked: OpenEXR packs differences, even bytes first, then the odd ones."""
+        if len(self.packed) == self.rows * self.size:
+            return self.packed
+        steps = zlib.decompress(self.packed)
+        steps = steps[:1] + steps[1:].translate(_EXR_BIAS)
+        order = bytes(total & 255 for total in itertools.accumulate(steps))
+        raw = bytearray(order)
+        raw[0::2], raw[1::2] = order[:(len(order) + 1) // 2], order[(len(order) + 1) // 2:]
+        return bytes(raw)
+
+
+_EXR_BIAS = bytes(number ^ 128 for number in range(256))  # a difference is stored plus 128
+
+
+def _exr_packed(rows: Sequence[tuple[_ExrBlock, int]]) -> bytes:
+    """Return a block of these rows; one that was a block before is copied."""
+    block = rows[0][0]
+    if len(rows) == block.rows and all(row[0] is block for row in rows):
+        return block.packed
+    raw = b"".join(block.raw[at * block.size:(at + 1) * block.size] for block, at in rows)
+    order = raw[0::2] + raw[1::2]
+    steps = bytes(after - before & 255 for before, after in zip(order, order[1:]))
+    packed = zlib.compress(order[:1] + steps.translate(_EXR_BIAS), 4)
+    return packed if len(packed) < len(raw) else raw
+
+
+def _split_exr(data: bytes) -> _Rows:
+    """A row is its block and its number there."""
+    fields, at = _exr_fields(data)
+    left, top, right, bottom = struct.unpack("<4i", data[fields[b"dataWindow"]])
+    width, height = right - left + 1, bottom - top + 1
+    types = _exr_channels(data[fields[b"channels"]])
+    size = width * sum(2 if kind == 1 else 4 for kind in types.values())
+    at += -(-height // 16) * 8
+    rows = []
+    for first in range(0, height, 16):
+        end = at + 8 + struct.unpack_from("<4xI", data, at)[0]
+        block = _ExrBlock(data[at + 8:end], min(16, height - first), size)
+        rows += [(block, number) for number in range(block.rows)]
+        at = end
+    return _Rows(f"{width} pixels a row, channels {types}", width, rows)
+
+
+def _build_exr(data: bytes, rows: Sequence[Any]) -> bytes:
+    fields, end = _exr_fields(data)
+    head = bytearray(data[:end])
+    for window in (fields[b"dataWindow"], fields[b"displayWindow"]):
+        top = struct.unpack_from("<4xi", head, window.start)[0]
+        struct.pack_into("<i", head, window.start + 12, top + len(rows) - 1)
+    top = struct.unpack_from("<4xi", head, fields[b"dataWindow"].start)[0]
+    blocks, offsets, at = [], [], end + -(-len(rows) // 16) * 8
+    for first in range(0, len(rows), 16):
+        packed = _exr_packed(rows[first:first + 16])
+        blocks += [struct.pack("<iI", top + first, len(packed)), packed]
+        offsets.append(at)
+        at += 8 + len(packed)
+    return b"".join([head, struct.pack(f"<{len(offsets)}Q", *offsets), *blocks])
 
 
 _CHECKS: Mapping[str, Callable[[bytes, int, int], ImageInfo]] = {
     ".png": _check_png, ".ppm": _check_ppm, ".tga": _check_tga, ".bmp": _check_bmp,
     ".jpg": _check_jpeg, ".hdr": _check_hdr, ".exr": _check_exr,
 }
+_LAYOUTS: Mapping[str, _Layout] = {
+    ".ppm": _Layout(_split_ppm, _build_ppm), ".tga": _Layout(_split_tga, _build_tga),
+    ".bmp": _Layout(_split_bmp, _build_bmp), ".hdr": _Layout(_split_hdr, _build_hdr),
+    ".exr": _Layout(_split_exr, _build_exr),
+}
+# The types whose rows can be cut and joined: JPEG's cannot without a loss.
+STRIP_TYPES = frozenset({".png", *_LAYOUTS})
 
 
 # === 5. PROJECT ==============================================================

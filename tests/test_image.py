@@ -1,14 +1,17 @@
-"""IMAGE: whole pictures of POV-Ray's are accepted, and nothing else."""
+"""IMAGE: whole pictures of POV-Ray's are accepted, and nothing else; rows are cut and joined."""
 
 from __future__ import annotations
 
+import itertools
+import random
+import re
 import struct
 import time
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Sequence, Tuple
 
 import pytest
 from conftest import run_povray
@@ -217,3 +220,285 @@ def test_every_output_type_has_a_name_and_a_check(tmp_path: Path) -> None:
     assert set(povfarm.IMAGE_TYPES) == set("NTCPBJEH")
     for kind in povfarm.IMAGE_TYPES.values():
         assert "not a picture that POV-Ray writes" not in refused(b"x" * 99, kind.extension, 1, 1)
+
+
+# Rows cut out and joined again.
+
+def strips_of(data: bytes, extension: str, edges: Sequence[int]) -> List[bytes]:
+    return [povfarm.crop_rows(data, extension, top, end - top)
+            for top, end in zip(edges, edges[1:])]
+
+
+def undated(data: bytes) -> bytes:
+    """The file without the time at which it was written (TGA 2.0 has it in numbers)."""
+    data = re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ", b"", data)
+    if data[-18:] == b"TRUEVISION-XFILE.\0":
+        data = data[:-154] + data[-142:]
+    return data
+
+
+def png_apart(data: bytes) -> Tuple[List[Tuple[bytes, bytes]], bytes]:
+    """The chunks but for IDAT, and what IDAT unpacks to."""
+    chunks, at = [], 8
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        chunks.append((kind, data[at + 8:at + 8 + length]))
+        at += 12 + length
+    packed = b"".join(body for kind, body in chunks if kind == b"IDAT")
+    return [each for each in chunks if each[0] != b"IDAT"], zlib.decompress(packed)
+
+
+def png_rows(data: bytes) -> List[bytes]:
+    """Each row's own bytes, unfiltered as section 9 of the PNG specification says."""
+    chunks, filtered = png_apart(data)
+    width, height, depth, color = struct.unpack_from(">IIBB", chunks[0][1])
+    step = {0: 1, 2: 3, 4: 2, 6: 4}[color] * depth // 8
+    rows, above = [], [0] * (width * step)
+    for start in range(0, height * (1 + len(above)), 1 + len(above)):
+        row: List[int] = []
+        for at, value in enumerate(filtered[start + 1:start + 1 + len(above)]):
+            a, b = row[at - step] if at >= step else 0, above[at]
+            c = above[at - step] if at >= step else 0
+            near = sorted((a, b, c), key=lambda near, p=a + b - c: abs(p - near))[0]  # type: ignore
+            row.append((value + [0, a, b, (a + b) // 2, near][filtered[start]]) % 256)
+        rows.append(bytes(row))
+        above = row
+    return rows
+
+
+def exr_rows(data: bytes, height: int) -> List[bytes]:
+    """Each row's own bytes, by the blocks that the offset table names (OpenEXR file layout)."""
+    at, fields = 8, {}
+    while data[at]:
+        name, kind, rest = data[at:].split(b"\0", 2)
+        size = struct.unpack_from("<i", rest)[0]
+        fields[name] = rest[4:4 + size]
+        at += len(name) + len(kind) + 6 + size
+    assert fields[b"dataWindow"] == fields[b"displayWindow"]
+    assert struct.unpack_from("<4xi4xi", fields[b"dataWindow"]) == (0, height - 1)
+    rows: List[bytes] = []
+    for offset in struct.unpack_from(f"<{-(-height // 16)}Q", data, at + 1):
+        row, size = struct.unpack_from("<ii", data, offset)
+        assert row == len(rows)
+        packed = data[offset + 8:offset + 8 + size]
+        count = min(16, height - row)
+        try:
+            order = bytearray(zlib.decompress(packed))
+        except zlib.error:  # stored
+            raw = packed
+        else:
+            for at in range(1, len(order)):
+                order[at] = (order[at] + order[at - 1] - 128) % 256
+            half = (len(order) + 1) // 2
+            raw = bytes(order[at // 2 + at % 2 * half] for at in range(len(order)))
+        rows += [raw[len(raw) // count * at:len(raw) // count * (at + 1)] for at in range(count)]
+    return rows
+
+
+ROW_KINDS = [kind for kind in KINDS if WRITTEN[kind][0] != ".jpg"]
+CUTS = [[0, 4, 12, 20, 21, 29], [0, 16, 29], [0, 1, 29], [0, 29]]
+
+
+def cuts_for(height: int) -> List[List[int]]:
+    return CUTS if height == 29 else [[0, height], list(range(height + 1))]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROW_KINDS if WRITTEN[kind][0] != ".png"])
+def test_strips_of_a_picture_join_to_the_same_file(pictures: Dict[str, bytes], kind: str) -> None:
+    data, extension, (width, height) = pictures[kind], WRITTEN[kind][0], size_of(kind)
+    for edges in cuts_for(height):
+        strips = strips_of(data, extension, edges)
+        for strip, top, end in zip(strips, edges, edges[1:]):
+            povfarm.check_image(strip, extension, width, end - top)
+        joined = povfarm.join_rows(strips, extension)
+        if extension == ".exr":  # another zlib could pack the rows otherwise
+            assert exr_rows(joined, height) == exr_rows(data, height)
+            assert len(edges) > 3 or joined == data  # blocks of 16 rows are copied
+        else:
+            assert joined == data
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROW_KINDS if WRITTEN[kind][0] == ".png"])
+def test_strips_of_a_png_join_to_its_pixels_and_notes(
+    pictures: Dict[str, bytes], kind: str
+) -> None:
+    data, (width, height) = pictures[kind], size_of(kind)
+    for edges in cuts_for(height):
+        strips = strips_of(data, ".png", edges)
+        for strip, top, end in zip(strips, edges, edges[1:]):
+            povfarm.check_image(strip, ".png", width, end - top)
+            assert png_rows(strip) == png_rows(data)[top:end]
+        joined = povfarm.join_rows(strips, ".png")
+        assert png_rows(joined) == png_rows(data)
+        assert png_apart(joined)[0] == png_apart(data)[0]
+        assert len(joined) < len(data) + 40 * len(edges) + 0.1 * len(data)
+
+
+def test_a_strip_can_be_cut_again(pictures: Dict[str, bytes]) -> None:
+    for kind in ROW_KINDS:
+        extension = WRITTEN[kind][0]
+        if size_of(kind)[1] == 29:
+            strip = povfarm.crop_rows(pictures[kind], extension, 7, 20)
+            once = povfarm.crop_rows(pictures[kind], extension, 11, 9)
+            assert povfarm.crop_rows(strip, extension, 4, 9) == once
+
+
+# Switches, and the rows of each slice.
+SLICED = ["+FN", "+FN16 +UA", "+FNg", "+FP16", "+FPg", "+FT +UA", "+FC", "+FB", "+FE +UA", "+FH"]
+PARTS = [(0, 20), (20, 24), (24, 71)]
+
+
+@pytest.fixture(scope="module")
+def rendered(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, bytes]:
+    """Whole pictures of 53 x 71 pixels, and the same rendered in slices, by their switches."""
+    place = tmp_path_factory.mktemp("rendered")
+    (place / "s.pov").write_text(SCENE)
+    wanted = [" ".join([kind, rows]) for kind in SLICED
+              for rows in ["", "+SR1 +ER20", "+SR21 +ER24", "+SR25 +ER71"]]
+    wanted += [" ".join([kind, rows, "+SC5 +EC40"]) for kind in SLICED
+               for rows in ["+SR21 +ER60", "+SR21 +ER40", "+SR41 +ER60"]]
+
+    def render(number: int) -> bytes:
+        extension = povfarm.IMAGE_TYPES[wanted[number][2]].extension
+        done = run_povray(["+Is.pov", f"+O{number}{extension}", "+W53", "+H71",
+                           *wanted[number].split()], place)
+        assert done.returncode == 0, done.stderr
+        return (place / f"{number}{extension}").read_bytes()
+
+    with ThreadPoolExecutor(12) as pool:
+        return dict(zip(wanted, pool.map(render, range(len(wanted)))))
+
+
+def same_picture(one: bytes, other: bytes, extension: str) -> bool:
+    if extension == ".png":
+        notes = [[each for each in png_apart(data)[0] if each[0] not in (b"tIME", b"tEXt")]
+                 for data in (one, other)]
+        return png_rows(one) == png_rows(other) and notes[0] == notes[1]
+    if extension == ".exr":
+        return exr_rows(one, 71) == exr_rows(other, 71)
+    return undated(one) == undated(other)
+
+
+@pytest.mark.parametrize("kind", SLICED)
+def test_slices_that_povray_rendered_join_to_its_whole_picture(
+    rendered: Dict[str, bytes], kind: str
+) -> None:
+    extension = povfarm.IMAGE_TYPES[kind[2]].extension
+    slices = [rendered[f"{kind} +SR{top + 1} +ER{end}"] for top, end in PARTS]
+    strips = [povfarm.crop_rows(data, extension, top, end - top)
+              for data, (top, end) in zip(slices, PARTS)]
+    assert same_picture(povfarm.join_rows(strips, extension), rendered[f"{kind} "], extension)
+
+
+@pytest.mark.parametrize("kind", SLICED)
+def test_slices_of_a_users_own_region_keep_the_rows_around_it(
+    rendered: Dict[str, bytes], kind: str
+) -> None:
+    extension = povfarm.IMAGE_TYPES[kind[2]].extension
+    upper = povfarm.crop_rows(rendered[f"{kind} +SR21 +ER40 +SC5 +EC40"], extension, 0, 40)
+    lower = povfarm.crop_rows(rendered[f"{kind} +SR41 +ER60 +SC5 +EC40"], extension, 40, 31)
+    whole = rendered[f"{kind} +SR21 +ER60 +SC5 +EC40"]
+    assert same_picture(povfarm.join_rows([upper, lower], extension), whole, extension)
+
+
+def filtered_png(filters: Sequence[int], color: int, depth: int, width: int = 9) -> bytes:
+    """A picture of noise whose rows have these filters; random bytes are valid rows."""
+    size = width * {0: 1, 2: 3, 4: 2, 6: 4}[color] * depth // 8
+    noise = random.Random(f"{filters} {color} {depth}")
+    rows = b"".join(bytes([each]) + bytes(noise.randrange(256) for _ in range(size))
+                    for each in filters)
+    head = struct.pack(">IIBBBBB", width, len(filters), depth, color, 0, 0, 0)
+    return png(chunk(b"IHDR", head), chunk(b"gAMA", b"\0\0\xb1\x8f"),
+               chunk(b"IDAT", zlib.compress(rows)), chunk(b"tEXt", b"after\0pixels"), END)
+
+
+@pytest.mark.parametrize("color, depth", [(0, 8), (0, 16), (2, 8), (2, 16), (4, 8), (6, 16)])
+def test_every_row_filter_can_begin_a_strip(color: int, depth: int) -> None:
+    pairs = list(itertools.chain.from_iterable(itertools.product(range(5), repeat=2)))
+    for filters in (pairs, pairs[::-1], [4, 3, 2, 4, 3, 3]):
+        data = filtered_png(filters, color, depth)
+        rows = png_rows(data)
+        strips = strips_of(data, ".png", range(len(filters) + 1))
+        assert [png_rows(strip) for strip in strips] == [[row] for row in rows]
+        joined = povfarm.join_rows(strips, ".png")
+        assert png_rows(joined) == rows
+        assert png_apart(joined)[0] == png_apart(data)[0]
+
+
+def test_strips_that_others_made_join_whatever_filter_they_begin_with() -> None:
+    strips = [filtered_png([first, 4, 3], 2, 8) for first in range(5)]
+    rows = [row for strip in strips for row in png_rows(strip)]
+    joined = povfarm.join_rows(strips, ".png")
+    assert png_rows(joined) == rows
+    assert png_rows(povfarm.join_rows([strips[4], joined, strips[3]], ".png")) == (
+        png_rows(strips[4]) + rows + png_rows(strips[3]))
+
+
+def test_joining_copies_packed_rows() -> None:
+    """A picture of 4000 x 3000 is joined faster than zlib could pack it again."""
+    row = bytes([0]) + random.Random(1).randbytes(12000)
+    data = png(chunk(b"IHDR", struct.pack(">IIBBBBB", 4000, 750, 8, 2, 0, 0, 0)),
+               chunk(b"IDAT", zlib.compress(row * 750, 1)), END)
+    strip = povfarm.crop_rows(data, ".png", 0, 750)
+    before = time.process_time()
+    zlib.compress(row * 750, 6)
+    packing = time.process_time() - before
+    before = time.process_time()
+    whole = povfarm.join_rows([strip] * 4, ".png")
+    assert time.process_time() - before < packing
+    povfarm.check_image(whole, ".png", 4000, 3000)
+
+
+def not_joined(strips: Sequence[bytes], extension: str) -> str:
+    with pytest.raises(povfarm.ImageError) as error:
+        povfarm.join_rows(strips, extension)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_strips_of_another_kind_are_not_joined(pictures: Dict[str, bytes]) -> None:
+    for one, other in itertools.permutations(ROW_KINDS, 2):
+        if WRITTEN[one][0] == WRITTEN[other][0]:
+            pair = [pictures[one], pictures[other]]
+            same = {"+FN +W37 +H29", "+FN5 +W37 +H29"} == {one, other}  # 5 bits are written as 8
+            if not same:
+                assert "strip 2 does not fit the first" in not_joined(pair, WRITTEN[one][0])
+    assert "no strips" in not_joined([], ".png")
+    assert "cannot be cut and joined" in not_joined([pictures["+FJ +W37 +H29"]], ".jpg")
+    gamma = filtered_png([0], 2, 8).replace(chunk(b"gAMA", b"\0\0\xb1\x8f"), b"")
+    assert "gamma" in not_joined([filtered_png([0], 2, 8), gamma], ".png")
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_rows_that_are_not_there_are_refused(pictures: Dict[str, bytes], kind: str) -> None:
+    data, extension, (_, height) = pictures[kind], WRITTEN[kind][0], size_of(kind)
+    for top, rows in [(-1, 1), (0, 0), (0, height + 1), (height, 1), (0, -1)]:
+        with pytest.raises(povfarm.ImageError, match=f"of {height} rows has no rows"):
+            povfarm.crop_rows(data, extension, top, rows)
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_what_passes_the_check_can_be_cut_and_joined(pictures: Dict[str, bytes], kind: str) -> None:
+    data, extension, (width, height) = pictures[kind], WRITTEN[kind][0], size_of(kind)
+    for at in range(min(len(data), 600)):
+        damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+        if accepted(damaged, extension, width, height):
+            edges = sorted({0, height // 2, height})
+            povfarm.join_rows(strips_of(damaged, extension, edges), extension)
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS)
+def test_a_strip_cut_off_or_too_long_is_refused(pictures: Dict[str, bytes], kind: str) -> None:
+    extension, (width, height) = WRITTEN[kind][0], size_of(kind)
+    rows = max(1, height - 4)
+    strip = povfarm.crop_rows(pictures[kind], extension, height - rows, rows)
+    assert [n for n in range(len(strip)) if accepted(strip[:n], extension, width, rows)] == []
+    assert "after its end" in refused(strip + b"\0", extension, width, rows)
+    assert f"not {width} x {rows + 1}" in refused(strip, extension, width, rows + 1)
+
+
+def test_a_png_strip_with_any_bit_flipped_is_refused(pictures: Dict[str, bytes]) -> None:
+    strip = povfarm.crop_rows(pictures["+FN16 +UA +W37 +H29"], ".png", 8, 5)
+    for at in range(len(strip)):
+        damaged = strip[:at] + bytes([strip[at] ^ 1 << at % 8]) + strip[at + 1:]
+        assert not accepted(damaged, ".png", 37, 5), at
