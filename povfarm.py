@@ -1990,6 +1990,7 @@ _BLOCK_STARTS = frozenset(["#if", "#ifdef", "#ifndef", "#switch", "#while", "#fo
 
 _JUNK = re.compile(r"\..*|CVS|__pycache__|__MACOSX|Thumbs\.db|desktop\.ini|.*~"
                    r"|.*\.(?:bak|swp|pov-state)")
+SAMPLE_FILE, PHOTON_FILE = "povfarm.rca", "povfarm.ph"  # what the slices of a frame share
 _EVERY_FRAME, _NO_FRAME = -math.inf, math.inf  # beside N: the frames after N
 
 
@@ -2533,6 +2534,52 @@ class _Scan:
             first, *others = wrong
             more = f"; missing too: {_some(map(repr, others))}" if others else ""
             raise UserError(wrong[first] + more)
+
+
+def sharable(uses: Collection[str], values: Mapping[str, str]) -> frozenset[str]:
+    """Return what the slices of a frame may share: ``radiosity``, ``photons``, both or nothing.
+
+    ``uses`` is what ``Project`` says, ``values`` the command line's. A user who
+    saves or loads samples or photons himself is left alone. Whether the scene
+    really has any is known only when they were computed and there is a file.
+    """
+    own = {"Radiosity_From_File", "Radiosity_To_File"} & {k for k, v in values.items() if v == "On"}
+    kept = {"photons"} if own else {"radiosity", "photons"}
+    if any(use.startswith("load_file ") for use in uses):
+        kept.discard("photons")
+    return frozenset(kept.intersection(uses))
+
+
+def photon_scene(data: bytes, word: str) -> bytes | None:
+    """Return a scene file with ``save_file`` or ``load_file`` in its photons; None without any.
+
+    The word goes into every ``photons`` block of ``global_settings``; of blocks
+    between ``#if`` and ``#end`` POV-Ray reads one. A block of its own in a second
+    file would not do: it takes the place of the scene's whole block, so that
+    nothing is saved, and that what is loaded lacks ``gather`` and ``radius``.
+    A file that saves or loads photons itself is left alone.
+    """
+    text = data.decode("latin-1")  # each byte as it is, whatever the scene's charset
+    if any(token in ("load_file", "save_file") for _, token in _tokens(text)):
+        return None
+    blocks = [event.at + 1 for event in _events(text)
+              if event.kind == "uses" and event.name == "photons"]
+    for at in reversed(blocks):
+        text = f'{text[:at]} {word} "{PHOTON_FILE}" {text[at:]}'
+    return text.encode("latin-1") if blocks else None
+
+
+def sampled_scene(data: bytes) -> bytes:
+    """Return a scene that looks for no radiosity samples before it renders, for it gets them.
+
+    POV-Ray's pretrace takes new samples though others were loaded, and each
+    slice takes its own: that is what is seen at the seams. The block changes
+    nothing else; but where radiosity was off it switches it on, so this is for
+    scenes that were seen to save samples. It stands at the end of the file
+    because ``#version`` has to stay at the beginning.
+    """
+    # Editors of DOS times end a file with Ctrl-Z.
+    return data.rstrip(b"\x1a") + b"\nglobal_settings{radiosity{pretrace_start 1 pretrace_end 1}}\n"
 
 
 class _Renders:
@@ -7546,6 +7593,50 @@ def _windows_program() -> str | None:
 
 def _windows_library(program: Path) -> tuple[str, ...]:
     return (str(program.parent.parent / "include"),)
+
+
+# --- what the slices of a frame share
+
+# On top of a slice's own values. What the pass of each slice saves is simply put together: the
+# files are text, a sample a line. Anti-aliasing takes hardly any further samples.
+RADIOSITY_PASS: Mapping[str, str] = {
+    "Radiosity_To_File": "On", "Radiosity_File_Name": SAMPLE_FILE, "Antialias": "Off",
+}
+RADIOSITY_USE: Mapping[str, str] = {
+    "Radiosity_From_File": "On", "Radiosity_File_Name": SAMPLE_FILE,
+}
+_SCENE_SUFFIXES = (".pov", ".inc", ".mac", ".mcr")
+
+
+def has_samples(data: bytes) -> bool:
+    """Tell whether a file of radiosity samples holds any: POV-Ray makes one always."""
+    return re.search(rb"^C", data, re.MULTILINE) is not None
+
+
+def shared_texts(
+    folders: Sequence[Path], scene: str, photons: str, samples: bool
+) -> dict[str, bytes]:
+    """Return the scene files that a run has to have in its own directory, by name.
+
+    ``folders`` are the project's in the order of POV-Ray's search, which comes
+    to the run's directory first; of files with one name the first counts. The
+    scene is in one of them. ``photons`` is ``save_file``, ``load_file`` or
+    nothing, ``samples`` whether radiosity samples are loaded.
+    """
+    files = {scene: next(path / scene for path in folders if (path / scene).is_file())}
+    for folder in folders if photons else ():
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in _SCENE_SUFFIXES and path.is_file():
+                files.setdefault(path.relative_to(folder).as_posix(), path)
+    texts: dict[str, bytes] = {}
+    for name, path in files.items():
+        data = path.read_bytes()
+        text = photon_scene(data, photons) if photons and b"photons" in data else None
+        if samples and name == scene:
+            text = sampled_scene(text or data)
+        if text is not None:
+            texts[name] = text
+    return texts
 
 
 # --- reading what POV-Ray prints
