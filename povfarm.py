@@ -84,7 +84,7 @@ import time
 import urllib.parse
 import zipfile
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import (
     Any,
@@ -104,6 +104,7 @@ from typing import (
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
@@ -7429,12 +7430,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Command:
-    """What to start: a program, its environment, and files and links to make first."""
+    """What to start: a program, its environment, and files and links to make first.
+
+    ``reads`` is all that it may read besides its own directory and the
+    system's programs and libraries.
+    """
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     files: Mapping[Path, str]
     links: Mapping[Path, Path]
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -7456,6 +7462,7 @@ class Engine:
         """
         environment = {
             "POVINI": _INI, "HOME": str(run.place), "PATH": os.defpath, "LANG": "C.UTF-8",
+            "POV_TEMP_DIR": ".",  # for the pixels of a big image, else they lie in /tmp
         }
         values = self.values(run)
         scene = values["Input_File_Name"]
@@ -7468,7 +7475,11 @@ class Engine:
             if inside:
                 links[run.place / library[-1]] = path
         text = to_ini(values, run.lease.pov.declares, library)
-        return Command((self.program,), environment, {run.place / _INI: text}, links)
+        files = {run.place / ".povray" / version / "povray.conf": _CONF
+                 for version in ("3.7", "3.8")}
+        files[run.place / _INI] = text
+        return Command((self.program,), environment, files, links,
+                       (str(run.tree), *self.library, *_parts_of(self.program)))
 
     def probed(self) -> Engine:
         """Return the same with its version, which takes POV-Ray a quarter of a second.
@@ -7546,6 +7557,31 @@ _SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read
 def _is_plain(name: str) -> bool:
     """Tell whether an INI file can hold a name, and POV-Ray 3.7 read it from there."""
     return name.isascii() and not ('"' in name and "'" in name)
+
+
+# POV-Ray 3.7 minds the second setting, and the first only where it writes All_File
+# and its like. Without the file its text begins with a complaint.
+_CONF = """[File I/O Security]
+restricted
+[Shellout Security]
+forbidden
+[Permitted Paths]
+read+write* = .
+"""
+
+
+def _parts_of(program: str) -> list[str]:
+    """Return a program's own files, which need not lie where the system's are.
+
+    Beside ``bin`` that is where ``make install`` puts the rest; never the
+    whole directory, which may be somebody's home.
+    """
+    path = Path(program).resolve()
+    home = path.parent.parent
+    found = [parent.parent for parent in path.parents if parent.name == "Cellar"]  # Homebrew's
+    if path.parent.name == "bin":
+        found += [home / "lib", home / "lib64", home / "etc/povray", *home.glob("share/povray*")]
+    return [str(path), *map(str, found)]
 
 
 def locate_engine(program: str) -> Engine:
@@ -8142,6 +8178,20 @@ class Ended:
     memory: int
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What a renderer may use of this machine; 0 and None leave it free.
+
+    It may read its own directory, the system's programs and libraries and
+    ``reads``, and write only in its own directory; it gets no network and
+    starts no programs. ``memory`` and ``file_size`` are bytes.
+    """
+
+    reads: tuple[str, ...] | None = None
+    memory: int = 0
+    file_size: int = 0
+
+
 class Process:
     """A renderer under way: its output line by line, its end, its processor time."""
 
@@ -8214,12 +8264,14 @@ class Launcher:
         other.close()
         threading.Thread(target=self._listen, name="launcher", daemon=True).start()
 
-    def start(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Process:
+    def start(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str],
+              bounds: Bounds = Bounds()) -> Process:
         """Start a program whose output, both streams, comes out of ``Process.lines``."""
         reading, writing = os.pipe()
         number = next(self._ids)
         process = Process(os.fdopen(reading, "rb"), functools.partial(self._kill, number))
-        request = {"id": number, "argv": argv, "cwd": str(cwd), "env": dict(environment)}
+        request = {"id": number, "argv": argv, "cwd": str(cwd), "env": dict(environment),
+                   "bounds": asdict(bounds)}
         with self._lock:
             self._processes[number] = process
             try:
@@ -8276,6 +8328,7 @@ class _LauncherProcess:
 
     def _serve(self) -> None:
         os.setsid()
+        _close_all_but(self._link.fileno())
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -8284,7 +8337,7 @@ class _LauncherProcess:
         signal.set_wakeup_fd(wake_write)
         if self._nice:
             os.nice(self._nice)
-        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+        libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
         while True:
             ready, _, _ = select.select([self._link.fileno(), wake_read], [], [])
             if wake_read in ready:
@@ -8295,25 +8348,27 @@ class _LauncherProcess:
                 if not data:
                     return
                 self._buffer += data
+                for descriptor in descriptors:
+                    os.set_inheritable(descriptor, False)  # received ones are
                 self._descriptors += descriptors
-                self._handle(prctl)
+                self._handle(libc)
 
-    def _handle(self, prctl: Any) -> None:
+    def _handle(self, libc: Any) -> None:
         while b"\n" in self._buffer:
             line, self._buffer = self._buffer.split(b"\n", 1)
             request = json.loads(line)
             if "argv" in request:
-                self._start(request, self._descriptors.pop(0), prctl)
+                self._start(request, self._descriptors.pop(0), libc)
                 continue
             for pid, number in self._ids.items():
                 if number == request["kill"]:
                     os.killpg(pid, signal.SIGKILL)
 
-    def _start(self, request: dict[str, Any], output: int, prctl: Any) -> None:
+    def _start(self, request: dict[str, Any], output: int, libc: Any) -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                _become(request, output, prctl)
+                _become(request, output, libc)
             except BaseException as error:  # whatever it is, nobody else may go on from here
                 os.write(2, f"povfarm: cannot start {request['argv'][0]}: {error}\n".encode())
             os._exit(127)
@@ -8340,20 +8395,141 @@ class _LauncherProcess:
         self._link.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _become(request: dict[str, Any], output: int, prctl: Any) -> None:
+def _become(request: dict[str, Any], output: int, libc: Any) -> None:
     """Turn the forked child into the renderer."""
-    if prctl is not None:
-        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the launcher
+    if libc is not None:
+        _call(libc.prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the launcher
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+    # Python ignores the last two, and what is ignored stays so in the next program.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD,
+                   signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.close(output)
     os.chdir(request["cwd"])
+    os.umask(0o077)
+    bounds = Bounds(**request["bounds"])
+    _limit(bounds)
+    if bounds.reads is not None and libc is not None:
+        _confine(libc, request["argv"][0], bounds.reads)
     os.execve(request["argv"][0], request["argv"], request["env"])
+
+
+def _close_all_but(keep: int) -> None:
+    """Close what this process has inherited: renderers get nothing but 0, 1 and 2."""
+    with contextlib.suppress(OSError):
+        for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+            if descriptor > 2 and descriptor != keep:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+
+
+# --- what the kernel holds a renderer to; run in the child, between fork and exec
+
+def _limit(bounds: Bounds) -> None:
+    # Not RLIMIT_AS: a thread reserves far more addresses than it ever uses.
+    for limit, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 1024),
+                         (resource.RLIMIT_DATA, bounds.memory or resource.RLIM_INFINITY),
+                         (resource.RLIMIT_FSIZE, bounds.file_size or resource.RLIM_INFINITY)):
+        most = resource.getrlimit(limit)[1]
+        best = most if value < 0 else value if most < 0 else min(value, most)
+        resource.setrlimit(limit, (best, best))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # when memory runs out: this one, and no program of the user's
+
+
+def landlock_abi() -> int:
+    """Return the version of the kernel's Landlock, 0 where there is none."""
+    if sys.platform != "linux":
+        return 0
+    return max(int(ctypes.CDLL(None).syscall(444, None, ctypes.c_long(0), 1)), 0)
+
+
+# Where programs and what they need lie on every Linux that we know of.
+_SYSTEM = (
+    "/usr", "/bin", "/lib", "/lib64", "/nix/store", "/gnu/store", "/etc/povray",
+    "/etc/ld.so.cache", "/etc/localtime", "/sys/devices/system/cpu", "/dev/null", "/dev/urandom",
+)
+# Bits of landlock(7): READ_FILE READ_DIR; EXECUTE too; and where it may write those,
+# WRITE_FILE REMOVE_DIR REMOVE_FILE MAKE_DIR MAKE_REG REFER TRUNCATE, but no links, pipes,
+# sockets and devices: who reads a renderer's files must not be led elsewhere by them.
+_READ, _RUN, _WRITE = 0xC, 0xD, 0x61BE
+_OF_FILES = 0xC007  # those that a rule for a file may have
+_OF_ABI = (0, 0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF)
+
+
+def _call(function: Any, *arguments: Any) -> int:
+    """Call into C with whole machine words, and raise what went wrong."""
+    words = [ctypes.c_long(item) if isinstance(item, int) else item for item in arguments]
+    result = int(function(*words))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "the kernel refuses to confine")
+    return result
+
+
+def _confine(libc: Any, program: str, reads: Sequence[str]) -> None:
+    """Give up, for this process and for good, what a renderer does not need."""
+    _call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    abi = landlock_abi()
+    if abi:
+        handled = _OF_ABI[min(abi, 5)]
+        # With a later ABI also all TCP, and signals and abstract sockets to processes outside.
+        attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+        rules = _call(libc.syscall, 444, attributes, len(attributes), 0)
+        for path, rights in [*((path, _RUN) for path in (program, *_SYSTEM)),
+                             *((path, _READ) for path in reads), (".", _WRITE)]:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                mine = rights & (handled if stat.S_ISDIR(os.fstat(there).st_mode) else _OF_FILES)
+                _call(libc.syscall, 445, rules, 1, struct.pack("=Qi", mine, there), 0)
+                os.close(there)
+        _call(libc.syscall, 446, rules, 0)
+    table = _CALLS.get(os.uname().machine) if sys.maxsize > 1 << 32 else None
+    if table is not None:
+        code = _filter(*table)
+        buffer = ctypes.create_string_buffer(code, len(code))
+        program_of = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
+        _call(libc.prctl, 22, 2, program_of, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def _filter(machine: int, clone: int, kill: int, tgkill: int, refused: Sequence[int]) -> bytes:
+    """Return a program for seccomp(2), in the instructions of its struct sock_filter."""
+    load, equal, at_least, has_bits, done = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, refuse, missing = 0x7FFF0000, 0x50000 | errno.EACCES, 0x50000 | errno.ENOSYS
+    code = [(load, 0, 0, 4), (equal, 1, 0, machine), (done, 0, 0, refuse), (load, 0, 0, 0),
+            # x86-64 has a second set of numbers from here on
+            (at_least, 0, 1, 1 << 30), (done, 0, 0, refuse),
+            # the C library takes clone, whose flags can be looked at, instead of clone3
+            (equal, 0, 1, 435), (done, 0, 0, missing)]
+    for number in refused:
+        code += [(equal, 0, 1, number), (done, 0, 0, refuse)]
+    # Threads, no processes (CLONE_THREAD); signals to itself alone.
+    for number, test, value in ((clone, has_bits, 0x10000), (kill, equal, os.getpid()),
+                                (tgkill, equal, os.getpid())):
+        code += [(equal, 0, 4, number), (load, 0, 0, 16), (test, 0, 1, value),
+                 (done, 0, 0, allow), (done, 0, 0, refuse)]
+    code.append((done, 0, 0, allow))
+    return b"".join(struct.pack("=HBBI", *line) for line in code)
+
+
+# System calls by machine: AUDIT_ARCH, clone, kill, tgkill, and those that are refused:
+# socket io_uring_setup, fork vfork, tkill rt_sigqueueinfo rt_tgsigqueueinfo
+# pidfd_send_signal pidfd_open ptrace process_vm_readv process_vm_writev shmat; what changes
+# files and is unknown to Landlock: truncate, chmod, chown, utime and setxattr in all of their
+# forms; and what no renderer needs: bpf perf_event_open userfaultfd keyctl add_key
+# request_key unshare setns.
+_CALLS: Mapping[str, tuple[int, int, int, int, tuple[int, ...]]] = {
+    "x86_64": (0xC000003E, 56, 62, 234, (
+        41, 425, 57, 58, 200, 129, 297, 424, 434, 101, 310, 311, 30,
+        76, 90, 91, 268, 452, 92, 94, 93, 260, 132, 235, 261, 280,
+        188, 189, 190, 197, 198, 199, 463, 466, 321, 298, 323, 250, 248, 249, 272, 308)),
+    "aarch64": (0xC00000B7, 220, 129, 131, (
+        198, 425, 130, 138, 240, 424, 434, 117, 270, 271, 196,
+        45, 52, 53, 452, 55, 54, 88, 5, 6, 7, 14, 15, 16, 463, 466,
+        280, 241, 282, 219, 217, 218, 97, 268)),
+}
 
 
 def _ignore_signal(number: int, frame: Any) -> None:
@@ -8368,7 +8544,8 @@ class WindowsLauncher:
         self._flags = (0x4000 if nice else 0) | 0x08000000
         self._running: set[subprocess.Popen[bytes]] = set()
 
-    def start(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Process:
+    def start(self, argv: Sequence[str], cwd: Path, environment: Mapping[str, str],
+              bounds: Bounds = Bounds()) -> Process:
         """Start a program whose output, both streams, comes out of ``Process.lines``."""
         program = subprocess.Popen(
             argv, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL,
@@ -8666,11 +8843,12 @@ class Worker:
 
     def __init__(self, client: Client, engine: Engine, launcher: Launcher | WindowsLauncher,
                  cache: Cache, cores: int, until_idle: bool = False,
-                 clock: Clock | None = None) -> None:
+                 clock: Clock | None = None, bounds: Bounds = Bounds(())) -> None:
         self.client = client
         self.engine = engine
         self.cache = cache
         self.until_idle = until_idle
+        self.bounds = bounds
         self.rendered = 0
         self._launcher = launcher
         self._clock = clock or Clock()
@@ -8821,12 +8999,18 @@ class Worker:
     def _watch(self, run: RunState, plan: Run) -> None:
         command = self.engine.command(plan)
         for path, text in command.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         for path, target in command.links.items():
             path.symlink_to(target)
         if run.stopped:
             return
-        run.process = process = self._launcher.start(command.argv, plan.place, command.environment)
+        bounds = replace(
+            self.bounds, reads=None if self.bounds.reads is None else command.reads,
+            # What one scene writes must not fill the disk.
+            file_size=shutil.disk_usage(plan.place).free // 2)
+        run.process = process = self._launcher.start(
+            command.argv, plan.place, command.environment, bounds)
         measure = _Measure(run, self._clock)
         for line in process.lines():
             done = run.text.index

@@ -44,8 +44,13 @@ def make_run(place: Path, frames: Tuple[int, ...] = (3, 4), threads: int = 1,
 
 def ini(command: Any) -> Dict[str, str]:
     """Return the last value of each key of the one INI file of a command."""
-    (text,) = command.files.values()
-    return dict(line.split("=", 1) for line in text.splitlines())
+    return dict(line.split("=", 1) for line in ini_text(command).splitlines())
+
+
+def ini_text(command: Any) -> str:
+    """Return the one INI file of a command."""
+    (text,) = [text for path, text in command.files.items() if path.suffix == ".ini"]
+    return str(text)
 
 
 def test_a_run_is_one_ini_file_with_short_names(tmp_path: Path) -> None:
@@ -54,11 +59,10 @@ def test_a_run_is_one_ini_file_with_short_names(tmp_path: Path) -> None:
     assert command.argv == ("/usr/bin/povray",)
     assert command.environment["POVINI"] == "povfarm.ini"
     assert command.environment["HOME"] == str(tmp_path / "run")
-    assert set(command.environment) == {"POVINI", "HOME", "PATH", "LANG"}
+    assert set(command.environment) == {"POVINI", "HOME", "PATH", "LANG", "POV_TEMP_DIR"}
     assert (values["Subset_Start_Frame"], values["Subset_End_Frame"]) == ("3", "4")
     assert values["Work_Threads"] == "1" and values["Display"].lower() == "off"
-    (text,) = command.files.values()
-    libraries = [line.split("=")[1].strip('"') for line in text.splitlines()
+    libraries = [line.split("=")[1].strip('"') for line in ini_text(command).splitlines()
                  if line.startswith("Library_Path")]
     assert libraries == [f"{LINK}0", LIBRARY[0], f"{LINK}2"]
     assert command.links == {
@@ -88,6 +92,7 @@ def test_images_are_made_where_the_scene_expects_them(
     (run.tree / "scene.pov").write_text("#version 3.7; camera { location -z }")
     command = Engine(povray, "3.7", standard_library()).command(run)
     for path, text in command.files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for path, target in command.links.items():
         path.symlink_to(target)
@@ -102,7 +107,7 @@ def test_names_that_povray_cannot_read_are_linked(tmp_path: Path) -> None:
     (run.tree / "ünder").mkdir(parents=True)
     (run.tree / "ünder" / "süß.pov").write_text("")
     command = Engine("povray", "3.7", LIBRARY).command(run)
-    (text,) = command.files.values()
+    text = ini_text(command)
     assert text.isascii() and 'Input_File_Name="scene.pov"' in text
     assert command.links == {
         run.place / "scene.pov": run.tree / "ünder" / "süß.pov",

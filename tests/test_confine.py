@@ -1,0 +1,290 @@
+"""Renders are confined: a hostile scene touches nothing but its own run's directory.
+
+Every scene here is rendered twice at the same time, free and confined. Only
+what succeeds when it is free proves something when it is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import struct
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Tuple
+
+import pytest
+from conftest import need
+from test_engines import make_run
+
+from povfarm import (
+    Bounds,
+    Engine,
+    Launcher,
+    landlock_abi,
+    make_launcher,
+    standard_library,
+)
+
+HEAD = """#version 3.7; global_settings { assumed_gamma 1 }
+camera { location -5*z } light_source { -9*z, 1 } plane { z, 1 pigment { rgb 1 } }
+"""
+MARK = "the-private-words"
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[Launcher]:
+    """The launcher of POSIX systems, on a kernel that has Landlock."""
+    need("landlock", landlock_abi() > 0, "the kernel has no Landlock")
+    launcher = make_launcher()
+    assert isinstance(launcher, Launcher)
+    yield launcher
+    launcher.close()
+
+
+# --- what the kernel refuses, to a program that tries everything
+
+TRIES = """
+import os, socket, sys
+out = sys.argv[1]
+sock = os.path.join(out, "sock")
+tries = {
+    "a file read": lambda: open(out + "/private"),
+    "a file written": lambda: open(out + "/private", "w"),
+    "a file appended": lambda: open(out + "/private", "a"),
+    "a file cut off": lambda: os.truncate(out + "/private", 1),
+    "a file made": lambda: open(out + "/new", "w"),
+    "a file made above": lambda: open("../new", "w"),
+    "a file opened to everybody": lambda: os.chmod(out + "/private", 0o777),
+    "a file dated": lambda: os.utime(out + "/private"),
+    "a file moved": lambda: os.rename(out + "/private", out + "/moved"),
+    "a file moved here": lambda: os.rename(out + "/other", "other"),
+    "a file linked here": lambda: os.link(out + "/more", "more"),
+    "a file deleted": lambda: os.unlink(out + "/more"),
+    "a directory made": lambda: os.mkdir(out + "/newer"),
+    "a directory deleted": lambda: os.rmdir(out + "/empty"),
+    "a directory listed": lambda: os.listdir(out),
+    "a link here": lambda: os.symlink(out + "/private", "link"),
+    "a pipe here": lambda: os.mkfifo("pipe"),
+    "a TCP connection": lambda: socket.create_connection(("127.0.0.1", int(sys.argv[2]))),
+    "a TCP server": lambda: socket.create_server(("127.0.0.1", 0)),
+    "a UDP packet": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(
+        b"x", ("127.0.0.1", 9)),
+    "a unix socket": lambda: socket.socket(socket.AF_UNIX).connect(sock),
+    "a process": lambda: os.fork() or os._exit(0),
+    "a shell": lambda: os.system("exit 0") and 1 / 0,
+    "a signal": lambda: os.kill(int(sys.argv[3]), 0),
+    "another program's memory": lambda: open("/proc/%s/mem" % sys.argv[3], "rb"),
+    "a file of another run": lambda: open("../run2/scene", "w"),
+    "the project changed": lambda: open("../tree/scene.pov", "w"),
+}
+for name, attempt in tries.items():
+    try:
+        attempt()
+        print("yes", name)
+    except (OSError, ZeroDivisionError):
+        print("no", name)
+allowed = {
+    "here": lambda: open("here", "w").write("x"),
+    "moved here": lambda: os.rename("here", "there"),
+    "deleted here": lambda: os.unlink("there"),
+    "project": lambda: open("../tree/scene.pov").read(),
+    "itself": lambda: os.kill(os.getpid(), 0),
+    "threads": lambda: __import__("threading").Thread(target=print).start(),
+}
+for name, attempt in allowed.items():
+    attempt()
+print("end", flush=True)
+"""
+
+
+def python_reads() -> Tuple[str, ...]:
+    """What a Python needs to start, which may lie in somebody's home."""
+    return tuple({sys.prefix, sys.base_prefix, sys.base_exec_prefix})
+
+
+def attempts(launcher: Launcher, place: Path, confined: bool) -> Dict[str, bool]:
+    """Let a program try everything; return what it achieved and what not."""
+    for name in ("run", "run2", "tree", "out", "out/empty"):
+        (place / name).mkdir(parents=True)
+    for name in ("out/private", "out/other", "out/more", "run2/scene", "tree/scene.pov"):
+        (place / name).write_text(MARK)
+    reads = (*python_reads(), str(place / "tree")) if confined else None
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(
+            socket.AF_UNIX) as local:
+        local.bind(os.path.relpath(place / "out" / "sock"))  # a long path has no room there
+        local.listen()
+        argv = [sys.executable, "-I", "-S", "-c", TRIES, str(place / "out"),
+                str(server.getsockname()[1]), str(os.getpid())]
+        process = launcher.start(argv, place / "run", {"PATH": os.defpath}, Bounds(reads))
+        lines = [line for line in process.lines() if line]
+    assert lines[-1] == "end", lines
+    return {line.partition(" ")[2]: line.startswith("yes ") for line in lines[:-1]}
+
+
+def test_every_attempt_gets_through_without_confinement(
+        launcher: Launcher, tmp_path: Path) -> None:
+    """Else the next test would prove nothing."""
+    refused = [name for name, done in attempts(launcher, tmp_path, False).items() if not done]
+    # Many systems let only a debugger look into another program.
+    assert refused in ([], ["another program's memory"])
+
+
+def test_no_attempt_gets_through_confinement(launcher: Launcher, tmp_path: Path) -> None:
+    tried = attempts(launcher, tmp_path, True)
+    assert len(tried) > 25 and [name for name, done in tried.items() if done] == []
+    assert (tmp_path / "out" / "private").read_text() == MARK
+    assert sorted((tmp_path / "run").iterdir()) == []
+
+
+def test_nothing_is_inherited(launcher: Launcher, tmp_path: Path) -> None:
+    """Neither by the launcher from this process nor by a renderer from the launcher."""
+    code = ("import os; print([n for n in range(256) if os.path.exists(f'/proc/self/fd/{n}')"
+            "], oct(os.umask(0)), sorted(os.environ))")
+    with open(tmp_path / "open", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        own = make_launcher()
+        try:
+            starts = [own.start([sys.executable, "-I", "-S", "-c", code], tmp_path,
+                                {"LC_ALL": "C.UTF-8"}) for _ in range(5)]
+            lines = [line for process in starts for line in process.lines()]
+        finally:
+            own.close()
+    assert lines == ["[0, 1, 2] 0o77 ['LC_ALL']"] * 5
+
+
+# --- what a hostile scene can try
+
+class Evil(NamedTuple):
+    """A scene or an option that wants something; ``says`` is what POV-Ray then tells."""
+
+    scene: str
+    says: str
+    values: Tuple[Tuple[str, str], ...] = ()
+
+
+# OUT is a private directory, TREE the project's, RUN2 another run's.
+PHOTONS = """global_settings { photons { spacing 0.5 %s "OUT/%s.ph" } }
+sphere { 0, 1 photons { target reflection on } finish { reflection 1 } }"""
+WRITE = '#fopen F "%s" write #write (F, "x")'
+READ = '#fopen F "%s" read #read (F, S) #debug concat(S, "\\n")'
+EVIL = {
+    "write": Evil(WRITE % "OUT/evil.txt", "Cannot open user file"),
+    "write above": Evil(WRITE % "../evil.txt", "Cannot open user file"),
+    "write over": Evil(WRITE % "OUT/words.inc", "Cannot open user file"),
+    "append": Evil('#fopen F "OUT/words.inc" append #write (F, "x")', "Cannot open user file"),
+    "write to another run": Evil(WRITE % "RUN2/scene.pov", "Cannot open user file"),
+    "write to the project": Evil(WRITE % "TREE/own.inc", "Cannot open user file"),
+    "write to the project by our link": Evil(WRITE % "_povfarm0/own.inc", "Cannot open user file"),
+    "write by a link in the project":
+        Evil(WRITE % "_povfarm0/link/evil.txt", "Cannot open user file"),
+    # Of the next two POV-Ray says nothing: it goes on without.
+    "write photons": Evil(PHOTONS % ("save_file", "evil"), ""),
+    "write radiosity": Evil("global_settings { radiosity {} }", "", (
+        ("Radiosity_File_Name", "OUT/evil.rca"), ("Radiosity_To_File", "On"))),
+    "read": Evil(READ % "OUT/words.txt", "Cannot open user file"),
+    "read above": Evil(READ % "../out/words.txt", "Cannot open user file"),
+    "read another run's": Evil('#include "RUN2/scene.pov"', "Cannot open include file"),
+    "include": Evil('#include "OUT/words.inc"', "Cannot open include file"),
+    "include by a link in the project":
+        Evil('#include "link/words.inc"', "Cannot open include file"),
+    "include as a header": Evil("", "Cannot open include header file", (
+        ("Include_Header", "OUT/words.inc"),)),
+    "another scene": Evil("", "Cannot open input file", (
+        ("Input_File_Name", "OUT/words.inc"),)),
+    "picture": Evil('plane { z, 0 pigment { image_map { png "OUT/map.png" } } }',
+                    "Cannot open file"),
+    "heights": Evil('height_field { png "OUT/map.png" }', "Cannot open file"),
+    "density": Evil('plane { z, 0 pigment { density_file df3 "OUT/cloud.df3" color_map {'
+                    "[0 rgb 0] [1 rgb 1] } } }", "Cannot read media density file"),
+    "font": Evil('text { ttf "OUT/font.ttf" "a" 1, 0 }', "Cannot open font file"),
+    "photons": Evil(PHOTONS % ("load_file", "map"), "Could not load photon map"),
+}
+
+
+class Verdict(NamedTuple):
+    """How a scene ended: exit code, POV-Ray's text, and what it changed outside of its run."""
+
+    code: int
+    text: str
+    changed: List[str]
+
+
+def run_scene(launcher: Launcher, place: Path, evil: Evil, confined: bool,
+              photons: bytes) -> Verdict:
+    """Render a hostile scene as a worker would, in a world of its own."""
+    for name in ("run", "run2", "out", "tree"):
+        (place / name).mkdir(parents=True)
+    names = {"OUT": place / "out", "TREE": place / "tree", "RUN2": place / "run2"}
+    scene, values = evil.scene, dict(evil.values)
+    for word, path in names.items():
+        scene = scene.replace(word, str(path))
+        values = {key: value.replace(word, str(path)) for key, value in values.items()}
+    words = f'#debug "{MARK}\\n"'
+    for name, text in (("tree/scene.pov", HEAD + scene), ("tree/own.inc", ""),
+                       ("out/words.inc", words), ("run2/scene.pov", words),
+                       ("out/words.txt", f'"{MARK}"')):
+        (place / name).write_text(text)
+    shutil.copyfile(Path(standard_library()[-1]) / "timrom.ttf", place / "out" / "font.ttf")
+    (place / "out" / "map.png").write_bytes(tiny_png())
+    (place / "out" / "map.ph").write_bytes(photons)
+    (place / "out" / "cloud.df3").write_bytes(struct.pack(">3H", 2, 2, 2) + bytes(range(8)))
+    (place / "tree" / "link").symlink_to(place / "out")
+    before = snapshot(place)
+    run = make_run(place, (1,), Final_Frame="1", **values)
+    command = Engine(shutil.which("povray") or "", "3.7", standard_library()).command(run)
+    for path, text in command.files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for path, target in command.links.items():
+        path.symlink_to(target)
+    process = launcher.start(command.argv, run.place, command.environment,
+                             Bounds(command.reads if confined else None))
+    text = "\n".join(process.lines())
+    code = process.wait().code
+    after = snapshot(place)
+    return Verdict(code, text, sorted(name for name in {**before, **after}
+                                      if before.get(name) != after.get(name)))
+
+
+def snapshot(place: Path) -> Dict[str, bytes]:
+    """Return every file that is not the run's own."""
+    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*")
+            if path.is_file() and "run" not in path.relative_to(place).parts}
+
+
+def tiny_png() -> bytes:
+    """Return a PNG of 2 by 2 grey pixels."""
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 0)),
+             (b"IDAT", zlib.compress(b"\0\1\2\0\3\4")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts)
+
+
+@pytest.fixture(scope="module")
+def verdicts(povray: str, launcher: Launcher, tmp_path_factory: pytest.TempPathFactory
+             ) -> Dict[Tuple[str, bool], Verdict]:
+    """How every scene ended, free (False) and confined (True); POV-Ray mostly sleeps."""
+    place = tmp_path_factory.mktemp("evil")
+    run_scene(launcher, place / "free", EVIL["write photons"], False, b"")
+    photons = (place / "free" / "out" / "evil.ph").read_bytes()
+    with ThreadPoolExecutor(16) as pool:
+        ends = {(name, confined): pool.submit(
+            run_scene, launcher, place / f"{number}-{confined}", evil, confined, photons)
+            for number, (name, evil) in enumerate(EVIL.items()) for confined in (False, True)}
+    return {key: end.result() for key, end in ends.items()}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_hostile_scene_achieves_nothing(
+        name: str, verdicts: Dict[Tuple[str, bool], Verdict]) -> None:
+    free, confined = verdicts[name, False], verdicts[name, True]
+    assert free.code == 0 and bool(free.changed) == name.startswith(("write", "append"))
+    assert (MARK in free.text) == name.startswith(("read", "include", "another"))
+    assert confined.changed == [] and MARK not in confined.text
+    if EVIL[name].says:
+        assert EVIL[name].says in confined.text and confined.code == 1
