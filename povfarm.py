@@ -7427,6 +7427,11 @@ class Run:
         return self.place / (name.parent if inside else "") / (
             f"image{number}" if number else name.name)
 
+    @property
+    def state(self) -> Path:
+        """Where POV-Ray keeps what is finished of the first frame, and looks for it to go on."""
+        return self.made(self.frames[0]).with_suffix(".pov-state")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -7498,12 +7503,17 @@ class Engine:
         return replace(self, version=match[1])
 
     def values(self, run: Run) -> dict[str, str]:
-        """Return the options of a run: the job's, and where and how much this run renders."""
+        """Return the options of a run: the job's, and where and how much this run renders.
+
+        A run whose ``state`` is there goes on from it. There is no preview: it
+        costs time, shows nothing without a display, and would be in the state.
+        """
         values = dict(run.lease.pov.values)
         output = run.made(run.frames[0]).relative_to(run.place).parent / run.output_file
         values.update({
             "Work_Threads": str(run.lease.threads), "Output_To_File": "On", "Display": "Off",
-            "Pause_When_Done": "Off", "Verbose": "On", "Continue_Trace": "Off",
+            "Pause_When_Done": "Off", "Verbose": "On", "Preview_Start_Size": "1",
+            "Continue_Trace": "On" if run.state.is_file() else "Off",
             "Output_File_Name": output.as_posix(),
         })
         if plan_frames(run.lease.pov.options).animation:
@@ -7675,6 +7685,78 @@ def shared_texts(
     return texts
 
 
+# --- a frame that is rendered in part
+
+@dataclass(frozen=True)
+class State:
+    """How much of a region is finished: its pixels, and its rows without a gap from the top."""
+
+    pixels: int
+    rows: int
+
+
+def copy_state(source: BinaryIO, target: BinaryIO | None, region: Region, block: int) -> State:
+    """Copy the finished blocks of a ``.pov-state`` that belong to a region; tell how much it is.
+
+    ``block`` is the Render_Block_Size of the run. POV-Ray believes its state
+    file: with one of a larger picture it crashes, with one of another block
+    size it paints what is wrong. So what is no block of this region is left
+    out, a message cut off at the end included. Without pixels the copy is of
+    no use, as always with radiosity: its pretrace is in the file too, but the
+    samples are not (POV-Ray/povray issue 138).
+    """
+    width, height = region.right - region.left, region.bottom - region.top
+    size = max(min(block, max(width, height)), 4)  # as POV-Ray's View::StartRender
+    columns = -(-width // size)
+    done: dict[int, int] = {}
+    if not source.read(_STATE_HEADER).startswith(_STATE):
+        return State(0, 0)
+    if target is not None:
+        target.write(_STATE.ljust(_STATE_HEADER, b"\0"))
+    for message, found in _state_messages(source, 20 * size * size):
+        if found.get(b"MIDE") != b"PxBS":
+            return State(0, 0)
+        number = int.from_bytes(found.get(b"PiId", b""), "big")
+        left = region.left + number % columns * size
+        top = region.top + number // columns * size
+        right, bottom = min(left + size, region.right), min(top + size, region.bottom)
+        pixels = (right - left) * (bottom - top)
+        box = (number, 1, left, top, right - 1, bottom - 1)
+        fits = top < bottom and len(found.get(b"PBlo", b"")) == 20 * pixels and box == tuple(
+            int.from_bytes(found.get(key, b""), "big")
+            for key in (b"PiId", b"PiSi", b"Left", b"Top ", b"Righ", b"Bott"))
+        if fits and number not in done:
+            done[number] = pixels
+            if target is not None:
+                target.write(message)
+    first = next(number for number in itertools.count() if number not in done)
+    return State(sum(done.values()), min(first // columns * size, height))
+
+
+# The file (renderfrontend.h): 28 bytes of name, 4 of version, reserved ones up to 512; then a
+# message for each finished block, as POV-Ray sends them inside of itself (povms.c), big-endian.
+_STATE = b"POV-Ray Render State File\0\0\0" + b"0001"
+_STATE_HEADER = 512
+
+
+def _state_messages(source: BinaryIO, pixels: int) -> Iterator[tuple[bytes, dict[bytes, bytes]]]:
+    """Yield whole messages with at most so many bytes of pixels, and what is in them by key."""
+    while len(head := source.read(28)) == 28:
+        magic, _, size, count = struct.unpack(">8sII8xI", head)
+        if magic != b"POVRAYMS" or size > pixels + 1000:
+            return
+        body = source.read(size - 8) if size >= 8 else b""
+        found, at = {}, 0
+        while at + 12 <= len(body):
+            key, kind, length = struct.unpack_from(">4s4sI", body, at)
+            length *= 4 if kind in {b"VFL4", b"VIN4"} else 1  # vectors count their numbers
+            found[key] = body[at + 12:at + 12 + length]
+            at += 12 + length
+        if not at == len(body) == size - 8 or len(found) != count:
+            return
+        yield head + body, found
+
+
 # --- reading what POV-Ray prints
 
 _OUR_LINK = re.compile(rf"\b{LINK}\d+/")
@@ -7692,12 +7774,13 @@ class PovText:
     the run (a still has one, 0), ``percent`` 0 to 100, ``traced`` whether the
     frame's last statistics have come, ``text`` what was printed since the
     frame began, and ``before`` what was printed in the frame before it. The
-    names of our links are taken out of every line.
+    names of our links are taken out of every line. ``done`` is the percent
+    that a run which goes on began with: POV-Ray counts only what it adds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, done: int = 0) -> None:
         self.index = 0
-        self.percent = 0
+        self.done = self.percent = done
         self.traced = False
         self.before = ""
         self.lines: list[str] = []
@@ -7709,13 +7792,14 @@ class PovText:
         begun = match is not None and int(match[1]) - 1 > self.index
         if match is not None:
             self.index = int(match[1]) - 1
-            self.traced, self.percent = False, 0
+            self.traced = False
             if begun:
+                self.done = self.percent = 0
                 self.before = self.text
                 self.lines = []
         progress = _PERCENT.search(line)
         if progress is not None:
-            self.percent = int(progress[1])
+            self.percent = min(self.done + int(progress[1]), 100)
         elif line.strip():
             self.lines.append(line)
             self.traced = self.traced or "Trace Time:" in line

@@ -90,6 +90,7 @@ def test_images_are_made_where_the_scene_expects_them(
     for path in (run.tree, run.place, run.made(3).parent):
         path.mkdir(parents=True, exist_ok=True)
     (run.tree / "scene.pov").write_text("#version 3.7; camera { location -z }")
+    run.state.touch()
     command = Engine(povray, "3.7", standard_library()).command(run)
     for path, text in command.files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +101,17 @@ def test_images_are_made_where_the_scene_expects_them(
         patch.setenv("POVINI", command.environment["POVINI"])
         assert run_povray([], run.place).returncode == 0
     assert run.made(3).is_file()
+    assert not run.state.exists(), "POV-Ray deletes it at the end"
+
+
+def test_a_run_goes_on_only_from_its_own_state(tmp_path: Path) -> None:
+    engine, run = Engine("povray", "3.7", LIBRARY), make_run(tmp_path, Preview_Start_Size="16")
+    assert ini(engine.command(run))["Continue_Trace"] == "Off"
+    run.state.parent.mkdir()
+    run.state.touch()
+    values = ini(engine.command(run))
+    assert (values["Continue_Trace"], values["Preview_Start_Size"]) == ("On", "1")
+    assert run.state.name == "scene3.pov-state"
 
 
 def test_names_that_povray_cannot_read_are_linked(tmp_path: Path) -> None:
@@ -149,6 +161,18 @@ def test_pvengine_is_recognised_by_its_name(tmp_path: Path) -> None:
     engine = locate_engine(str(program)).probed()
     assert isinstance(engine, WindowsEngine)
     assert engine.library == (str(tmp_path / "include"),)
+
+
+def test_a_run_that_goes_on_counts_from_what_is_done() -> None:
+    text = PovText(done=40)
+    assert text.percent == 40
+    text.feed("Rendered 10 of 100 pixels (10%)")
+    assert text.percent == 50
+    text.feed("Rendered 61 of 100 pixels (61%)")
+    assert text.percent == 100
+    text.feed("Rendering frame 2 of 2 (#2)")
+    text.feed("Rendered 10 of 100 pixels (10%)")
+    assert text.percent == 10
 
 
 def test_the_text_of_a_real_animation_is_followed(tmp_path: Path, povray: str) -> None:
