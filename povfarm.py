@@ -61,6 +61,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import queue
@@ -379,6 +380,19 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _slices(text: str) -> str:
+    if text not in ("auto", "off") and not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise UserError(f"'{text}' is neither auto nor off nor a number of slices")
+    return text
+
+
+def _radiosity(text: str) -> str:
+    known = {"share": "share", "share=animation": "animation", "off": "off"}
+    if text not in known:
+        raise UserError(f"'{text}' is not one of {', '.join(known)}")
+    return known[text]
+
+
 def _nice(text: str) -> int:
     if not text.strip().isdecimal() or int(text) > 19:
         raise UserError(f"'{text}' is not between 0 and 19")
@@ -439,6 +453,10 @@ SETTINGS: tuple[Setting, ...] = (
             "submit render", "N"),
     Setting("in-order", bool, False,
             "frames read earlier frames: render them in order on one machine", "job"),
+    Setting("slices", _slices, "auto",
+            "cut each frame into slices for several workers: auto, off or a number", "job", "N"),
+    Setting("radiosity", _radiosity, "share",
+            "share (slices share samples), share=animation (frames too) or off", "job", "HOW"),
     Setting("wait", bool, False, "wait until the job is finished", "submit"),
     Setting("output", _path, None, "directory for the images", "submit fetch", "DIR"),
     Setting("lan", bool, False, "let the other computers of this network help", "render"),
@@ -3060,25 +3078,38 @@ def pov_of(text: str) -> PovJob:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """How a job is treated by the farm. ``max_workers`` 0 is no limit."""
+    """How a job is treated by the farm. ``max_workers`` 0 is no limit.
+
+    ``slices`` is ``auto``, ``off`` or a number, as text: into how many slices
+    each frame is cut. ``radiosity`` tells whose samples are shared: those of a
+    frame between its slices (``share``), those of the first frame between all
+    frames (``animation``), or nobody's (``off``).
+    """
 
     priority: int = 0
     max_workers: int = 0
     retry_limit: int = 3
     in_order: bool = False
+    slices: str = "auto"
+    radiosity: str = "share"
 
     def changed(self, changes: Mapping[str, Any]) -> JobOptions:
         """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
+        clean = dict(changes)
         for name, value in changes.items():
+            low, high = _OPTION_LIMITS.get(name, (1, 0))
             if name == "in_order":
                 good = isinstance(value, bool)
+            elif name == "slices" and re.fullmatch("[1-9][0-9]{0,3}", str(value)):
+                good, clean[name] = True, str(value)
+            elif name in _OPTION_WORDS:
+                good = value in _OPTION_WORDS[name]
             else:
-                low, high = _OPTION_LIMITS.get(name, (1, 0))
                 good = type(value) is int and low <= value <= high
             if not good:
-                known = "priority, max_workers, retry_limit, in_order"
+                known = "priority, max_workers, retry_limit, in_order, slices, radiosity"
                 raise UserError(f"'{name}={value}' cannot be set: there are {known}")
-        return replace(self, **changes)
+        return replace(self, **clean)
 
 
 @dataclass(frozen=True)
@@ -3108,13 +3139,43 @@ class WorkerInfo:
         return info
 
 
+class TaskKind(str, enum.Enum):
+    """What a task renders: a frame, rows of one, or what the slices of one share."""
+
+    FRAME = "frame"
+    SLICE = "slice"
+    PASS = "pass"
+
+
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task as a worker gets it: a whole frame, and the file that it makes."""
+    """One task as a worker gets it, and the file that it makes.
+
+    ``top`` and ``bottom`` are the rows of a slice, counted from 0, the last
+    not in it; both are 0 for a whole frame. ``state`` tells that another
+    worker has begun, and left a state that this one may go on from.
+    """
 
     id: int
     frame: int
     name: str
+    kind: TaskKind = TaskKind.FRAME
+    top: int = 0
+    bottom: int = 0
+    state: bool = False
+
+    @classmethod
+    def from_wire(cls, wire: Any) -> TaskSpec:
+        """Read the JSON form; ``UserError`` when it has another shape."""
+        kinds = {kind.value: kind for kind in TaskKind}
+        task = cls(
+            want(wire, "id", int), want(wire, "frame", int), want(wire, "name", str),
+            kinds.get(want(wire, "kind", str), TaskKind.FRAME), want(wire, "top", int),
+            want(wire, "bottom", int), want(wire, "state", bool))
+        safe_join(Path(), task.name)
+        if (task.kind is TaskKind.SLICE) != (0 <= task.top < task.bottom):
+            raise UserError("the rows of a slice are not a part of the picture")
+        return task
 
 
 @dataclass(frozen=True)
@@ -3122,8 +3183,9 @@ class LeaseSpec:
     """Tasks that one worker holds, and all that it needs to render them.
 
     The tasks are neighbouring frames for one run of the renderer with
-    ``threads`` threads. In an ``in_order`` job the run starts at the job's
-    first frame, whichever tasks are left.
+    ``threads`` threads, or one slice, or one pass. In an ``in_order`` job the
+    run starts at the job's first frame, whichever tasks are left. ``shares``
+    are the passes, by their task, whose results this run reads.
     """
 
     id: str
@@ -3134,11 +3196,13 @@ class LeaseSpec:
     manifest: str
     pov: PovJob
     in_order: bool
+    shares: tuple[int, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
             "id": self.id, "job": self.job, "job_name": self.job_name, "threads": self.threads,
+            "shares": list(self.shares),
             "tasks": [vars(task) for task in self.tasks], "manifest": self.manifest,
             "pov": self.pov.to_wire(), "in_order": self.in_order,
         }
@@ -3146,26 +3210,29 @@ class LeaseSpec:
     @classmethod
     def from_wire(cls, wire: Any) -> LeaseSpec:
         """Read the JSON form; ``UserError`` when it has another shape."""
-        tasks = tuple(
-            TaskSpec(want(task, "id", int), want(task, "frame", int), want(task, "name", str))
-            for task in want(wire, "tasks", list)
-        )
-        for task in tasks:
-            safe_join(Path(), task.name)
+        tasks = tuple(TaskSpec.from_wire(task) for task in want(wire, "tasks", list))
+        shares = tuple(want(wire, "shares", list))
+        if not all(type(share) is int for share in shares):
+            raise UserError("the passes of a lease are not tasks")
         return cls(
             want(wire, "id", str), want(wire, "job", int), want(wire, "job_name", str),
             want(wire, "threads", int), tasks, want(wire, "manifest", str),
-            PovJob.from_wire(want(wire, "pov", dict)), want(wire, "in_order", bool),
+            PovJob.from_wire(want(wire, "pov", dict)), want(wire, "in_order", bool), shares,
         )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task cost: processor and wall seconds, and the peak memory in bytes."""
+    """What a task cost: processor and wall seconds, and the peak memory in bytes.
+
+    ``parse`` is the part of the wall time before the first pixel: what every
+    slice of a frame pays again.
+    """
 
     cpu: float = 0.0
     wall: float = 0.0
     memory: int = 0
+    parse: float = 0.0
 
 
 def want(wire: Any, key: str, kind: type) -> Any:
@@ -3204,6 +3271,83 @@ def lease_size(queued: int, slots: int, cost: Cost | None, sleep: float = 0.25) 
     return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
 
 
+START = 0.65  # seconds that a run of POV-Ray 3.7 costs before and after its work
+GRAIN = 8  # rows, the least that a slice has which the farm cuts by itself
+
+
+class SliceCost(NamedTuple):
+    """What is known of a job's slices: seconds that a row takes, and those before the first."""
+
+    row: float
+    parse: float
+
+
+def unsliceable(pov: PovJob, in_order: bool) -> str:
+    """Return why the frames of a job cannot be put together from slices, or nothing."""
+    if in_order:
+        return "its frames run in order"
+    if pov.options.extension == ".jpg":
+        return "JPEG pictures cannot be put together from slices: choose +FN for PNG"
+    region = region_of(pov.options)
+    if region.bottom - region.top <= region.block:
+        return "the picture is no higher than one block of the renderer"
+    return ""
+
+
+def next_cut(top: int, height: int, region: Region, slices: str, share: float,
+             cost: SliceCost | None) -> int:
+    """Return the row before which the slice that begins at ``top`` ends.
+
+    A slice begins where a block of the whole frame begins, so that the pixels
+    are the same; the first and the last slice take along what lies outside the
+    user's region. A number of ``slices`` makes them alike in blocks. ``auto``
+    gives a worker a third of its ``share`` (0 to 1) of what is left, so that
+    slices shrink and unequal workers finish together, but no slice whose parsing
+    and start would weigh as much as a quarter of its pixels.
+    """
+    block = region.block if slices != "auto" else _grain(region)
+    blocks = -(-(region.bottom - region.top) // block)
+    begun = max(-(-(top - region.top) // block), 0)
+    if slices != "auto":
+        many = min(int(slices), blocks)
+        ends = (number * blocks // many for number in range(1, many + 1))
+        size = next(end for end in ends if end > begun) - begun
+    else:
+        size = math.ceil((blocks - begun) * share / 3)
+        if cost is not None and cost.row > 0:
+            least = math.ceil(4 * (cost.parse + START) / (cost.row * block))
+            size = max(size, least)
+            if blocks - begun - size < least / 2:
+                size = blocks
+    end = region.top + (begun + max(size, 1)) * block
+    return height if end >= region.bottom else end
+
+
+def _grain(region: Region) -> int:
+    return region.block * -(-GRAIN // region.block)
+
+
+def split_row(top: int, bottom: int, region: Region, progress: float, share: float) -> int | None:
+    """Return the row before which a slice may end when others take the rest.
+
+    It keeps a ``share`` (0 to 1) of what is unrendered. None when too little is.
+    """
+    first, last = max(top, region.top), min(bottom, region.bottom)
+    done = first + progress * (last - first)
+    block = region.block
+    middle = region.top + round((done + (last - done) * share - region.top) / block) * block
+    return middle if max(done, first) + block <= middle < last else None
+
+
+def frame_state(slices: Collection[TaskState], state: TaskState) -> TaskState:
+    """Return the state of a frame in ``state`` that the states of its slices put it into."""
+    for bad in (TaskState.FAILED, TaskState.CANCELLED):
+        if state is bad or bad in slices:
+            return bad
+    begun = {TaskState.LEASED, TaskState.DONE} & set(slices)
+    return TaskState.LEASED if begun else TaskState.QUEUED
+
+
 def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
     """Return the state that a job's tasks put it into (``state`` when none)."""
     if counts[TaskState.QUEUED] or counts[TaskState.LEASED]:
@@ -3215,6 +3359,9 @@ def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
 
 _OPTION_LIMITS: Mapping[str, tuple[int, int]] = {
     "priority": (-1000, 1000), "max_workers": (0, 10_000), "retry_limit": (1, 100),
+}
+_OPTION_WORDS: Mapping[str, tuple[str, ...]] = {
+    "slices": ("auto", "off"), "radiosity": ("share", "animation", "off"),
 }
 
 
@@ -4501,6 +4648,22 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE INDEX event_job ON event (job);
     """,
+    # Slices and passes are tasks below their frame; `cut` of a frame is the row that its next
+    # slice begins with, NULL while it is not sliced; `state_of` the POV-Ray that left a state.
+    """
+    ALTER TABLE job ADD COLUMN slices TEXT NOT NULL DEFAULT 'auto';
+    ALTER TABLE job ADD COLUMN radiosity TEXT NOT NULL DEFAULT 'share';
+    ALTER TABLE task ADD COLUMN parent INTEGER REFERENCES task ON DELETE CASCADE;
+    ALTER TABLE task ADD COLUMN kind TEXT NOT NULL DEFAULT 'frame';
+    ALTER TABLE task ADD COLUMN top INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE task ADD COLUMN bottom INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE task ADD COLUMN cut INTEGER;
+    ALTER TABLE task ADD COLUMN parse REAL;
+    ALTER TABLE task ADD COLUMN state_of TEXT NOT NULL DEFAULT '';
+    CREATE INDEX task_parent ON task (parent) WHERE parent IS NOT NULL;
+    CREATE INDEX task_part ON task (job, state, kind) WHERE parent IS NOT NULL;
+    CREATE INDEX task_cut ON task (state, job) WHERE cut IS NOT NULL;
+    """,
 )
 
 Row = sqlite3.Row
@@ -4946,9 +5109,9 @@ class Tx:
         """Add a waiting job without tasks and return its id."""
         cursor = self._db.execute(
             """INSERT INTO job (name, state, owner, pov, manifest, priority, max_workers,
-                                retry_limit, in_order, created)
+                                retry_limit, in_order, slices, radiosity, created)
                VALUES (:name, 'waiting', :owner, :pov, :manifest, :priority, :max_workers,
-                       :retry_limit, :in_order, :now)""",
+                       :retry_limit, :in_order, :slices, :radiosity, :now)""",
             {**vars(options), "name": name, "owner": owner, "pov": json.dumps(pov.to_wire()),
              "manifest": manifest, "now": now})
         return int(cursor.lastrowid or 0)
@@ -5007,7 +5170,8 @@ class Tx:
         """Change how a job is treated."""
         self._db.execute(
             """UPDATE job SET priority = :priority, max_workers = :max_workers,
-                              retry_limit = :retry_limit, in_order = :in_order
+                              retry_limit = :retry_limit, in_order = :in_order,
+                              slices = :slices, radiosity = :radiosity
                WHERE id = :id""", {**vars(options), "id": job})
 
     def add_job_cost(self, job: int, cost: Cost) -> None:
@@ -5040,36 +5204,113 @@ class Tx:
     def task_of_frame(self, job: int, frame: int) -> Row | None:
         """Return the task of one frame."""
         return cast("Row | None", self._db.execute(
-            "SELECT * FROM task WHERE job = :job AND frame = :frame ORDER BY slice",
+            "SELECT * FROM task WHERE job = :job AND frame = :frame AND slice = 0",
             {"job": job, "frame": frame}).fetchone())
 
     def tasks(self, job: int, after: int = -1, limit: int = -1) -> list[Row]:
-        """Return a job's tasks by frame; ``after`` is the last frame already seen."""
+        """Return a job's frames; ``after`` is the last one already seen."""
         return self._db.execute(
-            """SELECT * FROM task WHERE job = :job AND frame > :after
-               ORDER BY frame, slice LIMIT :limit""",
+            """SELECT * FROM task WHERE job = :job AND frame > :after AND slice = 0
+               ORDER BY frame LIMIT :limit""",
             {"job": job, "after": after, "limit": limit}).fetchall()
 
     def tasks_in(self, job: int, state: TaskState) -> list[Row]:
-        """Return the tasks of a job that are in one state, by frame."""
+        """Return the frames of a job that are in one state."""
         return self._db.execute(
-            "SELECT * FROM task WHERE job = :job AND state = :state ORDER BY frame, slice",
-            {"job": job, "state": state.value}).fetchall()
+            """SELECT * FROM task WHERE job = :job AND state = :state AND slice = 0
+               ORDER BY frame""", {"job": job, "state": state.value}).fetchall()
 
     def next_tasks(self, job: int, worker: int, limit: int) -> list[Row]:
-        """Return queued tasks by frame that this worker has not failed yet."""
+        """Return queued whole frames that this worker has not failed yet."""
         return self._db.execute(
-            """SELECT * FROM task WHERE job = :job AND state = 'queued' AND NOT EXISTS (
+            """SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
+               AND cut IS NULL AND NOT EXISTS (
                  SELECT 1 FROM attempt WHERE attempt.task = task.id
                  AND attempt.worker = :worker AND attempt.state = 'failed')
-               ORDER BY frame, slice LIMIT :limit""",
+               ORDER BY frame LIMIT :limit""",
             {"job": job, "worker": worker, "limit": limit}).fetchall()
 
     def newest_task_of(self, job: int) -> Row | None:
-        """Return the task of one job that was finished last."""
+        """Return the frame of one job that was finished last."""
         return cast("Row | None", self._db.execute(
-            """SELECT * FROM task WHERE job = :job AND state = 'done'
+            """SELECT * FROM task WHERE job = :job AND state = 'done' AND slice = 0
                ORDER BY finished DESC, id DESC LIMIT 1""", {"job": job}).fetchone())
+
+    # --- slices of frames, and the passes that slices share
+
+    def add_part(self, frame: Row, kind: TaskKind, top: int, bottom: int) -> Row:
+        """Add a queued slice or pass below a frame and return it."""
+        number = -1 if kind is TaskKind.PASS else self._db.execute(
+            "SELECT MAX(slice) + 1 FROM task WHERE job = :job AND frame = :frame",
+            {"job": frame["job"], "frame": frame["frame"]}).fetchone()[0]
+        cursor = self._db.execute(
+            """INSERT INTO task (job, frame, slice, name, state, parent, kind, top, bottom)
+               VALUES (:job, :frame, :number, :name, 'queued', :id, :kind, :top, :bottom)""",
+            {**dict(frame), "number": number, "kind": kind.value, "top": top, "bottom": bottom})
+        return cast(Row, self.task(int(cursor.lastrowid or 0)))
+
+    def parts(self, frame: int) -> list[Row]:
+        """Return the slices and the pass of a frame, by their rows."""
+        return self._db.execute(
+            "SELECT * FROM task WHERE parent = :frame ORDER BY top, slice",
+            {"frame": frame}).fetchall()
+
+    def queued_parts(self, job: int) -> list[Row]:
+        """Return the slices and passes of a job that wait for a worker."""
+        return self._db.execute(
+            """SELECT * FROM task INDEXED BY task_part
+               WHERE job = :job AND state = 'queued' AND parent IS NOT NULL
+               ORDER BY frame, top""", {"job": job}).fetchall()
+
+    def frames_to_cut(self, job: int) -> list[Row]:
+        """Return the frames of which some rows are given out as slices, or will be."""
+        return self._db.execute(
+            """SELECT * FROM task INDEXED BY task_cut
+               WHERE job = :job AND state IN ('queued', 'leased') AND cut IS NOT NULL
+               ORDER BY frame""", {"job": job}).fetchall()
+
+    def frames_to_join(self) -> list[Row]:
+        """Return the sliced frames that are not done although every slice of them is."""
+        return self._db.execute(
+            """SELECT * FROM task INDEXED BY task_cut WHERE cut IS NOT NULL AND cut = bottom
+               AND state IN ('leased', 'failed') AND NOT EXISTS (
+                 SELECT 1 FROM task AS part WHERE part.parent = task.id
+                 AND part.kind = 'slice' AND part.state != 'done')""").fetchall()
+
+    def set_cut(self, frame: int, cut: int, bottom: int) -> None:
+        """Note how many rows of a frame are given out as slices, of how many."""
+        self._db.execute("UPDATE task SET cut = :cut, bottom = :bottom WHERE id = :id",
+                         {"id": frame, "cut": cut, "bottom": bottom})
+
+    def drop_parts(self, frame: int) -> None:
+        """Make a sliced frame a whole one again."""
+        self._db.execute("DELETE FROM task WHERE parent = :id", {"id": frame})
+        self._db.execute("UPDATE task SET cut = NULL, bottom = 0 WHERE id = :id", {"id": frame})
+
+    def set_bottom(self, task: int, bottom: int) -> None:
+        """Let a slice end sooner."""
+        self._db.execute("UPDATE task SET bottom = :bottom WHERE id = :id",
+                         {"id": task, "bottom": bottom})
+
+    def set_state_of(self, task: int, version: str) -> None:
+        """Note which POV-Ray left a state to go on from; empty for none."""
+        self._db.execute("UPDATE task SET state_of = :version WHERE id = :id",
+                         {"id": task, "version": version})
+
+    def move_attempts(self, task: int, to: int) -> None:
+        """Make attempts at a whole frame attempts at its first slice."""
+        self._db.execute("UPDATE attempt SET task = :to WHERE task = :task AND state = 'live'",
+                         {"task": task, "to": to})
+
+    def slice_costs(self, job: int) -> list[Row]:
+        """Return rows and seconds of the slices that were finished last, by worker."""
+        return self._db.execute(
+            """SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall,
+                      AVG(parse) AS parse
+               FROM (SELECT * FROM task INDEXED BY task_part
+                     WHERE job = :job AND kind = 'slice' AND state = 'done'
+                     AND parent IS NOT NULL AND wall > 0 ORDER BY finished DESC LIMIT 64)
+               GROUP BY worker""", {"job": job}).fetchall()
 
     def set_task_state(self, task: int, frm: TaskState, to: TaskState) -> bool:
         """Move a task from one state to another; False when it was not there."""
@@ -5082,7 +5323,8 @@ class Tx:
         """Record the accepted image of a task."""
         self._db.execute(
             """UPDATE task SET worker = :worker, sha256 = :sha256, size = :size, cpu = :cpu,
-                               wall = :wall, memory = :memory, finished = :now
+                               wall = :wall, memory = :memory, parse = :parse, finished = :now,
+                               state_of = ''
                WHERE id = :id""",
             {**vars(cost), "id": task, "worker": worker, "sha256": sha256, "size": size,
              "now": now})
@@ -5129,17 +5371,21 @@ class Tx:
             {"id": lease, "why": why, "now": now})
 
     def attempt(self, task: int, lease: str) -> Row | None:
-        """Return the attempt of a task under a lease."""
+        """Return the attempt of a task under a lease, also when the task became a slice since."""
         return cast("Row | None", self._db.execute(
-            "SELECT * FROM attempt WHERE task = :task AND lease = :lease",
+            """SELECT attempt.* FROM attempt JOIN task ON task.id = attempt.task
+               WHERE :task IN (task.id, task.parent) AND lease = :lease""",
             {"task": task, "lease": lease}).fetchone())
 
-    def attempts(self, task: int) -> list[Row]:
-        """Return every attempt of a task, oldest first, with the worker's name."""
+    def attempts(self, frame: int) -> list[Row]:
+        """Return every attempt of a frame and its slices, oldest first, with the worker's name."""
         return self._db.execute(
-            """SELECT attempt.*, worker.name AS worker_name
+            """SELECT attempt.*, worker.name AS worker_name, task.kind AS kind, task.top AS top,
+                      task.bottom AS bottom
                FROM attempt JOIN worker ON worker.id = attempt.worker
-               WHERE task = :task ORDER BY attempt.id""", {"task": task}).fetchall()
+               JOIN task ON task.id = attempt.task
+               WHERE :frame IN (task.id, task.parent) ORDER BY attempt.id""",
+            {"frame": frame}).fetchall()
 
     def live_attempts_of_task(self, task: int) -> list[Row]:
         """Return the attempts of a task that are under way."""
@@ -5156,7 +5402,8 @@ class Tx:
     def live_attempts_of_job(self, job: int) -> list[Row]:
         """Return the attempts of a job's tasks that are under way, oldest lease first."""
         return self._db.execute(
-            """SELECT attempt.*, task.frame AS frame
+            """SELECT attempt.*, task.frame AS frame, task.kind AS kind, task.top AS top,
+                      task.bottom AS bottom
                FROM attempt CROSS JOIN task ON task.id = attempt.task
                WHERE task.job = :job AND attempt.state = 'live'
                ORDER BY attempt.started, task.frame DESC""", {"job": job}).fetchall()
@@ -5221,7 +5468,8 @@ class Tx:
     def wrong_counters(self) -> list[int]:
         """Return the jobs whose counters differ from their rows."""
         return [row["id"] for row in self._db.execute(
-            """SELECT job.id AS id FROM job LEFT JOIN task ON task.job = job.id GROUP BY job.id
+            """SELECT job.id AS id FROM job
+               LEFT JOIN task ON task.job = job.id AND task.slice = 0 GROUP BY job.id
                HAVING queued != COALESCE(SUM(task.state = 'queued'), 0)
                    OR leased != COALESCE(SUM(task.state = 'leased'), 0)
                    OR done != COALESCE(SUM(task.state = 'done'), 0)
@@ -5231,8 +5479,17 @@ class Tx:
     def tasks_out_of_step(self) -> list[int]:
         """Return tasks that are leased without a live attempt, or the other way round."""
         return [row["id"] for row in self._db.execute(
-            """SELECT id FROM task WHERE (state = 'leased') != EXISTS (
+            """SELECT id FROM task WHERE cut IS NULL AND (state = 'leased') != EXISTS (
                  SELECT 1 FROM attempt WHERE attempt.task = task.id AND attempt.state = 'live')""")]
+
+    def parts_out_of_step(self) -> list[int]:
+        """Return frames in work whose slices leave a gap, overlap or say another state."""
+        return [row["id"] for row in self._db.execute(
+            """SELECT frame.id AS id FROM task AS frame JOIN task AS part
+                 ON part.parent = frame.id AND part.kind = 'slice'
+               WHERE frame.state IN ('queued', 'leased', 'failed') GROUP BY frame.id
+               HAVING SUM(part.bottom - part.top) != frame.cut - frame.top
+                   OR (frame.state = 'queued' AND SUM(part.state IN ('leased', 'done')) > 0)""")]
 
     def leases_out_of_step(self) -> list[str]:
         """Return live leases without a live attempt or of a removed worker, and the reverse."""
@@ -5244,10 +5501,14 @@ class Tx:
                OR (lease.ended IS NULL AND worker.state != 'admitted')""")]
 
     def done_tasks(self) -> list[Row]:
-        """Return every finished task with its job's name."""
+        """Return every finished task whose file is kept, with its job's name.
+
+        Slices are kept until their frame is put together, passes until it is done.
+        """
         return self._db.execute(
             """SELECT task.*, job.name AS job_name FROM task JOIN job ON job.id = task.job
-               WHERE task.state = 'done'""").fetchall()
+               LEFT JOIN task AS frame ON frame.id = task.parent
+               WHERE task.state = 'done' AND COALESCE(frame.state, '') != 'done'""").fetchall()
 
     def twice_accepted(self) -> list[int]:
         """Return tasks of which more than one attempt was accepted."""
@@ -5295,6 +5556,18 @@ class Offer:
     idle: int
 
 
+class Cut(NamedTuple):
+    """What became of a task under way of which others render the lower rows.
+
+    ``task`` is the slice that its worker still makes, down to the row
+    ``bottom``, and ``scale`` turns progress in what it was given into progress in that.
+    """
+
+    task: int
+    bottom: int
+    scale: float
+
+
 class Scheduler:
     """The rules of the farm over a ``Store``; every method is thread-safe.
 
@@ -5311,7 +5584,9 @@ class Scheduler:
         self._version = 0
         self._closed = False
         self._delivery = threading.Lock()
+        self._joining = threading.Lock()
         self._progress: dict[int, float] = {}
+        self._cuts: dict[int, Cut] = {}
         self._seen: dict[int, float] = {}
         self._slots: dict[int, int] = {}
         self._left: dict[int, int] = {}
@@ -5328,10 +5603,14 @@ class Scheduler:
                options: JobOptions) -> tuple[int, list[str]]:
         """Add a job; return its id and the hashes of the files that are missing.
 
-        Raises ``UserError`` when the command line asks for no frame or when
-        two frames would have the same name, ``NoRoom`` when the disk is as good as full.
+        Raises ``UserError`` when the command line asks for no frame, when two
+        frames would have the same name, or for slices that cannot be, and
+        ``NoRoom`` when the disk is as good as full.
         """
         plan = plan_frames(pov.options)
+        problem = unsliceable(pov, options.in_order)
+        if problem and options.slices.isdecimal() and options.slices != "1":
+            raise UserError(f"this job cannot be sliced: {problem}")
         tasks = [(frame, PurePosixPath(plan.output_name(frame)).name) for frame in plan.frames]
         if len({file for _, file in tasks}) < len(tasks):
             raise UserError("two frames of this job would have the same file name")
@@ -5401,10 +5680,13 @@ class Scheduler:
         with self._tx() as tx:
             row = self._job(tx, job)
             failed = [*tx.tasks_in(job, TaskState.FAILED), *tx.tasks_in(job, TaskState.CANCELLED)]
-            for task in failed:
-                tx.forget_failures(task["id"])
-                tx.set_tries(task["id"], 0)
-                self._move(tx, task, TaskState.QUEUED, "tried again by hand")
+            for frame in failed:
+                for task in (*tx.parts(frame["id"]), frame):
+                    tx.forget_failures(task["id"])
+                    tx.set_tries(task["id"], 0)
+                    if task["state"] in (TaskState.FAILED, TaskState.CANCELLED):
+                        self._move(tx, task, TaskState.QUEUED, "tried again by hand")
+                self._settle_frame(tx, frame["id"], "")
             row = self._job(tx, job)
             if failed and row["state"] != JobState.ACTIVE:
                 self._start(tx, row)
@@ -5536,16 +5818,20 @@ class Scheduler:
             self._wait(version, min(left, 1.0 if self._deadlines else self.lease_time / 3))
 
     def beat(self, worker: int, progress: Mapping[str, Mapping[int, float]],
-             wait: float) -> list[str]:
+             wait: float) -> tuple[list[str], dict[int, int]]:
         """Keep a worker's leases alive; return those of them that have ended.
 
-        Answers after ``wait`` seconds, or at once when there is bad news.
+        Also the tasks of which others render the lower rows, each with the row
+        before which it may end. Answers after ``wait`` seconds, or at once when
+        there is such news.
         """
+        known = {task for tasks in progress.values() for task in tasks} & set(self._cuts)
         end = self.clock.monotonic() + min(wait, self.lease_time / 3)
         stays = self._left.get(worker, 0)
         for lease, tasks in progress.items():
-            if self._owners.get(lease) == worker:
-                self._progress.update(tasks)
+            for task, part in tasks.items() if self._owners.get(lease) == worker else ():
+                cut = self._cuts.get(task, Cut(task, 0, 1.0))
+                self._progress[cut.task] = min(part * cut.scale, 1.0)
         while True:
             with self._changed:
                 version = self._version
@@ -5559,8 +5845,10 @@ class Scheduler:
                     continue
                 self._deadlines[lease] = now + self.lease_time
             left = end - now
-            if ended or left <= 0 or self._closed:
-                return ended
+            cuts = {task: self._cuts[task].bottom for tasks in progress.values()
+                    for task in tasks if task in self._cuts}
+            if ended or left <= 0 or self._closed or set(cuts) - known:
+                return ended, cuts
             self._wait(version, left)
 
     def leave(self, worker: int) -> None:
@@ -5583,29 +5871,65 @@ class Scheduler:
         self._wake()
 
     def finish(self, worker: int, lease: str, task: int, image: bytes, log_text: bytes,
-               cost: Cost) -> bool:
+               cost: Cost, bottom: int = 0) -> bool:
         """Accept the image of a task; False when another was accepted before.
 
         The image is checked whole first: ``ImageError`` when it is not the
         picture that was asked for, and the task stays as it was. A late image
-        of a task that is still unfinished is taken.
+        of a task that is still unfinished is taken. Of a slice comes the strip
+        of its rows, which may reach further down, to ``bottom``, when its worker
+        rendered on while others began with what is below.
         """
         with self.store.read() as tx:
             attempt, row, job = self._attempt(tx, worker, lease, task)
         pov = pov_of(job["pov"])
-        check_image(image, pov.options.extension, pov.options.width, pov.options.height)
+        if row["kind"] != TaskKind.PASS:
+            bottom = bottom or row["bottom"] or pov.options.height
+            if not row["bottom"] <= bottom <= pov.options.height:
+                raise ImageError("the picture does not hold the rows that were asked for")
+            check_image(image, pov.options.extension, pov.options.width, bottom - row["top"])
+        elif not image:
+            raise ImageError("nothing came of what the slices should share")
         directory = self.store.job_directory(job["id"], job["name"])
         with self._delivery:
             with self.store.read() as tx:
                 attempt, row, job = self._attempt(tx, worker, lease, task)
-            accepted = row["state"] not in (TaskState.DONE, TaskState.CANCELLED)
-            if accepted:
-                self.store.put_image(directory, row["name"], image)
+                pieces = self._pieces(tx, row, image, pov.options.extension, bottom)
+            for piece, data in pieces:
+                self.store.put_image(*_place(directory, piece), data)
             log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
             with self._tx() as tx:
-                accepted = self._accept(tx, attempt, image, log_name, cost) and accepted
+                accepted = self._accept(tx, attempt, pieces, log_name, cost)
+        self.join_frames()
         self._wake()
         return accepted
+
+    def part_path(self, tx: Tx, task: Row, suffix: str = "") -> Path:
+        """Return where the file of a slice or pass is; with a suffix, what belongs to it."""
+        job = self._job(tx, task["job"])
+        place, name = _place(self.store.job_directory(job["id"], job["name"]), task)
+        return place / (name + suffix)
+
+    def keep_state(self, worker: int, lease: str, task: int, state: bytes) -> None:
+        """Keep what a worker that stops leaves of an unfinished task, for others to go on from."""
+        with self._delivery:
+            with self.store.read() as tx:
+                _, row, _ = self._attempt(tx, worker, lease, task)
+                engines = cast(Row, tx.worker(worker))["engines"]
+                path = self.part_path(tx, row, ".state")
+            if row["state"] == TaskState.LEASED:
+                self.store.put_image(path.parent, path.name, state)
+                with self._tx() as tx:
+                    tx.set_state_of(row["id"], json.loads(engines).get("povray", ""))
+
+    def join_frames(self) -> None:
+        """Put together every frame of which all slices are there."""
+        with self._joining:
+            with self.store.read() as tx:
+                frames = [(frame, self._job(tx, frame["job"]), tx.parts(frame["id"]))
+                          for frame in tx.frames_to_join()]
+            for frame, job, parts in frames:
+                self._join_frame(frame, job, parts)
 
     def fail(self, worker: int, lease: str, task: int, message: str, log_text: bytes,
              scene: bool) -> None:
@@ -5620,11 +5944,13 @@ class Scheduler:
             directory = self.store.job_directory(job["id"], job["name"])
             log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
             with self._tx() as tx:
+                tx.set_state_of(row["id"], "")  # perhaps it was the state that was wrong
                 self._fail(tx, self._attempt(tx, worker, lease, task), message, log_name, scene)
         self._wake()
 
     def expire(self) -> None:
         """Take back every lease whose worker has been silent for too long."""
+        self.join_frames()  # what was complete when the coordinator was killed
         now = self.clock.monotonic()
         late = [lease for lease, deadline in list(self._deadlines.items()) if deadline < now]
         if not late:
@@ -5684,6 +6010,8 @@ class Scheduler:
             problems += [f"lease {lease}: live and empty, or the reverse"
                          for lease in tx.leases_out_of_step()]
             problems += [f"task {task}: two accepted results" for task in tx.twice_accepted()]
+            problems += [f"frame {task}: its slices do not make it up"
+                         for task in tx.parts_out_of_step()]
             problems += [f"blob {sha256}: needed and not stored"
                          for sha256 in tx.missing_live_blobs()]
             problems += [f"lease {row['id']}: live and not known to the scheduler"
@@ -5696,8 +6024,9 @@ class Scheduler:
                      for sha256 in blobs if not self.store.blob_path(sha256).is_file()]
         for row in done:
             directory = self.store.job_directory(row["job"], row["job_name"])
-            path = directory / row["name"]
-            if path.parent != directory or not path.is_file() or sha256_file(path) != row["sha256"]:
+            place, name = _place(directory, row)
+            path = place / name
+            if path.parent != place or not path.is_file() or sha256_file(path) != row["sha256"]:
                 problems.append(f"task {row['id']}: {path} is missing or not what was accepted")
         return problems
 
@@ -5772,11 +6101,37 @@ class Scheduler:
         if (frm, to) not in TRANSITIONS or not tx.set_task_state(task["id"], frm, to):
             raise IllegalTransition(
                 f"frame {task['frame']} cannot go from {frm.value} to {to.value}")
-        tx.count_task(task["job"], frm, to)
-        tx.add_event(self.clock.time(), to.value, why, task["job"], task["frame"])
+        part = f"{task['kind']} " if task["parent"] else ""
+        tx.add_event(self.clock.time(), part + to.value, why, task["job"], task["frame"])
         if to is not TaskState.LEASED:
             self._progress.pop(task["id"], None)
+            self._cuts = {key: cut for key, cut in self._cuts.items() if cut.task != task["id"]}
+        if task["parent"]:
+            self._settle_frame(tx, task["parent"], why)
+            return
+        tx.count_task(task["job"], frm, to)
+        if to is not TaskState.LEASED:
             self._settle(tx, task["job"], to is TaskState.FAILED)
+
+    def _settle_frame(self, tx: Tx, frame: int, why: str) -> None:
+        row = cast(Row, tx.task(frame))
+        slices = [TaskState(part["state"]) for part in tx.parts(frame)
+                  if part["kind"] == TaskKind.SLICE]
+        frm = TaskState(row["state"])
+        to = frame_state(slices, frm)
+        if not slices or frm is TaskState.DONE or to is frm:
+            return
+        self._move(tx, row, to, why)
+        if to is TaskState.FAILED:
+            self._cancel_parts(tx, row)
+
+    def _cancel_parts(self, tx: Tx, frame: Row) -> None:
+        """End what is under way of a frame that is settled otherwise."""
+        for part in tx.parts(frame["id"]):
+            for attempt in tx.live_attempts_of_task(part["id"]):
+                self._end_attempt(tx, attempt, AttemptState.LOST, "the frame is settled", "")
+            if part["state"] in (TaskState.QUEUED, TaskState.LEASED):
+                self._move(tx, part, TaskState.CANCELLED, "the frame is settled")
 
     def _move_job(self, tx: Tx, job: Row, to: JobState, reason: str) -> None:
         frm = JobState(job["state"])
@@ -5805,26 +6160,83 @@ class Scheduler:
             if lease["job"] == job["id"]:
                 self._end_lease(tx, lease, AttemptState.RELEASED, "job cancelled",
                                 TaskState.CANCELLED)
+        for frame in tx.frames_to_cut(job["id"]):
+            self._move(tx, frame, TaskState.CANCELLED, "job cancelled")
+            self._cancel_parts(tx, frame)
         for task in tx.tasks_in(job["id"], TaskState.QUEUED):
             self._move(tx, task, TaskState.CANCELLED, "job cancelled")
 
-    def _accept(self, tx: Tx, attempt: Row, image: bytes, log_name: str, cost: Cost) -> bool:
-        task = tx.task(attempt["task"])
-        if task is None:
-            return False
-        live = attempt["state"] == AttemptState.LIVE
-        if task["state"] in (TaskState.DONE, TaskState.CANCELLED):
-            if live:
-                self._end_attempt(tx, attempt, AttemptState.LOST, "another was first", log_name)
-            return False
-        tx.set_task_result(task["id"], attempt["worker"], hashlib.sha256(image).hexdigest(),
-                           len(image), cost, self.clock.time())
-        tx.add_job_cost(task["job"], cost)
-        self._end_attempt(tx, attempt, AttemptState.DONE, "", log_name)
-        for other in tx.live_attempts_of_task(task["id"]):
-            self._end_attempt(tx, other, AttemptState.LOST, "another was first", "")
-        self._move(tx, task, TaskState.DONE, "")
-        return True
+    def _pieces(self, tx: Tx, row: Row, image: bytes, extension: str,
+                bottom: int) -> list[tuple[Row, bytes]]:
+        """Return the unfinished tasks that an image settles, each with its own rows of it."""
+        wanted = [row]
+        if row["kind"] == TaskKind.SLICE and bottom > row["bottom"]:
+            wanted += [part for part in tx.parts(row["parent"])
+                       if row["top"] < part["top"] and part["bottom"] <= bottom]
+        pieces = []
+        for part in wanted:
+            if part["state"] in (TaskState.DONE, TaskState.CANCELLED):
+                continue
+            data = image
+            if part["kind"] == TaskKind.SLICE and (
+                    part["top"] > row["top"] or part["bottom"] < bottom):
+                data = crop_rows(image, extension, part["top"] - row["top"],
+                                 part["bottom"] - part["top"])
+            pieces.append((part, data))
+        return pieces
+
+    def _accept(self, tx: Tx, attempt: Row, pieces: Sequence[tuple[Row, bytes]], log_name: str,
+                cost: Cost) -> bool:
+        accepted = False
+        for piece, data in pieces:
+            task = tx.task(piece["id"])
+            if task is None or task["state"] in (TaskState.DONE, TaskState.CANCELLED):
+                continue
+            mine = task["id"] == attempt["task"]
+            spent = cost if mine else Cost()
+            tx.set_task_result(task["id"], attempt["worker"], hashlib.sha256(data).hexdigest(),
+                               len(data), spent, self.clock.time())
+            tx.add_job_cost(task["job"], spent)
+            if mine:
+                accepted = True
+                self._end_attempt(tx, attempt, AttemptState.DONE, "", log_name)
+            for other in tx.live_attempts_of_task(task["id"]):
+                self._end_attempt(tx, other, AttemptState.LOST, "another was first", "")
+            self._move(tx, task, TaskState.DONE, "")
+            self._cancel_parts(tx, task)
+        if not accepted and attempt["state"] == AttemptState.LIVE:
+            self._end_attempt(tx, attempt, AttemptState.LOST, "another was first", log_name)
+        return accepted
+
+    def _join_frame(self, frame: Row, job: Row, parts: Sequence[Row]) -> None:
+        directory = self.store.job_directory(job["id"], job["name"])
+        slices = [part for part in parts if part["kind"] == TaskKind.SLICE]
+        places = [Path(*_place(directory, part)) for part in slices]
+        extension = pov_of(job["pov"]).options.extension
+        try:
+            image = join_rows([place.read_bytes() for place in places], extension)
+            problem = ""
+            self.store.put_image(*_place(directory, frame), image)
+        except (OSError, ImageError) as error:
+            image, problem = b"", f"the slices could not be put together: {error}"
+        with self._tx() as tx:
+            row = tx.task(frame["id"])
+            if row is None or row["state"] not in (TaskState.LEASED, TaskState.FAILED):
+                return
+            if problem:
+                # Rendered whole by `retry`: something of the slices is wrong.
+                tx.drop_parts(frame["id"])
+                self._move(tx, row, TaskState.FAILED, problem)
+                return
+            cost = Cost(sum(part["cpu"] for part in parts), sum(part["wall"] for part in parts),
+                        max(part["memory"] for part in parts))
+            last = max(slices, key=operator.itemgetter("finished"))
+            tx.set_task_result(frame["id"], last["worker"], hashlib.sha256(image).hexdigest(),
+                               len(image), cost, self.clock.time())
+            self._move(tx, row, TaskState.DONE, f"put together from {len(slices)} slices")
+        for place in places:
+            place.unlink(missing_ok=True)
+            place.with_name(place.name + ".state").unlink(missing_ok=True)
 
     def _fail(self, tx: Tx, tried: tuple[Row, Row, Row], message: str, log_name: str,
               scene: bool) -> None:
@@ -5885,14 +6297,11 @@ class Scheduler:
 
     def _grant_one(self, tx: Tx, worker: int, offer: Offer) -> LeaseSpec | None:
         jobs = [job for job in tx.leasable_jobs() if self._may_work(tx, job, worker)]
-        for job in jobs:
-            tasks = self._pick(tx, job, worker, offer)
-            if tasks:
-                return self._give(tx, job, worker, tasks, offer.idle)
-        for job in jobs:
-            tasks = self._pick_straggler(tx, job, worker)
-            if tasks:
-                return self._give(tx, job, worker, tasks, offer.idle)
+        for pick in (self._pick, self._split, self._pick_straggler):
+            for job in jobs:
+                tasks = pick(tx, job, worker, offer)
+                if tasks:
+                    return self._give(tx, job, worker, tasks, offer.idle)
         return None
 
     def _may_work(self, tx: Tx, job: Row, worker: int) -> bool:
@@ -5901,6 +6310,12 @@ class Scheduler:
             return False
         if job["in_order"] and job["leased"]:
             return False
+        if job["slices"] == "auto":
+            # One slice has all cores of a worker; the next may begin when it is nearly done.
+            mine = [self._left_of(attempt) for attempt in tx.live_attempts_of_job(job["id"])
+                    if attempt["worker"] == worker and attempt["kind"] == TaskKind.SLICE]
+            if len(mine) > 1 or any(left > 2 * START for left in mine):
+                return False
         return not self._is_hopeless(tx, job, worker) or worker in self._helpers(tx, job)
 
     def _is_hopeless(self, tx: Tx, job: Row, worker: int) -> bool:
@@ -5922,31 +6337,177 @@ class Scheduler:
             queued = tx.tasks_in(job["id"], TaskState.QUEUED)
             failed = tx.failed_workers(queued[0]["id"]) if queued else set()
             return [] if worker in failed and self._helpers(tx, job) - failed else queued
+        part = self._pick_part(tx, job, worker)
+        if part is not None:
+            return [part]
+        if job["radiosity"] == "animation" and not self._is_ready(tx, self._first(tx, job)):
+            return []
         cost = Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
         others = self.live_workers() - {worker}
         slots = offer.slots + sum(self._slots.get(other, 1) for other in others)
         tasks = tx.next_tasks(job["id"], worker, lease_size(job["queued"], slots, cost))
         if not tasks and job["queued"]:
-            # What this worker failed goes back to it only when nobody else is left to try.
-            helpers = self._helpers(tx, job) - {worker}
             return [task for task in tx.tasks_in(job["id"], TaskState.QUEUED)
-                    if not helpers - tx.failed_workers(task["id"])][:1]
+                    if task["cut"] is None and self._may_try(tx, job, worker, task)][:1]
         step = plan_frames(pov_of(job["pov"]).options).frames.step
         for index in range(1, len(tasks)):
             if tasks[index]["frame"] != tasks[index - 1]["frame"] + step:
                 return tasks[:index]
         return tasks
 
-    def _pick_straggler(self, tx: Tx, job: Row, worker: int) -> list[Row]:
-        """Find a task to lease a second time: of the oldest lease the frame it comes to last."""
-        if job["queued"] or job["in_order"] or not job["done"]:
+    def _may_try(self, tx: Tx, job: Row, worker: int, task: Row) -> bool:
+        """What a worker failed goes back to it only when nobody else is left to try."""
+        failed = tx.failed_workers(task["id"])
+        return worker not in failed or not self._helpers(tx, job) - failed - {worker}
+
+    def _pick_part(self, tx: Tx, job: Row, worker: int) -> Row | None:
+        """Find a slice or a pass for a worker, or cut one off a frame."""
+        if unsliceable(pov_of(job["pov"]), bool(job["in_order"])):
+            return None
+        if self._shares(job) and job["radiosity"] == "animation":
+            first = self._first(tx, job)
+            if not any(part["kind"] == TaskKind.PASS for part in tx.parts(first["id"])):
+                return tx.add_part(first, TaskKind.PASS, 0, 0)
+        for part in tx.queued_parts(job["id"]):
+            if self._is_ready(tx, part) and self._may_try(tx, job, worker, part):
+                return part
+        for frame in tx.frames_to_cut(job["id"]):
+            if frame["cut"] < frame["bottom"] and self._is_ready(tx, frame):
+                return self._cut(tx, job, worker, frame)
+        if self._wants_slices(tx, job):
+            for frame in tx.next_tasks(job["id"], worker, 1):
+                return self._begin_slices(tx, job, worker, frame)
+        return None
+
+    def _is_ready(self, tx: Tx, task: Row) -> bool:
+        """Tell whether the pass of a task's frame, if it has one, is over; for good or ill."""
+        return task["kind"] == TaskKind.PASS or all(
+            part["state"] not in (TaskState.QUEUED, TaskState.LEASED)
+            for part in tx.parts(task["parent"] or task["id"]) if part["kind"] == TaskKind.PASS)
+
+    def _first(self, tx: Tx, job: Row) -> Row:
+        return tx.tasks(job["id"], limit=1)[0]
+
+    def _shares(self, job: Row) -> bool:
+        """Tell whether the runs of a job share what a pass has rendered."""
+        return job["radiosity"] != "off" and "radiosity" in pov_of(job["pov"]).uses
+
+    def _wants_slices(self, tx: Tx, job: Row) -> bool:
+        """Tell whether the next whole frame should be sliced at once.
+
+        By itself only where there are fewer frames than workers, and where a
+        frame is not small or known to cost less than cutting it up is worth.
+        """
+        if job["slices"] != "auto":
+            return bool(job["slices"] not in ("off", "1"))
+        region = region_of(pov_of(job["pov"]).options)
+        cheap = job["done"] and job["wall"] / job["done"] < 8 * START
+        small = region.bottom - region.top <= max(8 * GRAIN, region.block)
+        return not (cheap or small) and job["queued"] < len(self._helpers(tx, job))
+
+    def _begin_slices(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
+        height = pov_of(job["pov"]).options.height
+        tx.set_cut(frame["id"], 0, height)
+        if self._shares(job) and job["radiosity"] == "share":
+            return tx.add_part(frame, TaskKind.PASS, 0, 0)
+        return self._cut(tx, job, worker, cast(Row, tx.task(frame["id"])))
+
+    def _speeds(self, tx: Tx, job: Row) -> tuple[dict[int, float], SliceCost | None]:
+        """Return rows a second by worker, and what a row and a slice cost on average.
+
+        By cores where nothing is measured yet, and then only worth comparing.
+        """
+        costs = tx.slice_costs(job["id"])
+        cores = {row["id"]: row["cores"] for row in tx.workers()}
+        speeds = {row["worker"]: row["rows"] / max(row["wall"], 0.01) for row in costs
+                  if row["worker"] in cores}
+        known = sum(cores[worker] for worker in speeds)
+        per_core = sum(speeds.values()) / known if known else 1.0
+        guesses = {worker: speeds.get(worker, per_core * cores[worker]) for worker in cores}
+        if not speeds:
+            return guesses, None
+        parse = max(row["parse"] or 0.0 for row in costs)
+        return guesses, SliceCost(len(speeds) / max(sum(speeds.values()), 1e-6), parse)
+
+    def _cut(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
+        """Cut the next slice off a frame."""
+        speeds, cost = self._speeds(tx, job)
+        here = self._helpers(tx, job) | {worker}
+        share = speeds[worker] / max(sum(speeds[helper] for helper in here), 1e-6)
+        if cost is not None:
+            cost = cost._replace(row=1 / max(speeds[worker], 1e-6))
+        bottom = next_cut(frame["cut"], frame["bottom"], region_of(pov_of(job["pov"]).options),
+                          job["slices"], share, cost)
+        tx.set_cut(frame["id"], bottom, frame["bottom"])
+        return tx.add_part(frame, TaskKind.SLICE, frame["cut"], bottom)
+
+    def _left_of(self, attempt: Row) -> float:
+        """Return the seconds that an attempt will still take as it looks; for ever at first."""
+        now, part = self.clock.monotonic(), self.progress(attempt["task"])
+        spent = now - self._granted.get(attempt["lease"], now) - START
+        return max(spent, 0.0) * (1 - part) / part if part > 0 else math.inf
+
+    def _split(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
+        """Divide what is unrendered of the task that will take longest."""
+        pov = pov_of(job["pov"])
+        if job["slices"] != "auto" or unsliceable(pov, bool(job["in_order"])):
             return []
-        patience = max(1.5 * job["wall"] / job["done"], 5.0)
+        speeds, cost = self._speeds(tx, job)
+        overhead = START + (cost.parse if cost else 1.0)
+        worst, found = 4 * overhead, None
+        attempts = tx.live_attempts_of_job(job["id"])
+        counts = collections.Counter(attempt[key] for attempt in attempts
+                                     for key in ("task", "lease"))
+        for attempt in attempts:
+            left = self._left_of(attempt)
+            if (worst < left < math.inf and counts[attempt["task"]] == counts[attempt["lease"]] == 1
+                    and attempt["worker"] != worker and attempt["kind"] != TaskKind.PASS
+                    and not (attempt["kind"] == TaskKind.FRAME and self._shares(job)
+                             and job["radiosity"] == "share")):
+                worst, found = left, attempt
+        if found is None:
+            return []
+        share = speeds[found["worker"]] / max(speeds[found["worker"]] + speeds[worker], 1e-6)
+        return self._part(tx, found, region_of(pov.options), pov.options.height, share)
+
+    def _part(self, tx: Tx, attempt: Row, region: Region, height: int, share: float) -> list[Row]:
+        """Make a slice of its own of what is below a task's ``share`` of its unrendered rows."""
+        task = cast(Row, tx.task(attempt["task"]))
+        bottom = task["bottom"] or height
+        middle = split_row(task["top"], bottom, region, self.progress(task["id"]), share)
+        if middle is None:
+            return []
+        scale = (bottom - task["top"]) / (middle - task["top"])
+        if task["kind"] == TaskKind.SLICE:
+            frame, kept = cast(Row, tx.task(task["parent"])), task["id"]
+            tx.set_bottom(kept, middle)
+        else:
+            tx.set_cut(task["id"], height, height)
+            frame = cast(Row, tx.task(task["id"]))
+            first = tx.add_part(frame, TaskKind.SLICE, 0, middle)
+            kept = first["id"]
+            tx.move_attempts(task["id"], kept)
+            self._move(tx, first, TaskState.LEASED, "the rest goes to another worker")
+        given = next((key for key, cut in self._cuts.items() if cut.task == task["id"]), task["id"])
+        before = self._cuts.get(given, Cut(kept, bottom, 1.0))
+        self._cuts[given] = Cut(kept, middle, before.scale * scale)
+        self._progress[kept] = min(self.progress(task["id"]) * scale, 1.0)
+        return [tx.add_part(frame, TaskKind.SLICE, middle, bottom)]
+
+    def _pick_straggler(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
+        """Find a task to lease a second time: of the oldest lease the frame it comes to last."""
+        if job["queued"] or job["in_order"]:
+            return []
+        _, cost = self._speeds(tx, job)
+        frame_cost = job["wall"] / job["done"] if job["done"] else math.inf
         attempts = tx.live_attempts_of_job(job["id"])
         counts = collections.Counter(attempt["task"] for attempt in attempts)
-        latest = self.clock.monotonic() - patience
+        now = self.clock.monotonic()
         for attempt in attempts:
-            if self._granted.get(attempt["lease"], math.inf) > latest:
+            mean = frame_cost
+            if attempt["kind"] == TaskKind.SLICE and cost is not None:
+                mean = cost.row * (attempt["bottom"] - attempt["top"]) + cost.parse + START
+            if now - self._granted.get(attempt["lease"], now) <= max(1.5 * mean, 5.0):
                 continue
             failed = tx.failed_workers(attempt["task"])
             if counts[attempt["task"]] == 1 and worker not in failed | {attempt["worker"]}:
@@ -5961,28 +6522,47 @@ class Scheduler:
         tx.add_lease(lease, worker, job["id"], [task["id"] for task in tasks], now)
         tx.set_job_started(job["id"], now)
         row = tx.worker(worker)
+        assert row is not None  # the lease's foreign key
         for task in tasks:
             if task["state"] == TaskState.QUEUED:
-                self._move(tx, task, TaskState.LEASED, row["name"] if row else "")
+                self._move(tx, task, TaskState.LEASED, row["name"])
         self._granted[lease] = self.clock.monotonic()
         self._deadlines[lease] = self._granted[lease] + self.lease_time
         self._owners[lease] = worker
+        version = json.loads(row["engines"]).get("povray", "")
+        specs = tuple(
+            TaskSpec(task["id"], task["frame"], task["name"], TaskKind(task["kind"]), task["top"],
+                     task["bottom"] if task["parent"] else 0,
+                     version != "" and task["state_of"] == version)
+            for task in tasks)
         return LeaseSpec(
-            lease, job["id"], job["name"], self._threads(job, pov, idle),
-            tuple(TaskSpec(task["id"], task["frame"], task["name"]) for task in tasks),
-            job["manifest"], pov, bool(job["in_order"]),
-        )
+            lease, job["id"], job["name"], self._threads(tx, job, tasks[0], idle), specs,
+            job["manifest"], pov, bool(job["in_order"]), self._passes(tx, job, tasks[0]))
 
-    def _threads(self, job: Row, pov: PovJob, idle: int) -> int:
+    def _passes(self, tx: Tx, job: Row, task: Row) -> tuple[int, ...]:
+        """Return the passes whose results a task reads."""
+        if not self._shares(job) or task["kind"] == TaskKind.PASS:
+            return ()
+        frame = task["parent"]
+        if job["radiosity"] == "animation":
+            frame = self._first(tx, job)["id"]
+        return tuple(part["id"] for part in tx.parts(frame or 0)
+                     if part["kind"] == TaskKind.PASS and part["state"] == TaskState.DONE)
+
+    def _threads(self, tx: Tx, job: Row, task: Row, idle: int) -> int:
         """Return the threads of one run: more than one only where frames run out.
 
-        A still has whole machines to itself; the last frames of an animation
-        share what is idle, unless their pixels depend on the threads.
+        A still has whole machines to itself, and so has a slice; the last
+        frames of an animation share what is idle, unless their pixels depend
+        on the threads.
         """
+        pov = pov_of(job["pov"])
         frames = sum(job[state.value] for state in TaskState)
-        if frames > 1 and not pov.thread_safe:
+        if frames > 1 and not pov.thread_safe and not task["parent"]:
             return 1
         runs = 1 if job["in_order"] else max(job["queued"], 1)
+        if task["parent"]:
+            runs = len(tx.queued_parts(job["id"])) + 1 if job["slices"] != "auto" else 1
         threads = max(idle // runs, 1)
         return max(min(threads, int(pov.values.get("Work_Threads", threads))), 1)
 
@@ -5993,6 +6573,14 @@ def _check_room(place: Path, size: int) -> None:
     if free < least:
         raise NoRoom(f"the coordinator's disk has {format_size(max(free, 0))} to spare and a job "
                      f"needs {format_size(least)} or more: make room there, then submit it again")
+
+
+def _place(directory: Path, task: Row) -> tuple[Path, str]:
+    """Return the directory and the name of a task's file: parts have their own until joined."""
+    if not task["parent"]:
+        return directory, task["name"]
+    suffix = PurePosixPath(task["name"]).suffix if task["kind"] == TaskKind.SLICE else ".zip"
+    return directory / "parts", f"{task['id']}{suffix}"
 
 
 # === 11. API =================================================================
@@ -6168,7 +6756,7 @@ class Api:
             names = {row["id"]: row["name"] for row in tx.workers()}
             rows = tx.tasks(job["id"], _query_number(request, "after", -1),
                             _query_number(request, "limit", 1000))
-            return json_response({"frames": [self.frame_view(row, names) for row in rows]})
+            return json_response({"frames": [self.frame_view(tx, row, names) for row in rows]})
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image", role="reader",
            summary="A finished image")
@@ -6179,6 +6767,18 @@ class Api:
         if task["state"] != TaskState.DONE:
             raise ProtocolError(404, f"frame {task['frame']} is {task['state']}")
         path = safe_join(self._store.job_directory(job["id"], job["name"]), task["name"])
+        return file_response(path, _MIME[path.suffix], request, task["sha256"])
+
+    @route("GET", "/api/v1/jobs/<job:int>/slices/<task:int>/image", role="reader",
+           summary="A finished slice")
+    def slice_image(self, request: Request) -> Response:
+        """The rows of a slice as a picture of their own, until its frame is put together."""
+        with self._store.read() as tx:
+            job, task = self._job(tx, request), tx.task(request.params["task"])
+            if (task is None or task["job"] != job["id"] or task["kind"] != TaskKind.SLICE
+                    or task["state"] != TaskState.DONE):
+                raise ProtocolError(404, "there is no such slice, or it is not finished")
+            path = self._farm.part_path(tx, task)
         return file_response(path, _MIME[path.suffix], request, task["sha256"])
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/log", role="reader",
@@ -6192,7 +6792,10 @@ class Api:
         parts = []
         for attempt in attempts:
             ended = attempt["state"] + (f": {attempt['message']}" if attempt["message"] else "")
-            parts.append(f"--- frame {task['frame']} on {attempt['worker_name']}: {ended}\n")
+            rows = (f", rows {attempt['top']} to {attempt['bottom'] - 1}"
+                    if attempt["kind"] == TaskKind.SLICE else "")
+            what = f"frame {task['frame']}{rows}"
+            parts.append(f"--- {what} on {attempt['worker_name']}: {ended}\n")
             if attempt["log"]:
                 with contextlib.suppress(OSError):
                     parts.append((directory / attempt["log"]).read_text("utf-8", "replace"))
@@ -6371,7 +6974,10 @@ class Api:
 
     @route("POST", "/api/v1/beat", role="worker", summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
-        """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended."""
+        """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended.
+
+        ``cuts`` are tasks of which others render what is below a row: that may be left out.
+        """
         wire = request.json()
         leases = want(wire, "leases", dict)
         progress = {
@@ -6379,9 +6985,9 @@ class Api:
                     for task, part in want(leases, lease, dict).items()}
             for lease in leases
         }
-        ended = self._farm.beat(request.identity.worker or 0, progress,
-                                _seconds(wire.get("wait", 0)))
-        return json_response({"ended": ended})
+        ended, cuts = self._farm.beat(request.identity.worker or 0, progress,
+                                      _seconds(wire.get("wait", 0)))
+        return json_response({"ended": ended, "cuts": cuts})
 
     @route("POST", "/api/v1/leave", role="pending", summary="Stop working here")
     def leave(self, request: Request) -> Response:
@@ -6398,23 +7004,45 @@ class Api:
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>", role="worker", max_body=MAX_IMAGE,
            summary="Deliver an image")
     def deliver(self, request: Request) -> Response:
-        """Body: ``log`` bytes of POV-Ray's text, then the image. Query: log, cpu, wall, memory.
+        """Body: ``log`` bytes of POV-Ray's text, then the image.
 
-        422 when the image is not the whole picture that was asked for. ``accepted``
-        is False when another worker was first.
+        Query: log, cpu, wall, parse, memory, and the row before which the picture ends,
+        bottom. 422 when the image is not the whole picture that was asked for.
+        ``accepted`` is False when another worker was first.
         """
         size = _query_number(request, "log", 0)
         data = request.body.read()
         cost = Cost(_seconds(request.query.get("cpu", "0"), MAX_COST),
                     _seconds(request.query.get("wall", "0"), MAX_COST),
-                    _query_number(request, "memory", 0))
+                    _query_number(request, "memory", 0),
+                    _seconds(request.query.get("parse", "0"), MAX_COST))
         try:
             accepted = self._farm.finish(
                 request.identity.worker or 0, request.params["lease"], request.params["task"],
-                data[size:], data[:size], cost)
+                data[size:], data[:size], cost, _query_number(request, "bottom", 0))
         except ImageError as error:
             raise ProtocolError(422, str(error)) from None
         return json_response({"accepted": accepted})
+
+    @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>/state", role="worker",
+           max_body=MAX_IMAGE, summary="Leave a state to go on from")
+    def keep_state(self, request: Request) -> Response:
+        """Body: what POV-Ray left of an unfinished task when it was stopped."""
+        self._farm.keep_state(request.identity.worker or 0, request.params["lease"],
+                              request.params["task"], request.body.read())
+        return empty_response()
+
+    @route("GET", "/api/v1/tasks/<task:int>/<what>", role="worker",
+           summary="What a pass or a stopped render left")
+    def part(self, request: Request) -> Response:
+        """``result`` of a pass that is done, or the ``state`` of an unfinished task."""
+        suffix = {"result": "", "state": ".state"}.get(request.params["what"])
+        with self._store.read() as tx:
+            task = tx.task(request.params["task"])
+            if task is None or suffix is None:
+                raise ProtocolError(404, f"there is no task {request.params['task']}")
+            path = self._farm.part_path(tx, task, suffix)
+        return file_response(path, "application/octet-stream", request)
 
     @route("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail", role="worker",
            max_body=16 << 20, summary="Tell of a failed task")
@@ -6449,7 +7077,11 @@ class Api:
         """Return a job as people want to see it; ``whole`` adds the newest failure."""
         total = sum(job[state.value] for state in TaskState)
         live = tx.live_attempts_of_job(job["id"]) if job["leased"] else []
-        part = sum(map(self._farm.progress, {attempt["task"] for attempt in live}))
+        frames = {attempt["task"]: self._farm.progress(attempt["task"]) for attempt in live
+                  if attempt["kind"] == TaskKind.FRAME}
+        slices = [view for frame in tx.frames_to_cut(job["id"])
+                  for view in self._slice_views(tx, frame, {})]
+        part = sum(frames.values()) + sum(view["share"] * view["progress"] for view in slices)
         options = pov_of(job["pov"]).options if whole else None
         end = job["finished"] or self._farm.clock.time()
         spent = end - job["started"] if job["started"] else 0.0
@@ -6463,6 +7095,10 @@ class Api:
             in_order=bool(job["in_order"]), progress=work / total if total else 0.0, elapsed=spent,
             rate=rate, eta=left / rate if rate and left else None,
             frames={"total": total, **{state.value: job[state.value] for state in TaskState}},
+            slices={"total": len(slices), **{
+                state.value: sum(view["state"] == state for view in slices)
+                for state in TaskState}},
+            slicing=job["slices"], radiosity=job["radiosity"],
         )
         if options is not None:
             failure = tx.first_failure(job["id"])
@@ -6472,15 +7108,28 @@ class Api:
                 failure=failure and {"frame": failure["frame"], "message": failure["message"]})
         return view
 
-    def frame_view(self, task: Row, workers: Mapping[int, str]) -> dict[str, Any]:
-        """Return a frame as people want to see it."""
+    def frame_view(self, tx: Tx, task: Row, workers: Mapping[int, str]) -> dict[str, Any]:
+        """Return a frame as people want to see it, with its slices while there are any."""
         view = {name: task[name] for name in (
             "frame", "name", "state", "tries", "finished", "size", "sha256", "cpu", "wall",
             "memory")}
         view["progress"] = (
             1.0 if task["state"] == TaskState.DONE else self._farm.progress(task["id"]))
         view["worker"] = workers.get(task["worker"], "")
+        if task["cut"] is not None and task["state"] != TaskState.DONE:
+            view["slices"] = self._slice_views(tx, task, workers)
+            view["progress"] = sum(part["share"] * part["progress"] for part in view["slices"])
         return view
+
+    def _slice_views(self, tx: Tx, frame: Row, workers: Mapping[int, str]) -> list[dict[str, Any]]:
+        """Return the slices of a frame from top to bottom; ``share`` is of the frame's rows."""
+        return [{
+            "id": part["id"], "top": part["top"], "bottom": part["bottom"],
+            "state": part["state"], "worker": workers.get(part["worker"], ""),
+            "share": (part["bottom"] - part["top"]) / frame["bottom"],
+            "progress": 1.0 if part["state"] == TaskState.DONE
+            else self._farm.progress(part["id"]),
+        } for part in tx.parts(frame["id"]) if part["kind"] == TaskKind.SLICE]
 
     def worker_views(self, tx: Tx) -> list[dict[str, Any]]:
         """Return every worker with what it does and how long ago it was heard of."""
@@ -6697,10 +7346,10 @@ class Pages:
             row = self._row(tx, request)
             view, newest = self._api.job_view(tx, row, whole=True), tx.newest_task_of(row["id"])
             tasks = tx.tasks(row["id"])
-        size = -(-len(tasks) // CELLS_SHOWN)
-        first = _query_digits(request, "from")
-        chosen = [self._api.frame_view(task, {}) for index, task in enumerate(tasks)
-                  if size == 1 or tasks[index - index % size]["frame"] == first]
+            size = -(-len(tasks) // CELLS_SHOWN)
+            first = _query_digits(request, "from")
+            chosen = [self._api.frame_view(tx, task, {}) for index, task in enumerate(tasks)
+                      if size == 1 or tasks[index - index % size]["frame"] == first]
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
             request, " · ".join([*_progress_title([view]), view["name"]]),
@@ -6725,7 +7374,7 @@ class Pages:
                     if tx.task_of_frame(row["id"], to) is not None]
             names = {worker["id"]: worker["name"] for worker in tx.workers()}
             view = self._api.job_view(tx, row, whole=True)
-        frame, address = self._api.frame_view(task, names), f"/jobs/{row['id']}"
+            frame, address = self._api.frame_view(tx, task, names), f"/jobs/{row['id']}"
         text = cast(bytes, self._api.log(request).body).decode()[-LOG_SHOWN:]
         return self._page(
             request, f"Frame {number} · {row['name']}",
@@ -7516,6 +8165,9 @@ class Engine:
             "Continue_Trace": "On" if run.state.is_file() else "Off",
             "Output_File_Name": output.as_posix(),
         })
+        task = run.lease.tasks[0]
+        if task.kind is TaskKind.SLICE:
+            values.update(slice_values(run.lease.pov.options, task.top, task.bottom))
         if plan_frames(run.lease.pov.options).animation:
             values["Subset_Start_Frame"] = str(run.frames[0])
             values["Subset_End_Frame"] = str(run.frames[-1])
@@ -8784,6 +9436,7 @@ class RunState:
         self.code = 0
         self.undelivered = 0
         self.open = {task.frame: task for task in lease.tasks}
+        self.bottoms: dict[int, int] = {}  # of tasks whose lower rows others render
 
     def duty_so_far(self) -> float:
         """Guess the duty of a run under way; a half while it is starting."""
@@ -8813,6 +9466,7 @@ class Delivery:
     run: RunState
     task: TaskSpec
     image: bytes
+    bottom: int
     text: str
     cost: Cost
 
@@ -9025,6 +9679,9 @@ class Worker:
                 for lease in reply.json()["ended"]:
                     if runs[lease].open:
                         runs[lease].stop()
+                for run in runs.values():
+                    run.bottoms.update({int(task): bottom for task, bottom
+                                        in reply.json()["cuts"].items()})
 
     # --- one run
 
@@ -9098,6 +9755,8 @@ class Worker:
         measure = _Measure(run, self._clock)
         for line in process.lines():
             done = run.text.index
+            if run.text.percent:
+                measure.tracing()
             if run.text.feed(line):
                 self._finish(run, plan, done, run.text.before, measure.frame())
                 if self._stopping.is_set():
@@ -9150,8 +9809,15 @@ class Worker:
         del run.open[task.frame]
         if not run.lease.in_order:
             path.unlink()
+        options = run.lease.pov.options
+        bottom = task.bottom or options.height
+        if task.kind is TaskKind.SLICE:
+            try:
+                image = crop_rows(image, options.extension, task.top, bottom - task.top)
+            except ImageError as error:
+                log.warning("%s: %s", task.name, error)  # the coordinator finds it as well
         run.undelivered += 1
-        self._deliveries.put(Delivery(run, task, image, text, cost))
+        self._deliveries.put(Delivery(run, task, image, bottom, text, cost))
 
     def _deliver_all(self) -> None:
         while True:
@@ -9169,7 +9835,8 @@ class Worker:
         text = delivery.text.encode()
         path = f"/api/v1/leases/{delivery.run.lease.id}/tasks/{delivery.task.id}"
         cost = delivery.cost
-        query = f"log={len(text)}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}&memory={cost.memory}"
+        query = (f"log={len(text)}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}"
+                 f"&parse={cost.parse:.3f}&memory={cost.memory}&bottom={delivery.bottom}")
         try:
             self.client.request("PUT", f"{path}?{query}", body=text + delivery.image,
                                 timeout=120, retry_for=math.inf)
@@ -9189,6 +9856,7 @@ class _Measure:
         self.frames = 0
         self.cpu = 0.0
         self.wall = 0.0
+        self.parse = 0.0
         self.told = False
         self._run = run
         self._clock = clock
@@ -9204,7 +9872,12 @@ class _Measure:
         self.cpu = self.wall if now is None else max(now, cpu)
         self.frames += 1
         memory = ended.memory if ended else process.memory_now()
-        return Cost(self.cpu - cpu, self.wall - wall, memory)
+        parse, self.parse = self.parse, 0.0
+        return Cost(self.cpu - cpu, self.wall - wall, memory, max(parse - wall, 0.0))
+
+    def tracing(self) -> None:
+        """Note that the first pixels of a frame are there."""
+        self.parse = self.parse or self._clock.monotonic() - self._start
 
 
 def _sweep(directory: Path) -> None:
@@ -9746,7 +10419,8 @@ def _draft(options: Options, scratch: Path) -> Draft:
     job = PovJob(values, pov.declares, project.library, project.run_dir, uses)
     limits = JobOptions().changed({
         "priority": options.priority, "max_workers": options.max_workers or 0,
-        "retry_limit": options.retries, "in_order": options.in_order})
+        "retry_limit": options.retries, "in_order": options.in_order,
+        "slices": options.slices, "radiosity": options.radiosity})
     name = options.name or named or PurePosixPath(pov.scene).stem
     if named:
         plan, directory = _flat(plan), here / f"{named}-frames"

@@ -205,7 +205,7 @@ class Farm:
         self.scheduler.fail(worker, lease.id, lease.tasks[index].id, "it broke", b"the log", scene)
 
     def beat(self, worker: int, *leases: LeaseSpec, wait: float = 0.0) -> List[str]:
-        return self.scheduler.beat(worker, {lease.id: {} for lease in leases}, wait)
+        return self.scheduler.beat(worker, {lease.id: {} for lease in leases}, wait)[0]
 
     def render(self, worker: int, job: Optional[int] = None) -> List[int]:
         """Let one worker render all that it is given; return the frames in order."""

@@ -41,6 +41,8 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
         ("reader", "/api/v1/jobs/1/frames/1/image"),
     ("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/log"):
         ("reader", "/api/v1/jobs/1/frames/1/log"),
+    ("GET", "/api/v1/jobs/<job:int>/slices/<task:int>/image"):
+        ("reader", "/api/v1/jobs/1/slices/1/image"),
     ("GET", "/api/v1/jobs/<job:int>/archive.zip"): ("reader", "/api/v1/jobs/1/archive.zip"),
     ("GET", "/api/v1/workers"): ("reader", "/api/v1/workers"),
     ("GET", "/api/v1/events"): ("reader", "/api/v1/events?wait=0"),
@@ -62,6 +64,9 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
     ("PUT", "/api/v1/leases/<lease>/tasks/<task:int>"): ("worker", "/api/v1/leases/abc/tasks/1"),
     ("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail"):
         ("worker", "/api/v1/leases/abc/tasks/1/fail"),
+    ("PUT", "/api/v1/leases/<lease>/tasks/<task:int>/state"):
+        ("worker", "/api/v1/leases/abc/tasks/1/state"),
+    ("GET", "/api/v1/tasks/<task:int>/<what>"): ("worker", "/api/v1/tasks/1/result"),
     ("GET", "/api/v1/manifests/<key>"): ("worker", f"/api/v1/manifests/{ZEROS}"),
     ("GET", "/api/v1/blobs/<hash>"): ("worker", f"/api/v1/blobs/{ZEROS}"),
 }
@@ -395,7 +400,7 @@ def test_progress_and_the_time_that_is_left(farm: Farm) -> None:
     reply = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()
     second = LeaseSpec.from_wire(reply["leases"][0])
     beat = {"leases": {second.id: {str(second.tasks[0].id): 0.5}}, "wait": 0}
-    assert farm.ask("POST", "/api/v1/beat", key=token, json_body=beat).json() == {"ended": []}
+    assert farm.ask("POST", "/api/v1/beat", key=token, json_body=beat).json() == {"ended": [], "cuts": {}}
     farm.clock.advance(5)
     view = farm.ask("GET", "/api/v1/jobs/1").json()
     assert view["progress"] == pytest.approx(1.5 / 4)

@@ -17,12 +17,12 @@ SOURCE = Path(povfarm.__file__).read_text(encoding="utf-8")
 SAMPLES: Dict[str, Any] = {
     "data": "farm", "root": "scenes", "output": "out", "port": "8080", "discovery-port": "8081",
     "lease-time": "1m30s", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
-    "max-workers": "2", "retries": "5",
+    "max-workers": "2", "retries": "5", "slices": "7", "radiosity": "off",
 }
 VALUES: Dict[str, Any] = {
     "data": Path("farm"), "root": Path("scenes"), "output": Path("out"), "port": 8080,
     "discovery-port": 8081, "lease-time": 90.0, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
-    "priority": -4, "max-workers": 2, "retries": 5,
+    "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "radiosity": "off",
 }
 
 

@@ -36,6 +36,7 @@ from povfarm import (
     ProtocolError,
     Store,
     StoreError,
+    TaskKind,
     TaskState,
     Tx,
     UserError,
@@ -159,6 +160,13 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "end_lease": lambda tx: tx.end_lease("L", "why", 1.0),
     "end_attempt": lambda tx: tx.end_attempt(1, AttemptState.DONE, 1.0),
     "forget_failures": lambda tx: tx.forget_failures(1),
+    "add_part": lambda tx: tx.add_part(tx._db.execute(
+        "SELECT 1 AS id, 1 AS job, 1 AS frame, 'a' AS name").fetchone(), TaskKind.SLICE, 0, 1),
+    "set_cut": lambda tx: tx.set_cut(1, 0, 1),
+    "drop_parts": lambda tx: tx.drop_parts(1),
+    "set_bottom": lambda tx: tx.set_bottom(1, 1),
+    "set_state_of": lambda tx: tx.set_state_of(1, "3.7"),
+    "move_attempts": lambda tx: tx.move_attempts(1, 2),
 }
 
 
