@@ -5585,7 +5585,7 @@ class Scheduler:
         self._closed = False
         self._delivery = threading.Lock()
         self._joining = threading.Lock()
-        self._progress: dict[int, float] = {}
+        self._progress: dict[int, dict[str, float]] = {}  # by task and lease
         self._cuts: dict[int, Cut] = {}
         self._seen: dict[int, float] = {}
         self._slots: dict[int, int] = {}
@@ -5779,7 +5779,7 @@ class Scheduler:
 
     def progress(self, task: int) -> float:
         """Return how much of a task is rendered, 0 to 1, as last heard."""
-        return self._progress.get(task, 0.0)
+        return max(self._progress.get(task, {}).values(), default=0.0)
 
     def is_sick(self, tx: Tx, worker: int) -> bool:
         """Tell whether a worker fails everything while others do not.
@@ -5831,7 +5831,7 @@ class Scheduler:
         for lease, tasks in progress.items():
             for task, part in tasks.items() if self._owners.get(lease) == worker else ():
                 cut = self._cuts.get(task, Cut(task, 0, 1.0))
-                self._progress[cut.task] = min(part * cut.scale, 1.0)
+                self._note(cut.task, lease, part * cut.scale)
         while True:
             with self._changed:
                 version = self._version
@@ -6441,9 +6441,13 @@ class Scheduler:
         tx.set_cut(frame["id"], bottom, frame["bottom"])
         return tx.add_part(frame, TaskKind.SLICE, frame["cut"], bottom)
 
+    def _note(self, task: int, lease: str, part: float) -> None:
+        self._progress.setdefault(task, {})[lease] = min(part, 1.0)
+
     def _left_of(self, attempt: Row) -> float:
         """Return the seconds that an attempt will still take as it looks; for ever at first."""
-        now, part = self.clock.monotonic(), self.progress(attempt["task"])
+        now = self.clock.monotonic()
+        part = self._progress.get(attempt["task"], {}).get(attempt["lease"], 0.0)
         spent = now - self._granted.get(attempt["lease"], now) - START
         return max(spent, 0.0) * (1 - part) / part if part > 0 else math.inf
 
@@ -6491,7 +6495,7 @@ class Scheduler:
         given = next((key for key, cut in self._cuts.items() if cut.task == task["id"]), task["id"])
         before = self._cuts.get(given, Cut(kept, bottom, 1.0))
         self._cuts[given] = Cut(kept, middle, before.scale * scale)
-        self._progress[kept] = min(self.progress(task["id"]) * scale, 1.0)
+        self._note(kept, attempt["lease"], self.progress(task["id"]) * scale)
         return [tx.add_part(frame, TaskKind.SLICE, middle, bottom)]
 
     def _pick_straggler(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:

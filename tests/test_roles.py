@@ -40,6 +40,7 @@ BODIES: Mapping[str, bytes] = {
     "POST /api/v1/leases/<lease>/tasks/<task:int>/fail":
         b'{"message": "x", "scene": true, "log": ""}',
     "PUT /api/v1/leases/<lease>/tasks/<task:int>": png(),
+    "PUT /api/v1/leases/<lease>/tasks/<task:int>/state": b"where it stopped",
 }
 
 
@@ -218,7 +219,7 @@ def test_the_lease_of_another_can_be_neither_beaten_nor_ended(
                       b'{"leases": {"%s": {}}}' % house.lease.id.encode())
     if who == "another worker":
         assert isinstance(beat.body, bytes) and beat.status == 200
-        assert beat.body == b'{"ended":["%s"]}' % house.lease.id.encode()
+        assert beat.body == b'{"ended":["%s"],"cuts":{}}' % house.lease.id.encode()
     else:
         assert beat.status == status
     assert house.truth() == before
