@@ -62,6 +62,7 @@ def render(launcher: Launcher, run: Run, stop_at: int = 101) -> PovText:
     """Render, or kill POV-Ray at some percent; return what it said."""
     command = Engine(shutil.which("povray") or "", "", standard_library()).command(run)
     for path, text in command.files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for path, target in command.links.items():
         path.symlink_to(target)
