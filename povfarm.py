@@ -6597,13 +6597,19 @@ MAX_COST = 1e9  # seconds
 MAX_IMAGE = 1 << 30  # bytes
 MAX_BLOB = 1 << 40  # bytes
 SESSION_TIME = 12 * 3600.0  # seconds that a login in a browser lasts
+FREE_TRIES = 5  # wrong keys from an address before they are answered more and more slowly,
+SLOWEST = 2.0  # seconds at last; forgotten after a minute without one
+MAX_HELD = 4  # of an address at a time: while they wait, it gets no other key looked at
+MAX_ADDRESSES = 1000  # whose wrong keys are remembered
+MAX_PENDING = 100  # workers that ask to join
 
 
 class Access:
     """Tells who sends a request: by farm key, worker's token or browser login.
 
     The farm key is the admin's; a worker has a token of its own. A login code
-    works once and is exchanged for a cookie, as Jupyter does it.
+    works once and is exchanged for a cookie, as Jupyter does it. Who tries
+    wrong ones again and again is answered more and more slowly.
     """
 
     def __init__(self, store: Store, farm_key: str, private: bool, clock: Clock) -> None:
@@ -6613,15 +6619,17 @@ class Access:
         self._key = farm_key
         self._clock = clock
         self._stranger = Identity(frozenset() if private else frozenset({"reader"}))
-        self._lock = threading.Lock()
-        self._codes: dict[str, float] = {}
+        self._lock = threading.Condition()
+        self._codes: dict[str, float] = {}  # when they end, by their hashes
         self._sessions: dict[str, float] = {}
+        self._tries: dict[str, tuple[int, float]] = {}  # by address: how often, when last
+        self._held: collections.Counter[str] = collections.Counter()
 
     def identify(self, request: Request) -> Identity:
         """Return the sender of a request; a stranger may at most read."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and token:
-            return self._by_token(token.strip())
+            return self._by_token(token.strip(), request.remote)
         session = self._session(request)
         if not session or not self._allowed(session):
             return self._stranger
@@ -6636,19 +6644,23 @@ class Access:
         """Return a new code that logs a browser in, once, within ten minutes."""
         code = secrets.token_urlsafe(24)
         with self._lock:
+            self._codes = self._unended(self._codes)
             self._codes[_secret_hash(code)] = self._clock.monotonic() + 600
         return code
 
-    def log_in(self, code: str) -> str:
+    def log_in(self, code: str, remote: str = "127.0.0.1") -> str:
         """Exchange a login code for a session; ``ProtocolError`` 403 when it is no good."""
+        self._check_patience(remote)
         now = self._clock.monotonic()
         with self._lock:
-            if self._codes.pop(_secret_hash(code), 0.0) < now:
-                raise ProtocolError(403, "this link was used before or is too old: "
-                                         "'povfarm.py login' prints a new one")
-            session = secrets.token_urlsafe(32)
-            self._sessions[_secret_hash(session)] = now + SESSION_TIME
-        return session
+            if self._codes.pop(_secret_hash(code), 0.0) >= now:
+                session = secrets.token_urlsafe(32)
+                self._sessions = self._unended(self._sessions)
+                self._sessions[_secret_hash(session)] = now + SESSION_TIME
+                return session
+        self.slow_down(remote)
+        raise ProtocolError(403, "this link was used before or is too old: "
+                                 "'povfarm.py login' prints a new one")
 
     def log_out(self, request: Request) -> None:
         """End the session of a request's cookie."""
@@ -6677,14 +6689,41 @@ class Access:
         with self._lock:
             return self._sessions.get(_secret_hash(session), 0.0) > self._clock.monotonic()
 
-    def _by_token(self, token: str) -> Identity:
+    def _by_token(self, token: str, remote: str) -> Identity:
+        self._check_patience(remote)
         if hmac.compare_digest(token.encode(), self._key.encode()):
             return _ADMIN
         with self._store.read() as tx:
             row = tx.worker_by_token(_secret_hash(token))
         if row is None:
+            self.slow_down(remote)
             raise ProtocolError(401, "this key is not the farm's")
         return _WORKERS[WorkerState(row["state"])](row)
+
+    def _unended(self, ends: Mapping[str, float]) -> dict[str, float]:
+        return {one: end for one, end in ends.items() if end > self._clock.monotonic()}
+
+    def slow_down(self, remote: str) -> None:
+        """Count a wrong key of an address, and hold up its answer when there were too many."""
+        with self._lock:
+            now = self._clock.monotonic()
+            count, last = self._tries.pop(remote, (0, now))
+            count = count + 1 if now - last < 60 else 1
+            self._tries[remote] = count, now
+            if len(self._tries) > MAX_ADDRESSES:
+                del self._tries[next(iter(self._tries))]
+            if count > FREE_TRIES and sum(self._held.values()) < 8 * MAX_HELD:
+                self._held[remote] += 1
+                self._clock.wait(self._lock, min(0.1 * 2 ** min(count - FREE_TRIES, 9), SLOWEST))
+                self._held[remote] -= 1
+                self._held += collections.Counter()  # drops the zeros
+
+    def _check_patience(self, remote: str) -> None:
+        # Also where the key is right: else wrong ones could be tried as fast as ever, all at
+        # the same time, and whatever is not answered at once be taken for wrong.
+        if self._held[remote] >= MAX_HELD:
+            raise ProtocolError(429, "too many wrong keys come from this address: wait a little",
+                                Retry_After="2")
 
 
 def _check_origin(headers: Mapping[str, str]) -> None:
@@ -6949,9 +6988,11 @@ class Api:
         info = WorkerInfo.from_wire(request.json())
         if request.identity.worker is not None:
             return self._rejoin(request, info)
-        address = ipaddress.ip_address(request.remote)
         admitted = "admin" in request.identity.roles or (
-            self._admit_private and (address.is_private or address.is_loopback))
+            self._admit_private and _is_private(request.remote))
+        if "admin" not in request.identity.roles:
+            self._access.slow_down(request.remote)
+            self._make_room()
         token = secrets.token_urlsafe(32)
         worker, code = self._farm.join(info, _secret_hash(token), request.remote, admitted)
         return json_response(
@@ -7158,6 +7199,16 @@ class Api:
 
     # --- inside
 
+    def _make_room(self) -> None:
+        """Forget a worker that asked to join and left, when too many wait to be admitted."""
+        with self._store.read() as tx:
+            waiting = [row["id"] for row in tx.workers() if row["state"] == WorkerState.PENDING]
+        if len(waiting) >= MAX_PENDING:
+            gone = [worker for worker in waiting if worker not in self._farm.live_workers()]
+            if not gone:
+                raise ProtocolError(429, "too many workers ask to join", Retry_After="30")
+            self._farm.remove_worker(gone[0])
+
     def _rejoin(self, request: Request, info: WorkerInfo) -> Response:
         worker = request.identity.worker or 0
         self._farm.rejoin(worker, info, request.remote)
@@ -7218,6 +7269,17 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
 
 
 _MIME: Mapping[str, str] = {kind.extension: kind.mime for kind in IMAGE_TYPES.values()}
+
+
+# Not ip_address().is_private, which takes in more, such as tunnels from anywhere (RFC 4380).
+_PRIVATE = tuple(map(ipaddress.ip_network, (
+    "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16",
+    "::1/128", "fc00::/7", "fe80::/10")))
+
+
+def _is_private(remote: str) -> bool:
+    address = ipaddress.ip_address(remote.partition("%")[0])
+    return any(address in network for network in _PRIVATE)
 
 
 def _query_number(request: Request, name: str, default: int) -> int:
@@ -7339,8 +7401,8 @@ class Pages:
             [self._asks_to_join(request, worker) for worker in workers if "code" in worker],
             _job_cards(jobs) if jobs else _no_jobs(),
             element("p", element("a", "Older jobs", href=f"/?before={older}")) if older else None,
-            element("div", _workers(workers, request.headers.get("host", "")), story,
-                    class_="columns"),
+            element("div", _workers(workers, request.headers.get("host", ""),
+                                    self._removals(request, workers)), story, class_="columns"),
             reload=(3 if active else 30) if live else 5)
 
     @route("GET", "/jobs/<job:int>", role="reader", summary="The page of a job")
@@ -7409,12 +7471,21 @@ class Pages:
         self._farm.admit(request.params["code"])
         return redirect("/")
 
+    @route("POST", "/workers/<worker:int>/remove", role="admin",
+           summary="Remove a worker by a form")
+    def remove(self, request: Request) -> Response:
+        """Take its work back and let it in no more."""
+        self._access.check_form(request)
+        self._api.remove_worker(request)
+        return redirect("/")
+
     @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
     def login(self, request: Request) -> Response:
         """Exchange a login link's code for a cookie."""
         if request.method == "HEAD":  # a link's preview: it must not use the code up
             return redirect("/")
-        return self._with_cookie(request, self._access.log_in(request.params["code"]), "")
+        session = self._access.log_in(request.params["code"], request.remote)
+        return self._with_cookie(request, session, "")
 
     @route("POST", "/logout", role="user", summary="Log a browser out")
     def logout(self, request: Request) -> Response:
@@ -7505,6 +7576,14 @@ class Pages:
         return element("div", element("p", element("strong", worker["name"]), " asks to join. "
                                       "Does it show the code ", element("strong", code), "?"),
                        how, class_="notice")
+
+    def _removals(self, request: Request, workers: Sequence[View]) -> Mapping[int, Node]:
+        """Return the button that removes each worker, for an admin."""
+        if "admin" not in request.identity.roles:
+            return {}
+        return {worker["id"]: element("details", element("summary", "Remove…"), self._form(
+            request, f"/workers/{worker['id']}/remove", "Let it in no more", "bad"))
+            for worker in workers}
 
     def _buttons(self, request: Request, view: View) -> Node:
         """Return what can be done to a job; only an ended one can be deleted, after a question."""
@@ -7683,18 +7762,20 @@ def _no_jobs() -> Html:
         element("pre", "python povfarm.py submit scene.pov +W640 +H480"), class_="empty")
 
 
-def _workers(workers: Sequence[View], host: str) -> Html:
+def _workers(workers: Sequence[View], host: str, removals: Mapping[int, Node]) -> Html:
     order = ("pending", "working", "idle", "sick", "gone")
     rows = [element(
         "tr", element("th", worker["name"], scope="row"),
         [element("td", cell) for cell in (
             _badge(worker["state"]), worker["cores"], worker["runs"],
             worker["engines"].get("povray", ""),
-            "long ago" if worker["seen"] is None else _ago(worker["seen"]))])
+            "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
+        element("td", removals[worker["id"]]) if removals else None)
         for worker in sorted(workers, key=lambda worker: order.index(worker["state"]))]
     heads = ("Name", "State", "Cores", "Renders", "POV-Ray", "Heard of")
     table = element("table", element("thead", element("tr", [
-        element("th", head, scope="col") for head in heads])), element("tbody", rows))
+        element("th", head, scope="col") for head in heads], element("td") if removals else None)),
+        element("tbody", rows))
     if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
         host = "HOST:2271"
     return element(
@@ -8497,7 +8578,7 @@ class PovText:
 
 REPLY_LIMIT = 64 << 20  # bytes of an answer that is kept in memory
 DOWNLOAD_LIMIT = 16 << 30
-_TRY_LATER = (502, 503, 504)
+_TRY_LATER = (429, 502, 503, 504)
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 30.0  # seconds between tries
 _CONNECT_SECONDS = 10.0
 _STOP_LOOK = 0.5  # seconds after which a wait for an answer looks whether it should stop
@@ -10090,10 +10171,14 @@ def status(options: Options) -> int:
         client.request("GET", f"/api/v1/events?after={after}&wait=30", timeout=60)
 
 
-@command("workers", "", "show the workers", groups=("talk",))
+@command("workers", "[remove NAME|ID]", "show the workers, or let one in no more", count=(0, 2),
+         groups=("talk",))
 def workers(options: Options) -> int:
     """Print the workers and what they do."""
-    views = _coordinator(options).request("GET", "/api/v1/workers").json()["workers"]
+    client = _coordinator(options)
+    views = client.request("GET", "/api/v1/workers").json()["workers"]
+    if options.rest:
+        return _remove_worker(client, views, options.rest)
     if options.json:
         print(json.dumps(views))
         return 0
@@ -10103,6 +10188,20 @@ def workers(options: Options) -> int:
               str(view["cores"]), str(view["runs"]), view["engines"].get("povray", ""),
               view["address"]) for view in views]
     print(_table(rows) if views else "no worker has joined: start one with 'povfarm.py work'")
+    return 0
+
+
+def _remove_worker(client: Client, views: Sequence[dict[str, Any]], rest: Sequence[str]) -> int:
+    if rest[0] != "remove" or len(rest) != 2:
+        raise UserError("usage: povfarm.py workers [remove NAME|ID]")
+    found = [view for view in views if rest[1] == str(view["id"])] or [
+        view for view in views if rest[1] == view["name"]]
+    if len(found) != 1:
+        raise UserError(f"there {'is no worker' if not found else 'are several workers'} called "
+                        f"'{rest[1]}': take the id from 'povfarm.py workers'")
+    client.request("DELETE", f"/api/v1/workers/{found[0]['id']}")
+    _say(f"{found[0]['name']} is removed; its frames go to others. A worker that has the farm key "
+         "can come again: to keep it out, make a new key (see the manual)")
     return 0
 
 
@@ -10842,12 +10941,13 @@ def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> C
         if name in ("", note["name"]):
             _check_coordinator(note["url"], key, options, 0)
             return Client(note["url"], key, retry_for=patience)
-    found = _discover(options, key, name)
+    found = _discover(options, key, name, waits)
     if not found and waits:
         _say("no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
+        only = options.key.encode() if options.key else None
         while not found and not stop.is_set():
-            wait_for_coordinator(None, stop, options.discovery_port, name or None)
-            found = _discover(options, key, name)
+            wait_for_coordinator(only, stop, options.discovery_port, name or None)
+            found = _discover(options, key, name, waits)
     if stop.is_set():
         return None
     farm = _choose(found)
@@ -10863,18 +10963,22 @@ def _server_url(text: str) -> str:
     return url
 
 
-def _discover(options: Options, key: str, name: str) -> list[Found]:
+def _discover(options: Options, key: str, name: str, waits: bool) -> list[Found]:
     """Return the coordinators that answer; those that hold our key, if any does.
 
     A key that was typed must be right; one that only lies here may be that of
-    another farm, one of this computer.
+    another farm, one of this computer. Who ``waits`` goes on where others stop.
     """
     found = discover(1.5, key.encode(), options.discovery_port, name or None) if key else []
     others = [] if found else discover(1.5, None, options.discovery_port, name or None)
-    if others and options.key:
-        raise FarmError(f"{others[0].name} at {others[0].url} has another key than the one given: "
-                        "copy the worker command that 'serve' prints there")
-    return found or others
+    if not others or not options.key:
+        return found or others
+    refusal = (f"{others[0].name} at {others[0].url} has another key than the one given: "
+               "copy the worker command that 'serve' prints there")
+    if not waits:
+        raise FarmError(refusal)
+    log.warning("%s", refusal)
+    return []
 
 
 def _choose(found: Sequence[Found]) -> Found:

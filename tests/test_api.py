@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import re
+import threading
 import zipfile
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
 from urllib.parse import urlencode
@@ -14,6 +15,7 @@ import pytest
 from farm_in_a_box import (  # noqa: F401 - the fixture
     KEY,
     SCENE,
+    FakeClock,
     Farm,
     Reply,
     farm_fixture,
@@ -244,7 +246,10 @@ def test_without_a_key_a_worker_waits_to_be_admitted(farm: Farm) -> None:
 
 @pytest.mark.parametrize("remote, admitted", [
     ("127.0.0.1", True), ("192.168.1.9", True), ("10.1.2.3", True), ("fe80::1", True), ("::1", True),
-    ("8.8.8.8", False), ("2a00:1450:4001::5", False),
+    ("172.16.0.1", True), ("172.31.255.255", True), ("169.254.7.7", True), ("fd12::1", True),
+    ("fe80::1%eth0", True), ("8.8.8.8", False), ("2a00:1450:4001::5", False), ("172.32.0.1", False),
+    ("100.64.0.1", False), ("0.0.0.0", False), ("192.0.2.1", False), ("240.0.0.1", False),
+    ("2001:0:808:808::1", False), ("2001:db8::1", False),
 ])
 def test_an_open_farm_admits_private_addresses(
         remote: str, admitted: bool, tmp_path: Any) -> None:
@@ -252,6 +257,105 @@ def test_an_open_farm_admits_private_addresses(
     assert join(farm, key=None, remote=remote)["admitted"] is admitted
     assert join(farm, key=KEY, remote=remote)["admitted"] is True
     farm.close()
+
+
+def test_wrong_keys_are_answered_more_and_more_slowly(farm: Farm) -> None:
+    def took(key: str, remote: str = "10.0.0.66") -> float:
+        began = farm.clock.mono
+        status = farm.ask("GET", "/api/v1/farm", key=key, remote=remote).status
+        assert status == (200 if key == KEY else 401)
+        return farm.clock.mono - began
+
+    times = [took("wrong") for _ in range(16)]
+    assert times[:5] == [0] * 5 and times == sorted(times) and times[5] < 0.5 and times[-1] == 2
+    assert took(KEY) == took(KEY, "10.0.0.7") == took("wrong", "10.0.0.7") == 0
+    farm.clock.advance(61)
+    assert took("wrong") == 0, "it is forgotten"
+
+
+class Holding(FakeClock):
+    """Keeps whoever waits until it is told to let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting = threading.Semaphore(0)
+        self.over = False
+
+    def wait(self, condition: Any, seconds: float) -> bool:
+        self.waiting.release()
+        return bool(condition.wait_for(lambda: self.over, 30))
+
+
+def test_wrong_keys_at_the_same_time_are_no_way_around(tmp_path: Any) -> None:
+    clock = Holding()
+    farm = Farm(tmp_path, clock)
+
+    def status(key: str, remote: str) -> int:
+        return farm.ask("GET", "/api/v1/farm", key=key, remote=remote).status
+
+    assert [status("wrong", "10.0.0.66") for _ in range(povfarm.FREE_TRIES)] == [401] * 5
+    guessers = [threading.Thread(target=status, args=("wrong", "10.0.0.66"))
+                for _ in range(povfarm.MAX_HELD)]
+    for guesser in guessers:
+        guesser.start()
+        assert clock.waiting.acquire(timeout=30)
+    assert (status(KEY, "10.0.0.66"), status("wrong", "10.0.0.66")) == (429, 429)
+    assert (status(KEY, "10.0.0.7"), status("wrong", "10.0.0.7")) == (200, 401)
+    clock.over = True
+    with farm.access._lock:
+        farm.access._lock.notify_all()
+    for guesser in guessers:
+        guesser.join(30)
+    assert status(KEY, "10.0.0.66") == 200 and not farm.access._held
+    farm.close()
+
+
+def test_what_is_remembered_of_strangers_is_bounded(farm: Farm) -> None:
+    for number in range(povfarm.MAX_ADDRESSES + 50):
+        farm.ask("GET", "/api/v1/farm", key="wrong", remote=f"10.9.{number // 256}.{number % 256}")
+    assert len(farm.access._tries) == povfarm.MAX_ADDRESSES
+    for _ in range(30):
+        farm.access.log_in(farm.access.login_code())
+        farm.access.login_code()
+        farm.clock.advance(povfarm.SESSION_TIME)
+    assert len(farm.access._sessions) <= 2 and len(farm.access._codes) <= 1
+
+
+def test_a_guessed_login_code_costs_time_too(farm: Farm) -> None:
+    began = farm.clock.mono
+    for _ in range(16):
+        with pytest.raises(ProtocolError):
+            farm.access.log_in("guess", "10.0.0.66")
+    assert farm.clock.mono - began > 10
+    code, began = farm.access.login_code(), farm.clock.mono
+    farm.access.log_in(code, "10.0.0.66")
+    assert farm.clock.mono == began
+
+
+def test_so_many_may_ask_to_join_and_those_that_went_away_make_room(farm: Farm) -> None:
+    def ask(number: int) -> int:
+        return farm.ask("POST", "/api/v1/workers", key=None, remote=f"10.0.{number}.1",
+                        json_body=WORKER).status
+
+    assert {ask(number) for number in range(povfarm.MAX_PENDING)} == {201}
+    assert ask(200) == 429
+    assert join(farm, remote="10.0.0.1")["admitted"], "with the key one comes in all the same"
+    farm.clock.advance(31)
+    assert ask(201) == 201
+    views = farm.ask("GET", "/api/v1/workers").json()["workers"]
+    assert len([view for view in views if "code" in view]) == povfarm.MAX_PENDING
+
+
+def test_no_secret_is_in_the_database(farm: Farm) -> None:
+    token = join(farm)["token"]
+    session = farm.access.log_in(farm.access.login_code())
+    farm.ask("GET", "/api/v1/farm", key=token)
+    with farm.store.tx():
+        pass
+    stored = b"".join(path.read_bytes() for path in farm.root.rglob("*") if path.is_file())
+    assert b"anna" in stored and sha256(token.encode()).encode() in stored
+    for secret in (token, session, KEY):
+        assert secret.encode() not in stored
 
 
 def test_a_worker_that_comes_again_is_the_same(farm: Farm) -> None:

@@ -143,3 +143,25 @@ def test_it_starts_in_a_blink() -> None:
     shown = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True,
                            text=True, check=True).stdout.split()
     assert not {"asyncio", "unittest", "multiprocessing", "tkinter", "xml.dom"} & set(shown)
+
+
+def test_a_worker_is_removed_by_its_name_or_its_number(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    farm = povfarm.Coordinator(tmp_path / "farm", bind="127.0.0.1", durable=False)
+    farm.start()
+    try:
+        for number, name in enumerate(("anna", "bert", "bert", "2")):
+            info = povfarm.WorkerInfo(name, 1, 1, "x", {}, ())
+            farm.scheduler.join(info, str(number), "10.0.0.7", True)
+        place = ["--server", farm.url, "--key", farm.key]
+        for rest, code, words in (
+                (["remove", "anna"], 0, "anna is removed"), (["remove", "anna"], 2, "no worker"),
+                (["remove", "bert"], 2, "several workers"), (["remove", "2"], 0, "bert is removed"),
+                (["remove", "bert"], 0, "bert is removed"), (["remove", "2"], 0, "2 is removed"),
+                (["drop", "anna"], 2, "usage"), (["remove"], 2, "usage")):
+            assert main(["workers", *place, *rest]) == code, rest
+            assert words in capsys.readouterr().err
+        assert main(["workers", "--json", *place]) == 0
+        assert json.loads(capsys.readouterr().out) == []
+    finally:
+        farm.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -177,6 +178,35 @@ def test_a_true_answer_passed_on_from_another_address_is_not_believed() -> None:
 def test_a_rogue_beside_a_true_coordinator_does_not_displace_it() -> None:
     with rogue(tampered({"mac": None, "port": 666})) as port, beacon(port=port):
         assert [one.url for one in discover(ROUND, KEY, port)] == ["http://127.0.0.1:2271"]
+
+
+def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue() -> None:
+    """As ``work --key`` looks for it: two rogues answer first, one of them with a true answer."""
+    asked = threading.Semaphore(0)
+
+    def reply(packet: bytes) -> List[bytes]:
+        asked.release()
+        return tampered({"mac": "0" * 64, "port": 666}, {"port": 667})(packet)
+
+    found: List[Any] = []
+    stop = threading.Event()
+    with rogue(reply) as port:
+        options = argparse.Namespace(key=KEY.decode(), server="", data=Path("nowhere"), name="",
+                                     command="work", discovery_port=port)
+        worker = threading.Thread(
+            target=lambda: found.append(povfarm._find_coordinator(options, stop, waits=True)))
+        worker.start()
+        try:
+            for _ in range(12):  # more probes than one look has: it was not satisfied
+                assert asked.acquire(timeout=20)
+            assert not found
+            with beacon(port=port, url_port=4711):
+                worker.join(20)
+        finally:
+            stop.set()
+            worker.join(20)
+    assert [client.base_url for client in found] == ["http://127.0.0.1:4711"]
+    assert found[0].token == KEY.decode()
 
 
 NOISE = [

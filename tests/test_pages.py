@@ -400,7 +400,18 @@ def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
     assert f"No worker waits with the code '{code}'" in Dom(again.body.decode()).text
 
 
-POSTS = ["/jobs/1/pause", "/jobs/1/cancel", "/jobs/1/delete", "/workers/CODE12/admit", "/logout"]
+def test_an_admin_removes_a_worker(farm: Farm) -> None:
+    worker = farm.join()
+    assert not farm.page("/").all("form")
+    form, = farm.page("/", farm.admin).all("form", action="remove")
+    assert form["action"] == f"/workers/{worker}/remove"
+    body = {"token": farm.token(farm.admin)}
+    assert farm.send("POST", form["action"], farm.admin, body).status == 303
+    assert not farm.page("/", farm.admin).all("form", action="remove")
+    assert farm.send("POST", form["action"], farm.admin, body).status == 400
+
+
+POSTS = ["/workers/1/remove", "/jobs/1/pause", "/jobs/1/cancel", "/jobs/1/delete", "/workers/CODE12/admit", "/logout"]
 
 
 @pytest.mark.parametrize("path", POSTS)
