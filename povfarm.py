@@ -15,7 +15,7 @@ it, and the coordinator's tower and the worker's tower never use each other:
      1. BASE         errors, clock, logging, files, sizes, durations, hashes
      2. SETTINGS     one row per option: flag, environment, file, type, help
      3. POV          POV-Ray's command line and INI files, frames, file names
-     4. IMAGE        the picture formats: whole-file check, rows cut and joined
+     4. IMAGE        the picture formats: check, rows cut and joined, animated PNG
      5. PROJECT      which files belong to a job, manifest, zip in and out
      6. MODEL        records, states, transitions, the wire form
      7. DISCOVERY    the UDP beacon
@@ -86,6 +86,7 @@ import urllib.parse
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import (
     Any,
@@ -1259,9 +1260,9 @@ def _ini_quoted(key: str, value: str) -> str:
 
 # === 4. IMAGE ================================================================
 # The picture formats that POV-Ray writes: is this the whole picture that was
-# asked for? And its rows, cut out and joined again. Bytes in, bytes out: opens
-# no file, starts nothing; a check takes no more memory than the picture's own
-# data and one block.
+# asked for? Its rows, cut out and joined again; frames as an animated PNG.
+# Bytes in, bytes out: opens no file, starts nothing; a check takes no more
+# memory than the picture's own data and one block.
 
 _ODD = "is of a kind that POV-Ray never writes"
 _BLOCK = 1 << 18  # bytes inflated at a time: what a lying header can cost
@@ -1353,6 +1354,36 @@ def join_rows(strips: Sequence[bytes], extension: str) -> bytes:
         whole = _LAYOUTS[extension].build(strips[0], rows)
     check_image(whole, extension, found[0].width, len(rows))
     return whole
+
+
+def animated_png(
+    frames: Iterable[bytes], count: int, delay: Fraction, loops: int = 0
+) -> Iterator[bytes]:
+    """Yield the pieces of an animated PNG of ``count`` PNG pictures.
+
+    Each is shown for ``delay`` seconds; 0 ``loops`` go on for ever. The packed
+    pixels are copied, one picture at a time is in memory. Raises ``ImageError``
+    with the picture's number, from 1, when it is unlike the first.
+    """
+    short = delay.limit_denominator(int(65535 / max(1.0, float(delay))))  # two numbers of 16 bits
+    sequence = itertools.count()
+    number, first, tail = 0, "", b""
+    for number, data in enumerate(frames, 1):
+        with _told(data, ".png"):
+            png = _png_apart(data)
+        kind = f"{png.height} rows of {png.form}"
+        if number == 1:
+            first, tail = kind, png.tail
+            about = _png_chunk(b"acTL", struct.pack(">II", count, loops))
+            yield b"".join([png.head[:33], *about, png.head[33:]])
+        _need(kind == first, f"picture {number} does not fit the first: {kind}, not {first}")
+        control = struct.pack(">IIIIIHHBB", next(sequence), png.width, png.height, 0, 0,
+                              short.numerator, short.denominator, 0, 0)
+        pixels = (_png_chunk(b"IDAT", b"".join(png.pixels)) if number == 1 else
+                  _png_chunk(b"fdAT", struct.pack(">I", next(sequence)) + b"".join(png.pixels)))
+        yield b"".join([*_png_chunk(b"fcTL", control), *pixels])
+    _need(number == count > 0, f"there are {number} pictures, not {count}")
+    yield tail
 
 
 @contextlib.contextmanager
@@ -1527,6 +1558,7 @@ def _png_apart(data: bytes) -> _Png:
         elif kind == b"gAMA":
             gamma = bytes(body)
         at += 12 + len(body)
+    _need(bool(pixels), "the PNG file has no pixels")
     width, height, depth, color = struct.unpack_from(">IIBB", data, 16)
     bits = _PNG_TYPES[color][0] * depth
     form = f"{width} pixels a row, colour type {color}, {depth} bits, gamma {gamma.hex()}"

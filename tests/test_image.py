@@ -1,20 +1,23 @@
-"""IMAGE: whole pictures of POV-Ray's are accepted, and nothing else; rows are cut and joined."""
+"""IMAGE: whole pictures of POV-Ray's are accepted, and nothing else; rows, films."""
 
 from __future__ import annotations
 
 import itertools
 import random
 import re
+import shutil
 import struct
+import subprocess
 import time
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 import pytest
-from conftest import run_povray
+from conftest import need, run_povray
 
 import povfarm
 
@@ -502,3 +505,92 @@ def test_a_png_strip_with_any_bit_flipped_is_refused(pictures: Dict[str, bytes])
     for at in range(len(strip)):
         damaged = strip[:at] + bytes([strip[at] ^ 1 << at % 8]) + strip[at + 1:]
         assert not accepted(damaged, ".png", 37, 5), at
+
+
+# Frames as an animated PNG.
+
+def animated(frames: Sequence[bytes], delay: Fraction = Fraction(1, 25), loops: int = 0) -> bytes:
+    return b"".join(povfarm.animated_png(iter(frames), len(frames), delay, loops))
+
+
+def frames_of(animation: bytes) -> Tuple[List[List[bytes]], List[Tuple[bytes, bytes]]]:
+    """Each frame's rows, by its packed pixels alone, and all chunks but those."""
+    chunks, _ = png_apart(animation)
+    head = animation[8:33]
+    packed = [b""]
+    at = 8
+    while at < len(animation):
+        length, kind = struct.unpack_from(">I4s", animation, at)
+        body = animation[at + 8:at + 8 + length]
+        packed += [b""] * (kind == b"fcTL")
+        packed[-1] += {b"IDAT": body, b"fdAT": body[4:]}.get(kind, b"")
+        at += 12 + length
+    assert packed[0] == b""
+    pngs = [png(head, chunk(b"IDAT", each), END) for each in packed[1:]]
+    return [png_rows(each) for each in pngs], [each for each in chunks if each[0] != b"fdAT"]
+
+
+def test_an_animated_png_shows_the_frames_pixel_by_pixel(rendered: Dict[str, bytes]) -> None:
+    for kind in ("+FN", "+FN16 +UA", "+FNg"):
+        frames = [rendered[f"{kind} {rows}"] for rows in ["", "+SR1 +ER20", "+SR25 +ER71"]]
+        shown, chunks = frames_of(animated(frames, loops=7))
+        assert shown == [png_rows(frame) for frame in frames]
+        notes = png_apart(frames[0])[0]
+        made = dict(chunks)
+        assert [each for each in chunks if each[0] not in (b"acTL", b"fcTL")] == notes
+        assert chunks[1] == (b"acTL", struct.pack(">II", 3, 7))
+        assert made[b"fcTL"][4:20] == struct.pack(">IIII", 53, 71, 0, 0)
+
+
+def test_the_chunks_of_an_animated_png_are_numbered_in_turn() -> None:
+    frames = [filtered_png([0, 1, 2], 2, 8)] * 3
+    chunks, _ = png_apart(animated(frames))
+    kinds = b" ".join(kind for kind, _ in chunks).decode()
+    assert kinds == "IHDR acTL gAMA fcTL fcTL fdAT fcTL fdAT tEXt IEND"
+    assert [struct.unpack_from(">I", body)[0] for kind, body in chunks
+            if kind in (b"fcTL", b"fdAT")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("delay", [
+    Fraction(1, 25), Fraction(1001, 30000), Fraction(3), Fraction(10**9, 123456789),
+    Fraction(123456789, 10**10), Fraction(65535)])
+def test_the_time_of_a_frame_fits_the_format(delay: Fraction) -> None:
+    body = dict(png_apart(animated([filtered_png([0], 0, 8)], delay))[0])[b"fcTL"]
+    shown = Fraction(*struct.unpack_from(">HH", body, 20))
+    assert abs(shown / delay - 1) < 1e-5
+    assert shown == delay or max(delay.numerator, delay.denominator) > 65535
+
+
+def test_frames_that_do_not_fit_are_told_by_their_number() -> None:
+    good = filtered_png([0, 0], 2, 8)
+    others = [filtered_png([0], 2, 8), filtered_png([0, 0], 2, 8, width=10),
+              filtered_png([0, 0], 6, 8), filtered_png([0, 0], 2, 16)]
+    for other in others:
+        with pytest.raises(povfarm.ImageError, match="picture 3 does not fit the first"):
+            animated([good, good, other, good])
+    for count, frames in [(2, [good]), (1, [good, good]), (0, [])]:
+        with pytest.raises(povfarm.ImageError, match=f"{len(frames)} pictures, not {count}"):
+            list(povfarm.animated_png(frames, count, Fraction(1)))
+    with pytest.raises(povfarm.ImageError):
+        animated([good, good[:-20]])
+    with pytest.raises(povfarm.ImageError, match="no pixels"):
+        animated([png(chunk(b"IHDR", HEAD), END)])
+
+
+def test_a_long_animation_needs_the_memory_of_a_frame() -> None:
+    frame = filtered_png([0] * 100, 2, 16, width=1000)
+    tracemalloc.start()
+    size = sum(map(len, povfarm.animated_png((frame for _ in range(300)), 300, Fraction(1))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 200 * len(frame) > 10 * peak
+
+
+def test_ffmpeg_decodes_the_animation(rendered: Dict[str, bytes], tmp_path: Path) -> None:
+    need("ffmpeg", shutil.which("ffmpeg") is not None, "apt-get install ffmpeg")
+    frames = [rendered[f"+FN {rows}"] for rows in ["", "+SR1 +ER20", "+SR25 +ER71"]]
+    (tmp_path / "film.png").write_bytes(animated(frames, Fraction(1, 5)))
+    raw = subprocess.run(
+        ["ffmpeg", "-loglevel", "error", "-f", "apng", "-i", "film.png", "-f", "rawvideo",
+         "-pix_fmt", "rgb24", "-"], cwd=tmp_path, capture_output=True, check=True).stdout
+    assert raw == b"".join(row for frame in frames for row in png_rows(frame))
