@@ -407,6 +407,13 @@ def _lease_time(text: str) -> float:
     return seconds
 
 
+def _rate(text: str) -> Fraction:
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        if Fraction(1, 1000) <= Fraction(text) <= 1000:
+            return Fraction(text)
+    raise UserError(f"'{text}' is not a rate from 0.001 to 1000, such as 24 or 30000/1001")
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -460,6 +467,10 @@ SETTINGS: tuple[Setting, ...] = (
             "share (slices share samples), share=animation (frames too) or off", "job", "HOW"),
     Setting("wait", bool, False, "wait until the job is finished", "submit"),
     Setting("output", _path, None, "directory for the images", "submit fetch", "DIR"),
+    Setting("apng", _path, None, "make an animated PNG of all frames", "fetch", "FILE"),
+    Setting("video", _path, None, "make a film of all frames with ffmpeg, such as film.mp4",
+            "fetch", "FILE"),
+    Setting("fps", _rate, Fraction(25), "frames a second, such as 24 or 30000/1001", "fetch", "N"),
     Setting("lan", bool, False, "let the other computers of this network help", "render"),
     Setting("watch", bool, False, "go on showing changes until stopped", "status"),
     Setting("json", bool, False, "print JSON for programs",
@@ -1706,7 +1717,8 @@ def _build_ppm(data: bytes, rows: Sequence[Any]) -> bytes:
 def _check_tga(data: bytes, width: int, height: int) -> ImageInfo:
     """TGA 2.0: after the pixels come 495 bytes of notes and a signature, as POV-Ray writes them."""
     palette, form, w, h, bits = struct.unpack_from("<xBB9xHHB", data)
-    _need(palette == 0 and form in (2, 3, 10, 11) and bits in (8, 16, 24, 32),
+    from_top = data[17] & 0x30 == 0x20
+    _need(palette == 0 and form in (2, 3, 10, 11) and bits in (8, 16, 24, 32) and from_top,
           "the file is not a TGA picture as POV-Ray writes it")
     _need_size("TGA", (w, h), (width, height))
     end = _tga_edges(data)[-1]
@@ -10252,19 +10264,32 @@ def logs(options: Options) -> int:
 def fetch(options: Options) -> int:
     """Copy finished images that are not here yet into --output or NAME-frames."""
     job = _job_number(options.rest[0])
+    ffmpeg = _ffmpeg() if options.video else ""
     client = _coordinator(options)
     view = client.request("GET", f"/api/v1/jobs/{job}").json()
     directory = options.output or Path(f"{_file_name(view['name'])}-frames")
     directory.mkdir(parents=True, exist_ok=True)
-    fetched = []
+    frames, fetched = [], []
     for frame in _finished_frames(client, job):
         path = safe_join(directory, frame["name"])
         if not path.is_file() or sha256_file(path) != frame["sha256"]:
             client.download(f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", path,
                             frame["sha256"])
             fetched.append(str(path))
-    print(json.dumps({"files": fetched}) if options.json else
-          f"{len(fetched)} new of {view['frames']['done']} finished images in {directory}")
+        frames.append(path)
+    if not options.json:
+        print(f"{len(fetched)} new of {len(frames)} finished images in {directory}", flush=True)
+    missing = view["frames"]["total"] - len(frames)
+    if missing and (options.apng or options.video):
+        raise FarmError(f"{missing} of {view['frames']['total']} frames are not finished: there "
+                        "can be a film when all are")
+    if options.apng:
+        _make_apng(frames, options.apng, options.fps)
+    if options.video:
+        _make_video(ffmpeg, frames, options.video, options.fps)
+    films = [str(film) for film in (options.apng, options.video) if film]
+    if options.json:
+        print(json.dumps({"files": fetched, "films": films}))
     return 0
 
 
@@ -10828,6 +10853,67 @@ class ProgressBar:
         if self._terminal and self._width:
             self._file.write("\r" + " " * self._width + "\r")
             self._file.flush()
+
+
+# --- films
+
+def _ffmpeg() -> str:
+    program = shutil.which("ffmpeg")
+    if program is None:
+        how = {"darwin": "brew install ffmpeg", "win32": "winget install ffmpeg"}
+        raise FarmError("--video needs the program ffmpeg: "
+                        + how.get(sys.platform, "sudo apt-get install ffmpeg"))
+    return program
+
+
+def _make_apng(frames: Sequence[Path], to: Path, rate: Fraction) -> None:
+    if any(frame.suffix != ".png" for frame in frames):
+        raise FarmError(f"an animated PNG is made of PNG images, these are {frames[0].suffix}: "
+                        "--video takes them")
+    images = (frame.read_bytes() for frame in frames)
+    with _film(to) as part, open(part, "wb") as file:
+        file.writelines(animated_png(images, len(frames), 1 / rate))
+
+
+def _make_video(ffmpeg: str, frames: Sequence[Path], to: Path, rate: Fraction) -> None:
+    """Let ffmpeg read the frames under plain numbers: it takes a % in a name for a pattern."""
+    kind = frames[0].suffix
+    if kind == ".hdr":
+        raise FarmError("ffmpeg makes no film of .hdr images: render PNG or EXR for it")
+    # EXR is the only other type whose values are amounts of light, which ffmpeg would show dark.
+    light = ["-apply_trc", "iec61966_2_1"] if kind == ".exr" else []
+    with _film(to) as part:
+        for number, frame in enumerate(frames):
+            link = part.with_name(f"{number}{kind}")
+            try:
+                os.link(frame.resolve(), link)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(frame, link)
+        # Players expect even sizes and colours at half the resolution, and take the colours of
+        # large pictures for those of BT.709 where nothing else is said.
+        look = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709,format=yuv420p",
+                "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
+        done = subprocess.run(
+            [ffmpeg, "-hide_banner", "-loglevel", "error", "-framerate", str(rate), *light,
+             "-i", f"%d{kind}", *([] if to.suffix == ".gif" else look), part.name],
+            cwd=part.parent, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        if done.returncode:
+            said = done.stderr.decode("utf-8", "replace").split("\n")
+            last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
+            raise FarmError(f"ffmpeg ended with exit code {done.returncode} and said: {last}")
+
+
+@contextlib.contextmanager
+def _film(to: Path) -> Iterator[Path]:
+    """Give a file in an empty directory, which takes its place when it is whole."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".povfarm-", dir=to.parent) as scratch:
+            part = Path(scratch, f"film{to.suffix}")
+            yield part
+            os.replace(part, to)
+    except OSError as error:
+        raise FarmError(f"{to} cannot be written: {error.strerror}") from None
+    _say(f"made {to}")
 
 
 # --- farms and workers

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
-from conftest import ROOT, run_povray
+from conftest import ROOT, need, run_povray
 
 import povfarm
 
@@ -402,6 +402,60 @@ def test_a_job_from_submit_to_fetch(farm: Farm, tmp_path: Path) -> None:
     status = json.loads(run(tmp_path, "status", str(job), "--json", cwd=place).stdout)
     assert status["frames"]["done"] == 6 and status["state"] == "done"
     farm.check()
+
+
+def decoded(film: Path, *options: str) -> bytes:
+    """Return the pixels of every frame of a film, as ffmpeg decodes them."""
+    return subprocess.run(
+        ["ffmpeg", "-loglevel", "error", *options, "-i", str(film), "-f", "rawvideo",
+         "-pix_fmt", "rgb24", "-"], capture_output=True, check=True).stdout
+
+
+def test_films_are_made_of_all_frames(farm: Farm, tmp_path: Path) -> None:
+    need("ffmpeg", shutil.which("ffmpeg") is not None, "apt-get install ffmpeg")
+    place = project(tmp_path, name="50%d")
+    farm.work()
+    job = farm.submit(place, "50%d.pov", "+KFF12", "+W41", "+H31", "--name", "job")
+    farm.finished(job)
+    result = run(tmp_path, "fetch", str(job), "--apng", "film.png", "--video", "it's %d.mp4",
+                 "--fps", "5", cwd=place)
+    assert result.returncode == 0, result.stderr
+    frames = sorted((place / "job-frames").iterdir())
+    assert len(frames) == 12
+    (tmp_path / "all").write_bytes(b"".join(frame.read_bytes() for frame in frames))
+    plain = decoded(tmp_path / "all", "-f", "png_pipe")
+    assert decoded(place / "film.png", "-f", "apng") == plain
+    film = decoded(place / "it's %d.mp4")
+    assert len(film) == 12 * 42 * 32 * 3  # sizes made even
+    for number in (0, 11):
+        shown = [film[3 * (42 * (32 * number + row)):][:3 * 41] for row in range(31)]
+        ours = plain[number * 41 * 31 * 3:][:41 * 31 * 3]
+        differences = [abs(a - b) for a, b in zip(b"".join(shown), ours)]
+        assert sum(differences) / len(differences) < 8  # H.264 and half the colours' resolution
+    assert sorted(path.name for path in place.iterdir()) == [
+        "50%d.pov", "film.png", "it's %d.mp4", "job-frames"]
+    failed = run(tmp_path, "fetch", str(job), "--video", "film.nothing", cwd=place)
+    assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1
+    assert "ffmpeg ended with exit code" in failed.stderr and "film.nothing" in failed.stderr
+
+
+def test_no_film_is_made_without_ffmpeg_or_a_frame(farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path)
+    job = farm.submit(place, "scene.pov", "+KFF3", *SMALL)
+    result = run(tmp_path, "fetch", str(job), "--apng", "film.png", cwd=place)
+    assert result.returncode == 1 and "3 of 3 frames are not finished" in result.stderr
+    missing = subprocess.run(
+        [*POVFARM, "fetch", str(job), "--video", "film.mp4"], cwd=place, text=True,
+        capture_output=True, env={**environment(tmp_path), "PATH": str(tmp_path)}, check=False)
+    assert missing.returncode == 1 and "install ffmpeg" in missing.stderr
+    for each in (result, missing):
+        assert len(each.stderr.splitlines()) == 1, each.stderr
+    assert not list(place.glob("film*"))
+    farm.work()
+    tga = farm.submit(place, "scene.pov", "+KFF2", "+FT", *SMALL)
+    farm.finished(tga)
+    result = run(tmp_path, "fetch", str(tga), "--apng", "film.png", cwd=place)
+    assert result.returncode == 1 and "these are .tga" in result.stderr
 
 
 def test_the_same_project_with_one_changed_file_sends_one_file(

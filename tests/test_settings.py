@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Dict
 
@@ -17,12 +18,14 @@ SOURCE = Path(povfarm.__file__).read_text(encoding="utf-8")
 SAMPLES: Dict[str, Any] = {
     "data": "farm", "root": "scenes", "output": "out", "port": "8080", "discovery-port": "8081",
     "lease-time": "1m30s", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
-    "max-workers": "2", "retries": "5", "slices": "7", "radiosity": "off",
+    "max-workers": "2", "retries": "5", "slices": "7", "radiosity": "off", "apng": "film.png",
+    "video": "film.mp4", "fps": "30000/1001",
 }
 VALUES: Dict[str, Any] = {
     "data": Path("farm"), "root": Path("scenes"), "output": Path("out"), "port": 8080,
     "discovery-port": 8081, "lease-time": 90.0, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "radiosity": "off",
+    "apng": Path("film.png"), "video": Path("film.mp4"), "fps": Fraction(30000, 1001),
 }
 
 
@@ -86,7 +89,8 @@ def test_flags_are_on_or_off(text: str, value: bool) -> None:
     ("port", "²"), ("discovery-port", "1.5"), ("cores", "0"), ("cores", "-2"), ("cores", "many"),
     ("cores", "³"), ("max-workers", "0"), ("retries", "0"), ("priority", "high"),
     ("priority", "1.5"), ("lease-time", "soon"), ("lease-time", "0"), ("cache-size", "much"),
-    ("nice", "20"), ("nice", "-1"),
+    ("nice", "20"), ("nice", "-1"), ("fps", "0"), ("fps", "-25"), ("fps", "1001"), ("fps", "1/0"),
+    ("fps", "fast"), ("fps", "nan"),
 ])
 def test_a_bad_value_is_refused_with_the_place_where_it_stands(name: str, text: str) -> None:
     with pytest.raises(UserError) as caught:
