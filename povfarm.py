@@ -3217,7 +3217,7 @@ class TaskSpec:
             kinds.get(want(wire, "kind", str), TaskKind.FRAME), want(wire, "top", int),
             want(wire, "bottom", int), want(wire, "state", bool))
         safe_join(Path(), task.name)
-        if (task.kind is TaskKind.SLICE) != (0 <= task.top < task.bottom):
+        if (task.kind is not TaskKind.FRAME) != (0 <= task.top < task.bottom):
             raise UserError("the rows of a slice are not a part of the picture")
         return task
 
@@ -3381,6 +3381,20 @@ def split_row(top: int, bottom: int, region: Region, progress: float, share: flo
     block = region.block
     middle = region.top + round((done + (last - done) * share - region.top) / block) * block
     return middle if max(done, first) + block <= middle < last else None
+
+
+def pass_rows(region: Region, shared: Collection[str], workers: int) -> list[tuple[int, int]]:
+    """Return the rows of each pass that renders what the slices of a frame will share.
+
+    Radiosity samples are gathered where the picture needs them: by as many
+    passes as there are workers. All photons are shot whatever the rows are.
+    """
+    if "radiosity" not in shared:
+        return [(region.top, min(region.top + region.block, region.bottom))] if shared else []
+    blocks = -(-(region.bottom - region.top) // region.block)
+    many = min(workers, blocks)
+    ends = [region.top + number * blocks // many * region.block for number in range(many + 1)]
+    return [(top, min(bottom, region.bottom)) for top, bottom in zip(ends, ends[1:])]
 
 
 def frame_state(slices: Collection[TaskState], state: TaskState) -> TaskState:
@@ -5284,8 +5298,9 @@ class Tx:
 
     def add_part(self, frame: Row, kind: TaskKind, top: int, bottom: int) -> Row:
         """Add a queued slice or pass below a frame and return it."""
-        number = -1 if kind is TaskKind.PASS else self._db.execute(
-            "SELECT MAX(slice) + 1 FROM task WHERE job = :job AND frame = :frame",
+        next_number = "MIN(slice) - 1" if kind is TaskKind.PASS else "MAX(slice) + 1"
+        number = self._db.execute(
+            f"SELECT {next_number} FROM task WHERE job = :job AND frame = :frame",
             {"job": frame["job"], "frame": frame["frame"]}).fetchone()[0]
         cursor = self._db.execute(
             """INSERT INTO task (job, frame, slice, name, state, parent, kind, top, bottom)
@@ -5294,7 +5309,7 @@ class Tx:
         return cast(Row, self.task(int(cursor.lastrowid or 0)))
 
     def parts(self, frame: int) -> list[Row]:
-        """Return the slices and the pass of a frame, by their rows."""
+        """Return the slices and the passes of a frame, by their rows."""
         return self._db.execute(
             "SELECT * FROM task WHERE parent = :frame ORDER BY top, slice",
             {"frame": frame}).fetchall()
@@ -5944,15 +5959,19 @@ class Scheduler:
             log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
             with self._tx() as tx:
                 accepted = self._accept(tx, attempt, pieces, log_name, cost)
+            for piece, _ in pieces:
+                if piece["state_of"]:
+                    (directory / "parts" / f"{piece['id']}.state").unlink(missing_ok=True)
         self.join_frames()
         self._wake()
         return accepted
 
     def part_path(self, tx: Tx, task: Row, suffix: str = "") -> Path:
-        """Return where the file of a slice or pass is; with a suffix, what belongs to it."""
+        """Return where the file of a slice or pass is, or the state of a task by its suffix."""
         job = self._job(tx, task["job"])
-        place, name = _place(self.store.job_directory(job["id"], job["name"]), task)
-        return place / (name + suffix)
+        directory = self.store.job_directory(job["id"], job["name"])
+        place, name = _place(directory, task)
+        return directory / "parts" / f"{task['id']}{suffix}" if suffix else place / name
 
     def keep_state(self, worker: int, lease: str, task: int, state: bytes) -> None:
         """Keep what a worker that stops leaves of an unfinished task, for others to go on from."""
@@ -5961,7 +5980,7 @@ class Scheduler:
                 _, row, _ = self._attempt(tx, worker, lease, task)
                 engines = cast(Row, tx.worker(worker))["engines"]
                 path = self.part_path(tx, row, ".state")
-            if row["state"] == TaskState.LEASED:
+            if row["state"] in (TaskState.LEASED, TaskState.QUEUED):
                 self.store.put_image(path.parent, path.name, state)
                 with self._tx() as tx:
                     tx.set_state_of(row["id"], json.loads(engines).get("povray", ""))
@@ -6280,7 +6299,6 @@ class Scheduler:
             self._move(tx, row, TaskState.DONE, f"put together from {len(slices)} slices")
         for place in places:
             place.unlink(missing_ok=True)
-            place.with_name(place.name + ".state").unlink(missing_ok=True)
 
     def _fail(self, tx: Tx, tried: tuple[Row, Row, Row], message: str, log_name: str,
               scene: bool) -> None:
@@ -6408,10 +6426,10 @@ class Scheduler:
         """Find a slice or a pass for a worker, or cut one off a frame."""
         if unsliceable(pov_of(job["pov"]), bool(job["in_order"])):
             return None
-        if self._shares(job) and job["radiosity"] == "animation":
+        if job["radiosity"] == "animation" and self._shared(job):
             first = self._first(tx, job)
             if not any(part["kind"] == TaskKind.PASS for part in tx.parts(first["id"])):
-                return tx.add_part(first, TaskKind.PASS, 0, 0)
+                self._add_passes(tx, job, first)
         for part in tx.queued_parts(job["id"]):
             if self._is_ready(tx, part) and self._may_try(tx, job, worker, part):
                 return part
@@ -6432,9 +6450,18 @@ class Scheduler:
     def _first(self, tx: Tx, job: Row) -> Row:
         return tx.tasks(job["id"], limit=1)[0]
 
-    def _shares(self, job: Row) -> bool:
-        """Tell whether the runs of a job share what a pass has rendered."""
-        return job["radiosity"] != "off" and "radiosity" in pov_of(job["pov"]).uses
+    def _shared(self, job: Row) -> frozenset[str]:
+        """Return what the runs of a job share that passes render first."""
+        pov = pov_of(job["pov"])
+        shared = sharable(pov.uses, pov.values)
+        if job["radiosity"] == "animation":
+            return shared & {"radiosity"}  # photons may move from frame to frame
+        return shared if job["radiosity"] == "share" else shared - {"radiosity"}
+
+    def _add_passes(self, tx: Tx, job: Row, frame: Row) -> None:
+        region = region_of(pov_of(job["pov"]).options)
+        for top, bottom in pass_rows(region, self._shared(job), len(self._helpers(tx, job))):
+            tx.add_part(frame, TaskKind.PASS, top, bottom)
 
     def _wants_slices(self, tx: Tx, job: Row) -> bool:
         """Tell whether the next whole frame should be sliced at once.
@@ -6452,8 +6479,9 @@ class Scheduler:
     def _begin_slices(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
         height = pov_of(job["pov"]).options.height
         tx.set_cut(frame["id"], 0, height)
-        if self._shares(job) and job["radiosity"] == "share":
-            return tx.add_part(frame, TaskKind.PASS, 0, 0)
+        if job["radiosity"] != "animation" and self._shared(job):
+            self._add_passes(tx, job, frame)
+            return tx.queued_parts(job["id"])[0]
         return self._cut(tx, job, worker, cast(Row, tx.task(frame["id"])))
 
     def _speeds(self, tx: Tx, job: Row) -> tuple[dict[int, float], SliceCost | None]:
@@ -6498,7 +6526,8 @@ class Scheduler:
     def _split(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
         """Divide what is unrendered of the task that will take longest."""
         pov = pov_of(job["pov"])
-        if job["slices"] != "auto" or unsliceable(pov, bool(job["in_order"])):
+        if (job["slices"] != "auto" or unsliceable(pov, bool(job["in_order"]))
+                or "radiosity" in pov.uses):  # a render with radiosity cannot be stopped midway
             return []
         speeds, cost = self._speeds(tx, job)
         overhead = START + (cost.parse if cost else 1.0)
@@ -6510,8 +6539,7 @@ class Scheduler:
             left = self._left_of(attempt)
             if (worst < left < math.inf and counts[attempt["task"]] == counts[attempt["lease"]] == 1
                     and attempt["worker"] != worker and attempt["kind"] != TaskKind.PASS
-                    and not (attempt["kind"] == TaskKind.FRAME and self._shares(job)
-                             and job["radiosity"] == "share")):
+                    and not (attempt["kind"] == TaskKind.FRAME and self._shared(job))):
                 worst, found = left, attempt
         if found is None:
             return []
@@ -6589,7 +6617,7 @@ class Scheduler:
 
     def _passes(self, tx: Tx, job: Row, task: Row) -> tuple[int, ...]:
         """Return the passes whose results a task reads."""
-        if not self._shares(job) or task["kind"] == TaskKind.PASS:
+        if not self._shared(job) or task["kind"] == TaskKind.PASS:
             return ()
         frame = task["parent"]
         if job["radiosity"] == "animation":
@@ -8210,6 +8238,15 @@ class Run:
         """Where POV-Ray keeps what is finished of the first frame, and looks for it to go on."""
         return self.made(self.frames[0]).with_suffix(".pov-state")
 
+    @property
+    def region(self) -> Region:
+        """What the run renders of its frames."""
+        region, task = region_of(self.lease.pov.options), self.lease.tasks[0]
+        if task.kind is TaskKind.FRAME:
+            return region
+        return replace(region, top=max(region.top, task.top),
+                       bottom=min(region.bottom, task.bottom))
+
 
 @dataclass(frozen=True)
 class Command:
@@ -8295,12 +8332,32 @@ class Engine:
             "Output_File_Name": output.as_posix(),
         })
         task = run.lease.tasks[0]
-        if task.kind is TaskKind.SLICE:
+        shared = sharable(run.lease.pov.uses, run.lease.pov.values)
+        if task.kind is not TaskKind.FRAME:
             values.update(slice_values(run.lease.pov.options, task.top, task.bottom))
+        if task.kind is TaskKind.PASS:
+            values.update(RADIOSITY_PASS if "radiosity" in shared else {"Antialias": "Off"})
+        elif (run.place / SAMPLE_FILE).is_file():
+            values.update(RADIOSITY_USE)
         if plan_frames(run.lease.pov.options).animation:
             values["Subset_Start_Frame"] = str(run.frames[0])
             values["Subset_End_Frame"] = str(run.frames[-1])
         return values
+
+    def shared(self, run: Run) -> dict[str, bytes]:
+        """Return the scene files that a run has for itself because of what slices share."""
+        task, pov = run.lease.tasks[0], run.lease.pov
+        word = "load_file" if (run.place / PHOTON_FILE).is_file() else ""
+        if task.kind is TaskKind.PASS and "photons" in sharable(pov.uses, pov.values):
+            word = "save_file"
+        samples = (run.place / SAMPLE_FILE).is_file()
+        if not (word or samples):
+            return {}
+        folders = [path for path in self.library_of(run) if run.tree in (path, *path.parents)]
+        scene = pov.values["Input_File_Name"]
+        texts = shared_texts(folders, scene, word, samples)
+        return {_SCENE if name == scene and not _is_plain(name) else name: text
+                for name, text in texts.items()}
 
     def library_of(self, run: Run) -> list[Path]:
         """Return the directories that a run reads from, after its own: the project's first."""
@@ -9484,6 +9541,7 @@ def _proc_stat(pid: int) -> list[str] | None:
 # about jobs: what the coordinator says is done.
 
 LEASE_WAIT = 25.0  # seconds that a request for work is held open
+PATIENCE = 60.0  # seconds that a worker that is asked to stop renders on, as it looks
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
 MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
 START_SLEEP, FRAME_SLEEP = 0.3, 0.22  # seconds that POV-Ray 3.7 sleeps: at its start, per frame
@@ -9558,6 +9616,7 @@ class RunState:
         self.job = lease.job
         self.threads = lease.threads
         self.started = clock.monotonic()
+        self.began = self.started  # with the task under way
         self.clock = clock
         self.process: Process | None = None
         self.text = PovText()
@@ -9566,6 +9625,7 @@ class RunState:
         self.undelivered = 0
         self.open = {task.frame: task for task in lease.tasks}
         self.bottoms: dict[int, int] = {}  # of tasks whose lower rows others render
+        self.cut = False
 
     def duty_so_far(self) -> float:
         """Guess the duty of a run under way; a half while it is starting."""
@@ -9577,9 +9637,17 @@ class RunState:
 
     def progress(self) -> dict[str, float]:
         """Return how far the task under way is, by its id, 0 to 1."""
-        frames = [task.frame for task in self.lease.tasks]
-        index = min(self.text.index, len(frames) - 1)
-        return {str(self.lease.tasks[index].id): self.text.percent / 100}
+        return {str(self.task.id): 1.0 if self.cut else self.text.percent / 100}
+
+    @property
+    def task(self) -> TaskSpec:
+        """The task under way."""
+        return self.lease.tasks[min(self.text.index, len(self.lease.tasks) - 1)]
+
+    def left(self) -> float:
+        """Return the seconds that the task under way will still take as it looks."""
+        part, spent = self.text.percent / 100, self.clock.monotonic() - self.began
+        return spent * (1 - part) / part if part else spent
 
     def stop(self) -> None:
         """End the renderer at once."""
@@ -9704,8 +9772,9 @@ def _holds(path: Path, file: FileEntry) -> bool:
 class Worker:
     """Renders for one coordinator until it is stopped.
 
-    ``stop`` once lets the frames under way finish and hands the rest back;
-    twice ends everything at once. ``until_idle`` ends when there is nothing left.
+    ``stop`` once lets the frames under way finish and hands the rest back, with
+    what is done of those that take longer than a minute; twice ends everything
+    at once. ``until_idle`` ends when there is nothing left.
     """
 
     def __init__(self, client: Client, engine: Engine, launcher: Launcher | WindowsLauncher,
@@ -9757,10 +9826,11 @@ class Worker:
 
     def stop(self) -> None:
         """Finish the frames under way and hand back the rest; a second call ends at once."""
-        if self._stopping.is_set():
-            for run in list(self._runs):
-                run.stop()
+        again = self._stopping.is_set()
         self._stopping.set()
+        for run in list(self._runs):
+            if again or run.left() > PATIENCE:
+                run.stop()
         with self._changed:
             self._changed.notify_all()
 
@@ -9856,9 +9926,83 @@ class Worker:
             with self.cache.project(run.lease.manifest, frames[-1]) as (tree, manifest):
                 plan = Run(run.lease, tree, place, frames)
                 _make_directories(plan, manifest)
-                self._watch(run, plan)
+                self._get_shared(run, place)
+                if run.task.state:
+                    self._get_state(run, plan)
+                measure = _Measure(run, self._clock)
+                while self._watch(run, plan, measure):
+                    plan = self._shortened(run, plan)
+                if run.open and self._stopping.is_set():
+                    self._hand_in(run, replace(plan, frames=(run.task.frame,)))
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+    def _get_shared(self, run: RunState, place: Path) -> None:
+        """Get what the passes of a frame have rendered, and put it together."""
+        for number in run.lease.shares:
+            path = place / "pass.zip"
+            self.client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300)
+            with zipfile.ZipFile(path) as parts:
+                for name in {SAMPLE_FILE, PHOTON_FILE} & set(parts.namelist()):
+                    with parts.open(name) as source, open(place / name, "ab") as target:
+                        shutil.copyfileobj(source, target)
+            path.unlink()
+
+    # --- stopped renders
+
+    def _get_state(self, run: RunState, plan: Run) -> None:
+        """Go on from where another worker stopped; from the start when its state does not fit."""
+        with contextlib.suppress(FarmError):
+            path = plan.place / "state"
+            self.client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30)
+            self._begin_from(run, plan, path)
+
+    def _begin_from(self, run: RunState, plan: Run, path: Path) -> None:
+        with open(path, "rb") as source, open(plan.state, "wb") as target:
+            state = copy_state(source, target, plan.region, _block_of(plan))
+        path.unlink()
+        if not state.pixels:
+            plan.state.unlink()
+        region = plan.region
+        pixels = (region.bottom - region.top) * (region.right - region.left)
+        run.text = PovText(100 * state.pixels // pixels)
+
+    def _hand_in(self, run: RunState, plan: Run) -> None:
+        """Give what is finished of a frame to whoever goes on with it."""
+        if "radiosity" in plan.lease.pov.uses or run.task.kind is TaskKind.PASS:
+            return
+        whole = io.BytesIO()
+        with contextlib.suppress(FarmError, OSError), open(plan.state, "rb") as source:
+            if copy_state(source, whole, plan.region, _block_of(plan)).pixels:
+                self.client.request(
+                    "PUT", f"/api/v1/leases/{run.lease.id}/tasks/{run.task.id}/state",
+                    body=whole.getvalue(), timeout=60, retry_for=5)
+
+    def _is_cut(self, run: RunState, plan: Run) -> bool:
+        """Tell whether the rows that others did not take over seem to be finished."""
+        bottom = run.bottoms.get(run.task.id)
+        if bottom is None or run.cut or run.task.frame not in run.open:
+            return False
+        region = plan.region
+        need = (min(bottom, region.bottom) - region.top) / (region.bottom - region.top)
+        # The blocks under way, one a thread, are counted with those above them.
+        slack = run.threads * _block_of(plan) ** 2 / (
+            (region.bottom - region.top) * (region.right - region.left))
+        return run.text.percent >= 100 * (need + slack) and run.text.percent < 97
+
+    def _shortened(self, run: RunState, plan: Run) -> Run:
+        """Return the run that makes the picture of what is finished down to where others began."""
+        task = run.task
+        short = replace(task, kind=TaskKind.SLICE, bottom=run.bottoms[task.id])
+        run.open[task.frame] = short
+        lease = replace(plan.lease, tasks=(short,))
+        run.cut, old = True, plan.place / "state"
+        state = replace(plan, frames=(task.frame,)).state
+        shorter = replace(plan, lease=lease, frames=(task.frame,))
+        if state.is_file():
+            os.replace(state, old)
+            self._begin_from(run, shorter, old)
+        return shorter
 
     def _frames(self, lease: LeaseSpec) -> tuple[int, ...]:
         last = lease.tasks[-1].frame
@@ -9866,30 +10010,24 @@ class Worker:
             return tuple(task.frame for task in lease.tasks)
         return tuple(frame for frame in plan_frames(lease.pov.options).frames if frame <= last)
 
-    def _watch(self, run: RunState, plan: Run) -> None:
-        command = self.engine.command(plan)
-        for path, text in command.files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        for path, target in command.links.items():
-            path.symlink_to(target)
-        if run.stopped:
-            return
-        bounds = replace(
-            self.bounds, reads=None if self.bounds.reads is None else command.reads,
-            # What one scene writes must not fill the disk.
-            file_size=shutil.disk_usage(plan.place).free // 2)
-        run.process = process = self._launcher.start(
-            command.argv, plan.place, command.environment, bounds)
-        measure = _Measure(run, self._clock)
+    def _watch(self, run: RunState, plan: Run, measure: _Measure) -> bool:
+        """Render; True when it was ended because others render what is left."""
+        process = self._start(run, plan)
+        cut = False
+        if process is None:
+            return False
         for line in process.lines():
             done = run.text.index
             if run.text.percent:
                 measure.tracing()
             if run.text.feed(line):
                 self._finish(run, plan, done, run.text.before, measure.frame())
+                run.began = self._clock.monotonic()
                 if self._stopping.is_set():
                     process.kill()
+            elif not cut and self._is_cut(run, plan):
+                cut = True
+                process.kill()
             if run.text.traced and run.text.index == len(plan.frames) - 1 and run.open:
                 self._finish_early(run, plan, measure)
         ended = process.wait()
@@ -9901,6 +10039,27 @@ class Worker:
             for index in range(run.text.index, len(plan.frames)):
                 self._finish(run, plan, index, run.text.text, cost)
         self._measured(run, measure, len(plan.frames))
+        return cut and bool(run.open) and not run.stopped
+
+    def _start(self, run: RunState, plan: Run) -> Process | None:
+        """Start the renderer, with all that it looks for in its place; None when it is too late."""
+        command = self.engine.command(plan)
+        texts = {path: text.encode() for path, text in command.files.items()}
+        texts.update({plan.place / name: text for name, text in self.engine.shared(plan).items()})
+        for path, data in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        for path, target in command.links.items():
+            if not path.exists():  # a text of its own, or the link of the run before
+                path.symlink_to(target)
+        if run.stopped:
+            return None
+        bounds = replace(
+            self.bounds, reads=None if self.bounds.reads is None else command.reads,
+            # What one scene writes must not fill the disk.
+            file_size=shutil.disk_usage(plan.place).free // 2)
+        run.process = self._launcher.start(command.argv, plan.place, command.environment, bounds)
+        return run.process
 
     def _finish_early(self, run: RunState, plan: Run, measure: _Measure) -> None:
         """Deliver the last frame before POV-Ray, which sleeps at its end, has ended."""
@@ -9931,20 +10090,21 @@ class Worker:
         if task is None:
             return
         path = plan.made(task.frame)
+        options = run.lease.pov.options
+        bottom = task.bottom or options.height
         try:
             image = path.read_bytes()
+            if task.kind is TaskKind.SLICE:
+                image = crop_rows(image, options.extension, task.top, bottom - task.top)
+            elif task.kind is TaskKind.PASS:
+                image = _packed(plan.place)
         except FileNotFoundError:
             return
+        except ImageError as error:
+            log.warning("%s: %s", task.name, error)  # the coordinator will find it, too
         del run.open[task.frame]
         if not run.lease.in_order:
             path.unlink()
-        options = run.lease.pov.options
-        bottom = task.bottom or options.height
-        if task.kind is TaskKind.SLICE:
-            try:
-                image = crop_rows(image, options.extension, task.top, bottom - task.top)
-            except ImageError as error:
-                log.warning("%s: %s", task.name, error)  # the coordinator finds it as well
         run.undelivered += 1
         self._deliveries.put(Delivery(run, task, image, bottom, text, cost))
 
@@ -10018,6 +10178,23 @@ def _sweep(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         except OSError:
             pass  # it lives, and is another user's
+
+
+def _block_of(run: Run) -> int:
+    """Return the edge of the blocks, in pixels, in which a run renders."""
+    region = run.region
+    values = slice_values(run.lease.pov.options, region.top, region.bottom)
+    return int(values["Render_Block_Size"])
+
+
+def _packed(place: Path) -> bytes:
+    """Return what a pass has made for the slices, as a zip file."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as parts:
+        for name in (SAMPLE_FILE, PHOTON_FILE):
+            if (place / name).is_file():
+                parts.write(place / name, name)
+    return data.getvalue()
 
 
 def _how_it_ended(code: int) -> str:
