@@ -5298,10 +5298,10 @@ class Tx:
 
     def add_part(self, frame: Row, kind: TaskKind, top: int, bottom: int) -> Row:
         """Add a queued slice or pass below a frame and return it."""
-        next_number = "MIN(slice) - 1" if kind is TaskKind.PASS else "MAX(slice) + 1"
-        number = self._db.execute(
-            f"SELECT {next_number} FROM task WHERE job = :job AND frame = :frame",
-            {"job": frame["job"], "frame": frame["frame"]}).fetchone()[0]
+        low, high = self._db.execute(
+            "SELECT MIN(slice), MAX(slice) FROM task WHERE job = :job AND frame = :frame",
+            {"job": frame["job"], "frame": frame["frame"]}).fetchone()
+        number = low - 1 if kind is TaskKind.PASS else high + 1
         cursor = self._db.execute(
             """INSERT INTO task (job, frame, slice, name, state, parent, kind, top, bottom)
                VALUES (:job, :frame, :number, :name, 'queued', :id, :kind, :top, :bottom)""",
@@ -9943,9 +9943,13 @@ class Worker:
             path = place / "pass.zip"
             self.client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300)
             with zipfile.ZipFile(path) as parts:
-                for name in {SAMPLE_FILE, PHOTON_FILE} & set(parts.namelist()):
-                    with parts.open(name) as source, open(place / name, "ab") as target:
-                        shutil.copyfileobj(source, target)
+                names = parts.namelist()
+                samples = parts.read(SAMPLE_FILE) if SAMPLE_FILE in names else b""
+                if has_samples(samples):
+                    with open(place / SAMPLE_FILE, "ab") as target:
+                        target.write(samples)
+                if PHOTON_FILE in names and not (place / PHOTON_FILE).exists():
+                    parts.extract(PHOTON_FILE, place)  # every pass has shot them all
             path.unlink()
 
     # --- stopped renders
