@@ -8560,7 +8560,7 @@ def copy_state(source: BinaryIO, target: BinaryIO | None, region: Region, block:
         right, bottom = min(left + size, region.right), min(top + size, region.bottom)
         pixels = (right - left) * (bottom - top)
         box = (number, 1, left, top, right - 1, bottom - 1)
-        fits = top < bottom and len(found.get(b"PBlo", b"")) == 20 * pixels and box == tuple(
+        fits = len(found.get(b"PBlo", b"")) == 20 * pixels and box == tuple(
             int.from_bytes(found.get(key, b""), "big")
             for key in (b"PiId", b"PiSi", b"Left", b"Top ", b"Righ", b"Bott"))
         if fits and number not in done:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Iterator, Tuple
+from typing import Iterator, Optional, Tuple
 
 import pytest
 from conftest import pixels_of, run_povray
@@ -174,6 +174,22 @@ def test_every_damage_is_survived(stopped: Stopped) -> None:
         damaged[at] ^= 0x41
         state, data = read(head + bytes(damaged))
         assert state.pixels == len(data) // size * BLOCK * BLOCK <= BLOCK * BLOCK
+        if at in (*range(8), *range(12, 16), *range(24, 28)):  # name, size, number of values
+            assert not state.pixels
+
+
+def test_no_more_is_read_at_once_than_a_block_has(stopped: Stopped) -> None:
+    """However large a message says to be: it would be made room for."""
+    class Asked(io.BytesIO):
+        most = 0
+
+        def read(self, size: Optional[int] = -1) -> bytes:
+            self.most = max(self.most, size or 0)
+            return super().read(size)
+
+    source = Asked(stopped.state[:524] + b"\xff" * 4 + stopped.state[528:])
+    assert copy_state(source, None, WHOLE, BLOCK) == State(0, 0)
+    assert source.most < 10_000
 
 
 def test_radiosity_leaves_no_state(
@@ -201,6 +217,9 @@ def test_a_state_of_several_threads_and_any_corner_is_read(
     assert result.returncode == 0 and not name.exists()
     state, data = read(kept.read_bytes(), region, 24)
     assert state == State(66 * 88, 66)
-    first = 20 + int.from_bytes(data[524:528], "big")
-    gap, _ = read(data[:512] + data[512 + first:], region, 24)
-    assert gap.rows in (0, 24, 48) and gap.pixels < state.pixels
+    # Without the block that was finished first there is a gap in its row of four blocks.
+    first = 512 + 20 + int.from_bytes(data[524:528], "big")
+    at = data.index(b"PiId") + 12
+    number = int.from_bytes(data[at:at + 4], "big")
+    gap, _ = read(data[:512] + data[first:], region, 24)
+    assert gap.rows == number // 4 * 24 and gap.pixels < state.pixels
