@@ -450,6 +450,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("povray", str, "", "the POV-Ray program to use", "work render serve doctor", "PATH"),
     Setting("nice", _nice, 5, "how far renders step back behind other programs, 0 to 19",
             "work serve", "N"),
+    Setting("memory", parse_size, 0, "most memory of one POV-Ray; by itself all that there is",
+            "work render serve", "SIZE"),
+    Setting("unconfined", bool, False, "let scenes read and write whatever you can",
+            "work render serve"),
     Setting("tags", str, "", "words that describe the worker, parted by commas", "work", "A,B"),
     Setting("cache-size", parse_size, 10 * 1000**3, "most bytes of projects to keep here",
             "work render serve", "SIZE"),
@@ -8298,8 +8302,21 @@ class Engine:
         files = {run.place / ".povray" / version / "povray.conf": _CONF
                  for version in ("3.7", "3.8")}
         files[run.place / _INI] = text
-        return Command((self.program,), environment, files, links,
-                       (str(run.tree), *self.library, *_parts_of(self.program)))
+        return Command((self.program,), environment, files, links, (str(run.tree), *self.parts()))
+
+    def parts(self) -> tuple[str, ...]:
+        """Return the files of POV-Ray, which need not lie where the system's are.
+
+        Beside ``bin`` that is where ``make install`` puts the rest; never the
+        whole directory, which may be somebody's home.
+        """
+        path = Path(self.program).resolve()
+        home = path.parent.parent
+        found = [parent.parent for parent in path.parents if parent.name == "Cellar"]  # Homebrew
+        if path.parent.name == "bin":
+            found += [home / "lib", home / "lib64", home / "etc/povray",
+                      *home.glob("share/povray*")]
+        return (str(path), *map(str, found), *self.library)
 
     def probed(self) -> Engine:
         """Return the same with its version, which takes POV-Ray a quarter of a second.
@@ -8416,20 +8433,6 @@ forbidden
 [Permitted Paths]
 read+write* = .
 """
-
-
-def _parts_of(program: str) -> list[str]:
-    """Return a program's own files, which need not lie where the system's are.
-
-    Beside ``bin`` that is where ``make install`` puts the rest; never the
-    whole directory, which may be somebody's home.
-    """
-    path = Path(program).resolve()
-    home = path.parent.parent
-    found = [parent.parent for parent in path.parents if parent.name == "Cellar"]  # Homebrew's
-    if path.parent.name == "bin":
-        found += [home / "lib", home / "lib64", home / "etc/povray", *home.glob("share/povray*")]
-    return [str(path), *map(str, found)]
 
 
 def locate_engine(program: str) -> Engine:
@@ -9621,7 +9624,7 @@ class RunState:
         self.process: Process | None = None
         self.text = PovText()
         self.stopped = False
-        self.code = 0
+        self.ended = Ended(0, 0.0, 0)
         self.undelivered = 0
         self.open = {task.frame: task for task in lease.tasks}
         self.bottoms: dict[int, int] = {}  # of tasks whose lower rows others render
@@ -9889,8 +9892,7 @@ class Worker:
         try:
             self._render(run)
             if run.open and not run.stopped and not self._stopping.is_set():
-                message, scene = run.text.error(), run.text.scene_is_wrong
-                message = message or _how_it_ended(run.code)
+                message, scene = _why_it_failed(run, self.bounds)
         except (FarmError, OSError) as error:
             message = str(error)
         with self._changed:
@@ -10034,8 +10036,7 @@ class Worker:
                 process.kill()
             if run.text.traced and run.text.index == len(plan.frames) - 1 and run.open:
                 self._finish_early(run, plan, measure)
-        ended = process.wait()
-        run.code = ended.code
+        ended = run.ended = process.wait()
         self._pace.measured_memory(run.job, ended.memory)
         if run.open and ended.code == 0:
             cost = measure.frame(ended)
@@ -10201,10 +10202,19 @@ def _packed(place: Path) -> bytes:
     return data.getvalue()
 
 
-def _how_it_ended(code: int) -> str:
-    if code == -9:
-        return "POV-Ray was killed, perhaps because the computer ran out of memory"
-    return f"POV-Ray ended without a picture (exit code {code})"
+def _why_it_failed(run: RunState, bounds: Bounds) -> tuple[str, bool]:
+    """Return what went wrong, best in POV-Ray's words, and whether the scene is to blame."""
+    error, ended = run.text.error(), run.ended
+    if ended.code == -signal.SIGKILL:
+        return "POV-Ray was killed, perhaps because the computer ran out of memory", False
+    if hasattr(signal, "SIGXFSZ") and ended.code == -signal.SIGXFSZ:
+        return "POV-Ray wrote a file that would have filled the disk", False
+    # POV-Ray that gets no more memory often fails without a word about it.
+    if re.search("bad_alloc|(Out of|out of|Insufficient) memory", run.text.text) or (
+            ended.memory > bounds.memory / 2 > 0 and not error.startswith("File ")):
+        return f"POV-Ray needed more than {format_size(bounds.memory)} of memory", False
+    error = error or f"POV-Ray ended without a picture (exit code {ended.code})"
+    return error, run.text.scene_is_wrong
 
 
 def _make_directories(run: Run, manifest: Manifest) -> None:
@@ -10346,11 +10356,17 @@ def work(options: Options) -> int:
         client = _find_coordinator(options, stop, waits=True)
         if client is None:
             return 130
+        free = _why_unconfined(options)
+        if free and not client.token and not options.unconfined:
+            raise UserError(f"nobody vouches for the scenes of this farm, and {free}: give the "
+                            "farm's --key, or say --unconfined to let them do what you can do")
         worker = _join(client, engine, launcher, options.data / "cache", options,
                        options.data / "workers")
         signals.action = worker.stop
         _say(f"working for {client.base_url} with POV-Ray {engine.version} "
              f"(Ctrl-C finishes what is under way, twice stops at once)")
+        if free:
+            _say(f"scenes can read and write whatever you can: {free}")
         _Background(worker.run).join()
         _say(f"rendered {worker.rendered} frames")
         return 130 if signals.count else 0
@@ -10586,7 +10602,8 @@ def discover_command(options: Options) -> int:
 @command("doctor", "", "check whether this computer is fit for rendering")
 def doctor(options: Options) -> int:
     """Look at everything that the farm needs, and say what is missing."""
-    checks = [_check_python(), _check_povray(options.povray), _check_disk(options.data),
+    checks = [_check_python(), _check_povray(options.povray), _check_confinement(options.povray),
+              _check_disk(options.data),
               _check_port("TCP port 2271", socket.SOCK_STREAM, 2271),
               _check_port("UDP port 2269", socket.SOCK_DGRAM, 2269)]
     if options.json:
@@ -11149,7 +11166,15 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
         _say(f"waiting to be admitted: the status page at {client.base_url} shows the code "
              f"{reply['code']}, or type there: povfarm.py admit {reply['code']}")
     projects = Cache(cache, options.cache_size, own, near)
-    return Worker(own, engine, launcher, projects, cores, options.until_idle)
+    bounds = Bounds(None if options.unconfined else (), options.memory or total_memory())
+    return Worker(own, engine, launcher, projects, cores, options.until_idle, bounds=bounds)
+
+
+def _why_unconfined(options: Options) -> str:
+    """Return why this computer does not confine renders, nothing when it does."""
+    if options.unconfined:
+        return "--unconfined was given"
+    return "" if landlock_abi() else "this system cannot confine them (it has no Landlock)"
 
 
 class _Token:
@@ -11381,6 +11406,58 @@ def _check_povray(program: str) -> tuple[str, bool, str]:
         return "POV-Ray", False, (f"{engine.version} at {engine.program}, but its include files "
                                   "are not found: install povray-includes")
     return "POV-Ray", True, f"{engine.version} at {engine.program}"
+
+
+# What every program may do and a render may not; "end" tells that all of it was tried.
+_TRIES = """
+import os, socket, sys
+for what, attempt in (
+        ("read your files", lambda: open(sys.argv[1])),
+        ("write your files", lambda: open(sys.argv[1], "a")),
+        ("use the network", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+        ("connect", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[2])))),
+        ("start programs", lambda: os.fork() or os._exit(0))):
+    try:
+        attempt()
+        print(what)
+    except OSError:
+        pass
+print("end")
+"""
+
+
+def _check_confinement(program: str) -> tuple[str, bool, str]:
+    """Start a program that tries everything, and POV-Ray, as renders are started."""
+    name = "confinement"
+    if sys.platform != "linux":
+        return name, True, "not on this system: work only for farms whose people you trust"
+    launcher = make_launcher()
+    with tempfile.TemporaryDirectory(prefix="povfarm-") as scratch, socket.create_server(
+            ("127.0.0.1", 0)) as server:
+        private, place = Path(scratch, "private"), Path(scratch, "run")
+        private.touch()
+        place.mkdir()
+        try:
+            python = tuple({sys.prefix, sys.base_prefix})
+            argv = [sys.executable, "-I", "-S", "-c", _TRIES, str(private),
+                    str(server.getsockname()[1])]
+            got = list(launcher.start(argv, place, {}, Bounds(python)).lines())
+            engine = locate_engine(program)
+            told = list(launcher.start(
+                (engine.program, "--version"), place, {"HOME": str(place)},
+                Bounds(engine.parts())).lines())
+        except UserError:
+            told = ["POV-Ray"]  # the check of POV-Ray says what is wrong with it
+        finally:
+            launcher.close()
+    if got[-1:] != ["end"]:
+        return name, False, f"cannot be tried: {' '.join(got[-1:])}"
+    if len(got) > 1:
+        return name, False, f"a scene can {', '.join(got[:-1])}: work only for people you trust"
+    if not any("POV-Ray" in line for line in told):
+        return name, False, f"POV-Ray does not start so: {' '.join(told[-1:])} (see --unconfined)"
+    return name, True, (f"Landlock {landlock_abi()}: a scene can read and write only its own "
+                        "files, and has no network")
 
 
 def _check_disk(data: Path) -> tuple[str, bool, str]:

@@ -6,20 +6,26 @@ what succeeds when it is free proves something when it is refused.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import socket
 import struct
+import subprocess
 import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
-from conftest import need
+from conftest import ROOT, need
 from test_engines import make_run
+from test_farm import SMALL, Farm, environment, pixels, project, run
 
+import povfarm
 from povfarm import (
     Bounds,
     Engine,
@@ -288,3 +294,122 @@ def test_a_hostile_scene_achieves_nothing(
     assert confined.changed == [] and MARK not in confined.text
     if EVIL[name].says:
         assert EVIL[name].says in confined.text and confined.code == 1
+
+
+# --- limits
+
+def test_a_file_that_grows_without_end_is_ended(
+        povray: str, launcher: Launcher, tmp_path: Path) -> None:
+    (tmp_path / "s.pov").write_text('#fopen F "f.txt" write #while (1) #write (F, "0123456789") #end')
+    process = launcher.start(
+        (povray, "s.pov", "-D"), tmp_path, {"HOME": str(tmp_path)}, Bounds((), 0, 2_000_000))
+    timer = threading.Timer(30, process.kill)
+    timer.start()
+    list(process.lines())
+    timer.cancel()
+    assert process.wait().code == -signal.SIGXFSZ
+    assert (tmp_path / "f.txt").stat().st_size == 2_000_000
+
+
+def test_a_big_picture_keeps_its_pixels_in_the_runs_own_directory(
+        povray: str, launcher: Launcher, tmp_path: Path) -> None:
+    """POV-Ray puts those that do not fit into Max_Image_Buffer_Memory into a file."""
+    evil = Evil("", "", (("Max_Image_Buffer_Memory", "1"), ("Width", "600"), ("Height", "400")))
+    free, confined = (run_scene(launcher, tmp_path / str(number), evil, bool(number), b"")
+                      for number in range(2))
+    assert free.code == confined.code == 0
+    assert "configuration file" not in free.text + confined.text  # the run has its own
+    one, other = (sorted(tmp_path.glob(f"{number}/run/*.png")) for number in range(2))
+    assert [pixels(path) for path in one] == [pixels(path) for path in other] != []
+
+
+# --- a whole farm
+
+READ_PRIVATE = HEAD + '''#declare Name = concat("%s/pri", "vate.inc");
+#include Name
+'''
+# POV-Ray tells of the first that memory is at its end, of the second nothing.
+EAT_WORDS = HEAD + '#declare S = "word"; #while (1) #declare S = concat(S, S); #end'
+EAT_SPHERES = HEAD + "union { #while (1) sphere { 0, 1 } #end }"
+
+
+def test_render_says_what_a_hostile_scene_may_not(povray: str, tmp_path: Path) -> None:
+    (tmp_path / "private.inc").write_text(f'#debug "{MARK}\\n"')
+    place = project(tmp_path, READ_PRIVATE % tmp_path)
+    free = run(tmp_path, "render", "scene.pov", *SMALL, "--unconfined", cwd=place)
+    assert free.returncode == 0 and (place / "scene.png").exists()
+    (place / "scene.png").unlink()
+    confined = run(tmp_path, "render", "scene.pov", *SMALL, cwd=place)
+    assert confined.returncode == 1 and "private.inc" in confined.stderr
+    assert MARK not in confined.stderr and not (place / "scene.png").exists()
+
+
+def test_a_worker_outlives_hostile_scenes(povray: str, tmp_path: Path) -> None:
+    (tmp_path / "private.inc").write_text(f'#debug "{MARK}\\n"')
+    farm = Farm(tmp_path)
+    try:
+        farm.work("--cores", "1", "--memory", "100M")
+        place = project(tmp_path, READ_PRIVATE % tmp_path)
+        scenes = {"scene": "", "words": EAT_WORDS, "spheres": EAT_SPHERES, "good": HEAD}
+        for name, text in scenes.items():
+            if text:
+                (place / f"{name}.pov").write_text(text)
+        jobs = [farm.submit(place, f"{name}.pov", *SMALL) for name in scenes]
+        assert farm.finished(jobs.pop())["state"] == "done"
+        for job in jobs:
+            assert farm.finished(job)["state"] == "failed"
+        for job in jobs[1:]:
+            assert "needed more than 100 MB of memory" in json.dumps(farm.job(job))
+        read = run(tmp_path, "logs", str(jobs[0]), "0", cwd=tmp_path).stdout
+        assert "private.inc" in read and MARK not in read
+        farm.check()
+    finally:
+        farm.close()
+
+
+# --- what this computer can
+
+def test_doctor_tries_it(launcher: Launcher, povray: str, capsys: pytest.CaptureFixture[str],
+                         monkeypatch: pytest.MonkeyPatch) -> None:
+    def confinement() -> Dict[str, Any]:
+        povfarm.main(["doctor", "--json"])
+        checks = json.loads(capsys.readouterr().out)
+        return {check["check"]: check for check in checks}["confinement"]
+
+    check = confinement()
+    assert check["good"] and f"Landlock {landlock_abi()}" in check["text"]
+    monkeypatch.setattr(povfarm, "landlock_abi", int)  # a kernel that has none
+    check = confinement()
+    assert not check["good"] and "a scene can read your files, write your files" in check["text"]
+
+WITHOUT_LANDLOCK = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import povfarm
+povfarm.landlock_abi = lambda: 0
+sys.exit(povfarm.main())
+"""
+
+
+def work_without_landlock(tmp_path: Path, *args: str) -> "subprocess.CompletedProcess[str]":
+    """Run a worker as on a system without Landlock, with another user's data directory."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_LANDLOCK, str(ROOT), "work", "--until-idle", *args],
+        env={**environment(tmp_path), "POVFARM_DATA": str(tmp_path / "guest")}, text=True,
+        capture_output=True, timeout=60, check=False)
+
+
+def test_without_a_key_nothing_is_rendered_unconfined(povray: str, tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    try:
+        server = ("--server", f"http://127.0.0.1:{farm.port}")
+        refused = work_without_landlock(tmp_path, *server)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+        assert "--key" in refused.stderr and "--unconfined" in refused.stderr
+        key = (tmp_path / "farm" / "farm.key").read_text()
+        known = work_without_landlock(tmp_path, *server, "--key", key)
+        assert known.returncode == 0 and "no Landlock" in known.stderr
+        told = work_without_landlock(tmp_path, *server, "--key", key, "--unconfined")
+        assert told.returncode == 0 and "--unconfined was given" in told.stderr
+    finally:
+        farm.close()

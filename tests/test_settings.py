@@ -20,12 +20,14 @@ SAMPLES: Dict[str, Any] = {
     "lease-time": "1m30s", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
     "max-workers": "2", "retries": "5", "slices": "7", "radiosity": "off", "apng": "film.png",
     "video": "film.mp4", "fps": "30000/1001",
+    "memory": "2G",
 }
 VALUES: Dict[str, Any] = {
     "data": Path("farm"), "root": Path("scenes"), "output": Path("out"), "port": 8080,
     "discovery-port": 8081, "lease-time": 90.0, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "radiosity": "off",
     "apng": Path("film.png"), "video": Path("film.mp4"), "fps": Fraction(30000, 1001),
+    "memory": 2 * 10**9,
 }
 
 
