@@ -54,7 +54,6 @@ import hashlib
 import hmac
 import html
 import http.client
-import http.server
 import io
 import ipaddress
 import itertools
@@ -69,6 +68,7 @@ import random
 import re
 import secrets
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -108,7 +108,7 @@ try:
     import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = resource = None  # type: ignore[assignment]
 
 
 # === 1. BASE =================================================================
@@ -3715,6 +3715,7 @@ def _address_towards(address: str) -> str:
 
 ROLES = ("anyone", "reader", "user", "pending", "worker", "admin")
 BODY_LIMIT = 1 << 20  # bytes that a request's body may have where its route says nothing
+_SOON = 0.02  # seconds that a thread stays with a connection for its next request
 _DRAIN_LIMIT = 1 << 16  # an unread body up to this size is read away to keep the connection
 
 
@@ -3730,13 +3731,25 @@ class Identity:
     worker: int | None = None
     name: str = ""
 
+    @property
+    def trusted(self) -> bool:
+        """Whether somebody has let this one in: it may do more than look or ask to join."""
+        return bool(self.roles - {"reader", "pending"})
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What one connection, or all of them, may cost; bytes and seconds."""
+    """What one connection, or all of them, may cost; bytes and seconds.
 
-    connections: int = 256
-    head_bytes: int = 32768
+    Requests of strangers, as many as there may be, leave threads for those who
+    were let in.
+    """
+
+    connections: int = 20_000
+    threads: int = 1000  # requests under way,
+    strangers: int = 128  # those of strangers,
+    strangers_each: int = 32  # and of strangers from one address
+    head_bytes: int = 16384
     head_fields: int = 100
     head_seconds: float = 20.0
     body_seconds: float = 30.0  # a body may take this long, and
@@ -3803,7 +3816,8 @@ class Request:
 
     ``params`` holds what the route's wildcards matched; ``secure`` says that it
     came over TLS. ``alive()`` is False once the client has gone or the server is
-    stopping: a handler that waits looks at it now and then.
+    stopping: a handler that waits looks at it now and then. ``enter`` is told who
+    it is from, and refuses it when there are too many.
     """
 
     method: str
@@ -3816,6 +3830,7 @@ class Request:
     params: Mapping[str, Any] = field(default_factory=dict)
     secure: bool = False
     alive: Callable[[], bool] = lambda: True
+    enter: Callable[[Identity], None] = lambda identity: None
 
     def json(self, limit: int = BODY_LIMIT) -> Any:
         """Return the JSON body; ``ProtocolError`` 415, 413 or 400 when it is none."""
@@ -4065,6 +4080,7 @@ class Router:
         request.body.limit = bound.route.max_body
         request.identity = self._authenticate(request)
         if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
+            request.enter(request.identity)
             return bound.handler(request)
         if request.identity.name:
             raise ProtocolError(403, f"this needs the role '{bound.route.role}'")
@@ -4081,31 +4097,38 @@ class Router:
                                     f"{name!r}: start it with --host NAME")
 
 
-class Server(http.server.HTTPServer):
-    """Serves a ``Router`` on a TCP port, one thread to a connection.
+class Server:
+    """Serves a ``Router`` on a TCP port.
 
-    Port 0 picks a free one; ``port`` tells which. A port or an address that
-    cannot be had is a ``UserError``. What http.server does with a connection
-    is replaced: its limits, its parser and its logging are not for a farm.
+    One thread holds every connection from which no whole head of a request has
+    come yet, so ten thousand that are idle or slow cost memory only; a request
+    gets a thread. The connection that has been idle for longest makes room for
+    a new one. Port 0 picks a free one; ``port`` tells which. A port or an
+    address that cannot be had is a ``UserError``.
     """
-
-    request_queue_size = 128
 
     def __init__(self, router: Router, host: str, port: int,
                  tls: ssl.SSLContext | None = None, limits: Limits | None = None) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.router = router
         self.tls = tls
         self.limits = limits or Limits()
         self.stopping = threading.Event()
-        self.changed = threading.Condition()  # held to touch connections
-        self.connections: set[_Connection] = set()
+        self.changed = threading.Condition()  # held to touch what follows
+        self.connections: set[_Connection] = set()  # all that are open
+        self._ready: collections.deque[_Connection] = collections.deque()  # for a thread
+        self._served: collections.deque[_Connection] = collections.deque()  # to be held again
+        self._threads = 0
+        self._strangers: collections.Counter[str] = collections.Counter()  # by address
+        self._held: dict[_Connection, None] = {}  # of the holding thread; idle longest first
         try:
-            super().__init__((host, port), http.server.BaseHTTPRequestHandler)
+            self._listener = _listen(host, port)
         except OSError as error:
             raise UserError(_cannot_listen(host, port, error)) from error
-        self.port: int = self.server_address[1]
-        self._thread = threading.Thread(target=self._accept, name="http", daemon=True)
+        self.port: int = self._listener.getsockname()[1]
+        self._most = min(self.limits.connections, _descriptors(self.limits.connections))
+        self._wakee, self._waker = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._thread = threading.Thread(target=self._hold_all, name="http", daemon=True)
 
     def start(self) -> None:
         """Begin to answer, in a thread of its own."""
@@ -4113,129 +4136,343 @@ class Server(http.server.HTTPServer):
 
     def stop(self) -> None:
         """Take no more requests, let those that run end, close all connections."""
-        self.stopping.set()
-        if self._thread.is_alive():
-            # A connection wakes it; serve_forever would look at a flag for ever instead.
-            host = str(self.server_address[0])
-            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-            with contextlib.suppress(OSError):
-                socket.create_connection((host, self.port), 1).close()
-            self._thread.join(1)
-        self.server_close()
         with self.changed:
-            for connection in self.connections:
-                if connection.idle:
-                    connection.cut()
+            self.stopping.set()
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(self.limits.stop_seconds)
+        for one in (self._listener, self._wakee, self._waker, self._selector):
+            one.close()
+        with self.changed:
             # Not by a Clock: these are threads in system calls.
             self.changed.wait_for(self._all_closed, self.limits.stop_seconds)
             for connection in self.connections:
                 connection.cut()
 
-    def server_bind(self) -> None:
-        """Bind; unlike the inherited one without asking the DNS for our name, which may stall."""
-        if os.name != "nt":  # there the option would let two programs share the port
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+    @property
+    def crowded(self) -> bool:
+        """Whether there is so much to do that no thread may wait for what may come."""
+        return (self._threads > self.limits.threads // 2 or self.stopping.is_set()
+                or len(self.connections) > self._most // 2)
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection."""
-        try:
-            return super().get_request()
-        except OSError:
-            time.sleep(0.05)  # out of descriptors: the selector would call again at once
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread; drop it when there are too many."""
-        connection = _Connection(self, request, client_address[0])
+    def enter(self, remote: str) -> None:
+        """Count a request of a stranger; ``ProtocolError`` 503 when too many are under way."""
         with self.changed:
-            if len(self.connections) >= self.limits.connections:
-                log.warning("too many connections: one from %s is dropped", client_address[0])
-                request.close()
-                return
-            threading.Thread(target=connection.serve, name="http client", daemon=True).start()
-            self.connections.add(connection)
+            if (self._strangers[remote] >= self.limits.strangers_each
+                    or sum(self._strangers.values()) >= self.limits.strangers):
+                raise ProtocolError(503, "too many requests at a time: try again in a moment",
+                                    Retry_After="1")
+            self._strangers[remote] += 1
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log that a connection could not be served."""
-        log.exception("a connection from %s could not be served", client_address)
+    def leave(self, remote: str) -> None:
+        """Forget a request that ``enter`` has counted."""
+        with self.changed:
+            self._strangers[remote] -= 1
+            if not self._strangers[remote]:
+                del self._strangers[remote]
+
+    # --- the thread that holds the connections
+
+    def _hold_all(self) -> None:
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wakee, selectors.EVENT_READ)
+        limits, looked = self.limits, time.monotonic()
+        pause = min(1.0, limits.head_seconds, limits.idle_seconds, limits.linger_seconds)
+        while not self.stopping.is_set():
+            for key, _ in self._selector.select(pause if self._held else None):
+                if key.data in self._held:  # it may have had to make room meanwhile
+                    self._step(key.data, key.data.fill)
+                elif key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj is self._wakee:
+                    self._wakee.recv(BUFFER)
+            while self._served:
+                self._hold(self._served.popleft())
+            now = time.monotonic()
+            if now - looked >= pause:
+                looked = now
+                for connection in [one for one in self._held if one.deadline < now]:
+                    self._step(connection, connection.too_late)
+        for connection in (*self._held, *self._served):
+            connection.close()
 
     def _accept(self) -> None:
-        while not self.stopping.is_set():
-            self.handle_request()
+        for _ in range(100):  # and then those that are here already have their turn
+            try:
+                sock, (address, *_) = self._listener.accept()
+                if len(self.connections) >= self._most and not self._make_room():
+                    sock.close()
+                    raise OSError(f"there are {self._most} already, and all are busy")
+                connection = _Connection(self, sock, address)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("a connection cannot be taken: %s", error)
+                if error.errno in (errno.EMFILE, errno.ENFILE) and not self._make_room():
+                    time.sleep(0.05)  # the selector would call again at once
+                return
+            with self.changed:
+                self.connections.add(connection)
+            self._hold(connection)
+
+    def _make_room(self) -> bool:
+        """Close the connection that has been idle for longest; False when all are busy."""
+        oldest = next(iter(self._held), None)
+        if oldest is not None:
+            self._drop(oldest)
+        return oldest is not None
+
+    def _hold(self, connection: _Connection) -> None:
+        self._held[connection] = None
+        connection.rest()
+        self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+        self._step(connection, connection.fill)
+
+    def _step(self, connection: _Connection, step: Callable[[], bool]) -> None:
+        """Go on with a held connection, which ends it or gives it a thread."""
+        try:
+            if step():
+                self._let_go(connection)
+                self._ready.append(connection)
+                self._need_thread()
+        except OSError as error:
+            log.debug("%s: connection ended: %s", connection.remote, error)
+            self._drop(connection)
+        except Exception:
+            log.exception("%s: connection failed", connection.remote)
+            self._drop(connection)
+
+    def _let_go(self, connection: _Connection) -> None:
+        del self._held[connection]
+        self._selector.unregister(connection.sock)
+
+    def _drop(self, connection: _Connection) -> None:
+        self._let_go(connection)
+        connection.close()
+
+    # --- the threads that serve requests
+
+    def _need_thread(self) -> None:
+        with self.changed:
+            if self._threads >= self.limits.threads:
+                return  # the next that has served its request takes it
+            self._threads += 1
+        try:
+            threading.Thread(target=self._serve, name="http request", daemon=True).start()
+        except RuntimeError:
+            log.exception("no more threads can be started")
+            with self.changed:
+                self._threads -= 1
+
+    def _serve(self) -> None:
+        while True:
+            with self.changed:
+                if not self._ready:
+                    self._threads -= 1
+                    return
+                connection = self._ready.popleft()
+            more = connection.serve()
+            with self.changed:
+                more = more and not self.stopping.is_set()
+                if more:
+                    self._served.append(connection)
+            if more:
+                self._wake()
+            else:
+                connection.close()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._waker.send(b"\0")
 
     def _all_closed(self) -> bool:
         return not self.connections
 
 
 class _Connection:
-    """One client: reads its requests, one after the other, and writes the responses."""
+    """One client: reads its requests, one after the other, and writes the responses.
+
+    It is held, in ``fill``, ``too_late`` and ``rest``, which never wait, or it
+    has a thread, in ``serve`` and what that calls.
+    """
 
     def __init__(self, server: Server, sock: socket.socket, remote: str) -> None:
+        self.sock = sock
+        self.remote = remote[7:] if remote.startswith("::ffff:") else remote
+        self.deadline = 0.0  # of what is awaited now, while it is held
         self._server = server
         self._limits = server.limits
-        self._sock = sock
-        self._remote = remote[7:] if remote.startswith("::ffff:") else remote
         self._buffer = bytearray()  # received and not yet used
-        self.idle = True  # nothing is asked at the moment
-
-    def serve(self) -> None:
-        """Answer until one side has had enough."""
-        try:
-            self._open()
-            while self._next_request():
-                pass
-        except OSError as error:
-            log.debug("%s: connection ended: %s", self._remote, error)
-        except Exception:
-            log.exception("%s: connection failed", self._remote)
-        finally:
-            self.close()
+        self._searched = 0  # of the buffer: so far there is no end of a head
+        self._idle = True  # nothing is asked at the moment
+        self._closing = False  # all is said: what still comes is thrown away
+        self._inside = False  # the request under way has been let in,
+        self._counted = False  # and is counted as a stranger's
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._handshake = server.tls is not None
+        if server.tls is not None:
+            sock.settimeout(0)
+            self.sock = server.tls.wrap_socket(sock, server_side=True,
+                                               do_handshake_on_connect=False)
 
     def close(self) -> None:
+        """Close the connection."""
         with self._server.changed:
             self._server.connections.discard(self)
             self._server.changed.notify_all()
-            self._sock.close()
+            self.sock.close()
 
     def cut(self) -> None:
-        """Break the connection; its own thread then closes it."""
+        """Break the connection; the thread that serves it then closes it."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    # --- while it is held
+
+    def rest(self) -> None:
+        """Begin to be held, for as long as the limits allow."""
+        limits = self._limits
+        self._idle = not self._buffer
+        self.deadline = time.monotonic() + (
+            limits.linger_seconds if self._closing else
+            limits.idle_seconds if self._idle and not self._handshake else limits.head_seconds)
+        self.sock.settimeout(0)
+
+    def fill(self) -> bool:
+        """Take in what has come; True when there is a request to serve, ``OSError`` at the end."""
+        try:
+            if self._handshake:
+                self._shake_hands()
+            while not self._has_head():
+                data = self.sock.recv(BUFFER)
+                if not data:
+                    raise ConnectionError("the client has closed it")
+                if self._closing:
+                    continue
+                if self._idle:
+                    self._idle = False
+                    self.deadline = time.monotonic() + self._limits.head_seconds
+                self._buffer += data
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return False
+        except ProtocolError as error:
+            self._refuse(error)
+            return False
+        return True
+
+    def too_late(self) -> bool:
+        """Give up on a client that did not go on in time."""
+        if self._closing or not self._buffer:
+            raise TimeoutError("nothing came for too long")
+        self._refuse(ProtocolError(408, "the request came too slowly"))
+        return False
+
+    def _shake_hands(self) -> None:
+        try:
+            cast(ssl.SSLSocket, self.sock).do_handshake()
+        except ssl.SSLError as error:
+            if error.reason != "HTTP_REQUEST":
+                raise
+            raise ProtocolError(400, "this port speaks TLS: write https://") from error
+        self._handshake = False
+        self.rest()
+
+    def _has_head(self) -> bool:
+        if self._closing:
+            return False
+        while self._buffer[:2] == b"\r\n":  # some clients end a body with a line end
+            del self._buffer[:2]
+        end = _HEAD_END.search(self._buffer, self._searched)
+        if (end.end() if end else len(self._buffer)) > self._limits.head_bytes:
+            raise ProtocolError(431, "the head of the request is too long")
+        self._searched = max(len(self._buffer) - 3, 0)
+        return end is not None
+
+    def _refuse(self, error: ProtocolError) -> None:
+        response = _error_in_json(error)
+        data = _head(response, "Connection: close\r\n") + cast(bytes, response.body)
+        self.sock.settimeout(0)  # it is little enough for the system to take at once
+        send = socket.socket.send if self._handshake else type(self.sock).send
+        send(self.sock, data)
+        self._say_goodbye()
+        self.rest()
+
+    def _say_goodbye(self) -> None:
+        """Send no more, but let the client read what was sent.
+
+        Closing with unread data makes TCP throw away what was sent.
+        """
+        self._closing = True
+        self._buffer.clear()
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+
+    # --- while it has a thread
+
+    def serve(self) -> bool:
+        """Answer what is asked; True when the connection is to be held again."""
+        try:
+            while self._next_request():
+                if not self._has_head() and not self._comes_soon():
+                    return True
+        except ProtocolError as error:
+            # Where the next request would begin is not known now: see RFC 9112, 6.3.
+            with contextlib.suppress(OSError):
+                self._refuse(error)
+        except OSError as error:
+            log.debug("%s: connection ended: %s", self.remote, error)
+        except Exception:
+            log.exception("%s: connection failed", self.remote)
+        return self._closing
+
+    def _comes_soon(self) -> bool:
+        """Wait a moment for the next request, as to be held again costs more time."""
+        if self._server.crowded:
+            return False
+        self.sock.settimeout(_SOON)
+        with contextlib.suppress(socket.timeout, ssl.SSLWantReadError):
+            data = self.sock.recv(BUFFER)
+            if not data:
+                raise ConnectionError("the client has closed it")
+            self._buffer += data
+        return self._has_head()
+
+    def enter(self, identity: Identity) -> None:
+        """Let a request in; ``ProtocolError`` 503 when too many of strangers are under way."""
+        if not self._inside and not identity.trusted:
+            self._server.enter(self.remote)
+            self._counted = True
+        self._inside = True
 
     def alive(self) -> bool:
         """Whether the client still waits and the server is not stopping."""
         if self._server.stopping.is_set():
             return False
-        timeout = self._sock.gettimeout()
-        self._sock.settimeout(0)
+        timeout = self.sock.gettimeout()
+        self.sock.settimeout(0)
         try:
             # Below TLS: there, a client that waits sends nothing but its farewell.
-            data = socket.socket.recv(self._sock, 1, socket.MSG_PEEK)
+            data = socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
             return bool(data) and self._server.tls is None
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:
             return False
         finally:
-            self._sock.settimeout(timeout)
-
-    def receive(self, deadline: float) -> bool:
-        """Take in what comes next; False at the end, ``socket.timeout`` when late."""
-        self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        data = self._sock.recv(BUFFER)
-        self._buffer += data
-        return bool(data)
+            self.sock.settimeout(timeout)
 
     def take(self, size: int, deadline: float) -> bytes:
         """Return 1 to ``size`` bytes of a body; ``ProtocolError`` when none come."""
         try:
             while not self._buffer:
-                if time.monotonic() > deadline:
+                left = deadline - time.monotonic()
+                if left < 0:
                     raise ProtocolError(408, "the body came too slowly")
-                if not self.receive(deadline):
+                self.sock.settimeout(max(left, 0.001))
+                data = self.sock.recv(BUFFER)
+                if not data:
                     raise ProtocolError(400, "the body ended early")
+                self._buffer += data
         except socket.timeout:
             raise ProtocolError(408, "the body came too slowly") from None
         except OSError as error:
@@ -4247,68 +4484,33 @@ class _Connection:
     def go_on(self) -> None:
         """Tell a client that waits with its body to send it."""
         with contextlib.suppress(OSError):  # reading will show it
-            self._sock.settimeout(self._limits.send_seconds)
-            self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def _open(self) -> None:
-        self._sock.settimeout(self._limits.head_seconds)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._server.tls is not None:
-            # Here, not where connections are accepted: a slow handshake holds up only itself.
-            self._sock = self._server.tls.wrap_socket(self._sock, server_side=True)
+            self.sock.settimeout(self._limits.send_seconds)
+            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _next_request(self) -> bool:
-        """Serve one request; False when it was the last of this connection."""
+        """Serve the request whose head is here; False when it was the last."""
+        end = cast("re.Match[bytes]", _HEAD_END.search(self._buffer))
+        head = bytes(self._buffer[: end.start() + 1])
+        del self._buffer[: end.end()]
+        self._searched = 0
         try:
-            head = self._read_head()
-            if head is None:
-                return False
             request, old, last = self._parse(head)
-        except ProtocolError as error:
-            # Where the next request would begin is not known now: see RFC 9112, 6.3.
-            self._send(_error_in_json(error), "", old=False, last=True)
-            self._linger()
-            return False
-        response = self._server.router.handle(request)
-        unread = not self._drained(request)
-        last = last or unread or self._server.stopping.is_set()
-        log.debug("%s %s %r: %d", self._remote, request.method, request.path, response.status)
-        self._send(response, request.method, old, last)
+            response = self._server.router.handle(request)
+            # Who was refused may read and write as slowly as others.
+            with contextlib.suppress(ProtocolError):
+                self.enter(request.identity)
+            unread = not self._drained(request)
+            last = last or unread or self._server.stopping.is_set()
+            log.debug("%s %s %r: %d", self.remote, request.method, request.path, response.status)
+            self.sock.settimeout(self._limits.send_seconds if self._inside else 0)
+            self._send(response, request.method, old, last)
+        finally:
+            if self._counted:
+                self._server.leave(self.remote)
+            self._inside = self._counted = False
         if unread:
-            self._linger()
+            self._say_goodbye()
         return not last
-
-    def _read_head(self) -> bytes | None:
-        """Return a request's lines, without the empty one; None when no request came."""
-        limits = self._limits
-        with self._server.changed:  # so that it is either seen as idle, or sees the stop
-            self.idle = not self._buffer
-            if self._server.stopping.is_set():
-                return None
-        patience = limits.idle_seconds if self.idle else limits.head_seconds
-        deadline = time.monotonic() + patience
-        searched = 0
-        try:
-            while True:
-                while self._buffer[:2] == b"\r\n":  # some clients end a body with a line end
-                    del self._buffer[:2]
-                end = _HEAD_END.search(self._buffer, searched)
-                if (end.end() if end else len(self._buffer)) > limits.head_bytes:
-                    raise ProtocolError(431, "the head of the request is too long")
-                if end:
-                    head = bytes(self._buffer[: end.start() + 1])
-                    del self._buffer[: end.end()]
-                    return head
-                searched = max(len(self._buffer) - 3, 0)
-                if not self.receive(deadline):
-                    return None
-                if self.idle:
-                    self.idle = False
-                    deadline = time.monotonic() + limits.head_seconds
-        except socket.timeout:
-            if self._buffer:
-                raise ProtocolError(408, "the request came too slowly") from None
-            return None
 
     def _parse(self, head: bytes) -> tuple[Request, bool, bool]:
         """Return the request, whether it is HTTP/1.0, whether it is to be the last."""
@@ -4329,7 +4531,7 @@ class _Connection:
         body = _WireBody(self, length, self._limits, expects)
         request = Request(
             method, _decode(path), _fields(query), headers, BodyReader(body.read, length),
-            self._remote, secure=self._server.tls is not None, alive=self.alive,
+            self.remote, secure=self._server.tls is not None, alive=self.alive, enter=self.enter,
         )
         return request, old, old or "close" in headers.get("connection", "").lower()
 
@@ -4337,7 +4539,7 @@ class _Connection:
         """Read away the little that a handler left of a body; False when it is not little."""
         body = request.body
         awaited = "expect" in request.headers and not body.received  # it may never be sent
-        if body.finished or body.broken or awaited:
+        if body.finished or body.broken or awaited or not self._inside:
             return body.finished
         body.limit = body.received + _DRAIN_LIMIT
         with contextlib.suppress(ProtocolError):
@@ -4351,14 +4553,13 @@ class _Connection:
             if isinstance(body, Stream) and not old:
                 extra += "Transfer-Encoding: chunked\r\n"
             head = _head(response, extra)
-            self._sock.settimeout(self._limits.send_seconds)
             if isinstance(body, bytes):
-                self._sock.sendall(head if method == "HEAD" else head + body)
+                self.sock.sendall(head if method == "HEAD" else head + body)
             elif method == "HEAD":
-                self._sock.sendall(head)
+                self.sock.sendall(head)
             elif isinstance(body, FileSlice):
-                self._sock.sendall(head)
-                if self._sock.sendfile(body.file, body.start, body.length) != body.length:
+                self.sock.sendall(head)
+                if self.sock.sendfile(body.file, body.start, body.length) != body.length:
                     raise OSError("the file became shorter while it was sent")
             else:
                 self._send_stream(head, body, old)
@@ -4369,27 +4570,16 @@ class _Connection:
         for chunk in body:
             if chunk:
                 data = chunk if old else b"%x\r\n%b\r\n" % (len(chunk), chunk)
-                self._sock.sendall(head + data)
+                self.sock.sendall(head + data)
             elif head:
-                self._sock.sendall(head)
+                self.sock.sendall(head)
             elif not self.alive():
                 raise OSError("nobody listens to the stream")
             head = b""
             if self._server.stopping.is_set():
                 raise OSError("the server is stopping")
         if not old:
-            self._sock.sendall(b"0\r\n\r\n")
-
-    def _linger(self) -> None:
-        """Close in a way that lets a client that is still sending read the response.
-
-        Closing with unread data makes TCP throw away what was sent.
-        """
-        deadline = time.monotonic() + self._limits.linger_seconds
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-            while time.monotonic() < deadline and self.receive(deadline):
-                self._buffer.clear()
+            self.sock.sendall(b"0\r\n\r\n")
 
 
 class _WireBody:
@@ -4630,12 +4820,35 @@ def _file_part(file: BinaryIO, start: int, end: int, status: int,
         return Response(status, headers, file.read(end - start))
 
 
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    both = host == "::" and socket.has_dualstack_ipv6()
+    listener = socket.create_server((host, port), family=family, backlog=1024,
+                                    dualstack_ipv6=both)
+    listener.settimeout(0)
+    return listener
+
+
+def _descriptors(wanted: int) -> int:
+    """Return how many connections this process can have; it asks the system for what is missing."""
+    if resource is None:
+        return 450  # what select() takes on Windows is 512
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted + 256  # files and whatever else
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if most > soft != resource.RLIM_INFINITY:
+        with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    return max(soft - 256 if soft != resource.RLIM_INFINITY else wanted, 16)
+
+
 def _cannot_listen(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is in use: is another povfarm running here? choose another with --port"
     if error.errno == errno.EACCES:
         return f"port {port} needs administrator rights: choose one above 1023 with --port"
-    return f"cannot listen on {host} port {port}: {error.strerror or error}"
+    return f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
 
 
 # === 9. STORE ================================================================

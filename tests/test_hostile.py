@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+import load
+import pytest
 from conftest import need, run_povray
 from farm_in_a_box import manifest, png
 from test_pages import Recorder, chromium
@@ -130,3 +133,14 @@ def test_no_name_and_no_message_runs_in_a_real_browser(povray: str, tmp_path: Pa
                   "declare", "owner", "scene"):
         for payload in PAYLOADS[:ROOM.get(where)]:
             assert " ".join((payload % where).split()) in shown.replace("\u2215", "/"), where
+
+
+# --- many who come and say little; the long form is load.py
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other addresses of loopback, and /proc")
+def test_a_worker_is_served_beside_hundreds_of_idle_and_slow_strangers(tmp_path: Path) -> None:
+    figures = load.measure(tmp_path, 300, tls=False, rounds=5)
+    assert figures["held"] == 300
+    assert figures["lease_seconds_most"] < 1 and figures["memory"] < 300e6
+    # Were it a thread for each: 300 more than the 20 MB or so that Python itself takes.
+    assert figures["memory"] - figures["memory_before"] < 10e6

@@ -723,14 +723,94 @@ def test_ipv6_is_served_and_ipv4_clients_of_it_keep_their_address() -> None:
             assert b'"remote":"::1"' in until_closed(sock)
 
 
-def test_connections_above_the_limit_are_dropped() -> None:
-    with serving(Pages(), connections=1) as server, connect(server) as first:
-        first.sendall(GOOD.replace(b"Connection: close\r\n", b""))
-        assert statuses(first.recv(1000)) == [200]
-        with connect(server) as second:
+def test_the_connection_that_is_idle_for_longest_makes_room() -> None:
+    keep = GOOD.replace(b"Connection: close\r\n", b"")
+    with serving(Pages(), connections=2) as server, connect(server) as first, \
+            connect(server) as second:
+        for sock in (first, second, first):  # the first has asked last
+            sock.sendall(keep)
+            assert statuses(sock.recv(1000)) == [200]
+        with connect(server) as third:
+            third.sendall(keep)
+            assert statuses(third.recv(1000)) == [200]
             assert second.recv(1) == b""
-        first.sendall(GOOD)
-        assert statuses(until_closed(first)) == [200]
+            first.sendall(GOOD)
+            assert statuses(until_closed(first)) == [200]
+
+
+def test_a_request_under_way_makes_no_room() -> None:
+    pages = Pages()
+    with serving(pages, connections=1) as server, connect(server) as first:
+        first.sendall(b"GET /poll HTTP/1.1\r\n" + HOST + b"\r\n")
+        assert pages.entered.wait(10)
+        with connect(server) as second, contextlib.suppress(ConnectionError):
+            assert second.recv(1) == b""
+        assert server.connections
+
+
+def test_strangers_leave_threads_for_those_who_were_let_in() -> None:
+    doors = Slow()
+    server = Server(Router(doors, authenticate=known), "127.0.0.1", 0,
+                    limits=Limits(strangers=3, strangers_each=2))
+    server.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            def ask(path: str, who: str, source: str = "127.0.0.1") -> socket.socket:
+                sock = stack.enter_context(socket.create_connection(
+                    ("127.0.0.1", server.port), 10, (source, 0)))
+                sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: {who}\r\n"
+                             "\r\n".encode())
+                return sock
+
+            for number in range(2):
+                ask("/wait", ("reader", "pending")[number])
+                assert doors.entered.acquire(timeout=10)
+            assert statuses(ask("/wait", "reader").recv(1000)) == [503]
+            assert statuses(ask("/nothing", "reader").recv(1000)) == [404], "it costs nothing"
+            for _ in range(5):  # those who were let in are not counted
+                ask("/wait", "worker")
+                assert doors.entered.acquire(timeout=10)
+            if sys.platform == "linux":  # elsewhere 127.0.0.2 is no address
+                ask("/wait", "reader", "127.0.0.2")
+                assert doors.entered.acquire(timeout=10)
+                assert statuses(ask("/wait", "reader", "127.0.0.3").recv(1000)) == [503]
+            doors.over.set()
+        with server.changed:
+            assert server.changed.wait_for(lambda: not server.connections, 10)
+        assert not server._strangers
+    finally:
+        server.stop()
+
+
+class Slow:
+    """Routes that keep whoever comes until they are told to let go."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Semaphore(0)
+        self.over = threading.Event()
+
+    @route("GET", "/wait", role="anyone")
+    def wait(self, request: Request) -> Response:
+        self.entered.release()
+        self.over.wait(30)
+        return povfarm.empty_response()
+
+
+def test_more_requests_than_threads_take_their_turn() -> None:
+    doors = Slow()
+    server = Server(Router(doors, authenticate=known), "127.0.0.1", 0, limits=Limits(threads=2))
+    server.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(connect(server)) for _ in range(6)]
+            for sock in socks:
+                sock.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert all(doors.entered.acquire(timeout=10) for _ in range(2))
+            assert not doors.entered.acquire(timeout=0.05)
+            doors.over.set()
+            assert [statuses(sock.recv(1000)) for sock in socks] == [[204]] * 6
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -753,8 +833,8 @@ def test_tls_serves_files_and_sees_who_has_gone(certificate: ssl.SSLContext,
     (tmp_path / "a.png").write_bytes(data)
     pages, trusting = Pages(tmp_path), ssl._create_unverified_context()
     with serving(pages, certificate, linger_seconds=0.01, head_seconds=10) as server:
-        with contextlib.suppress(ConnectionError):
-            assert exchange(server, GOOD) == b""  # plain HTTP is no handshake
+        refusal = exchange(server, GOOD)
+        assert statuses(refusal) == [400] and b"https://" in refusal
         connection = http.client.HTTPSConnection(
             "127.0.0.1", server.port, timeout=10, context=trusting)
         for _ in range(2):
@@ -771,3 +851,28 @@ def test_tls_serves_files_and_sees_who_has_gone(certificate: ssl.SSLContext,
             connection.sock.unwrap()  # says goodbye, and does not close yet
         assert pages.ended.wait(10)
         connection.close()
+
+
+def test_a_slow_handshake_holds_up_nobody(certificate: ssl.SSLContext) -> None:
+    trusting = ssl._create_unverified_context()
+    with serving(Pages(), certificate, head_seconds=0.5, linger_seconds=0.01) as server, \
+            connect(server) as silent, connect(server) as noisy, connect(server) as half:
+        noisy.sendall(os.urandom(300))
+        half.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # a record's beginning
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", server.port, timeout=10, context=trusting)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        connection.close()
+        for sock in (noisy, silent, half):  # they are let go in time
+            with contextlib.suppress(ConnectionError):
+                until_closed(sock)
+
+
+def test_requests_that_come_together_in_tls_are_all_answered(certificate: ssl.SSLContext) -> None:
+    with serving(Pages(), certificate) as server:
+        context = ssl._create_unverified_context()
+        with context.wrap_socket(connect(server)) as sock:
+            first = POST + b"Content-Length: 3\r\n\r\none"
+            sock.sendall(first * 3 + GOOD)
+            assert statuses(until_closed(sock)) == [200] * 4

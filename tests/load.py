@@ -1,0 +1,132 @@
+"""Thousands of idle and slow connections beside one honest worker, by hand:
+
+    python tests/load.py --connections 10000 [--tls]
+
+starts a coordinator of its own on loopback, opens the connections (a third says
+nothing, a third sends its head a little at a time, a third has asked once), and
+prints how soon a worker's requests are answered meanwhile, and the coordinator's
+memory. It ends by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import povfarm  # noqa: E402
+
+FILLER = b"X-Filler: " + b"x" * 4000 + b"\r\n"
+WORKER = {"name": "honest", "cores": 1, "memory": 1 << 30, "system": "x",
+          "engines": {"povray": "3.7.0"}, "tags": []}
+
+
+@contextlib.contextmanager
+def coordinator(data: Path, *more: str) -> Iterator[Tuple[int, Dict[str, Any]]]:
+    """A real ``serve`` in a process of its own: its process id, and where it is."""
+    command = [sys.executable, str(ROOT / "povfarm.py"), "serve", "--data", str(data), "--port",
+               "0", "--bind", "127.0.0.1", "--no-discovery", *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as one:
+        try:
+            assert one.stdout is not None
+            assert "is at" in one.stdout.readline()
+            yield one.pid, json.loads((data / "coordinator.json").read_text())
+        finally:
+            one.terminate()
+            one.wait(30)
+
+
+def memory(pid: int) -> int:
+    """The most memory that a process has had, in bytes."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(next(line for line in text.splitlines() if "VmHWM" in line).split()[1])
+
+
+def open_many(port: int, number: int, tls: Optional[ssl.SSLContext]) -> List[socket.socket]:
+    """Strangers, from a few hundred addresses: silent, slow, and done with their request."""
+    socks = []
+    for index in range(number):
+        source = (f"127.1.{index // 50 // 250}.{index // 50 % 250 + 1}", 0)
+        sock = socket.create_connection(("127.0.0.1", port), 30, source)
+        if tls is not None and index % 3:
+            sock = tls.wrap_socket(sock)
+        if index % 3 == 1:
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n" + FILLER)
+        elif index % 3 == 2:
+            sock.sendall(b"GET /favicon.svg HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        socks.append(sock)
+    return socks
+
+
+def still_open(socks: List[socket.socket]) -> int:
+    """How many the coordinator has not closed; slow ones send a little more."""
+    count = 0
+    for index, sock in enumerate(socks):
+        with contextlib.suppress(OSError):
+            if index % 3 == 1:
+                sock.sendall(b"X-More: y\r\n")
+            sock.settimeout(0)
+            try:
+                count += bool(socket.socket.recv(sock, 1, socket.MSG_PEEK))
+            except BlockingIOError:
+                count += 1
+            sock.settimeout(30)
+    return count
+
+
+def measure(data: Path, number: int, tls: bool, rounds: int = 20) -> Dict[str, float]:
+    """Open so many connections; return what a worker sees, in seconds, and the memory."""
+    with coordinator(data, *(["--tls", "auto"] if tls else [])) as (pid, note):
+        key = (data / "farm.key").read_text().strip()
+        context = ssl._create_unverified_context() if tls else None
+        url = povfarm.urllib.parse.urlsplit(note["url"])
+        before = memory(pid)
+        began = time.monotonic()
+        socks = open_many(url.port or 0, number, context)
+        opened = time.monotonic() - began
+        client = povfarm.Client(note["url"], key, fingerprint=note.get("pin", ""), retry_for=0)
+        client.token = client.request("POST", "/api/v1/workers", json=WORKER).json()["token"]
+        times = []
+        for _ in range(rounds):
+            client.close()  # each comes with a new connection: that must be had, too
+            began = time.monotonic()
+            offer = {"want": 1, "slots": 1, "idle": 1, "wait": 0}
+            client.request("POST", "/api/v1/lease", json=offer, timeout=30)
+            times.append(time.monotonic() - began)
+        held = still_open(socks)
+        for sock in socks:
+            sock.close()
+        return {"connections": number, "held": held, "opened_seconds": round(opened, 2),
+                "lease_seconds_median": round(sorted(times)[rounds // 2], 4),
+                "lease_seconds_most": round(max(times), 4),
+                "memory_before": before, "memory": memory(pid)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--connections", type=int, default=10_000)
+    parser.add_argument("--tls", action="store_true")
+    options = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (
+        resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    with tempfile.TemporaryDirectory(prefix="povfarm-load-") as scratch:
+        figures = measure(Path(scratch), options.connections, options.tls)
+    print(json.dumps(figures, indent=1))
+    good = figures["lease_seconds_most"] < 1 and figures["memory"] < 300e6
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
