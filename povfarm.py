@@ -5515,10 +5515,11 @@ class Tx:
 
     def add_part(self, frame: Row, kind: TaskKind, top: int, bottom: int) -> Row:
         """Add a queued slice or pass below a frame and return it."""
-        low, high = self._db.execute(
-            "SELECT MIN(slice), MAX(slice) FROM task WHERE job = :job AND frame = :frame",
+        passes, slices = self._db.execute(
+            """SELECT MIN(slice) - 1, MAX(slice) + 1 FROM task
+               WHERE job = :job AND frame = :frame""",
             {"job": frame["job"], "frame": frame["frame"]}).fetchone()
-        number = low - 1 if kind is TaskKind.PASS else high + 1
+        number = passes if kind is TaskKind.PASS else slices
         cursor = self._db.execute(
             """INSERT INTO task (job, frame, slice, name, state, parent, kind, top, bottom)
                VALUES (:job, :frame, :number, :name, 'queued', :id, :kind, :top, :bottom)""",
