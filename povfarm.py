@@ -7706,10 +7706,12 @@ class Pages:
             first = _query_digits(request, "from")
             chosen = [self._api.frame_view(tx, task, {}) for index, task in enumerate(tasks)
                       if size == 1 or tasks[index - index % size]["frame"] == first]
+            growing = [self._api.frame_view(tx, task, {}) for task in tx.frames_to_cut(row["id"])]
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
             request, " · ".join([*_progress_title([view]), view["name"]]),
-            element("div", _picture(view, newest, "large"), element(
+            element("div", _growing(view, growing[0]) if growing
+                    else _picture(view, newest, "large"), element(
                 "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
                 _figures(view), _warnings(view), self._buttons(request, view),
                 _job_links(view, newest)), class_="stage"),
@@ -7736,7 +7738,8 @@ class Pages:
             request, f"Frame {number} · {row['name']}",
             element("h1", element("a", row["name"], href=address)),
             element("p", f"{_frame_name(view, number)} ", _badge(frame["state"]), class_="lead"),
-            _picture(view, task, "large") if frame["state"] == TaskState.DONE else None,
+            _picture(view, task, "large") if frame["state"] == TaskState.DONE else
+            _growing(view, frame) if "slices" in frame else None,
             _frame_facts(frame),
             element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
                             for to in near], class_="links"),
@@ -8026,6 +8029,26 @@ def _picture(view: View, task: Row | None, kind: str = "") -> Html:
                    class_=f"picture {kind}")
 
 
+def _growing(view: View, frame: View) -> Html:
+    """Return a frame as far as its slices are there, each in its place."""
+    shown = PurePosixPath(frame["name"]).suffix.lower() in BROWSER_TYPES
+    parts = []
+    for part in frame["slices"]:
+        place = {"x": 0, "y": part["top"], "width": view["width"],
+                 "height": part["bottom"] - part["top"]}
+        if part["state"] == TaskState.DONE and shown:
+            address = f"/api/v1/jobs/{view['id']}/slices/{part['id']}/image"
+            parts.append(element("image", href=address, **place))
+        else:
+            words = f"rows {part['top']} to {part['bottom'] - 1}: {part['state']} {part['worker']}"
+            parts.append(element("rect", element("title", words), class_=part["state"], **place))
+    done = sum(part["state"] == TaskState.DONE for part in frame["slices"])
+    return element("div", element(
+        "svg", parts, viewBox=f"0 0 {view['width']} {view['height']}", role="img",
+        aria_label=f"{_frame_name(view, frame['frame'])}, {done} slices of it finished"),
+        class_="picture large")
+
+
 def _job_card(view: View, newest: Row | None) -> Html:
     counts = _count_of(view["frames"]["done"], "frame")
     ended = JobState(view["state"]) in FINISHED
@@ -8231,6 +8254,9 @@ a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit; }
 .picture img { display: block; width: 100%; height: 100%; object-fit: contain; }
 .large { min-height: 12rem; aspect-ratio: auto; border-radius: .9rem; }
 .large img { width: auto; height: auto; max-width: 100%; max-height: 80vh; }
+.large svg { display: block; width: 100%; max-height: 80vh; stroke: var(--mat); }
+.large .leased { fill: var(--glow); } .large .queued { fill: var(--line); }
+.large .done { fill: var(--done); } .large .failed { fill: var(--bad); }
 .large + dl { margin-top: 1rem; } .stage .large a, .stage .large img { width: 100%; }
 .board { gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 .board a { color: var(--dim); font-size: .8rem; text-decoration: none; }
@@ -9867,9 +9893,9 @@ class RunState:
         return spent * (1 - part) / part if part else spent
 
     def stop(self) -> None:
-        """End the renderer at once."""
+        """End the renderer, at once unless it is writing the image that it has finished."""
         self.stopped = True
-        if self.process is not None:
+        if self.process is not None and not self.text.traced:
             self.process.kill()
 
 
@@ -10196,7 +10222,7 @@ class Worker:
             if copy_state(source, whole, plan.region, _block_of(plan)).pixels:
                 self.client.request(
                     "PUT", f"/api/v1/leases/{run.lease.id}/tasks/{run.task.id}/state",
-                    body=whole.getvalue(), timeout=60, retry_for=5)
+                    body=whole.getvalue(), timeout=60, retry_for=20)
 
     def _is_cut(self, run: RunState, plan: Run) -> bool:
         """Tell whether the rows that others did not take over seem to be finished."""
@@ -10204,11 +10230,14 @@ class Worker:
         if bottom is None or run.cut or run.task.frame not in run.open:
             return False
         region = plan.region
-        need = (min(bottom, region.bottom) - region.top) / (region.bottom - region.top)
-        # The blocks under way, one a thread, are counted with those above them.
-        slack = run.threads * _block_of(plan) ** 2 / (
-            (region.bottom - region.top) * (region.right - region.left))
-        return run.text.percent >= 100 * (need + slack) and run.text.percent < 97
+        rows = min(bottom, region.bottom) - region.top
+        if not 100 * rows / (region.bottom - region.top) <= run.text.percent < 97:
+            return False
+        # Only the state tells: one thread may be at a block while others are far below it.
+        with contextlib.suppress(OSError), open(
+                replace(plan, frames=(run.task.frame,)).state, "rb") as state:
+            return copy_state(state, None, region, _block_of(plan)).rows >= rows
+        return False
 
     def _shortened(self, run: RunState, plan: Run) -> Run:
         """Return the run that makes the picture of what is finished down to where others began."""
@@ -10243,7 +10272,7 @@ class Worker:
             if run.text.feed(line):
                 self._finish(run, plan, done, run.text.before, measure.frame())
                 run.began = self._clock.monotonic()
-                if self._stopping.is_set():
+                if self._stopping.is_set() or run.stopped:
                     process.kill()
             elif not cut and self._is_cut(run, plan):
                 cut = True
@@ -11213,12 +11242,19 @@ def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
         left = format_duration(job["eta"]) if job["eta"] is not None else ""
         rows.append((
             str(job["id"]), job["name"], job["state"],
-            f"{frames['done']}/{frames['total']}{failed}", f"{100 * job['progress']:.0f} %",
+            f"{frames['done']}/{frames['total']}{failed}{_slices_of(job)}",
+            f"{100 * job['progress']:.0f} %",
             f"{3600 * job['rate']:.0f}/h" if left else "",
             left))
         if job["reason"]:
             rows.append(("", job["reason"], "", "", "", "", ""))
     return _table(rows)
+
+
+def _slices_of(job: Mapping[str, Any]) -> str:
+    """Return how many slices of the frames in work are there, for a line about a job."""
+    slices = job["slices"]
+    return f", {slices['done']}/{slices['total']} slices" if slices["total"] else ""
 
 
 class ProgressBar:
@@ -11253,7 +11289,7 @@ class ProgressBar:
         filled = int(24 * part)
         text = f"{self._name} "
         text += f"[{'#' * filled}{'.' * (24 - filled)}] " if self._terminal else ""
-        text += f"{frames['done']}/{frames['total']} frames {100 * part:3.0f} %"
+        text += f"{frames['done']}/{frames['total']} frames{_slices_of(job)} {100 * part:3.0f} %"
         if frames["failed"]:
             text += f", {frames['failed']} failed"
         if job["eta"] is not None and part > 0:
