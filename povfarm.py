@@ -3581,6 +3581,25 @@ def wait_for_coordinator(key: bytes | None, stop: threading.Event, port: int = D
     return []
 
 
+def listen_for_hints(heard: Callable[[], None], port: int = DISCOVERY_PORT) -> None:
+    """Call ``heard`` whenever a coordinator announces itself on this LAN; for a thread."""
+    with _udp_socket() as hints:
+        try:
+            _share_port(hints, port + 1)
+        except OSError as error:
+            log.debug("no hints from coordinators: %s", error)
+            return
+        while True:
+            try:
+                packet = hints.recv(_PACKET_LIMIT + 1)
+            except OSError as error:
+                log.debug("discovery: %s", error)
+                time.sleep(1)
+                continue
+            if _parse_packet(packet, "hint") is not None:
+                heard()
+
+
 def _wait_for_hint(hints: socket.socket, seconds: float, stop: threading.Event) -> None:
     deadline = time.monotonic() + seconds
     hints.settimeout(_STOP_STEP)
@@ -9123,6 +9142,7 @@ class Client:
         self._retry_for = retry_for
         self._clock = clock or Clock()
         self._transport = transport or Transport(base_url, fingerprint, cafile)
+        self._hurried = 0.0
 
     def request(self, method: str, path: str, *, body: bytes | Path = b"", json: Any = None,
                 headers: Mapping[str, str] | None = None, timeout: float | None = None,
@@ -9152,6 +9172,10 @@ class Client:
         """
         call = self._call("GET", path, {}, b"", timeout=None, stop=stop)
         self._persist(call, retry_for, _Download(to, sha256, limit).take)
+
+    def hurry(self) -> None:
+        """Try at once what waits to be tried again: there may be a coordinator again."""
+        self._hurried = self._clock.monotonic()
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
@@ -9186,9 +9210,22 @@ class Client:
                 raise failure
             level = logging.INFO if longest == _FIRST_DELAY else logging.DEBUG
             log.log(level, "%s (trying again)", failure)
-            call.stop.wait(delay)
-            longest = min(longest * 2, _LONGEST_DELAY)
+            hurried = self._pause(call, delay)
+            longest = _FIRST_DELAY if hurried else min(longest * 2, _LONGEST_DELAY)
         raise ServerGone(f"stopped before {self.base_url} had answered")
+
+
+    def _pause(self, call: Call, seconds: float) -> bool:
+        """Wait until it is time to try again; True when ``hurry`` ended the wait.
+
+        Not at once: anybody can send hints, and many.
+        """
+        start = now = self._clock.monotonic()
+        while now < start + seconds and not call.stop.wait(min(start + seconds - now, _STOP_LOOK)):
+            now = self._clock.monotonic()
+            if self._hurried > start and now > start + _STOP_LOOK:
+                return True
+        return False
 
 
 class _Incoming:
@@ -9253,7 +9290,7 @@ class _Download:
             digest.update(block)
             file.write(block)
         if self._sha256 is not None and digest.hexdigest() != self._sha256:
-            raise FarmError(f"{self._to.name} arrived with other contents than it should have")
+            raise ServerGone(f"{self._to.name} arrived with other contents than it should have")
 
 
 def _split_url(base_url: str) -> urllib.parse.SplitResult:
@@ -9787,6 +9824,9 @@ LEASE_WAIT = 25.0  # seconds that a request for work is held open
 PATIENCE = 60.0  # seconds that a worker that is asked to stop renders on, as it looks
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
 MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
+GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to blame
+MOST_WAITING = 100  # finished frames on their way, beyond which no more work is asked for
+OFFER_TIME = 600.0  # seconds that a frame is offered to a coordinator that makes mistakes with it
 START_SLEEP, FRAME_SLEEP = 0.3, 0.22  # seconds that POV-Ray 3.7 sleeps: at its start, per frame
 
 
@@ -9865,6 +9905,8 @@ class RunState:
         self.text = PovText()
         self.stopped = False
         self.ended = Ended(0, 0.0, 0)
+        self.no_room = False
+        self.free = 0  # bytes on the disk when the renderer started
         self.undelivered = 0
         self.open = {task.frame: task for task in lease.tasks}
         self.bottoms: dict[int, int] = {}  # of tasks whose lower rows others render
@@ -9901,11 +9943,11 @@ class RunState:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A finished frame on its way to the coordinator."""
+    """A finished frame on its way to the coordinator; ``image`` is its file."""
 
     run: RunState
     task: TaskSpec
-    image: bytes
+    image: Path
     bottom: int
     text: str
     cost: Cost
@@ -9947,9 +9989,15 @@ class Cache:
         finally:
             with self._lock:
                 self._using[key] -= 1
-            os.utime(self.root / key)
+            with contextlib.suppress(OSError):  # it may never have come
+                os.utime(self.root / key)
 
-    def _trim(self) -> None:
+    def empty(self) -> None:
+        """Delete every project that is not in use."""
+        with self._lock:
+            self._trim(0)
+
+    def _trim(self, limit: int) -> None:
         """Delete the projects that were not used for longest until the rest fits."""
         projects = sorted(
             (path.stat().st_mtime, path) for path in self.root.iterdir() if path.is_dir())
@@ -9957,7 +10005,7 @@ class Cache:
                  for _, path in projects}
         total = sum(sizes.values())
         for _, path in projects:
-            if total > self.limit and not self._using[path.name]:
+            if total > limit and not self._using[path.name]:
                 shutil.rmtree(path, ignore_errors=True)
                 self._ready.pop(path.name, None)
                 total -= sizes[path]
@@ -9969,7 +10017,7 @@ class Cache:
         except (OSError, ValueError, UserError):
             reply = self._client.request("GET", f"/api/v1/manifests/{key}", retry_for=300)
             manifest = Manifest.from_wire(reply.json())
-            self._trim()
+            self._trim(self.limit)
             path.parent.mkdir(exist_ok=True)
             atomic_write(path, reply.body)
         if manifest.key != key:
@@ -10036,12 +10084,17 @@ class Worker:
         self._held: set[RunState] = set()  # whose leases must be kept alive
         self._changed = threading.Condition()
         self._deliveries: queue.Queue[Delivery] = queue.Queue()
+        self._outbox = Path()
         self._stopping = threading.Event()
+        self._ending = threading.Event()
+        self._trouble = ""  # why nothing more is asked for
+        self._rest = (0.0, 0)  # until when, unless more is free than then
         self._idle = False
 
     def run(self) -> None:
         """Work until stopped; raises ``FarmError`` when the coordinator refuses this worker."""
         _sweep(self.cache.root.parent)
+        self._outbox = self._directory("out-")
         for number in range(2):
             name = f"deliver-{number}"
             threading.Thread(target=self._deliver_all, name=name, daemon=True).start()
@@ -10057,19 +10110,19 @@ class Worker:
                         raise
                     log.warning("the coordinator is in trouble: %s", error)
                     self._stopping.wait(5)
-            with self._changed:
-                while self._runs:
-                    self._changed.wait(1.0)
-            self._deliveries.join()
+            self._finish_all()
         finally:
             for run in list(self._runs):
                 run.stop()
+            shutil.rmtree(self._outbox, ignore_errors=True)
             with contextlib.suppress(FarmError):
                 self.client.request("POST", "/api/v1/leave", json={}, retry_for=0, timeout=5)
 
     def stop(self) -> None:
         """Finish the frames under way and hand back the rest; a second call ends at once."""
         again = self._stopping.is_set()
+        if again:
+            self._ending.set()
         self._stopping.set()
         for run in list(self._runs):
             if again or run.left() > PATIENCE:
@@ -10077,9 +10130,53 @@ class Worker:
         with self._changed:
             self._changed.notify_all()
 
+    def _finish_all(self) -> None:
+        """Wait until what is under way is rendered and delivered, or given up."""
+        told = self._clock.monotonic() + 5
+        with self._changed:
+            while self._runs or (self._held and not self._ending.is_set()):
+                self._changed.wait(1.0)
+                if not self._runs and self._clock.monotonic() > told:
+                    told = math.inf
+                    log.warning("finished frames wait for the coordinator: "
+                                "to stop again gives them up")
+
+    def _directory(self, kind: str = "") -> Path:
+        """Make a directory that ``_sweep`` knows as this process's."""
+        return Path(tempfile.mkdtemp(
+            prefix=f"run-{os.getpid()}-{kind}", dir=self.cache.root.parent))
+
     # --- asking for work
 
+    def _in_trouble(self, trouble: str) -> None:
+        """Say why nothing more is asked for, once; or that it is again."""
+        with self._changed:
+            if trouble and trouble != self._trouble:
+                log.warning("%s", trouble)
+            elif self._trouble and not trouble:
+                log.warning("the trouble is over: asking for work again")
+            self._trouble = trouble
+            self._changed.notify_all()
+
+    def _must_rest(self) -> bool:
+        """Tell whether to ask for nothing for the moment: full disks, here or there."""
+        if self._deliveries.qsize() > MOST_WAITING:
+            return True
+        place = self.cache.root.parent
+        free, (until, then) = free_room(place), self._rest
+        if free < 0 or (self._clock.monotonic() < until and free < then + LEFT_FREE):
+            self._in_trouble(f"the disk is full: make room on the one of {place}; nothing is "
+                             "rendered here until then")
+            self.cache.empty()
+        elif self._trouble and not self._deliveries.unfinished_tasks:
+            self._in_trouble("")
+        return bool(self._trouble)
+
     def _ask(self) -> None:
+        if self._must_rest():
+            with self._changed:
+                self._changed.wait(1.0)
+            return
         with self._changed:
             runs = list(self._runs)
             room = self._pace.room(runs, available_memory())
@@ -10133,21 +10230,30 @@ class Worker:
             self._render(run)
             if run.open and not run.stopped and not self._stopping.is_set():
                 message, scene = _why_it_failed(run, self.bounds)
+        except ServerGone:
+            pass  # the frame is not to blame: it is handed back
         except (FarmError, OSError) as error:
             message = str(error)
+            run.no_room = takes_nothing(error)
         with self._changed:
             self._runs.discard(run)
             self._changed.notify_all()
+        if run.no_room:
+            message = ""
+            then = run.free or free_room(self.cache.root.parent)
+            self._rest = (self._clock.monotonic() + 60, then)
         if run.open and not run.stopped:
             self._give_up(run, message, scene)
         run.open.clear()
         self._let_go(run)
 
-    def _let_go(self, run: RunState) -> None:
+    def _let_go(self, run: RunState, delivered: int = 0) -> None:
         """Beat no more for a lease of which nothing is left to render or to deliver."""
         with self._changed:
+            run.undelivered -= delivered
             if not run.open and not run.undelivered:
                 self._held.discard(run)
+                self._changed.notify_all()
 
     def _give_up(self, run: RunState, message: str, scene: bool) -> None:
         """Tell of the frame that failed, and hand back what was not begun."""
@@ -10163,7 +10269,7 @@ class Worker:
 
     def _render(self, run: RunState) -> None:
         frames = self._frames(run.lease)
-        place = Path(tempfile.mkdtemp(prefix=f"run-{os.getpid()}-", dir=self.cache.root.parent))
+        place = self._directory()
         try:
             with self.cache.project(run.lease.manifest, frames[-1]) as (tree, manifest):
                 plan = Run(run.lease, tree, place, frames)
@@ -10280,6 +10386,10 @@ class Worker:
             if run.text.traced and run.text.index == len(plan.frames) - 1 and run.open:
                 self._finish_early(run, plan, measure)
         ended = run.ended = process.wait()
+        # POV-Ray 3.7 is aborted when it cannot write, and does not say why; or killed when it
+        # writes more than ``bounds`` let it, which where little is free is not the scene's fault.
+        run.no_room = ended.code != 0 and (free_room(plan.place) < 0 or (
+            ended.code == -getattr(signal, "SIGXFSZ", 0) and run.free < GENEROUS))
         self._pace.measured_memory(run.job, ended.memory)
         if run.open and ended.code == 0:
             cost = measure.frame(ended)
@@ -10302,6 +10412,7 @@ class Worker:
                 path.symlink_to(target)
         if run.stopped:
             return None
+        run.free = free_room(plan.place)
         bounds = replace(
             self.bounds, reads=None if self.bounds.reads is None else command.reads,
             # What one scene writes must not fill the disk.
@@ -10337,53 +10448,73 @@ class Worker:
         task = run.open.get(plan.frames[index]) if index < len(plan.frames) else None
         if task is None:
             return
-        path = plan.made(task.frame)
-        options = run.lease.pov.options
-        bottom = task.bottom or options.height
+        bottom = task.bottom or run.lease.pov.options.height
         try:
-            image = path.read_bytes()
-            if task.kind is TaskKind.SLICE:
-                image = crop_rows(image, options.extension, task.top, bottom - task.top)
-            elif task.kind is TaskKind.PASS:
-                image = _packed(plan.place)
+            image = self._kept(run, plan, task, bottom)
         except FileNotFoundError:
             return
-        except ImageError as error:
-            log.warning("%s: %s", task.name, error)  # the coordinator will find it, too
-        del run.open[task.frame]
-        if not run.lease.in_order:
-            path.unlink()
-        run.undelivered += 1
+        with self._changed:
+            del run.open[task.frame]
+            run.undelivered += 1
         self._deliveries.put(Delivery(run, task, image, bottom, text, cost))
+
+    def _kept(self, run: RunState, plan: Run, task: TaskSpec, bottom: int) -> Path:
+        """Move what was made of a task to where it outlives the run; return the file."""
+        made, kept = plan.made(task.frame), self._outbox / f"{run.started}-{task.id}"
+        if task.kind is TaskKind.SLICE:
+            data = made.read_bytes()
+            try:
+                data = crop_rows(data, run.lease.pov.options.extension, task.top, bottom - task.top)
+            except ImageError as error:
+                log.warning("%s: %s", task.name, error)  # the coordinator will find it, too
+            kept.write_bytes(data)
+        elif task.kind is TaskKind.PASS:
+            made.stat()  # it ended well
+            kept.write_bytes(_packed(plan.place))
+        elif run.lease.in_order:  # a later frame may read it
+            shutil.copyfile(made, kept)
+        else:
+            made.rename(kept)
+        return kept
 
     def _deliver_all(self) -> None:
         while True:
             delivery = self._deliveries.get()
             try:
                 self._deliver(delivery)
-            except FarmError as error:
+            except (FarmError, OSError) as error:
                 log.warning("frame %d was not taken: %s", delivery.task.frame, error)
             finally:
-                delivery.run.undelivered -= 1
-                self._let_go(delivery.run)
+                delivery.image.unlink(missing_ok=True)
                 self._deliveries.task_done()
+                self._let_go(delivery.run, 1)
 
     def _deliver(self, delivery: Delivery) -> None:
-        text = delivery.text.encode()
+        """Offer a frame until it is taken or refused: it is kept for as long as that takes."""
+        text, cost = delivery.text.encode(), delivery.cost
         path = f"/api/v1/leases/{delivery.run.lease.id}/tasks/{delivery.task.id}"
-        cost = delivery.cost
         query = (f"log={len(text)}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}"
                  f"&parse={cost.parse:.3f}&memory={cost.memory}&bottom={delivery.bottom}")
-        try:
-            self.client.request("PUT", f"{path}?{query}", body=text + delivery.image,
-                                timeout=120, retry_for=math.inf)
-            self.rendered += 1
-        except RequestRefused as error:
-            if error.status != 422:
-                raise
-            self.client.request(
-                "POST", f"{path}/fail", retry_for=300,
-                json={"message": str(error), "scene": False, "log": delivery.text})
+        body = text + delivery.image.read_bytes()
+        start = self._clock.monotonic()
+        while True:
+            try:
+                self.client.request("PUT", f"{path}?{query}", body=body, timeout=120,
+                                    retry_for=math.inf, stop=self._ending)
+                self.rendered += 1
+                return
+            except RequestRefused as error:
+                if error.status == 422:
+                    refused = str(error)
+                    break
+                late = error.status != 507 and self._clock.monotonic() > start + OFFER_TIME
+                if error.status < 500 or late:
+                    raise
+                self._in_trouble(str(error))
+            self._ending.wait(random.uniform(5, 10))
+        self.client.request(
+            "POST", f"{path}/fail", retry_for=300,
+            json={"message": refused, "scene": False, "log": delivery.text})
 
 
 class _Measure:
@@ -10421,7 +10552,10 @@ def _sweep(directory: Path) -> None:
     """Delete what the runs of workers left that were killed."""
     for path in directory.glob("run-*-*"):
         try:
-            os.kill(int(path.name.split("-")[1]), 0)
+            owner = int(path.name.split("-")[1])
+            if owner == os.getpid():  # in a container, of the one before us
+                raise ProcessLookupError
+            os.kill(owner, 0)
         except (ProcessLookupError, ValueError):
             shutil.rmtree(path, ignore_errors=True)
         except OSError:
@@ -10606,6 +10740,8 @@ def work(options: Options) -> int:
         worker = _join(client, engine, launcher, options.data / "cache", options,
                        options.data / "workers")
         signals.action = worker.stop
+        threading.Thread(target=listen_for_hints, name="hints", daemon=True,
+                         args=(worker.client.hurry, options.discovery_port)).start()
         _say(f"working for {client.base_url} with POV-Ray {engine.version} "
              f"(Ctrl-C finishes what is under way, twice stops at once)")
         if free:
@@ -10643,7 +10779,9 @@ def status(options: Options) -> int:
     path = f"/api/v1/jobs/{_job_number(options.rest[0])}" if options.rest else "/api/v1/jobs"
     client = _coordinator(options)
     while True:
-        after = client.request("GET", "/api/v1/farm").json()["event"]
+        farm = client.request("GET", "/api/v1/farm").json()
+        if farm["notice"]:
+            _say(farm["notice"])
         reply = client.request("GET", path).json()
         jobs = [reply] if options.rest else reply["jobs"]
         if options.json:
@@ -10652,7 +10790,7 @@ def status(options: Options) -> int:
             print(_job_table(jobs), flush=True)
         if not options.watch:
             return 0
-        client.request("GET", f"/api/v1/events?after={after}&wait=30", timeout=60)
+        client.request("GET", f"/api/v1/events?after={farm['event']}&wait=30", timeout=60)
 
 
 @command("workers", "[remove NAME|ID]", "show the workers, or let one in no more", count=(0, 2),
@@ -10881,6 +11019,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if not takes_nothing(error):
+            raise
+        _say(f"{error.filename or 'the disk'} cannot be written: {error.strerror}")
         return 1
 
 
@@ -11141,10 +11284,14 @@ class LocalImages:
         part = to.with_name(f".{to.name}.{os.getpid()}.part")
         image = self._directory / to.name
         try:
-            os.link(image, part)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(image, part)
-        os.replace(part, to)
+            try:
+                os.link(image, part)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(image, part)
+            os.replace(part, to)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise FarmError(f"{to} cannot be written: {error.strerror or error}") from error
 
 
 def _follow(client: Client, job: int, event: int, draft: Draft, options: Options,
@@ -11155,13 +11302,18 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
     stop = threading.Event()
     _Signals(stop.set)
     files: list[str] = []
-    seen, ended = event, False
+    seen, ended, notice = event, False, ""
     have: set[int] = set()
     while not ended:
         images.check()
         try:
             if bar.due():
-                bar.show(client.request("GET", f"/api/v1/jobs/{job}", stop=stop).json())
+                view = client.request("GET", f"/api/v1/jobs/{job}", stop=stop).json()
+                if view["notice"] not in ("", notice):
+                    bar.close()
+                    _say(view["notice"])
+                notice = view["notice"]
+                bar.show(view)
             reply = client.request("GET", f"/api/v1/events?after={seen}&wait={bar.pause}",
                                    stop=stop)
         except ServerGone:

@@ -139,11 +139,19 @@ class Scripted(Transport):
 
     def __init__(self, *script: Union[int, Tuple[int, Dict[str, str]], Exception]) -> None:
         super().__init__("http://farm:2271")
+        self.clock = Frozen()
         self.script = list(script)
         self.calls: List[Call] = []
+        self.times: List[float] = []
+
+    @property
+    def gaps(self) -> List[float]:
+        """The seconds between one try and the next."""
+        return [later - time for time, later in zip(self.times, self.times[1:])]
 
     def exchange(self, call: Call) -> Answer:
         self.calls.append(call)
+        self.times.append(self.clock.now)
         step = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         if isinstance(step, Exception):
             raise step
@@ -153,8 +161,9 @@ class Scripted(Transport):
 
 
 def scripted(*script: Any) -> Tuple[Client, Scripted, Pauses]:
-    clock, transport = Frozen(), Scripted(*script)
-    return Client("http://farm:2271", clock=clock, transport=transport), transport, Pauses(clock)
+    transport = Scripted(*script)
+    return (Client("http://farm:2271", clock=transport.clock, transport=transport), transport,
+            Pauses(transport.clock))
 
 
 def test_json_goes_there_and_back(server: Server) -> None:
@@ -248,11 +257,28 @@ def test_pauses_double_up_to_half_a_minute_and_vary() -> None:
     one, transport, pauses = scripted(ServerGone("no"))
     with pytest.raises(ServerGone):
         one.request("GET", "/x", retry_for=300, stop=pauses)
-    for wait, longest in zip(pauses.waits, (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30)):
+    waits = transport.gaps
+    for wait, longest in zip(waits, (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30)):
         assert longest / 2 <= wait <= longest
-    assert len({wait / 2**n for n, wait in enumerate(pauses.waits[:8])}) > 1
-    assert 270 < sum(pauses.waits) <= 300
-    assert len(transport.calls) == len(pauses.waits) + 1
+    assert len({wait / 2**n for n, wait in enumerate(waits[:8])}) > 1
+    assert 270 < sum(waits) <= 300
+
+
+def test_news_of_a_coordinator_ends_a_pause_and_the_next_are_short_again() -> None:
+    one, transport, pauses = scripted(*[ServerGone("no")] * 12, 200)
+    pauses.then = lambda count: one.hurry() if len(transport.calls) == 9 else None
+    assert one.request("GET", "/x", retry_for=float("inf"), stop=pauses).status == 200
+    assert transport.gaps[7] > 6
+    assert transport.gaps[8] <= 1.5  # instead of half a minute; a flood of news does not count
+    assert transport.gaps[9] <= 0.1
+
+
+def test_a_flood_of_news_is_no_flood_of_requests() -> None:
+    one, transport, pauses = scripted(ServerGone("no"))
+    pauses.then = lambda count: one.hurry()
+    with pytest.raises(ServerGone):
+        one.request("GET", "/x", retry_for=300, stop=pauses)
+    assert len(transport.calls) < 5 * 300
 
 
 @pytest.mark.parametrize("script, tries, outcome", [
@@ -274,11 +300,11 @@ def test_only_what_may_pass_is_tried_again(script: List[Any], tries: int,
 
 
 def test_later_is_as_late_as_the_server_says() -> None:
-    one, _, pauses = scripted((503, {"retry-after": "7"}), (503, {"retry-after": "900"}),
+    one, transport, pauses = scripted((503, {"retry-after": "7"}), (503, {"retry-after": "900"}),
                               (503, {"retry-after": "Fri, 31 Dec 1999"}), 200)
     one.request("GET", "/x", stop=pauses)
-    assert pauses.waits[:2] == [7, 30]
-    assert pauses.waits[2] <= 0.4
+    assert transport.gaps[:2] == [7, 30]
+    assert transport.gaps[2] <= 0.4
 
 
 def test_a_server_that_stays_busy_is_a_refusal_in_the_end() -> None:

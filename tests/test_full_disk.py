@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import sqlite3
+import subprocess
 from pathlib import Path
-from typing import Any, Callable, List, NamedTuple
+from typing import Any, Callable, Iterator, List, NamedTuple
 
 import pytest
 from farm_in_a_box import (  # noqa: F401 - the fixture
@@ -17,9 +20,83 @@ from farm_in_a_box import (  # noqa: F401 - the fixture
     pov_job,
     sha256,
 )
+from test_farm import Farm as RealFarm
+from test_farm import project, run, wait_until
 
 import povfarm
 from povfarm import JobOptions, NoRoom
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 160 MB, which takes no memory until it is filled."""
+    place = tmp_path / "small"
+    place.mkdir()
+    result = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "none", str(place)],
+                            capture_output=True, text=True, check=False)
+    if result.returncode:
+        pytest.skip(f"only root can make a small disk: {result.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(place: Path, leave: int) -> None:
+    """Fill a disk so that so many bytes are left."""
+    with open(place / "ballast", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(place).free - leave)
+
+
+def test_a_farm_whose_disk_fills_up_goes_on_when_there_is_room(
+        povray: str, small_disk: Path, tmp_path: Path) -> None:
+    """Each frame takes 1.5 MB and is rendered once."""
+    (small_disk / "farm").mkdir()
+    (tmp_path / "farm").symlink_to(small_disk / "farm")
+    farm = RealFarm(tmp_path)
+    try:
+        place = project(tmp_path)
+        size = ["+W700", "+H700", "+FP", "+KFF8"]
+        job = farm.submit(place, "scene.pov", *size)
+        farm.work("--cores", "2", "--data", str(tmp_path / "worker"), "--server",
+                  farm.client.base_url, "--key", farm.client.token)
+        wait_until(lambda: farm.job(job)["frames"]["done"] >= 1, "nothing is rendered")
+        fill(small_disk, povfarm.LEFT_FREE + 1_000_000)
+        wait_until(lambda: farm.job(job)["notice"], "the full disk is not told")
+        assert "make room" in run(tmp_path, "status", cwd=tmp_path).stderr
+        refused = run(tmp_path, "submit", "scene.pov", "+W4", "+H3", cwd=place)
+        assert refused.returncode == 1 and "make room" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+        (small_disk / "ballast").unlink()
+        assert farm.finished(job)["state"] == "done"
+        frames = farm.client.request("GET", f"/api/v1/jobs/{job}/frames").json()["frames"]
+        logs = [farm.client.request("GET", f"/api/v1/jobs/{job}/frames/{frame['frame']}/log")
+                .body.count(b"--- frame") for frame in frames]
+        assert logs == [1] * 8 and {frame["tries"] for frame in frames} == {0}
+        farm.check()
+    finally:
+        farm.close()
+
+
+def test_a_worker_whose_disk_is_full_waits_and_the_scene_is_not_blamed(
+        povray: str, small_disk: Path, tmp_path: Path) -> None:
+    farm = RealFarm(tmp_path)
+    try:
+        fill(small_disk, povfarm.LEFT_FREE + 1_000_000)  # room for the project, not for a picture
+        job = farm.submit(project(tmp_path), "scene.pov", "+W800", "+H600", "+FP", "+KFF2")
+        worker = farm.work("--data", str(small_disk / "worker"), "--server",
+                           farm.client.base_url, "--key", farm.client.token)
+        assert worker.stdout is not None
+        lines = iter(worker.stdout.readline, "")
+        assert any("the disk is full: make room" in line for line in lines)
+        assert farm.job(job)["frames"]["failed"] == 0
+        (small_disk / "ballast").unlink()
+        assert farm.finished(job)["state"] == "done"
+        frames = farm.client.request("GET", f"/api/v1/jobs/{job}/frames").json()["frames"]
+        assert {frame["tries"] for frame in frames} == {0}
+        farm.check()
+    finally:
+        farm.close()
 
 
 class Usage(NamedTuple):

@@ -1,0 +1,302 @@
+"""A coordinator that is away, or has no room: finished frames are kept, and nothing is done twice."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+from urllib.parse import parse_qsl
+
+import pytest
+from farm_in_a_box import HEIGHT, WIDTH, Farm, Reply, png
+
+import povfarm
+from povfarm import Answer, Cache, Call, Client, Command, ServerGone, Transport, Worker
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.01)
+
+
+class Wire(Transport):
+    """A network to the coordinator in this process that can be cut."""
+
+    def __init__(self, farm: Farm) -> None:
+        super().__init__("http://box")
+        self.farm = farm
+        self.away: Callable[[Call], bool] = lambda call: False
+        self.uploads: List[int] = []  # the statuses of the images that were sent
+
+    def exchange(self, call: Call) -> Answer:
+        if self.away(call):
+            raise ServerGone("no answer")
+        path, _, query = call.target.partition("?")
+        body = call.body if isinstance(call.body, bytes) else call.body.read_bytes()
+        headers = {name.lower(): value for name, value in call.headers.items()}
+        reply = Reply(self.farm.router.handle(povfarm.Request(
+            call.method, path, dict(parse_qsl(query, keep_blank_values=True)),
+            {"host": "box", **headers}, povfarm.BodyReader.of(body), "127.0.0.1")))
+        if call.method == "PUT":
+            self.uploads.append(reply.status)
+        blocks = [reply.body]
+        headers = {name.lower(): value for name, value in reply.headers.items()}
+        return Answer(reply.status, headers, lambda size: blocks.pop() if blocks else b"",
+                      lambda: None)
+
+
+class Copier(povfarm.Engine):
+    """Renders every frame by copying one picture, and says what POV-Ray would say."""
+
+    def command(self, run: povfarm.Run) -> Command:
+        steps = ["set -e"]
+        for number, frame in enumerate(run.frames, 1):
+            steps += [f"echo Rendering frame {number} of {len(run.frames)}",
+                      f"cp {shlex.quote(self.program)} {shlex.quote(str(run.made(frame)))}"]
+        return Command(("/bin/sh", "-c", "\n".join(steps)), {"PATH": os.defpath}, {}, {})
+
+
+class Clock(povfarm.Clock):
+    """A clock of which a test can leave out hours."""
+
+    skipped = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.skipped
+
+
+class Pauses(threading.Event):
+    """A stop that leaves out the time for which somebody would wait."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def wait(self, timeout: Any = None) -> bool:
+        self.clock.skipped += timeout
+        time.sleep(0.0005)
+        return self.is_set()
+
+
+class Room:
+    """A farm in this process and a worker with three cores."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        (tmp_path / "picture.png").write_bytes(png(7, WIDTH, HEIGHT))
+        self.clock = Clock()
+        self.place = tmp_path / "worker"
+        self.farm = Farm(tmp_path / "data", povfarm.Clock())  # type: ignore[arg-type]
+        self.farm.worker("anna")
+        self.wire = Wire(self.farm)
+        client = Client("http://box", "anna", clock=self.clock, transport=self.wire)
+        self.worker = Worker(
+            client, Copier(str(tmp_path / "picture.png"), "3.7", ()), povfarm.WindowsLauncher(),
+            Cache(self.place / "cache", 10**9, client), 3, clock=self.clock)
+        self.thread = threading.Thread(target=self.worker.run)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def waiting(self) -> List[Path]:
+        """The files of the finished frames that the worker keeps."""
+        return sorted(self.place.glob("run-*-out-*/*"))
+
+    def attempts(self, job: int) -> List[Any]:
+        return [self.farm.attempts(task["id"]) for task in self.farm.tasks(job)]
+
+    def end(self) -> None:
+        self.worker.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        self.wire.away = lambda call: True  # its last beat may still be on its way
+        assert self.farm.problems() == []
+        assert list(self.place.iterdir()) == [self.place / "cache"]
+        self.farm.close()
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Room]:
+    monkeypatch.setattr(povfarm, "LEASE_WAIT", 0.2)  # nobody can hang up on a wire without sockets
+    one = Room(tmp_path)
+    yield one
+    one.wire.away = lambda call: True
+    one.worker.stop()
+    one.worker.stop()
+
+
+def test_frames_that_were_finished_while_nobody_answered_are_delivered_after_an_hour(
+        room: Room) -> None:
+    job = room.farm.submit(frames=6)
+    tries: List[str] = []
+
+    def away(call: Call) -> bool:
+        """From the first image until an hour later."""
+        if call.method == "PUT" or tries:
+            tries.append(call.method)
+        return bool(tries) and room.clock.skipped < 3600
+
+    room.wire.away = away
+    room.worker._ending = Pauses(room.clock)
+    room.start()
+    wait_until(lambda: room.farm.state(job) == "done")
+    assert room.clock.skipped >= 3600 and 100 < tries.count("PUT") < 1000
+    assert {len(attempts) for attempts in room.attempts(job)} == {1}  # none is rendered again
+    room.end()
+
+
+def test_finished_frames_are_kept_on_the_disk_and_not_in_memory(room: Room) -> None:
+    job = room.farm.submit(frames=6)
+    room.wire.away = lambda call: call.method == "PUT"
+    room.start()
+    wait_until(lambda: len(room.waiting()) == 6)
+    assert [path.read_bytes() for path in room.waiting()] == [png(7, WIDTH, HEIGHT)] * 6
+    room.wire.away = lambda call: False
+    room.worker.client.hurry()
+    wait_until(lambda: room.farm.state(job) == "done")
+    wait_until(lambda: room.waiting() == [])
+    assert room.wire.uploads == [200] * 6
+    room.end()
+
+
+def test_a_coordinator_without_room_gets_the_frames_later_and_none_is_rendered_again(
+        room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    job = room.farm.submit(frames=300)
+    need = room.farm.store.need
+
+    def refuse(size: int) -> None:
+        raise room.farm.store._no_room()
+
+    monkeypatch.setattr(room.farm.store, "need", refuse)
+    monkeypatch.setattr(povfarm.random, "uniform", lambda low, high: 0.05)
+    room.start()
+    wait_until(lambda: len(room.wire.uploads) > 10)
+    leased = room.farm.states(job).count("leased")
+    wait_until(lambda: len(room.wire.uploads) > 40)
+    assert set(room.wire.uploads) == {507}
+    assert 0 < leased == room.farm.states(job).count("leased") == len(room.waiting()) < 300
+    assert room.worker._trouble == room.farm.store.notice != ""
+    assert sum("make room there" in text for text in caplog.messages) == 2  # here and there
+    monkeypatch.setattr(room.farm.store, "need", need)
+    room.farm.scheduler.look_for_room()
+    wait_until(lambda: room.farm.state(job) == "done")
+    assert [[how for _, how in tries] for tries in room.attempts(job)] == [["done"]] * 300
+    room.end()
+
+
+def test_a_frame_with_which_the_coordinator_makes_mistakes_is_given_up_in_the_end(
+        room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    room.farm.submit(frames=1)
+    monkeypatch.setattr(room.farm.store, "put_image", lambda *_: 1 / 0)
+    room.worker._ending = Pauses(room.clock)
+    room.start()
+    wait_until(lambda: room.clock.skipped > povfarm.OFFER_TIME and room.waiting() == [])
+    assert set(room.wire.uploads) == {500} and len(room.wire.uploads) > 50
+    room.end()
+
+
+def test_a_worker_whose_disk_is_full_hands_its_frames_back_and_waits(
+        room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of it counts as a try of the scene."""
+    job = room.farm.submit(frames=6)
+    free = povfarm.free_room
+    full: List[Path] = []
+
+    def free_here(place: Path) -> int:
+        return -1 if place in full or place.parent in full else free(place)
+
+    monkeypatch.setattr(povfarm, "free_room", free_here)
+    room.place.mkdir(exist_ok=True)
+    original = Copier.command
+
+    def abort(self: Copier, run: povfarm.Run) -> Command:
+        full.append(room.place)
+        command = original(self, run)
+        return povfarm.replace(command, argv=("/bin/sh", "-c", "kill -ABRT $$"))
+
+    monkeypatch.setattr(Copier, "command", abort)
+    room.start()
+    wait_until(lambda: full and set(room.farm.states(job)) == {"queued"})
+    wait_until(lambda: "the disk is full" in room.worker._trouble)
+    assert sum("the disk is full" in text for text in caplog.messages) == 1
+    assert {how for tries in room.attempts(job) for _, how in tries} == {"released"}
+    wait_until(lambda: not list(room.place.rglob("manifest.json")))  # room is made
+    monkeypatch.setattr(Copier, "command", original)
+    full.clear()
+    wait_until(lambda: room.farm.state(job) == "done")
+    assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+    room.end()
+
+
+@pytest.mark.parametrize("where", ["mkdtemp", "copyfile", "write_bytes"])
+def test_an_error_that_says_full_costs_no_try(
+        where: str, room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota does not show in what is free."""
+    job = room.farm.submit(frames=2)
+    if where == "copyfile":
+        room.worker.cache._near = room.farm.store.blob_path
+    owner: Any = {"mkdtemp": povfarm.tempfile, "copyfile": povfarm.shutil, "write_bytes": Path}[where]
+    failed = threading.Event()
+    original = getattr(owner, where)
+
+    def fail(*args: Any, **options: Any) -> Any:
+        if where == "mkdtemp" and "out-" in options["prefix"]:
+            return original(*args, **options)
+        failed.set()
+        raise OSError(povfarm.errno.EDQUOT, "Disk quota exceeded")
+
+    if where == "write_bytes":
+        command = Copier.command
+        monkeypatch.setattr(Copier, "command", lambda self, run: povfarm.replace(
+            command(self, run), files={run.place / "povfarm.ini": "x"}))
+    monkeypatch.setattr(owner, where, fail)
+    room.start()
+    assert failed.wait(20)
+    wait_until(lambda: set(room.farm.states(job)) == {"queued"} and room.worker._trouble)
+    monkeypatch.undo()
+    room.clock.skipped += 61
+    wait_until(lambda: room.farm.state(job) == "done")
+    assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+    room.end()
+
+
+def test_a_coordinator_that_cannot_be_reached_is_not_the_scenes_fault(room: Room) -> None:
+    job = room.farm.submit(frames=1)
+    gone: List[Call] = []
+
+    def away(call: Call) -> bool:
+        """For the first time that the project is asked for, and long enough to give that up."""
+        if "/manifests/" in call.target and not gone:
+            room.clock.skipped += 301
+            gone.append(call)
+            return True
+        return False
+
+    room.wire.away = away
+    room.start()
+    wait_until(lambda: room.farm.state(job) == "done")
+    assert gone and room.farm.tasks(job)[0]["tries"] == 0
+    assert [how for _, how in room.attempts(job)[0]] == ["released", "done"]
+    room.end()
+
+
+def test_to_stop_twice_ends_a_worker_whose_coordinator_is_gone(
+        room: Room, caplog: pytest.LogCaptureFixture) -> None:
+    room.farm.submit(frames=2)
+    gone = threading.Event()
+    room.wire.away = lambda call: gone.is_set() or (call.method == "PUT" and not gone.set())
+    room.start()
+    wait_until(lambda: len(room.waiting()) >= 1 and gone.is_set())
+    room.worker.stop()
+    room.thread.join(0.3)
+    assert room.thread.is_alive()  # it keeps what is finished
+    room.clock.skipped += 10
+    wait_until(lambda: any("gives them up" in text for text in caplog.messages))
+    room.worker.stop()
+    room.thread.join(20)
+    assert not room.thread.is_alive()
+    assert list(room.place.iterdir()) == [room.place / "cache"]
