@@ -5165,10 +5165,34 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 _link(path, to / path.relative_to(root))
         with contextlib.closing(cls(to, durable=False)) as copy, copy.read() as tx:
-            named = [copy.blob_path(sha256) for sha256 in tx.stored_blobs()]
-            named += [copy.job_directory(row["job"], row["job_name"]) / row["name"]
-                      for row in tx.done_tasks()]
+            named = [*map(copy.blob_path, tx.stored_blobs()), *copy._images(tx)]
         return [str(path.relative_to(to)) for path in named if not path.is_file()]
+
+    def sweep(self) -> None:
+        """Delete what a program that was killed left behind: half of a file, files without a row.
+
+        Of jobs that the database has not heard of yet, as it may be an older
+        copy, nothing is deleted.
+        """
+        with self.read() as tx:
+            kept = {*map(self.blob_path, tx.stored_blobs()), *self._images(tx)}
+            jobs, newest = {str(row["id"]) for row in tx.jobs(0, -1)}, tx.newest_job()
+            states = {f"{task}.state" for task in tx.states()}
+        idle = [path for path in (self.root / "blobs").glob("*/*") if path not in kept]
+        idle += [path for path in (self.root / "jobs").glob("*/parts/*")
+                 if path not in kept and path.name not in states]
+        idle += [*self.root.glob(".*.part"), *(self.root / "jobs").glob("*/.*.part")]
+        for path in idle:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for path in (self.root / "jobs").iterdir():
+            number = path.name.partition("-")[0]
+            if number.isdecimal() and int(number) <= newest and number not in jobs:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _images(self, tx: Tx) -> list[Path]:
+        return [Path(*place_of(self.job_directory(row["job"], row["job_name"]), row))
+                for row in tx.done_tasks()]
 
     @contextlib.contextmanager
     def _placed(self, path: Path) -> Iterator[BinaryIO]:
@@ -5228,6 +5252,14 @@ class Store:
             self._writer.executescript(
                 f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
             )
+
+
+def place_of(directory: Path, task: Row) -> tuple[Path, str]:
+    """Return the directory and the name of a task's file: parts have their own until joined."""
+    if not task["parent"]:
+        return directory, task["name"]
+    suffix = PurePosixPath(task["name"]).suffix if task["kind"] == TaskKind.SLICE else ".zip"
+    return directory / "parts", f"{task['id']}{suffix}"
 
 
 def _is_part(name: str) -> bool:
@@ -5430,6 +5462,11 @@ class Tx:
             """SELECT * FROM job WHERE (:after = 0 OR id < :after)
                ORDER BY id DESC LIMIT :limit""", {"after": after, "limit": limit}).fetchall()
 
+    def newest_job(self) -> int:
+        """Return the highest number that a job ever had; numbers are not used again."""
+        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'job'").fetchone()
+        return int(row["seq"]) if row else 0
+
     def waiting_jobs(self) -> list[Row]:
         """Return the jobs whose files have not all come."""
         return self._db.execute("SELECT * FROM job WHERE state = 'waiting'").fetchall()
@@ -5587,6 +5624,10 @@ class Tx:
         """Let a slice end sooner."""
         self._db.execute("UPDATE task SET bottom = :bottom WHERE id = :id",
                          {"id": task, "bottom": bottom})
+
+    def states(self) -> list[int]:
+        """Return the tasks of which the state of a stopped render is kept."""
+        return [row["id"] for row in self._db.execute("SELECT id FROM task WHERE state_of != ''")]
 
     def set_state_of(self, task: int, version: str) -> None:
         """Note which POV-Ray left a state to go on from; empty for none."""
@@ -6192,14 +6233,15 @@ class Scheduler:
                 attempt, row, job = self._attempt(tx, worker, lease, task)
                 pieces = self._pieces(tx, row, image, pov.options.extension, bottom)
             for piece, data in pieces:
-                self.store.put_image(*_place(directory, piece), data)
+                self.store.put_image(*place_of(directory, piece), data)
             log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
             with self._tx() as tx:
                 accepted = self._accept(tx, attempt, pieces, log_name, cost)
             for piece, _ in pieces:
                 if piece["state_of"]:
                     (directory / "parts" / f"{piece['id']}.state").unlink(missing_ok=True)
-        self.join_frames()
+        with contextlib.suppress(NoRoom):  # then it is done as soon as there is room
+            self.join_frames()
         self._wake()
         return accepted
 
@@ -6207,7 +6249,7 @@ class Scheduler:
         """Return where the file of a slice or pass is, or the state of a task by its suffix."""
         job = self._job(tx, task["job"])
         directory = self.store.job_directory(job["id"], job["name"])
-        place, name = _place(directory, task)
+        place, name = place_of(directory, task)
         return directory / "parts" / f"{task['id']}{suffix}" if suffix else place / name
 
     def keep_state(self, worker: int, lease: str, task: int, state: bytes) -> None:
@@ -6324,7 +6366,7 @@ class Scheduler:
                      for sha256 in blobs if not self.store.blob_path(sha256).is_file()]
         for row in done:
             directory = self.store.job_directory(row["job"], row["job_name"])
-            place, name = _place(directory, row)
+            place, name = place_of(directory, row)
             path = place / name
             if path.parent != place or not path.is_file() or sha256_file(path) != row["sha256"]:
                 problems.append(f"task {row['id']}: {path} is missing or not what was accepted")
@@ -6511,12 +6553,12 @@ class Scheduler:
     def _join_frame(self, frame: Row, job: Row, parts: Sequence[Row]) -> None:
         directory = self.store.job_directory(job["id"], job["name"])
         slices = [part for part in parts if part["kind"] == TaskKind.SLICE]
-        places = [Path(*_place(directory, part)) for part in slices]
+        places = [Path(*place_of(directory, part)) for part in slices]
         extension = pov_of(job["pov"]).options.extension
         try:
             image = join_rows([place.read_bytes() for place in places], extension)
             problem = ""
-            self.store.put_image(*_place(directory, frame), image)
+            self.store.put_image(*place_of(directory, frame), image)
         except (OSError, ImageError) as error:
             image, problem = b"", f"the slices could not be put together: {error}"
         with self._tx() as tx:
@@ -6886,14 +6928,6 @@ def _check_room(place: Path, size: int) -> None:
     if free < least:
         raise NoRoom(f"the coordinator's disk has {format_size(max(free, 0))} to spare and a job "
                      f"needs {format_size(least)} or more: make room there, then submit it again")
-
-
-def _place(directory: Path, task: Row) -> tuple[Path, str]:
-    """Return the directory and the name of a task's file: parts have their own until joined."""
-    if not task["parent"]:
-        return directory, task["name"]
-    suffix = PurePosixPath(task["name"]).suffix if task["kind"] == TaskKind.SLICE else ".zip"
-    return directory / "parts", f"{task['id']}{suffix}"
 
 
 # === 11. API =================================================================
@@ -8360,6 +8394,7 @@ class Coordinator:
         self.key = farm_key(data)
         self._lock = _hold(data)
         self.store = Store(data, durable)
+        self.store.sweep()
         with self.store.tx() as tx:
             if not tx.meta("farm_id"):
                 tx.set_meta("farm_id", secrets.token_hex(8))
@@ -8444,7 +8479,10 @@ def _own_names(more: Collection[str]) -> Collection[str]:
 
 def _hold(data: Path) -> BinaryIO:
     """Lock the data directory for this process; the lock goes when the process goes."""
-    file = open(data / "farm.lock", "ab")  # noqa: SIM115 - held until stop
+    try:
+        file = open(data / "farm.lock", "ab")  # noqa: SIM115 - held until stop
+    except OSError as error:
+        raise StoreError(f"the data directory {data} cannot be used: {error.strerror}") from None
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -99,6 +99,19 @@ def test_a_worker_whose_disk_is_full_waits_and_the_scene_is_not_blamed(
         farm.close()
 
 
+def test_a_data_directory_that_cannot_be_written_is_told_in_one_line(
+        small_disk: Path, tmp_path: Path) -> None:
+    povfarm.Coordinator(small_disk / "farm", bind="127.0.0.1").stop()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    for data in ("farm", "new"):
+        result = run(tmp_path, "serve", "--data", str(small_disk / data), "--port", "0",
+                     cwd=tmp_path)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        assert str(small_disk / data) in result.stderr and "ead-only" in result.stderr
+    assert {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()} == before
+
+
 class Usage(NamedTuple):
     """What shutil.disk_usage returns."""
 

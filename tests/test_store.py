@@ -444,6 +444,31 @@ def test_a_second_coordinator_on_the_same_data_is_refused(tmp_path: Path) -> Non
     again.stop()
 
 
+def test_what_a_killed_program_left_behind_is_swept_away(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(frames=2)
+    farm.finish(worker, farm.lease(worker))
+    gone = farm.submit(frames=1, name="gone")
+    farm.render(worker)
+    kept = files_in(farm.root) - {"farm.db-wal", "farm.db-shm"}
+    farm.scheduler.delete(gone)
+    kept -= {f"jobs/{gone}-gone/out.png", f"jobs/{gone}-gone/logs/out.png.3.txt"}
+    jobs = farm.root / "jobs"
+    for left in (farm.root / ".coordinator.json.1.2.part", jobs / f"{job}-ball" / ".00ff.part",
+                 jobs / f"{job}-ball" / "parts" / "999.png", farm.root / "blobs" / "ab" / ".1.part",
+                 jobs / f"{job}-ball" / "parts" / "1.state", farm.root / "blobs" / "ab" / ("c" * 62),
+                 jobs / f"{gone}-gone" / "out.png"):
+        left.parent.mkdir(exist_ok=True)
+        left.write_bytes(b"left behind")
+    newer = jobs / "7-of-a-newer-database" / "out.png"
+    newer.parent.mkdir()
+    newer.write_bytes(b"rendered")
+    (jobs / "notes.txt").write_bytes(b"mine")
+    farm.store.sweep()
+    assert files_in(farm.root) - {"farm.db-wal", "farm.db-shm"} == {
+        *kept, "jobs/7-of-a-newer-database/out.png", "jobs/notes.txt"}
+    assert not (jobs / f"{gone}-gone").exists()
+
+
 def test_a_coordinator_that_never_started_can_be_stopped(tmp_path: Path) -> None:
     Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False).stop()
 
