@@ -5320,6 +5320,11 @@ class Tx:
         """Return the id of the newest event, 0 when there is none."""
         return int(self._db.execute("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
 
+    def first_event(self, job: int) -> int:
+        """Return the id of the event with which a job began."""
+        return int(self._db.execute("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
+                                    {"job": job}).fetchone()[0])
+
     def drop_events(self, before: int) -> None:
         """Forget old events."""
         self._db.execute("DELETE FROM event WHERE id < :before", {"before": before})
@@ -5511,8 +5516,10 @@ class Tx:
                          {"id": job, "cpu": cost.cpu, "wall": cost.wall})
 
     def drop_job(self, job: int) -> None:
-        """Forget a job with its tasks, leases and attempts."""
+        """Forget a job with its tasks, leases, attempts and ticket."""
         self._db.execute("DELETE FROM job WHERE id = :id", {"id": job})
+        self._db.execute("DELETE FROM meta WHERE key LIKE 'ticket %' AND value = :id",
+                         {"id": str(job)})
 
     def count_task(self, job: int, frm: TaskState, to: TaskState) -> None:
         """Keep the job's counters equal to its rows when one task changes."""
@@ -5937,9 +5944,10 @@ class Scheduler:
     # --- jobs
 
     def submit(self, name: str, owner: str, pov: PovJob, manifest: Manifest,
-               options: JobOptions) -> tuple[int, list[str]]:
+               options: JobOptions, ticket: str = "") -> tuple[int, list[str]]:
         """Add a job; return its id and the hashes of the files that are missing.
 
+        The same ``ticket`` again, as when an answer was lost, adds no second job.
         Raises ``UserError`` when the command line asks for no frame, when two
         frames would have the same name, or for slices that cannot be, and
         ``NoRoom`` when the disk is as good as full.
@@ -5957,9 +5965,14 @@ class Scheduler:
                 raise UserError(f"the file name {file[:40]}... is too long")
         now = self.clock.time()
         with self._tx() as tx:
+            known = tx.meta(f"ticket {ticket}")
+            if ticket and known:
+                return int(known), tx.missing_blobs(manifest.key)
             tx.add_manifest(manifest)
             job = tx.add_job(name, owner, pov, manifest.key, options, now)
             tx.add_tasks(job, tasks)
+            if ticket:
+                tx.set_meta(f"ticket {ticket}", str(job))
             tx.add_event(now, "submitted", f"{len(tasks)} frames", job)
             missing = tx.missing_blobs(manifest.key)
             sizes = {file.sha256: file.size for file in manifest.files}
@@ -7253,19 +7266,21 @@ class Api:
 
     @route("POST", "/api/v1/jobs", role="user", max_body=64 << 20, summary="Submit a job")
     def submit(self, request: Request) -> Response:
-        """Body: name, pov, manifest, options. Answers the id and the hashes still missing.
+        """Body: name, pov, manifest, options, ticket. Answers the id and the hashes still missing.
 
-        Everything that happens to the job comes after the event ``event``.
+        Everything that happens to the job comes after the event ``event``. The
+        same ticket, any text, sent again is answered with the same job.
         """
         wire = request.json(64 << 20)
-        with self._store.read() as tx:
-            event = tx.last_event()
         job, missing = self._farm.submit(
             want(wire, "name", str)[:100], request.identity.name,
             PovJob.from_wire(want(wire, "pov", dict)),
             Manifest.from_wire(want(wire, "manifest", dict)),
             JobOptions().changed(want(wire, "options", dict)),
+            want({"ticket": "", **wire}, "ticket", str)[:100],
         )
+        with self._store.read() as tx:
+            event = tx.first_event(job) - 1
         return json_response({"id": job, "missing": missing, "event": event}, 201)
 
     @route("PUT", "/api/v1/blobs/<hash>", role="user", max_body=MAX_BLOB,
@@ -11268,6 +11283,7 @@ def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tupl
     reply = client.request("POST", "/api/v1/jobs", json={
         "name": draft.name, "pov": draft.pov.to_wire(),
         "manifest": draft.project.manifest.to_wire(), "options": vars(draft.options),
+        "ticket": secrets.token_hex(16),
     }, timeout=120).json()
     files = {file.sha256: draft.project.sources[file.path]
              for file in draft.project.manifest.files}

@@ -831,6 +831,24 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
         assert operation["summary"] and operation["description"] and operation["responses"]
 
 
+def test_a_job_that_is_submitted_again_with_its_ticket_is_one_job(farm: Farm) -> None:
+    """The answer to the first request was lost."""
+    body = {"name": "ball", "pov": pov_job(2).to_wire(), "options": {}, "ticket": "A1",
+            "manifest": manifest({"scene.pov": SCENE}).to_wire()}
+    answers = [farm.ask("POST", "/api/v1/jobs", json_body=body).json() for _ in range(2)]
+    assert answers[0] == answers[1] and answers[0]["missing"] == [sha256(SCENE)]
+    farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+    again = farm.ask("POST", "/api/v1/jobs", json_body=body).json()
+    assert again == {**answers[0], "missing": []} and farm.state(1) == "active"
+    assert farm.ask("POST", "/api/v1/jobs", json_body={**body, "ticket": "A2"}).json()["id"] == 2
+    assert farm.ask("POST", "/api/v1/jobs", json_body={**body, "ticket": 7}).status == 400
+    assert [farm.ask("POST", "/api/v1/jobs", json_body={key: body[key] for key in body
+                                                        if key != "ticket"}).json()["id"]
+            for _ in range(2)] == [3, 4]
+    farm.scheduler.delete(1)
+    assert farm.ask("POST", "/api/v1/jobs", json_body=body).json()["id"] == 5
+
+
 def test_the_farm_names_itself(farm: Farm) -> None:
     farm.clock.advance(60)
     answer = farm.ask("GET", "/api/v1/farm", key=None).json()
