@@ -9568,6 +9568,7 @@ class _LauncherProcess:
     def __init__(self, link: socket.socket, nice: int) -> None:
         self._link = link
         self._nice = nice
+        self._kernel = _Kernel() if sys.platform == "linux" else None
         self._ids: dict[int, int] = {}
         self._buffer = b""
         self._descriptors: list[int] = []
@@ -9592,7 +9593,6 @@ class _LauncherProcess:
         signal.set_wakeup_fd(wake_write)
         if self._nice:
             os.nice(self._nice)
-        libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
         while True:
             ready, _, _ = select.select([self._link.fileno(), wake_read], [], [])
             if wake_read in ready:
@@ -9606,24 +9606,24 @@ class _LauncherProcess:
                 for descriptor in descriptors:
                     os.set_inheritable(descriptor, False)  # received ones are
                 self._descriptors += descriptors
-                self._handle(libc)
+                self._handle()
 
-    def _handle(self, libc: Any) -> None:
+    def _handle(self) -> None:
         while b"\n" in self._buffer:
             line, self._buffer = self._buffer.split(b"\n", 1)
             request = json.loads(line)
             if "argv" in request:
-                self._start(request, self._descriptors.pop(0), libc)
+                self._start(request, self._descriptors.pop(0))
                 continue
             for pid, number in self._ids.items():
                 if number == request["kill"]:
                     os.killpg(pid, signal.SIGKILL)
 
-    def _start(self, request: dict[str, Any], output: int, libc: Any) -> None:
+    def _start(self, request: dict[str, Any], output: int) -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                _become(request, output, libc)
+                _become(request, output, self._kernel)
             except BaseException as error:  # whatever it is, nobody else may go on from here
                 os.write(2, f"povfarm: cannot start {request['argv'][0]}: {error}\n".encode())
             os._exit(127)
@@ -9650,10 +9650,10 @@ class _LauncherProcess:
         self._link.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _become(request: dict[str, Any], output: int, libc: Any) -> None:
+def _become(request: dict[str, Any], output: int, kernel: _Kernel | None) -> None:
     """Turn the forked child into the renderer."""
-    if libc is not None:
-        _call(libc.prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the launcher
+    if kernel is not None:
+        kernel.end_with_parent()
     os.setpgid(0, 0)
     # Python ignores the last two, and what is ignored stays so in the next program.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD,
@@ -9667,8 +9667,8 @@ def _become(request: dict[str, Any], output: int, libc: Any) -> None:
     os.umask(0o077)
     bounds = Bounds(**request["bounds"])
     _limit(bounds)
-    if bounds.reads is not None and libc is not None:
-        _confine(libc, request["argv"][0], bounds.reads)
+    if bounds.reads is not None and kernel is not None:
+        kernel.confine((request["argv"][0], *_SYSTEM), bounds.reads)
     os.execve(request["argv"][0], request["argv"], request["env"])
 
 
@@ -9715,38 +9715,59 @@ _OF_FILES = 0xC007  # those that a rule for a file may have
 _OF_ABI = (0, 0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF)
 
 
-def _call(function: Any, *arguments: Any) -> int:
-    """Call into C with whole machine words, and raise what went wrong."""
-    words = [ctypes.c_long(item) if isinstance(item, int) else item for item in arguments]
-    result = int(function(*words))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), "the kernel refuses to confine")
-    return result
+class _Kernel:
+    """Linux, asked in the child between fork and exec; what can be is prepared before."""
 
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._abi = landlock_abi()
+        calls = _CALLS.get(os.uname().machine)
+        # A 32-bit program on such a machine has other numbers.
+        self._filter = _filter(*calls) if calls and sys.maxsize > 1 << 32 else b""
 
-def _confine(libc: Any, program: str, reads: Sequence[str]) -> None:
-    """Give up, for this process and for good, what a renderer does not need."""
-    _call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    abi = landlock_abi()
-    if abi:
-        handled = _OF_ABI[min(abi, 5)]
-        # With a later ABI also all TCP, and signals and abstract sockets to processes outside.
-        attributes = struct.pack("QQQ", handled, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-        rules = _call(libc.syscall, 444, attributes, len(attributes), 0)
-        for path, rights in [*((path, _RUN) for path in (program, *_SYSTEM)),
-                             *((path, _READ) for path in reads), (".", _WRITE)]:
-            with contextlib.suppress(FileNotFoundError):
-                there = os.open(path, os.O_PATH | os.O_CLOEXEC)
-                mine = rights & (handled if stat.S_ISDIR(os.fstat(there).st_mode) else _OF_FILES)
-                _call(libc.syscall, 445, rules, 1, struct.pack("=Qi", mine, there), 0)
-                os.close(there)
-        _call(libc.syscall, 446, rules, 0)
-    table = _CALLS.get(os.uname().machine) if sys.maxsize > 1 << 32 else None
-    if table is not None:
-        code = _filter(*table)
-        buffer = ctypes.create_string_buffer(code, len(code))
-        program_of = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))
-        _call(libc.prctl, 22, 2, program_of, 0, 0)  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+    def end_with_parent(self) -> None:
+        """Never outlive the launcher."""
+        self._call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def confine(self, runs: Sequence[str], reads: Sequence[str]) -> None:
+        """Give up, for this process and for good, what a renderer does not need.
+
+        It may run and read what is in ``runs``, read what is in ``reads``,
+        and write in the current directory.
+        """
+        self._call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+        if self._abi:
+            handled = _OF_ABI[min(self._abi, 5)]
+            # Of later ABIs all TCP, then signals and abstract sockets to processes outside.
+            rules = self._call("syscall", 444, struct.pack(
+                "QQQ", handled, 3 if self._abi >= 4 else 0, 3 if self._abi >= 6 else 0), 24, 0)
+            for path in runs:
+                self._allow(rules, path, _RUN, handled)
+            for path in reads:
+                self._allow(rules, path, _READ, handled)
+            self._allow(rules, ".", _WRITE, handled)
+            self._call("syscall", 446, rules, 0)
+        if self._filter:
+            code = self._filter.replace(struct.pack("=I", _ITSELF), struct.pack("=I", os.getpid()))
+            buffer = ctypes.create_string_buffer(code, len(code))
+            # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+            self._call("prctl", 22, 2, struct.pack(
+                "HP", len(code) // 8, ctypes.addressof(buffer)), 0, 0)
+
+    def _allow(self, rules: int, path: str, rights: int, handled: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            there = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            rights &= handled if stat.S_ISDIR(os.fstat(there).st_mode) else _OF_FILES
+            self._call("syscall", 445, rules, 1, struct.pack("=Qi", rights, there), 0)
+            os.close(there)
+
+    def _call(self, function: str, *arguments: int | bytes) -> int:
+        """Call into C with whole machine words, and raise what goes wrong."""
+        words = [ctypes.c_long(item) if isinstance(item, int) else item for item in arguments]
+        result = int(self._libc[function](*words))
+        if result < 0:
+            raise OSError(ctypes.get_errno(), "the kernel refuses to confine")
+        return result
 
 
 def _filter(machine: int, clone: int, kill: int, tgkill: int, refused: Sequence[int]) -> bytes:
@@ -9761,14 +9782,15 @@ def _filter(machine: int, clone: int, kill: int, tgkill: int, refused: Sequence[
     for number in refused:
         code += [(equal, 0, 1, number), (done, 0, 0, refuse)]
     # Threads, no processes (CLONE_THREAD); signals to itself alone.
-    for number, test, value in ((clone, has_bits, 0x10000), (kill, equal, os.getpid()),
-                                (tgkill, equal, os.getpid())):
+    for number, test, value in ((clone, has_bits, 0x10000), (kill, equal, _ITSELF),
+                                (tgkill, equal, _ITSELF)):
         code += [(equal, 0, 4, number), (load, 0, 0, 16), (test, 0, 1, value),
                  (done, 0, 0, allow), (done, 0, 0, refuse)]
     code.append((done, 0, 0, allow))
     return b"".join(struct.pack("=HBBI", *line) for line in code)
 
 
+_ITSELF = 0x5E1F5E1F  # stands for the number of the process in the filter
 # System calls by machine: AUDIT_ARCH, clone, kill, tgkill, and those that are refused:
 # socket io_uring_setup, fork vfork, tkill rt_sigqueueinfo rt_tgsigqueueinfo
 # pidfd_send_signal pidfd_open ptrace process_vm_readv process_vm_writev shmat; what changes
