@@ -8917,7 +8917,8 @@ _FRAME = re.compile(r"Rendering frame (\d+) of \d+")
 _PERCENT = re.compile(r"(?:Rendered|pretrace:) .*\((\d+)%\)")
 _SCENE_ERROR = re.compile(r"(?<!Possible )Parse Error|Cannot parse input|Fatal error in parser")
 _HARMLESS = re.compile(r"Possible Parse Error|configuration file")
-_ERROR = re.compile(r"(?<!Possible )(?:Parse Error|Fatal error|Cannot|rror:|failed)")
+_ERROR = re.compile(r"(?<!Possible )(?:Parse Error|Fatal error|Cannot|rror:|failed)"
+                    r"|^povfarm: |shared libraries")
 
 
 class PovText:
@@ -9690,7 +9691,8 @@ def _limit(bounds: Bounds) -> None:
                          (resource.RLIMIT_FSIZE, bounds.file_size or resource.RLIM_INFINITY)):
         most = resource.getrlimit(limit)[1]
         best = most if value < 0 else value if most < 0 else min(value, most)
-        resource.setrlimit(limit, (best, best))
+        with contextlib.suppress(OSError, ValueError):  # macOS does not take all of them
+            resource.setrlimit(limit, (best, best))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # when memory runs out: this one, and no program of the user's
 
@@ -9723,7 +9725,8 @@ class _Kernel:
         self._abi = landlock_abi()
         calls = _CALLS.get(os.uname().machine)
         # A 32-bit program on such a machine has other numbers.
-        self._filter = _filter(*calls) if calls and sys.maxsize > 1 << 32 else b""
+        usable = sys.maxsize > 1 << 32 and self._libc.prctl(21) >= 0  # PR_GET_SECCOMP
+        self._filter = _filter(*calls) if calls and usable else b""
 
     def end_with_parent(self) -> None:
         """Never outlive the launcher."""
@@ -9897,6 +9900,7 @@ def _proc_stat(pid: int) -> list[str] | None:
 
 LEASE_WAIT = 25.0  # seconds that a request for work is held open
 PATIENCE = 60.0  # seconds that a worker that is asked to stop renders on, as it looks
+DISK_RESERVE = 200 * 1000**2  # bytes of disk that no run may come to by writing
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
 MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
 GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to blame
@@ -9978,7 +9982,9 @@ class RunState:
         self.clock = clock
         self.process: Process | None = None
         self.text = PovText()
+        self.place: Path | None = None  # its own directory
         self.stopped = False
+        self.fills_disk = False
         self.ended = Ended(0, 0.0, 0)
         self.no_room = False
         self.free = 0  # bytes on the disk when the renderer started
@@ -10008,6 +10014,14 @@ class RunState:
         """Return the seconds that the task under way will still take as it looks."""
         part, spent = self.text.percent / 100, self.clock.monotonic() - self.began
         return spent * (1 - part) / part if part else spent
+
+    def written(self) -> int:
+        """Return the bytes in its own directory."""
+        sizes = 0
+        for path in self.place.rglob("*") if self.place else ():
+            with contextlib.suppress(OSError):
+                sizes += path.lstat().st_size
+        return sizes
 
     def stop(self) -> None:
         """End the renderer, at once unless it is writing the image that it has finished."""
@@ -10173,7 +10187,8 @@ class Worker:
         for number in range(2):
             name = f"deliver-{number}"
             threading.Thread(target=self._deliver_all, name=name, daemon=True).start()
-        threading.Thread(target=self._beat_all, name="beat", daemon=True).start()
+        for function in (self._beat_all, self._guard_disk):
+            threading.Thread(target=function, name=function.__name__, daemon=True).start()
         try:
             while not self._stopping.is_set() and not self._idle:
                 try:
@@ -10297,6 +10312,20 @@ class Worker:
                     run.bottoms.update({int(task): bottom for task, bottom
                                         in reply.json()["cuts"].items()})
 
+    def _guard_disk(self) -> None:
+        """When the disk is nearly full, end what has written most, if that is much."""
+        while True:
+            with self._changed:
+                while not self._runs:
+                    self._changed.wait()
+                runs = list(self._runs)
+            if shutil.disk_usage(self.cache.root).free < DISK_RESERVE:
+                largest = max(runs, key=RunState.written)
+                if largest.process is not None and largest.written() > DISK_RESERVE:
+                    largest.fills_disk = True
+                    largest.process.kill()
+            time.sleep(1)
+
     # --- one run
 
     def _work(self, run: RunState) -> None:
@@ -10344,7 +10373,7 @@ class Worker:
 
     def _render(self, run: RunState) -> None:
         frames = self._frames(run.lease)
-        place = self._directory()
+        place = run.place = self._directory()
         try:
             with self.cache.project(run.lease.manifest, frames[-1]) as (tree, manifest):
                 plan = Run(run.lease, tree, place, frames)
@@ -10462,9 +10491,10 @@ class Worker:
                 self._finish_early(run, plan, measure)
         ended = run.ended = process.wait()
         # POV-Ray 3.7 is aborted when it cannot write, and does not say why; or killed when it
-        # writes more than ``bounds`` let it, which where little is free is not the scene's fault.
-        run.no_room = ended.code != 0 and (free_room(plan.place) < 0 or (
-            ended.code == -getattr(signal, "SIGXFSZ", 0) and run.free < GENEROUS))
+        # writes more than it may, which where little is free is not the scene's fault.
+        run.fills_disk |= ended.code == -_FILE_TOO_LARGE
+        run.no_room = run.free < GENEROUS if run.fills_disk else (
+            ended.code != 0 and free_room(plan.place) < 0)
         self._pace.measured_memory(run.job, ended.memory)
         if run.open and ended.code == 0:
             cost = measure.frame(ended)
@@ -10654,13 +10684,16 @@ def _packed(place: Path) -> bytes:
     return data.getvalue()
 
 
+_FILE_TOO_LARGE = 25  # SIGXFSZ, which Windows does not have
+
+
 def _why_it_failed(run: RunState, bounds: Bounds) -> tuple[str, bool]:
     """Return what went wrong, best in POV-Ray's words, and whether the scene is to blame."""
     error, ended = run.text.error(), run.ended
-    if ended.code == -signal.SIGKILL:
+    if run.fills_disk:
+        return "POV-Ray wrote so much that it would have filled the disk", False
+    if ended.code == -9:
         return "POV-Ray was killed, perhaps because the computer ran out of memory", False
-    if hasattr(signal, "SIGXFSZ") and ended.code == -signal.SIGXFSZ:
-        return "POV-Ray wrote a file that would have filled the disk", False
     # POV-Ray that gets no more memory often fails without a word about it.
     if re.search("bad_alloc|(Out of|out of|Insufficient) memory", run.text.text) or (
             ended.memory > bounds.memory / 2 > 0 and not error.startswith("File ")):

@@ -382,21 +382,48 @@ def test_doctor_tries_it(launcher: Launcher, povray: str, capsys: pytest.Capture
     check = confinement()
     assert not check["good"] and "a scene can read your files, write your files" in check["text"]
 
-WITHOUT_LANDLOCK = """
+PATCHED = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import povfarm
-povfarm.landlock_abi = lambda: 0
+exec(sys.argv.pop(1))
 sys.exit(povfarm.main())
 """
 
 
-def work_without_landlock(tmp_path: Path, *args: str) -> "subprocess.CompletedProcess[str]":
-    """Run a worker as on a system without Landlock, with another user's data directory."""
+def patched(tmp_path: Path, patch: str, *args: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command in another user's data directory, on a computer that is different."""
     return subprocess.run(
-        [sys.executable, "-c", WITHOUT_LANDLOCK, str(ROOT), "work", "--until-idle", *args],
-        env={**environment(tmp_path), "POVFARM_DATA": str(tmp_path / "guest")}, text=True,
-        capture_output=True, timeout=60, check=False)
+        [sys.executable, "-c", PATCHED, str(ROOT), patch, *args], text=True, capture_output=True,
+        env={**environment(tmp_path), "POVFARM_DATA": str(tmp_path / "guest")}, timeout=60,
+        check=False, cwd=tmp_path)
+
+
+def test_a_renderer_that_cannot_be_started_is_told_in_its_own_words(
+        povray: str, tmp_path: Path) -> None:
+    patch = "povfarm.Engine.parts = lambda engine: (chr(0),)"
+    (tmp_path / "scene.pov").write_text(HEAD)
+    result = patched(tmp_path, patch, "render", "scene.pov", *SMALL)
+    assert result.returncode == 1 and f"cannot start {povray}: embedded null" in result.stderr
+
+
+def test_many_files_do_not_fill_the_disk(povray: str, tmp_path: Path) -> None:
+    """Each is small; the worker's disk has 8 MB left of 10 that shall stay free."""
+    patch = """from collections import namedtuple
+povfarm.DISK_RESERVE, Disk = 10**7, namedtuple("Disk", "total used free")
+povfarm.shutil.disk_usage = lambda path: Disk(
+    0, 0, 8 * 10**6 if path.name == "cache" else 10**12)"""
+    (tmp_path / "many.pov").write_text(HEAD + """#declare N = 0; #declare S = "0123456789";
+        #declare I = 0; #while (I < 14) #declare S = concat(S, S); #declare I = I + 1; #end
+        #while (1) #fopen F concat("f", str(N, 0, 0)) write #write (F, S) #fclose F
+        #declare N = N + 1; #end""")
+    result = patched(tmp_path, patch, "render", "many.pov", *SMALL)
+    assert result.returncode == 1 and "filled the disk" in result.stderr
+
+
+def work_without_landlock(tmp_path: Path, *args: str) -> "subprocess.CompletedProcess[str]":
+    """Run a worker as on a system without Landlock."""
+    return patched(tmp_path, "povfarm.landlock_abi = lambda: 0", "work", "--until-idle", *args)
 
 
 def test_without_a_key_nothing_is_rendered_unconfined(povray: str, tmp_path: Path) -> None:
