@@ -1769,12 +1769,14 @@ def _build_tga(data: bytes, rows: Sequence[Any]) -> bytes:
 
 def _check_bmp(data: bytes, width: int, height: int) -> ImageInfo:
     _need(data[:2] == b"BM"[: len(data)], "the file is not a BMP picture")
-    size, start, head, w, h, planes, bits, packed = struct.unpack_from("<2xI4xIIiiHHI", data)
+    size, start, head, w, h, planes, bits, packed, pixels = struct.unpack_from(
+        "<2xI4xIIiiHHII", data)
     _need_size("BMP", (w, h), (width, height))
     _need((start, head, planes, packed) == (54, 40, 1, 0) and bits in (24, 32),
           f"the BMP file {_ODD}")
     _need_end("BMP", start + (width * bits + 31) // 32 * 4 * height, data)
-    _need(size == len(data), "the BMP file is damaged: its header has another length")
+    _need(size == len(data) and pixels == size - start,
+          "the BMP file is damaged: its header has another length")
     return ImageInfo("bmp", width, height, bits // 8, 8)
 
 
@@ -1947,7 +1949,7 @@ class _ExrBlock:
         steps = steps[:1] + steps[1:].translate(_EXR_BIAS)
         order = bytes(total & 255 for total in itertools.accumulate(steps))
         raw = bytearray(order)
-        raw[0::2], raw[1::2] = order[:(len(order) + 1) // 2], order[(len(order) + 1) // 2:]
+        raw[0::2], raw[1::2] = order[:len(order) // 2], order[len(order) // 2:]
         return bytes(raw)
 
 

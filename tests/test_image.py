@@ -141,6 +141,11 @@ def test_exr_pixels_with_a_flipped_bit_are_refused(pictures: Dict[str, bytes]) -
     assert taken < 20  # some bits of the packed form mean nothing, and Adler-32 is weak
 
 
+def test_a_tga_whose_rows_begin_at_the_bottom_is_refused(pictures: Dict[str, bytes]) -> None:
+    data = pictures["+FT +W37 +H29"]
+    assert not accepted(data[:17] + bytes([data[17] ^ 0x20]) + data[18:], ".tga", 37, 29)
+
+
 def test_a_bmp_whose_header_has_another_length_is_refused(pictures: Dict[str, bytes]) -> None:
     data = pictures["+FB +W37 +H29"]
     assert "another length" in refused(data[:2] + b"\7" + data[3:], ".bmp", 37, 29)
@@ -315,6 +320,9 @@ def test_strips_of_a_picture_join_to_the_same_file(pictures: Dict[str, bytes], k
             povfarm.check_image(strip, extension, width, end - top)
         joined = povfarm.join_rows(strips, extension)
         if extension == ".exr":  # another zlib could pack the rows otherwise
+            assert [exr_rows(strip, end - top)
+                    for strip, top, end in zip(strips, edges, edges[1:])] == [
+                exr_rows(data, height)[top:end] for top, end in zip(edges, edges[1:])]
             assert exr_rows(joined, height) == exr_rows(data, height)
             assert len(edges) > 3 or joined == data  # blocks of 16 rows are copied
         else:
@@ -335,6 +343,13 @@ def test_strips_of_a_png_join_to_its_pixels_and_notes(
         assert png_rows(joined) == png_rows(data)
         assert png_apart(joined)[0] == png_apart(data)[0]
         assert len(joined) < len(data) + 40 * len(edges) + 0.1 * len(data)
+
+
+def test_exr_rows_that_do_not_get_smaller_are_stored(pictures: Dict[str, bytes]) -> None:
+    data = pictures["+FE +W1 +H1"]
+    joined = povfarm.join_rows([data, data], ".exr")
+    assert exr_rows(joined, 2) == exr_rows(data, 1) * 2
+    assert len(joined) == len(data) + 6  # of three channels, two bytes each
 
 
 def test_a_strip_can_be_cut_again(pictures: Dict[str, bytes]) -> None:
@@ -435,6 +450,27 @@ def test_strips_that_others_made_join_whatever_filter_they_begin_with() -> None:
     assert png_rows(joined) == rows
     assert png_rows(povfarm.join_rows([strips[4], joined, strips[3]], ".png")) == (
         png_rows(strips[4]) + rows + png_rows(strips[3]))
+
+
+def test_strips_that_only_seem_to_end_at_a_whole_byte_make_no_broken_picture() -> None:
+    rows = bytes([0]) + bytes(20) + b"\0\0\xff\xff\3\0"
+    stored = struct.pack("<BHH", 1, len(rows), len(rows) ^ 65535) + rows  # the last block
+    data = b"\x78\x9c" + stored + struct.pack(">I", zlib.adler32(rows))
+    head = struct.pack(">IIBBBBB", len(rows) - 1, 1, 8, 0, 0, 0, 0)
+    strip = png(chunk(b"IHDR", head), chunk(b"IDAT", data[:-6]), chunk(b"IDAT", data[-6:]), END)
+    povfarm.check_image(strip, ".png", len(rows) - 1, 1)
+    not_joined([strip, strip], ".png")
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_a_packed_strip_is_copied_only_when_no_row_above_matters(kind: int) -> None:
+    deflate = zlib.compressobj(6, zlib.DEFLATED, -15)
+    rows = bytes([kind, 9, 8, 7, 6])
+    data = b"\x78\x9c" + deflate.compress(rows) + deflate.flush(zlib.Z_SYNC_FLUSH)
+    end = b"\3\0" + struct.pack(">I", zlib.adler32(rows))
+    head = struct.pack(">IIBBBBB", 4, 1, 8, 0, 0, 0, 0)
+    strip = png(chunk(b"IHDR", head), chunk(b"IDAT", data), chunk(b"IDAT", end), END)
+    assert png_rows(povfarm.join_rows([strip, strip], ".png")) == png_rows(strip) * 2
 
 
 def test_joining_copies_packed_rows() -> None:
@@ -552,7 +588,7 @@ def test_the_chunks_of_an_animated_png_are_numbered_in_turn() -> None:
 
 
 @pytest.mark.parametrize("delay", [
-    Fraction(1, 25), Fraction(1001, 30000), Fraction(3), Fraction(10**9, 123456789),
+    Fraction(1, 25), Fraction(1001, 30000), Fraction(3), Fraction(2199114857, 10**8),
     Fraction(123456789, 10**10), Fraction(65535)])
 def test_the_time_of_a_frame_fits_the_format(delay: Fraction) -> None:
     body = dict(png_apart(animated([filtered_png([0], 0, 8)], delay))[0])[b"fcTL"]
