@@ -5849,12 +5849,14 @@ class Tx:
     def done_tasks(self) -> list[Row]:
         """Return every finished task whose file is kept, with its job's name.
 
-        Slices are kept until their frame is put together, passes until it is done.
+        Slices are kept until their frame is put together, passes until it is done,
+        or for all frames that share them.
         """
         return self._db.execute(
             """SELECT task.*, job.name AS job_name FROM task JOIN job ON job.id = task.job
                LEFT JOIN task AS frame ON frame.id = task.parent
-               WHERE task.state = 'done' AND COALESCE(frame.state, '') != 'done'""").fetchall()
+               WHERE task.state = 'done' AND (COALESCE(frame.state, '') != 'done'
+                 OR (task.kind = 'pass' AND job.radiosity = 'animation'))""").fetchall()
 
     def twice_accepted(self) -> list[int]:
         """Return tasks of which more than one attempt was accepted."""
@@ -5955,9 +5957,7 @@ class Scheduler:
         ``NoRoom`` when the disk is as good as full.
         """
         plan = plan_frames(pov.options)
-        problem = unsliceable(pov, options.in_order)
-        if problem and options.slices.isdecimal() and options.slices != "1":
-            raise UserError(f"this job cannot be sliced: {problem}")
+        _check_slices(pov, options)
         tasks = [(frame, PurePosixPath(plan.output_name(frame)).name) for frame in plan.frames]
         if len({file for _, file in tasks}) < len(tasks):
             raise UserError("two frames of this job would have the same file name")
@@ -6046,10 +6046,12 @@ class Scheduler:
         return len(failed)
 
     def change(self, job: int, changes: Mapping[str, Any]) -> None:
-        """Set priority, max_workers, retry_limit or in_order of a job."""
+        """Set any of the ``JobOptions`` of a job."""
         with self._tx() as tx:
             row = self._job(tx, job)
-            tx.set_job_options(job, self._options(row).changed(changes))
+            options = self._options(row).changed(changes)
+            _check_slices(pov_of(row["pov"]), options)
+            tx.set_job_options(job, options)
             text = ", ".join(f"{name} = {value}" for name, value in changes.items())
             tx.add_event(self.clock.time(), "changed", text, job)
         self._wake()
@@ -6236,8 +6238,9 @@ class Scheduler:
             attempt, row, job = self._attempt(tx, worker, lease, task)
         pov = pov_of(job["pov"])
         if row["kind"] != TaskKind.PASS:
-            bottom = bottom or row["bottom"] or pov.options.height
-            if not row["bottom"] <= bottom <= pov.options.height:
+            least = row["bottom"] or pov.options.height
+            bottom = bottom or least
+            if not least <= bottom <= pov.options.height:
                 raise ImageError("the picture does not hold the rows that were asked for")
             check_image(image, pov.options.extension, pov.options.width, bottom - row["top"])
         elif not image:
@@ -6255,8 +6258,7 @@ class Scheduler:
             for piece, _ in pieces:
                 if piece["state_of"]:
                     (directory / "parts" / f"{piece['id']}.state").unlink(missing_ok=True)
-        with contextlib.suppress(NoRoom):  # then it is done as soon as there is room
-            self.join_frames()
+        self.join_frames()
         self._wake()
         return accepted
 
@@ -6286,7 +6288,8 @@ class Scheduler:
                 frames = [(frame, self._job(tx, frame["job"]), tx.parts(frame["id"]))
                           for frame in tx.frames_to_join()]
             for frame, job, parts in frames:
-                self._join_frame(frame, job, parts)
+                with contextlib.suppress(NoRoom):  # then it is done as soon as there is room
+                    self._join_frame(frame, job, parts)
 
     def fail(self, worker: int, lease: str, task: int, message: str, log_text: bytes,
              scene: bool) -> None:
@@ -6411,6 +6414,7 @@ class Scheduler:
                                for lease in leases}
             self._granted = {lease: self._granted.get(lease, now) for lease in leases}
             self._owners = leases
+            self._cuts = {}  # whoever heard of one delivers what he was told, the others all rows
 
     def _wake(self) -> None:
         with self._changed:
@@ -6430,13 +6434,13 @@ class Scheduler:
 
     def _options(self, job: Row) -> JobOptions:
         return JobOptions(job["priority"], job["max_workers"], job["retry_limit"],
-                          bool(job["in_order"]))
+                          bool(job["in_order"]), job["slices"], job["radiosity"])
 
     def _attempt(self, tx: Tx, worker: int, lease: str, task: int) -> tuple[Row, Row, Row]:
         attempt = tx.attempt(task, lease)
         if attempt is None or attempt["worker"] != worker:
             raise StaleLease("this task is not in a lease of yours")
-        row = tx.task(task)
+        row = tx.task(attempt["task"])  # of a frame that was divided since, the first slice
         assert row is not None  # the attempt's foreign key
         return attempt, row, self._job(tx, row["job"])
 
@@ -6479,7 +6483,7 @@ class Scheduler:
         if not slices or frm is TaskState.DONE or to is frm:
             return
         self._move(tx, row, to, why)
-        if to is TaskState.FAILED:
+        if to in (TaskState.FAILED, TaskState.CANCELLED):
             self._cancel_parts(tx, row)
 
     def _cancel_parts(self, tx: Tx, frame: Row) -> None:
@@ -6529,7 +6533,8 @@ class Scheduler:
         wanted = [row]
         if row["kind"] == TaskKind.SLICE and bottom > row["bottom"]:
             wanted += [part for part in tx.parts(row["parent"])
-                       if row["top"] < part["top"] and part["bottom"] <= bottom]
+                       if part["kind"] == TaskKind.SLICE
+                       and row["top"] < part["top"] and part["bottom"] <= bottom]
         pieces = []
         for part in wanted:
             if part["state"] in (TaskState.DONE, TaskState.CANCELLED):
@@ -6571,28 +6576,38 @@ class Scheduler:
         places = [Path(*place_of(directory, part)) for part in slices]
         extension = pov_of(job["pov"]).options.extension
         try:
-            image = join_rows([place.read_bytes() for place in places], extension)
-            problem = ""
-            self.store.put_image(*place_of(directory, frame), image)
+            image, problem = join_rows([place.read_bytes() for place in places], extension), ""
         except (OSError, ImageError) as error:
             image, problem = b"", f"the slices could not be put together: {error}"
-        with self._tx() as tx:
-            row = tx.task(frame["id"])
-            if row is None or row["state"] not in (TaskState.LEASED, TaskState.FAILED):
-                return
-            if problem:
-                # Rendered whole by `retry`: something of the slices is wrong.
-                tx.drop_parts(frame["id"])
-                self._move(tx, row, TaskState.FAILED, problem)
-                return
-            cost = Cost(sum(part["cpu"] for part in parts), sum(part["wall"] for part in parts),
-                        max(part["memory"] for part in parts))
-            last = max(slices, key=operator.itemgetter("finished"))
-            tx.set_task_result(frame["id"], last["worker"], hashlib.sha256(image).hexdigest(),
-                               len(image), cost, self.clock.time())
-            self._move(tx, row, TaskState.DONE, f"put together from {len(slices)} slices")
+        with self._delivery:  # meanwhile all of it may have come in one piece, or the job be gone
+            with self.store.read() as tx:
+                if not _is_open(tx.task(frame["id"])):
+                    return
+            if image:
+                self.store.put_image(*place_of(directory, frame), image)
+            with self._tx() as tx:
+                row = tx.task(frame["id"])
+                if row is None or not _is_open(row):
+                    return
+                if problem:  # then `retry` renders all of it again
+                    tx.drop_parts(frame["id"])
+                    if row["state"] != TaskState.FAILED:
+                        self._move(tx, row, TaskState.FAILED, problem)
+                else:
+                    self._joined(tx, row, parts, image)
         for place in places:
             place.unlink(missing_ok=True)
+
+    def _joined(self, tx: Tx, frame: Row, parts: Sequence[Row], image: bytes) -> None:
+        # A pass that failed has cost nothing that is known.
+        cost = Cost(sum(part["cpu"] or 0.0 for part in parts),
+                    sum(part["wall"] or 0.0 for part in parts),
+                    max(part["memory"] or 0 for part in parts))
+        slices = [part for part in parts if part["kind"] == TaskKind.SLICE]
+        last = max(slices, key=operator.itemgetter("finished"))
+        tx.set_task_result(frame["id"], last["worker"], hashlib.sha256(image).hexdigest(),
+                           len(image), cost, self.clock.time())
+        self._move(tx, frame, TaskState.DONE, f"put together from {len(slices)} slices")
 
     def _fail(self, tx: Tx, tried: tuple[Row, Row, Row], message: str, log_name: str,
               scene: bool) -> None:
@@ -6666,12 +6681,13 @@ class Scheduler:
             return False
         if job["in_order"] and job["leased"]:
             return False
-        if job["slices"] == "auto":
-            # One slice has all cores of a worker; the next may begin when it is nearly done.
-            mine = [self._left_of(attempt) for attempt in tx.live_attempts_of_job(job["id"])
-                    if attempt["worker"] == worker and attempt["kind"] == TaskKind.SLICE]
-            if len(mine) > 1 or any(left > 2 * START for left in mine):
-                return False
+        # One pass has all cores of a worker, and one slice that the farm has cut by itself; the
+        # next may begin when it is nearly done.
+        alone = (TaskKind.PASS, TaskKind.SLICE)[:1 + (job["slices"] == "auto")]
+        mine = [self._left_of(attempt) for attempt in tx.live_attempts_of_job(job["id"])
+                if attempt["worker"] == worker and attempt["kind"] in alone]
+        if len(mine) > 1 or any(left > 2 * START for left in mine):
+            return False
         return not self._is_hopeless(tx, job, worker) or worker in self._helpers(tx, job)
 
     def _is_hopeless(self, tx: Tx, job: Row, worker: int) -> bool:
@@ -6696,7 +6712,7 @@ class Scheduler:
         part = self._pick_part(tx, job, worker)
         if part is not None:
             return [part]
-        if job["radiosity"] == "animation" and not self._is_ready(tx, self._first(tx, job)):
+        if not self._may_begin(tx, job):
             return []
         cost = Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
         others = self.live_workers() - {worker}
@@ -6730,10 +6746,15 @@ class Scheduler:
         for frame in tx.frames_to_cut(job["id"]):
             if frame["cut"] < frame["bottom"] and self._is_ready(tx, frame):
                 return self._cut(tx, job, worker, frame)
-        if self._wants_slices(tx, job):
+        if self._wants_slices(tx, job) and self._may_begin(tx, job):
             for frame in tx.next_tasks(job["id"], worker, 1):
-                return self._begin_slices(tx, job, worker, frame)
+                if not frame["state_of"]:  # what is begun is gone on with, and divided if it drags
+                    return self._begin_slices(tx, job, worker, frame)
         return None
+
+    def _may_begin(self, tx: Tx, job: Row) -> bool:
+        """Tell whether what all frames share is there."""
+        return job["radiosity"] != "animation" or self._is_ready(tx, self._first(tx, job))
 
     def _is_ready(self, tx: Tx, task: Row) -> bool:
         """Tell whether the pass of a task's frame, if it has one, is over; for good or ill."""
@@ -6775,7 +6796,7 @@ class Scheduler:
         tx.set_cut(frame["id"], 0, height)
         if job["radiosity"] != "animation" and self._shared(job):
             self._add_passes(tx, job, frame)
-            return tx.queued_parts(job["id"])[0]
+            return tx.parts(frame["id"])[0]
         return self._cut(tx, job, worker, cast(Row, tx.task(frame["id"])))
 
     def _speeds(self, tx: Tx, job: Row) -> tuple[dict[int, float], SliceCost | None]:
@@ -6847,7 +6868,8 @@ class Scheduler:
         middle = split_row(task["top"], bottom, region, self.progress(task["id"]), share)
         if middle is None:
             return []
-        scale = (bottom - task["top"]) / (middle - task["top"])
+        top = max(task["top"], region.top)
+        scale = (min(bottom, region.bottom) - top) / (middle - top)
         if task["kind"] == TaskKind.SLICE:
             frame, kept = cast(Row, tx.task(task["parent"])), task["id"]
             tx.set_bottom(kept, middle)
@@ -6862,6 +6884,7 @@ class Scheduler:
         before = self._cuts.get(given, Cut(kept, bottom, 1.0))
         self._cuts[given] = Cut(kept, middle, before.scale * scale)
         self._note(kept, attempt["lease"], self.progress(task["id"]) * scale)
+        self._wake()  # its beat
         return [tx.add_part(frame, TaskKind.SLICE, middle, bottom)]
 
     def _pick_straggler(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
@@ -6935,6 +6958,18 @@ class Scheduler:
             runs = len(tx.queued_parts(job["id"])) + 1 if job["slices"] != "auto" else 1
         threads = max(idle // runs, 1)
         return max(min(threads, int(pov.values.get("Work_Threads", threads))), 1)
+
+
+def _is_open(frame: Row | None) -> bool:
+    """Tell whether the picture of a sliced frame is still wanted."""
+    return frame is not None and frame["state"] in (TaskState.LEASED, TaskState.FAILED)
+
+
+def _check_slices(pov: PovJob, options: JobOptions) -> None:
+    """Refuse a number of slices where there can be none."""
+    problem = unsliceable(pov, options.in_order)
+    if problem and options.slices.isdecimal() and options.slices != "1":
+        raise UserError(f"this job cannot be sliced: {problem}")
 
 
 def _check_room(place: Path, size: int) -> None:

@@ -1,0 +1,898 @@
+"""Frames cut into slices, on a farm without sockets and without waiting."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import pytest
+from farm_in_a_box import Farm, farm_fixture, png, pov_job
+
+import povfarm
+from povfarm import Cost, LeaseSpec, Region, SliceCost, TaskKind, TaskState
+
+WIDTH, HEIGHT = 8, 96
+SIZE = {"Width": str(WIDTH), "Height": str(HEIGHT), "Render_Block_Size": "4"}
+BLOCKS = {**SIZE, "Antialias": "On", "Render_Block_Size": "32"}
+
+__all__ = ["farm_fixture"]
+
+
+# --- what these tests do with a farm
+
+def submit(farm: Farm, frames: int = 1, values: Optional[Dict[str, str]] = None,
+           uses: Tuple[str, ...] = (), **options: Any) -> int:
+    return farm.submit(frames, uses=uses, values={**SIZE, **(values or {})}, **options)
+
+
+def hand_in(farm: Farm, worker: int, lease: LeaseSpec, bottom: int = 0, wall: float = 1.0,
+            image: Optional[bytes] = None) -> bool:
+    """Deliver the strip of a slice, down to ``bottom``, in a shade that is the task's own."""
+    task = lease.tasks[0]
+    bottom = bottom or task.bottom or HEIGHT
+    if image is None:
+        image = (b"what a pass made" if task.kind is TaskKind.PASS
+                 else png(task.id, WIDTH, bottom - task.top))
+    return farm.scheduler.finish(worker, lease.id, task.id, image, b"log",
+                                 Cost(wall, wall, 1 << 20), bottom)
+
+
+def beat(farm: Farm, worker: int, lease: LeaseSpec, part: float) -> Dict[int, int]:
+    ended, cuts = farm.scheduler.beat(worker, {lease.id: {lease.tasks[0].id: part}}, 0)
+    assert not ended
+    return cuts
+
+
+def spans(farm: Farm, job: int, frame: int = 1, kind: str = "slice") -> List[Tuple[int, int]]:
+    return [(part["top"], part["bottom"]) for part in parts(farm, job, frame, kind)]
+
+
+def parts(farm: Farm, job: int, frame: int = 1, kind: str = "slice") -> List[Dict[str, Any]]:
+    with farm.store.read() as tx:
+        return [dict(part) for part in tx.parts(number(farm, job, frame)) if part["kind"] == kind]
+
+
+def number(farm: Farm, job: int, frame: int = 1) -> int:
+    rows = farm.tasks(job)
+    return int(next((row for row in rows if row["frame"] == frame), rows[0])["id"])
+
+
+def states(farm: Farm, job: int, frame: int = 1) -> List[str]:
+    return [part["state"] for part in parts(farm, job, frame)]
+
+
+def picture(farm: Farm, job: int, frame: int = 1) -> List[int]:
+    """The shade of every row of a finished frame: the task that it came from."""
+    row = next(row for row in farm.tasks(job) if row["id"] == number(farm, job, frame))
+    assert row["state"] == "done"
+    data = (farm.store.job_directory(job, "ball") / row["name"]).read_bytes()
+    povfarm.check_image(data, ".png", WIDTH, HEIGHT)
+    at, packed = 8, b""
+    while at < len(data):
+        size = int.from_bytes(data[at:at + 4], "big")
+        packed += data[at + 8:at + 8 + size] if data[at + 4:at + 8] == b"IDAT" else b""
+        at += 12 + size
+    rows = zlib.decompress(packed)
+    assert set(rows[::1 + 3 * WIDTH]) == {0}  # no filter: as these tests write them
+    return [rows[at + 1] + 256 * rows[at + 2] for at in range(0, len(rows), 1 + 3 * WIDTH)]
+
+
+def work(farm: Farm, *workers: int) -> List[LeaseSpec]:
+    """Let workers render whatever they get, in turn, until nobody gets anything."""
+    leases: List[LeaseSpec] = []
+    while True:
+        mine = [(worker, lease) for worker in workers for lease in farm.leases(worker)]
+        if not mine:
+            return leases
+        for worker, lease in mine:
+            hand_in(farm, worker, lease)
+            leases.append(lease)
+
+
+def part_files(farm: Farm, job: int) -> List[str]:
+    place = farm.store.job_directory(job, "ball") / "parts"
+    return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+
+
+@pytest.fixture(name="two")
+def two_fixture(farm: Farm) -> Tuple[int, int]:
+    """Two workers that are there and idle."""
+    workers = farm.worker("anna"), farm.worker("bert")
+    assert not farm.leases(workers[0]) and not farm.leases(workers[1])
+    return workers
+
+
+# --- a number of slices
+
+@pytest.mark.parametrize(("many", "values", "rows"), [
+    (2, SIZE, [48, 48]), (3, SIZE, [32, 32, 32]), (7, SIZE, [13, 14, 14, 13, 14, 14, 14]),
+    (16, SIZE, [6] * 16), (500, SIZE, [1] * 96), (2, BLOCKS, [32, 64]), (3, BLOCKS, [32] * 3),
+    (16, BLOCKS, [32] * 3),
+    # A region's first and last slice take along what lies outside of it.
+    (3, {**SIZE, "Start_Row": "11", "End_Row": "40"}, [20, 10, 66]),
+    (2, {**BLOCKS, "Start_Row": "21", "End_Row": "84"}, [52, 44]),
+])
+def test_a_number_of_slices_are_as_many_and_alike(
+        farm: Farm, many: int, values: Dict[str, str], rows: List[int]) -> None:
+    worker = farm.worker()
+    job = submit(farm, values=values, slices=many)
+    leases = work(farm, worker)
+    assert [lease.tasks[0].bottom - lease.tasks[0].top for lease in leases] == rows
+    shades = [lease.tasks[0].id for lease in leases]
+    assert picture(farm, job) == [shade for shade, size in zip(shades, rows) for _ in range(size)]
+    assert farm.state(job) == "done" and part_files(farm, job) == []
+    frame = farm.tasks(job)[0]
+    assert frame["cpu"] == farm.job(job)["cpu"] == len(rows) and frame["memory"] == 1 << 20
+
+
+def test_slices_of_one_are_none(farm: Farm, two: Tuple[int, int]) -> None:
+    for slices in (1, "off"):
+        job = submit(farm, slices=slices)
+        assert farm.lease(two[0]).tasks[0].kind is TaskKind.FRAME
+        farm.scheduler.cancel(job)
+
+
+def test_every_frame_of_an_animation_is_cut(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, 3, slices=2)
+    work(farm, *two)
+    assert farm.state(job) == "done"
+    for frame in (1, 2, 3):
+        shades = picture(farm, job, frame)
+        assert shades == [shades[0]] * 48 + [shades[-1]] * 48 and shades[0] != shades[-1]
+
+
+@pytest.mark.parametrize(("values", "options", "words"), [
+    ({"Output_File_Type": "J"}, {}, "JPEG"),
+    ({}, {"in_order": True}, "in order"),
+    ({"Dither": "On"}, {}, "one block"),
+])
+def test_what_cannot_be_sliced_is_refused_and_rendered_whole_by_auto(
+        farm: Farm, two: Tuple[int, int], values: Dict[str, str], options: Dict[str, Any],
+        words: str) -> None:
+    with pytest.raises(povfarm.UserError, match=words):
+        submit(farm, values=values, slices=3, **options)
+    job = submit(farm, values=values, **options)
+    assert farm.lease(two[0]).tasks[0].kind is TaskKind.FRAME
+    with pytest.raises(povfarm.UserError, match=words):
+        farm.scheduler.change(job, {"slices": 3})
+
+
+def test_other_changes_leave_slices_and_radiosity_alone(farm: Farm) -> None:
+    job = submit(farm, slices=3, radiosity="animation")
+    farm.scheduler.change(job, {"priority": 5})
+    assert (farm.job(job)["slices"], farm.job(job)["radiosity"]) == ("3", "animation")
+
+
+# --- auto
+
+def test_auto_leaves_the_frame_whole_for_one_worker(farm: Farm) -> None:
+    worker = farm.worker()
+    submit(farm)
+    assert farm.lease(worker).tasks[0].kind is TaskKind.FRAME
+
+
+def test_auto_cuts_where_there_are_more_workers_than_frames(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm)
+    first, second = farm.lease(two[0]), farm.lease(two[1])
+    assert first.tasks[0].kind is second.tasks[0].kind is TaskKind.SLICE
+    assert 0 == first.tasks[0].top < first.tasks[0].bottom == second.tasks[0].top
+    assert farm.leases(two[0]) == []  # one slice has the whole of a worker
+    for worker, lease in zip(two, (first, second)):
+        hand_in(farm, worker, lease, wall=30)
+    work(farm, *two)
+    sizes = [bottom - top for top, bottom in spans(farm, job)]
+    assert sum(sizes) == HEIGHT and len(sizes) > 2 and sizes[0] > sizes[-1]
+    assert all(top % 8 == 0 for top, _ in spans(farm, job))
+    assert farm.state(job) == "done" and len(set(picture(farm, job))) == len(sizes)
+
+
+def test_auto_leaves_frames_whole_that_are_many_small_or_cheap(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    many = submit(farm, 3)
+    assert farm.lease(two[0]).tasks[0].kind is TaskKind.FRAME
+    farm.scheduler.cancel(many)
+    small = submit(farm, values={"Height": "64"})
+    assert farm.lease(two[0]).tasks[0].kind is TaskKind.FRAME
+    farm.scheduler.cancel(small)
+    job = submit(farm, 8)
+    while farm.state(job) == "active":
+        lease = farm.lease(two[0])
+        for index, task in enumerate(lease.tasks):
+            assert task.kind is TaskKind.FRAME
+            farm.finish(two[0], lease, index, cpu=0.2, image=png(1, WIDTH, HEIGHT))
+
+
+def test_the_last_frames_of_a_dear_animation_are_cut(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, 3)
+    kinds = []
+    while farm.state(job) == "active":
+        for worker in two:
+            for lease in farm.leases(worker):
+                kinds.append(lease.tasks[0].kind)
+                hand_in(farm, worker, lease, wall=60)
+    assert kinds[:2] == [TaskKind.FRAME, TaskKind.FRAME] and set(kinds[2:]) == {TaskKind.SLICE}
+
+
+# --- failures
+
+def test_a_slice_that_fails_goes_to_another_worker(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2)
+    lease = farm.lease(two[0])
+    farm.fail(two[0], lease)
+    assert farm.task(job, 0)["state"] == "queued" and states(farm, job) == ["queued"]
+    other = farm.lease(two[0])
+    assert other.tasks[0].id != lease.tasks[0].id
+    again = farm.lease(two[1])
+    assert again.tasks[0].id == lease.tasks[0].id
+    hand_in(farm, two[0], other)
+    hand_in(farm, two[1], again)
+    assert farm.state(job) == "done"
+    assert farm.attempts(lease.tasks[0].id) == [("anna", "failed"), ("bert", "done")]
+
+
+def test_a_slice_that_fails_for_good_fails_the_frame_until_retry(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=4, retry_limit=1)
+    done, bad, under_way = farm.lease(two[0]), farm.lease(two[0]), farm.lease(two[1])
+    hand_in(farm, two[0], done)
+    farm.fail(two[0], bad)
+    assert farm.states(job) == ["failed"] and farm.state(job) == "failed"
+    assert states(farm, job) == ["done", "failed", "cancelled"]
+    assert farm.beat(two[1], under_way) == [under_way.id]
+    assert not hand_in(farm, two[1], under_way)  # too late: nobody knows whether it is wanted
+    assert farm.problems() == []
+    assert farm.scheduler.retry(job) == 1
+    assert states(farm, job) == ["done", "queued", "queued"] and farm.states(job) == ["leased"]
+    leases = work(farm, *two)
+    assert done.tasks[0].id not in [lease.tasks[0].id for lease in leases]  # what is done stays
+    assert farm.state(job) == "done" and len(set(picture(farm, job))) == 4
+
+
+def test_the_strip_of_a_slice_that_failed_is_taken_late(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2, retry_limit=1)
+    first, last = farm.lease(two[0]), farm.lease(two[1])
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    again = {lease.tasks[0].id: lease for lease in (farm.lease(two[0]), farm.lease(two[0]))}
+    hand_in(farm, two[0], again[first.tasks[0].id])
+    farm.fail(two[0], again[last.tasks[0].id])
+    assert farm.states(job) == ["failed"]
+    assert hand_in(farm, two[1], last)
+    assert farm.state(job) == "done" and len(set(picture(farm, job))) == 2
+
+
+# --- the life of a job
+
+def test_a_cancelled_job_cancels_slices_and_goes_on_where_it_was(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=4)
+    hand_in(farm, two[0], farm.lease(two[0]))
+    farm.fail(two[0], farm.lease(two[0]))
+    under_way = farm.lease(two[0])
+    farm.scheduler.cancel(job)
+    assert farm.states(job) == ["cancelled"]
+    assert states(farm, job) == ["done", "cancelled", "cancelled"]
+    assert farm.beat(two[0], under_way) == [under_way.id]
+    assert farm.leases(two[0]) == [] and farm.problems() == []
+    farm.scheduler.retry(job)
+    work(farm, *two)
+    assert farm.state(job) == "done" and len(set(picture(farm, job))) == 4
+
+
+def test_a_paused_job_gives_out_no_more_slices(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=3)
+    lease = farm.lease(two[0])
+    farm.scheduler.pause(job)
+    assert farm.leases(two[1]) == [] and hand_in(farm, two[0], lease)
+    assert farm.leases(two[0]) == [] and farm.state(job) == "paused"
+    farm.scheduler.resume(job)
+    work(farm, *two)
+    assert farm.state(job) == "done"
+
+
+def test_a_deleted_job_leaves_no_slices(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=3)
+    hand_in(farm, two[0], farm.lease(two[0]))
+    lease = farm.lease(two[0])
+    farm.scheduler.delete(job)
+    assert farm.beat(two[0], lease) == [lease.id]
+    assert not farm.store.job_directory(job, "ball").exists()
+    with pytest.raises(povfarm.StaleLease):
+        hand_in(farm, two[0], lease)
+
+
+def test_a_frame_that_is_put_together_while_its_job_is_deleted_leaves_nothing(
+        farm: Farm, two: Tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = submit(farm, slices=2)
+    join = povfarm.join_rows
+
+    def delete_first(strips: Sequence[bytes], extension: str) -> bytes:
+        farm.scheduler.delete(job)
+        return join(strips, extension)
+
+    monkeypatch.setattr(povfarm, "join_rows", delete_first)
+    work(farm, *two)
+    assert not farm.store.job_directory(job, "ball").exists()
+
+
+def test_the_slice_of_a_dead_worker_goes_to_another(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2)
+    dead, lease = farm.lease(two[0]), farm.lease(two[1])
+    hand_in(farm, two[1], lease)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    assert states(farm, job) == ["queued", "done"] and farm.states(job) == ["leased"]
+    work(farm, two[1])
+    assert farm.attempts(dead.tasks[0].id) == [("anna", "expired"), ("bert", "done")]
+    assert not hand_in(farm, two[0], dead)
+    assert farm.state(job) == "done"
+
+
+def test_when_all_slices_are_queued_again_so_is_the_frame(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2)
+    for worker in two:
+        farm.lease(worker)
+        assert farm.states(job) == ["leased"]
+    farm.scheduler.leave(two[0])
+    assert farm.states(job) == ["leased"]
+    farm.scheduler.leave(two[1])
+    assert farm.states(job) == ["queued"] and states(farm, job) == ["queued", "queued"]
+    assert farm.problems() == []
+    work(farm, *two)
+    assert len(spans(farm, job)) == 2
+
+
+def test_a_restarted_coordinator_puts_together_what_was_complete(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    farm = Farm(tmp_path)
+    worker, job = farm.worker(), submit(farm, slices=3)
+    monkeypatch.setattr(farm.scheduler, "join_frames", lambda: None)
+    work(farm, worker)
+    assert states(farm, job) == ["done"] * 3 and farm.state(job) == "active"
+    again = farm.restarted()
+    again.scheduler.expire()
+    assert again.state(job) == "done" and len(set(picture(again, job))) == 3
+    assert part_files(again, job) == [] and again.problems() == []
+    again.close()
+
+
+def test_a_restarted_coordinator_goes_on_with_slices_under_way(tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = submit(farm)
+    hand_in(farm, anna, farm.lease(anna))
+    lease = farm.lease(bert)
+    again = farm.restarted()
+    assert again.beat(bert, lease) == []
+    hand_in(again, bert, lease)
+    work(again, anna, bert)
+    assert again.state(job) == "done" and again.problems() == []
+    again.close()
+
+
+def test_a_restarted_coordinator_keeps_what_all_frames_share(tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    worker = farm.worker()
+    job = submit(farm, 3, uses=("radiosity",), radiosity="animation")
+    hand_in(farm, worker, farm.lease(worker))
+    farm.finish(worker, farm.lease(worker), image=png(1, WIDTH, HEIGHT))
+    again = farm.restarted()
+    again.store.sweep()
+    lease = again.lease(worker)
+    place = again.store.job_directory(job, "ball") / "parts"
+    assert lease.shares and (place / f"{lease.shares[0]}.zip").is_file()
+    assert again.problems() == []
+    again.close()
+
+
+# --- what is no strip of the picture
+
+def test_what_is_not_the_strip_that_was_asked_for_is_refused(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=3)
+    first, lease = farm.lease(two[0]), farm.lease(two[1])
+    good = png(1, WIDTH, 32)
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 4
+    spoilt = [good[:-20], bytes(flipped), png(1, WIDTH, 31), png(1, WIDTH + 1, 32),
+              png(1, WIDTH, HEIGHT), b"P6 8 32 255\n" + bytes(8 * 32 * 3), b""]
+    for image in spoilt:
+        with pytest.raises(povfarm.ImageError):
+            hand_in(farm, two[1], lease, image=image)
+    for bottom in (33, 63, HEIGHT + 1):  # above what was asked for, and below the picture
+        with pytest.raises(povfarm.ImageError):
+            hand_in(farm, two[1], lease, bottom=bottom)
+    assert states(farm, job) == ["leased", "leased"] and part_files(farm, job) == []
+    hand_in(farm, two[0], first)
+    hand_in(farm, two[1], lease)
+    work(farm, *two)
+    assert farm.state(job) == "done"
+
+
+def test_a_part_of_a_whole_frame_is_refused(farm: Farm) -> None:
+    worker = farm.worker()
+    job = submit(farm)
+    lease = farm.lease(worker)
+    with pytest.raises(povfarm.ImageError):
+        hand_in(farm, worker, lease, bottom=50)
+    assert farm.states(job) == ["leased"] and hand_in(farm, worker, lease)
+
+
+def test_a_refused_strip_is_told_with_422_and_a_slice_is_shown(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    token = "anna"
+    job = submit(farm, slices=2)
+    lease = farm.lease(two[0])
+    task = lease.tasks[0]
+    path = f"/api/v1/leases/{lease.id}/tasks/{task.id}?log=0"
+    for body, query in ((png(1, WIDTH, 47), ""), (png(1, WIDTH, 48)[:-9], ""),
+                        (png(1, WIDTH, 40), "&bottom=40")):
+        assert farm.ask("PUT", path + query, body=body, key=token).status == 422
+    image = f"/api/v1/jobs/{job}/slices/{task.id}/image"
+    assert farm.ask("GET", image).status == 404
+    strip = png(1, WIDTH, 48)
+    assert farm.ask("PUT", path + "&bottom=48", body=strip, key=token).json() == {"accepted": True}
+    assert farm.ask("GET", image).body == strip
+    view = farm.ask("GET", f"/api/v1/jobs/{job}/frames").json()["frames"][0]
+    assert [(part["top"], part["bottom"], part["state"]) for part in view["slices"]] == [
+        (0, 48, "done")]
+    assert view["progress"] == 0.5
+    assert farm.ask("GET", f"/api/v1/jobs/{job}").json()["slices"]["done"] == 1
+    work(farm, *two)
+    assert farm.ask("GET", image).status == 404  # the frame is there
+    assert "slices" not in farm.ask("GET", f"/api/v1/jobs/{job}/frames").json()["frames"][0]
+    log = farm.ask("GET", f"/api/v1/jobs/{job}/frames/{view['frame']}/log").body.decode()
+    assert "rows 0 to 47 on anna" in log and "rows 48 to 95" in log
+
+
+# --- strips that reach further, and whole pictures that come late
+
+def test_a_strip_that_reaches_further_down_settles_the_slices_below(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=4)
+    first, second, third = farm.lease(two[0]), farm.lease(two[0]), farm.lease(two[1])
+    assert hand_in(farm, two[0], first, bottom=60)  # of the third it has only some rows
+    assert states(farm, job) == ["done", "done", "leased"]
+    assert farm.beat(two[0], second) == [second.id] and farm.beat(two[1], third) == []
+    assert not hand_in(farm, two[0], second)
+    hand_in(farm, two[1], third)
+    work(farm, *two)
+    last = parts(farm, job)[-1]["id"]
+    assert picture(farm, job) == (
+        [first.tasks[0].id] * 48 + [third.tasks[0].id] * 24 + [last] * 24)
+
+
+def test_a_strip_settles_no_pass(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=3, uses=("radiosity",), retry_limit=1)
+    for worker in two:
+        farm.fail(worker, farm.lease(worker))
+    first = farm.lease(two[0])
+    assert hand_in(farm, two[0], first, bottom=HEIGHT)
+    assert [part["state"] for part in parts(farm, job, kind="pass")] == ["failed", "failed"]
+    work(farm, *two)
+    assert farm.state(job) == "done"
+
+
+def test_a_late_whole_picture_is_taken_for_a_frame_that_was_sliced_meanwhile(farm: Farm) -> None:
+    anna = farm.worker("anna")
+    job = submit(farm)
+    lease = farm.lease(anna)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    bert, carl = farm.worker("bert"), farm.worker("carl")
+    done, under_way = farm.lease(bert), farm.lease(carl)
+    assert done.tasks[0].kind is TaskKind.SLICE
+    hand_in(farm, bert, done)
+    assert hand_in(farm, anna, lease)
+    assert picture(farm, job) == [lease.tasks[0].id] * HEIGHT
+    assert farm.state(job) == "done" and farm.beat(carl, under_way) == [under_way.id]
+    assert not hand_in(farm, carl, under_way)
+
+
+def test_of_two_attempts_at_one_slice_the_first_counts(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2)
+    slow = farm.lease(two[0])
+    other = farm.lease(two[1])
+    hand_in(farm, two[1], other)
+    farm.clock.advance(20)
+    second = farm.lease(two[1])
+    assert second.tasks[0].id == slow.tasks[0].id
+    assert hand_in(farm, two[1], second)
+    assert farm.beat(two[0], slow) == [slow.id] and not hand_in(farm, two[0], slow)
+    assert farm.state(job) == "done" and picture(farm, job)[0] == slow.tasks[0].id
+
+
+def test_a_picture_that_comes_while_slices_are_put_together_is_the_one_on_disk(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    anna = farm.worker("anna")
+    job = submit(farm)
+    late = farm.lease(anna)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    bert = farm.worker("bert")
+    farm.worker("carl")
+    join = povfarm.join_rows
+
+    def meanwhile(strips: Sequence[bytes], extension: str) -> bytes:
+        monkeypatch.setattr(povfarm, "join_rows", join)
+        monkeypatch.setattr(farm.scheduler, "join_frames", lambda: None)
+        assert hand_in(farm, anna, late)
+        return join(strips, extension)
+
+    monkeypatch.setattr(povfarm, "join_rows", meanwhile)
+    work(farm, bert)
+    assert picture(farm, job) == [late.tasks[0].id] * HEIGHT
+    assert farm.problems() == []
+
+
+# --- a frame that drags
+
+def dragging(farm: Farm, values: Optional[Dict[str, str]] = None,
+             part: float = 0.25) -> Tuple[int, int, LeaseSpec, int]:
+    """A whole frame that is so far after 20 seconds, its worker, and one that comes then."""
+    anna = farm.worker("anna")
+    job = submit(farm, values=values)
+    lease = farm.lease(anna)
+    assert lease.tasks[0].kind is TaskKind.FRAME
+    farm.clock.advance(20)
+    assert beat(farm, anna, lease, part) == {}
+    return anna, farm.worker("bert"), lease, job
+
+
+def test_a_frame_that_drags_is_divided_when_another_is_idle(farm: Farm) -> None:
+    anna, bert, lease, job = dragging(farm)
+    rest = farm.lease(bert)
+    assert spans(farm, job) == [(0, 60), (60, 96)]  # half of what is left, in rows
+    assert (rest.tasks[0].top, rest.tasks[0].bottom) == (60, 96)
+    assert farm.problems() == []
+    frame = lease.tasks[0].id
+    assert beat(farm, anna, lease, 0.25) == {frame: 60}
+    first = parts(farm, job)[0]["id"]
+    assert farm.scheduler.progress(first) == pytest.approx(0.25 * 96 / 60)
+    assert hand_in(farm, anna, lease, bottom=60)
+    hand_in(farm, bert, rest)
+    assert picture(farm, job) == [frame] * 60 + [rest.tasks[0].id] * 36
+    assert farm.state(job) == "done" and farm.attempts(first) == [("anna", "done")]
+
+
+def test_a_beat_that_waits_is_answered_when_the_frame_is_divided(farm: Farm) -> None:
+    anna, bert, lease, _ = dragging(farm)
+    farm.clock.meanwhile.append(lambda: farm.lease(bert))
+    before = farm.clock.mono
+    cuts = farm.scheduler.beat(anna, {lease.id: {lease.tasks[0].id: 0.25}}, 5)[1]
+    assert cuts == {lease.tasks[0].id: 60} and farm.clock.mono == before
+
+
+def test_a_worker_that_renders_on_to_the_end_takes_the_rest_along(farm: Farm) -> None:
+    anna, bert, lease, job = dragging(farm)
+    rest = farm.lease(bert)
+    assert hand_in(farm, anna, lease)
+    assert farm.state(job) == "done" and picture(farm, job) == [lease.tasks[0].id] * HEIGHT
+    assert farm.beat(bert, rest) == [rest.id]
+
+
+def test_a_frame_is_divided_again_and_again(farm: Farm) -> None:
+    anna, bert, lease, job = dragging(farm)
+    rest = farm.lease(bert)
+    carl = farm.worker("carl")
+    farm.clock.advance(5)
+    beat(farm, anna, lease, 0.26)  # 25 of 96 rows in 25 seconds: 35 of its 60 are left
+    third = farm.lease(carl)
+    top = third.tasks[0].top
+    assert spans(farm, job) == [(0, top), (top, 60), (60, 96)] and 25 < top < 60
+    assert beat(farm, anna, lease, 0.26) == {lease.tasks[0].id: top}
+    first = parts(farm, job)[0]["id"]
+    assert farm.scheduler.progress(first) == pytest.approx(0.26 * 96 / top)
+    assert hand_in(farm, anna, lease, bottom=60)  # it heard of the first cut only
+    hand_in(farm, bert, rest)
+    assert farm.state(job) == "done" and farm.beat(carl, third) == [third.id]
+    assert picture(farm, job) == [lease.tasks[0].id] * 60 + [rest.tasks[0].id] * 36
+
+
+def test_a_divided_frame_begins_and_ends_where_blocks_and_the_region_do(farm: Farm) -> None:
+    values = {**BLOCKS, "Start_Row": "21", "End_Row": "90", "Render_Block_Size": "10"}
+    anna, bert, lease, job = dragging(farm, values, 2 / 7)
+    rest = farm.lease(bert)
+    top = rest.tasks[0].top
+    assert (top - 20) % 10 == 0 and spans(farm, job) == [(0, top), (top, 96)]
+    first = parts(farm, job)[0]["id"]
+    beat(farm, anna, lease, 2 / 7)  # 20 rows of the region's 70
+    assert farm.scheduler.progress(first) == pytest.approx(20 / (top - 20))
+
+
+def test_what_is_nearly_done_or_not_to_be_divided_is_not(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    anna, bert = two
+    for values, options, part in (
+            ({}, {"slices": "off"}, 0.25), ({}, {"in_order": True}, 0.25),
+            ({"Output_File_Type": "J"}, {}, 0.25), ({"Height": "64"}, {}, 0.9),
+            ({"Height": "64"}, {"uses": ("radiosity",)}, 0.25),
+            ({"Height": "64"}, {"uses": ("photons",)}, 0.25)):
+        job = submit(farm, values=values, **options)
+        lease = farm.lease(anna)
+        assert lease.tasks[0].kind is TaskKind.FRAME
+        farm.clock.advance(20)
+        beat(farm, anna, lease, part)
+        assert farm.leases(bert) == []
+        farm.scheduler.cancel(job)
+
+
+def test_a_divided_frame_whose_worker_dies_is_rendered_all_the_same(farm: Farm) -> None:
+    anna, bert, lease, job = dragging(farm)
+    rest = farm.lease(bert)
+    farm.clock.advance(29)
+    farm.beat(bert, rest)
+    farm.clock.advance(2)
+    farm.scheduler.expire()
+    assert states(farm, job) == ["queued", "leased"] and farm.problems() == []
+    hand_in(farm, bert, rest)
+    work(farm, bert)
+    assert farm.state(job) == "done" and len(set(picture(farm, job))) == 2
+    assert farm.scheduler.beat(anna, {lease.id: {lease.tasks[0].id: 0.5}}, 0) == ([lease.id], {})
+
+
+def test_a_divided_frame_that_fails_above_is_tried_by_the_other(farm: Farm) -> None:
+    anna, bert, lease, job = dragging(farm)
+    rest = farm.lease(bert)
+    farm.fail(anna, lease)
+    assert states(farm, job) == ["queued", "leased"]
+    hand_in(farm, bert, rest)
+    work(farm, bert)
+    assert farm.state(job) == "done"
+
+
+# --- parts that cannot be put together
+
+def test_slices_that_are_gone_fail_the_frame_and_retry_renders_it(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2)
+    first, second = farm.lease(two[0]), farm.lease(two[1])
+    hand_in(farm, two[0], first)
+    parts_place = farm.store.job_directory(job, "ball") / "parts"
+    (parts_place / f"{first.tasks[0].id}.png").unlink()
+    hand_in(farm, two[1], second)
+    assert farm.state(job) == "failed" and parts(farm, job) == []
+    assert "put together" in farm.ask("GET", "/api/v1/events?after=0").body.decode()
+    assert part_files(farm, job) == [] and farm.problems() == []
+    farm.scheduler.change(job, {"slices": "off"})
+    farm.scheduler.retry(job)
+    lease = farm.lease(two[0])
+    assert lease.tasks[0].kind is TaskKind.FRAME
+    hand_in(farm, two[0], lease)
+    assert farm.state(job) == "done"
+
+
+def test_a_full_disk_while_slices_are_put_together_loses_none(
+        farm: Farm, two: Tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = submit(farm, slices=2)
+    put = farm.store.put_image
+
+    def full(directory: Path, name: str, data: bytes) -> None:
+        if directory.name != "parts":
+            raise povfarm.NoRoom("the disk is full")
+        put(directory, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(farm.store, "put_image", full)
+        work(farm, *two)
+        farm.scheduler.expire()
+    assert farm.states(job) == ["leased"] and states(farm, job) == ["done", "done"]
+    farm.scheduler.expire()
+    assert farm.state(job) == "done"
+
+
+def test_strips_of_different_kinds_fail_the_frame(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2, values={"Output_File_Type": "P"})
+    for worker, depth in zip(two, (255, 65535)):
+        lease = farm.lease(worker)
+        image = b"P6\n%d 48\n%d\n" % (WIDTH, depth) + bytes(48 * WIDTH * (3 if depth < 256 else 6))
+        hand_in(farm, worker, lease, image=image)
+    assert farm.state(job) == "failed" and farm.problems() == []
+
+
+# --- what slices share
+
+def test_slices_wait_for_the_passes_and_are_told_of_them(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2, uses=("radiosity",))
+    one, other = farm.lease(two[0]), farm.lease(two[1])
+    assert one.tasks[0].kind is other.tasks[0].kind is TaskKind.PASS
+    assert spans(farm, job, kind="pass") == [(0, 48), (48, 96)]
+    assert one.shares == () and farm.leases(two[0]) == []
+    hand_in(farm, two[0], one)
+    assert farm.leases(two[0]) == [] and farm.states(job) == ["queued"]
+    with pytest.raises(povfarm.ImageError):
+        hand_in(farm, two[1], other, image=b"")
+    hand_in(farm, two[1], other)
+    leases = work(farm, *two)
+    assert [lease.tasks[0].kind for lease in leases] == [TaskKind.SLICE] * 2
+    passes = tuple(part["id"] for part in parts(farm, job, kind="pass"))
+    assert all(lease.shares == passes for lease in leases)
+    assert farm.ask("GET", f"/api/v1/tasks/{passes[0]}/result", key="anna").status in (200, 404)
+    assert farm.state(job) == "done" and farm.tasks(job)[0]["cpu"] == 4
+
+
+def test_a_worker_takes_one_pass_at_a_time(farm: Farm, two: Tuple[int, int]) -> None:
+    submit(farm, slices=2, uses=("radiosity",))
+    assert len(farm.leases(two[0], want=4, slots=4, idle=4)) == 1
+    assert farm.lease(two[1]).tasks[0].kind is TaskKind.PASS
+
+
+def test_what_a_pass_made_is_given_to_workers(farm: Farm, two: Tuple[int, int]) -> None:
+    submit(farm, slices=2, uses=("photons",))
+    lease = farm.lease(two[0])
+    path = f"/api/v1/tasks/{lease.tasks[0].id}/result"
+    assert farm.leases(two[1]) == []  # all photons are shot in one pass
+    assert farm.ask("GET", path, key="bert").status == 404
+    hand_in(farm, two[0], lease, image=b"photons")
+    assert farm.ask("GET", path, key="bert").body == b"photons"
+    assert farm.ask("GET", path, key="no worker").status == 401
+    assert farm.ask("GET", path.replace("result", "other"), key="bert").status == 404
+    assert farm.lease(two[1]).shares == (lease.tasks[0].id,)
+
+
+def test_a_pass_that_fails_does_not_hold_up_the_frame(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2, uses=("radiosity",), retry_limit=1)
+    bad, good = farm.lease(two[0]), farm.lease(two[1])
+    farm.fail(two[0], bad)
+    hand_in(farm, two[1], good)
+    leases = work(farm, *two)
+    assert [lease.shares for lease in leases] == [(good.tasks[0].id,)] * 2
+    assert farm.state(job) == "done"
+
+
+def test_a_pass_that_a_worker_failed_is_not_given_to_it_again(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    submit(farm, 2, slices=2, uses=("photons",))
+    bad = farm.lease(two[0])
+    farm.fail(two[0], bad)
+    assert farm.lease(two[0]).tasks[0].frame == 2
+    assert farm.lease(two[1]).tasks[0].id == bad.tasks[0].id
+
+
+def test_radiosity_off_renders_slices_at_once(farm: Farm, two: Tuple[int, int]) -> None:
+    submit(farm, slices=2, uses=("radiosity",), radiosity="off")
+    lease = farm.lease(two[0])
+    assert lease.tasks[0].kind is TaskKind.SLICE and lease.shares == ()
+
+
+@pytest.mark.parametrize("slices", ["off", 2, "auto"])
+def test_the_frames_of_an_animation_wait_for_the_passes_of_its_first(
+        farm: Farm, two: Tuple[int, int], slices: Any) -> None:
+    job = submit(farm, 4, slices=slices, uses=("radiosity", "photons"), radiosity="animation")
+    one, other = farm.lease(two[0]), farm.lease(two[1])
+    assert one.tasks[0].kind is other.tasks[0].kind is TaskKind.PASS
+    carl = farm.worker("carl")
+    assert farm.leases(carl) == []
+    hand_in(farm, two[0], one)
+    assert farm.leases(carl) == [] and farm.leases(two[0]) == []
+    hand_in(farm, two[1], other)
+    leases = work(farm, *two)
+    passes = {one.tasks[0].id, other.tasks[0].id}
+    assert leases and all(set(lease.shares) == passes for lease in leases)
+    assert all(lease.tasks[0].kind is not TaskKind.PASS for lease in leases)
+    assert farm.state(job) == "done"
+
+
+# --- renders that move house
+
+def test_a_state_is_gone_on_from_with_the_same_povray_only(farm: Farm) -> None:
+    anna = farm.worker("anna")
+    job = submit(farm)
+    lease = farm.lease(anna)
+    task = lease.tasks[0].id
+    assert not lease.tasks[0].state
+    path = f"/api/v1/leases/{lease.id}/tasks/{task}/state"
+    assert farm.ask("PUT", path, body=b"half of it", key="bert").status in (401, 404, 409)
+    assert farm.ask("PUT", path, body=b"half of it", key="anna").status == 204
+    farm.scheduler.leave(anna)
+    info = povfarm.WorkerInfo("other", 2, 1 << 30, "Linux", {"povray": "3.7.1"}, ())
+    other = farm.scheduler.join(info, "0" * 64, "192.168.1.6", True)[0]
+    for worker, state in ((other, False), (farm.worker("bert"), True)):
+        lease = farm.lease(worker)
+        assert lease.tasks[0].kind is TaskKind.FRAME  # what is begun is not cut at once
+        assert lease.tasks[0].state is state
+        if not state:
+            farm.scheduler.leave(worker)
+    assert farm.ask("GET", f"/api/v1/tasks/{task}/state", key="bert").body == b"half of it"
+    hand_in(farm, worker, lease)
+    assert part_files(farm, job) == []
+    assert farm.ask("GET", f"/api/v1/tasks/{task}/state", key="bert").status == 404
+
+
+def test_a_state_that_a_render_fails_with_is_not_used_again(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    submit(farm, slices=2)
+    lease = farm.lease(two[0])
+    farm.scheduler.keep_state(two[0], lease.id, lease.tasks[0].id, b"half of it")
+    farm.scheduler.leave(two[0])
+    again = farm.lease(two[1])
+    assert again.tasks[0].id == lease.tasks[0].id and again.tasks[0].state
+    farm.fail(two[1], again)
+    last = farm.lease(two[0])
+    assert last.tasks[0].id == lease.tasks[0].id and not last.tasks[0].state
+
+
+def test_no_state_is_kept_of_what_is_finished(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2)
+    lease = farm.lease(two[0])
+    hand_in(farm, two[0], lease)
+    farm.scheduler.keep_state(two[0], lease.id, lease.tasks[0].id, b"late")
+    assert part_files(farm, job) == [f"{lease.tasks[0].id}.png"]
+
+
+# --- pure functions
+
+def regions() -> Iterator[Tuple[random.Random, Region, int]]:
+    chance = random.Random(4711)
+    for _ in range(3000):
+        height = chance.randint(2, 400)
+        top = chance.choice((0, chance.randrange(height - 1)))
+        bottom = chance.choice((height, chance.randint(top + 2, height)))
+        block = min(chance.choice((1, 1, 4, 10, 32)), bottom - top)
+        yield chance, Region(top, bottom, 0, 8, block), height
+
+
+def test_cuts_cover_every_row_once_and_begin_with_blocks() -> None:
+    for chance, region, height in regions():
+        slices = chance.choice(("auto", "auto", str(chance.randint(1, 40))))
+        cuts = [0]
+        while cuts[-1] < height:
+            share = chance.uniform(0.01, 1)
+            cost = chance.choice((None, SliceCost(chance.uniform(0, 1), chance.uniform(0, 9))))
+            cuts.append(povfarm.next_cut(cuts[-1], height, region, slices, share, cost))
+            assert cuts[-2] < cuts[-1] <= height, (region, cuts)
+        assert all(region.top < cut < region.bottom for cut in cuts[1:-1]), (region, cuts)
+        assert all((cut - region.top) % region.block == 0 for cut in cuts[1:-1]), (region, cuts)
+        blocks = -(-(region.bottom - region.top) // region.block)
+        if slices != "auto":
+            assert len(cuts) - 1 == min(int(slices), blocks)
+
+
+def test_a_split_keeps_what_is_rendered_and_gives_something_away() -> None:
+    found = 0
+    for chance, region, height in regions():
+        top, bottom = chance.choice(((0, height), (region.top, region.bottom)))
+        progress = chance.random()
+        row = povfarm.split_row(top, bottom, region, progress, chance.uniform(0.05, 0.95))
+        if row is None:
+            continue
+        found += 1
+        first, last = max(top, region.top), min(bottom, region.bottom)
+        assert (row - region.top) % region.block == 0
+        assert first + progress * (last - first) <= row < last and top < row < bottom
+    assert found > 1000
+
+
+def test_passes_cover_the_region_once() -> None:
+    for chance, region, _ in regions():
+        rows = povfarm.pass_rows(region, ["radiosity"], chance.randint(1, 20))
+        assert rows[0][0] == region.top and rows[-1][1] == region.bottom
+        assert all(top < bottom for top, bottom in rows)
+        assert all(one[1] == two[0] for one, two in zip(rows, rows[1:]))
+        assert povfarm.pass_rows(region, [], 3) == []
+        assert len(povfarm.pass_rows(region, ["photons"], 3)) == 1
+
+
+@pytest.mark.parametrize(("slices", "before", "after"), [
+    ("queued queued", "leased", "queued"), ("queued leased", "queued", "leased"),
+    ("done queued", "queued", "leased"), ("done done", "leased", "leased"),
+    ("done failed", "leased", "failed"), ("leased cancelled", "leased", "cancelled"),
+    ("failed cancelled", "leased", "failed"), ("done queued", "failed", "failed"),
+    ("done done", "cancelled", "cancelled"),
+])
+def test_the_state_of_a_frame_is_that_of_its_slices(
+        slices: str, before: str, after: str) -> None:
+    found = povfarm.frame_state([TaskState(word) for word in slices.split()], TaskState(before))
+    assert found is TaskState(after)
+
+
+def test_why_a_picture_cannot_be_sliced_is_told() -> None:
+    assert povfarm.unsliceable(pov_job(1, Output_File_Type="N"), False) == ""
+    assert "JPEG" in povfarm.unsliceable(pov_job(1, Output_File_Type="J"), False)
+    assert "order" in povfarm.unsliceable(pov_job(1), True)
+    assert "block" in povfarm.unsliceable(pov_job(1, Antialias="On"), False)
