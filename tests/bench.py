@@ -1,16 +1,22 @@
 """Times povfarm beside bare POV-Ray and GNU parallel, in one run on this machine.
 
     python tests/bench.py [--rounds N] [NAME ...]
+    python tests/bench.py --slices [PROFILE ...]
 
 Prints a Markdown table: wall seconds of each (the median of the rounds, the start of
 everything included), how many times as fast as bare POV-Ray `render` is, and the limit that
 the processor sets (CPU-seconds of the bare run / cores). Every image is compared, too.
 Needs povray and povray-examples; GNU parallel is used when it is installed.
+
+With --slices, one picture on eight workers whose renderer sleeps for a given time a row: the
+ideal time (all the work / the speed of all workers) over that from the submit to the picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import resource
 import shutil
@@ -22,7 +28,9 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
+
+from standin import make_standin
 
 POVFARM = Path(__file__).resolve().parent.parent / "povfarm.py"
 EXAMPLES = Path("/usr/share/doc/povray/examples")
@@ -115,12 +123,89 @@ def measure(case: Case, rounds: int) -> str:
             f"| {statistics.median(cpus) / cores:.1f} | {ratio:.2f}{verdict} | {same} |")
 
 
+# --- slices
+
+HEIGHT = 2160
+PROFILES: Dict[str, List[float]] = {
+    "flat": [1.0] * HEIGHT,
+    "top-heavy": [4.0 if row < HEIGHT / 4 else 0.5 for row in range(HEIGHT)],
+    "spiky": [6.0 if row % 540 in range(200, 264) else 1.0 for row in range(HEIGHT)],
+}
+TEAMS: Dict[str, Tuple[List[float], float]] = {
+    "8 equal": ([1.0] * 8, 0.90), "8 of 1:2:4": ([1.0, 1, 1, 2, 2, 2, 4, 4], 0.85)}
+IDEAL = 60.0  # seconds that a picture takes a team at best
+PARSE = 0.3  # seconds before the first row, at speed 1
+
+
+@contextlib.contextmanager
+def team(place: Path, rows: Sequence[float], speeds: Sequence[float]) -> Iterator[List[str]]:
+    """Run a coordinator and a worker for each speed; yield the start of a command to it."""
+    environ = {**os.environ, "POVFARM_DATA": str(place / "farm")}
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
+             "stderr": subprocess.DEVNULL}
+    farm = [sys.executable, str(POVFARM)]
+    started = [subprocess.Popen([*farm, "serve", "--port", "0", "--bind", "127.0.0.1",
+                                 "--no-discovery"], env=environ, **quiet)]  # type: ignore[call-overload]
+    try:
+        note = place / "farm" / "coordinator.json"
+        while not note.exists():
+            time.sleep(0.02)
+        url, key = json.loads(note.read_text())["url"], (place / "farm" / "farm.key").read_text()
+        talk = ["--server", url, "--key", key]
+        for number, speed in enumerate(speeds):
+            program = make_standin(place / f"speed{number}", rows, speed, PARSE)
+            started.append(subprocess.Popen(
+                [*farm, "work", *talk, "--cores", "1", "--unconfined", "--povray", str(program),
+                 "--worker-name", f"w{number}", "--data", str(place / f"w{number}")],
+                env=environ, **quiet))  # type: ignore[call-overload]
+        while True:
+            out = subprocess.run([*farm, "workers", "--json", *talk], check=True, text=True,
+                                 stdout=subprocess.PIPE, env=environ).stdout
+            if [view["state"] for view in json.loads(out)] == ["idle"] * len(speeds):
+                break
+        yield [*farm, "submit", *talk]
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait()
+
+
+def efficiency(profile: str, speeds: Sequence[float]) -> float:
+    """Return the ideal time over the one that a team takes for a picture."""
+    weight = IDEAL * sum(speeds) / sum(PROFILES[profile])
+    rows = [cost * weight for cost in PROFILES[profile]]
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        (place / "scene").mkdir()
+        (place / "scene" / "scene.pov").write_text("sphere { 0, 1 }")
+        with team(place, rows, speeds) as submit:
+            start = time.monotonic()
+            subprocess.run([*submit, "--wait", "scene.pov", "+W8", f"+H{HEIGHT}"], check=True,
+                           cwd=place / "scene", stdin=subprocess.DEVNULL,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            return IDEAL / (time.monotonic() - start)
+
+
+def slices(names: Sequence[str]) -> None:
+    """Print the table of --slices."""
+    print("| cost by rows | workers | of the ideal | promised |")
+    print("|---|---|---|---|")
+    for profile in PROFILES:
+        for name, (speeds, least) in TEAMS.items() if not names or profile in names else ():
+            print(f"| {profile} | {name} | {efficiency(profile, speeds):.2f} | {least} |",
+                  flush=True)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("names", nargs="*", help="cases; by itself all")
+    parser.add_argument("--slices", action="store_true", help="one picture on eight workers")
     options = parser.parse_args()
+    if options.slices:
+        slices(options.names)
+        return
     print("| animation | povray | parallel | povfarm render | CPU limit | times as fast | images |")
     print("|---|---|---|---|---|---|---|")
     for case in CASES:
