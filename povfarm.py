@@ -400,6 +400,19 @@ def _nice(text: str) -> int:
     return int(text)
 
 
+def _tls(text: str) -> str:
+    if text != "auto":
+        raise UserError(f"'{text}' is not 'auto': your own certificate is named by --tls-cert")
+    return text
+
+
+def _pin(text: str) -> str:
+    pin = text.replace(":", "").lower()
+    if not re.fullmatch("[0-9a-f]{64}", pin):
+        raise UserError(f"'{text}' is not the SHA-256 of a certificate: 64 hexadecimal digits")
+    return pin
+
+
 def _lease_time(text: str) -> float:
     seconds = parse_duration(text)
     if seconds < 1:
@@ -441,6 +454,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("no-discovery", bool, False, "do not answer workers that look for a farm", "serve"),
     Setting("open", bool, False, "admit workers from private addresses by themselves", "serve"),
     Setting("private", bool, False, "show the page and the API only to those with a key", "serve"),
+    Setting("tls", _tls, "", "'auto': speak TLS, with a certificate made here", "serve", "auto"),
+    Setting("tls-cert", _path, None, "speak TLS, with the certificate in this PEM file", "serve",
+            "FILE"),
+    Setting("tls-key", _path, None, "the key of that certificate, where it is in another file",
+            "serve", "FILE"),
+    Setting("pin", _pin, "", "SHA-256 of the only certificate that the coordinator may show",
+            "work talk", "SHA256"),
     Setting("work", bool, False, "render on this machine too", "serve"),
     Setting("lease-time", _lease_time, 30.0,
             "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
@@ -3482,13 +3502,17 @@ _SIOCGIFBRDADDR = 0x8919  # Linux: the broadcast address of an interface
 
 @dataclass(frozen=True)
 class Found:
-    """A coordinator that answered; ``verified`` means that it holds our farm key."""
+    """A coordinator that answered; ``verified`` means that it holds our farm key.
+
+    ``pin`` is the SHA-256 of the certificate that it shows, empty without TLS.
+    """
 
     name: str
     farm_id: str
     url: str
     verified: bool
     address: str
+    pin: str = ""
 
 
 class Beacon:
@@ -3499,11 +3523,11 @@ class Beacon:
     """
 
     def __init__(self, name: str, farm_id: str, url_port: int, farm_key: bytes, *,
-                 scheme: str = "http", port: int = DISCOVERY_PORT,
-                 clock: Clock | None = None) -> None:
+                 pin: str = "", port: int = DISCOVERY_PORT, clock: Clock | None = None) -> None:
         self.port = port  # 0 becomes a free one when started
         self._name = name
-        self._fields = {"name": name, "id": farm_id, "port": url_port, "scheme": scheme}
+        self._fields = {"name": name, "id": farm_id, "port": url_port, "pin": pin,
+                        "scheme": "https" if pin else "http"}
         self._key = farm_key
         self._clock = clock or Clock()
         self._stopping = threading.Event()
@@ -3663,17 +3687,21 @@ def _read_answer(packet: bytes, address: str, nonce: str, key: bytes | None) -> 
     if message is None or message.get("nonce") != nonce:
         return None
     mac = str(message.pop("mac", "")).encode(errors="replace")
-    name, farm_id, port, scheme = (message.get(key) for key in ("name", "id", "port", "scheme"))
+    name, farm_id, port, scheme, pin = (
+        message.get(key) for key in ("name", "id", "port", "scheme", "pin"))
     if not _is_label(name) or not _is_label(farm_id):
         return None
-    if scheme not in ("http", "https") or not isinstance(port, int) or not 0 < port < 65536:
+    if not isinstance(port, int) or not 0 < port < 65536 or not isinstance(pin, str):
+        return None
+    if scheme != ("https" if pin else "http") or not re.fullmatch("([0-9a-f]{64})?", pin):
         return None
     if key is not None:
         signed = hmac.compare_digest(mac, _mac(key, message).encode())
         if not signed or message.get("address") != address:
             log.debug("discovery: %s says that it is %s, without our key", address, name)
             return None
-    return Found(str(name), str(farm_id), f"{scheme}://{address}:{port}", key is not None, address)
+    url = f"{scheme}://{address}:{port}"
+    return Found(str(name), str(farm_id), url, key is not None, address, pin)
 
 
 def _mac(key: bytes, message: Mapping[str, Any]) -> str:
@@ -4435,6 +4463,8 @@ class _Connection:
             return False
         while self._buffer[:2] == b"\r\n":  # some clients end a body with a line end
             del self._buffer[:2]
+        if self._buffer[:2] == b"\x16\x03":  # how TLS begins
+            raise ProtocolError(400, "this port speaks no TLS: write http://")
         end = _HEAD_END.search(self._buffer, self._searched)
         if (end.end() if end else len(self._buffer)) > self._limits.head_bytes:
             raise ProtocolError(431, "the head of the request is too long")
@@ -4455,7 +4485,7 @@ class _Connection:
 
         Closing with unread data makes TCP throw away what was sent.
         """
-        self._closing = True
+        self._closing, self._handshake = True, False
         self._buffer.clear()
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
@@ -7800,10 +7830,11 @@ def element(tag: str, /, *children: Node, **attributes: str | int | None) -> Htm
 class Pages:
     """What people see: the farm, a job, a frame, and the forms that steer them."""
 
-    def __init__(self, api: Api, scheduler: Scheduler, access: Access) -> None:
+    def __init__(self, api: Api, scheduler: Scheduler, access: Access, pin: str = "") -> None:
         self._api = api
         self._farm = scheduler
         self._access = access
+        self._pin = pin  # of the certificate that is shown
 
     @route("GET", "/", role="reader", summary="The status page")
     def home(self, request: Request) -> Response:
@@ -7830,7 +7861,7 @@ class Pages:
             [self._asks_to_join(request, worker) for worker in workers if "code" in worker],
             _job_cards(jobs) if jobs else _no_jobs(),
             element("p", element("a", "Older jobs", href=f"/?before={older}")) if older else None,
-            element("div", _workers(workers, request.headers.get("host", ""),
+            element("div", _workers(workers, request.headers.get("host", ""), self._pin,
                                     self._removals(request, workers)), story, class_="columns"),
             reload=(3 if active else 30) if live else 5)
 
@@ -8214,7 +8245,7 @@ def _no_jobs() -> Html:
         element("pre", "python povfarm.py submit scene.pov +W640 +H480"), class_="empty")
 
 
-def _workers(workers: Sequence[View], host: str, removals: Mapping[int, Node]) -> Html:
+def _workers(workers: Sequence[View], host: str, pin: str, removals: Mapping[int, Node]) -> Html:
     order = ("pending", "working", "idle", "sick", "gone")
     rows = [element(
         "tr", element("th", worker["name"], scope="row"),
@@ -8236,7 +8267,8 @@ def _workers(workers: Sequence[View], host: str, removals: Mapping[int, Node]) -
         element("p", "Any computer with Python and POV-Ray can help. On this one, type:"
                 if re.match(r"localhost|127\.|\[::1\]", host) else
                 "Any computer with Python and POV-Ray can help. Type there:"),
-        element("pre", f"python povfarm.py work --server http://{host}"),
+        element("pre", f"python povfarm.py work --server https://{host} --pin {pin}" if pin else
+                f"python povfarm.py work --server http://{host}"),
         element("p", "On another one leave --server out: it looks for the farm by itself."))
 
 
@@ -8467,16 +8499,20 @@ class Coordinator:
 
     ``port`` 0 picks a free port; ``url`` tells which. ``discovery_port`` None
     answers no probes. ``hosts`` are names that this computer has beside its
-    own. Raises ``UserError`` for a port in use and ``StoreError`` for a data
-    directory that cannot be used or that another povfarm holds.
+    own. ``tls`` are the PEM files of a certificate and its key; ``pin`` is then
+    the certificate's SHA-256. Raises ``UserError`` for a port in use or a bad
+    certificate and ``StoreError`` for a data directory that cannot be used or
+    that another povfarm holds.
     """
 
     def __init__(self, data: Path, *, bind: str = "", port: int = 0, name: str = "",
                  discovery_port: int | None = None, admit_private: bool = False,
-                 private: bool = False, hosts: Collection[str] = (), durable: bool = True,
+                 private: bool = False, hosts: Collection[str] = (),
+                 tls: tuple[Path, Path] | None = None, durable: bool = True,
                  lease_time: float = 30.0, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.data = data
+        context, self.pin = _tls_context(*tls) if tls else (None, "")
         self.key = farm_key(data)
         self._lock = _hold(data)
         self.store = Store(data, durable)
@@ -8489,15 +8525,17 @@ class Coordinator:
         self.scheduler = Scheduler(self.store, self.clock, lease_time)
         self.access = Access(self.store, self.key, private, self.clock)
         self.api = Api(self.scheduler, self.access, self.name, admit_private)
-        pages = Pages(self.api, self.scheduler, self.access)
+        pages = Pages(self.api, self.scheduler, self.access, self.pin)
         self.router = Router(self.api, pages, authenticate=self.access.identify,
                              hosts=_own_names(hosts), error_page=pages.error_page)
         self.api.routes = self.router.routes
-        self.server = Server(self.router, bind or "0.0.0.0", port)
-        self.url = f"http://{'127.0.0.1' if bind in ('', '0.0.0.0', '::') else bind}:{self.port}"
+        self.server = Server(self.router, bind or "0.0.0.0", port, context)
+        host = "127.0.0.1" if bind in ("", "0.0.0.0", "::") else bind
+        host = f"[{host}]" if ":" in host else host
+        self.url = f"{'https' if tls else 'http'}://{host}:{self.port}"
         self.beacon = None if discovery_port is None else Beacon(
             name=self.name, farm_id=farm_id, url_port=self.port, farm_key=self.key.encode(),
-            port=discovery_port)
+            pin=self.pin, port=discovery_port)
         self._stopped = threading.Event()
         self._house = threading.Thread(target=self._keep_house, name="house", daemon=True)
 
@@ -8512,7 +8550,7 @@ class Coordinator:
         if self.beacon is not None:
             self.beacon.start()
         self._house.start()
-        note = {"url": self.url, "name": self.name, "pid": os.getpid()}
+        note = {"url": self.url, "pin": self.pin, "name": self.name, "pid": os.getpid()}
         atomic_write(self.data / "coordinator.json", json.dumps(note).encode())
 
     def stop(self) -> None:
@@ -8561,6 +8599,62 @@ def _own_names(more: Collection[str]) -> Collection[str]:
     short = name.partition(".")[0]
     return {one.strip(" .").lower() for one in
             ("localhost", name, short, f"{short}.local", f"{name}.local", *more)} - {""}
+
+
+def own_certificate(data: Path, names: Collection[str] = ()) -> tuple[Path, Path]:
+    """Return a certificate of our own and its key, made at the first call, as PEM files."""
+    certificate, key = data / "tls.crt", data / "tls.key"
+    if certificate.is_file() and key.is_file():
+        return certificate, key
+    known = sorted(name for name in _own_names(names) if re.fullmatch("[a-z0-9.-]+", name))
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data) as place:
+            Path(place, "config").write_text(_OPENSSL_CONFIG + ", ".join(
+                ["IP:127.0.0.1", *(f"DNS:{name}" for name in known)]) + "\n", encoding="ascii")
+            subprocess.run(
+                ["openssl", "req", "-x509", "-config", "config", "-newkey", "ec", "-pkeyopt",
+                 "ec_paramgen_curve:prime256v1", "-nodes", "-days", "3650", "-keyout", "key",
+                 "-out", "certificate"], cwd=place, check=True, capture_output=True,
+                stdin=subprocess.DEVNULL, timeout=60)
+            atomic_write(key, Path(place, "key").read_bytes(), 0o600)
+            atomic_write(certificate, Path(place, "certificate").read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            "--tls auto needs the program openssl, to make a certificate: install it (sudo apt-get "
+            "install openssl), or name a certificate with --tls-cert") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        words = getattr(error, "stderr", b"") or str(error).encode()
+        raise StoreError("no certificate could be made: "
+                         + words.decode(errors="replace").strip().splitlines()[-1]) from error
+    return certificate, key
+
+
+_OPENSSL_CONFIG = """\
+[req]
+distinguished_name = name
+x509_extensions = more
+prompt = no
+[name]
+CN = povfarm
+[more]
+subjectAltName = """
+
+
+def _tls_context(certificate: Path, key: Path) -> tuple[ssl.SSLContext, str]:
+    """Return what a server needs, and the SHA-256 of the certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # Without a password, an empty one, it would ask for one on the terminal.
+        context.load_cert_chain(certificate, key, password=str)
+        first = certificate.read_text(encoding="ascii").partition("-----BEGIN CERTIFICATE-----")
+        text = "".join(first[1:]).partition("-----END CERTIFICATE-----")
+        der = ssl.PEM_cert_to_DER_cert("".join(text[:2]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"the certificate {certificate} with the key {key} cannot be used: "
+                        f"{getattr(error, 'reason', None) or error}") from None
+    return context, hashlib.sha256(der).hexdigest()
 
 
 def _hold(data: Path) -> BinaryIO:
@@ -9235,18 +9329,27 @@ class Transport:
             sock.close()
             raise
 
+    @functools.cached_property
+    def _context(self) -> ssl.SSLContext:
+        if not self._fingerprint:
+            return ssl.create_default_context(cafile=self._cafile or None)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context
+
     def _secure(self, sock: socket.socket) -> socket.socket:
-        context = ssl.create_default_context(cafile=self._cafile or None)
-        if self._fingerprint:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
         try:
-            secured = context.wrap_socket(sock, server_hostname=self._host)
+            secured = self._context.wrap_socket(sock, server_hostname=self._host)
         except ssl.SSLCertVerificationError as error:
             raise UserError(
                 f"the certificate of {self._host} is not trusted ({error.verify_message}): "
-                "use the worker command that 'serve' prints there"
+                "use the worker command that 'serve' prints there, or its --pin"
             ) from error
+        except ssl.SSLError as error:
+            if error.reason not in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+                raise
+            raise UserError(f"{self._base_url} speaks no TLS: write http://") from error
         seen = hashlib.sha256(secured.getpeercert(binary_form=True) or b"").hexdigest()
         if self._fingerprint and not hmac.compare_digest(seen, self._fingerprint):
             secured.close()
@@ -9270,6 +9373,7 @@ class Client:
                  clock: Clock | None = None, transport: Transport | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self.token = token
+        self.fingerprint = fingerprint
         self._timeout = timeout
         self._retry_for = retry_for
         self._clock = clock or Clock()
@@ -10882,13 +10986,14 @@ def serve(options: Options) -> int:
         options.data, bind=options.bind, port=options.port, name=options.name,
         discovery_port=None if options.no_discovery else options.discovery_port,
         admit_private=options.open, private=options.private, hosts=options.host.split(","),
-        lease_time=options.lease_time)
+        tls=_tls_files(options), lease_time=options.lease_time)
     coordinator.start()
     worker = None
     try:
         _greet(coordinator)
         if launcher is not None and engine is not None:
-            worker = _join(Client(coordinator.url, coordinator.key), engine, launcher,
+            worker = _join(Client(coordinator.url, coordinator.key,
+                                  fingerprint=coordinator.pin), engine, launcher,
                            options.data / "cache", options, options.data / "workers",
                            coordinator.store.blob_path)
             threading.Thread(target=worker.run, name="worker", daemon=True).start()
@@ -11731,7 +11836,8 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
     }
     token = _Token(tokens, str(info["name"]), client.base_url)
     info["name"] = token.name
-    own = Client(client.base_url, token.read() or client.token, retry_for=math.inf)
+    own = Client(client.base_url, token.read() or client.token, retry_for=math.inf,
+                 fingerprint=client.fingerprint)
     try:
         reply = own.request("POST", "/api/v1/workers", json=info).json()
     except RequestRefused as error:
@@ -11799,15 +11905,24 @@ def _affinity() -> Sequence[int]:
     return range(os.cpu_count() or 1)
 
 
+def _tls_files(options: Options) -> tuple[Path, Path] | None:
+    if options.tls_key and not options.tls_cert:
+        raise UserError("--tls-key needs the certificate, too: --tls-cert FILE")
+    if options.tls_cert:
+        return options.tls_cert, options.tls_key or options.tls_cert
+    return own_certificate(options.data, options.host.split(",")) if options.tls else None
+
+
 def _greet(coordinator: Coordinator) -> None:
     host = _lan_address()
-    address = f"http://{host}:{coordinator.port}"
+    address = f"{coordinator.url.partition(':')[0]}://{host}:{coordinator.port}"
+    pin = f" --pin {coordinator.pin}" if coordinator.pin else ""
     login_link = f"{coordinator.url}/login/{coordinator.access.login_code()}"
     print("\n".join([
         f"povfarm '{coordinator.name}' is at {address}",
         f"  steer it in a browser here:  {login_link}",
         "  start workers elsewhere:     "
-        f"python povfarm.py work --server {address} --key {coordinator.key}",
+        f"python povfarm.py work --server {address} --key {coordinator.key}{pin}",
         "  queue a job here:            python povfarm.py submit scene.pov +W640 +H480",
         "Ctrl-C stops it; nothing is lost."]), flush=True)
 
@@ -11842,13 +11957,14 @@ def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> C
     key = _known_key(options)
     patience = 20.0 if waits else 1.0
     if options.server:
-        return _check_coordinator(_server_url(options.server), key, options, patience)
+        url = _server_url(options.server, bool(options.pin))
+        return _check_coordinator(_client(options, url, key, "", patience), options)
     name = "" if options.command == "submit" else options.name  # there it is the job's
     with contextlib.suppress(OSError, ValueError, FarmError):
         note = json.loads((options.data / "coordinator.json").read_text(encoding="utf-8"))
         if name in ("", note["name"]):
-            _check_coordinator(note["url"], key, options, 0)
-            return Client(note["url"], key, retry_for=patience)
+            _check_coordinator(_client(options, note["url"], key, note["pin"], 0), options)
+            return _client(options, note["url"], key, note["pin"], patience)
     found = _discover(options, key, name, waits)
     if not found and waits:
         _say("no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
@@ -11859,14 +11975,23 @@ def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> C
     if stop.is_set():
         return None
     farm = _choose(found)
-    return Client(farm.url, key if farm.verified or options.key else "", retry_for=patience)
+    return _client(options, farm.url, key if farm.verified or options.key else "", farm.pin,
+                   patience)
 
 
-def _server_url(text: str) -> str:
+def _client(options: Options, url: str, key: str, pin: str, patience: float) -> Client:
+    """Return a client that believes the certificate of the command line, if there is one."""
+    if options.pin and not url.startswith("https:"):
+        raise UserError(f"{url} speaks no TLS, which --pin asks for")
+    return Client(url, key, retry_for=patience, fingerprint=options.pin or pin)
+
+
+def _server_url(text: str, tls: bool) -> str:
     """Return the address of a coordinator from what a person types for it."""
-    url = text if "//" in text else f"http://{text}"
+    bare = "//" not in text
+    url = f"{'https' if tls else 'http'}://{text}" if bare else text
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme == "http" and not re.search(r":\d+$", parts.netloc):
+    if (bare or parts.scheme == "http") and not re.search(r":\d+$", parts.netloc):
         url = parts._replace(netloc=f"{parts.netloc}:2271").geturl()
     return url
 
@@ -11900,9 +12025,9 @@ def _choose(found: Sequence[Found]) -> Found:
     return found[0]
 
 
-def _check_coordinator(url: str, key: str, options: Options, patience: float) -> Client:
+def _check_coordinator(client: Client, options: Options) -> Client:
     """Fail now, in one line, when there is no coordinator or the key is wrong."""
-    client = Client(url, key, retry_for=patience)
+    key = client.token
     try:
         farm = client.request("GET", "/api/v1/farm", timeout=10).json()
     except RequestRefused as error:
@@ -11913,7 +12038,7 @@ def _check_coordinator(url: str, key: str, options: Options, patience: float) ->
         client.token = ""  # a key that only lies here is another farm's
         farm = client.request("GET", "/api/v1/farm", timeout=10).json()
     if not isinstance(farm, dict) or "farm_id" not in farm:
-        raise FarmError(f"{url} is not a povfarm coordinator")
+        raise FarmError(f"{client.base_url} is not a povfarm coordinator")
     return client
 
 

@@ -28,8 +28,8 @@ ROUND = 0.25  # seconds, with the first probe and a second one
 
 @contextlib.contextmanager
 def beacon(name: str = "studio", farm_id: str = "f1", port: int = 0, key: bytes = KEY,
-           url_port: int = 2271) -> Iterator[Beacon]:
-    one = Beacon(name, farm_id, url_port, key, port=port)
+           url_port: int = 2271, pin: str = "") -> Iterator[Beacon]:
+    one = Beacon(name, farm_id, url_port, key, port=port, pin=pin)
     one.start()
     try:
         yield one
@@ -81,6 +81,15 @@ def test_a_coordinator_on_this_machine_is_found_by_its_loopback_address() -> Non
         assert discover(ROUND, KEY, one.port) == [Found("studio", "f1", url, True, "127.0.0.1")]
         assert discover(ROUND, None, one.port) == [Found("studio", "f1", url, False, "127.0.0.1")]
         assert discover(ROUND, b"another key", one.port) == []
+
+
+def test_a_coordinator_that_speaks_tls_says_by_which_certificate_it_is_known() -> None:
+    pin = "ab" * 32
+    with beacon(pin=pin) as one:
+        url = "https://127.0.0.1:2271"
+        for key in (KEY, None):
+            assert discover(ROUND, key, one.port) == [
+                Found("studio", "f1", url, key is not None, "127.0.0.1", pin)]
 
 
 def test_a_stopped_beacon_is_silent() -> None:
@@ -147,13 +156,15 @@ def tampered(*all_changes: Dict[str, Any]) -> Callable[[bytes], List[bytes]]:
 FORGED: List[Dict[str, Any]] = [
     {"mac": "0" * 64}, {"mac": None}, {"mac": 7}, {"mac": "\u00fc\ud800"}, {"name": "other"},
     {"id": "f2"}, {"port": 2272}, {"scheme": "https"}, {"nonce": "cd" * 16}, {"address": None},
-    {"address": "127.0.0.2"}, {"more": 1},
+    {"address": "127.0.0.2"}, {"more": 1}, {"scheme": "https", "pin": "ab" * 32},
 ]
 MALFORMED: List[Dict[str, Any]] = [
     {"povfarm": "probe"}, {"povfarm": None}, {"version": 2}, {"nonce": "cd" * 16}, {"nonce": None},
     {"name": ""}, {"name": "x" * 101}, {"name": "\x1b[2J"}, {"name": 7}, {"name": None},
     {"id": ""}, {"id": ["f1"]}, {"port": 0}, {"port": 65536}, {"port": "2271"}, {"port": 22.5},
-    {"scheme": "file"}, {"scheme": None}, {"padding": "x" * 2048},
+    {"scheme": "file"}, {"scheme": None}, {"padding": "x" * 2048}, {"scheme": "https"},
+    {"pin": "ab" * 32}, {"scheme": "https", "pin": "ab"}, {"scheme": "https", "pin": 7},
+    {"pin": None},
 ]
 
 
@@ -192,7 +203,7 @@ def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue() 
     stop = threading.Event()
     with rogue(reply) as port:
         options = argparse.Namespace(key=KEY.decode(), server="", data=Path("nowhere"), name="",
-                                     command="work", discovery_port=port)
+                                     command="work", discovery_port=port, pin="")
         worker = threading.Thread(
             target=lambda: found.append(povfarm._find_coordinator(options, stop, waits=True)))
         worker.start()

@@ -416,6 +416,7 @@ def shared() -> Iterator[Server]:
 
 
 BAD_HEADS: List[Tuple[str, bytes, int]] = [
+    ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ("noise", b"\x16\x03\x01\x02\x00\x01\xfc\x03\r\n\r\n", 400),
     ("no version", b"GET /\r\n\r\n", 400),
     ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
@@ -833,8 +834,12 @@ def test_tls_serves_files_and_sees_who_has_gone(certificate: ssl.SSLContext,
     (tmp_path / "a.png").write_bytes(data)
     pages, trusting = Pages(tmp_path), ssl._create_unverified_context()
     with serving(pages, certificate, linger_seconds=0.01, head_seconds=10) as server:
-        refusal = exchange(server, GOOD)
-        assert statuses(refusal) == [400] and b"https://" in refusal
+        with connect(server) as plain:
+            plain.sendall(GOOD)
+            answer = plain.recv(1000)
+            assert statuses(answer) == [400] and b"https://" in answer
+            plain.sendall(b"and more of it")
+            assert plain.recv(1) == b""
         connection = http.client.HTTPSConnection(
             "127.0.0.1", server.port, timeout=10, context=trusting)
         for _ in range(2):

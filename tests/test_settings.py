@@ -20,14 +20,16 @@ SAMPLES: Dict[str, Any] = {
     "lease-time": "1m30s", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
     "max-workers": "2", "retries": "5", "slices": "7", "radiosity": "off", "apng": "film.png",
     "video": "film.mp4", "fps": "30000/1001",
-    "memory": "2G",
+    "memory": "2G", "tls": "auto", "tls-cert": "cert.pem", "tls-key": "key.pem",
+    "pin": "AB:" + "0c" * 31,
 }
 VALUES: Dict[str, Any] = {
     "data": Path("farm"), "root": Path("scenes"), "output": Path("out"), "port": 8080,
     "discovery-port": 8081, "lease-time": 90.0, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "radiosity": "off",
     "apng": Path("film.png"), "video": Path("film.mp4"), "fps": Fraction(30000, 1001),
-    "memory": 2 * 10**9,
+    "memory": 2 * 10**9, "tls": "auto", "tls-cert": Path("cert.pem"), "tls-key": Path("key.pem"),
+    "pin": "ab" + "0c" * 31,
 }
 
 
@@ -88,7 +90,7 @@ def test_flags_are_on_or_off(text: str, value: bool) -> None:
 
 @pytest.mark.parametrize("name, text", [
     ("private", "maybe"), ("port", "http"), ("port", "-1"), ("port", "65536"), ("port", ""),
-    ("port", "²"), ("discovery-port", "1.5"), ("cores", "0"), ("cores", "-2"), ("cores", "many"),
+    ("port", "²"), ("tls", "yes"), ("pin", "12:34"), ("discovery-port", "1.5"), ("cores", "0"), ("cores", "-2"), ("cores", "many"),
     ("cores", "³"), ("max-workers", "0"), ("retries", "0"), ("priority", "high"),
     ("priority", "1.5"), ("lease-time", "soon"), ("lease-time", "0"), ("cache-size", "much"),
     ("nice", "20"), ("nice", "-1"), ("fps", "0"), ("fps", "-25"), ("fps", "1001"), ("fps", "1/0"),
