@@ -325,6 +325,9 @@ def parse_size(text: str) -> int:
 # option has one name, one default and one explanation everywhere.
 
 
+POVRAY_CHOICE = r"auto|any|\d+(\.\w+)*"  # which POV-Ray may render a job
+
+
 @dataclass(frozen=True)
 class Setting:
     """One option: ``--name``, ``POVFARM_NAME`` and ``name`` in povfarm.ini.
@@ -392,6 +395,12 @@ def _radiosity(text: str) -> str:
     if text not in known:
         raise UserError(f"'{text}' is not one of {', '.join(known)}")
     return known[text]
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch(POVRAY_CHOICE, text):
+        raise UserError(f"'{text}' is neither auto nor any nor a version, such as 3.7")
+    return text
 
 
 def _nice(text: str) -> int:
@@ -489,6 +498,9 @@ SETTINGS: tuple[Setting, ...] = (
             "cut each frame into slices for several workers: auto, off or a number", "job", "N"),
     Setting("radiosity", _radiosity, "share",
             "share (slices share samples), share=animation (frames too) or off", "job", "HOW"),
+    Setting("povray-version", _version, "auto",
+            "which POV-Ray renders the job: auto (the first worker's), any, or such as 3.7",
+            "job", "VERSION"),
     Setting("wait", bool, False, "wait until the job is finished", "submit"),
     Setting("output", _path, None, "directory for the images", "submit fetch", "DIR"),
     Setting("apng", _path, None, "make an animated PNG of all frames", "fetch", "FILE"),
@@ -3183,7 +3195,8 @@ class JobOptions:
     ``slices`` is ``auto``, ``off`` or a number, as text: into how many slices
     each frame is cut. ``radiosity`` tells whose samples are shared: those of a
     frame between its slices (``share``), those of the first frame between all
-    frames (``animation``), or nobody's (``off``).
+    frames (``animation``), or nobody's (``off``). ``povray`` is the version
+    that renders: ``auto`` for that of the first worker, ``any``, or how it begins.
     """
 
     priority: int = 0
@@ -3192,6 +3205,7 @@ class JobOptions:
     in_order: bool = False
     slices: str = "auto"
     radiosity: str = "share"
+    povray: str = "auto"
 
     def changed(self, changes: Mapping[str, Any]) -> JobOptions:
         """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
@@ -3200,15 +3214,14 @@ class JobOptions:
             low, high = _OPTION_LIMITS.get(name, (1, 0))
             if name == "in_order":
                 good = isinstance(value, bool)
-            elif name == "slices" and re.fullmatch("[1-9][0-9]{0,3}", str(value)):
-                good, clean[name] = True, str(value)
-            elif name in _OPTION_WORDS:
-                good = value in _OPTION_WORDS[name]
+            elif name in _OPTION_TEXTS:
+                clean[name] = str(value)
+                good = re.fullmatch(_OPTION_TEXTS[name], clean[name]) is not None
             else:
                 good = type(value) is int and low <= value <= high
             if not good:
-                known = "priority, max_workers, retry_limit, in_order, slices, radiosity"
-                raise UserError(f"'{name}={value}' cannot be set: there are {known}")
+                raise UserError(f"'{name}={value}' cannot be set: there are "
+                                f"{', '.join(vars(self))}")
         return replace(self, **clean)
 
 
@@ -3237,6 +3250,23 @@ class WorkerInfo:
         if not all(isinstance(text, str) for text in texts):
             raise UserError("a worker has one core or more, and engines and tags are texts")
         return info
+
+
+def engine_fits(wanted: str, first: Mapping[str, str], engines: Mapping[str, str]) -> bool:
+    """Tell whether a worker's POV-Ray may render frames of a job.
+
+    ``wanted`` is the job's option, ``first`` what the worker that began the
+    job has. What a worker does not know of itself fits everything, and so does
+    3.7 with 3.7.0.10: POV-Ray for Windows tells no more.
+    """
+    if wanted == "any":
+        return True
+    if wanted != "auto":
+        first = {"povray": wanted}
+    numbers = zip(first.get("povray", "").split("."), engines.get("povray", "").split("."))
+    alike = all(mine == theirs or not (mine and theirs) for mine, theirs in numbers)
+    includes = {mapping.get("includes", "") for mapping in (first, engines)} - {""}
+    return alike and len(includes) < 2
 
 
 class TaskKind(str, enum.Enum):
@@ -3476,8 +3506,9 @@ def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
 _OPTION_LIMITS: Mapping[str, tuple[int, int]] = {
     "priority": (-1000, 1000), "max_workers": (0, 10_000), "retry_limit": (1, 100),
 }
-_OPTION_WORDS: Mapping[str, tuple[str, ...]] = {
-    "slices": ("auto", "off"), "radiosity": ("share", "animation", "off"),
+_OPTION_TEXTS: Mapping[str, str] = {
+    "slices": "auto|off|[1-9][0-9]{0,3}", "radiosity": "share|animation|off",
+    "povray": POVRAY_CHOICE,
 }
 
 
@@ -5006,11 +5037,14 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE INDEX event_job ON event (job);
     """,
+    # `engines` of a job are those of the worker that began it.
     # Slices and passes are tasks below their frame; `cut` of a frame is the row that its next
     # slice begins with, NULL while it is not sliced; `state_of` the POV-Ray that left a state.
     """
     ALTER TABLE job ADD COLUMN slices TEXT NOT NULL DEFAULT 'auto';
     ALTER TABLE job ADD COLUMN radiosity TEXT NOT NULL DEFAULT 'share';
+    ALTER TABLE job ADD COLUMN povray TEXT NOT NULL DEFAULT 'auto';
+    ALTER TABLE job ADD COLUMN engines TEXT NOT NULL DEFAULT '{}';
     ALTER TABLE task ADD COLUMN parent INTEGER REFERENCES task ON DELETE CASCADE;
     ALTER TABLE task ADD COLUMN kind TEXT NOT NULL DEFAULT 'frame';
     ALTER TABLE task ADD COLUMN top INTEGER NOT NULL DEFAULT 0;
@@ -5504,9 +5538,9 @@ class Tx:
         """Add a waiting job without tasks and return its id."""
         cursor = self._db.execute(
             """INSERT INTO job (name, state, owner, pov, manifest, priority, max_workers,
-                                retry_limit, in_order, slices, radiosity, created)
+                                retry_limit, in_order, slices, radiosity, povray, created)
                VALUES (:name, 'waiting', :owner, :pov, :manifest, :priority, :max_workers,
-                       :retry_limit, :in_order, :slices, :radiosity, :now)""",
+                       :retry_limit, :in_order, :slices, :radiosity, :povray, :now)""",
             {**vars(options), "name": name, "owner": owner, "pov": json.dumps(pov.to_wire()),
              "manifest": manifest, "now": now})
         return int(cursor.lastrowid or 0)
@@ -5566,12 +5600,17 @@ class Tx:
         self._db.execute("UPDATE job SET started = :now WHERE id = :id AND started IS NULL",
                          {"id": job, "now": now})
 
+    def set_job_engines(self, job: int, engines: str) -> None:
+        """Note what the worker has that begins a job, as JSON text."""
+        self._db.execute("UPDATE job SET engines = :engines WHERE id = :id",
+                         {"id": job, "engines": engines})
+
     def set_job_options(self, job: int, options: JobOptions) -> None:
         """Change how a job is treated."""
         self._db.execute(
             """UPDATE job SET priority = :priority, max_workers = :max_workers,
                               retry_limit = :retry_limit, in_order = :in_order,
-                              slices = :slices, radiosity = :radiosity
+                              slices = :slices, radiosity = :radiosity, povray = :povray
                WHERE id = :id""", {**vars(options), "id": job})
 
     def add_job_cost(self, job: int, cost: Cost) -> None:
@@ -5950,6 +5989,7 @@ class Tx:
 
 KEEP_BLOBS = 24 * 3600.0  # seconds that contents nobody names any more are kept
 KEEP_EVENTS = 10_000
+SICK_PAUSE = 600.0  # seconds until a sick worker gets one task, to see whether it is well
 LEAST_FREE = 100 << 20  # bytes without which no job is taken: its images need some
 
 
@@ -6000,6 +6040,7 @@ class Scheduler:
         self._seen: dict[int, float] = {}
         self._slots: dict[int, int] = {}
         self._left: dict[int, int] = {}
+        self._trials: dict[int, float] = {}  # when sick workers got a task to try, or became sick
         self._deadlines: dict[str, float] = {}
         self._granted: dict[str, float] = {}
         self._owners: dict[str, int] = {}
@@ -6152,6 +6193,7 @@ class Scheduler:
         """Take what a known worker says of itself when it comes again."""
         with self._tx() as tx:
             tx.set_worker_info(worker, info, address)
+        self._trials[worker] = -math.inf  # perhaps it comes again because it was mended
         self._seen[worker] = self.clock.monotonic()
         self._wake()
 
@@ -6207,6 +6249,23 @@ class Scheduler:
             return False
         return any("done" in tx.recent_attempts(other, 6)
                    for other in self.live_workers() - {worker})
+
+    def waiting_for(self, tx: Tx, job: Row) -> str:
+        """Return why workers get no frame of a job that has some, when POV-Ray is the reason."""
+        if job["state"] != JobState.ACTIVE or not job["queued"]:
+            return ""
+        live = self.live_workers()
+        unfit = [json.loads(row["engines"]) for row in tx.workers() if row["id"] in live
+                 and row["state"] == WorkerState.ADMITTED and not self._fits(job, row)]
+        if not unfit:
+            return ""
+        first = self._begun_with(job)
+        wanted = first.get("povray", "") if job["povray"] == "auto" else job["povray"]
+        theirs = {engines.get("povray", "") for engines in unfit} - {wanted}
+        return (f"{'1 worker waits' if len(unfit) == 1 else f'{len(unfit)} workers wait'}: this "
+                f"job's frames are rendered with POV-Ray {wanted}, theirs is "
+                f"{' and '.join(sorted(theirs)) or 'the same with other include files'} "
+                f"('povfarm.py set {job['id']} povray=any' lets every worker render)")
 
     # --- leases
 
@@ -6495,8 +6554,8 @@ class Scheduler:
         return row
 
     def _options(self, job: Row) -> JobOptions:
-        return JobOptions(job["priority"], job["max_workers"], job["retry_limit"],
-                          bool(job["in_order"]), job["slices"], job["radiosity"])
+        options = {name: job[name] for name in vars(JobOptions())}
+        return JobOptions(**{**options, "in_order": bool(job["in_order"])})
 
     def _attempt(self, tx: Tx, worker: int, lease: str, task: int) -> tuple[Row, Row, Row]:
         attempt = tx.attempt(task, lease)
@@ -6718,26 +6777,50 @@ class Scheduler:
                 return leases
         with self._tx() as tx:
             row = tx.worker(worker)
-            if row is None or row["state"] != WorkerState.ADMITTED or self.is_sick(tx, worker):
+            if row is None or row["state"] != WorkerState.ADMITTED:
                 return leases
+            if self.is_sick(tx, worker):
+                return self._try_sick(tx, row, offer)
+            self._trials.pop(worker, None)
             while len(leases) < offer.want:
                 idle = offer.idle - sum(lease.threads for lease in leases)
-                lease = self._grant_one(tx, worker, replace(offer, idle=idle))
+                lease = self._grant_one(tx, row, replace(offer, idle=idle))
                 if lease is None:
                     break
                 leases.append(lease)
         return leases
 
-    def _grant_one(self, tx: Tx, worker: int, offer: Offer) -> LeaseSpec | None:
-        jobs = [job for job in tx.leasable_jobs() if self._may_work(tx, job, worker)]
+    def _try_sick(self, tx: Tx, worker: Row, offer: Offer) -> list[LeaseSpec]:
+        """Give a sick worker one task now and then: when it succeeds, it is well."""
+        now = self.clock.monotonic()
+        if now - self._trials.setdefault(worker["id"], now) < SICK_PAUSE:
+            return []
+        lease = self._grant_one(tx, worker, offer, sick=True)
+        if lease is None:
+            return []
+        self._trials[worker["id"]] = now
+        return [lease]
+
+    def _grant_one(self, tx: Tx, row: Row, offer: Offer, sick: bool = False) -> LeaseSpec | None:
+        worker = row["id"]
+        jobs = [job for job in tx.leasable_jobs()
+                if self._fits(job, row) and self._may_work(tx, job, worker, sick)]
         for pick in (self._pick, self._split, self._pick_straggler):
             for job in jobs:
                 tasks = pick(tx, job, worker, offer)
                 if tasks:
-                    return self._give(tx, job, worker, tasks, offer.idle)
+                    return self._give(tx, job, row, tasks[:1] if sick else tasks, offer.idle)
         return None
 
-    def _may_work(self, tx: Tx, job: Row, worker: int) -> bool:
+    def _begun_with(self, job: Row) -> dict[str, str]:
+        """Return the engines of the worker that began a job, of which something is there."""
+        begun = job["done"] or job["leased"]
+        return cast("dict[str, str]", json.loads(job["engines"])) if begun else {}
+
+    def _fits(self, job: Row, worker: Row) -> bool:
+        return engine_fits(job["povray"], self._begun_with(job), json.loads(worker["engines"]))
+
+    def _may_work(self, tx: Tx, job: Row, worker: int, sick: bool) -> bool:
         workers = tx.job_workers(job["id"])
         if job["max_workers"] and worker not in workers and len(workers) >= job["max_workers"]:
             return False
@@ -6750,7 +6833,8 @@ class Scheduler:
                 if attempt["worker"] == worker and attempt["kind"] in alone]
         if len(mine) > 1 or any(left > 2 * START for left in mine):
             return False
-        return not self._is_hopeless(tx, job, worker) or worker in self._helpers(tx, job)
+        return (sick or not self._is_hopeless(tx, job, worker)
+                or worker in self._helpers(tx, job))
 
     def _is_hopeless(self, tx: Tx, job: Row, worker: int) -> bool:
         return tx.failures(job["id"], worker) >= 3 and not tx.has_done(job["id"], worker)
@@ -6762,7 +6846,8 @@ class Scheduler:
         the scene is to blame, and the job has to find that out.
         """
         live = self.live_workers() & {
-            row["id"] for row in tx.workers() if row["state"] == WorkerState.ADMITTED}
+            row["id"] for row in tx.workers()
+            if row["state"] == WorkerState.ADMITTED and self._fits(job, row)}
         well = {worker for worker in live if not self.is_sick(tx, worker)}
         return {worker for worker in well if not self._is_hopeless(tx, job, worker)} or well
 
@@ -6972,21 +7057,21 @@ class Scheduler:
                 return [task] if task is not None else []
         return []
 
-    def _give(self, tx: Tx, job: Row, worker: int, tasks: Sequence[Row], idle: int) -> LeaseSpec:
+    def _give(self, tx: Tx, job: Row, worker: Row, tasks: Sequence[Row], idle: int) -> LeaseSpec:
         pov = pov_of(job["pov"])
         lease = secrets.token_hex(16)
         now = self.clock.time()
-        tx.add_lease(lease, worker, job["id"], [task["id"] for task in tasks], now)
+        tx.add_lease(lease, worker["id"], job["id"], [task["id"] for task in tasks], now)
         tx.set_job_started(job["id"], now)
-        row = tx.worker(worker)
-        assert row is not None  # the lease's foreign key
+        if not self._begun_with(job):
+            tx.set_job_engines(job["id"], worker["engines"])
         for task in tasks:
             if task["state"] == TaskState.QUEUED:
-                self._move(tx, task, TaskState.LEASED, row["name"])
+                self._move(tx, task, TaskState.LEASED, worker["name"])
         self._granted[lease] = self.clock.monotonic()
         self._deadlines[lease] = self._granted[lease] + self.lease_time
-        self._owners[lease] = worker
-        version = json.loads(row["engines"]).get("povray", "")
+        self._owners[lease] = worker["id"]
+        version = json.loads(worker["engines"]).get("povray", "")
         specs = tuple(
             TaskSpec(task["id"], task["frame"], task["name"], TaskKind(task["kind"]), task["top"],
                      task["bottom"] if task["parent"] else 0,
@@ -7406,7 +7491,7 @@ class Api:
 
     @route("PATCH", "/api/v1/jobs/<job:int>", role="user", summary="Change a job")
     def change(self, request: Request) -> Response:
-        """Body: any of priority, max_workers, retry_limit, in_order."""
+        """Body: any of a job's options."""
         wire = request.json()
         if not isinstance(wire, dict):
             raise UserError("the body is not a list of changes")
@@ -7602,7 +7687,8 @@ class Api:
             slices={"total": len(slices), **{
                 state.value: sum(view["state"] == state for view in slices)
                 for state in TaskState}},
-            slicing=job["slices"], radiosity=job["radiosity"],
+            slicing=job["slices"], radiosity=job["radiosity"], povray=job["povray"],
+            waiting_for=self._farm.waiting_for(tx, job),
         )
         if options is not None:
             failure = tx.first_failure(job["id"])
@@ -8179,6 +8265,7 @@ def _warnings(view: View) -> Node:
     address = failure and f"/jobs/{view['id']}/frames/{failure['frame']}#log"
     return [
         element("p", f"Paused: {view['reason']}", class_="notice") if view["reason"] else None,
+        element("p", view["waiting_for"], class_="notice") if view["waiting_for"] else None,
         element("p", element("a", f"{_frame_name(view, failure['frame'])} failed", href=address),
                 f": {failure['message']}", class_="notice failed") if failure else None,
     ]
@@ -8817,6 +8904,21 @@ class Engine:
         if match is None:
             raise UserError(f"{self.program} is not POV-Ray 3.7 or newer: it tells no version")
         return replace(self, version=match[1])
+
+    def told(self) -> dict[str, str]:
+        """Return what makes two workers' pictures alike: the version, and the include files.
+
+        Of a file that is in several places POV-Ray takes the first. The ends of
+        lines do not count: they are others on Windows. A few milliseconds.
+        """
+        texts: dict[str, bytes] = {}
+        for place in self.library:
+            for path in Path(place).glob("*.inc"):
+                with contextlib.suppress(OSError):
+                    text = path.read_bytes().replace(b"\r\n", b"\n")
+                    texts.setdefault(path.name, hashlib.sha256(text).digest())
+        includes = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
+        return {"povray": self.version, "includes": includes if texts else ""}
 
     def values(self, run: Run) -> dict[str, str]:
         """Return the options of a run: the job's, and where and how much this run renders.
@@ -10960,6 +11062,7 @@ def render(options: Options) -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="povfarm-")))
         stack.callback(launcher.close)
         engine = locate_engine(options.povray)
+        engine = engine.probed() if options.lan else engine  # others are to have the same
         probe = _Background(engine.probed)
         draft = _draft(options, scratch)
         _check_destination(draft)
@@ -11200,7 +11303,7 @@ def delete(options: Options) -> int:
 
 
 @command("set", "JOB KEY=VALUE ...",
-         "change priority, max_workers, retry_limit or in_order of a job", count=(2, 9),
+         "change priority, max_workers, povray and other options of a job", count=(2, 9),
          groups=("talk",))
 def set_option(options: Options) -> int:
     """Change how a job is treated."""
@@ -11212,7 +11315,9 @@ def set_option(options: Options) -> int:
             raise UserError(f"'{item}' is not KEY=VALUE, such as priority=5")
         known = {"true": True, "on": True, "false": False, "off": False}
         whole = re.fullmatch(r"-?\d+", text)
-        changes[name.replace("-", "_")] = int(text) if whole else known.get(text.lower(), text)
+        name = name.replace("-", "_")
+        value = known.get(text.lower(), text) if name == "in_order" else text
+        changes[name] = int(text) if whole else value
     _coordinator(options).request("PATCH", f"/api/v1/jobs/{job}", json=changes)
     _say(f"job {job}: {', '.join(options.rest[1:])}")
     return 0
@@ -11450,7 +11555,8 @@ def _draft(options: Options, scratch: Path) -> Draft:
     limits = JobOptions().changed({
         "priority": options.priority, "max_workers": options.max_workers or 0,
         "retry_limit": options.retries, "in_order": options.in_order,
-        "slices": options.slices, "radiosity": options.radiosity})
+        "slices": options.slices, "radiosity": options.radiosity,
+        "povray": options.povray_version})
     name = options.name or named or PurePosixPath(pov.scene).stem
     if named:
         plan, directory = _flat(plan), here / f"{named}-frames"
@@ -11685,8 +11791,8 @@ def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
             f"{100 * job['progress']:.0f} %",
             f"{3600 * job['rate']:.0f}/h" if left else "",
             left))
-        if job["reason"]:
-            rows.append(("", job["reason"], "", "", "", "", ""))
+        rows += [("", job[why], "", "", "", "", "") for why in ("reason", "waiting_for")
+                 if job[why]]
     return _table(rows)
 
 
@@ -11831,7 +11937,7 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
         "name": options.worker_name or socket.gethostname(),
         "cores": cores, "memory": total_memory(),
         "system": f"{platform.system()} {platform.release()}",
-        "engines": {"povray": engine.version},
+        "engines": engine.told() if engine.version else {},
         "tags": [tag for tag in options.tags.split(",") if tag],
     }
     token = _Token(tokens, str(info["name"]), client.base_url)
