@@ -3416,7 +3416,7 @@ def unsliceable(pov: PovJob, in_order: bool) -> str:
     """Return why the frames of a job cannot be put together from slices, or nothing."""
     if in_order:
         return "its frames run in order"
-    if pov.options.extension == ".jpg":
+    if pov.options.extension not in STRIP_TYPES:
         return "JPEG pictures cannot be put together from slices: choose +FN for PNG"
     region = region_of(pov.options)
     if region.bottom - region.top <= region.block:
