@@ -10763,8 +10763,6 @@ class Worker:
             return False
         for line in process.lines():
             done = run.text.index
-            if run.text.percent:
-                measure.tracing()
             if run.text.feed(line):
                 self._finish(run, plan, done, run.text.before, measure.frame())
                 run.began = self._clock.monotonic()
@@ -10773,6 +10771,7 @@ class Worker:
             elif not cut and self._is_cut(run, plan):
                 cut = True
                 process.kill()
+            measure.tracing(run.text.percent / 100)
             if run.text.traced and run.text.index == len(plan.frames) - 1 and run.open:
                 self._finish_early(run, plan, measure)
         ended = run.ended = process.wait()
@@ -10915,11 +10914,11 @@ class _Measure:
         self.frames = 0
         self.cpu = 0.0
         self.wall = 0.0
-        self.parse = 0.0
         self.told = False
         self._run = run
         self._clock = clock
         self._start = clock.monotonic()
+        self._seen = (0.0, 0.0)  # when the first pixels of a frame came, and what part they were
 
     def frame(self, ended: Ended | None = None) -> Cost:
         """Return what the frame that has just ended cost."""
@@ -10931,12 +10930,16 @@ class _Measure:
         self.cpu = self.wall if now is None else max(now, cpu)
         self.frames += 1
         memory = ended.memory if ended else process.memory_now()
-        parse, self.parse = self.parse, 0.0
-        return Cost(self.cpu - cpu, self.wall - wall, memory, max(parse - wall, 0.0))
+        (first, part), self._seen = self._seen, (0.0, 0.0)
+        spent = self.wall - wall
+        # As if all rows were alike: what the first took before they were seen is no parsing.
+        parse = (first - wall - part * spent) / (1 - part) if part < 1 else 0.0
+        return Cost(self.cpu - cpu, spent, memory, min(max(parse, 0.0), spent))
 
-    def tracing(self) -> None:
-        """Note that the first pixels of a frame are there."""
-        self.parse = self.parse or self._clock.monotonic() - self._start
+    def tracing(self, part: float) -> None:
+        """Take what part of a frame is rendered, 0 to 1."""
+        if part and not self._seen[1]:
+            self._seen = (self._clock.monotonic() - self._start, part)
 
 
 def _sweep(directory: Path) -> None:
