@@ -3435,6 +3435,8 @@ def next_cut(top: int, height: int, region: Region, slices: str, share: float,
     slices shrink and unequal workers finish together, but no slice whose parsing
     and start would weigh as much as a quarter of its pixels.
     """
+    if slices == "off":  # since the frame was begun: then one slice has the rest
+        return height
     block = region.block if slices != "auto" else _grain(region)
     blocks = -(-(region.bottom - region.top) // block)
     begun = max(-(-(top - region.top) // block), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import zlib
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
 from farm_in_a_box import Farm, farm_fixture, png, pov_job
+from test_scheduler import Chaos
 
 import povfarm
 from povfarm import Cost, LeaseSpec, Region, SliceCost, TaskKind, TaskState
@@ -132,6 +134,16 @@ def test_slices_of_one_are_none(farm: Farm, two: Tuple[int, int]) -> None:
         job = submit(farm, slices=slices)
         assert farm.lease(two[0]).tasks[0].kind is TaskKind.FRAME
         farm.scheduler.cancel(job)
+
+
+def test_slices_may_be_changed_midway(farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=8)
+    for slices in (6, "auto", "off"):
+        hand_in(farm, two[0], farm.lease(two[0]))
+        farm.scheduler.change(job, {"slices": slices})
+    work(farm, *two)
+    assert spans(farm, job)[:2] == [(0, 12), (12, 16)] and farm.state(job) == "done"
+    assert len(spans(farm, job)) == 4
 
 
 def test_every_frame_of_an_animation_is_cut(farm: Farm, two: Tuple[int, int]) -> None:
@@ -896,3 +908,82 @@ def test_why_a_picture_cannot_be_sliced_is_told() -> None:
     assert "JPEG" in povfarm.unsliceable(pov_job(1, Output_File_Type="J"), False)
     assert "order" in povfarm.unsliceable(pov_job(1), True)
     assert "block" in povfarm.unsliceable(pov_job(1, Antialias="On"), False)
+
+
+# --- anything at all
+
+class SlicedChaos(Chaos):
+    """Random steps on a farm whose jobs are sliced in every way."""
+
+    def look(self) -> None:
+        with self.farm.store.read() as tx:
+            done = {(row["job"], row["frame"]): row["sha256"] for row in tx.done_tasks()
+                    if not row["parent"]}
+            jobs = {row["id"] for row in tx.jobs(0, -1)}
+        assert all(done[key] == sha for key, sha in self.done.items() if key[0] in jobs)
+        self.done = done
+
+    def do_submit(self) -> None:
+        uses = [use for use in ("radiosity", "photons") if self.chance.random() < 0.25]
+        values = {**self.chance.choice((SIZE, BLOCKS)), **self.chance.choice((
+            {}, {"Start_Row": "21", "End_Row": "84"}))}
+        self.jobs.append(submit(
+            self.farm, self.chance.choice((1, 1, 2, 5)), values, tuple(uses),
+            retry_limit=self.chance.randint(1, 3), slices=self.chance.choice(("auto", "auto", 3, 16)),
+            radiosity=self.chance.choice(("share", "animation", "off"))))
+        if len(self.jobs) > 5:
+            self.farm.scheduler.delete(self.jobs.pop(0))
+
+    def do_finish(self) -> None:
+        worker, lease = self.held()
+        task = self.chance.choice(lease.tasks)
+        bottom = self.chance.choice((task.bottom, task.bottom, HEIGHT)) or HEIGHT
+        with self.farm.store.read() as tx:
+            attempt = tx.attempt(task.id, lease.id)
+            row = attempt and tx.task(attempt["task"])
+        if row and self.chance.random() < 0.5:  # the worker heard of the cut
+            bottom = row["bottom"] or bottom
+        image = png(self.chance.randrange(10_000), WIDTH, bottom - task.top)
+        wall = self.chance.choice([0.1, 1, 50])
+        self.farm.scheduler.finish(
+            worker, lease.id, task.id, image[:-1] if self.chance.random() < 0.1 else image, b"log",
+            Cost(wall, wall, 1, wall / 4), bottom)
+
+    def do_keep(self) -> None:
+        worker, lease = self.held()
+        self.farm.scheduler.keep_state(worker, lease.id, lease.tasks[0].id, b"half of it")
+
+    def do_change(self) -> None:
+        self.farm.scheduler.change(self.job(), {
+            "slices": self.chance.choice(("auto", "off", 2, 16)),
+            "radiosity": self.chance.choice(("share", "animation", "off"))})
+
+    def bring_to_an_end(self) -> None:
+        helpers = [self.farm.worker(f"good{number}") for number in range(2)]
+        for _ in range(3):
+            for job in self.jobs:
+                for steer in (self.farm.scheduler.resume, self.farm.scheduler.retry):
+                    with contextlib.suppress(povfarm.IllegalTransition):
+                        steer(job)
+            self.farm.clock.advance(31)
+            self.farm.scheduler.expire()
+            for _ in range(200):
+                for worker in helpers:
+                    for lease in self.farm.leases(worker):
+                        for task in lease.tasks:
+                            image = png(task.id, WIDTH, (task.bottom or HEIGHT) - task.top)
+                            self.farm.scheduler.finish(worker, lease.id, task.id, image, b"",
+                                                       Cost(1, 1, 1))
+        assert self.farm.problems() == [] and self.farm.leftovers() == []
+        self.look()
+        assert {self.farm.state(job) for job in self.jobs} == {"done"}
+
+
+@pytest.mark.parametrize("seed", [4, 9])
+def test_after_anything_at_all_slices_make_up_their_frames(tmp_path: Path, seed: int) -> None:
+    chaos = SlicedChaos(Farm(tmp_path), seed)
+    for _ in range(1000):
+        chaos.step()
+    chaos.do_submit()
+    chaos.bring_to_an_end()
+    chaos.farm.close()

@@ -1,0 +1,153 @@
+"""One picture on several workers: real processes, real POV-Ray, and its own pixels."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+from conftest import pixels_of, run_povray
+from test_farm import (
+    HEAVY,
+    STILL,
+    Farm,
+    _needs_povray,
+    _no_process_is_left,
+    farm,
+    project,
+    renderers,
+    wait_until,
+)
+from test_image import png_rows
+from test_sharing import seams
+
+__all__ = ["_needs_povray", "_no_process_is_left", "farm"]
+
+# Something on every row, and edges for anti-aliasing, at once.
+BUSY = STILL.replace("sphere {", "plane { y, -1 pigment { checker rgb 1 rgb 0 } }\nsphere {")
+SIZE = ["+W64", "+H96"]
+LONG = ["+W256", "+H256", "+A0.02", "+R7"]  # for HEAVY: some ten seconds of one core
+
+
+def rows_of(path: Path) -> List[bytes]:
+    """Return the pixels of a picture by rows."""
+    if path.suffix == ".png":
+        return png_rows(path.read_bytes())
+    width, data = pixels_of(path)
+    return [data[at:at + 3 * width] for at in range(0, len(data), 3 * width)]
+
+
+def pictures(farm: Farm, job: int) -> Dict[str, List[bytes]]:
+    """Return every finished picture of a job from the coordinator's directory."""
+    place = next((farm.tmp_path / "farm" / "jobs").glob(f"{job}-*"))
+    return {path.name: rows_of(path) for path in place.iterdir() if path.is_file()}
+
+
+def plain(place: Path, *args: str) -> Dict[str, List[bytes]]:
+    """Return what plain POV-Ray makes of a scene in a directory of its own."""
+    place.mkdir()
+    for path in place.parent.glob("project/*"):
+        shutil.copy(path, place)
+    before = set(place.iterdir())
+    result = run_povray(list(args), place)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return {path.name: rows_of(path) for path in place.iterdir() if path not in before}
+
+
+@pytest.fixture(scope="module", name="heavy")
+def heavy_fixture(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, List[bytes]]:
+    """The heavy scene as plain POV-Ray renders it."""
+    place = tmp_path_factory.mktemp("heavy")
+    project(place, HEAVY)
+    return plain(place / "plain", "scene.pov", *LONG)
+
+
+def frames_of(farm: Farm, job: int) -> List[Dict[str, Any]]:
+    frames: List[Dict[str, Any]] = farm.client.request(
+        "GET", f"/api/v1/jobs/{job}/frames").json()["frames"]
+    return frames
+
+
+def attempts_of(farm: Farm, job: int, frame: int = 0) -> List[str]:
+    """Return what was tried of a frame, as its log says it: the heading and the text of each."""
+    text = farm.client.request("GET", f"/api/v1/jobs/{job}/frames/{frame}/log").body.decode()
+    return re.split(r"^--- ", text, flags=re.MULTILINE)[1:]
+
+
+def two_workers(farm: Farm) -> None:
+    for name in ("anna", "bert"):
+        farm.work("--cores", "1", "--worker-name", name)
+    wait_until(lambda: farm.client.request("GET", "/api/v1/farm").json()["workers"] == 2,
+               "the workers do not come")
+
+
+def test_slices_of_two_workers_are_povrays_own_pixels(farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path, BUSY)
+    asked = [["+A0.3"], ["+A0.3", "+AM1", "+FP"], ["+A0.3", "+AM2", "+KFF3"],
+             ["+A0.3", "+SR21", "+ER90"], ["+SC0.3", "+EC50", "+SR0.5"]]
+    two_workers(farm)
+    jobs = [farm.submit(place, "scene.pov", *SIZE, *args, "--slices", "3") for args in asked]
+    for number, (job, args) in enumerate(zip(jobs, asked)):
+        farm.finished(job)
+        for frame in frames_of(farm, job):
+            tried = attempts_of(farm, job, frame["frame"])
+            assert len(tried) == 3 and all("Trace Time" in text for text in tried)
+        assert pictures(farm, job) == plain(
+            tmp_path / f"plain{number}", "scene.pov", *SIZE, *args), args
+    assert list((tmp_path / "farm" / "jobs").glob("*/parts/*")) == []
+    farm.check()
+
+
+def test_slices_with_radiosity_have_no_seams(farm: Farm, examples: Path) -> None:
+    two_workers(farm)
+    job = farm.submit(examples / "animations/raddem", "raddem.pov", "+W320", "+H240", "+A0.3",
+                      "+FP", "--slices", "4")
+    farm.finished(job, 200)
+    [rows] = pictures(farm, job).values()
+    assert max(seams(rows, [0, 64, 128, 192])) <= 1.15
+    farm.check()
+
+
+def test_a_render_that_is_stopped_moves_to_another_worker(
+        farm: Farm, tmp_path: Path, heavy: Dict[str, List[bytes]]) -> None:
+    first = farm.work("--cores", "1", "--worker-name", "anna")
+    job = farm.submit(project(tmp_path, HEAVY), "scene.pov", *LONG)
+    wait_until(lambda: frames_of(farm, job)[0]["progress"] > 0.33, "it does not get on", 60)
+    first.send_signal(signal.SIGINT)
+    assert first.stdout is not None
+    while "stopping" not in first.stdout.readline():  # or two signals may be one
+        assert first.poll() is None
+    first.send_signal(signal.SIGINT)
+    assert first.wait(30) == 130
+    assert not renderers(tmp_path) and farm.job(job)["frames"]["queued"] == 1
+    farm.work("--cores", "1", "--worker-name", "bert")
+    farm.finished(job, 120)
+    assert pictures(farm, job) == heavy
+    moved, last = attempts_of(farm, job)
+    assert "on anna: released" in moved and "on bert: done" in last
+    count = re.search(r"^Pixels: +(\d+)", last, re.MULTILINE)
+    assert count and 0 < int(count[1]) < 0.7 * 256 * 256  # the rest came from where it was stopped
+    farm.check()
+
+
+def test_a_frame_under_way_is_divided_when_a_second_worker_comes(
+        farm: Farm, tmp_path: Path, heavy: Dict[str, List[bytes]]) -> None:
+    farm.work("--cores", "1", "--worker-name", "anna")
+    job = farm.submit(project(tmp_path, HEAVY), "scene.pov", *LONG)
+    wait_until(lambda: frames_of(farm, job)[0]["progress"] > 0.05, "it does not begin", 60)
+    farm.work("--cores", "1", "--worker-name", "bert")
+    farm.finished(job, 300)
+    tried = attempts_of(farm, job)
+    assert re.match("frame 0, rows 0 to .* on anna: done", tried[0])
+    assert re.match("frame 0, rows .* to 255 on bert: done", tried[1]), tried
+    assert pictures(farm, job) == heavy
+    farm.check()
+
+
+@pytest.mark.parametrize("option", ["+FJ", "--in-order"])
+def test_what_cannot_be_sliced_is_told_in_one_line(farm: Farm, tmp_path: Path, option: str) -> None:
+    with pytest.raises(AssertionError, match="cannot be sliced"):
+        farm.submit(project(tmp_path), "scene.pov", option, "+KFF2", *SIZE, "--slices", "3")
