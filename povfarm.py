@@ -3470,7 +3470,7 @@ def split_row(top: int, bottom: int, region: Region, size: int, progress: float,
     blocks = (last - first) / size
     done = max(math.ceil(progress * blocks), 1)
     middle = first + round(done + (blocks - done) * share) * size
-    return middle if middle < last else None
+    return middle if done < blocks and middle < last else None
 
 
 def pass_rows(region: Region, shared: Collection[str], workers: int) -> list[tuple[int, int]]:
