@@ -31,7 +31,7 @@ SCENES = """
     objects/lathe2.pov textures/patterns/crackle1.pov lights/arealit1.pov lights/spotlite.pov
     camera/fisheye.pov camera/focalblur.pov interior/fog_ft.pov interior/iortest.pov
     advanced/mist.pov advanced/object_pattern.pov advanced/quilt1.pov interior/media/media1.pov
-    animations/raddem/raddem.pov subsurface/subsurface.pov
+    animations/raddem/raddem.pov
 """.split()
 # Small blocks, so that even a small picture has many places where a slice may begin.
 KINDS = {
