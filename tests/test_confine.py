@@ -404,7 +404,7 @@ def test_a_renderer_that_cannot_be_started_is_told_in_its_own_words(
     patch = "povfarm.Engine.parts = lambda engine: (chr(0),)"
     (tmp_path / "scene.pov").write_text(HEAD)
     result = patched(tmp_path, patch, "render", "scene.pov", *SMALL)
-    assert result.returncode == 1 and f"cannot start {povray}: embedded null" in result.stderr
+    assert result.returncode == 1 and f"cannot start {povray}: " in result.stderr
 
 
 def test_many_files_do_not_fill_the_disk(povray: str, tmp_path: Path) -> None:
