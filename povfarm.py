@@ -9188,6 +9188,7 @@ def _state_messages(source: BinaryIO, pixels: int) -> Iterator[tuple[bytes, dict
 
 # --- reading what POV-Ray prints
 
+KEPT_LINES = 2000  # of what is printed for a frame: at its beginning and at its end
 _OUR_LINK = re.compile(rf"\b{LINK}\d+/")
 _FRAME = re.compile(r"Rendering frame (\d+) of \d+")
 _PERCENT = re.compile(r"(?:Rendered|pretrace:) .*\((\d+)%\)")
@@ -9232,6 +9233,8 @@ class PovText:
             self.percent = min(self.done + int(progress[1]), 100)
         elif line.strip():
             self.lines.append(line)
+            if len(self.lines) > 3 * KEPT_LINES:  # a scene can print without end
+                self.lines[KEPT_LINES:-KEPT_LINES] = ["(povfarm left out what came here)"]
             self.traced = self.traced or "Trace Time:" in line
         return begun
 
@@ -9755,6 +9758,9 @@ class Process:
                 break
             *whole, rest = re.split(r"[\r\n]", rest + data.decode("utf-8", "replace"))
             yield from whole
+            if len(rest) > BUFFER:
+                yield rest
+                rest = ""
         self._output.close()
         if rest:
             yield rest

@@ -202,6 +202,16 @@ def test_the_error_is_povrays_own_line(
     assert "\n" not in text.error()
 
 
+def test_of_endless_text_the_beginning_and_the_end_are_kept() -> None:
+    text = PovText()
+    for number in range(100_000):
+        text.feed(f"line {number}")
+    assert len(text.lines) < 10_000
+    assert text.lines[:1000] == [f"line {n}" for n in range(1000)]
+    assert text.lines[-1000:] == [f"line {n}" for n in range(99_000, 100_000)]
+    assert text.text.count("left out") == 1
+
+
 def test_prefixes_of_this_machine_are_taken_out_of_the_text() -> None:
     text = PovText()
     text.feed(f"File '{LINK}0/s.pov' line 3: Parse Error: no")

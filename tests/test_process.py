@@ -45,6 +45,11 @@ def test_a_progress_line_comes_before_it_is_ended(launcher: Launcher, tmp_path: 
     assert process.wait().code != 0
 
 
+def test_a_line_without_end_is_parted(launcher: Launcher, tmp_path: Path) -> None:
+    lines = list(start(launcher, tmp_path, "print('x' * 1_000_000, end='')").lines())
+    assert "".join(lines) == "x" * 1_000_000 and max(map(len, lines)) < 200_000
+
+
 def test_what_a_process_cost(tmp_path: Path) -> None:
     launcher = make_launcher()
     try:
