@@ -3525,7 +3525,7 @@ _OPTION_TEXTS: Mapping[str, str] = {
 
 DISCOVERY_PORT = 2269  # the port of BSAC's meta server; hints go to the next one
 _PACKET_LIMIT = 2048
-_ANSWERS_A_SECOND = 50
+_ANSWERS_A_SECOND = 50  # at most half of them to one address
 _FARMS_LIMIT = 100
 _PROBE_TIMES = (0.0, 0.2, 0.6)  # seconds: a lost packet should not cost a round
 _STOP_STEP = 0.2  # seconds after which a wait looks whether it should stop
@@ -3565,7 +3565,7 @@ class Beacon:
         self._clock = clock or Clock()
         self._stopping = threading.Event()
         self._second = 0
-        self._answers = 0  # given in this second
+        self._answers: collections.Counter[str] = collections.Counter()  # given in this second
 
     def start(self) -> None:
         """Listen, and wake the workers that wait for a coordinator."""
@@ -3597,10 +3597,13 @@ class Beacon:
         if isinstance(wanted, str) and wanted.casefold() != self._name.casefold():
             return None
         second = int(self._clock.monotonic())
-        self._answers = self._answers + 1 if second == self._second else 1
+        if second != self._second:
+            self._answers.clear()
         self._second = second
-        if self._answers > _ANSWERS_A_SECOND:
+        if (sum(self._answers.values()) >= _ANSWERS_A_SECOND
+                or self._answers[sender] >= _ANSWERS_A_SECOND // 2):
             return None
+        self._answers[sender] += 1
         answer = {
             "povfarm": "answer", "version": 1, "nonce": probe["nonce"],
             "address": _address_towards(sender), **self._fields,
@@ -4501,6 +4504,8 @@ class _Connection:
         end = _HEAD_END.search(self._buffer, self._searched)
         if (end.end() if end else len(self._buffer)) > self._limits.head_bytes:
             raise ProtocolError(431, "the head of the request is too long")
+        if end and self._buffer[max(end.start() - 1, 0) : end.end()] != b"\r\n\r\n":
+            raise ProtocolError(400, "a line of the request ends in another way than CR LF")
         self._searched = max(len(self._buffer) - 3, 0)
         return end is not None
 
@@ -4756,7 +4761,7 @@ class _WireBody:
 
 _HEAD_END = re.compile(rb"\n\r?\n")
 _REQUEST_LINE = re.compile(
-    r"([A-Z]{1,20}) (?:https?://([^/?\s]+))?(/[^\s\x00-\x1f\x7f]*) HTTP/1\.([0-9])"
+    r"([A-Z]{1,20}) (?:https?://([A-Za-z0-9.:\[\]_-]+))?(/[^\s\x00-\x1f\x7f]*) HTTP/1\.([0-9])"
 )
 _UNSENDABLE = re.compile("[\r\n\0\u0100-\U0010ffff]")
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\n-\x1f\x7f]*)")

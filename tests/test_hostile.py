@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import random
 import shutil
+import socket
+import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+import fuzz
 import load
 import pytest
 from conftest import need, run_povray
 from farm_in_a_box import manifest, png
+from test_discovery import KEY, beacon
+from test_http import until_closed
 from test_pages import Recorder, chromium
 
 import povfarm
@@ -144,3 +153,144 @@ def test_a_worker_is_served_beside_hundreds_of_idle_and_slow_strangers(tmp_path:
     assert figures["lease_seconds_most"] < 1 and figures["memory"] < 300e6
     # Were it a thread for each: 300 more than the 20 MB or so that Python itself takes.
     assert figures["memory"] - figures["memory_before"] < 10e6
+
+
+# --- broken input: what is known to be tricky, and changes at random; the long form is fuzz.py
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_input_changed_at_random_is_refused_or_good(name: str) -> None:
+    told: List[str] = []
+    counts = fuzz.fuzz(name, 300, 2026, told.append)
+    assert told == [] and counts["crash"] == counts["wrong"] == 0
+    assert counts["refused"] > 100 and counts["accepted"] > 5, "else it tries nothing"
+
+
+TARGETS = [
+    "/../farm.key", "/..%2ffarm.key", "/%2e%2e/farm.key", "/%2e%2e%2ffarm.key", "/..%5cfarm.key",
+    "//farm.key", "/./farm.key", "/style.css/../farm.key", "/jobs/1/../../farm.key",
+    "/api/v1/blobs/..%2f..%2ffarm.key", "/api/v1/blobs/%2e%2e", "/api/v1/blobs/" + "a" * 63 + "%2f",
+    "/api/v1/manifests/..%2f..%2ffarm.key", "/api/v1/manifests/%00", "/api/v1/manifests/'%20or%201=1",
+    "/api/v1/jobs/1/frames/1/image/../../../../farm.key", "/api/v1/jobs/1%2f..%2f2/frames",
+    "/api/v1/jobs/%31/archive.zip%00.png", "/api/v1/jobs/-1", "/api/v1/jobs/1.0", "/api/v1/jobs/%D9%A1",
+    "/api/v1/jobs/999999999999999999/frames/999999999999999999/image", "/file:///etc/passwd",
+    "/login/..%2f..%2ffarm.key", "/login/%0d%0aSet-Cookie:%20a=b", "/%252e%252e%252ffarm.key",
+    "/farm.key%3f", "/farm.db", "/jobs/1/frames/..%2f..%2f..%2ffarm.key", "/%ef%bc%8e%ef%bc%8e/farm.key",
+]
+
+
+def test_no_path_leads_out_of_the_farm(tmp_path: Path) -> None:
+    farm = Coordinator(tmp_path, bind="127.0.0.1", durable=False)
+    farm.start()
+    try:
+        info = WorkerInfo("anna", 1, 1, "x", {}, ())
+        farm.scheduler.join(info, povfarm.hashlib.sha256(b"token").hexdigest(), "10.0.0.7", True)
+        farm.scheduler.submit("x", "me", PovJob({"Input_File_Name": "a.pov"}, (), (), "."),
+                              manifest({}), JobOptions())
+        for key, target in itertools.product((farm.key, "token"), TARGETS):
+            with socket.create_connection(("127.0.0.1", farm.port), 10) as sock:
+                sock.sendall(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+                             f"Authorization: Bearer {key}\r\n\r\n".encode())
+                answer = until_closed(sock)
+            assert 400 <= int(answer[9:12]) < 500, target
+            assert farm.key.encode() not in answer and b"Set-Cookie" not in answer, target
+    finally:
+        farm.stop()
+
+
+def test_a_flood_of_packets_leaves_the_beacon_at_work() -> None:
+    chance = random.Random(2026)
+    probe = b'{"povfarm": "probe", "version": 1, "nonce": "' + b"ab" * 16 + b'"}'
+    with beacon() as one, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(0)
+        for number in range(5000):
+            size = chance.choice((0, 1, 100, 1400, 2048, 2049, 9000, 60_000))
+            packet = (probe, fuzz.mutated(probe, chance), chance.randbytes(size))[number % 3]
+            with contextlib.suppress(OSError):  # full
+                sock.sendto(packet, ("127.0.0.1", one.port))
+        answers = 0
+        with contextlib.suppress(OSError):
+            while sock.recv(65536):
+                answers += 1
+        assert answers <= 500, "what is asked is not answered as often, to whoever it may be"
+        assert len(povfarm.discover(60, KEY, one.port, "studio")) == 1
+
+
+def many_entries(count: int) -> bytes:
+    """A zip file of empty files, by the book."""
+    local, central = bytearray(), bytearray()
+    for number in range(count):
+        name = b"%d" % number
+        fields = struct.pack("<HHHHHIIIHH", 20, 0, 0, 0, 33, 0, 0, 0, len(name), 0)
+        central += b"PK\1\2" + struct.pack("<H", 20) + fields + struct.pack(
+            "<HHHII", 0, 0, 0, 0, len(local)) + name
+        local += b"PK\3\4" + fields + name
+    end = struct.pack("<HHHHIIH", 0, 0, count % 65536, count % 65536, len(central), len(local), 0)
+    return bytes(local + central + b"PK\5\6" + end)
+
+
+def test_a_zip_of_more_files_than_a_project_may_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "few.zip").write_bytes(many_entries(3))
+    povfarm.read_zip(tmp_path / "few.zip", tmp_path / "few")
+    assert len(list((tmp_path / "few").iterdir())) == 3
+    (tmp_path / "many.zip").write_bytes(many_entries(povfarm.MAX_FILES + 1))
+    with pytest.raises(povfarm.UserError, match=f"more than {povfarm.MAX_FILES} files"):
+        povfarm.read_zip(tmp_path / "many.zip", tmp_path / "many")
+    assert not (tmp_path / "many").exists()
+
+
+# --- programs in INI files
+
+COMMANDS = ("Pre_Scene_Command", "Pre_Frame_Command", "Post_Frame_Command", "Post_Scene_Command")
+SPELLINGS: Dict[str, Any] = {
+    **{name: f"{name}=touch x\n" for name in COMMANDS},
+    "small letters": "pre_scene_command=touch x\n", "capitals": "PRE_SCENE_COMMAND=touch x\n",
+    "mixed": "pRe_ScEnE_CoMmAnD=touch x\n", "blanks": "  Pre_Scene_Command  =  touch x\n",
+    "tabs": "\tPre_Scene_Command\t=\ttouch x\n", "quotes": 'Pre_Scene_Command="touch x"\n',
+    "other quotes": "Pre_Scene_Command='touch x'\n", "two on a line": "+Q3 Pre_Scene_Command=touch\n",
+    "behind an option": "+Q3\nWidth=9 Pre_Scene_Command=touch\n",
+    "no line end": "Pre_Scene_Command=touch x", "old line ends": "+Q3\rPre_Scene_Command=touch x\r",
+    "Windows line ends": "+Q3\r\nPre_Scene_Command=touch x\r\n",
+    "after a comment": "; c\nPre_Scene_Command=touch x ; d\n",
+    "last of two": "Pre_Scene_Command=\nPre_Scene_Command=touch x\n",
+    "first of two": "Pre_Scene_Command=touch x\nPre_Scene_Command=\n",
+    "in the first section": "[a]\nPre_Scene_Command=touch x\n",
+    "before the sections": "Pre_Scene_Command=touch x\n[b]\n+Q3\n",
+    "continued": "Pre_Scene_Command=\\\ntouch x\n", "on the next line": "Pre_Scene_Command=\ntouch x\n",
+    "a zero byte": "Pre_Scene_Command\0=touch x\n", "form feed": "\fPre_Scene_Command=touch x\n",
+    "vertical tab": "Pre_Scene_Command\v=touch x\n", "plus": "+Pre_Scene_Command=touch x\n",
+    "minus": "-Pre_Scene_Command=touch x\n", "comma": "+Q3,Pre_Scene_Command=touch x\n",
+    "semicolon": "+Q3;Pre_Scene_Command=touch x\n", "shorter": "Pre_Scene_Comm=touch x\n",
+    "longer": "Pre_Scene_Commands=touch x\n", "as an option's value": "Declare=Pre_Scene_Command=touch\n",
+    "included": {"x.ini": "Include_Ini=y.ini\n", "y.ini": "Pre_Scene_Command=touch x\n"},
+    "named": {"x.ini": "y.ini\n", "y.ini": "Pre_Scene_Command=touch x\n"},
+    "base INI": {"povray.ini": "Pre_Scene_Command=touch x\n", "x.ini": ""},
+    "argument": ["Pre_Scene_Command=touch x"], "argument in quotes": ['"Pre_Scene_Command=touch x"'],
+    "argument of two words": ["Pre_Scene_Command", "=touch x"],
+    "argument with blanks": [" Pre_Scene_Command = touch x"],
+    "argument, small": ["pre_scene_command=touch"], "argument behind": ["+Q3 Pre_Scene_Command=touch"],
+}
+
+
+def test_every_spelling_by_which_povray_starts_a_program_is_refused(
+        povray: str, tmp_path: Path) -> None:
+    """Debian's POV-Ray says that it was told not to start what it would have started."""
+    def try_it(name: str) -> Tuple[str, bool, bool]:
+        what, place = SPELLINGS[name], tmp_path / str(list(SPELLINGS).index(name))
+        place.mkdir()
+        (place / "s.pov").write_text("camera { } sphere { 0, 1 }")
+        files = what if isinstance(what, dict) else {"x.ini": what if isinstance(what, str) else ""}
+        for file, text in files.items():
+            (place / file).write_bytes(text.encode())
+        arguments = ["s.pov", "x.ini", "+W8", "+H8", *(what if isinstance(what, list) else [])]
+        done = run_povray(arguments, place)
+        starts = "shellout" in done.stdout + done.stderr or (place / "x").exists()
+        try:
+            povfarm.plan_frames(povfarm.read_command_line(arguments, place, {}, ()))
+            return name, starts, False
+        except povfarm.UserError:
+            return name, starts, True
+
+    with ThreadPoolExecutor(8) as pool:  # POV-Ray sleeps most of the time
+        results = list(pool.map(try_it, SPELLINGS))
+    assert [name for name, starts, refused in results if starts and not refused] == []
+    assert sum(starts for _, starts, _ in results) > 15, "or this POV-Ray tells nothing"

@@ -1,0 +1,421 @@
+"""Good input changed at random, for every reader that strangers can reach. By hand:
+
+    python tests/fuzz.py --rounds 100000 --seed 7 [--only http,zip]
+
+prints how many inputs each reader was given, how many it accepted, how many ended in
+an error that is not its own ("crashes") or were accepted against a rule that is
+checked here in another way ("wrong"), and the peak memory. The same seed gives the
+same inputs. The short form is a test in test_hostile.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import re
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Tuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import povfarm  # noqa: E402
+from povfarm import BodyReader, Request, UserError  # noqa: E402
+
+WORDS = [
+    b"\0", b"\r\n", b"\n", b"\r", b"\r\n\r\n", b" ", b"\t", b":", b"=", b";", b",", b"/", b"\\", b"..",
+    b"../", b"%2e%2e%2f", b"%00", b"%", b"-1", b"0", b"00", b"0x10", b"1e9", b"4294967296", b"\xff",
+    b"99999999999999999999", b"\xc3\xa9", b"\xc0\xae", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"'", b'"',
+    b"[", b"]", b"{", b"}", b"null", b"true", b"NaN", b"<script>", b"CON", b"aux.png", b"C:",
+    b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"Host: b\r\n", b"HTTP/1.1", b"+I",
+    b"Post_Frame_Command=ls\n", b"pre_scene_command = x\n", b"Include_Ini=x\n", b"PK\1\2", b"IDAT",
+]
+Result = str  # "accepted", "refused", "crash" or "wrong"
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """Change a few bytes: flip, replace, insert, remove, repeat, cut off."""
+    changed = bytearray(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 3, 8))):
+        at = chance.randrange(len(changed) + 1)
+        end = min(len(changed), at + chance.choice((1, 1, 2, 4, 16, 64)))
+        kind = chance.randrange(7)
+        if kind == 0 and at < len(changed):
+            changed[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            changed[at:end] = chance.randbytes(end - at)
+        elif kind == 2:
+            changed[at:at] = chance.choice(WORDS)
+        elif kind == 3:
+            changed[at:end] = chance.choice(WORDS)
+        elif kind == 4:
+            del changed[at:end]
+        elif kind == 5:
+            changed[at:at] = changed[at:end] * chance.choice((1, 2, 50))
+        elif chance.random() < 0.2:
+            del changed[at:]
+    return bytes(changed)
+
+
+# --- HTTP, over real sockets
+
+HTTP_SEEDS = [
+    b"GET /a?x=1&y=%20 HTTP/1.1\r\nHost: farm\r\nAccept: */*\r\n\r\n",
+    b"GET http://farm:80/b HTTP/1.1\r\nHost: farm\r\nCookie: a=b; c=d\r\nRange: bytes=0-3\r\n\r\n",
+    b"POST /echo HTTP/1.1\r\nHost: farm\r\nContent-Length: 5\r\n\r\nhello",
+    b"POST /echo HTTP/1.1\r\nHost: farm\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"3;x=y\r\nabc\r\n10\r\n0123456789abcdef\r\n0\r\nT: u\r\n\r\n",
+    b"POST /json HTTP/1.1\r\nHost: farm\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+    b'\r\n{"a":[1]}',
+    b"PUT /echo HTTP/1.0\r\nContent-Length: 2\r\n\r\nhi",
+]
+LAST = b"GET /last HTTP/1.1\r\nHost: farm\r\nConnection: close\r\n\r\n"
+
+
+class Echo:
+    """Routes that read what they are sent."""
+
+    @povfarm.route("POST", "/echo", role="anyone")
+    @povfarm.route("PUT", "/echo", role="anyone")
+    def echo(self, request: Request) -> povfarm.Response:
+        return povfarm.json_response({"size": len(request.body.read())})
+
+    @povfarm.route("POST", "/json", role="anyone")
+    def json(self, request: Request) -> povfarm.Response:
+        return povfarm.json_response(request.json())
+
+    @povfarm.route("GET", "/<rest:path>", role="anyone")
+    def get(self, request: Request) -> povfarm.Response:
+        return povfarm.json_response({"path": request.path, "query": dict(request.query)})
+
+
+def ambiguous(sent: bytes) -> bool:
+    """Whether the first head is one that two readers may understand differently."""
+    head = sent.lstrip(b"\r\n").partition(b"\r\n\r\n")[0]
+    lines = head.split(b"\r\n")
+    names = [line.partition(b":")[0].lower() for line in lines[1:]]
+    return bool(
+        re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n", head)
+        or any(line[:1] in (b" ", b"\t") or b":" not in line for line in lines[1:])
+        or any(re.search(rb"\s", name) for name in names)
+        or names.count(b"content-length") > 1 or names.count(b"host") > 1
+        or (b"content-length" in names and b"transfer-encoding" in names))
+
+
+@contextlib.contextmanager
+def http_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
+    """A real server; what a client sends is followed by one good request."""
+    limits = povfarm.Limits(head_seconds=0.05, body_seconds=0.05, idle_seconds=0.05,
+                            linger_seconds=0.01)
+    server = povfarm.Server(povfarm.Router(Echo(), authenticate=lambda request: povfarm.Identity()),
+                            "127.0.0.1", 0, limits=limits)
+    server.start()
+
+    def once(chance: random.Random) -> Result:
+        sent = mutated(chance.choice(HTTP_SEEDS), chance)
+        with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+            answer = bytearray()
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(sent + LAST)
+                while True:
+                    block = sock.recv(65536)  # a hang is a timeout, and that a crash
+                    if not block:
+                        break
+                    answer += block
+        statuses = re.findall(rb"HTTP/1\.1 (\d\d\d) ", bytes(answer))
+        if b"500" in statuses:
+            return "crash"
+        good = statuses[:1] in ([b"200"], [b"404"], [b"405"])
+        if good and ambiguous(sent + LAST):
+            return "wrong"
+        return "accepted" if good else "refused"
+
+    try:
+        yield once
+    finally:
+        server.stop()
+
+
+# --- UDP
+
+@contextlib.contextmanager
+def udp_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
+    """Probes for a beacon, answers for a worker with the key: both read by the code of sockets."""
+    beacon = povfarm.Beacon("studio", "f1", 2271, b"key", pin="ab" * 32)
+    nonce = "ab" * 16
+    probe = json.dumps({"povfarm": "probe", "version": 1, "nonce": nonce, "name": "studio"}).encode()
+    true = beacon.answer(probe, "127.0.0.1") or b""
+
+    def once(chance: random.Random) -> Result:
+        beacon._answers.clear()
+        if chance.random() < 0.5:
+            packet = mutated(probe, chance)
+            answer = beacon.answer(packet, "127.0.0.1")
+            if answer is not None and len(answer) > 1000:
+                return "wrong"
+            return "refused" if answer is None else "accepted"
+        packet = mutated(true, chance)
+        found = povfarm._read_answer(packet, "127.0.0.1", nonce, b"key")
+        if found is None:
+            return "refused"
+        return "accepted" if json.loads(packet) == json.loads(true) else "wrong"
+
+    yield once
+
+
+# --- zip files
+
+def zip_seed() -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in (("a.pov", "sphere"), ("d/b.inc", "x" * 3000), ("d/e/c.png", "y" * 50),
+                           ("empty/", "")):
+            archive.writestr(name, text)
+    return data.getvalue()
+
+
+@contextlib.contextmanager
+def zip_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
+    """Zip files as ``submit`` unpacks them: everything lands in one directory or nothing does."""
+    seed, file, place = zip_seed(), scratch / "in.zip", scratch / "place"
+    place.mkdir()
+
+    def once(chance: random.Random) -> Result:
+        file.write_bytes(mutated(seed, chance))
+        try:
+            povfarm.read_zip(file, place / "to")
+            result = "accepted"
+        except UserError:
+            result = "refused"
+        inside = list((place / "to").rglob("*"))
+        if (result == "refused" and list(place.iterdir())) or any(
+                one.is_symlink() or not (one.is_file() or one.is_dir()) for one in inside):
+            result = "wrong"
+        if sorted(one.name for one in scratch.iterdir()) != ["in.zip", "place"]:
+            result = "wrong"
+        shutil.rmtree(place / "to", ignore_errors=True)
+        return result
+
+    yield once
+
+
+# --- jobs: options, manifest, and the router that takes them
+
+JOB = {
+    "name": "ball", "options": {"priority": 1, "retry_limit": 3},
+    "pov": {"values": {"Input_File_Name": "a.pov", "Width": "4", "Height": "3", "Clock": "0.5",
+                       "Output_File_Name": "out", "Final_Frame": "3", "Initial_Frame": "1"},
+            "declares": ["x=1", 'text="a b"'], "library": ["inc", "STANDARD"], "run_dir": ".",
+            "uses": []},
+    "manifest": {"files": [{"path": path, "sha256": "ab" * 32, "size": 5, "mtime": 1.5,
+                            "after_frame": None} for path in ("a.pov", "d/b.inc")]},
+}
+
+
+@contextlib.contextmanager
+def job_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
+    """Submissions through the whole coordinator, without a socket."""
+    farm = povfarm.Coordinator(scratch / "farm", bind="127.0.0.1", durable=False)
+    fields = {"host": "127.0.0.1", "authorization": f"Bearer {farm.key}",
+              "content-type": "application/json"}
+    seed = json.dumps(JOB).encode()
+
+    def once(chance: random.Random) -> Result:
+        body = mutated(seed, chance)
+        answer = farm.router.handle(Request("POST", "/api/v1/jobs", {}, fields, BodyReader.of(body)))
+        if answer.status >= 500:
+            return "crash"
+        if answer.status != 201:
+            return "refused"
+        wire = json.loads(body)
+        root = scratch / "root"
+        for entry in wire["manifest"]["files"]:
+            if root.resolve() not in (root / entry["path"]).resolve().parents:
+                return "wrong"
+        if any("command" in key.lower() for key in wire["pov"]["values"]):
+            return "wrong"
+        job = json.loads(answer.body)["id"]
+        directory = farm.store.job_directory(job, wire["name"][:100])
+        if farm.data / "jobs" not in directory.resolve().parents:
+            return "wrong"
+        farm.scheduler.cancel(job)
+        farm.scheduler.delete(job)
+        return "accepted"
+
+    try:
+        yield once
+    finally:
+        problems = farm.scheduler.check_invariants()
+        farm.stop()
+        assert problems == []
+
+
+# --- pictures
+
+def picture_seeds() -> List[Tuple[bytes, str]]:
+    """Small pictures of 5 by 4 that the check takes, by the books of their formats."""
+    rows = b"".join(b"\0" + bytes(range(y * 15, y * 15 + 15)) for y in range(4))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 5, 4, 8, 2, 0, 0, 0)),
+              (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks)
+    return [(png, ".png"), (b"P6\n5 4\n255\n" + bytes(60), ".ppm"),
+            (b"P5\n5 4\n65535\n" + bytes(40), ".ppm")]
+
+
+@contextlib.contextmanager
+def picture_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
+    """Pictures as a worker delivers them; a PNG that is taken is decoded here once more."""
+    seeds = picture_seeds()
+
+    def once(chance: random.Random) -> Result:
+        seed, extension = chance.choice(seeds)
+        data = mutated(seed, chance)
+        if extension == ".png" and chance.random() < 0.5:
+            data = with_checksums(data)
+        try:
+            povfarm.check_image(data, chance.choice((extension, extension, ".tga", ".bmp", ".exr",
+                                                     ".jpg", ".hdr")), 5, 4)
+        except povfarm.ImageError:
+            return "refused"
+        return "accepted" if extension != ".png" or decodes(data) else "wrong"
+
+    yield once
+
+
+def png_chunks(data: bytes) -> Iterator[Tuple[int, bytes, bytes]]:
+    at = 8
+    while at + 12 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        if at + 12 + size > len(data):
+            return
+        yield at, kind, data[at + 8:at + 8 + size]
+        at += 12 + size
+
+
+def with_checksums(data: bytes) -> bytes:
+    """The same chunks with right checksums: the change is to be found behind them."""
+    changed = bytearray(data)
+    for at, kind, body in png_chunks(data):
+        struct.pack_into(">I", changed, at + 8 + len(body), zlib.crc32(kind + body))
+    return bytes(changed)
+
+
+def decodes(data: bytes) -> bool:
+    """Whether a PNG of 5 by 4 has all of its pixels."""
+    chunks = list(png_chunks(data))
+    width, height, depth, colour = struct.unpack_from(">IIBB", chunks[0][2])
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    pixels = zlib.decompress(b"".join(body for _, kind, body in chunks if kind == b"IDAT"))
+    row = 1 + (width * channels * depth + 7) // 8
+    return (width, height) == (5, 4) and len(pixels) == row * height
+
+
+# --- INI files
+
+INI_SEED = b"""; a job
+Input_File_Name="a.pov"
+Width=320
++H240 -J
+Output_File_Name='out dir/b'
+Output_File_Type=N8
+Declare=x=1.5
+Library_Path="inc"
+Initial_Frame=1
+Final_Frame=20
+Clock=0.25
+[other]
+Antialias=On
+Antialias_Threshold=0.3 ; more
+"""
+
+
+@contextlib.contextmanager
+def ini_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
+    """INI files as they lie beside a scene, and INI text as it goes to a worker."""
+    (scratch / "a.pov").write_text("sphere { 0, 1 }")
+    file = scratch / "x.ini"
+
+    def once(chance: random.Random) -> Result:
+        data = mutated(INI_SEED, chance)
+        try:
+            if chance.random() < 0.3:
+                text = data.decode("latin-1")
+                povfarm.check_ini(text)
+            else:
+                file.write_bytes(data)
+                options = povfarm.read_command_line(["x"], scratch, {}, ())
+                text = povfarm.to_ini(options.values, options.declares, options.library)
+                povfarm.check_ini(text)
+                povfarm.plan_frames(options)
+        except UserError:
+            return "refused"
+        return "wrong" if re.search(r"(?im)^\s*\w*_command\s*=", text) else "accepted"
+
+    yield once
+
+
+TARGETS: Dict[str, Any] = {
+    "http": http_target, "udp": udp_target, "zip": zip_target, "job": job_target,
+    "picture": picture_target, "ini": ini_target,
+}
+
+
+def fuzz(name: str, rounds: int, seed: int, report: Callable[[str], Any]) -> Dict[str, int]:
+    """Run one target; whatever is not as it should be is reported with its number."""
+    counts = {"accepted": 0, "refused": 0, "crash": 0, "wrong": 0}
+    with tempfile.TemporaryDirectory(prefix="povfarm-fuzz-") as scratch, \
+            TARGETS[name](Path(scratch)) as once:
+        for number in range(rounds):
+            try:
+                result = once(random.Random(f"{name} {seed} {number}"))
+            except Exception as error:
+                result = "crash"
+                report(f"{name} --seed {seed}, number {number}: {error!r}")
+            if result == "wrong":
+                report(f"{name} --seed {seed}, number {number}: accepted wrongly")
+            counts[result] += 1
+    return counts
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes; 0 where nobody tells."""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in text.splitlines() if "VmHWM" in line).split()[1])
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default=",".join(TARGETS))
+    options = parser.parse_args()
+    total: Dict[str, int] = {}
+    for name in options.only.split(","):
+        began = time.monotonic()
+        counts = fuzz(name, options.rounds, options.seed, print)
+        for result, count in counts.items():
+            total[result] = total.get(result, 0) + count
+        print(f"{name:8} {options.rounds} inputs in {time.monotonic() - began:.1f} s: {counts}",
+              flush=True)
+    print(f"{sum(total.values())} inputs, {total['crash']} crashes, "
+          f"{total['wrong']} accepted wrongly, peak memory {peak_memory() / 1e6:.0f} MB")
+    sys.exit(1 if total["crash"] or total["wrong"] else 0)
+
+
+if __name__ == "__main__":
+    main()
