@@ -114,7 +114,9 @@ class Terminal(io.StringIO):
 def view(**changes: Any) -> Dict[str, Any]:
     """Return a job as the API shows it."""
     frames = {"total": 30, "queued": 10, "leased": 8, "done": 12, "failed": 0, "cancelled": 0}
-    return {"frames": frames, "progress": 0.4, "rate": 3.2, "eta": 65.0, **changes}
+    slices = {"total": 0, "queued": 0, "leased": 0, "done": 0, "failed": 0, "cancelled": 0}
+    return {"frames": frames, "slices": slices, "progress": 0.4, "rate": 3.2, "eta": 65.0,
+            **changes}
 
 
 def test_the_progress_bar_is_redrawn_on_a_terminal() -> None:
@@ -135,6 +137,12 @@ def test_a_pipe_gets_plain_lines() -> None:
     bar.show(view())
     assert not bar.due()
     assert file.getvalue().count("\n") == 1 and "\r" not in file.getvalue()
+
+
+def test_slices_of_the_frames_in_work_are_counted() -> None:
+    file = io.StringIO()
+    ProgressBar("camera2", file).show(view(slices={"total": 8, "done": 5}))
+    assert "5/8 slices" in file.getvalue()
 
 
 def test_it_starts_in_a_blink() -> None:
