@@ -7111,7 +7111,8 @@ class Scheduler:
             return 1
         runs = 1 if job["in_order"] else max(job["queued"], 1)
         if task["parent"]:
-            runs = len(tx.queued_parts(job["id"])) + 1 if job["slices"] != "auto" else 1
+            alone = job["slices"] == "auto" or task["kind"] == TaskKind.PASS
+            runs = 1 if alone else len(tx.queued_parts(job["id"])) + 1
         threads = max(idle // runs, 1)
         return max(min(threads, int(pov.values.get("Work_Threads", threads))), 1)
 

@@ -730,7 +730,8 @@ def test_slices_wait_for_the_passes_and_are_told_of_them(
 
 def test_a_worker_takes_one_pass_at_a_time(farm: Farm, two: Tuple[int, int]) -> None:
     submit(farm, slices=2, uses=("radiosity",))
-    assert len(farm.leases(two[0], want=4, slots=4, idle=4)) == 1
+    lease = farm.lease(two[0], want=4, slots=4, idle=4)
+    assert (lease.tasks[0].kind, lease.threads) == (TaskKind.PASS, 4)
     assert farm.lease(two[1]).tasks[0].kind is TaskKind.PASS
 
 
