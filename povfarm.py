@@ -6836,10 +6836,15 @@ class Scheduler:
         # One pass has all cores of a worker, and one slice that the farm has cut by itself; the
         # next may begin when it is nearly done.
         alone = (TaskKind.PASS, TaskKind.SLICE)[:1 + (job["slices"] == "auto")]
-        mine = [self._left_of(attempt) for attempt in tx.live_attempts_of_job(job["id"])
-                if attempt["worker"] == worker and attempt["kind"] in alone]
+        parts = [attempt for attempt in tx.live_attempts_of_job(job["id"])
+                 if attempt["worker"] == worker and attempt["kind"] != TaskKind.FRAME]
+        mine = [self._left_of(attempt) for attempt in parts if attempt["kind"] in alone]
         if len(mine) > 1 or any(left > 2 * START for left in mine):
             return False
+        if job["slices"].isdecimal() and parts:  # a fair share: others come in a moment
+            slices = int(job["slices"]) * (job["queued"] + job["leased"])
+            if len(parts) >= slices / len(self._helpers(tx, job)):
+                return False
         return (sick or not self._is_hopeless(tx, job, worker)
                 or worker in self._helpers(tx, job))
 

@@ -129,6 +129,12 @@ def test_a_number_of_slices_are_as_many_and_alike(
     assert frame["cpu"] == farm.job(job)["cpu"] == len(rows) and frame["memory"] == 1 << 20
 
 
+def test_one_worker_does_not_take_all_slices(farm: Farm, two: Tuple[int, int]) -> None:
+    submit(farm, slices=4)
+    assert len(farm.leases(two[0], want=4, slots=4, idle=4)) == 2
+    assert len(farm.leases(two[1], want=4, slots=4, idle=4)) == 2
+
+
 def test_slices_of_one_are_none(farm: Farm, two: Tuple[int, int]) -> None:
     for slices in (1, "off"):
         job = submit(farm, slices=slices)
