@@ -698,9 +698,11 @@ def test_several_farms_are_listed_and_chosen_by_name_and_key(tmp_path: Path) -> 
         url = json.loads((tmp_path / "attic" / "coordinator.json").read_text())["url"]
         assert ask("workers", "--key", key).returncode == 0
         assert url in ask("login", "--key", key).stdout
-        wrong = ask("work", "--key", "wrong", "--name", "attic")
+        wrong = ask("status", "--key", "wrong", "--name", "attic")
         assert wrong.returncode == 1 and "another key" in wrong.stderr
         assert len(wrong.stderr.splitlines()) == 1
+        wrong = ask("work", "--server", url, "--key", "wrong")
+        assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1
     finally:
         for farm in farms:
             farm.terminate()
