@@ -403,6 +403,12 @@ def _version(text: str) -> str:
     return text
 
 
+def _percent(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) > 100:
+        raise UserError(f"'{text}' is not between 0 and 100")
+    return int(text)
+
+
 def _nice(text: str) -> int:
     if not text.strip().isdecimal() or int(text) > 19:
         raise UserError(f"'{text}' is not between 0 and 19")
@@ -501,6 +507,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("povray-version", _version, "auto",
             "which POV-Ray renders the job: auto (the first worker's), any, or such as 3.7",
             "job", "VERSION"),
+    Setting("verify", _percent, 0,
+            "percent of the frames that two workers render, to compare them", "job", "P"),
     Setting("wait", bool, False, "wait until the job is finished", "submit"),
     Setting("output", _path, None, "directory for the images", "submit fetch", "DIR"),
     Setting("apng", _path, None, "make an animated PNG of all frames", "fetch", "FILE"),
@@ -1414,6 +1422,44 @@ def join_rows(strips: Sequence[bytes], extension: str) -> bytes:
     return whole
 
 
+def same_pixels(one: bytes, other: bytes, extension: str) -> bool:
+    """Tell whether two whole pictures of a type show the same, whatever else is in them.
+
+    Besides the date that POV-Ray writes into most of them, a PNG may be filtered
+    otherwise by another libpng. JPEG is compared as it is packed.
+    """
+    if extension == ".jpg":
+        one, other = (re.sub(rb"Render Date: [-0-9 :Z]+", b"", data, count=1)
+                      for data in (one, other))
+    if one == other or extension == ".jpg":
+        return one == other
+    if extension != ".png":
+        mine, theirs = _split(one, extension), _split(other, extension)
+        return mine.form == theirs.form and list(mine.rows) == list(theirs.rows)
+    with _told(one, extension):
+        a, b = _png_apart(one), _png_apart(other)
+        if (a.form, a.height) != (b.form, b.height):
+            return False
+        if all(map(operator.eq, _png_rows(a), _png_rows(b))):
+            return True
+        return all(map(operator.eq, _png_plain(a), _png_plain(b)))
+
+
+def is_black(data: bytes, extension: str) -> bool:
+    """Tell whether a whole PNG picture is black all over, whatever its alpha; else False.
+
+    Filters work on each colour by itself and leave nothing of zeros, so rows
+    need not be unfiltered. A picture that is not black is seen in its first rows.
+    """
+    if extension != ".png":
+        return False
+    png = _png_apart(data)
+    depth, color = struct.unpack_from(">BB", data, 24)
+    colors = png.step - (depth // 8 if color in (4, 6) else 0)
+    return not any(row[at::png.step].strip(b"\0")
+                   for row in _png_rows(png) for at in range(1, 1 + colors))
+
+
 def animated_png(
     frames: Iterable[bytes], count: int, delay: Fraction, loops: int = 0
 ) -> Iterator[bytes]:
@@ -1637,6 +1683,14 @@ def _png_rows(png: _Png) -> Iterator[bytes]:
         whole = len(rest) - len(rest) % png.row
         yield from (rest[start:start + png.row] for start in range(0, whole, png.row))
         rest = rest[whole:]
+
+
+def _png_plain(png: _Png) -> Iterator[bytes]:
+    """Yield the rows' own bytes: slow, each is reckoned in Python."""
+    above = bytes(png.row - 1)
+    for row in _png_rows(png):
+        above = _png_unfiltered(row, above, png.step)
+        yield above
 
 
 def _png_unfiltered(row: bytes, above: bytes, step: int) -> bytes:
@@ -1982,6 +2036,12 @@ class _ExrBlock:
 
     def __init__(self, packed: bytes, rows: int, size: int) -> None:
         self.packed, self.rows, self.size = packed, rows, size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ExrBlock) and (
+            self.packed == other.packed or self.raw == other.raw)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @functools.cached_property
     def raw(self) -> bytes:
@@ -3078,6 +3138,7 @@ class AttemptState(str, enum.Enum):
 
     LIVE = "live"
     DONE = "done"
+    KEPT = "kept"
     FAILED = "failed"
     EXPIRED = "expired"
     RELEASED = "released"
@@ -3197,6 +3258,7 @@ class JobOptions:
     frame between its slices (``share``), those of the first frame between all
     frames (``animation``), or nobody's (``off``). ``povray`` is the version
     that renders: ``auto`` for that of the first worker, ``any``, or how it begins.
+    ``verify`` percent of the frames are rendered by two workers and compared.
     """
 
     priority: int = 0
@@ -3206,6 +3268,7 @@ class JobOptions:
     slices: str = "auto"
     radiosity: str = "share"
     povray: str = "auto"
+    verify: int = 0
 
     def changed(self, changes: Mapping[str, Any]) -> JobOptions:
         """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
@@ -3267,6 +3330,23 @@ def engine_fits(wanted: str, first: Mapping[str, str], engines: Mapping[str, str
     alike = all(mine == theirs or not (mine and theirs) for mine, theirs in numbers)
     includes = {mapping.get("includes", "") for mapping in (first, engines)} - {""}
     return alike and len(includes) < 2
+
+
+def unverifiable(pov: PovJob, options: JobOptions) -> str:
+    """Return why two renders of a frame cannot be compared, or nothing."""
+    if not pov.thread_safe:
+        return "with radiosity or photons no two renders of a frame are quite the same"
+    if options.in_order:
+        return "its frames run in order on one worker"
+    if options.slices not in ("auto", "off", "1"):
+        return "its frames are sliced"
+    return "" if options.povray != "any" else "different POV-Rays make different pictures"
+
+
+def is_chosen(job: int, frame: int, percent: int) -> bool:
+    """Tell whether a frame is one of those that are compared; always the same ones."""
+    digest = hashlib.sha256(f"{job} {frame}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") * 100 < percent << 32
 
 
 class TaskKind(str, enum.Enum):
@@ -3507,6 +3587,7 @@ def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
 
 _OPTION_LIMITS: Mapping[str, tuple[int, int]] = {
     "priority": (-1000, 1000), "max_workers": (0, 10_000), "retry_limit": (1, 100),
+    "verify": (0, 100),
 }
 _OPTION_TEXTS: Mapping[str, str] = {
     "slices": "auto|off|[1-9][0-9]{0,3}", "radiosity": "share|animation|off",
@@ -5044,7 +5125,8 @@ MIGRATIONS: tuple[str, ...] = (
     );
     CREATE INDEX event_job ON event (job);
     """,
-    # `engines` of a job are those of the worker that began it.
+    # `engines` of a job are those of the worker that began it, `aside` says of a worker why its
+    # pictures are not trusted.
     # Slices and passes are tasks below their frame; `cut` of a frame is the row that its next
     # slice begins with, NULL while it is not sliced; `state_of` the POV-Ray that left a state.
     """
@@ -5052,6 +5134,9 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE job ADD COLUMN radiosity TEXT NOT NULL DEFAULT 'share';
     ALTER TABLE job ADD COLUMN povray TEXT NOT NULL DEFAULT 'auto';
     ALTER TABLE job ADD COLUMN engines TEXT NOT NULL DEFAULT '{}';
+    ALTER TABLE job ADD COLUMN verify INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE worker ADD COLUMN aside TEXT NOT NULL DEFAULT '';
+    CREATE INDEX attempt_kept ON attempt (task) WHERE state = 'kept';
     ALTER TABLE task ADD COLUMN parent INTEGER REFERENCES task ON DELETE CASCADE;
     ALTER TABLE task ADD COLUMN kind TEXT NOT NULL DEFAULT 'frame';
     ALTER TABLE task ADD COLUMN top INTEGER NOT NULL DEFAULT 0;
@@ -5296,8 +5381,11 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _images(self, tx: Tx) -> list[Path]:
-        return [Path(*place_of(self.job_directory(row["job"], row["job_name"]), row))
-                for row in tx.done_tasks()]
+        images = [Path(*place_of(self.job_directory(row["job"], row["job_name"]), row))
+                  for row in tx.done_tasks()]
+        return images + [
+            self.job_directory(row["job"], row["job_name"]) / "parts"
+            / kept_name(row, row["attempt"]) for row in tx.kept_images()]
 
     @contextlib.contextmanager
     def _placed(self, path: Path) -> Iterator[BinaryIO]:
@@ -5389,6 +5477,11 @@ def _link(source: Path, to: Path) -> None:
         shutil.copy2(source, to)
 
 
+def kept_name(task: Row, attempt: int) -> str:
+    """Return the name in ``parts`` of an image that waits to be compared."""
+    return f"{task['id']}.{attempt}{PurePosixPath(task['name']).suffix}"
+
+
 class Tx:
     """One transaction: every statement that the farm runs, by name."""
 
@@ -5454,7 +5547,8 @@ class Tx:
         """Replace what a worker says of itself."""
         self._db.execute(
             """UPDATE worker SET name = :name, cores = :cores, memory = :memory, system = :system,
-                                 engines = :engines, tags = :tags, address = :address
+                                 engines = :engines, tags = :tags, address = :address,
+                                 aside = ''
                WHERE id = :id""",
             {"id": worker, "name": info.name, "cores": info.cores, "memory": info.memory,
              "system": info.system, "engines": json.dumps(dict(info.engines)),
@@ -5481,6 +5575,11 @@ class Tx:
         return self._db.execute(
             "UPDATE worker SET state = :state WHERE id = :id AND state != 'removed'",
             {"id": worker, "state": state.value}).rowcount == 1
+
+    def set_aside(self, worker: int, why: str) -> None:
+        """Note why the pictures of a worker are not trusted."""
+        self._db.execute("UPDATE worker SET aside = :why WHERE id = :id",
+                         {"id": worker, "why": why})
 
     # --- files
 
@@ -5545,9 +5644,11 @@ class Tx:
         """Add a waiting job without tasks and return its id."""
         cursor = self._db.execute(
             """INSERT INTO job (name, state, owner, pov, manifest, priority, max_workers,
-                                retry_limit, in_order, slices, radiosity, povray, created)
+                                retry_limit, in_order, slices, radiosity, povray, verify,
+                                created)
                VALUES (:name, 'waiting', :owner, :pov, :manifest, :priority, :max_workers,
-                       :retry_limit, :in_order, :slices, :radiosity, :povray, :now)""",
+                       :retry_limit, :in_order, :slices, :radiosity, :povray, :verify,
+                       :now)""",
             {**vars(options), "name": name, "owner": owner, "pov": json.dumps(pov.to_wire()),
              "manifest": manifest, "now": now})
         return int(cursor.lastrowid or 0)
@@ -5617,7 +5718,8 @@ class Tx:
         self._db.execute(
             """UPDATE job SET priority = :priority, max_workers = :max_workers,
                               retry_limit = :retry_limit, in_order = :in_order,
-                              slices = :slices, radiosity = :radiosity, povray = :povray
+                              slices = :slices, radiosity = :radiosity, povray = :povray,
+                              verify = :verify
                WHERE id = :id""", {**vars(options), "id": job})
 
     def add_job_cost(self, job: int, cost: Cost) -> None:
@@ -5669,12 +5771,15 @@ class Tx:
                ORDER BY frame""", {"job": job, "state": state.value}).fetchall()
 
     def next_tasks(self, job: int, worker: int, limit: int) -> list[Row]:
-        """Return queued whole frames that this worker has not failed yet."""
+        """Return queued whole frames that this worker has not failed or rendered yet."""
         return self._db.execute(
             """SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
                AND cut IS NULL AND NOT EXISTS (
                  SELECT 1 FROM attempt WHERE attempt.task = task.id
                  AND attempt.worker = :worker AND attempt.state = 'failed')
+               AND NOT EXISTS (
+                 SELECT 1 FROM attempt WHERE attempt.task = task.id
+                 AND attempt.worker = :worker AND attempt.state = 'kept')
                ORDER BY frame LIMIT :limit""",
             {"job": job, "worker": worker, "limit": limit}).fetchall()
 
@@ -5683,6 +5788,15 @@ class Tx:
         return cast("Row | None", self._db.execute(
             """SELECT * FROM task WHERE job = :job AND state = 'done' AND slice = 0
                ORDER BY finished DESC, id DESC LIMIT 1""", {"job": job}).fetchone())
+
+    def neighbours(self, job: int, frame: int) -> list[Row]:
+        """Return the finished frames that are the nearest before and after a frame."""
+        return self._db.execute(
+            """SELECT * FROM task WHERE job = :job AND slice = 0 AND frame IN (
+                 (SELECT MAX(frame) FROM task WHERE job = :job AND state = 'done'
+                  AND slice = 0 AND frame < :frame),
+                 (SELECT MIN(frame) FROM task WHERE job = :job AND state = 'done'
+                  AND slice = 0 AND frame > :frame))""", {"job": job, "frame": frame}).fetchall()
 
     # --- slices of frames, and the passes that slices share
 
@@ -5876,6 +5990,14 @@ class Tx:
             "SELECT DISTINCT worker FROM attempt WHERE task = :task AND state = 'failed'",
             {"task": task})}
 
+    def kept(self, task: int) -> list[Row]:
+        """Return the attempts of a task whose images wait to be compared, the oldest first."""
+        return self._db.execute(
+            """SELECT attempt.*, worker.name AS worker_name
+               FROM attempt JOIN worker ON worker.id = attempt.worker
+               WHERE task = :task AND attempt.state = 'kept' ORDER BY attempt.id""",
+            {"task": task}).fetchall()
+
     def forget_failures(self, task: int) -> None:
         """Let every worker try a task again."""
         self._db.execute(
@@ -5904,7 +6026,7 @@ class Tx:
         """
         return [row["state"] for row in self._db.execute(
             """SELECT attempt.state AS state FROM attempt JOIN task ON task.id = attempt.task
-               WHERE attempt.worker = :worker AND (attempt.state = 'done' OR (
+               WHERE attempt.worker = :worker AND (attempt.state IN ('done', 'kept') OR (
                    attempt.state = 'failed' AND EXISTS (
                        SELECT 1 FROM job WHERE job.id = task.job AND job.done > 0)))
                ORDER BY attempt.id DESC LIMIT :limit""", {"worker": worker, "limit": limit})]
@@ -5966,6 +6088,13 @@ class Tx:
                WHERE task.state = 'done' AND (COALESCE(frame.state, '') != 'done'
                  OR (task.kind = 'pass' AND job.radiosity = 'animation'))""").fetchall()
 
+    def kept_images(self) -> list[Row]:
+        """Return every task of which an image waits to be compared, with attempt and job."""
+        return self._db.execute(
+            """SELECT task.*, attempt.id AS attempt, job.name AS job_name
+               FROM attempt JOIN task ON task.id = attempt.task JOIN job ON job.id = task.job
+               WHERE attempt.state = 'kept' AND task.state != 'done'""").fetchall()
+
     def twice_accepted(self) -> list[int]:
         """Return tasks of which more than one attempt was accepted."""
         return [row["task"] for row in self._db.execute(
@@ -6025,6 +6154,18 @@ class Cut(NamedTuple):
     scale: float
 
 
+class Verdict(NamedTuple):
+    """What becomes of the image of a frame that is compared, or looks wrong.
+
+    ``keep`` says why it waits for another worker's, else it is accepted and
+    ``doubt`` tells of it; ``odd`` is the worker of whose image two others differ.
+    """
+
+    keep: str = ""
+    doubt: str = ""
+    odd: Row | None = None
+
+
 class Scheduler:
     """The rules of the farm over a ``Store``; every method is thread-safe.
 
@@ -6068,6 +6209,7 @@ class Scheduler:
         """
         plan = plan_frames(pov.options)
         _check_slices(pov, options)
+        options = _check_verify(pov, options)
         tasks = [(frame, PurePosixPath(plan.output_name(frame)).name) for frame in plan.frames]
         if len({file for _, file in tasks}) < len(tasks):
             raise UserError("two frames of this job would have the same file name")
@@ -6161,7 +6303,7 @@ class Scheduler:
             row = self._job(tx, job)
             options = self._options(row).changed(changes)
             _check_slices(pov_of(row["pov"]), options)
-            tx.set_job_options(job, options)
+            tx.set_job_options(job, _check_verify(pov_of(row["pov"]), options))
             text = ", ".join(f"{name} = {value}" for name, value in changes.items())
             tx.add_event(self.clock.time(), "changed", text, job)
         self._wake()
@@ -6246,16 +6388,19 @@ class Scheduler:
         """Return how much of a task is rendered, 0 to 1, as last heard."""
         return max(self._progress.get(task, {}).values(), default=0.0)
 
-    def is_sick(self, tx: Tx, worker: int) -> bool:
-        """Tell whether a worker fails everything while others do not.
+    def sickness(self, tx: Tx, worker: int) -> str:
+        """Return what is wrong with a worker's work: wrong pictures, or nothing but failures.
 
-        Alone in the farm nobody is sick: then the scenes are to blame.
+        While all fail nobody is sick: then the scenes are to blame.
         """
-        recent = tx.recent_attempts(worker, 6)
-        if len(recent) < 6 or "done" in recent:
-            return False
-        return any("done" in tx.recent_attempts(other, 6)
-                   for other in self.live_workers() - {worker})
+        row = tx.worker(worker)
+        if row is not None and row["aside"]:
+            return str(row["aside"])
+        if set(recent := tx.recent_attempts(worker, 6)) != {"failed"} or len(recent) < 6:
+            return ""
+        others = any(set(tx.recent_attempts(other, 6)) - {"failed"}
+                     for other in self.live_workers() - {worker})
+        return "its last six tasks failed, and others' did not" if others else ""
 
     def waiting_for(self, tx: Tx, job: Row) -> str:
         """Return why workers get no frame of a job that has some, when POV-Ray is the reason."""
@@ -6377,12 +6522,24 @@ class Scheduler:
         with self._delivery:
             with self.store.read() as tx:
                 attempt, row, job = self._attempt(tx, worker, lease, task)
+                if attempt["state"] == AttemptState.KEPT or cast(Row, tx.worker(worker))["aside"]:
+                    return False
+                verdict, kept = self._judge(tx, job, row, worker, image), tx.kept(row["id"])
                 pieces = self._pieces(tx, row, image, pov.options.extension, bottom)
+            log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
+            if verdict.keep:
+                self.store.put_image(directory / "parts", kept_name(row, attempt["id"]), image)
+                pieces, kept = [], []
             for piece, data in pieces:
                 self.store.put_image(*place_of(directory, piece), data)
-            log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
             with self._tx() as tx:
-                accepted = self._accept(tx, attempt, pieces, log_name, cost)
+                if verdict.keep:
+                    accepted = self._keep(tx, attempt, verdict.keep, log_name, cost)
+                else:
+                    accepted = self._accept(tx, attempt, pieces, log_name, cost)
+                    self._conclude(tx, row, verdict)
+            for old in kept:
+                (directory / "parts" / kept_name(row, old["id"])).unlink(missing_ok=True)
             for piece, _ in pieces:
                 if piece["state_of"]:
                     (directory / "parts" / f"{piece['id']}.state").unlink(missing_ok=True)
@@ -6675,6 +6832,64 @@ class Scheduler:
             pieces.append((part, data))
         return pieces
 
+    def _judge(self, tx: Tx, job: Row, task: Row, worker: int, image: bytes) -> Verdict:
+        """Say whether the image of a frame is to be accepted at once."""
+        if (task["kind"] != TaskKind.FRAME or task["cut"] is not None or job["in_order"]
+                or task["state"] not in (TaskState.QUEUED, TaskState.LEASED)):
+            return Verdict()
+        kept = tx.kept(task["id"])
+        directory = self.store.job_directory(job["id"], job["name"])
+        extension = PurePosixPath(task["name"]).suffix
+        if not is_chosen(job["id"], task["frame"], job["verify"]):
+            near = [directory / row["name"] for row in tx.neighbours(job["id"], task["frame"])]
+            odd = (near and not kept and is_black(image, extension)
+                   and not any(is_black(path.read_bytes(), extension) for path in near))
+            return Verdict(keep="black, unlike its neighbours: rendered once more" if odd else "")
+        done = {row["worker"] for row in kept}
+        others = self._helpers(tx, job) - {worker} - done
+        if not kept:
+            return (Verdict(keep="rendered, and waits for another worker to check it") if others
+                    else Verdict(doubt="not verified: there is no other worker"))
+        same = [same_pixels((directory / "parts" / kept_name(task, row["id"])).read_bytes(), image,
+                            extension) for row in kept]
+        if not any(same):
+            return (Verdict(keep="two workers made different pictures: a third decides")
+                    if others and len(done) < 2 else
+                    Verdict(doubt="not verified: all its pictures differ, and the last was taken"))
+        if done == {worker}:
+            return (Verdict(keep="rendered, and waits for another worker to check it") if others
+                    else Verdict(doubt="not verified: one worker rendered it twice"))
+        odd_ones = [row for row, alike in zip(kept, same) if not alike]
+        return Verdict(odd=odd_ones[0] if odd_ones else None)
+
+    def _keep(self, tx: Tx, attempt: Row, why: str, log_name: str, cost: Cost) -> bool:
+        """Let another worker render a frame whose image is kept beside the finished ones."""
+        task = tx.task(attempt["task"])
+        if task is None or task["cut"] is not None:  # sliced just now
+            return False
+        tx.add_job_cost(task["job"], cost)
+        self._end_attempt(tx, attempt, AttemptState.KEPT, why, log_name)
+        if task["state"] == TaskState.LEASED and not tx.live_attempts_of_task(task["id"]):
+            self._move(tx, task, TaskState.QUEUED, why)
+        return True
+
+    def _conclude(self, tx: Tx, task: Row, verdict: Verdict) -> None:
+        """Tell of a doubt, and set the worker aside whose picture is the odd one."""
+        now = self.clock.time()
+        if verdict.doubt:
+            tx.add_event(now, "doubtful", verdict.doubt, task["job"], task["frame"])
+        if verdict.odd is None:
+            return
+        worker = verdict.odd["worker"]
+        tx.set_aside(worker, f"its picture of frame {task['frame']} of job {task['job']} differs "
+                             "from that of two others")
+        tx.add_event(now, "set aside", f"{verdict.odd['worker_name']} made another picture of "
+                     f"frame {task['frame']} than two others: look at its other frames of this job",
+                     task["job"], worker=worker)
+        for lease in tx.live_leases():
+            if lease["worker"] == worker:
+                self._end_lease(tx, lease, AttemptState.RELEASED, "worker set aside")
+
     def _accept(self, tx: Tx, attempt: Row, pieces: Sequence[tuple[Row, bytes]], log_name: str,
                 cost: Cost) -> bool:
         accepted = False
@@ -6786,7 +7001,9 @@ class Scheduler:
             row = tx.worker(worker)
             if row is None or row["state"] != WorkerState.ADMITTED:
                 return leases
-            if self.is_sick(tx, worker):
+            if row["aside"]:
+                return leases
+            if self.sickness(tx, worker):
                 return self._try_sick(tx, row, offer)
             self._trials.pop(worker, None)
             while len(leases) < offer.want:
@@ -6821,7 +7038,7 @@ class Scheduler:
 
     def _begun_with(self, job: Row) -> dict[str, str]:
         """Return the engines of the worker that began a job, of which something is there."""
-        begun = job["done"] or job["leased"]
+        begun = job["done"] or job["leased"] or job["verify"]  # of which an image may be kept
         return cast("dict[str, str]", json.loads(job["engines"])) if begun else {}
 
     def _fits(self, job: Row, worker: Row) -> bool:
@@ -6860,7 +7077,7 @@ class Scheduler:
         live = self.live_workers() & {
             row["id"] for row in tx.workers()
             if row["state"] == WorkerState.ADMITTED and self._fits(job, row)}
-        well = {worker for worker in live if not self.is_sick(tx, worker)}
+        well = {worker for worker in live if not self.sickness(tx, worker)}
         return {worker for worker in well if not self._is_hopeless(tx, job, worker)} or well
 
     def _pick(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
@@ -6887,9 +7104,9 @@ class Scheduler:
         return tasks
 
     def _may_try(self, tx: Tx, job: Row, worker: int, task: Row) -> bool:
-        """What a worker failed goes back to it only when nobody else is left to try."""
-        failed = tx.failed_workers(task["id"])
-        return worker not in failed or not self._helpers(tx, job) - failed - {worker}
+        """What a worker failed or had its turn at goes back to it only when nobody else is left."""
+        done = tx.failed_workers(task["id"]) | {row["worker"] for row in tx.kept(task["id"])}
+        return worker not in done or not self._helpers(tx, job) - done - {worker}
 
     def _pick_part(self, tx: Tx, job: Row, worker: int) -> Row | None:
         """Find a slice or a pass for a worker, or cut one off a frame."""
@@ -7063,8 +7280,9 @@ class Scheduler:
                 mean = cost.row * (attempt["bottom"] - attempt["top"]) + cost.parse + START
             if now - self._granted.get(attempt["lease"], now) <= max(1.5 * mean, 5.0):
                 continue
-            failed = tx.failed_workers(attempt["task"])
-            if counts[attempt["task"]] == 1 and worker not in failed | {attempt["worker"]}:
+            done = tx.failed_workers(attempt["task"]) | {
+                attempt["worker"], *(row["worker"] for row in tx.kept(attempt["task"]))}
+            if counts[attempt["task"]] == 1 and worker not in done:
                 task = tx.task(attempt["task"])
                 return [task] if task is not None else []
         return []
@@ -7132,6 +7350,16 @@ def _check_slices(pov: PovJob, options: JobOptions) -> None:
     problem = unsliceable(pov, options.in_order)
     if problem and options.slices.isdecimal() and options.slices != "1":
         raise UserError(f"this job cannot be sliced: {problem}")
+
+
+def _check_verify(pov: PovJob, options: JobOptions) -> JobOptions:
+    """Refuse to compare what cannot be; frames that are compared stay whole."""
+    if not options.verify:
+        return options
+    problem = unverifiable(pov, options)
+    if problem:
+        raise UserError(f"this job cannot be verified: {problem}")
+    return replace(options, slices="off")
 
 
 def _check_room(place: Path, size: int) -> None:
@@ -7701,6 +7929,7 @@ class Api:
                 state.value: sum(view["state"] == state for view in slices)
                 for state in TaskState}},
             slicing=job["slices"], radiosity=job["radiosity"], povray=job["povray"],
+            verify=job["verify"],
             waiting_for=self._farm.waiting_for(tx, job),
         )
         if options is not None:
@@ -7748,8 +7977,8 @@ class Api:
                 view.update(state="pending", code=row["code"])
             elif row["id"] not in live:
                 view["state"] = "gone"
-            elif self._farm.is_sick(tx, row["id"]):
-                view["state"] = "sick"
+            elif sickness := self._farm.sickness(tx, row["id"]):
+                view.update(state="sick", reason=sickness)
             else:
                 view["state"] = "working" if runs[row["id"]] else "idle"
             views.append(view)
@@ -8171,7 +8400,7 @@ _STATE_WORDS: Mapping[str, str] = {
     "waiting": "… waiting for its files", "active": "◷ waiting for its turn",
     "rendering": "● rendering", "paused": "‖ paused", "done": "✓ finished", "failed": "✕ failed",
     "cancelled": "⊘ cancelled", "queued": "◷ queued", "leased": "● in work",
-    "working": "● working", "idle": "○ idle", "gone": "◌ gone", "sick": "✕ sick: fails everything",
+    "working": "● working", "idle": "○ idle", "gone": "◌ gone", "sick": "✕ sick",
     "pending": "? asks to join",
 }
 # What happened, after the name of a job, a frame or a worker.
@@ -8180,7 +8409,8 @@ _EVENT_WORDS: Mapping[str, str] = {
     "job failed": "ended with failed frames", "job paused": "is paused",
     "job cancelled": "was cancelled", "job waiting": "waits for its files", "done": "is done",
     "queued": "is queued again", "cancelled": "was cancelled", "changed": "was changed",
-    "removed": "was removed", "admitted": "was let in", "deleted": "was deleted",
+    "removed": "was removed", "doubtful": "is doubtful", "set aside": "has odd pictures",
+    "admitted": "was let in", "deleted": "was deleted",
 }
 
 
@@ -8350,8 +8580,8 @@ def _workers(workers: Sequence[View], host: str, pin: str, removals: Mapping[int
     rows = [element(
         "tr", element("th", worker["name"], scope="row"),
         [element("td", cell) for cell in (
-            _badge(worker["state"]), worker["cores"], worker["runs"],
-            worker["engines"].get("povray", ""),
+            [_badge(worker["state"]), f" {worker.get('reason', '')}"], worker["cores"],
+            worker["runs"], worker["engines"].get("povray", ""),
             "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
         element("td", removals[worker["id"]]) if removals else None)
         for worker in sorted(workers, key=lambda worker: order.index(worker["state"]))]
@@ -11217,7 +11447,8 @@ def workers(options: Options) -> int:
         return 0
     rows = [("id", "name", "state", "cores", "runs", "POV-Ray", "address")]
     rows += [(str(view["id"]), view["name"],
-              view["state"] + (f" (code {view['code']})" if "code" in view else ""),
+              view["state"] + (f" (code {view['code']})" if "code" in view else "")
+              + (f": {view['reason']}" if "reason" in view else ""),
               str(view["cores"]), str(view["runs"]), view["engines"].get("povray", ""),
               view["address"]) for view in views]
     print(_table(rows) if views else "no worker has joined: start one with 'povfarm.py work'")
@@ -11578,7 +11809,7 @@ def _draft(options: Options, scratch: Path) -> Draft:
         "priority": options.priority, "max_workers": options.max_workers or 0,
         "retry_limit": options.retries, "in_order": options.in_order,
         "slices": options.slices, "radiosity": options.radiosity,
-        "povray": options.povray_version})
+        "povray": options.povray_version, "verify": options.verify})
     name = options.name or named or PurePosixPath(pov.scene).stem
     if named:
         plan, directory = _flat(plan), here / f"{named}-frames"

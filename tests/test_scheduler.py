@@ -764,7 +764,7 @@ def test_of_uploads_at_once_exactly_one_is_accepted(farm: Farm) -> None:
         assert {lease.tasks[0].frame for _, lease in held} == {frame}
         answers = at_once([
             lambda held=held, number=number: farm.finish(
-                *held[number % 4], image=png(number)) for number in range(8)])
+                *held[number % 4], image=png(number + 1)) for number in range(8)])
         assert sorted(map(str, answers)) == ["False"] * 7 + ["True"]
         assert farm.problems() == []
     assert farm.state(job) == "done"
@@ -875,7 +875,7 @@ def test_a_worker_that_fails_everything_is_sick_and_gets_nothing(farm: Farm) -> 
     for _ in range(6):
         farm.fail(anna, farm.lease(anna))
     with farm.store.read() as tx:
-        assert farm.scheduler.is_sick(tx, anna) and not farm.scheduler.is_sick(tx, bert)
+        assert farm.scheduler.sickness(tx, anna) and not farm.scheduler.sickness(tx, bert)
     assert farm.leases(anna) == []
     farm.lease(bert)
 
@@ -889,7 +889,7 @@ def test_broken_scenes_make_no_worker_sick(farm: Farm) -> None:
         for _ in range(2):
             farm.fail(anna, farm.lease(anna))
     with farm.store.read() as tx:
-        assert not farm.scheduler.is_sick(tx, anna)
+        assert not farm.scheduler.sickness(tx, anna)
 
 
 def test_alone_nobody_is_sick(farm: Farm) -> None:
@@ -952,7 +952,7 @@ def test_a_frame_does_not_wait_for_a_worker_that_cannot_help(
                 farm.fail(bert, farm.lease(bert))
             farm.render(anna)
         with farm.store.read() as tx:
-            assert farm.scheduler.is_sick(tx, bert)
+            assert farm.scheduler.sickness(tx, bert)
     job = farm.submit(20, name="bad frame 7")
     if other == "hopeless":
         farm.finish(anna, farm.lease(anna))

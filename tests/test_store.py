@@ -150,6 +150,8 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "set_job_state": lambda tx: tx.set_job_state(1, JobState.ACTIVE, JobState.DONE, "", None),
     "set_job_started": lambda tx: tx.set_job_started(1, 1.0),
     "set_job_options": lambda tx: tx.set_job_options(1, JobOptions()),
+    "set_job_engines": lambda tx: tx.set_job_engines(1, "{}"),
+    "set_aside": lambda tx: tx.set_aside(1, "odd"),
     "add_job_cost": lambda tx: tx.add_job_cost(1, Cost(1, 1, 1)),
     "drop_job": lambda tx: tx.drop_job(1),
     "count_task": lambda tx: tx.count_task(1, TaskState.QUEUED, TaskState.LEASED),

@@ -1,13 +1,17 @@
-"""Pictures that fit each other: one POV-Ray for a job, sick workers and their way back."""
+"""Pictures that fit each other: one POV-Ray for a job, frames compared, sick workers."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import struct
+import zlib
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 import pytest
-from farm_in_a_box import Farm, farm_fixture, sha256
+from conftest import run_povray
+from farm_in_a_box import Farm, farm_fixture, png, sha256
 
 import povfarm
 
@@ -205,3 +209,223 @@ def test_a_sick_worker_that_comes_again_is_tried_at_once(farm: Farm) -> None:
     assert farm.leases(anna) == []
     farm.finish(anna, lease)
     assert states(farm)["anna"] != "sick"
+
+
+# --- frames that two workers render
+
+def dated(picture: bytes) -> bytes:
+    """The same pixels in another file: packed otherwise, with a time."""
+    body = b"tIME" + struct.pack(">HBBBBB", 2026, 11, 22, 21, 0, 0)
+    time = struct.pack(">I", 7) + body + struct.pack(">I", zlib.crc32(body))
+    return picture[:33] + time + picture[33:]
+
+
+def events(farm: Farm, what: str) -> List[str]:
+    with farm.store.read() as tx:
+        return [row["text"] for row in tx.events(0, 1000) if row["what"] == what]
+
+
+def image(farm: Farm, job: int, frame: int) -> bytes:
+    return farm.ask("GET", f"/api/v1/jobs/{job}/frames/{frame}/image").body
+
+
+def parts(farm: Farm) -> List[Path]:
+    return list(farm.root.glob("jobs/*/parts/*"))
+
+
+def test_leased_to_queued_to_done_when_two_workers_make_the_same_picture(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(1, verify=100)
+    lease = farm.lease(anna)
+    assert farm.finish(anna, lease, image=png(5))
+    assert farm.states(job) == ["queued"] and len(parts(farm)) == 1
+    assert farm.problems() == []
+    assert not farm.finish(anna, lease, image=png(5)), "the same once more"
+    assert farm.leases(anna) == [], "it is another's turn"
+    farm.store.sweep()
+    assert farm.finish(bert, farm.lease(bert), image=dated(png(5)))
+    assert farm.story(job, 0) == ["leased", "queued", "leased", "done"]
+    assert farm.state(job) == "done" and parts(farm) == []
+    assert farm.attempts(farm.task(job, 0)["id"]) == [("anna", "kept"), ("bert", "done")]
+    assert events(farm, "doubtful") == events(farm, "set aside") == []
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_a_third_worker_decides_and_the_odd_one_is_set_aside(wrong: int, farm: Farm) -> None:
+    workers = [farm.worker(name) for name in ("anna", "bert", "carl")]
+    job = farm.submit(1, verify=100)
+    other = farm.submit(4, name="other")
+    shades = [5, 5, 5]
+    shades[wrong] = 9
+    for worker, shade in zip(workers, shades):
+        leases = farm.leases(worker)
+        if leases and leases[0].job == job:
+            farm.finish(worker, leases[0], image=png(shade))
+    assert farm.states(job) == ["done"]
+    assert image(farm, job, 0) == png(5)
+    if wrong == 2:
+        return  # the first two agreed
+    name = ("anna", "bert", "carl")[wrong]
+    view = next(view for view in farm.ask("GET", "/api/v1/workers").json()["workers"]
+                if view["name"] == name)
+    assert view["state"] == "sick" and f"frame 0 of job {job}" in view["reason"]
+    assert events(farm, "set aside")[0].startswith(f"{name} made another picture of frame 0")
+    assert farm.leases(workers[wrong]) == []
+    info = povfarm.WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
+    farm.scheduler.rejoin(workers[wrong], info, "192.168.1.5")
+    assert farm.lease(workers[wrong]).job == other, "started again, it is trusted again"
+
+
+def test_a_worker_set_aside_loses_its_leases_and_delivers_nothing_more(farm: Farm) -> None:
+    workers = [farm.worker(name) for name in ("anna", "bert", "carl")]
+    job = farm.submit(1, verify=100, priority=1)
+    late = farm.submit(1, name="late")
+    farm.finish(workers[0], farm.lease(workers[0]), image=png(9))
+    held = farm.lease(workers[1])
+    assert held.job == job
+    mine = farm.lease(workers[0])
+    assert mine.job == late
+    farm.finish(workers[1], held, image=png(5))
+    farm.finish(workers[2], farm.lease(workers[2]), image=png(5))
+    assert farm.beat(workers[0], mine) == [mine.id]
+    assert not farm.finish(workers[0], mine)
+    assert farm.states(late) == ["queued"]
+
+
+def test_alone_a_frame_is_accepted_as_it_is_and_an_event_says_so(farm: Farm) -> None:
+    anna = farm.worker("anna")
+    job = farm.submit(2, verify=100)
+    assert farm.render(anna, job) == [1, 2] and farm.state(job) == "done"
+    assert events(farm, "doubtful") == ["not verified: there is no other worker"] * 2
+
+
+def test_a_frame_does_not_wait_for_a_worker_that_has_left(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(1, verify=100)
+    farm.render(anna, job)
+    assert farm.states(job) == ["queued"]
+    farm.scheduler.leave(bert)
+    assert farm.render(anna, job) == [0] and farm.state(job) == "done"
+    assert events(farm, "doubtful") == ["not verified: one worker rendered it twice"]
+
+
+def test_two_workers_that_differ_without_a_third_leave_a_doubt(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(1, verify=100)
+    farm.finish(anna, farm.lease(anna), image=png(5))
+    farm.finish(bert, farm.lease(bert), image=png(9))
+    assert farm.state(job) == "done" and "sick" not in states(farm).values()
+    assert events(farm, "doubtful") == [
+        "not verified: all its pictures differ, and the last was taken"]
+
+
+def test_some_percent_are_the_same_frames_always() -> None:
+    chosen = [frame for frame in range(1000) if povfarm.is_chosen(7, frame, 20)]
+    assert 150 < len(chosen) < 250
+    assert all(povfarm.is_chosen(7, frame, 30) for frame in chosen)
+    assert not any(povfarm.is_chosen(7, frame, 0) for frame in range(1000))
+    assert all(povfarm.is_chosen(7, frame, 100) for frame in range(1000))
+
+
+@pytest.mark.parametrize("uses, options, why", [
+    (["radiosity"], {}, "radiosity or photons"), (["photons"], {}, "radiosity or photons"),
+    ([], {"in_order": True}, "in order"), ([], {"povray": "any"}, "different POV-Rays"),
+])
+def test_what_cannot_be_compared_is_refused(
+        uses: List[str], options: Dict[str, object], why: str, farm: Farm) -> None:
+    with pytest.raises(povfarm.UserError, match=f"cannot be verified: .*{why}"):
+        farm.submit(2, uses=uses, verify=10, **options)
+
+
+# --- frames that are black
+
+def deliver(farm: Farm, worker: int, shade: int) -> int:
+    lease = farm.lease(worker)
+    farm.finish(worker, lease, image=png(shade))
+    return lease.tasks[0].frame
+
+
+def test_a_black_frame_between_others_is_rendered_once_more_by_another(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(3)
+    assert [deliver(farm, anna, 5), deliver(farm, anna, 0)] == [1, 2]
+    assert farm.states(job) == ["done", "queued", "queued"]
+    assert deliver(farm, anna, 5) == 3
+    assert deliver(farm, bert, 7) == 2
+    assert farm.state(job) == "done" and image(farm, job, 2) == png(7)
+    assert parts(farm) == []
+
+
+def test_a_frame_that_stays_black_is_accepted(farm: Farm) -> None:
+    anna = farm.worker("anna")
+    job = farm.submit(2)
+    assert [deliver(farm, anna, shade) for shade in (5, 0, 0)] == [1, 2, 2]
+    assert farm.state(job) == "done" and image(farm, job, 2) == png(0)
+
+
+def test_black_frames_among_black_ones_and_the_first_are_as_they_are(farm: Farm) -> None:
+    anna = farm.worker("anna")
+    job = farm.submit(3)
+    assert [deliver(farm, anna, shade) for shade in (0, 0, 0)] == [1, 2, 3]
+    assert farm.state(job) == "done"
+
+
+# --- pictures
+
+KINDS = {"+FN": ".png", "+FN16 +UA": ".png", "+FNg": ".png", "+FP": ".ppm", "+FT": ".tga",
+         "+FC": ".tga", "+FB": ".bmp", "+FJ": ".jpg", "+FE": ".exr", "+FH": ".hdr"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_compared_in_everything_that_povray_writes(
+        kind: str, povray: str, tmp_path: Path) -> None:
+    def render(name: str, red: float) -> bytes:
+        (tmp_path / "s.pov").write_text(
+            "#version 3.7; global_settings { assumed_gamma 1 } camera { location -3*z } "
+            f"light_source {{ -5*z 1 }} sphere {{ 0, 1 pigment {{ rgb <{red}, 1, 1> }} }}")
+        done = run_povray(["+Is.pov", f"+O{name}{KINDS[kind]}", "+W40", "+H30", *kind.split()],
+                          tmp_path)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / (name + KINDS[kind])).read_bytes()
+
+    one, same, other = render("one", 1), render("same", 1), render("other", 0)
+    same = dated(same) if kind.startswith("+FN") else same
+    assert povfarm.same_pixels(one, same, KINDS[kind])
+    assert not povfarm.same_pixels(one, other, KINDS[kind])
+    assert not povfarm.is_black(one, KINDS[kind])
+
+
+def test_png_filters_are_not_pixels() -> None:
+    rows = [bytes(range(start, start + 12)) for start in (0, 40, 90)]
+    above = [bytes(12), *rows]
+
+    def picture(kind: int) -> bytes:
+        data = b"".join(bytes([kind]) + (row if kind == 0 else bytes(
+            (a - b) & 255 for a, b in zip(row, up))) for row, up in zip(rows, above))
+        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 4, 3, 8, 2, 0, 0, 0)),
+                  (b"IDAT", zlib.compress(data)), (b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+            for name, body in chunks)
+
+    assert picture(0) != picture(2)
+    assert povfarm.same_pixels(picture(0), picture(2), ".png")
+    rows[2] = rows[2][:-1] + b"\0"
+    other = picture(2)
+    rows[2] = bytes(range(90, 102))
+    assert not povfarm.same_pixels(picture(0), other, ".png")
+
+
+@pytest.mark.parametrize("kind, thing", itertools.product(
+    ["+FN", "+FN16", "+FN +UA", "+FN16 +UA", "+FNg", "+FNg +UA"], ["", "sphere { 0, 1 }"]))
+def test_black_is_black_whatever_the_alpha(
+        kind: str, thing: str, povray: str, tmp_path: Path) -> None:
+    (tmp_path / "s.pov").write_text("camera { location -9*z } " + thing)
+    done = run_povray(["+Is.pov", "+Oo.png", "+W20", "+H15", *kind.split()], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert povfarm.is_black((tmp_path / "o.png").read_bytes(), ".png")
+    (tmp_path / "s.pov").write_text(
+        "camera { location -9*z } sphere { -y, 0.5 pigment { rgb 1 } finish { ambient 1 } }")
+    done = run_povray(["+Is.pov", "+Oo.png", "+W20", "+H15", *kind.split()], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not povfarm.is_black((tmp_path / "o.png").read_bytes(), ".png")
