@@ -707,3 +707,21 @@ def test_several_farms_are_listed_and_chosen_by_name_and_key(tmp_path: Path) -> 
         for farm in farms:
             farm.terminate()
             farm.communicate()
+
+
+def test_two_workers_render_every_frame_that_is_verified(tmp_path: Path, farm: Farm) -> None:
+    for name in ("anna", "bert"):
+        farm.work("--worker-name", name, "--cores", "1")
+    wait_until(lambda: farm.client.request("GET", "/api/v1/farm").json()["workers"] == 2,
+               "the workers do not come")
+    place = project(tmp_path)
+    job = farm.submit(place, "scene.pov", *SMALL, "+KFF4", "--verify", "100")
+    assert farm.finished(job)["state"] == "done"
+    events = farm.client.request("GET", "/api/v1/events?after=0&wait=0").json()["events"]
+    assert [event for event in events if event["what"] in ("doubtful", "set aside")] == []
+    farm.check()
+    with contextlib.closing(povfarm.Store(tmp_path / "farm")) as store, store.read() as tx:
+        for task in tx.tasks(job):
+            tries = {(row["worker_name"], row["state"]) for row in tx.attempts(task["id"])}
+            assert {state for _, state in tries} == {"kept", "done"}, tries
+            assert {name for name, _ in tries} == {"anna", "bert"}, tries

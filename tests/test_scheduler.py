@@ -978,7 +978,9 @@ def test_every_job_comes_to_an_end(seed: int, tmp_path: Path) -> None:
     rates = {worker: chance.choice([0.0, 0.1, 0.6, 1.0]) for worker in workers}
     frames = {frame: chance.choice(["good"] * 6 + ["scene", "error"]) for frame in range(20)}
     jobs = [farm.submit(chance.choice([1, 4, 12]), name=f"j{number}", send=True,
-                        in_order=chance.random() < 0.2, max_workers=chance.choice([0, 0, 1, 2]),
+                        in_order=(order := chance.random() < 0.2),
+                        verify=0 if order else chance.choice([0, 0, 60]),
+                        max_workers=chance.choice([0, 0, 1, 2]),
                         retry_limit=chance.choice([1, 2, 3, 5])) for number in range(4)]
 
     def behave(worker: int, frame: int) -> str:
