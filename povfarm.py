@@ -10737,7 +10737,9 @@ class Worker:
         finally:
             for run in list(self._runs):
                 run.stop()
-            shutil.rmtree(self._outbox, ignore_errors=True)
+            # Also of runs whose frames are delivered and whose POV-Ray sleeps before it ends.
+            for path in self.cache.root.parent.glob(f"run-{os.getpid()}-*"):
+                shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(FarmError):
                 self.client.request("POST", "/api/v1/leave", json={}, retry_for=0, timeout=5)
 
@@ -12455,7 +12457,7 @@ class _Background:
 def _until_signal() -> None:
     stop = threading.Event()
     _Signals(stop.set)
-    while not stop.wait(60):
+    while not stop.wait(1):  # a signal that reaches another thread wakes nobody here
         pass
 
 

@@ -1,0 +1,37 @@
+"""Some of the points of tests/crash.py."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from typing import Dict
+
+import crash
+import pytest
+from conftest import need
+
+SEED = 1
+TRIED = {"start": 4, "serve": 8, "work": 4}  # points of each phase
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_strace(povray: str) -> None:
+    need("strace", shutil.which("strace") is not None, "apt-get install strace")
+
+
+@pytest.fixture(scope="module")
+def images() -> Dict[str, bytes]:
+    return crash.expected_images()
+
+
+@pytest.mark.parametrize("phase", TRIED)
+def test_a_kill_while_writing_loses_nothing(phase: str, images: Dict[str, bytes]) -> None:
+    calls = crash.watch(phase, images)
+    if phase == "serve":
+        assert crash.check_order(calls) >= 1 + crash.FRAMES + 4  # a blob, a film, a still of 3 slices
+    chosen = random.Random(SEED).sample(crash.points(calls), TRIED[phase])
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda point: crash.crash(phase, point, images), chosen))
+    assert [text for _, text in results if text] == []
+    assert sum(killed for killed, _ in results) >= TRIED[phase] // 2  # threads of a worker differ
