@@ -165,9 +165,9 @@ def test_a_worker_tells_what_its_include_files_are(tmp_path: Path) -> None:
 # --- sick workers
 
 def make_sick(farm: Farm, anna: int, bert: int) -> int:
-    """Let anna fail everything while bert does not; return a job with frames left."""
-    for number in range(3):
-        job = farm.submit(9, name=f"j{number}", priority=number)
+    """Let anna fail all of two jobs while bert does not; return one with frames left."""
+    for number in range(2):
+        job = farm.submit(40, name=f"j{number}", priority=number)
         farm.finish(bert, farm.lease(bert))
     for _ in range(6):
         farm.fail(anna, farm.lease(anna))
@@ -317,6 +317,14 @@ def test_two_workers_that_differ_without_a_third_leave_a_doubt(farm: Farm) -> No
     assert farm.state(job) == "done" and "sick" not in states(farm).values()
     assert events(farm, "doubtful") == [
         "not verified: all its pictures differ, and the last was taken"]
+
+
+def test_three_different_pictures_are_enough(farm: Farm) -> None:
+    workers = [farm.worker(name) for name in ("anna", "bert", "carl", "dora")]
+    job = farm.submit(1, verify=100)
+    for shade, worker in enumerate(workers[:3], 5):
+        farm.finish(worker, farm.lease(worker), image=png(shade))
+    assert farm.state(job) == "done" and len(events(farm, "doubtful")) == 1
 
 
 def test_some_percent_are_the_same_frames_always() -> None:
