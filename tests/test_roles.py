@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Tuple
 
 import pytest
-from farm_in_a_box import manifest, png, pov_job
+from farm_in_a_box import FakeClock, manifest, png, pov_job
 
 import povfarm
 from povfarm import (
@@ -48,7 +48,8 @@ class House:
     """A coordinator as ``serve`` makes it, that never listens, and all who may knock."""
 
     def __init__(self, data: Path, private: bool = False) -> None:
-        self.coordinator = Coordinator(data, bind="127.0.0.1", private=private, durable=False)
+        self.coordinator = Coordinator(data, bind="127.0.0.1", private=private, durable=False,
+                                       clock=FakeClock())  # wrong keys are held up
         self.data = data
         self.scheduler = self.coordinator.scheduler
         self.access = self.coordinator.access
