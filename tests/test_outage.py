@@ -189,12 +189,13 @@ def test_a_coordinator_without_room_gets_the_frames_later_and_none_is_rendered_a
 
 
 def test_a_frame_with_which_the_coordinator_makes_mistakes_is_given_up_in_the_end(
-        room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+        room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     room.farm.submit(frames=1)
     monkeypatch.setattr(room.farm.store, "put_image", lambda *_: 1 / 0)
     room.worker._ending = Pauses(room.clock)
     room.start()
-    wait_until(lambda: room.clock.skipped > povfarm.OFFER_TIME and room.waiting() == [])
+    wait_until(lambda: "was not taken" in caplog.text and room.waiting() == [])
+    assert room.clock.skipped > povfarm.OFFER_TIME / 2
     assert set(room.wire.uploads) == {500} and len(room.wire.uploads) > 50
     room.end()
 
