@@ -7838,10 +7838,11 @@ class Api:
 
         Query: log, cpu, wall, parse, memory, and the row before which the picture ends,
         bottom. 422 when the image is not the whole picture that was asked for.
-        ``accepted`` is False when another worker was first.
+        ``accepted`` is False when another worker was first. 503 when the body is
+        not what the header X-SHA256 says.
         """
         size = _query_number(request, "log", 0)
-        data = request.body.read()
+        data = _whole_body(request)
         cost = Cost(_seconds(request.query.get("cpu", "0"), MAX_COST),
                     _seconds(request.query.get("wall", "0"), MAX_COST),
                     _query_number(request, "memory", 0),
@@ -7859,7 +7860,7 @@ class Api:
     def keep_state(self, request: Request) -> Response:
         """Body: what POV-Ray left of an unfinished task when it was stopped."""
         self._farm.keep_state(request.identity.worker or 0, request.params["lease"],
-                              request.params["task"], request.body.read())
+                              request.params["task"], _whole_body(request))
         return empty_response()
 
     @route("GET", "/api/v1/tasks/<task:int>/<what>", role="worker",
@@ -7872,7 +7873,8 @@ class Api:
             if task is None or suffix is None:
                 raise ProtocolError(404, f"there is no task {request.params['task']}")
             path = self._farm.part_path(tx, task, suffix)
-        return file_response(path, "application/octet-stream", request)
+        return file_response(path, "application/octet-stream", request,
+                             "" if suffix else task["sha256"] or "")
 
     @route("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail", role="worker",
            max_body=16 << 20, summary="Tell of a failed task")
@@ -8067,6 +8069,15 @@ _PRIVATE = tuple(map(ipaddress.ip_network, (
 def _is_private(remote: str) -> bool:
     address = ipaddress.ip_address(remote.partition("%")[0])
     return any(address in network for network in _PRIVATE)
+
+
+def _whole_body(request: Request) -> bytes:
+    """Return a body; one that was damaged on its way shall be sent again."""
+    data = request.body.read()
+    named = request.headers.get("x-sha256")
+    if named is not None and hashlib.sha256(data).hexdigest() != named:
+        raise ProtocolError(503, "the body was damaged on its way: send it again")
+    return data
 
 
 def _query_number(request: Request, name: str, default: int) -> int:
@@ -9769,6 +9780,8 @@ class Client:
               timeout: float | None, stop: threading.Event | None) -> Call:
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
+        if method == "PUT" and isinstance(body, bytes):
+            headers["X-SHA256"] = hashlib.sha256(body).hexdigest()
         patience = self._timeout if timeout is None else timeout
         return Call(method, path, headers, body, patience, stop or threading.Event())
 
@@ -9850,6 +9863,8 @@ class _Download:
 
     def take(self, answer: Answer) -> Reply:
         _raise_refusal(answer)
+        named = re.fullmatch('"([0-9a-f]{64})"', answer.headers.get("etag", ""))
+        self._sha256 = self._sha256 or (named and named[1])
         part = self._to.with_name(f".{self._to.name}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with part.open("wb") as file:
@@ -10038,10 +10053,17 @@ class Process:
         return 0 if fields is None else int(fields[21]) * _PAGE
 
 
+LAUNCHER_GONE = "the process that starts the renderers was killed: start the worker again"
+
+
 class Launcher:
-    """Starts renderers on POSIX systems. Make it before the first thread."""
+    """Starts renderers on POSIX systems. Make it before the first thread.
+
+    ``gone`` tells that it was killed: with it die all renderers.
+    """
 
     def __init__(self, nice: int = 0) -> None:
+        self.gone = False
         self._ids = itertools.count(1)
         self._processes: dict[int, Process] = {}
         self._lock = threading.Lock()
@@ -10066,7 +10088,7 @@ class Launcher:
             try:
                 socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [writing])
             except OSError:
-                raise RenderFailed("the launcher of renderers has ended") from None
+                raise RenderFailed(LAUNCHER_GONE) from None
             finally:
                 os.close(writing)
         return process
@@ -10092,6 +10114,7 @@ class Launcher:
                 else:
                     del self._processes[answer["id"]]
                     process.ended(Ended(answer["code"], answer["cpu"], answer["memory"]))
+        self.gone = True
         for process in self._processes.values():
             process.ended(Ended(-signal.SIGKILL, 0.0, 0))
 
@@ -10353,6 +10376,7 @@ class WindowsLauncher:
     """Starts renderers where there is no fork; same methods as ``Launcher``."""
 
     def __init__(self, nice: int = 0) -> None:
+        self.gone = False
         # BELOW_NORMAL_PRIORITY_CLASS and CREATE_NO_WINDOW of the Windows API
         self._flags = (0x4000 if nice else 0) | 0x08000000
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -10643,7 +10667,7 @@ class Cache:
             path.parent.mkdir(exist_ok=True)
             atomic_write(path, reply.body)
         if manifest.key != key:
-            raise UserError("the coordinator sent another project than the one asked for")
+            raise ServerGone("the coordinator sent another project than the one asked for")
         return manifest
 
     def _fill(self, key: str, manifest: Manifest, last_frame: int) -> None:
@@ -10734,6 +10758,8 @@ class Worker:
                     log.warning("the coordinator is in trouble: %s", error)
                     self._stopping.wait(5)
             self._finish_all()
+            if self._launcher.gone:
+                raise FarmError(LAUNCHER_GONE)
         finally:
             for run in list(self._runs):
                 run.stop()
@@ -10874,6 +10900,9 @@ class Worker:
         except (FarmError, OSError) as error:
             message = str(error)
             run.no_room = takes_nothing(error)
+        except Exception as error:  # a run that ends without a word would be kept alive for ever
+            log.exception("a run failed")
+            message = f"the worker made a mistake: {error}"
         with self._changed:
             self._runs.discard(run)
             self._changed.notify_all()
@@ -10881,6 +10910,9 @@ class Worker:
             message = ""
             then = run.free or free_room(self.cache.root.parent)
             self._rest = (self._clock.monotonic() + 60, then)
+        if self._launcher.gone:
+            message = ""
+            self.stop()
         if run.open and not run.stopped:
             self._give_up(run, message, scene)
         run.open.clear()
@@ -11353,7 +11385,7 @@ def serve(options: Options) -> int:
                                   fingerprint=coordinator.pin), engine, launcher,
                            options.data / "cache", options, options.data / "workers",
                            coordinator.store.blob_path)
-            threading.Thread(target=worker.run, name="worker", daemon=True).start()
+            threading.Thread(target=_work_here, args=(worker,), daemon=True).start()
         _until_signal()
         return 130
     finally:
@@ -12258,6 +12290,13 @@ class _Token:
         if self._path is not None:
             self._path.chmod(0o600)
             self._path.write_text(token, encoding="ascii")
+
+
+def _work_here(worker: Worker) -> None:
+    try:
+        worker.run()
+    except FarmError as error:
+        _say(f"this computer renders no more: {error}")
 
 
 def _affinity() -> Sequence[int]:

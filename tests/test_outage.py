@@ -254,11 +254,11 @@ def test_an_error_that_says_full_costs_no_try(
         command = Copier.command
         monkeypatch.setattr(Copier, "command", lambda self, run: povfarm.replace(
             command(self, run), files={run.place / "povfarm.ini": "x"}))
-    monkeypatch.setattr(owner, where, fail)
-    room.start()
-    assert failed.wait(20)
-    wait_until(lambda: set(room.farm.states(job)) == {"queued"} and room.worker._trouble)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, fail)
+        room.start()
+        assert failed.wait(20)
+        wait_until(lambda: set(room.farm.states(job)) == {"queued"} and room.worker._trouble)
     room.clock.skipped += 61
     wait_until(lambda: room.farm.state(job) == "done")
     assert {task["tries"] for task in room.farm.tasks(job)} == {0}
@@ -283,6 +283,51 @@ def test_a_coordinator_that_cannot_be_reached_is_not_the_scenes_fault(room: Room
     assert gone and room.farm.tasks(job)[0]["tries"] == 0
     assert [how for _, how in room.attempts(job)[0]] == ["released", "done"]
     room.end()
+
+
+def test_an_image_that_is_damaged_on_its_way_is_sent_again(room: Room) -> None:
+    job = room.farm.submit(frames=3)
+    damaged: List[Call] = []
+    exchange = room.wire.exchange
+
+    def damage(call: Call) -> Answer:
+        if call.method == "PUT" and len(damaged) < 3:
+            assert isinstance(call.body, bytes)
+            damaged.append(call)
+            # In the log in front of the picture: nothing else would notice it.
+            call = povfarm.replace(call, body=bytes([call.body[0] ^ 4]) + call.body[1:])
+        return exchange(call)
+
+    room.wire.exchange = damage  # type: ignore[method-assign]
+    room.start()
+    wait_until(lambda: room.farm.state(job) == "done")
+    assert room.wire.uploads.count(503) == 3
+    assert {len(attempts) for attempts in room.attempts(job)} == {1}
+    room.end()
+
+
+def test_a_mistake_of_the_workers_own_is_told_and_holds_up_nothing(
+        room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = room.farm.submit(frames=1, retry_limit=1)
+    monkeypatch.setattr(Copier, "command", lambda *_: 1 / 0)
+    room.start()
+    wait_until(lambda: room.farm.state(job) == "failed")
+    with room.farm.store.read() as tx:
+        failure = tx.first_failure(job)
+    assert failure is not None and "division by zero" in failure["message"]
+    wait_until(lambda: not room.worker._runs and not room.worker._held)
+    room.end()
+
+
+def test_a_worker_whose_launcher_was_killed_hands_back_and_ends(room: Room) -> None:
+    job = room.farm.submit(frames=2)
+    room.worker._launcher.gone = True
+    room.worker._launcher.start = lambda *_: (_ for _ in ()).throw(  # type: ignore[method-assign]
+        povfarm.RenderFailed(povfarm.LAUNCHER_GONE))
+    with pytest.raises(povfarm.FarmError, match="start the worker again"):
+        room.worker.run()
+    assert room.farm.states(job) == ["queued"] * 2
+    assert {task["tries"] for task in room.farm.tasks(job)} == {0}
 
 
 def test_to_stop_twice_ends_a_worker_whose_coordinator_is_gone(
