@@ -12365,13 +12365,13 @@ def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> C
         if name in ("", note["name"]):
             _check_coordinator(_client(options, note["url"], key, note["pin"], 0), options)
             return _client(options, note["url"], key, note["pin"], patience)
-    found = _discover(options, key, name, waits)
+    found = _discover(options, key, name, waiting=False)
     if not found and waits:
         _say("no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
         only = options.key.encode() if options.key else None
         while not found and not stop.is_set():
             wait_for_coordinator(only, stop, options.discovery_port, name or None)
-            found = _discover(options, key, name, waits)
+            found = _discover(options, key, name, waiting=True)
     if stop.is_set():
         return None
     farm = _choose(found)
@@ -12396,11 +12396,12 @@ def _server_url(text: str, tls: bool) -> str:
     return url
 
 
-def _discover(options: Options, key: str, name: str, waits: bool) -> list[Found]:
+def _discover(options: Options, key: str, name: str, waiting: bool) -> list[Found]:
     """Return the coordinators that answer; those that hold our key, if any does.
 
     A key that was typed must be right; one that only lies here may be that of
-    another farm, one of this computer. Who ``waits`` goes on where others stop.
+    another farm, one of this computer. Who is ``waiting`` already is not stopped
+    by somebody else's answer.
     """
     found = discover(1.5, key.encode(), options.discovery_port, name or None) if key else []
     others = [] if found else discover(1.5, None, options.discovery_port, name or None)
@@ -12408,7 +12409,7 @@ def _discover(options: Options, key: str, name: str, waits: bool) -> list[Found]
         return found or others
     refusal = (f"{others[0].name} at {others[0].url} has another key than the one given: "
                "copy the worker command that 'serve' prints there")
-    if not waits:
+    if not waiting:
         raise FarmError(refusal)
     log.warning("%s", refusal)
     return []

@@ -191,11 +191,15 @@ def test_a_rogue_beside_a_true_coordinator_does_not_displace_it() -> None:
         assert [one.url for one in discover(ROUND, KEY, port)] == ["http://127.0.0.1:2271"]
 
 
-def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue() -> None:
-    """As ``work --key`` looks for it: two rogues answer first, one of them with a true answer."""
-    asked = threading.Semaphore(0)
+def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``work --key`` looks for it; a rogue answers meanwhile, also with a true answer."""
+    asked, waits = threading.Semaphore(0), threading.Event()
+    monkeypatch.setattr(povfarm, "_say", lambda text: waits.set())
 
     def reply(packet: bytes) -> List[bytes]:
+        if not waits.is_set():
+            return []
         asked.release()
         return tampered({"mac": "0" * 64, "port": 666}, {"port": 667})(packet)
 
@@ -208,7 +212,7 @@ def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue() 
             target=lambda: found.append(povfarm._find_coordinator(options, stop, waits=True)))
         worker.start()
         try:
-            for _ in range(12):  # more probes than one look has: it was not satisfied
+            for _ in range(8):  # more than one round of probes
                 assert asked.acquire(timeout=20)
             assert not found
             with beacon(port=port, url_port=4711):
