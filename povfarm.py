@@ -2838,6 +2838,12 @@ class _Folder(NamedTuple):
     real: tuple[Path, ...]  # the directories above it, without links
 
 
+def _is_farm(path: Path) -> bool:
+    """Tell a directory in which povfarm keeps its data, with keys that belong to nobody else."""
+    return (path / "farm.key").exists() or (
+        (path / "workers").is_dir() and (path / "cache").is_dir())
+
+
 class _Listing:
     """The files below the root that go along without being named by the scene.
 
@@ -2911,7 +2917,7 @@ class _Listing:
             self._links.append(place)
         elif not _is_portable(path.name):
             self._odd.append(place)
-        elif is_folder:
+        elif is_folder and not _is_farm(path):
             return [_Folder(path, place + "/", folder.rules, since, (*folder.real, real))]
         elif path.is_file():
             listed = any(not rule.exclude for rule in folder.rules)

@@ -65,6 +65,14 @@ def render_tree(project: povfarm.Project, tree: Path) -> subprocess.CompletedPro
     return done
 
 
+def test_a_farms_own_data_and_keys_are_no_part_of_a_project(tmp_path: Path) -> None:
+    """A data directory may well lie beside the scene: ``serve --data farm``."""
+    make(tmp_path, {"s.pov": "sphere{0,1}", "maps/a.inc": "", "farm/farm.key": "secret",
+                    "farm/farm.db": "", "w/worker/workers/anna-1": "secret",
+                    "w/worker/cache/x/tree/s.pov": "", "w/workers/bee.inc": ""})
+    assert paths(collect(tmp_path)) == ["maps/a.inc", "s.pov", "w/workers/bee.inc"]
+
+
 # --- POV-Ray's own examples
 
 NOT_RENDERABLE = {
