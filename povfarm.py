@@ -3949,7 +3949,7 @@ class Limits:
     were let in.
     """
 
-    connections: int = 20_000
+    connections: int = 12_000
     threads: int = 1000  # requests under way,
     strangers: int = 128  # those of strangers,
     strangers_each: int = 32  # and of strangers from one address
@@ -4355,7 +4355,7 @@ class Server:
 
     @property
     def crowded(self) -> bool:
-        """Whether there is so much to do that no thread may wait for what may come."""
+        """Whether no thread may wait for what may come."""
         return (self._threads > self.limits.threads // 2 or self.stopping.is_set()
                 or len(self.connections) > self._most // 2)
 
@@ -5042,13 +5042,14 @@ def _descriptors(wanted: int) -> int:
     if resource is None:
         return 450  # what select() takes on Windows is 512
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted + 256  # files and whatever else
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    if most > soft != resource.RLIM_INFINITY:
-        with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
-    return max(soft - 256 if soft != resource.RLIM_INFINITY else wanted, 16)
+    top = wanted + 256 if hard == resource.RLIM_INFINITY else hard
+    for most in (wanted + 256, 10_240, 4096):  # macOS allows less than it says
+        if soft == resource.RLIM_INFINITY or soft >= min(most, top):
+            break
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, top), hard))
+            soft = min(most, top)
+    return wanted if soft == resource.RLIM_INFINITY else max(soft - 256, soft // 2)
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> str:
