@@ -3519,7 +3519,7 @@ def next_cut(top: int, height: int, region: Region, slices: str, share: float,
     user's region. A number of ``slices`` makes them alike in blocks. ``auto``
     gives a worker a quarter of its ``share`` (0 to 1) of what is left, so that
     slices shrink and unequal workers finish together, but no slice whose parsing
-    and start would weigh as much as a quarter of its pixels.
+    and start would weigh as much as a sixth of its pixels.
     """
     if slices == "off":  # since the frame was begun: then one slice has the rest
         return height
@@ -3533,9 +3533,11 @@ def next_cut(top: int, height: int, region: Region, slices: str, share: float,
     else:
         size = math.ceil((blocks - begun) * share / 4)
         if cost is not None and cost.row > 0:
-            least = math.ceil(4 * (cost.parse + START) / (cost.row * block))
-            size = max(size, least)
-            if blocks - begun - size < least / 2:
+            least = math.ceil(6 * (cost.parse + START) / (cost.row * block))
+            # At the end no more than a fair share, so that all have something to do.
+            fair = math.ceil((blocks - begun) * share)
+            size = max(size, min(least, fair), math.ceil(least / 3))
+            if blocks - begun - size < least / 3:
                 size = blocks
     end = region.top + (begun + max(size, 1)) * block
     return height if end >= region.bottom else end
@@ -5881,7 +5883,7 @@ class Tx:
         """Return rows and seconds of the slices that were finished last, by worker."""
         return self._db.execute(
             """SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall,
-                      AVG(parse) AS parse
+                      MIN(parse) AS parse
                FROM (SELECT * FROM task INDEXED BY task_part
                      WHERE job = :job AND kind = 'slice' AND state = 'done'
                      AND parent IS NOT NULL AND wall > 0 ORDER BY finished DESC LIMIT 64)
@@ -6190,7 +6192,8 @@ class Scheduler:
         self._closed = False
         self._delivery = threading.Lock()
         self._joining = threading.Lock()
-        self._progress: dict[int, dict[str, float]] = {}  # by task and lease
+        # By task and lease: the part that is rendered, and when that was heard.
+        self._progress: dict[int, dict[str, tuple[float, float]]] = {}
         self._cuts: dict[int, Cut] = {}
         self._seen: dict[int, float] = {}
         self._slots: dict[int, int] = {}
@@ -6393,7 +6396,7 @@ class Scheduler:
 
     def progress(self, task: int) -> float:
         """Return how much of a task is rendered, 0 to 1, as last heard."""
-        return max(self._progress.get(task, {}).values(), default=0.0)
+        return max((part for part, _ in self._progress.get(task, {}).values()), default=0.0)
 
     def sickness(self, tx: Tx, worker: int) -> str:
         """Return what is wrong with a worker's work: wrong pictures, or nothing but failures.
@@ -7196,7 +7199,8 @@ class Scheduler:
         guesses = {worker: speeds.get(worker, per_core * cores[worker]) for worker in cores}
         if not speeds:
             return guesses, None
-        parse = max(row["parse"] or 0.0 for row in costs)
+        # A slice whose first rows are cheap looks as if it had been parsed for long.
+        parse = sorted(row["parse"] or 0.0 for row in costs)[len(costs) // 2]
         return guesses, SliceCost(len(speeds) / max(sum(speeds.values()), 1e-6), parse)
 
     def _cut(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
@@ -7212,14 +7216,17 @@ class Scheduler:
         return tx.add_part(frame, TaskKind.SLICE, frame["cut"], bottom)
 
     def _note(self, task: int, lease: str, part: float) -> None:
-        self._progress.setdefault(task, {})[lease] = min(part, 1.0)
+        known, part = self._progress.setdefault(task, {}), min(part, 1.0)
+        if known.get(lease, (-1.0, 0.0))[0] != part:
+            known[lease] = part, self.clock.monotonic()
 
     def _left_of(self, attempt: Row) -> float:
         """Return the seconds that an attempt will still take as it looks; for ever at first."""
-        now = self.clock.monotonic()
-        part = self._progress.get(attempt["task"], {}).get(attempt["lease"], 0.0)
-        spent = now - self._granted.get(attempt["lease"], now) - START
-        return max(spent, 0.0) * (1 - part) / part if part > 0 else math.inf
+        part, heard = self._progress.get(attempt["task"], {}).get(attempt["lease"], (0.0, 0.0))
+        if part <= 0:
+            return math.inf
+        spent = max(heard - self._granted.get(attempt["lease"], heard) - START, 0.0)
+        return max(spent * (1 - part) / part - (self.clock.monotonic() - heard), 0.0)
 
     def _split(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
         """Divide what is unrendered of the task that will take longest."""

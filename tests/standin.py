@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Sequence
 
 SOURCE = '''#!{python} -SE
-import os, struct, sys, time, zlib
+import fcntl, os, struct, sys, time, zlib
 if "--version" in sys.argv:
     sys.exit(print("POV-Ray 3.7.0.99"))
 ROWS, SPEED, PARSE = {rows!r}, {speed!r}, {parse!r}
@@ -41,6 +41,8 @@ if ini["Continue_Trace"] == "On":
     have = open(state, "rb").read()[512:]
 else:
     open(state, "wb").write((b"POV-Ray Render State File\\0\\0\\0" + b"0001").ljust(512, b"\\0"))
+core = open(__file__)
+fcntl.flock(core, fcntl.LOCK_EX)  # two runs of a worker do not render at once: it has one core
 due = time.monotonic()
 with open(state, "ab", 0) as kept:
     for number, (first, last) in enumerate(blocks):
@@ -54,6 +56,7 @@ with open(state, "ab", 0) as kept:
         sys.stderr.write(f"Rendered {{done * width}} of {{total * width}} pixels "
                          f"({{100 * done // total}}%)\\r")
         sys.stderr.flush()
+core.close()
 rows = (b"\\0" + bytes(3 * width)) * height
 chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
           (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
