@@ -76,8 +76,8 @@ class Network:
         with contextlib.suppress(OSError), client, \
                 socket.create_connection(("127.0.0.1", self._to), 5) as server:
             while True:
-                request = _message(client)
-                if not request:
+                request, whole = _message(client)
+                if not whole:
                     return
                 fault = self._fault(request)
                 self.faults[fault] += bool(fault)
@@ -93,8 +93,8 @@ class Network:
                     with socket.create_connection(("127.0.0.1", self._to), 5) as again:
                         again.sendall(request)
                         _message(again)
-                answer = _message(server)
-                if fault == "answer lost":
+                answer, whole = _message(server)
+                if fault == "answer lost" or not whole:
                     return
                 if fault == "answer cut":
                     client.sendall(answer[:self._random.randrange(len(answer) or 1)])
@@ -120,13 +120,13 @@ class Network:
         return message[:at] + bytes([message[at] ^ 1 << self._random.randrange(8)]) + message[at + 1:]
 
 
-def _message(sock: socket.socket) -> bytes:
-    """Read one HTTP message with a Content-Length; what there is of it when it ends early."""
+def _message(sock: socket.socket) -> Tuple[bytes, bool]:
+    """Read one HTTP message with a Content-Length, and tell whether it is whole."""
     data = b""
     while b"\r\n\r\n" not in data:
         block = sock.recv(65536)
         if not block:
-            return data
+            return data, False
         data += block
     head, _, body = data.partition(b"\r\n\r\n")
     fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:])
@@ -134,10 +134,10 @@ def _message(sock: socket.socket) -> bytes:
     while left > 0:
         block = sock.recv(65536)
         if not block:
-            break
+            return data, False
         data += block
         left -= len(block)
-    return data
+    return data, True
 
 
 class Program:
@@ -387,11 +387,10 @@ def farm_in(seed: int) -> Iterator[Farm]:
         yield farm
     except BaseException:
         print(f"what is left is in {place}", file=sys.stderr)
-        raise
-    else:
-        shutil.rmtree(place, ignore_errors=True)
-    finally:
         farm.close()
+        raise
+    farm.close()
+    shutil.rmtree(place)
 
 
 def chaos(seconds: float, seed: int) -> str:
