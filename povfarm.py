@@ -7777,7 +7777,7 @@ class Api:
 
     # --- working
 
-    @route("POST", "/api/v1/workers", role="anyone", summary="Join as a worker")
+    @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, summary="Join as a worker")
     def join(self, request: Request) -> Response:
         """Body: name, cores, memory, system, engines, tags. Answers a token for this worker.
 
