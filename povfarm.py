@@ -76,6 +76,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -442,6 +443,10 @@ def _rate(text: str) -> Fraction:
     raise UserError(f"'{text}' is not a rate from 0.001 to 1000, such as 24 or 30000/1001")
 
 
+def _whole_seconds(text: str) -> int:
+    return math.ceil(parse_duration(text))
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -507,6 +512,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("povray-version", _version, "auto",
             "which POV-Ray renders the job: auto (the first worker's), any, or such as 3.7",
             "job", "VERSION"),
+    Setting("frame-timeout", _whole_seconds, 0,
+            "most time for one frame, such as 30m; by itself 20 times what the others take", "job",
+            "TIME"),
     Setting("verify", _percent, 0,
             "percent of the frames that two workers render, to compare them", "job", "P"),
     Setting("wait", bool, False, "wait until the job is finished", "submit"),
@@ -3265,6 +3273,7 @@ class JobOptions:
     frames (``animation``), or nobody's (``off``). ``povray`` is the version
     that renders: ``auto`` for that of the first worker, ``any``, or how it begins.
     ``verify`` percent of the frames are rendered by two workers and compared.
+    ``frame_timeout`` is in seconds; 0 goes by the frames that are done.
     """
 
     priority: int = 0
@@ -3275,6 +3284,7 @@ class JobOptions:
     radiosity: str = "share"
     povray: str = "auto"
     verify: int = 0
+    frame_timeout: int = 0
 
     def changed(self, changes: Mapping[str, Any]) -> JobOptions:
         """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
@@ -3401,7 +3411,8 @@ class LeaseSpec:
     The tasks are neighbouring frames for one run of the renderer with
     ``threads`` threads, or one slice, or one pass. In an ``in_order`` job the
     run starts at the job's first frame, whichever tasks are left. ``shares``
-    are the passes, by their task, whose results this run reads.
+    are the passes, by their task, whose results this run reads, ``timeout`` the
+    seconds that one task may take, 0 for as long as it likes.
     """
 
     id: str
@@ -3413,12 +3424,13 @@ class LeaseSpec:
     pov: PovJob
     in_order: bool
     shares: tuple[int, ...] = ()
+    timeout: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
             "id": self.id, "job": self.job, "job_name": self.job_name, "threads": self.threads,
-            "shares": list(self.shares),
+            "shares": list(self.shares), "timeout": self.timeout,
             "tasks": [vars(task) for task in self.tasks], "manifest": self.manifest,
             "pov": self.pov.to_wire(), "in_order": self.in_order,
         }
@@ -3434,6 +3446,7 @@ class LeaseSpec:
             want(wire, "id", str), want(wire, "job", int), want(wire, "job_name", str),
             want(wire, "threads", int), tasks, want(wire, "manifest", str),
             PovJob.from_wire(want(wire, "pov", dict)), want(wire, "in_order", bool), shares,
+            want(wire, "timeout", int),
         )
 
 
@@ -3584,6 +3597,14 @@ def frame_state(slices: Collection[TaskState], state: TaskState) -> TaskState:
     return TaskState.LEASED if begun else TaskState.QUEUED
 
 
+def frame_timeout(walls: Sequence[float]) -> int:
+    """Return the seconds that one frame may take where others took ``walls``; 0 without limit.
+
+    A frame may well be much heavier than the others, and its worker slower.
+    """
+    return max(math.ceil(20 * statistics.median(walls)), 600) if walls else 0
+
+
 def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
     """Return the state that a job's tasks put it into (``state`` when none)."""
     if counts[TaskState.QUEUED] or counts[TaskState.LEASED]:
@@ -3595,7 +3616,7 @@ def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
 
 _OPTION_LIMITS: Mapping[str, tuple[int, int]] = {
     "priority": (-1000, 1000), "max_workers": (0, 10_000), "retry_limit": (1, 100),
-    "verify": (0, 100),
+    "verify": (0, 100), "frame_timeout": (0, 10**7),
 }
 _OPTION_TEXTS: Mapping[str, str] = {
     "slices": "auto|off|[1-9][0-9]{0,3}", "radiosity": "share|animation|off",
@@ -5144,6 +5165,7 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE job ADD COLUMN povray TEXT NOT NULL DEFAULT 'auto';
     ALTER TABLE job ADD COLUMN engines TEXT NOT NULL DEFAULT '{}';
     ALTER TABLE job ADD COLUMN verify INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE job ADD COLUMN frame_timeout INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE worker ADD COLUMN aside TEXT NOT NULL DEFAULT '';
     CREATE INDEX attempt_kept ON attempt (task) WHERE state = 'kept';
     ALTER TABLE task ADD COLUMN parent INTEGER REFERENCES task ON DELETE CASCADE;
@@ -5654,10 +5676,10 @@ class Tx:
         cursor = self._db.execute(
             """INSERT INTO job (name, state, owner, pov, manifest, priority, max_workers,
                                 retry_limit, in_order, slices, radiosity, povray, verify,
-                                created)
+                                frame_timeout, created)
                VALUES (:name, 'waiting', :owner, :pov, :manifest, :priority, :max_workers,
                        :retry_limit, :in_order, :slices, :radiosity, :povray, :verify,
-                       :now)""",
+                       :frame_timeout, :now)""",
             {**vars(options), "name": name, "owner": owner, "pov": json.dumps(pov.to_wire()),
              "manifest": manifest, "now": now})
         return int(cursor.lastrowid or 0)
@@ -5728,7 +5750,7 @@ class Tx:
             """UPDATE job SET priority = :priority, max_workers = :max_workers,
                               retry_limit = :retry_limit, in_order = :in_order,
                               slices = :slices, radiosity = :radiosity, povray = :povray,
-                              verify = :verify
+                              verify = :verify, frame_timeout = :frame_timeout
                WHERE id = :id""", {**vars(options), "id": job})
 
     def add_job_cost(self, job: int, cost: Cost) -> None:
@@ -5888,6 +5910,12 @@ class Tx:
                      WHERE job = :job AND kind = 'slice' AND state = 'done'
                      AND parent IS NOT NULL AND wall > 0 ORDER BY finished DESC LIMIT 64)
                GROUP BY worker""", {"job": job}).fetchall()
+
+    def recent_walls(self, job: int) -> list[float]:
+        """Return how long the frames took that a job finished last, in seconds."""
+        return [row["wall"] for row in self._db.execute(
+            """SELECT wall FROM task WHERE job = :job AND state = 'done' AND parent IS NULL
+               ORDER BY finished DESC LIMIT 99""", {"job": job}) if row["wall"]]
 
     def set_task_state(self, task: int, frm: TaskState, to: TaskState) -> bool:
         """Move a task from one state to another; False when it was not there."""
@@ -7323,7 +7351,8 @@ class Scheduler:
             for task in tasks)
         return LeaseSpec(
             lease, job["id"], job["name"], self._threads(tx, job, tasks[0], idle), specs,
-            job["manifest"], pov, bool(job["in_order"]), self._passes(tx, job, tasks[0]))
+            job["manifest"], pov, bool(job["in_order"]), self._passes(tx, job, tasks[0]),
+            job["frame_timeout"] or frame_timeout(tx.recent_walls(job["id"])))
 
     def _passes(self, tx: Tx, job: Row, task: Row) -> tuple[int, ...]:
         """Return the passes whose results a task reads."""
@@ -7945,7 +7974,7 @@ class Api:
                 state.value: sum(view["state"] == state for view in slices)
                 for state in TaskState}},
             slicing=job["slices"], radiosity=job["radiosity"], povray=job["povray"],
-            verify=job["verify"],
+            verify=job["verify"], frame_timeout=job["frame_timeout"],
             waiting_for=self._farm.waiting_for(tx, job),
         )
         if options is not None:
@@ -10471,6 +10500,7 @@ def _proc_stat(pid: int) -> list[str] | None:
 
 LEASE_WAIT = 25.0  # seconds that a request for work is held open
 PATIENCE = 60.0  # seconds that a worker that is asked to stop renders on, as it looks
+HANG_TIME = 600.0  # seconds without a sign of life after which a renderer is ended
 DISK_RESERVE = 200 * 1000**2  # bytes of disk that no run may come to by writing
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
 MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
@@ -10556,6 +10586,9 @@ class RunState:
         self.place: Path | None = None  # its own directory
         self.stopped = False
         self.fills_disk = False
+        self.overdue = ""  # why it was ended before it was finished
+        self._signs: tuple[float, ...] = ()  # of life, as last seen
+        self._alive = self.started
         self.ended = Ended(0, 0.0, 0)
         self.no_room = False
         self.free = 0  # bytes on the disk when the renderer started
@@ -10585,6 +10618,26 @@ class RunState:
         """Return the seconds that the task under way will still take as it looks."""
         part, spent = self.text.percent / 100, self.clock.monotonic() - self.began
         return spent * (1 - part) / part if part else spent
+
+    def too_long(self) -> str:
+        """Return why the renderer should be ended: it takes too long, or does nothing; or nothing.
+
+        A renderer that waits for something that never comes still polls: that
+        took 0.6 % of a core (POV-Ray 3.7.0).
+        """
+        now, limit = self.clock.monotonic(), self.lease.timeout
+        if limit and self.open and now - self.began > limit:
+            return f"the frame took longer than {format_duration(limit)} (see --frame-timeout)"
+        used = self.process.cpu_now() if self.process else None
+        if used is None:
+            return ""
+        index, percent, cpu = self._signs or (-1, 0, 0.0)
+        if (index, percent) != (self.text.index, self.text.percent) or (
+                used - cpu > 0.02 * HANG_TIME):
+            self._signs, self._alive = (self.text.index, self.text.percent, used), now
+        if now - self._alive > HANG_TIME:
+            return f"POV-Ray did nothing for {format_duration(HANG_TIME)}"
+        return ""
 
     def written(self) -> int:
         """Return the bytes in its own directory."""
@@ -10742,6 +10795,7 @@ class Worker:
         self._pace = Pace(cores)
         self._runs: set[RunState] = set()  # that use the machine
         self._held: set[RunState] = set()  # whose leases must be kept alive
+        self._watched: set[RunState] = set()  # whose renderer has not ended
         self._changed = threading.Condition()
         self._deliveries: queue.Queue[Delivery] = queue.Queue()
         self._outbox = Path()
@@ -10758,7 +10812,7 @@ class Worker:
         for number in range(2):
             name = f"deliver-{number}"
             threading.Thread(target=self._deliver_all, name=name, daemon=True).start()
-        for function in (self._beat_all, self._guard_disk):
+        for function in (self._beat_all, self._guard):
             threading.Thread(target=function, name=function.__name__, daemon=True).start()
         try:
             while not self._stopping.is_set() and not self._idle:
@@ -10801,6 +10855,8 @@ class Worker:
         with self._changed:
             while self._runs or (self._held and not self._ending.is_set()):
                 self._changed.wait(1.0)
+                for run in self._runs if self._ending.is_set() else ():
+                    run.stop()  # it began while others were stopped
                 if not self._runs and self._clock.monotonic() > told:
                     told = math.inf
                     log.warning("finished frames wait for the coordinator: "
@@ -10887,13 +10943,17 @@ class Worker:
                     run.bottoms.update({int(task): bottom for task, bottom
                                         in reply.json()["cuts"].items()})
 
-    def _guard_disk(self) -> None:
-        """When the disk is nearly full, end what has written most, if that is much."""
+    def _guard(self) -> None:
+        """End renderers that take too long or, when the disk is nearly full, have written most."""
         while True:
             with self._changed:
-                while not self._runs:
+                while not self._watched:
                     self._changed.wait()
-                runs = list(self._runs)
+                runs = list(self._watched)
+            for run in runs:
+                run.overdue = run.overdue or run.too_long()
+                if run.overdue and run.process is not None:
+                    run.process.kill()
             if shutil.disk_usage(self.cache.root).free < DISK_RESERVE:
                 largest = max(runs, key=RunState.written)
                 if largest.process is not None and largest.written() > DISK_RESERVE:
@@ -11072,6 +11132,8 @@ class Worker:
             if run.text.traced and run.text.index == len(plan.frames) - 1 and run.open:
                 self._finish_early(run, plan, measure)
         ended = run.ended = process.wait()
+        with self._changed:
+            self._watched.discard(run)
         # POV-Ray 3.7 is aborted when it cannot write, and does not say why; or killed when it
         # writes more than it may, which where little is free is not the scene's fault.
         run.fills_disk |= ended.code == -_FILE_TOO_LARGE
@@ -11105,6 +11167,10 @@ class Worker:
             # What one scene writes must not fill the disk.
             file_size=shutil.disk_usage(plan.place).free // 2)
         run.process = self._launcher.start(command.argv, plan.place, command.environment, bounds)
+        run.began = self._clock.monotonic()
+        with self._changed:
+            self._watched.add(run)
+            self._changed.notify_all()
         return run.process
 
     def _finish_early(self, run: RunState, plan: Run, measure: _Measure) -> None:
@@ -11269,6 +11335,8 @@ _FILE_TOO_LARGE = 25  # SIGXFSZ, which Windows does not have
 def _why_it_failed(run: RunState, bounds: Bounds) -> tuple[str, bool]:
     """Return what went wrong, best in POV-Ray's words, and whether the scene is to blame."""
     error, ended = run.text.error(), run.ended
+    if run.overdue:
+        return run.overdue, False
     if run.fills_disk:
         return "POV-Ray wrote so much that it would have filled the disk", False
     if ended.code == -9:
@@ -11857,7 +11925,8 @@ def _draft(options: Options, scratch: Path) -> Draft:
         "priority": options.priority, "max_workers": options.max_workers or 0,
         "retry_limit": options.retries, "in_order": options.in_order,
         "slices": options.slices, "radiosity": options.radiosity,
-        "povray": options.povray_version, "verify": options.verify})
+        "povray": options.povray_version, "verify": options.verify,
+        "frame_timeout": options.frame_timeout})
     name = options.name or named or PurePosixPath(pov.scene).stem
     if named:
         plan, directory = _flat(plan), here / f"{named}-frames"

@@ -569,6 +569,15 @@ def test_a_scene_error_pauses_a_new_job_and_shows_povrays_words(
     assert "scene.pov' line 6" in view["failure"]["message"]
 
 
+def test_a_frame_that_never_ends_is_ended(farm: Farm, tmp_path: Path) -> None:
+    farm.work("--cores", "1")
+    place = project(tmp_path, STILL + "#if (clock > 0) #while (1) #end #end\n")
+    job = farm.submit(place, "scene.pov", "+KFF2", *SMALL, "--frame-timeout", "2s", "--retries", "1")
+    view = farm.finished(job)
+    assert (view["frames"]["done"], view["frames"]["failed"]) == (1, 1)
+    assert "longer than 2.0 s" in view["failure"]["message"]
+
+
 def test_jobs_of_higher_priority_go_first(farm: Farm, tmp_path: Path) -> None:
     place = project(tmp_path)
     low = farm.submit(place, "scene.pov", "+KFF4", *SMALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import threading
 import time
@@ -328,6 +329,60 @@ def test_a_worker_whose_launcher_was_killed_hands_back_and_ends(room: Room) -> N
         room.worker.run()
     assert room.farm.states(job) == ["queued"] * 2
     assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+
+
+class Sleeper(Copier):
+    """Begins with its first frame, and then does nothing for ever."""
+
+    def command(self, run: povfarm.Run) -> Command:
+        script = "echo Rendering frame 1 of 1; exec sleep 1000"
+        return povfarm.replace(super().command(run), argv=("/bin/sh", "-c", script))
+
+
+@pytest.mark.parametrize(("timeout", "passes", "words"), [
+    (40, 41, "longer than 40 s .see --frame-timeout"),
+    (0, povfarm.HANG_TIME + 1, "POV-Ray did nothing for 10:00"),
+])
+def test_a_renderer_that_takes_too_long_or_does_nothing_is_ended(
+        timeout: int, passes: float, words: str, room: Room) -> None:
+    job = room.farm.submit(frames=1, frame_timeout=timeout, retry_limit=1)
+    room.worker.engine = Sleeper("", "3.7", ())
+    room.start()
+    wait_until(lambda: any(run.process and run.process.pid for run in room.worker._watched))
+    time.sleep(1.5)  # longer than somebody takes to look
+    assert room.farm.state(job) == "active"
+    room.clock.skipped += passes
+    wait_until(lambda: room.farm.state(job) == "failed")
+    with room.farm.store.read() as tx:
+        failure = tx.first_failure(job)
+    assert failure is not None and re.search(words, failure["message"])
+    assert not room.worker._watched
+    room.end()
+
+
+def test_a_renderer_that_computes_without_a_word_is_left_alone(room: Room) -> None:
+    """Parsing or photons may take hours, without any progress."""
+    job = room.farm.submit(frames=1)
+    runs: List[Any] = []
+    original = povfarm.Process.cpu_now
+    cpu = [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(povfarm.Process, "cpu_now", lambda _: cpu[0])
+        room.worker.engine = Sleeper("", "3.7", ())
+        room.start()
+        wait_until(lambda: room.worker._watched)
+        runs += room.worker._watched
+        for _ in range(4):
+            cpu[0] += 0.03 * povfarm.HANG_TIME
+            assert runs[0].too_long() == ""
+            room.clock.skipped += 0.9 * povfarm.HANG_TIME
+        assert room.farm.state(job) == "active" and not runs[0].overdue
+        room.clock.skipped += 0.9 * povfarm.HANG_TIME
+        wait_until(lambda: room.farm.states(job) == ["failed"] or room.farm.tasks(job)[0]["tries"])
+    assert povfarm.Process.cpu_now is original
+    room.worker.stop()
+    room.worker.stop()
+    room.end()
 
 
 def test_to_stop_twice_ends_a_worker_whose_coordinator_is_gone(

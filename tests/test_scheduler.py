@@ -1830,3 +1830,33 @@ def test_after_anything_at_all_the_data_is_whole_and_every_job_can_be_finished(
         chaos.step()
     chaos.do_submit()
     chaos.bring_to_an_end()
+
+
+# --- how long a frame may take
+
+def test_a_frame_may_take_twenty_times_what_the_others_took_and_ten_minutes_at_least(
+        farm: Farm) -> None:
+    worker = farm.worker()
+    farm.submit(frames=9)
+    lease = farm.lease(worker)
+    assert lease.timeout == 0  # nothing is known yet
+    farm.finish(worker, lease, cpu=2.0)
+    lease = farm.lease(worker)
+    assert lease.timeout == 600
+    farm.finish(worker, lease, cpu=1000.0)
+    lease = farm.lease(worker)
+    assert lease.timeout == 10_020  # 20 times the median of 2 and 1000
+    farm.finish(worker, lease, cpu=40.0)
+    assert farm.lease(worker).timeout == 800
+
+
+def test_a_time_limit_of_the_job_goes_before_what_its_frames_took(farm: Farm) -> None:
+    worker = farm.worker()
+    job = farm.submit(frames=9, frame_timeout=30)
+    lease = farm.lease(worker)
+    assert lease.timeout == 30 and LeaseSpec.from_wire(lease.to_wire()) == lease
+    farm.finish(worker, lease, cpu=1000.0)
+    assert farm.lease(worker).timeout == 30
+    farm.scheduler.change(job, {"frame_timeout": 45})
+    assert farm.lease(worker).timeout == 45
+    assert farm.ask("GET", f"/api/v1/jobs/{job}").json()["frame_timeout"] == 45

@@ -17,7 +17,7 @@ SOURCE = Path(povfarm.__file__).read_text(encoding="utf-8")
 # A text that each kind of value takes, and what it then is.
 SAMPLES: Dict[str, Any] = {
     "data": "farm", "root": "scenes", "output": "out", "port": "8080", "discovery-port": "8081",
-    "lease-time": "1m30s", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
+    "lease-time": "1m30s", "frame-timeout": "1h", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
     "max-workers": "2", "retries": "5", "slices": "7", "povray-version": "3.7", "verify": "25",
     "radiosity": "off", "apng": "film.png",
     "video": "film.mp4", "fps": "30000/1001",
@@ -26,7 +26,7 @@ SAMPLES: Dict[str, Any] = {
 }
 VALUES: Dict[str, Any] = {
     "data": Path("farm"), "root": Path("scenes"), "output": Path("out"), "port": 8080,
-    "discovery-port": 8081, "lease-time": 90.0, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
+    "discovery-port": 8081, "lease-time": 90.0, "frame-timeout": 3600, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "povray-version": "3.7", "verify": 25,
     "radiosity": "off",
     "apng": Path("film.png"), "video": Path("film.mp4"), "fps": Fraction(30000, 1001),
