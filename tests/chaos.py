@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -312,7 +313,7 @@ class Farm:
                     if name == "broken" and "Parse Error" not in view["failure"]["message"]:
                         raise Lost(f"job {job} does not tell why it failed: {view['failure']}")
                     return "done" if view["state"] == "done" else "failed"
-                if "killed" not in view["failure"]["message"]:
+                if not re.search("killed|Timed out waiting", view["failure"]["message"]):
                     raise Lost(f"job {job} ({name}) failed: {view['failure']}")
                 self.faults["retried"] += 1
                 self.client.request("POST", f"{path}/retry", json={})

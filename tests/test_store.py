@@ -471,6 +471,44 @@ def test_what_a_killed_program_left_behind_is_swept_away(farm: Farm) -> None:
     assert not (jobs / f"{gone}-gone").exists()
 
 
+def test_contents_that_come_again_while_they_are_tidied_away_stay(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    farm.scheduler.delete(farm.submit(frames=1))
+    farm.clock.advance(povfarm.KEEP_BLOBS + 1)
+    tx, calls = farm.store.tx, [1]
+
+    def between() -> Any:
+        """Let them come again after tidy has dropped the row, and before it drops the file."""
+        calls.append(1)
+        if len(calls) == 3:
+            farm.submit(frames=1)
+        return tx()
+
+    monkeypatch.setattr(farm.store, "tx", between)
+    farm.scheduler.tidy()
+    assert len(calls) > 3 and farm.store.blob_path(sha256(SCENE)).is_file()
+
+
+def test_contents_whose_file_is_tidied_away_before_their_row_are_asked_for_again(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = farm.submit(frames=1, send=False)
+    put_blob = farm.store.put_blob
+
+    def lose(name: str, chunks: Any) -> int:
+        size = put_blob(name, chunks)
+        farm.store.blob_path(name).unlink()
+        return size
+
+    monkeypatch.setattr(farm.store, "put_blob", lose)
+    with pytest.raises(ProtocolError) as caught:
+        farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+    assert caught.value.status == 503  # which the client takes as: try again
+    monkeypatch.undo()
+    assert farm.state(job) == "waiting"
+    farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+    assert farm.state(job) == "active"
+
+
 def test_a_coordinator_that_never_started_can_be_stopped(tmp_path: Path) -> None:
     Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False).stop()
 
