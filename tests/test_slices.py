@@ -611,6 +611,50 @@ def test_a_frame_is_divided_again_and_again(farm: Farm) -> None:
     assert picture(farm, job) == [lease.tasks[0].id] * 60 + [rest.tasks[0].id] * 36
 
 
+def test_a_slice_that_would_outlast_all_the_rest_is_divided_before_more_is_cut(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    anna, bert = two
+    job = submit(farm, values={"Height": "800"})
+    slow, quick = farm.lease(anna), farm.lease(bert)
+    farm.clock.advance(30)
+    beat(farm, anna, slow, 0.02)
+    hand_in(farm, bert, quick, wall=5)
+    before = spans(farm, job)
+    lease = farm.lease(bert)
+    assert before[0] == (0, slow.tasks[0].bottom)
+    assert lease.tasks[0].bottom == slow.tasks[0].bottom  # of the upper slice, not of what is left
+    assert beat(farm, anna, slow, 0.02) == {slow.tasks[0].id: lease.tasks[0].top}
+
+
+def test_how_long_a_task_takes_is_told_from_its_last_rows(farm: Farm) -> None:
+    anna, bert, lease, job = dragging(farm, part=0.05)
+    for seconds, part in ((20, 0.06), (9, 0.5), (9, 0.85)):
+        farm.clock.advance(seconds)
+        beat(farm, anna, lease, part)
+    # An eighth is left, at a quarter of a second for each hundredth: not worth dividing.
+    assert farm.leases(bert) == [] and spans(farm, job) == []
+
+
+def test_a_slice_that_was_got_ahead_of_time_goes_to_an_idle_worker(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    anna, bert = two
+    job = submit(farm, values={"Height": "800"})
+    first, other = farm.lease(anna), farm.lease(bert)
+    farm.clock.advance(10)
+    beat(farm, anna, first, 0.99)
+    ahead = farm.lease(anna, idle=0)
+    top = ahead.tasks[0].top
+    farm.clock.advance(10)  # what is left takes much longer than it looked
+    beat(farm, anna, first, 0.992)
+    farm.clock.advance(10)
+    beat(farm, anna, first, 0.993)
+    hand_in(farm, bert, other)
+    assert farm.lease(bert, idle=0).tasks[0].top > top  # bert is not idle: it, too, looks ahead
+    taken = farm.lease(farm.worker("carl"), idle=1)
+    assert taken.tasks == ahead.tasks and farm.beat(anna, ahead) == [ahead.id]
+    assert farm.state(job) == "active"
+
+
 def test_a_divided_frame_begins_and_ends_where_blocks_and_the_region_do(farm: Farm) -> None:
     values = {**BLOCKS, "Start_Row": "21", "End_Row": "90", "Render_Block_Size": "10"}
     anna, bert, lease, job = dragging(farm, values, 2 / 7)
