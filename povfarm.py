@@ -2160,6 +2160,7 @@ MAX_FILES = 100_000  # of a project
 MAX_ZIP_SIZE = 4 * 10**9  # bytes, unpacked
 GUARD_FILES = 20_000  # a root with more is taken for no project, unless the user says so
 GUARD_SIZE = 2 * 10**9
+MAX_WRITTEN, MAX_WRITTEN_SIZE = 1000, 64 << 20  # files that a scene may write, and their bytes
 
 # What POV-Ray 3.7 comes with, for a machine that has no POV-Ray.
 _STANDARD_INCLUDES = """arrays chars colors consts debug finish functions glass glass_old golds ior
@@ -2380,6 +2381,38 @@ def zip_stream(entries: Iterable[tuple[str, Path]], timestamp: float = 0) -> Ite
                     target.write(block)
                     yield sink.take()
     yield sink.take()
+
+
+def pack_files(files: Mapping[str, bytes]) -> bytes:
+    """Return files by their names as a zip file."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, contents in files.items():
+            archive.writestr(name, contents)
+    return data.getvalue()
+
+
+def unpack_files(data: bytes) -> dict[str, bytes]:
+    """Read what ``pack_files`` made; ``UserError`` for what no scene may have written."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            infos = archive.infolist()
+            size = sum(info.file_size for info in infos)
+            if len(infos) > MAX_WRITTEN or size > MAX_WRITTEN_SIZE:
+                raise UserError("these are more files, or larger ones, than a scene may write")
+            files = {info.filename: archive.read(info) for info in infos}
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
+            RuntimeError) as error:
+        raise UserError(f"the files that a scene wrote are damaged: {error}") from None
+    for name in files:
+        if not may_be_written(name):
+            raise UserError(f"{name!r} is not a name of a file that a scene may write")
+    return files
+
+
+def may_be_written(name: str) -> bool:
+    """Tell whether a file that a scene wrote under this name is brought back."""
+    return _is_portable(name) and not any(part.startswith(".") for part in name.split("/"))
 
 
 # --- finding files as POV-Ray does
@@ -5180,6 +5213,15 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX task_part ON task (job, state, kind) WHERE parent IS NOT NULL;
     CREATE INDEX task_cut ON task (state, job) WHERE cut IS NOT NULL;
     """,
+    # Files that scenes wrote themselves, as the last frame left them; their contents are blobs.
+    """
+    CREATE TABLE written (
+        job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE, path TEXT NOT NULL,
+        frame INTEGER NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL,
+        PRIMARY KEY (job, path)
+    ) WITHOUT ROWID;
+    CREATE INDEX written_sha256 ON written (sha256);
+    """,
 )
 
 Row = sqlite3.Row
@@ -5660,10 +5702,27 @@ class Tx:
         self._db.execute("DELETE FROM manifest WHERE key NOT IN (SELECT manifest FROM job)")
 
     def unused_blobs(self, before: float) -> list[str]:
-        """Return the hashes that no manifest names and that are older than ``before``."""
+        """Return the hashes that nobody names and that are older than ``before``."""
         return [row["sha256"] for row in self._db.execute(
             """SELECT sha256 FROM blob WHERE stored < :before
-               AND sha256 NOT IN (SELECT sha256 FROM manifest_blob)""", {"before": before})]
+               AND sha256 NOT IN (SELECT sha256 FROM manifest_blob)
+               AND sha256 NOT IN (SELECT sha256 FROM written)""", {"before": before})]
+
+    def add_written(self, job: int, path: str, frame: int, sha256: str, size: int) -> None:
+        """Record a file that a scene wrote, unless that of a later frame is there."""
+        self._db.execute(
+            """INSERT INTO written (job, path, frame, sha256, size)
+               VALUES (:job, :path, :frame, :sha256, :size)
+               ON CONFLICT (job, path) DO UPDATE SET
+                 frame = excluded.frame, sha256 = excluded.sha256, size = excluded.size
+               WHERE excluded.frame >= written.frame""",
+            {"job": job, "path": path, "frame": frame, "sha256": sha256, "size": size})
+
+    def written(self, job: int) -> list[Row]:
+        """Return the files that the scene of a job wrote."""
+        return self._db.execute(
+            "SELECT path, frame, sha256, size FROM written WHERE job = :job ORDER BY path",
+            {"job": job}).fetchall()
 
     def drop_blob(self, sha256: str) -> None:
         """Forget contents, before their file is deleted."""
@@ -6140,19 +6199,11 @@ class Tx:
                GROUP BY task HAVING COUNT(*) > 1""")]
 
     def live_blobs(self) -> list[str]:
-        """Return the hashes that jobs in work need."""
+        """Return the hashes that jobs in work need, and of what scenes wrote."""
         return [row["sha256"] for row in self._db.execute(
-            """SELECT DISTINCT manifest_blob.sha256 AS sha256
+            """SELECT manifest_blob.sha256 AS sha256
                FROM job JOIN manifest_blob ON manifest_blob.manifest = job.manifest
-               WHERE job.state = 'active'""")]
-
-    def missing_live_blobs(self) -> list[str]:
-        """Return hashes that a job in work needs and that are not stored."""
-        return [row["sha256"] for row in self._db.execute(
-            """SELECT DISTINCT manifest_blob.sha256 AS sha256
-               FROM job JOIN manifest_blob ON manifest_blob.manifest = job.manifest
-               WHERE job.state = 'active'
-               AND manifest_blob.sha256 NOT IN (SELECT sha256 FROM blob)""")]
+               WHERE job.state = 'active' UNION SELECT sha256 FROM written""")]
 
 
 # === 10. SCHEDULER ===========================================================
@@ -6287,9 +6338,7 @@ class Scheduler:
                 raise ProtocolError(404, "no job asked for a file with this hash")
         size = self.store.put_blob(sha256, chunks)
         with self._tx() as tx:
-            if not self.store.blob_path(sha256).is_file():
-                raise ProtocolError(503, "the file was tidied away just now: send it again")
-            tx.add_blob(sha256, size, self.clock.time())
+            self._add_blob(tx, sha256, size)
             for job, missing in list(self._missing.items()):
                 missing.discard(sha256)
                 if not missing:
@@ -6538,14 +6587,15 @@ class Scheduler:
         self._wake()
 
     def finish(self, worker: int, lease: str, task: int, image: bytes, log_text: bytes,
-               cost: Cost, bottom: int = 0) -> bool:
+               cost: Cost, bottom: int = 0, written: Mapping[str, bytes] = {}) -> bool:
         """Accept the image of a task; False when another was accepted before.
 
         The image is checked whole first: ``ImageError`` when it is not the
         picture that was asked for, and the task stays as it was. A late image
         of a task that is still unfinished is taken. Of a slice comes the strip
         of its rows, which may reach further down, to ``bottom``, when its worker
-        rendered on while others began with what is below.
+        rendered on while others began with what is below. ``written`` are the
+        files that the scene wrote itself: of each, the last frame's stays.
         """
         with self.store.read() as tx:
             attempt, row, job = self._attempt(tx, worker, lease, task)
@@ -6572,12 +6622,16 @@ class Scheduler:
                 pieces, kept = [], []
             for piece, data in pieces:
                 self.store.put_image(*place_of(directory, piece), data)
+            files = self._put_written(written)
             with self._tx() as tx:
                 if verdict.keep:
                     accepted = self._keep(tx, attempt, verdict.keep, log_name, cost)
                 else:
                     accepted = self._accept(tx, attempt, pieces, log_name, cost)
                     self._conclude(tx, row, verdict)
+                for path, (sha256, size) in files.items() if accepted else ():
+                    self._add_blob(tx, sha256, size)
+                    tx.add_written(job["id"], path, row["frame"], sha256, size)
             for old in kept:
                 (directory / "parts" / kept_name(row, old["id"])).unlink(missing_ok=True)
             for piece, _ in pieces:
@@ -6586,6 +6640,16 @@ class Scheduler:
         self.join_frames()
         self._wake()
         return accepted
+
+    def _put_written(self, written: Mapping[str, bytes]) -> dict[str, tuple[str, int]]:
+        """Store files that are not stored yet; return hash and size of each."""
+        files = {}
+        for path, data in written.items():
+            sha256 = hashlib.sha256(data).hexdigest()
+            if not self.store.blob_path(sha256).is_file():
+                self.store.put_blob(sha256, [data])
+            files[path] = sha256, len(data)
+        return files
 
     def part_path(self, tx: Tx, task: Row, suffix: str = "") -> Path:
         """Return where the file of a slice or pass is, or the state of a task by its suffix."""
@@ -6697,16 +6761,14 @@ class Scheduler:
             problems += [f"task {task}: two accepted results" for task in tx.twice_accepted()]
             problems += [f"frame {task}: its slices do not make it up"
                          for task in tx.parts_out_of_step()]
-            problems += [f"blob {sha256}: needed and not stored"
-                         for sha256 in tx.missing_live_blobs()]
             problems += [f"lease {row['id']}: live and not known to the scheduler"
                          for row in tx.live_leases() if row["id"] not in self._deadlines]
             problems += [f"job {row['id']}: {row['state']} does not fit its tasks"
                          for row in tx.jobs(0, -1) if self._state(row) != row["state"]]
-            blobs = tx.live_blobs()
+            blobs, stored = tx.live_blobs(), set(tx.stored_blobs())
             done = tx.done_tasks()
-        problems += [f"blob {sha256}: not on disk"
-                     for sha256 in blobs if not self.store.blob_path(sha256).is_file()]
+        problems += [f"blob {sha256}: needed and not stored" for sha256 in blobs
+                     if sha256 not in stored or not self.store.blob_path(sha256).is_file()]
         for row in done:
             directory = self.store.job_directory(row["job"], row["job_name"])
             place, name = place_of(directory, row)
@@ -6768,6 +6830,11 @@ class Scheduler:
         row = tx.task(attempt["task"])  # of a frame that was divided since, the first slice
         assert row is not None  # the attempt's foreign key
         return attempt, row, self._job(tx, row["job"])
+
+    def _add_blob(self, tx: Tx, sha256: str, size: int) -> None:
+        if not self.store.blob_path(sha256).is_file():
+            raise ProtocolError(503, "the file was tidied away just now: send it again")
+        tx.add_blob(sha256, size, self.clock.time())
 
     def _start(self, tx: Tx, job: Row) -> None:
         """Make a job active, or let it wait for its files."""
@@ -7714,16 +7781,37 @@ class Api:
                     parts.append((directory / attempt["log"]).read_text("utf-8", "replace"))
         return text_response("".join(parts))
 
+    @route("GET", "/api/v1/jobs/<job:int>/files", role="reader",
+           summary="The files that the scene wrote")
+    def written(self, request: Request) -> Response:
+        """Path, SHA-256, size, and the frame that wrote it last, of each file."""
+        with self._store.read() as tx:
+            job = self._job(tx, request)
+            return json_response({"files": [dict(row) for row in tx.written(job["id"])]})
+
+    @route("GET", "/api/v1/jobs/<job:int>/files/<hash>", role="reader",
+           summary="A file that the scene wrote")
+    def written_file(self, request: Request) -> Response:
+        """The contents with this hash."""
+        sha256 = _sha256(request)
+        with self._store.read() as tx:
+            job = self._job(tx, request)
+            if all(row["sha256"] != sha256 for row in tx.written(job["id"])):
+                raise ProtocolError(404, "the scene wrote no file with this hash")
+        return file_response(self._store.blob_path(sha256), "application/octet-stream", request,
+                             sha256)
+
     @route("GET", "/api/v1/jobs/<job:int>/archive.zip", role="reader",
            summary="All finished images of a job")
     def archive(self, request: Request) -> Response:
-        """A zip of the finished images, made while it is sent."""
+        """A zip of them and of the files that the scene wrote, made while it is sent."""
         with self._store.read() as tx:
             job = self._job(tx, request)
-            done = tx.tasks_in(job["id"], TaskState.DONE)
+            done, written = tx.tasks_in(job["id"], TaskState.DONE), tx.written(job["id"])
         directory = self._store.job_directory(job["id"], job["name"])
-        entries = ((row["name"], safe_join(directory, row["name"])) for row in done)
-        response = stream_response(zip_stream(entries), "application/zip")
+        images = {row["name"]: safe_join(directory, row["name"]) for row in done}
+        files = {row["path"]: self._store.blob_path(row["sha256"]) for row in written}
+        response = stream_response(zip_stream({**files, **images}.items()), "application/zip")
         name = urllib.parse.quote(f"{directory.name}.zip")
         response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
         return response
@@ -7921,15 +8009,17 @@ class Api:
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>", role="worker", max_body=MAX_IMAGE,
            summary="Deliver an image")
     def deliver(self, request: Request) -> Response:
-        """Body: ``log`` bytes of POV-Ray's text, then the image.
+        """Body: ``log`` bytes of POV-Ray's text, the image, ``files`` bytes of a zip of the
+        files that the scene wrote.
 
-        Query: log, cpu, wall, parse, memory, and the row before which the picture ends,
+        Query: log, files, cpu, wall, parse, memory, and the row before which the picture ends,
         bottom. 422 when the image is not the whole picture that was asked for.
         ``accepted`` is False when another worker was first. 503 when the body is
         not what the header X-SHA256 says.
         """
-        size = _query_number(request, "log", 0)
+        size, files = _query_number(request, "log", 0), _query_number(request, "files", 0)
         data = _whole_body(request)
+        end = max(len(data) - files, 0)
         cost = Cost(_seconds(request.query.get("cpu", "0"), MAX_COST),
                     _seconds(request.query.get("wall", "0"), MAX_COST),
                     _query_number(request, "memory", 0),
@@ -7937,7 +8027,8 @@ class Api:
         try:
             accepted = self._farm.finish(
                 request.identity.worker or 0, request.params["lease"], request.params["task"],
-                data[size:], data[:size], cost, _query_number(request, "bottom", 0))
+                data[size:end], data[:size], cost, _query_number(request, "bottom", 0),
+                unpack_files(data[end:]) if files else {})
         except ImageError as error:
             raise ProtocolError(422, str(error)) from None
         return json_response({"accepted": accepted})
@@ -9147,6 +9238,21 @@ class Run:
         """Where POV-Ray keeps what is finished of the first frame, and looks for it to go on."""
         return self.made(self.frames[0]).with_suffix(".pov-state")
 
+    def scene_files(self) -> dict[str, tuple[int, int]]:
+        """Return the files in its place that may be the scene's: time in ns and size, by name."""
+        own = {self.made(frame) for frame in self.frames}
+        found = {}
+        for folder, _, names in os.walk(self.place):
+            for path in (Path(folder, name) for name in names):
+                name = path.relative_to(self.place).as_posix()
+                if path in own or _OWN_FILES.fullmatch(path.name) or not may_be_written(name):
+                    continue
+                with contextlib.suppress(OSError):  # POV-Ray may have deleted it just now
+                    about = path.lstat()
+                    if stat.S_ISREG(about.st_mode):
+                        found[name] = about.st_mtime_ns, about.st_size
+        return found
+
     @property
     def block(self) -> int:
         """The edge of the blocks, in pixels, in which the run renders."""
@@ -9336,13 +9442,15 @@ class WindowsEngine(Engine):
         """Return how to render a run with pvengine.exe."""
         library = [str(path) for path in self.library_of(run)]
         text = to_ini(self.values(run), run.lease.pov.declares, library)
-        text += "All_File=povray.txt\n"
+        text += f"All_File={_LOG}\n"
         argv = (self.program, "/NR", "/RENDER", str(run.place / _INI), "/EXIT")
         return Command(argv, dict(os.environ), {run.place / _INI: text}, {})
 
 
 LINK = "_povfarm"  # begins the names of the links to a project's directories
 _INI = "povfarm.ini"
+_LOG = "povray.txt"  # what POV-Ray for Windows prints
+_OWN_FILES = re.compile(rf"pov\d+|.*\.pov-state|{_LOG}")  # POV-Ray's: pixels of a big image, states
 _SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read
 
 
@@ -10640,6 +10748,8 @@ class RunState:
         self.open = {task.frame: task for task in lease.tasks}
         self.bottoms: dict[int, int] = {}  # of tasks whose lower rows others render
         self.cut = False
+        self.scene_files: dict[str, tuple[int, int]] = {}  # as they were at the last look
+        self.told: dict[str, str] = {}  # the hash of each that was delivered
 
     def duty_so_far(self) -> float:
         """Guess the duty of a run under way; a half while it is starting."""
@@ -10700,11 +10810,15 @@ class RunState:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A finished frame on its way to the coordinator; ``image`` is its file."""
+    """A finished frame on its way to the coordinator.
+
+    Its file ``image`` ends with ``files`` bytes of a zip of what the scene wrote.
+    """
 
     run: RunState
     task: TaskSpec
     image: Path
+    files: int
     bottom: int
     text: str
     cost: Cost
@@ -11206,6 +11320,7 @@ class Worker:
         if run.stopped:
             return None
         run.free = free_room(plan.place)
+        run.scene_files = plan.scene_files()
         bounds = replace(
             self.bounds, reads=None if self.bounds.reads is None else command.reads,
             # What one scene writes must not fill the disk.
@@ -11250,10 +11365,11 @@ class Worker:
             image = self._kept(run, plan, task, bottom)
         except FileNotFoundError:
             return
+        size, problem = self._add_written(run, plan, image)
         with self._changed:
             del run.open[task.frame]
             run.undelivered += 1
-        self._deliveries.put(Delivery(run, task, image, bottom, text, cost))
+        self._deliveries.put(Delivery(run, task, image, size, bottom, text + problem, cost))
 
     def _kept(self, run: RunState, plan: Run, task: TaskSpec, bottom: int) -> Path:
         """Move what was made of a task to where it outlives the run; return the file."""
@@ -11274,6 +11390,32 @@ class Worker:
             made.rename(kept)
         return kept
 
+    def _add_written(self, run: RunState, plan: Run, image: Path) -> tuple[int, str]:
+        """Append to an image what the scene has written since the last one; the size, a problem.
+
+        The next frame may be writing the same file already: then its own look comes later.
+        """
+        before, run.scene_files = run.scene_files, plan.scene_files()
+        changed = {name: size for name, (time, size) in run.scene_files.items()
+                   if before.get(name) != (time, size)}
+        if not changed or run.task.kind is TaskKind.PASS:
+            return 0, ""
+        if len(changed) > MAX_WRITTEN or sum(changed.values()) > MAX_WRITTEN_SIZE:
+            return 0, ("povfarm: the scene's own files are not brought back: there may be "
+                       f"{MAX_WRITTEN}, of {format_size(MAX_WRITTEN_SIZE)} together\n")
+        files = {}
+        for name in changed:
+            with contextlib.suppress(OSError):
+                files[name] = (plan.place / name).read_bytes()
+                sha256 = hashlib.sha256(files[name]).hexdigest()
+                if run.told.get(name) == sha256:
+                    del files[name]
+                run.told[name] = sha256
+        packed = pack_files(files) if files else b""
+        with open(image, "ab") as file:
+            file.write(packed)
+        return len(packed), ""
+
     def _deliver_all(self) -> None:
         while True:
             delivery = self._deliveries.get()
@@ -11290,7 +11432,7 @@ class Worker:
         """Offer a frame until it is taken or refused: it is kept for as long as that takes."""
         text, cost = delivery.text.encode(), delivery.cost
         path = f"/api/v1/leases/{delivery.run.lease.id}/tasks/{delivery.task.id}"
-        query = (f"log={len(text)}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}"
+        query = (f"log={len(text)}&files={delivery.files}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}"
                  f"&parse={cost.parse:.3f}&memory={cost.memory}&bottom={delivery.bottom}")
         body = text + delivery.image.read_bytes()
         start = self._clock.monotonic()
@@ -11659,6 +11801,7 @@ def fetch(options: Options) -> int:
         frames.append(path)
     if not options.json:
         print(f"{len(fetched)} new of {len(frames)} finished images in {directory}", flush=True)
+    fetched += _fetch_written(client, job, directory)
     missing = view["frames"]["total"] - len(frames)
     if missing and (options.apng or options.video):
         raise FarmError(f"{missing} of {view['frames']['total']} frames are not finished: there "
@@ -12142,26 +12285,28 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
             stop.wait(0.05)  # what happens in a moment is told in one answer
     bar.close()
     images.check()
+    written = _fetch_written(client, job, draft.directory)
     view = client.request("GET", f"/api/v1/jobs/{job}").json()
-    return _conclude(view, files, draft, time.monotonic() - started, options)
+    return _conclude(view, files, written, draft, time.monotonic() - started, options)
 
 
 _JOB_ENDS = frozenset(f"job {state}" for state in ("done", "failed", "cancelled", "paused"))
 
 
-def _conclude(view: dict[str, Any], files: list[str], draft: Draft, seconds: float,
-              options: Options) -> int:
+def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft: Draft,
+              seconds: float, options: Options) -> int:
     """Say how a job ended, and return the exit code."""
     counts = view["frames"]
     if options.json:
-        print(json.dumps({"job": view, "files": files, "seconds": round(seconds, 3)}))
+        print(json.dumps({"job": view, "files": files + written, "seconds": round(seconds, 3)}))
     if view["state"] == JobState.DONE.value:
         where = f" in {Path(files[0]).parent}" if files else ""
         frames = f"{counts['total']} frames" if counts["total"] > 1 else "1 image"
         if not draft.keeps_files and options.command == "render":
             where = "; no file is kept, as Output_To_File is off"
+        more = f" and {len(written)} other file{'s' * (len(written) > 1)}" if written else ""
         if not options.json:
-            print(f"{frames}{where}, {format_duration(seconds)}")
+            print(f"{frames}{more}{where}, {format_duration(seconds)}")
         return 0
     failure = view["failure"]
     text = f"{counts['failed']} of {counts['total']} frames failed" if counts["total"] > 1 else ""
@@ -12169,6 +12314,18 @@ def _conclude(view: dict[str, Any], files: list[str], draft: Draft, seconds: flo
         where = f" (frame {failure['frame']})" if counts["total"] > 1 else ""
         text = f"{text + ': ' if text else ''}{failure['message']}{where}"
     raise FarmError(text or f"the job is {view['state']}: {view['reason']}")
+
+
+def _fetch_written(client: Client, job: int, directory: Path) -> list[str]:
+    """Get the files that the scene wrote and that are not there already; return where they are."""
+    fetched = []
+    for file in client.request("GET", f"/api/v1/jobs/{job}/files").json()["files"]:
+        path = safe_join(directory, file["path"])
+        if not is_file(path) or sha256_file(path) != file["sha256"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            client.download(f"/api/v1/jobs/{job}/files/{file['sha256']}", path, file["sha256"])
+            fetched.append(str(path))
+    return fetched
 
 
 def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:

@@ -180,7 +180,7 @@ def efficiency(profile: str, speeds: Sequence[float]) -> float:
         (place / "scene" / "scene.pov").write_text("sphere { 0, 1 }")
         with team(place, rows, speeds) as submit:
             start = time.monotonic()
-            subprocess.run([*submit, "--wait", "scene.pov", "+W8", f"+H{HEIGHT}"], check=True,
+            subprocess.run([*submit, "--wait", "scene.pov", "+W4", f"+H{HEIGHT}"], check=True,
                            cwd=place / "scene", stdin=subprocess.DEVNULL,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             return IDEAL / (time.monotonic() - start)

@@ -45,6 +45,8 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
         ("reader", "/api/v1/jobs/1/frames/1/log"),
     ("GET", "/api/v1/jobs/<job:int>/slices/<task:int>/image"):
         ("reader", "/api/v1/jobs/1/slices/1/image"),
+    ("GET", "/api/v1/jobs/<job:int>/files"): ("reader", "/api/v1/jobs/1/files"),
+    ("GET", "/api/v1/jobs/<job:int>/files/<hash>"): ("reader", f"/api/v1/jobs/1/files/{ZEROS}"),
     ("GET", "/api/v1/jobs/<job:int>/archive.zip"): ("reader", "/api/v1/jobs/1/archive.zip"),
     ("GET", "/api/v1/workers"): ("reader", "/api/v1/workers"),
     ("GET", "/api/v1/events"): ("reader", "/api/v1/events?wait=0"),
@@ -440,6 +442,36 @@ def test_the_archive_of_a_job_in_work_has_what_is_finished(farm: Farm) -> None:
         with zipfile.ZipFile(io.BytesIO(reply.body)) as archive:
             assert archive.namelist() == names
         deliver(farm, token, lease)
+
+
+def test_files_that_the_scene_wrote_come_with_an_image(farm: Farm) -> None:
+    token, lease = working(farm)
+    files = {"a.txt": b"text", "sub/\u00fc.csv": b"1,2"}
+    packed = povfarm.pack_files(files)
+    path = f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}?log=3&files={len(packed)}"
+    reply = farm.ask("PUT", path, key=token, body=b"log" + png(lease.tasks[0].id) + packed)
+    assert reply.status == 200 and reply.json() == {"accepted": True}
+    listed = farm.ask("GET", "/api/v1/jobs/1/files", key=None).json()["files"]
+    assert [file["path"] for file in listed] == list(files)
+    for file in listed:
+        got = farm.ask("GET", f"/api/v1/jobs/1/files/{file['sha256']}", key=None)
+        assert got.body == files[file["path"]] and len(got.body) == file["size"]
+        assert got.headers["Content-Type"] == "application/octet-stream"
+    with zipfile.ZipFile(io.BytesIO(farm.ask("GET", "/api/v1/jobs/1/archive.zip").body)) as archive:
+        assert archive.namelist() == [*files, "out1.png"]
+    # Of the contents that the farm keeps only these are a job's to show.
+    assert farm.ask("GET", f"/api/v1/jobs/1/files/{sha256(SCENE)}").status == 404
+
+
+def test_files_that_no_scene_may_write_refuse_the_delivery(farm: Farm) -> None:
+    token, lease = working(farm)
+    image = png(lease.tasks[0].id)
+    for packed in (povfarm.pack_files({"../up.txt": b"x"}), b"no zip",
+                   povfarm.pack_files({".profile": b"x"})):
+        path = f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}?files={len(packed)}"
+        assert farm.ask("PUT", path, key=token, body=image + packed).status == 400
+    assert farm.states(1)[0] == "leased" and farm.ask("GET", "/api/v1/jobs/1/files").json() == {
+        "files": []}
 
 
 def test_the_log_has_every_try_with_its_end(farm: Farm) -> None:

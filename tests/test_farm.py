@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -13,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterable, Iterator, List
 
 import pytest
 from conftest import ROOT, need, run_povray
@@ -202,6 +204,13 @@ def pictures(place: Path) -> Dict[str, bytes]:
     return {str(path.relative_to(place)): pixels(path) for path in place.rglob("*.png")}
 
 
+def made_in(place: Path, before: Iterable[str] = ()) -> Dict[str, bytes]:
+    """Return what is new below a directory: the pixels of images, all of other files."""
+    found = {str(path.relative_to(place)): path for path in place.rglob("*") if path.is_file()}
+    return {name: pixels(path) if name.endswith(".png") else path.read_bytes()
+            for name, path in found.items() if name not in before}
+
+
 # --- the same files, names and pixels as povray
 
 ANIMATIONS = {
@@ -222,16 +231,16 @@ ANIMATIONS = {
 @pytest.fixture(scope="module")
 def plain(examples: Path, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Any]:
     """What plain POV-Ray makes of every animation, all at once: it sleeps most of the time."""
-    pool = concurrent.futures.ThreadPoolExecutor(18)
+    pool, root = concurrent.futures.ThreadPoolExecutor(18), tmp_path_factory.mktemp("plain")
 
     def render(ini: str) -> Dict[str, bytes]:
-        place = tmp_path_factory.mktemp("plain") / "p"
+        place = root / ini
         shutil.copytree(examples / ini.rpartition("/")[0], place)
-        before = set(pictures(place))
+        before = made_in(place)
         ours = [arg for arg in ANIMATIONS[ini] if not arg.startswith("--")]
         result = run_povray([Path(ini).name, *SMALL, *ours], place)
         assert result.returncode == 0, result.stderr[-2000:]
-        return {name: data for name, data in pictures(place).items() if name not in before}
+        return made_in(place, before)
 
     return {ini: pool.submit(render, ini) for ini in ANIMATIONS}
 
@@ -245,11 +254,47 @@ def test_render_leaves_what_povray_leaves(
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     result = run(tmp_path, "render", Path(ini).name, *SMALL, *ANIMATIONS[ini], cwd=place)
     assert result.returncode == 0, result.stderr
-    made = {path for path in place.rglob("*") if path.is_file()} - set(before)
-    assert {str(path.relative_to(place)) for path in made} == set(expected)
-    assert {str(path.relative_to(place)): pixels(path) for path in made} == expected
+    made = made_in(place, {str(path.relative_to(place)) for path in before})
+    assert set(made) == set(expected) and made == expected
     assert all(path.read_bytes() == data for path, data in before.items())
     assert os.listdir(tmp_path / "tmp") == []
+
+
+# Writes three files: one that all frames write, one for each frame, and one in a directory.
+WRITER = STILL + """
+#fopen LAST "last.txt" write
+#write (LAST, "frame ", frame_number, "\\n")
+#fclose LAST
+#fopen EACH concat("each", str(frame_number, 0, 0), ".csv") write
+#write (EACH, clock)
+#fclose EACH
+#fopen OWN "sub/own.inc" write
+#write (OWN, "#declare N = 1;")
+#fclose OWN
+"""
+
+
+@pytest.mark.parametrize("arguments", [["+KFF7"], ["+KFF7", "-F"], []])
+def test_files_that_a_scene_writes_are_where_povray_puts_them(
+        arguments: List[str], tmp_path: Path) -> None:
+    places = [tmp_path / "plain" / "project", tmp_path / "ours" / "project"]
+    for place in places:
+        (place / "sub").mkdir(parents=True)
+        (place / "scene.pov").write_text(WRITER)
+        (place / "sub" / "there.inc").touch()
+    assert run_povray(["scene.pov", *SMALL, *arguments], places[0]).returncode == 0
+    for _ in range(2):  # the second finds them there
+        result = run(tmp_path, "render", "scene.pov", *SMALL, *arguments, cwd=places[1])
+        assert result.returncode == 0, result.stderr
+        assert made_in(places[1]) == made_in(places[0])
+    assert (places[1] / "last.txt").read_text().split() == ["frame", "7" if arguments else "0"]
+
+
+def test_other_files_of_a_scene_are_not_brought_back(tmp_path: Path) -> None:
+    hidden = STILL + '#fopen F ".profile" write #write (F, "x") #fclose F'
+    place = project(tmp_path, hidden)
+    result = run(tmp_path, "render", "scene.pov", *SMALL, cwd=place)
+    assert result.returncode == 0 and set(made_in(place)) == {"scene.pov", "scene.png"}
 
 
 def test_an_ini_that_names_a_scene_that_is_not_there_is_told_so(
@@ -409,6 +454,26 @@ def decoded(film: Path, *options: str) -> bytes:
     return subprocess.run(
         ["ffmpeg", "-loglevel", "error", *options, "-i", str(film), "-f", "rawvideo",
          "-pix_fmt", "rgb24", "-"], capture_output=True, check=True).stdout
+
+
+def test_files_that_a_scene_writes_are_fetched_and_in_the_zip(farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path, WRITER.replace("sub/own.inc", "own.inc"))
+    farm.work()
+    job = farm.submit(place, "scene.pov", "+KFF5", *SMALL)
+    farm.finished(job)
+    for new in (True, False):
+        result = run(tmp_path, "fetch", str(job), "--json", cwd=place)
+        assert bool(json.loads(result.stdout)["files"]) is new
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(place / "scene.pov", bare)
+    run_povray(["scene.pov", "+KFF5", *SMALL], bare)
+    archive = io.BytesIO(farm.client.request("GET", f"/api/v1/jobs/{job}/archive.zip").body)
+    with zipfile.ZipFile(archive) as packed:
+        packed.extractall(tmp_path / "zip")
+    expected = made_in(bare, {"scene.pov"})
+    assert made_in(place / "scene-frames") == made_in(tmp_path / "zip") == expected
+    farm.check()
 
 
 def test_films_are_made_of_all_frames(farm: Farm, tmp_path: Path) -> None:

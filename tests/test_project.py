@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import stat
@@ -851,3 +852,33 @@ def test_what_to_render_in_a_directory(tmp_path: Path, names: str, chosen: str) 
             povfarm.find_project(tmp_path)
     else:
         assert povfarm.find_project(tmp_path) == tmp_path / chosen
+
+
+# --- files that a scene wrote
+
+def zipped(*names: str, data: bytes = b"x", **about: Any) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            info = zipfile.ZipInfo(name)
+            for key, value in about.items():
+                setattr(info, key, value)
+            archive.writestr(info, data)
+    return packed.getvalue()
+
+
+def test_files_are_packed_and_unpacked() -> None:
+    files = {"a.txt": b"text", "sub/\u00fc b.csv": b"", "big": bytes(10**6)}
+    assert povfarm.unpack_files(povfarm.pack_files(files)) == files
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"PK\5\6", zipped("../a"), zipped("/a"), zipped("a/../b"), zipped("a\\b"), zipped("sub/"),
+    zipped(".bashrc"), zipped(".git/config"), zipped("a/.b/c"), zipped("a\nb"),
+    zipped(*(f"f{number}" for number in range(povfarm.MAX_WRITTEN + 1))),
+    zipped("bomb", data=bytes(povfarm.MAX_WRITTEN_SIZE + 1)), zipped("a")[:-30],
+    zipped("a", data=b"some text").replace(b"some", b"s0me"), zipped("a", compress_type=12)[:60],
+], ids=itertools.count())
+def test_files_that_no_scene_may_write_are_refused(data: bytes) -> None:
+    with pytest.raises(povfarm.UserError):
+        povfarm.unpack_files(data)

@@ -1860,3 +1860,49 @@ def test_a_time_limit_of_the_job_goes_before_what_its_frames_took(farm: Farm) ->
     farm.scheduler.change(job, {"frame_timeout": 45})
     assert farm.lease(worker).timeout == 45
     assert farm.ask("GET", f"/api/v1/jobs/{job}").json()["frame_timeout"] == 45
+
+
+# --- files that scenes write
+
+def write(farm: Farm, worker: int, lease: LeaseSpec, index: int = 0, **files: bytes) -> bool:
+    task = lease.tasks[index]
+    return farm.scheduler.finish(worker, lease.id, task.id, png(task.id), b"", Cost(1, 1, 1),
+                                 written=files)
+
+
+def written(farm: Farm, job: int) -> Dict[str, Tuple[int, bytes]]:
+    with farm.store.read() as tx:
+        return {row["path"]: (row["frame"], farm.store.blob_path(row["sha256"]).read_bytes())
+                for row in tx.written(job)}
+
+
+def test_of_a_file_that_all_frames_write_the_last_frames_stays(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(2)
+    first, last = farm.lease(anna), farm.lease(bert)
+    assert write(farm, bert, last, a=b"two", b=b"two")
+    assert write(farm, anna, first, a=b"one", c=b"one")
+    assert written(farm, job) == {"a": (2, b"two"), "b": (2, b"two"), "c": (1, b"one")}
+
+
+def test_a_picture_that_is_not_taken_brings_no_files(farm: Farm) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    job = farm.submit(1)
+    lease = farm.lease(anna)
+    farm.clock.advance(60)
+    other = farm.lease(bert)
+    assert write(farm, bert, other, a=b"bert's")
+    assert not write(farm, anna, lease, a=b"anna's", b=b"anna's")
+    assert written(farm, job) == {"a": (0, b"bert's")}
+
+
+def test_what_scenes_wrote_lives_as_long_as_their_job(farm: Farm) -> None:
+    anna = farm.worker("anna")
+    job = farm.submit(1)
+    write(farm, anna, farm.lease(anna), a=b"text")
+    farm.clock.advance(povfarm.KEEP_BLOBS + 1)
+    farm.scheduler.tidy()
+    assert written(farm, job) == {"a": (0, b"text")}
+    farm.scheduler.delete(job)
+    farm.scheduler.tidy()
+    assert not farm.store.blob_path(sha256(b"text")).exists()

@@ -169,6 +169,7 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "set_bottom": lambda tx: tx.set_bottom(1, 1),
     "set_state_of": lambda tx: tx.set_state_of(1, "3.7"),
     "move_attempts": lambda tx: tx.move_attempts(1, 2),
+    "add_written": lambda tx: tx.add_written(1, "a.txt", 1, HELLO, 5),
 }
 
 
