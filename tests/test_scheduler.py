@@ -1890,6 +1890,7 @@ def test_a_picture_that_is_not_taken_brings_no_files(farm: Farm) -> None:
     job = farm.submit(1)
     lease = farm.lease(anna)
     farm.clock.advance(60)
+    farm.scheduler.expire()
     other = farm.lease(bert)
     assert write(farm, bert, other, a=b"bert's")
     assert not write(farm, anna, lease, a=b"anna's", b=b"anna's")

@@ -201,10 +201,13 @@ def test_photons_may_be_in_an_include_under_a_condition_and_have_a_radius(
 
 
 def check_photons(scene: Scene) -> None:
-    """One run with two threads shoots; slices with one and two threads load that."""
+    """One run shoots; slices with one and two threads load that.
+
+    It shoots with one thread: with two, a busy machine makes another order of the photons.
+    """
     starts = [0, scene.height // 2]
-    whole = read_ppm(scene.render(0, scene.height, {}, {}, threads=2) / "out.ppm").rows
-    shot = scene.render(0, 2, {}, scene.texts("save_file", False), threads=2)
+    whole = read_ppm(scene.render(0, scene.height, {}, {}, threads=1) / "out.ppm").rows
+    shot = scene.render(0, 2, {}, scene.texts("save_file", False), threads=1)
     photons = (shot / povfarm.PHOTON_FILE).read_bytes()
     assert len(photons) > 1000
     files = {**scene.texts("load_file", False), povfarm.PHOTON_FILE: photons}
