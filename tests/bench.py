@@ -2,6 +2,7 @@
 
     python tests/bench.py [--rounds N] [NAME ...]
     python tests/bench.py --slices [PROFILE ...]
+    python tests/bench.py --moving
 
 Prints a Markdown table: wall seconds of each (the median of the rounds, the start of
 everything included), how many times as fast as bare POV-Ray `render` is, and the limit that
@@ -10,6 +11,9 @@ Needs povray and povray-examples; GNU parallel is used when it is installed.
 
 With --slices, one picture on eight workers whose renderer sleeps for a given time a row: the
 ideal time (all the work / the speed of all workers) over that from the submit to the picture.
+
+With --moving, benchmark.pov is rendered by one worker, and then by two, of which the first is
+stopped at a third: the CPU-seconds of all workers, programs of theirs included.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from standin import make_standin
 
@@ -137,37 +141,47 @@ IDEAL = 60.0  # seconds that a picture takes a team at best
 PARSE = 0.3  # seconds before the first row, at speed 1
 
 
-@contextlib.contextmanager
-def team(place: Path, rows: Sequence[float], speeds: Sequence[float]) -> Iterator[List[str]]:
-    """Run a coordinator and a worker for each speed; yield the start of a command to it."""
-    environ = {**os.environ, "POVFARM_DATA": str(place / "farm")}
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
-             "stderr": subprocess.DEVNULL}
-    farm = [sys.executable, str(POVFARM)]
-    started = [subprocess.Popen([*farm, "serve", "--port", "0", "--bind", "127.0.0.1",
-                                 "--no-discovery"], env=environ, **quiet)]  # type: ignore[call-overload]
-    try:
+class Farm:
+    """A coordinator and its workers, as processes, with data below ``place``."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self._environ = {**os.environ, "POVFARM_DATA": str(place / "farm")}
+        self._started = [self._start("serve", "--port", "0", "--bind", "127.0.0.1",
+                                     "--no-discovery")]
         note = place / "farm" / "coordinator.json"
         while not note.exists():
             time.sleep(0.02)
-        url, key = json.loads(note.read_text())["url"], (place / "farm" / "farm.key").read_text()
-        talk = ["--server", url, "--key", key]
-        for number, speed in enumerate(speeds):
-            program = make_standin(place / f"speed{number}", rows, speed, PARSE)
-            started.append(subprocess.Popen(
-                [*farm, "work", *talk, "--cores", "1", "--unconfined", "--povray", str(program),
-                 "--worker-name", f"w{number}", "--data", str(place / f"w{number}")],
-                env=environ, **quiet))  # type: ignore[call-overload]
+        key = (place / "farm" / "farm.key").read_text()
+        self.talk = ["--server", json.loads(note.read_text())["url"], "--key", key]
+
+    def work(self, name: str, *more: str) -> "subprocess.Popen[bytes]":
+        """Start a worker of one core and wait until it is idle."""
+        process = self._start("work", *self.talk, "--cores", "1", "--worker-name", name, "--data",
+                              str(self.place / name), *more)
+        self._started.append(process)
         while True:
-            out = subprocess.run([*farm, "workers", "--json", *talk], check=True, text=True,
-                                 stdout=subprocess.PIPE, env=environ).stdout
-            if [view["state"] for view in json.loads(out)] == ["idle"] * len(speeds):
-                break
-        yield [*farm, "submit", *talk]
-    finally:
-        for process in reversed(started):
+            if [view["state"] for view in json.loads(self.ask("workers", "--json"))
+                    if view["name"] == name] == ["idle"]:
+                return process
+
+    def ask(self, *args: str, cwd: Optional[Path] = None) -> str:
+        """Run a command to its end and return what it printed."""
+        return subprocess.run(
+            [sys.executable, str(POVFARM), args[0], *self.talk, *args[1:]], check=True, cwd=cwd,
+            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=self._environ).stdout
+
+    def close(self) -> None:
+        """End all that runs."""
+        for process in reversed(self._started):
             process.terminate()
             process.wait()
+
+    def _start(self, *args: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, str(POVFARM), *args], stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self._environ)
 
 
 def efficiency(profile: str, speeds: Sequence[float]) -> float:
@@ -178,11 +192,12 @@ def efficiency(profile: str, speeds: Sequence[float]) -> float:
         place = Path(directory)
         (place / "scene").mkdir()
         (place / "scene" / "scene.pov").write_text("sphere { 0, 1 }")
-        with team(place, rows, speeds) as submit:
+        with contextlib.closing(Farm(place)) as farm:
+            for number, speed in enumerate(speeds):
+                program = make_standin(place / f"speed{number}", rows, speed, PARSE)
+                farm.work(f"w{number}", "--unconfined", "--povray", str(program))
             start = time.monotonic()
-            subprocess.run([*submit, "--wait", "scene.pov", "+W4", f"+H{HEIGHT}"], check=True,
-                           cwd=place / "scene", stdin=subprocess.DEVNULL,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            farm.ask("submit", "--wait", "scene.pov", "+W4", f"+H{HEIGHT}", cwd=place / "scene")
             return IDEAL / (time.monotonic() - start)
 
 
@@ -196,15 +211,57 @@ def slices(names: Sequence[str]) -> None:
                   flush=True)
 
 
+# --- a render that moves house
+
+def moving(size: Sequence[str] = ("+W240", "+H180", "+A0.3")) -> None:
+    """Print the CPU-seconds of a render that is stopped at a third and goes on elsewhere."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory, "scene")
+        shutil.copytree(EXAMPLES / "advanced/benchmark", place)
+        plain = subprocess.Popen(
+            ["povray", "benchmark.pov", *size, "-D", "+WT1", "+Oplain.png"], cwd=place,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        undisturbed = ended(plain)
+        with contextlib.closing(Farm(Path(directory))) as farm:
+            first = farm.work("anna")
+            job = farm.ask("submit", "benchmark.pov", *size, "--slices", "off", cwd=place).strip()
+            while json.loads(farm.ask("status", job, "--json"))["progress"] < 1 / 3:
+                time.sleep(0.5)
+            second = farm.work("bert")
+            first.terminate()
+            spent = ended(first)
+            while json.loads(farm.ask("status", job, "--json"))["state"] != "done":
+                time.sleep(0.5)
+            farm.ask("fetch", job, "--output", str(place))
+            second.terminate()
+            both = spent + ended(second)
+        same = pixels(place / "benchmark.png") == pixels(place / "plain.png")
+    print("| benchmark.pov | CPU-seconds | of those of plain POV-Ray |")
+    print("|---|---|---|")
+    print(f"| plain POV-Ray | {undisturbed:.1f} | 1 |")
+    print(f"| stopped after {spent:.1f}, then elsewhere | {both:.1f} | {both / undisturbed:.2f} |")
+    print(f"| the picture | {'same' if same else 'DIFFERENT'} | |")
+
+
+def ended(process: "subprocess.Popen[bytes]") -> float:
+    """Wait for a process; return the CPU-seconds of it and of all that it started."""
+    _, _, usage = os.wait4(process.pid, 0)
+    return usage.ru_utime + usage.ru_stime
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("names", nargs="*", help="cases; by itself all")
     parser.add_argument("--slices", action="store_true", help="one picture on eight workers")
+    parser.add_argument("--moving", action="store_true", help="a render that is stopped")
     options = parser.parse_args()
     if options.slices:
         slices(options.names)
+        return
+    if options.moving:
+        moving()
         return
     print("| animation | povray | parallel | povfarm render | CPU limit | times as fast | images |")
     print("|---|---|---|---|---|---|---|")
