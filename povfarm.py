@@ -8369,8 +8369,7 @@ class Pages:
         views = [view for view, _ in jobs]
         live = [worker for worker in workers if worker["state"] in ("working", "idle")]
         active = any(view["state"] == JobState.ACTIVE for view in views)
-        story = _story(events, {view["id"]: view["name"] for view in views},
-                       self._farm.clock.time())
+        story = _story(events, {view["id"]: view for view in views}, self._farm.clock.time())
         return self._page(
             request, " · ".join([*_progress_title(views), self._api.name]),
             element("h1", "Older jobs" if before else _summary(views)),
@@ -8504,6 +8503,8 @@ class Pages:
               status: int = 200) -> Response:
         """Return a whole page that loads itself again after ``reload`` seconds, 0 for never."""
         still = "still" in request.query
+        query = {} if still else {"still": "1"}
+        query.update((name, value) for name, value in request.query.items() if name != "still")
         head = element(
             "head", element("meta", charset="utf-8"), element("title", title),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -8516,7 +8517,7 @@ class Pages:
         mark = element("img", src="/favicon.svg", alt="", width=28, height=28)
         switch = element("a", "Load this page again and again" if still else
                          "Stop loading this page again",
-                         href=request.path + ("" if still else "?still=1"))
+                         href=f"{request.path}?{urllib.parse.urlencode(query)}")
         page = element("html", head, element(
             "body", element("header", element("a", mark, self._api.name, href="/"), user),
             element("main", self._notice(request), body),
@@ -8601,6 +8602,7 @@ _EVENT_WORDS: Mapping[str, str] = {
     "removed": "was removed", "doubtful": "is doubtful", "set aside": "has odd pictures",
     "admitted": "was let in", "deleted": "was deleted",
 }
+_PART_WORDS: Mapping[str, str] = {"slice": ", a slice of it,", "pass": ", what its slices share,"}
 
 
 def _markup(node: Node) -> str:
@@ -8681,10 +8683,13 @@ def _facts(facts: Mapping[str, str | None]) -> Html:
 
 
 def _figures(view: View) -> Html:
-    frames, rate = view["frames"], 3600 * view["rate"]
+    frames, slices, rate = view["frames"], view["slices"], 3600 * view["rate"]
+    still = frames["total"] == 1
     return _facts({
-        "frames": f"{frames['done']:,} of {frames['total']:,}",
-        "an hour": f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}" if rate else None,
+        "frames": None if still else f"{frames['done']:,} of {frames['total']:,}",
+        "slices done": f"{slices['done']}" if slices["total"] else None,
+        "finished": f"{100 * view['progress']:.0f} %" if still else None,
+        "an hour": None if still or not rate else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}",
         "left": f"≈ {format_duration(view['eta'])}"
                 if view["eta"] and JobState(view["state"]) not in FINISHED else None,
         "spent": format_duration(view["elapsed"]) if view["started"] else None,
@@ -8705,16 +8710,16 @@ def _warnings(view: View) -> Node:
 
 def _picture(view: View, task: Row | None, kind: str = "") -> Html:
     """Return the image of a finished task, or a box that says why there is none."""
-    suffix = PurePosixPath(task["name"]).suffix.lower() if task else ""
-    if task is None or task["state"] != TaskState.DONE:
-        return element("div", element("span", "No image yet"), class_=f"picture {kind}")
-    if suffix not in BROWSER_TYPES:
-        return element("div", element("span", f"{suffix[1:].upper()} image: a browser cannot "
-                                      "show it"), class_=f"picture {kind}")
-    address = f"/api/v1/jobs/{view['id']}/frames/{task['frame']}/image"
-    image = element("img", src=address, alt=f"frame {task['frame']} of {view['name']}",
-                    width=view["width"], height=view["height"])
-    return element("div", element("a", image, href=address) if kind else image,
+    content, address = element("span", "No image" + (" yet" if JobState(
+        view["state"]) not in FINISHED else "")), ""
+    if task is not None and task["state"] == TaskState.DONE:
+        suffix = PurePosixPath(task["name"]).suffix.lower()
+        address = f"/api/v1/jobs/{view['id']}/frames/{task['frame']}/image"
+        content = element(
+            "img", src=address, alt=f"frame {task['frame']} of {view['name']}",
+            width=view["width"], height=view["height"]) if suffix in BROWSER_TYPES else element(
+            "span", f"{suffix[1:].upper()} image: a browser cannot show it")
+    return element("div", element("a", content, href=address) if kind and address else content,
                    class_=f"picture {kind}")
 
 
@@ -8729,7 +8734,7 @@ def _growing(view: View, frame: View) -> Html:
             address = f"/api/v1/jobs/{view['id']}/slices/{part['id']}/image"
             parts.append(element("image", href=address, **place))
         else:
-            words = f"rows {part['top']} to {part['bottom'] - 1}: {part['state']} {part['worker']}"
+            words = f"rows {part['top']} to {part['bottom'] - 1}: {_STATE_WORDS[part['state']]}"
             parts.append(element("rect", element("title", words), class_=part["state"], **place))
     done = sum(part["state"] == TaskState.DONE for part in frame["slices"])
     return element("div", element(
@@ -8751,10 +8756,11 @@ def _job_card(view: View, newest: Row | None) -> Html:
 
 def _job_cards(jobs: Sequence[tuple[View, Row | None]]) -> Node:
     ended = [job for job in jobs if JobState(job[0]["state"]) in FINISHED]
-    going = [job for job in jobs if job not in ended]
+    going = sorted((job for job in jobs if job not in ended),
+                   key=lambda job: _state(job[0]) != "rendering")
     return [element("section", element("h2", title), element(
         "div", [_job_card(*job) for job in some], class_=f"cards {kind}"))
-        for title, some, kind in (("Jobs", going, "going"), ("Finished", ended, "ended")) if some]
+        for title, some, kind in (("Jobs", going, "going"), ("Ended", ended, "ended")) if some]
 
 
 def _no_jobs() -> Html:
@@ -8791,26 +8797,31 @@ def _workers(workers: Sequence[View], host: str, pin: str, removals: Mapping[int
         element("p", "On another one leave --server out: it looks for the farm by itself."))
 
 
-def _story(events: Sequence[Row], names: Mapping[int, str], now: float) -> Node:
+def _story(events: Sequence[Row], views: Mapping[int, View], now: float) -> Node:
     """Return the newest events in words; frames with the same fate share a line."""
     lines: dict[Any, list[Row]] = {}
     for event in reversed(events):
-        if event["what"] != TaskState.LEASED:
+        if not event["what"].endswith(TaskState.LEASED.value):
             same = (event["job"], event["what"], event["text"])
             lines.setdefault(event["id"] if event["frame"] is None else same, []).append(event)
-    items = [element("li", _event_line(line[0], len(line) - 1, names), " ", element(
+    items = [element("li", _event_line(line[0], len(line) - 1, views), " ", element(
         "time", _ago(now - line[0]["time"]))) for line in itertools.islice(lines.values(), 14)]
     return element("section", element("h2", "What happened"),
                    element("ul", items, class_="story")) if items else None
 
 
-def _event_line(event: Row, more: int, names: Mapping[int, str]) -> Node:
-    what, job, text = event["what"], event["job"], event["text"]
+def _event_line(event: Row, more: int, views: Mapping[int, View]) -> Node:
+    job, text = event["job"], event["text"]
+    kind, _, what = event["what"].rpartition(" ")
+    part = _PART_WORDS.get(kind)
+    what = what if part else event["what"]
     words = f" {_EVENT_WORDS.get(what, what)}"
     if job is None or what == "deleted":
         return [element("strong", text), words]
-    subject: Node = element("a", names[job], href=f"/jobs/{job}") if job in names else f"job {job}"
-    return [subject, None if event["frame"] is None else f" frame {event['frame']}", words,
+    view = views.get(job)
+    whole = event["frame"] is None or (view is not None and view["frames"]["total"] == 1)
+    return [element("a", view["name"], href=f"/jobs/{job}") if view else f"job {job}",
+            None if whole else f" frame {event['frame']}", part, words,
             f", and {more:,} before it" if more else None, f": {text}" if text else None]
 
 
@@ -8926,8 +8937,10 @@ header a { display: flex; gap: .6rem; align-items: center; color: inherit; font-
 footer { margin-top: 3rem; border-top: 1px solid var(--line); }
 h1 { margin: .5rem 0; font-size: clamp(1.6rem, 4vw, 2.3rem); font-weight: 650; line-height: 1.2; }
 h2 { margin: 2.2rem 0 .8rem; font-size: 1.05rem; } h3 { margin: 0; font-size: 1.15rem; }
+.grid + h3 { margin: 1.2rem 0 .6rem; }
 p { margin: .5rem 0; } ul { margin: 0; padding: 0; list-style: none; }
-a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit; }
+a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit;
+  text-decoration-thickness: .06em; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .3rem; }
 .lead, dt, time, thead, section > p { color: var(--dim); } .lead { font-size: 1.1rem; }
 .cards { display: grid; gap: 1.25rem; }
@@ -8981,10 +8994,10 @@ code, pre { font: .9em/1.5 ui-monospace, Consolas, "DejaVu Sans Mono", monospace
 pre { overflow: auto; max-height: 40rem; padding: .8rem 1rem; border: 1px solid var(--line);
   border-radius: .5rem; background: var(--card); }
 .empty { padding: 2rem 0; text-align: center; } .empty pre { display: inline-block; }
-.scroll { overflow-x: auto; } table { width: 100%; border-collapse: collapse; }
+.scroll { margin-bottom: 1rem; overflow-x: auto; } table { width: 100%; border-collapse: collapse; }
 th, td { padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); font-weight: 400;
   text-align: left; overflow-wrap: normal; } thead { font-size: .8rem; }
-td { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 600; }
+td, time, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 600; }
 .story li { padding: .3rem 0; } time { font-size: .85rem; }
 .legend { margin-bottom: .8rem; } .legend span { display: inline-block; width: 1.8rem;
   margin-right: .4rem; }

@@ -131,11 +131,12 @@ class Farm:
     def token(self, cookie: str) -> str:
         return self.access.form_token(Request("GET", "/", headers={"cookie": cookie}))
 
-    def submit(self, frames: int = 5, name: str = "marbles", **values: str) -> int:
+    def submit(self, frames: int = 5, name: str = "marbles", slices: str = "auto",
+               **values: str) -> int:
         values = {"Input_File_Name": "a.pov", "Width": "4", "Height": "3",
                   "Output_File_Type": "N", "Final_Frame": str(frames), **values}
         return self.scheduler.submit(name, "somebody", PovJob(values, (), (), "."),
-                                     Manifest(()), JobOptions(retry_limit=1))[0]
+                                     Manifest(()), JobOptions(retry_limit=1, slices=slices))[0]
 
     def join(self, name: str = "laptop", admitted: bool = True, version: str = "3.7.0.10") -> int:
         info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": version})
@@ -274,6 +275,39 @@ def test_a_type_that_no_browser_shows_is_named(farm: Farm) -> None:
     for address in ("/", f"/jobs/{job}"):
         dom = farm.page(address)
         assert "PPM image" in dom.text and not dom.all("img", src="/api/")
+    assert dom.all("a", href=f"/api/v1/jobs/{job}/frames/1/image"), "to look at it elsewhere"
+
+
+def test_an_ended_job_has_no_image_yet_to_come(farm: Farm) -> None:
+    job = farm.submit()
+    assert "No image yet" in farm.page("/").text
+    farm.scheduler.cancel(job)
+    for address in ("/", f"/jobs/{job}"):
+        text = farm.page(address).text
+        assert "No image" in text and "No image yet" not in text
+    assert "Ended" in farm.page("/").text and "Finished" not in farm.page("/").text
+
+
+def test_what_is_rendered_now_comes_first(farm: Farm) -> None:
+    for name in ("first", "second", "third"):
+        farm.submit(name=name)
+    farm.lease(farm.join())
+    links = [link["href"] for link in farm.page("/").all("a", href="/jobs/")]
+    assert list(dict.fromkeys(links))[:3] == ["/jobs/1", "/jobs/3", "/jobs/2"]
+
+
+def test_a_still_in_slices(farm: Farm) -> None:
+    job, worker = farm.submit(frames=1, slices="3", Height="96"), farm.join()
+    lease = farm.lease(worker)
+    farm.scheduler.finish(worker, lease.id, lease.tasks[0].id, png(4, 32), b"", Cost(1, 1, 1), 32)
+    farm.lease(worker)
+    dom = farm.page(f"/jobs/{job}")
+    assert "slices done1" in dom.text and "finished33 %" in dom.text
+    assert "an hour" not in dom.text and "0 of 1" not in dom.text
+    assert dom.all("image", href=f"/api/v1/jobs/{job}/slices/")
+    assert "rows 32 to 63: ● in work" in dom.text
+    text = farm.page("/").text
+    assert "marbles, a slice of it, is done" in text and "slice leased" not in text
 
 
 def test_older_jobs_are_on_another_page(farm: Farm) -> None:
@@ -350,6 +384,9 @@ def test_how_often_pages_load_themselves_again(farm: Farm) -> None:
     assert refresh(farm.page(f"/jobs/{job}/frames/1")) == "5"
     still, = farm.page("/").all("a", href="?still")
     assert refresh(farm.page(still["href"])) == ""
+    still, = farm.page(f"/jobs/{job}?from=2").all("a", href="still=1")
+    again, = farm.page(still["href"]).all("a", href="?")
+    assert still["href"].endswith("&from=2") and again["href"] == f"/jobs/{job}?from=2"
     farm.deliver(worker, 2)
     assert refresh(farm.page("/")) == "30"
     assert refresh(farm.page(f"/jobs/{job}")) == refresh(farm.page(f"/jobs/{job}/frames/1")) == ""
