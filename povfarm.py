@@ -9177,6 +9177,7 @@ def _tls_context(certificate: Path, key: Path) -> tuple[ssl.SSLContext, str]:
     """Return what a server needs, and the SHA-256 of the certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0  # clients keep connections, and take what arrives for an answer
     try:
         # Without a password, an empty one, it would ask for one on the terminal.
         context.load_cert_chain(certificate, key, password=str)

@@ -12,6 +12,8 @@ import ssl
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
@@ -21,7 +23,7 @@ from load import coordinator
 from test_discovery import shared_socket
 
 import povfarm
-from povfarm import Client, Coordinator, RequestRefused, UserError, own_certificate
+from povfarm import Client, Coordinator, RequestRefused, ServerGone, UserError, own_certificate
 
 SCENE = "camera { location -3*z look_at 0 } light_source { -5, 1 } sphere { 0, 1 pigment { rgb 1 } }"
 
@@ -150,6 +152,24 @@ def test_a_login_over_tls_is_only_ever_sent_over_tls(
     page = connection.getresponse().read().decode()
     assert "Log out" in page and f"--server https://127.0.0.1:{port} --pin {note['pin']}" in page
     connection.close()
+
+
+def test_a_worker_that_waits_for_work_over_tls_can_be_stopped(
+        served: Tuple[Path, Dict[str, Any]]) -> None:
+    """What TLS itself sends on a new connection is not taken for the beginning of an answer."""
+    data, note = served
+    key = (data / "farm.key").read_text()
+    farm = Client(note["url"], key, fingerprint=note["pin"])
+    joined = farm.request("POST", "/api/v1/workers", json={
+        "name": "anna", "cores": 1, "memory": 1 << 30, "system": "Linux",
+        "engines": {"povray": "3.7"}, "tags": []}).json()
+    worker, stop = Client(note["url"], joined["token"], fingerprint=note["pin"]), threading.Event()
+    threading.Timer(0.5, stop.set).start()
+    start = time.monotonic()
+    with pytest.raises(ServerGone, match="stopped"):
+        worker.request("POST", "/api/v1/lease", json={
+            "want": 1, "slots": 1, "idle": 1, "wait": 20}, stop=stop)
+    assert time.monotonic() - start < 8
 
 
 def test_who_mixes_http_and_https_up_is_told_so_at_once(
