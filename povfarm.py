@@ -9738,6 +9738,7 @@ DOWNLOAD_LIMIT = 16 << 30
 _TRY_LATER = (429, 502, 503, 504)
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 30.0  # seconds between tries
 _CONNECT_SECONDS = 10.0
+_SILENCE = 30.0  # seconds after which a connection counts as dead
 _STOP_LOOK = 0.5  # seconds after which a wait for an answer looks whether it should stop
 
 
@@ -9800,11 +9801,11 @@ class Transport:
     """Sends one call to one coordinator, on a connection that is kept for the next.
 
     ``fingerprint`` is the SHA-256 of the only certificate that is accepted;
-    without it, ``cafile`` or the system says which are. Raises ``ServerGone``
-    when no answer comes, ``UserError`` when the certificate is wrong.
+    without it, the system says which are. Raises ``ServerGone`` when no answer
+    comes, ``UserError`` when the certificate is wrong.
     """
 
-    def __init__(self, base_url: str, fingerprint: str = "", cafile: str = "") -> None:
+    def __init__(self, base_url: str, fingerprint: str = "") -> None:
         url = _split_url(base_url)
         self._base_url = base_url
         self._tls = url.scheme == "https"
@@ -9813,14 +9814,12 @@ class Transport:
         self._authority = url.netloc.rpartition("@")[2]
         self._prefix = url.path.rstrip("/")
         self._fingerprint = fingerprint.replace(":", "").lower()
-        self._cafile = cafile
         self._idle: list[socket.socket] = []  # append and pop are atomic
 
     def exchange(self, call: Call) -> Answer:
         """Send ``call`` and return the head of the answer."""
         try:
-            sock = self._take_idle()
-            if sock is not None:
+            if sock := self._take_idle():
                 with contextlib.suppress(ConnectionError):  # it was closed while it was idle
                     return self._exchange(sock, call)
             return self._exchange(self._connect(call.timeout), call)
@@ -9829,10 +9828,7 @@ class Transport:
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
-        while True:
-            sock = self._take_idle()
-            if sock is None:
-                return
+        while sock := self._take_idle():
             sock.close()
 
     def _take_idle(self) -> socket.socket | None:
@@ -9854,9 +9850,28 @@ class Transport:
         except BaseException:
             sock.close()
             raise
-        body = _Incoming(self._base_url, sock, response, self._idle if whole else None)
         headers = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, headers, body.read, body.close)
+        return Answer(response.status, headers, functools.partial(self._read, response),
+                      functools.partial(self._put_away, sock, response, whole))
+
+    def _read(self, response: http.client.HTTPResponse, size: int) -> bytes:
+        try:
+            data = response.read(size)
+            if not data and response.length:  # http.client takes that for the end
+                raise ConnectionError("the answer ended early")
+            return data
+        except (OSError, http.client.HTTPException) as error:
+            raise _gone(self._base_url, error) from error
+
+    def _put_away(self, sock: socket.socket, response: http.client.HTTPResponse,
+                  whole: bool) -> None:
+        """Keep the connection of an answer that was read to its end."""
+        whole = whole and response.isclosed() and not response.will_close
+        response.close()
+        if whole:
+            self._idle.append(sock)
+        else:
+            sock.close()
 
     def _send(self, sock: socket.socket, call: Call) -> bool:
         """Send the request; False when the other side stopped listening to it.
@@ -9900,7 +9915,7 @@ class Transport:
     @functools.cached_property
     def _context(self) -> ssl.SSLContext:
         if not self._fingerprint:
-            return ssl.create_default_context(cafile=self._cafile or None)
+            return ssl.create_default_context()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -9936,20 +9951,19 @@ class Client:
     that are none are a ``UserError``.
     """
 
-    def __init__(self, base_url: str, token: str = "", *, timeout: float = 30.0,
-                 retry_for: float = 60.0, fingerprint: str = "", cafile: str = "",
-                 clock: Clock | None = None, transport: Transport | None = None) -> None:
+    def __init__(self, base_url: str, token: str = "", *, retry_for: float = 60.0,
+                 fingerprint: str = "", clock: Clock | None = None,
+                 transport: Transport | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self.token = token
         self.fingerprint = fingerprint
-        self._timeout = timeout
         self._retry_for = retry_for
         self._clock = clock or Clock()
-        self._transport = transport or Transport(base_url, fingerprint, cafile)
+        self._transport = transport or Transport(base_url, fingerprint)
         self._hurried = 0.0
 
     def request(self, method: str, path: str, *, body: bytes | Path = b"", json: Any = None,
-                headers: Mapping[str, str] | None = None, timeout: float | None = None,
+                headers: Mapping[str, str] | None = None, timeout: float = _SILENCE,
                 retry_for: float | None = None, stop: threading.Event | None = None) -> Reply:
         """Return the answer to one request, which is repeated until there is one.
 
@@ -9963,7 +9977,9 @@ class Client:
         if json is not None:
             body = _to_json(json)
             fields["Content-Type"] = "application/json"
-        call = self._call(method, path, fields, body, timeout=timeout, stop=stop)
+        if method == "PUT" and isinstance(body, bytes):
+            fields["X-SHA256"] = hashlib.sha256(body).hexdigest()
+        call = Call(method, path, fields, body, timeout, stop or threading.Event())
         return self._persist(call, retry_for, _whole_reply)
 
     def download(self, path: str, to: Path, sha256: str | None = None, *,
@@ -9974,8 +9990,8 @@ class Client:
         Raises as ``request`` does, and ``FarmError`` when the hash differs, it
         has more than ``limit`` bytes, or ``to`` cannot be written.
         """
-        call = self._call("GET", path, {}, b"", timeout=None, stop=stop)
-        self._persist(call, retry_for, _Download(to, sha256, limit).take)
+        call = Call("GET", path, {}, b"", _SILENCE, stop or threading.Event())
+        self._persist(call, retry_for, functools.partial(_save, to, sha256, limit))
 
     def hurry(self) -> None:
         """Try at once what waits to be tried again: there may be a coordinator again."""
@@ -9985,18 +10001,11 @@ class Client:
         """Close the connections that nobody uses now."""
         self._transport.close()
 
-    def _call(self, method: str, path: str, headers: dict[str, str], body: bytes | Path, *,
-              timeout: float | None, stop: threading.Event | None) -> Call:
-        if self.token:
-            headers["Authorization"] = f"Bearer {self.token}"
-        if method == "PUT" and isinstance(body, bytes):
-            headers["X-SHA256"] = hashlib.sha256(body).hexdigest()
-        patience = self._timeout if timeout is None else timeout
-        return Call(method, path, headers, body, patience, stop or threading.Event())
-
     def _persist(self, call: Call, retry_for: float | None,
                  consume: Callable[[Answer], Reply]) -> Reply:
         """Try until there is an answer that is not "later"."""
+        if self.token:
+            call = replace(call, headers={**call.headers, "Authorization": f"Bearer {self.token}"})
         patience = self._retry_for if retry_for is None else retry_for
         deadline = self._clock.monotonic() + patience
         longest = _FIRST_DELAY
@@ -10020,7 +10029,6 @@ class Client:
             longest = _FIRST_DELAY if hurried else min(longest * 2, _LONGEST_DELAY)
         raise ServerGone(f"stopped before {self.base_url} had answered")
 
-
     def _pause(self, call: Call, seconds: float) -> bool:
         """Wait until it is time to try again; True when ``hurry`` ended the wait.
 
@@ -10032,73 +10040,6 @@ class Client:
             if self._hurried > start and now > start + _STOP_LOOK:
                 return True
         return False
-
-
-class _Incoming:
-    """The body of an answer; when it is read to the end, its connection is kept."""
-
-    def __init__(self, base_url: str, sock: socket.socket, response: http.client.HTTPResponse,
-                 idle: list[socket.socket] | None) -> None:
-        self._base_url = base_url
-        self._sock = sock
-        self._response = response
-        self._idle = idle
-
-    def read(self, size: int) -> bytes:
-        try:
-            data = self._response.read(size)
-            if not data and self._response.length:  # http.client takes that for the end
-                raise ConnectionError("the answer ended early")
-            return data
-        except (OSError, http.client.HTTPException) as error:
-            raise _gone(self._base_url, error) from error
-
-    def close(self) -> None:
-        whole = self._response.isclosed()
-        self._response.close()
-        if whole and not self._response.will_close and self._idle is not None:
-            self._idle.append(self._sock)
-        else:
-            self._sock.close()
-
-
-class _Download:
-    """Writes an answer to a file, beside it first."""
-
-    def __init__(self, to: Path, sha256: str | None, limit: int) -> None:
-        self._to = to
-        self._sha256 = sha256
-        self._limit = limit
-
-    def take(self, answer: Answer) -> Reply:
-        _raise_refusal(answer)
-        named = re.fullmatch('"([0-9a-f]{64})"', answer.headers.get("etag", ""))
-        self._sha256 = self._sha256 or (named and named[1])
-        part = self._to.with_name(f".{self._to.name}.{os.getpid()}.{threading.get_ident()}.part")
-        try:
-            with part.open("wb") as file:
-                self._copy(answer, file)
-            part.replace(self._to)
-        except OSError as error:
-            raise FarmError(f"{self._to} cannot be written: {error.strerror or error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                part.unlink()
-        return Reply(answer.status, answer.headers, b"")
-
-    def _copy(self, answer: Answer, file: BinaryIO) -> None:
-        digest, size = hashlib.sha256(), 0
-        while True:
-            block = answer.read(BUFFER)
-            if not block:
-                break
-            size += len(block)
-            if size > self._limit:
-                raise FarmError(f"{self._to.name} is larger than {format_size(self._limit)}")
-            digest.update(block)
-            file.write(block)
-        if self._sha256 is not None and digest.hexdigest() != self._sha256:
-            raise ServerGone(f"{self._to.name} arrived with other contents than it should have")
 
 
 def _split_url(base_url: str) -> urllib.parse.SplitResult:
@@ -10149,7 +10090,7 @@ def _raise_refusal(answer: Answer) -> None:
     if answer.status < 300:
         return
     try:
-        message = json.loads(_read_limited(answer, BUFFER))
+        message = json.loads(_in_memory(answer, BUFFER))
         text, detail = str(message["error"]), message.get("detail")
     except (ValueError, TypeError, KeyError, AttributeError):
         text, detail = f"the coordinator answered with status {answer.status}", None
@@ -10157,20 +10098,46 @@ def _raise_refusal(answer: Answer) -> None:
     raise RequestRefused(answer.status, text, detail, float(later) if later.isdecimal() else 0.0)
 
 
-def _read_limited(answer: Answer, limit: int) -> bytes:
-    data = bytearray()
-    while True:
-        block = answer.read(BUFFER)
-        if not block:
-            return bytes(data)
-        data += block
-        if len(data) > limit:
-            raise FarmError(f"the coordinator's answer is larger than {format_size(limit)}")
+def _pieces(answer: Answer, limit: int, what: str) -> Iterator[bytes]:
+    """Read the body of an answer, which may have ``limit`` bytes."""
+    size = 0
+    for block in iter(functools.partial(answer.read, BUFFER), b""):
+        size += len(block)
+        if size > limit:
+            raise FarmError(f"{what} is larger than {format_size(limit)}")
+        yield block
+
+
+def _in_memory(answer: Answer, limit: int) -> bytes:
+    return b"".join(_pieces(answer, limit, "the coordinator's answer"))
 
 
 def _whole_reply(answer: Answer) -> Reply:
     _raise_refusal(answer)
-    return Reply(answer.status, answer.headers, _read_limited(answer, REPLY_LIMIT))
+    return Reply(answer.status, answer.headers, _in_memory(answer, REPLY_LIMIT))
+
+
+def _save(to: Path, sha256: str | None, limit: int, answer: Answer) -> Reply:
+    """Write an answer to a file, beside it first; its ETag may tell the hash."""
+    _raise_refusal(answer)
+    named = re.fullmatch('"([0-9a-f]{64})"', answer.headers.get("etag", ""))
+    wanted = sha256 or (named and named[1])
+    part = to.with_name(f".{to.name}.{os.getpid()}.{threading.get_ident()}.part")
+    digest = hashlib.sha256()
+    try:
+        with part.open("wb") as file:
+            for block in _pieces(answer, limit, to.name):
+                digest.update(block)
+                file.write(block)
+        if wanted and digest.hexdigest() != wanted:
+            raise ServerGone(f"{to.name} arrived with other contents than it should have")
+        part.replace(to)
+    except OSError as error:
+        raise FarmError(f"{to} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return Reply(answer.status, answer.headers, b"")
 
 
 # === 19. PROCESS =============================================================

@@ -349,9 +349,9 @@ def test_a_stop_ends_a_long_poll() -> None:
 
 def test_silence_is_an_end_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:
-        one = Client(f"http://127.0.0.1:{deaf.getsockname()[1]}", retry_for=0, timeout=0.05)
+        one = Client(f"http://127.0.0.1:{deaf.getsockname()[1]}", retry_for=0)
         with pytest.raises(ServerGone, match=r"does not answer.*serve"):
-            one.request("GET", "/x")
+            one.request("GET", "/x", timeout=0.05)
 
 
 def test_a_server_that_dies_and_comes_back_is_found_again() -> None:
@@ -538,7 +538,8 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_tls_accepts_only_the_right_certificate(certificate: Path) -> None:
+def test_tls_accepts_only_the_right_certificate(
+        certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
     der = ssl.PEM_cert_to_DER_cert((certificate / "cert.pem").read_text())
@@ -547,16 +548,17 @@ def test_tls_accepts_only_the_right_certificate(certificate: Path) -> None:
     try:
         address = f"https://127.0.0.1:{server.port}"
         pinned = ":".join(fingerprint[i : i + 2] for i in range(0, 64, 2))
-        for options in ({"fingerprint": pinned}, {"cafile": str(certificate / "cert.pem")}):
-            one = Client(address, retry_for=0, **options)
+        for fingerprint in (pinned, ""):
+            if not fingerprint:  # one that the system trusts
+                monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+            one = Client(address, retry_for=0, fingerprint=fingerprint)
             assert one.request("GET", "/data").body == DATA
             assert one.request("GET", "/stream").body == DATA
             assert one.request("PUT", "/blob", body=certificate / "cert.pem").status == 200
             one.close()
-        for options, match in (
-            ({"fingerprint": "0" * 64}, "another certificate"), ({}, "not trusted"),
-        ):
+        monkeypatch.delenv("SSL_CERT_FILE")
+        for fingerprint, match in (("0" * 64, "another certificate"), ("", "not trusted")):
             with pytest.raises(povfarm.UserError, match=match):
-                Client(address, **options).request("GET", "/data")
+                Client(address, fingerprint=fingerprint).request("GET", "/data")
     finally:
         server.stop()
