@@ -8362,23 +8362,20 @@ class Pages:
             older = rows[-1]["id"] if len(rows) == JOBS_SHOWN else None
             shown = {row["id"] for row in rows}
             rows += [row for row in tx.leasable_jobs() if row["id"] not in shown and not before]
-            jobs = [(self._api.job_view(tx, row, whole=True), tx.newest_task_of(row["id"]))
-                    for row in rows]
+            views = [self._view(tx, row) for row in rows]
             workers = self._api.worker_views(tx)
             events = tx.events(tx.last_event() - EVENTS_READ, EVENTS_READ)
-        views = [view for view, _ in jobs]
         live = [worker for worker in workers if worker["state"] in ("working", "idle")]
         active = any(view["state"] == JobState.ACTIVE for view in views)
-        story = _story(events, {view["id"]: view for view in views}, self._farm.clock.time())
+        story = _story(events, views, self._farm.clock.time())
         return self._page(
-            request, " · ".join([*_progress_title(views), self._api.name]),
+            request, _title(views, self._api.name),
             element("h1", "Older jobs" if before else _summary(views)),
             element("p", _at_hand(live), class_="lead"),
             [self._asks_to_join(request, worker) for worker in workers if "code" in worker],
-            _job_cards(jobs) if jobs else _no_jobs(),
+            _job_cards(views) if views else _no_jobs(),
             element("p", element("a", "Older jobs", href=f"/?before={older}")) if older else None,
-            element("div", _workers(workers, request.headers.get("host", ""), self._pin,
-                                    self._removals(request, workers)), story, class_="columns"),
+            element("div", self._workers(request, workers), story, class_="columns"),
             reload=(3 if active else 30) if live else 5)
 
     @route("GET", "/jobs/<job:int>", role="reader", summary="The page of a job")
@@ -8386,7 +8383,7 @@ class Pages:
         """A job with its frames. Query: from (a frame), to see the frames of its cell."""
         with self._farm.store.read() as tx:
             row = self._row(tx, request)
-            view, newest = self._api.job_view(tx, row, whole=True), tx.newest_task_of(row["id"])
+            view = self._view(tx, row)
             tasks = tx.tasks(row["id"])
             size = -(-len(tasks) // CELLS_SHOWN)
             first = _query_digits(request, "from")
@@ -8395,12 +8392,12 @@ class Pages:
             growing = [self._api.frame_view(tx, task, {}) for task in tx.frames_to_cut(row["id"])]
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
-            request, " · ".join([*_progress_title([view]), view["name"]]),
+            request, _title([view], view["name"]),
             element("div", _growing(view, growing[0]) if growing
-                    else _picture(view, newest, "large"), element(
+                    else _picture(view, view["newest"], "large"), element(
                 "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
                 _figures(view), _warnings(view), self._buttons(request, view),
-                _job_links(view, newest)), class_="stage"),
+                _job_links(view)), class_="stage"),
             _storyboard(view, tasks), _frames(view, tasks, chosen, size), _options(view, row),
             reload=reloads.get(view["state"], 0))
 
@@ -8417,8 +8414,8 @@ class Pages:
             near = [to for to in (number - step, number + step)
                     if tx.task_of_frame(row["id"], to) is not None]
             names = {worker["id"]: worker["name"] for worker in tx.workers()}
-            view = self._api.job_view(tx, row, whole=True)
-            frame, address = self._api.frame_view(tx, task, names), f"/jobs/{row['id']}"
+            view, address = self._view(tx, row), f"/jobs/{row['id']}"
+            frame = self._api.frame_view(tx, task, names)
         text = cast(bytes, self._api.log(request).body).decode()[-LOG_SHOWN:]
         return self._page(
             request, f"Frame {number} · {row['name']}",
@@ -8429,8 +8426,8 @@ class Pages:
             _frame_facts(frame),
             element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
                             for to in near], class_="links"),
-            element("section", element("h2", "What POV-Ray printed"), element(
-                "pre", text or "Nothing yet.", tabindex=0), id="log"),
+            _section("What POV-Ray printed", element("pre", text or "Nothing yet.", tabindex=0),
+                     id="log"),
             reload=5 if frame["state"] in ("queued", "leased") else 0)
 
     @route("POST", "/jobs/<job:int>/<action>", role="user", summary="Steer a job by a form")
@@ -8477,9 +8474,9 @@ class Pages:
     @route("GET", "/style.css", role="anyone", summary="How the pages look")
     def look(self, request: Request) -> Response:
         """The style sheet, or the mark; both are asked for once a day at most."""
-        look = (STYLE, 200, "text/css") if request.path == "/style.css" else (
-            MARK, 200, "image/svg+xml")
-        response = text_response(*look)
+        style = request.path == "/style.css"
+        response = text_response(STYLE if style else MARK,
+                                 mime="text/css" if style else "image/svg+xml")
         response.headers["Cache-Control"] = "public, max-age=86400"
         return response
 
@@ -8502,6 +8499,7 @@ class Pages:
     def _page(self, request: Request, title: str, *body: Node, reload: int = 0,
               status: int = 200) -> Response:
         """Return a whole page that loads itself again after ``reload`` seconds, 0 for never."""
+        notice = self._farm.store.notice if request.identity.roles else ""
         still = "still" in request.query
         query = {} if still else {"still": "1"}
         query.update((name, value) for name, value in request.query.items() if name != "still")
@@ -8520,22 +8518,22 @@ class Pages:
                          href=f"{request.path}?{urllib.parse.urlencode(query)}")
         page = element("html", head, element(
             "body", element("header", element("a", mark, self._api.name, href="/"), user),
-            element("main", self._notice(request), body),
+            element("main", element("p", notice, class_="notice failed") if notice else None, body),
             element("footer", switch if reload else None,
                     element("span", f"povfarm {VERSION}"))), lang="en")
         response = html_response(f"<!DOCTYPE html>{page}", status)
         response.headers.update(PAGE_HEADERS)
         return response
 
-    def _notice(self, request: Request) -> Node:
-        notice = self._farm.store.notice if request.identity.roles else ""
-        return element("p", notice, class_="notice failed") if notice else None
-
     def _row(self, tx: Tx, request: Request) -> Row:
         row = tx.job(request.params["job"])
         if row is None:
             raise ProtocolError(404, f"there is no job {request.params['job']}")
         return row
+
+    def _view(self, tx: Tx, job: Row) -> View:
+        """Return API's view of a job, and the frame that was finished last as ``newest``."""
+        return {**self._api.job_view(tx, job, whole=True), "newest": tx.newest_task_of(job["id"])}
 
     def _with_cookie(self, request: Request, value: str, more: str) -> Response:
         response = redirect("/")
@@ -8558,13 +8556,37 @@ class Pages:
                                       "Does it show the code ", element("strong", code), "?"),
                        how, class_="notice")
 
-    def _removals(self, request: Request, workers: Sequence[View]) -> Mapping[int, Node]:
-        """Return the button that removes each worker, for an admin."""
-        if "admin" not in request.identity.roles:
-            return {}
-        return {worker["id"]: element("details", element("summary", "Remove…"), self._form(
-            request, f"/workers/{worker['id']}/remove", "Let it in no more", "bad"))
-            for worker in workers}
+    def _workers(self, request: Request, workers: Sequence[View]) -> Html:
+        """Return the table of the workers, and what to type to be one."""
+        heads = ["Name", "State", "Cores", "Renders", "POV-Ray", "Heard of"]
+        admin = "admin" in request.identity.roles
+        rows = [element("tr", element("th", worker["name"], scope="row"), [
+            element("td", cell) for cell in (
+                [_badge(worker["state"]), f" {worker.get('reason', '')}"], worker["cores"],
+                worker["runs"], worker["engines"].get("povray", ""),
+                "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
+            element("td", self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
+                                      "Let it in no more")) if admin else None)
+            for worker in sorted(workers, key=lambda worker: _WORKER_ORDER.index(worker["state"]))]
+        table = element("table", element("thead", element(
+            "tr", [element("th", head, scope="col") for head in heads],
+            element("td") if admin else None)), element("tbody", rows))
+        host = request.headers.get("host", "")
+        if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
+            host = "HOST:2271"
+        here = re.match(r"localhost|127\.|\[::1\]", host)
+        server = f"https://{host} --pin {self._pin}" if self._pin else f"http://{host}"
+        return _section(
+            "Workers", element("div", table, class_="scroll") if workers else None,
+            element("p", "Any computer with Python and POV-Ray can help. "
+                    f"{'On this one, type' if here else 'Type there'}:"),
+            element("pre", f"python povfarm.py work --server {server}"),
+            element("p", "On another one leave --server out: it looks for the farm by itself."))
+
+    def _asked(self, request: Request, word: str, address: str, label: str) -> Html:
+        """Return a form that shows its button only after a click."""
+        return element("details", element("summary", word),
+                       self._form(request, address, label, "bad"))
 
     def _buttons(self, request: Request, view: View) -> Node:
         """Return what can be done to a job; only an ended one can be deleted, after a question."""
@@ -8577,9 +8599,8 @@ class Pages:
             "Cancel": (state, JobState.CANCELLED) in JOB_TRANSITIONS,
             "Retry": frames["failed"] + frames["cancelled"] > 0,
         }
-        delete = element("details", element("summary", "Delete…"), self._form(
-            request, f"{address}/delete", f"Delete it and {_count_of(frames['done'], 'image')}",
-            "bad")) if state in FINISHED else None
+        delete = self._asked(request, "Delete…", f"{address}/delete", "Delete it and "
+                             + _count_of(frames["done"], "image")) if state in FINISHED else None
         return element("div", [self._form(request, f"{address}/{action.lower()}", action)
                                for action, can in possible.items() if can], delete, class_="row")
 
@@ -8593,6 +8614,7 @@ _STATE_WORDS: Mapping[str, str] = {
     "working": "● working", "idle": "○ idle", "gone": "◌ gone", "sick": "✕ sick",
     "pending": "? asks to join",
 }
+_WORKER_ORDER = ("pending", "working", "idle", "sick", "gone")
 # What happened, after the name of a job, a frame or a worker.
 _EVENT_WORDS: Mapping[str, str] = {
     "submitted": "was submitted", "job active": "is ready to render", "job done": "is finished",
@@ -8638,20 +8660,32 @@ def _state(view: View) -> str:
     return "rendering" if busy else str(view["state"])
 
 
+def _ended(view: View) -> bool:
+    return JobState(view["state"]) in FINISHED
+
+
+def _section(title: str, *children: Node, **attributes: str) -> Html:
+    return element("section", element("h2", title), *children, **attributes)
+
+
 def _badge(state: str) -> Html:
     return element("span", _STATE_WORDS[state], class_=f"badge {state}")
 
 
-def _progress_title(views: Sequence[View]) -> list[str]:
-    return [f"{100 * view['progress']:.0f} % {view['name']}"
-            for view in views if _state(view) == "rendering"][:1]
+def _busy(views: Sequence[View]) -> list[View]:
+    return [view for view in views if _state(view) == "rendering"]
+
+
+def _title(views: Sequence[View], name: str) -> str:
+    return "".join(f"{100 * view['progress']:.0f} % {view['name']} · "
+                   for view in _busy(views)[:1]) + name
 
 
 def _summary(views: Sequence[View]) -> str:
-    busy = [view for view in views if _state(view) == "rendering"]
-    idle = [view for view in views if view["state"] == JobState.ACTIVE]
+    busy = _busy(views)
     if not busy:
-        return f"{idle[0]['name']} is waiting" if idle else "Nothing to render"
+        idle = [view["name"] for view in views if view["state"] == JobState.ACTIVE]
+        return f"{idle[0]} is waiting" if idle else "Nothing to render"
     more = f" and {_count_of(len(busy) - 1, 'more job')}" if len(busy) > 1 else ""
     left = max(view["eta"] or 0.0 for view in busy)
     return f"Rendering {busy[0]['name']}{more}" + (
@@ -8666,13 +8700,11 @@ def _at_hand(live: Sequence[View]) -> str:
 
 def _bar(view: View) -> Html:
     """Return a job's progress as a picture, in thousandths: done, in work, failed."""
-    frames, total = view["frames"], max(view["frames"]["total"], 1)
-    done, rects, x = frames["done"] / total, [], 0.0
-    for name, part in (("done", done), ("live", view["progress"] - done),
-                       ("failed", frames["failed"] / total)):
-        rects.append(element("rect", class_=name, x=f"{x:.1f}", width=f"{1000 * part:.1f}",
-                             height=1))
-        x += 1000 * part
+    total = max(view["frames"]["total"], 1)
+    done, failed = view["frames"]["done"] / total, view["frames"]["failed"] / total
+    rects = [element("rect", class_=name, x=f"{1000 * x:.1f}", width=f"{1000 * part:.1f}", height=1)
+             for name, x, part in (("done", 0.0, done), ("live", done, view["progress"] - done),
+                                   ("failed", view["progress"], failed))]
     return element("svg", rects, class_="bar", viewBox="0 0 1000 1", preserveAspectRatio="none",
                    role="img", aria_label=f"{100 * view['progress']:.0f} percent")
 
@@ -8691,7 +8723,7 @@ def _figures(view: View) -> Html:
         "finished": f"{100 * view['progress']:.0f} %" if still else None,
         "an hour": None if still or not rate else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}",
         "left": f"≈ {format_duration(view['eta'])}"
-                if view["eta"] and JobState(view["state"]) not in FINISHED else None,
+                if view["eta"] and not _ended(view) else None,
         "spent": format_duration(view["elapsed"]) if view["started"] else None,
         "failed": f"{frames['failed']:,}" if frames["failed"] else None,
     })
@@ -8710,8 +8742,7 @@ def _warnings(view: View) -> Node:
 
 def _picture(view: View, task: Row | None, kind: str = "") -> Html:
     """Return the image of a finished task, or a box that says why there is none."""
-    content, address = element("span", "No image" + (" yet" if JobState(
-        view["state"]) not in FINISHED else "")), ""
+    content, address = element("span", "No image" if _ended(view) else "No image yet"), ""
     if task is not None and task["state"] == TaskState.DONE:
         suffix = PurePosixPath(task["name"]).suffix.lower()
         address = f"/api/v1/jobs/{view['id']}/frames/{task['frame']}/image"
@@ -8743,24 +8774,21 @@ def _growing(view: View, frame: View) -> Html:
         class_="picture large")
 
 
-def _job_card(view: View, newest: Row | None) -> Html:
+def _job_card(view: View) -> Html:
     counts = _count_of(view["frames"]["done"], "frame")
-    ended = JobState(view["state"]) in FINISHED
     return element(
-        "article", _picture(view, newest), element(
+        "article", _picture(view, view["newest"]), element(
             "div", element("h3", element("a", view["name"], href=f"/jobs/{view['id']}")),
             _badge(_state(view)),
-            element("p", f"{counts} in {format_duration(view['elapsed'])}") if ended else
+            element("p", f"{counts} in {format_duration(view['elapsed'])}") if _ended(view) else
             [_bar(view), _figures(view)], _warnings(view)), class_="card")
 
 
-def _job_cards(jobs: Sequence[tuple[View, Row | None]]) -> Node:
-    ended = [job for job in jobs if JobState(job[0]["state"]) in FINISHED]
-    going = sorted((job for job in jobs if job not in ended),
-                   key=lambda job: _state(job[0]) != "rendering")
-    return [element("section", element("h2", title), element(
-        "div", [_job_card(*job) for job in some], class_=f"cards {kind}"))
-        for title, some, kind in (("Jobs", going, "going"), ("Ended", ended, "ended")) if some]
+def _job_cards(views: Sequence[View]) -> Node:
+    going = sorted((view for view in views if not _ended(view)),
+                   key=lambda view: _state(view) != "rendering")
+    return [_section(title, element("div", map(_job_card, some), class_=f"cards {title.lower()}"))
+            for title, some in (("Jobs", going), ("Ended", list(filter(_ended, views)))) if some]
 
 
 def _no_jobs() -> Html:
@@ -8770,44 +8798,17 @@ def _no_jobs() -> Html:
         element("pre", "python povfarm.py submit scene.pov +W640 +H480"), class_="empty")
 
 
-def _workers(workers: Sequence[View], host: str, pin: str, removals: Mapping[int, Node]) -> Html:
-    order = ("pending", "working", "idle", "sick", "gone")
-    rows = [element(
-        "tr", element("th", worker["name"], scope="row"),
-        [element("td", cell) for cell in (
-            [_badge(worker["state"]), f" {worker.get('reason', '')}"], worker["cores"],
-            worker["runs"], worker["engines"].get("povray", ""),
-            "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
-        element("td", removals[worker["id"]]) if removals else None)
-        for worker in sorted(workers, key=lambda worker: order.index(worker["state"]))]
-    heads = ("Name", "State", "Cores", "Renders", "POV-Ray", "Heard of")
-    table = element("table", element("thead", element("tr", [
-        element("th", head, scope="col") for head in heads], element("td") if removals else None)),
-        element("tbody", rows))
-    if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
-        host = "HOST:2271"
-    return element(
-        "section", element("h2", "Workers"),
-        element("div", table, class_="scroll") if workers else None,
-        element("p", "Any computer with Python and POV-Ray can help. On this one, type:"
-                if re.match(r"localhost|127\.|\[::1\]", host) else
-                "Any computer with Python and POV-Ray can help. Type there:"),
-        element("pre", f"python povfarm.py work --server https://{host} --pin {pin}" if pin else
-                f"python povfarm.py work --server http://{host}"),
-        element("p", "On another one leave --server out: it looks for the farm by itself."))
-
-
-def _story(events: Sequence[Row], views: Mapping[int, View], now: float) -> Node:
+def _story(events: Sequence[Row], views: Sequence[View], now: float) -> Node:
     """Return the newest events in words; frames with the same fate share a line."""
+    known = {view["id"]: view for view in views}
     lines: dict[Any, list[Row]] = {}
     for event in reversed(events):
         if not event["what"].endswith(TaskState.LEASED.value):
             same = (event["job"], event["what"], event["text"])
             lines.setdefault(event["id"] if event["frame"] is None else same, []).append(event)
-    items = [element("li", _event_line(line[0], len(line) - 1, views), " ", element(
+    items = [element("li", _event_line(line[0], len(line) - 1, known), " ", element(
         "time", _ago(now - line[0]["time"]))) for line in itertools.islice(lines.values(), 14)]
-    return element("section", element("h2", "What happened"),
-                   element("ul", items, class_="story")) if items else None
+    return _section("What happened", element("ul", items, class_="story")) if items else None
 
 
 def _event_line(event: Row, more: int, views: Mapping[int, View]) -> Node:
@@ -8825,8 +8826,8 @@ def _event_line(event: Row, more: int, views: Mapping[int, View]) -> Node:
             f", and {more:,} before it" if more else None, f": {text}" if text else None]
 
 
-def _job_links(view: View, newest: Row | None) -> Html:
-    address, shown = f"/jobs/{view['id']}", view["failure"] or newest
+def _job_links(view: View) -> Html:
+    address, shown = f"/jobs/{view['id']}", view["failure"] or view["newest"]
     return element(
         "nav", element("a", "All images (zip)", href=f"/api/v1{address}/archive.zip")
         if view["frames"]["done"] else None,
@@ -8838,7 +8839,7 @@ def _storyboard(view: View, tasks: Sequence[Row]) -> Node:
     """Return eight images from all over an animation, the same ones at every look."""
     if len(tasks) < 8 or not view["frames"]["done"] or view["extension"] not in BROWSER_TYPES:
         return None
-    return element("section", element("h2", "Storyboard"), element("div", [
+    return _section("Storyboard", element("div", [
         element("a", _picture(view, task), f"Frame {task['frame']}",
                 href=f"/jobs/{view['id']}/frames/{task['frame']}")
         for task in (tasks[part * len(tasks) // 8] for part in range(8))], class_="cards board"))
@@ -8868,19 +8869,16 @@ def _block(job: int, tasks: Sequence[Row]) -> Html:
 def _frames(view: View, tasks: Sequence[Row], chosen: Sequence[View], size: int) -> Html:
     """Return a cell for each frame, or for each ``size`` frames and then for each chosen one."""
     job, frames = view["id"], view["frames"]
-    legend = []
-    for state in ("done", "leased", "queued", "failed", "cancelled"):
-        glyph, _, word = _STATE_WORDS[state].partition(" ")
-        if frames[state]:
-            legend.append(element("li", element("span", glyph, class_=state),
-                                  f"{frames[state]:,} {word}"))
+    legend = [element("li", element("span", _STATE_WORDS[state][0], class_=state),
+                      f"{frames[state]:,}{_STATE_WORDS[state][1:]}")
+              for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
     blocks = None if size == 1 else [
         element("p", f"A cell is {size} frames: choose one to see them."),
         element("div", [_block(job, tasks[index:index + size])
                         for index in range(0, len(tasks), size)], class_="grid"),
         element("h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}") if chosen else None]
-    return element(
-        "section", element("h2", "Frames"), element("ul", legend, class_="legend"), blocks,
+    return _section(
+        "Frames", element("ul", legend, class_="legend"), blocks,
         element("div", [_cell(job, frame) for frame in chosen], class_="grid", id="part"))
 
 
@@ -8888,7 +8886,7 @@ def _options(view: View, row: Row) -> Html:
     pov = json.loads(row["pov"])
     options = [f"{name}={value}" for name, value in sorted(pov["values"].items())]
     options += [f"Declare={declare}" for declare in pov["declares"]]
-    return element("section", element("h2", "Options"), _facts({
+    return _section("Options", _facts({
         "job": str(view["id"]), "submitted by": view["owner"], "priority": str(view["priority"]),
         "most workers": str(view["max_workers"] or "no limit"),
         "tries for a frame": str(view["retry_limit"]),
@@ -8944,7 +8942,7 @@ a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit;
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .3rem; }
 .lead, dt, time, thead, section > p { color: var(--dim); } .lead { font-size: 1.1rem; }
 .cards { display: grid; gap: 1.25rem; }
-.going { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.jobs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
 .ended { grid-template-columns: repeat(auto-fill, minmax(clamp(9rem, 18vw, 13rem), 1fr)); }
 .card { position: relative; overflow: hidden; border: 1px solid var(--line);
   border-radius: .9rem; background: var(--card); }
@@ -8964,10 +8962,10 @@ a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit;
 .board { gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 .board a { color: var(--dim); font-size: .8rem; text-decoration: none; }
 .board .picture { border-radius: .4rem; } .board span { visibility: hidden; }
-@media (min-width: 56rem) { .columns, .stage, .going > :only-child { display: grid;
+@media (min-width: 56rem) { .columns, .stage, .jobs > :only-child { display: grid;
     gap: 0 3rem; grid-template-columns: 3fr 2fr; }
-  .stage, .going > :only-child { align-items: center; } .going:has(> :only-child) {
-    display: block; } .going > :only-child { gap: 0; } }
+  .stage, .jobs > :only-child { align-items: center; } .jobs:has(> :only-child) {
+    display: block; } .jobs > :only-child { gap: 0; } }
 .badge { display: inline-block; color: var(--dim); font-size: .9rem; font-weight: 600; }
 .badge.done, .badge.idle { color: var(--done); } .badge.failed, .badge.sick { color: var(--bad); }
 .badge.rendering, .badge.working, .badge.leased, .badge.pending { color: var(--live); }
