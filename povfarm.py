@@ -8720,7 +8720,7 @@ def _figures(view: View) -> Html:
     return _facts({
         "frames": None if still else f"{frames['done']:,} of {frames['total']:,}",
         "slices done": f"{slices['done']}" if slices["total"] else None,
-        "finished": f"{100 * view['progress']:.0f} %" if still else None,
+        "finished": f"{100 * view['progress']:.0f} %" if still and not _ended(view) else None,
         "an hour": None if still or not rate else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}",
         "left": f"≈ {format_duration(view['eta'])}"
                 if view["eta"] and not _ended(view) else None,
@@ -8950,8 +8950,9 @@ a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit;
 .card h3 a { color: inherit; text-decoration: none; }
 .card h3 a::after { content: ""; position: absolute; inset: 0; }
 .picture { display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); place-items: center;
-  overflow: hidden; aspect-ratio: 16 / 9; background: var(--mat); color: var(--dim); }
-.picture span { padding: 1rem; text-align: center; }
+  overflow: hidden; aspect-ratio: 16 / 9; background: var(--mat); color: var(--dim);
+  text-align: center; }
+.picture span { padding: 1rem; }
 .picture img { display: block; width: 100%; height: 100%; object-fit: contain; }
 .large { min-height: 12rem; aspect-ratio: auto; border-radius: .9rem; }
 .large img { width: auto; height: auto; max-width: 100%; max-height: 80vh; }
@@ -8989,6 +8990,7 @@ button:hover, .button:hover, summary:hover { border-color: var(--ink); }
 .good { background: var(--done); color: var(--on); } summary { color: var(--bad); }
 .bad { margin-top: .5rem; background: var(--bad); color: var(--on); }
 code, pre { font: .9em/1.5 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
+section > p code { margin-right: .7em; }
 pre { overflow: auto; max-height: 40rem; padding: .8rem 1rem; border: 1px solid var(--line);
   border-radius: .5rem; background: var(--card); }
 .empty { padding: 2rem 0; text-align: center; } .empty pre { display: inline-block; }
@@ -9002,15 +9004,14 @@ td, time, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-wei
 .grid { display: grid; gap: 3px; grid-template-columns: repeat(auto-fill, minmax(3rem, 1fr)); }
 .grid a, .legend span { border: 1px solid var(--dim); border-radius: .25rem; color: var(--dim);
   font-size: .75rem; line-height: 1.6rem; text-align: center; text-decoration: none; }
-.grid .done, .legend .done { border-color: var(--done); background: var(--done);
-  color: var(--on); }
+.grid .done, .legend .done { border-color: var(--done); background: var(--done); color: var(--on); }
 .grid .leased, .legend .leased { outline: 2px solid var(--live); outline-offset: -2px;
   color: var(--ink); }
 .grid .queued, .legend .queued { border-style: dashed; }
 .grid .failed, .legend .failed { border-color: var(--bad); background: var(--bad);
   color: var(--on); font-weight: 700; } .grid .failed::before { content: "✕ "; }
-.grid .cancelled { text-decoration: line-through; } .grid .cancelled, .legend .cancelled {
-  background: var(--line); }
+.grid .cancelled, .legend .cancelled { background: var(--line); }
+.grid .cancelled { text-decoration: line-through; }
 .grid [class*=" p"] { background: linear-gradient(var(--glow) 0 0) bottom / 100% 0 no-repeat; }
 """ + "".join(f".grid .p{tenth} {{ background-size: 100% {tenth}0%; }}\n" for tenth in range(1, 11))
 _STYLE_ADDRESS = f"/style.css?{hashlib.sha256(STYLE.encode()).hexdigest()[:12]}"
@@ -9118,9 +9119,12 @@ def farm_key(data: Path) -> str:
         data.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             atomic_write(path, secrets.token_hex(32).encode(), 0o600)
-        return path.read_text(encoding="ascii").strip()
+        key = path.read_bytes().decode("ascii", "replace").strip()
     except OSError as error:
         raise StoreError(f"the data directory {data} cannot be used: {error.strerror}") from None
+    if not key:
+        raise StoreError(f"{path} is empty: delete it, and a new farm key is made")
+    return key
 
 
 def _own_names(more: Collection[str]) -> Collection[str]:
@@ -9179,9 +9183,9 @@ def _tls_context(certificate: Path, key: Path) -> tuple[ssl.SSLContext, str]:
     try:
         # Without a password, an empty one, it would ask for one on the terminal.
         context.load_cert_chain(certificate, key, password=str)
-        first = certificate.read_text(encoding="ascii").partition("-----BEGIN CERTIFICATE-----")
-        text = "".join(first[1:]).partition("-----END CERTIFICATE-----")
-        der = ssl.PEM_cert_to_DER_cert("".join(text[:2]))
+        found = re.findall("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----",
+                           certificate.read_text(encoding="latin-1"), re.DOTALL)
+        der = ssl.PEM_cert_to_DER_cert("".join(found[:1]))
     except (OSError, ValueError) as error:
         raise UserError(f"the certificate {certificate} with the key {key} cannot be used: "
                         f"{getattr(error, 'reason', None) or error}") from None

@@ -67,6 +67,18 @@ def test_a_certificate_is_made_once_and_its_key_is_only_ours(tmp_path: Path) -> 
     assert farm.url.startswith("https://127.0.0.1:")
 
 
+def test_a_certificate_may_have_words_around_it(tmp_path: Path) -> None:
+    certificate, key = own_certificate(tmp_path)
+    words = tmp_path / "words.pem"
+    words.write_bytes("Für die Farm\n".encode() + certificate.read_bytes() * 2)
+    pins = []
+    for one in (certificate, words):
+        farm = Coordinator(tmp_path / "farm", bind="127.0.0.1", tls=(one, key), durable=False)
+        farm.stop()
+        pins.append(farm.pin)
+    assert pins[0] == pins[1]
+
+
 def test_without_openssl_one_line_says_what_to_do(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
