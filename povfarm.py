@@ -8416,6 +8416,9 @@ class Pages:
             names = {worker["id"]: worker["name"] for worker in tx.workers()}
             view, address = self._view(tx, row), f"/jobs/{row['id']}"
             frame = self._api.frame_view(tx, task, names)
+            failures = [] if frame["state"] == TaskState.DONE else [
+                attempt["message"] for attempt in tx.attempts(task["id"])
+                if attempt["state"] == AttemptState.FAILED]
         text = cast(bytes, self._api.log(request).body).decode()[-LOG_SHOWN:]
         return self._page(
             request, f"Frame {number} · {row['name']}",
@@ -8423,6 +8426,7 @@ class Pages:
             element("p", f"{_frame_name(view, number)} ", _badge(frame["state"]), class_="lead"),
             _picture(view, task, "large") if frame["state"] == TaskState.DONE else
             _growing(view, frame) if "slices" in frame else None,
+            [element("p", words, class_="notice failed") for words in failures[-1:]],
             _frame_facts(frame),
             element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
                             for to in near], class_="links"),

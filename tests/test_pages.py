@@ -240,6 +240,7 @@ def test_the_page_of_a_frame(farm: Farm) -> None:
     assert "a log" in done.text and done.all("a", href=f"/jobs/{job}/frames/2")
     assert not failed.all("img", src="/api/") and "the sky fell" in failed.text
     assert f"POV-Ray says {HOSTILE}" in failed.text
+    assert failed.all("p", class_="notice failed") and not done.all("p", class_="notice")
 
 
 @pytest.mark.parametrize("address, words", [
