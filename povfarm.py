@@ -9889,7 +9889,12 @@ class Transport:
             if isinstance(call.body, bytes):
                 sock.sendall(self._head(call, len(call.body)) + call.body)
                 return True
-            with _open_upload(call.body) as file:
+            try:
+                file = call.body.open("rb")
+            except OSError as error:
+                raise FarmError(
+                    f"{call.body} cannot be read: {error.strerror or error}") from error
+            with file:
                 size = os.fstat(file.fileno()).st_size
                 sock.sendall(self._head(call, size))
                 if size and sock.sendfile(file, 0, size) != size:
@@ -9986,7 +9991,7 @@ class Client:
         if method == "PUT" and isinstance(body, bytes):
             fields["X-SHA256"] = hashlib.sha256(body).hexdigest()
         call = Call(method, path, fields, body, timeout, stop or threading.Event())
-        return self._persist(call, retry_for, _whole_reply)
+        return self._persist(call, retry_for, _in_memory)
 
     def download(self, path: str, to: Path, sha256: str | None = None, *,
                  limit: int = DOWNLOAD_LIMIT, retry_for: float | None = None,
@@ -10008,7 +10013,7 @@ class Client:
         self._transport.close()
 
     def _persist(self, call: Call, retry_for: float | None,
-                 consume: Callable[[Answer], Reply]) -> Reply:
+                 consume: Callable[[Answer], bytes]) -> Reply:
         """Try until there is an answer that is not "later"."""
         if self.token:
             call = replace(call, headers={**call.headers, "Authorization": f"Bearer {self.token}"})
@@ -10019,7 +10024,8 @@ class Client:
             delay = longest * random.uniform(0.5, 1)  # or all workers would come back at once
             try:
                 with contextlib.closing(self._transport.exchange(call)) as answer:
-                    return consume(answer)
+                    _raise_refusal(answer)
+                    return Reply(answer.status, answer.headers, consume(answer))
             except RequestRefused as error:
                 if error.status not in _TRY_LATER:
                     raise
@@ -10070,13 +10076,6 @@ def _to_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _open_upload(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise FarmError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
 def _await_answer(sock: socket.socket, call: Call) -> None:
     """Wait until an answer begins, or ``call.stop``: a long poll must not hold up a stop."""
     deadline = time.monotonic() + call.timeout
@@ -10114,18 +10113,12 @@ def _pieces(answer: Answer, limit: int, what: str) -> Iterator[bytes]:
         yield block
 
 
-def _in_memory(answer: Answer, limit: int) -> bytes:
+def _in_memory(answer: Answer, limit: int = REPLY_LIMIT) -> bytes:
     return b"".join(_pieces(answer, limit, "the coordinator's answer"))
 
 
-def _whole_reply(answer: Answer) -> Reply:
-    _raise_refusal(answer)
-    return Reply(answer.status, answer.headers, _in_memory(answer, REPLY_LIMIT))
-
-
-def _save(to: Path, sha256: str | None, limit: int, answer: Answer) -> Reply:
+def _save(to: Path, sha256: str | None, limit: int, answer: Answer) -> bytes:
     """Write an answer to a file, beside it first; its ETag may tell the hash."""
-    _raise_refusal(answer)
     named = re.fullmatch('"([0-9a-f]{64})"', answer.headers.get("etag", ""))
     wanted = sha256 or (named and named[1])
     part = to.with_name(f".{to.name}.{os.getpid()}.{threading.get_ident()}.part")
@@ -10143,7 +10136,7 @@ def _save(to: Path, sha256: str | None, limit: int, answer: Answer) -> Reply:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
-    return Reply(answer.status, answer.headers, b"")
+    return b""
 
 
 # === 19. PROCESS =============================================================
