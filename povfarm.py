@@ -3797,7 +3797,7 @@ def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
                 farms[found.farm_id] = min(farms.get(found.farm_id, found), found, key=_distance)
             if name is not None:
                 break
-    return sorted(farms.values(), key=_name_and_id)
+    return sorted(farms.values(), key=operator.attrgetter("name", "farm_id"))
 
 
 def wait_for_coordinator(key: bytes | None, stop: threading.Event, port: int = DISCOVERY_PORT,
@@ -3806,49 +3806,48 @@ def wait_for_coordinator(key: bytes | None, stop: threading.Event, port: int = D
 
     Probes every ``pause`` seconds, and at once when a coordinator announces itself.
     """
-    with _udp_socket() as hints:
-        try:
-            _share_port(hints, port + 1)
-        except OSError as error:
-            log.debug("no hints from coordinators: %s", error)
+    with _hint_socket(port) as hints:
         while not stop.is_set():
             found = discover(_PROBE_TIMES[-1] + 0.2, key, port, name, stop)
             if found:
                 return found
-            _wait_for_hint(hints, pause, stop)
+            deadline = time.monotonic() + pause
+            while time.monotonic() < deadline and not stop.is_set():
+                if _hear_hint(hints, _STOP_STEP):
+                    break
     return []
 
 
 def listen_for_hints(heard: Callable[[], None], port: int = DISCOVERY_PORT) -> None:
     """Call ``heard`` whenever a coordinator announces itself on this LAN; for a thread."""
-    with _udp_socket() as hints:
-        try:
-            _share_port(hints, port + 1)
-        except OSError as error:
-            log.debug("no hints from coordinators: %s", error)
-            return
+    with _hint_socket(port) as hints:
         while True:
-            try:
-                packet = hints.recv(_PACKET_LIMIT + 1)
-            except OSError as error:
-                log.debug("discovery: %s", error)
-                time.sleep(1)
-                continue
-            if _parse_packet(packet, "hint") is not None:
+            if _hear_hint(hints, None):
                 heard()
 
 
-def _wait_for_hint(hints: socket.socket, seconds: float, stop: threading.Event) -> None:
-    deadline = time.monotonic() + seconds
-    hints.settimeout(_STOP_STEP)
-    while not stop.is_set() and time.monotonic() < deadline:
-        try:
-            if _parse_packet(hints.recv(_PACKET_LIMIT + 1), "hint") is not None:
-                return
-        except socket.timeout:
-            pass
-        except OSError:  # not bound
-            stop.wait(_STOP_STEP)
+def _hint_socket(port: int) -> socket.socket:
+    """Return a socket for what coordinators announce, a silent one where that cannot be had."""
+    hints = _udp_socket()
+    try:
+        _share_port(hints, port + 1)
+    except OSError as error:
+        log.debug("no hints from coordinators: %s", error)
+        hints.bind(("", 0))
+    return hints
+
+
+def _hear_hint(hints: socket.socket, seconds: float | None) -> bool:
+    """Wait for a packet, without end for None; True when a coordinator announces itself."""
+    hints.settimeout(seconds)
+    try:
+        return _parse_packet(hints.recv(_PACKET_LIMIT + 1), "hint") is not None
+    except socket.timeout:
+        return False
+    except OSError as error:
+        log.debug("discovery: %s", error)
+        time.sleep(_STOP_STEP)
+        return False
 
 
 def _receive_answer(sock: socket.socket, seconds: float, nonce: str,
@@ -3859,29 +3858,22 @@ def _receive_answer(sock: socket.socket, seconds: float, nonce: str,
         packet, (address, _) = sock.recvfrom(_PACKET_LIMIT + 1)
     except OSError:  # nothing came, or Windows says that a probe found nobody
         return None
-    return _read_answer(packet, address, nonce, key)
-
-
-def _read_answer(packet: bytes, address: str, nonce: str, key: bytes | None) -> Found | None:
     message = _parse_packet(packet, "answer")
     if message is None or message.get("nonce") != nonce:
         return None
     mac = str(message.pop("mac", "")).encode(errors="replace")
-    name, farm_id, port, scheme, pin = (
-        message.get(key) for key in ("name", "id", "port", "scheme", "pin"))
-    if not _is_label(name) or not _is_label(farm_id):
+    name, farm_id, port, pin = (message.get(field) for field in ("name", "id", "port", "pin"))
+    scheme = "https" if pin else "http"
+    if not (_is_label(name) and _is_label(farm_id) and isinstance(port, int) and 0 < port < 65536
+            and isinstance(pin, str) and re.fullmatch("([0-9a-f]{64})?", pin)
+            and message.get("scheme") == scheme):
         return None
-    if not isinstance(port, int) or not 0 < port < 65536 or not isinstance(pin, str):
+    if key is not None and not (hmac.compare_digest(mac, _mac(key, message).encode())
+                                and message.get("address") == address):
+        log.debug("discovery: %s says that it is %s, without our key", address, name)
         return None
-    if scheme != ("https" if pin else "http") or not re.fullmatch("([0-9a-f]{64})?", pin):
-        return None
-    if key is not None:
-        signed = hmac.compare_digest(mac, _mac(key, message).encode())
-        if not signed or message.get("address") != address:
-            log.debug("discovery: %s says that it is %s, without our key", address, name)
-            return None
-    url = f"{scheme}://{address}:{port}"
-    return Found(str(name), str(farm_id), url, key is not None, address, pin)
+    return Found(str(name), str(farm_id), f"{scheme}://{address}:{port}", key is not None,
+                 address, pin)
 
 
 def _mac(key: bytes, message: Mapping[str, Any]) -> str:
@@ -3918,10 +3910,6 @@ def _distance(found: Found) -> bool:
     return not found.address.startswith("127.")
 
 
-def _name_and_id(found: Found) -> tuple[str, str]:
-    return found.name, found.farm_id
-
-
 def _udp_socket() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -3951,7 +3939,7 @@ def _broadcast_addresses() -> list[str]:
     """Return the addresses that together reach this machine and every LAN it is on."""
     addresses = [*_LOOPBACK, "255.255.255.255"]
     if sys.platform == "linux":
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        with _udp_socket() as sock:
             for _, name in socket.if_nameindex():
                 request = struct.pack("256s", name.encode()[:15])
                 with contextlib.suppress(OSError):  # an interface without an IPv4 address
@@ -3962,7 +3950,7 @@ def _broadcast_addresses() -> list[str]:
 
 def _address_towards(address: str) -> str:
     """Return our own address on the way to another: what an answer to it comes from."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with _udp_socket() as sock:
         sock.connect((address, 9))
         return str(sock.getsockname()[0])
 
