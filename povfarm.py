@@ -3864,7 +3864,7 @@ def _receive_answer(sock: socket.socket, seconds: float, nonce: str,
     mac = str(message.pop("mac", "")).encode(errors="replace")
     name, farm_id, port, pin = (message.get(field) for field in ("name", "id", "port", "pin"))
     scheme = "https" if pin else "http"
-    if not (_is_label(name) and _is_label(farm_id) and isinstance(port, int) and 0 < port < 65536
+    if not (_is_label(name) and _is_label(farm_id) and type(port) is int and 0 < port < 65536
             and isinstance(pin, str) and re.fullmatch("([0-9a-f]{64})?", pin)
             and message.get("scheme") == scheme):
         return None

@@ -162,7 +162,7 @@ MALFORMED: List[Dict[str, Any]] = [
     {"povfarm": "probe"}, {"povfarm": None}, {"version": 2}, {"nonce": "cd" * 16}, {"nonce": None},
     {"name": ""}, {"name": "x" * 101}, {"name": "\x1b[2J"}, {"name": 7}, {"name": None},
     {"id": ""}, {"id": ["f1"]}, {"port": 0}, {"port": 65536}, {"port": "2271"}, {"port": 22.5},
-    {"scheme": "file"}, {"scheme": None}, {"padding": "x" * 2048}, {"scheme": "https"},
+    {"port": True}, {"scheme": "file"}, {"scheme": None}, {"padding": "x" * 2048}, {"scheme": "https"},
     {"pin": "ab" * 32}, {"scheme": "https", "pin": "ab"}, {"scheme": "https", "pin": 7},
     {"pin": None},
 ]
