@@ -3674,7 +3674,8 @@ _FARMS_LIMIT = 100
 _PROBE_TIMES = (0.0, 0.2, 0.6)  # seconds: a lost packet should not cost a round
 _STOP_STEP = 0.2  # seconds after which a wait looks whether it should stop
 _LOOPBACK = ("127.0.0.1", "127.255.255.255")
-_SIOCGIFBRDADDR = 0x8919  # Linux: the broadcast address of an interface
+# What asks for the broadcast address of an interface.
+_SIOCGIFBRDADDR = {"linux": 0x8919, "darwin": 0xC0206923}
 
 
 @dataclass(frozen=True)
@@ -3938,12 +3939,13 @@ def _send_to(sock: socket.socket, packet: bytes, port: int, addresses: Sequence[
 def _broadcast_addresses() -> list[str]:
     """Return the addresses that together reach this machine and every LAN it is on."""
     addresses = [*_LOOPBACK, "255.255.255.255"]
-    if sys.platform == "linux":
+    code = _SIOCGIFBRDADDR.get(sys.platform)
+    if code is not None:
         with _udp_socket() as sock:
             for _, name in socket.if_nameindex():
                 request = struct.pack("256s", name.encode()[:15])
                 with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                    reply = fcntl.ioctl(sock.fileno(), _SIOCGIFBRDADDR, request)
+                    reply = fcntl.ioctl(sock.fileno(), code, request)
                     addresses.append(socket.inet_ntoa(reply[20:24]))
     return [address for address in dict.fromkeys(addresses) if address != "0.0.0.0"]
 

@@ -278,6 +278,24 @@ def test_a_port_that_cannot_be_had_is_warned_about(caplog: pytest.LogCaptureFixt
             assert "start them with --server" in caplog.text
 
 
+@pytest.mark.parametrize("system, code", [("linux", 0x8919), ("darwin", 0xC0206923)])
+def test_every_interface_is_asked_for_its_broadcast_address(
+        monkeypatch: pytest.MonkeyPatch, system: str, code: int) -> None:
+    """Elsewhere 255.255.255.255 has to do, which leaves by one interface only."""
+
+    def ioctl(descriptor: int, asked: int, request: bytes) -> bytes:
+        if request.rstrip(b"\0") != b"en7":
+            raise OSError("it has no address")
+        assert asked == code
+        return request[:20] + socket.inet_aton("10.1.2.255") + request[24:]
+
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (7, "en7"), (9, "utun0")])
+    monkeypatch.setattr(povfarm, "fcntl", argparse.Namespace(ioctl=ioctl))
+    assert povfarm._broadcast_addresses() == [
+        "127.0.0.1", "127.255.255.255", "255.255.255.255", "10.1.2.255"]
+
+
 class Waiter(threading.Thread):
     """A worker that waits for a coordinator, for an hour between two rounds."""
 
