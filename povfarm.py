@@ -4599,7 +4599,7 @@ class _Connection:
                 if not data:
                     raise ConnectionError("the client has closed it")
                 if self._closing:
-                    continue
+                    return False  # no more for now: who sends without end is not alone here
                 if self._idle:
                     self._idle = False
                     self.deadline = time.monotonic() + self._limits.head_seconds

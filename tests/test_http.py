@@ -594,6 +594,25 @@ def test_a_client_that_sends_too_much_still_reads_why(head: bytes) -> None:
         assert statuses(until_closed(sock)) == [413]
 
 
+class Endless(socket.socket):
+    """A client that is refused and goes on sending, faster than anybody can read."""
+
+    reads = 0
+
+    def recv(self, *args: Any) -> bytes:
+        self.reads += 1
+        assert self.reads < 100, "nobody else has had a turn"
+        return b"GET /\n\n" if self.reads == 1 else b"x" * 65536
+
+
+def test_a_client_that_sends_without_end_lets_others_have_their_turn() -> None:
+    with serving(Pages()) as server, Endless() as sock, \
+            contextlib.closing(povfarm._Connection(server, sock, "127.0.0.1")) as connection:
+        sock.connect(("127.0.0.1", server.port))
+        assert not connection.fill() and sock.reads == 1  # refused
+        assert not connection.fill() and sock.reads == 2
+
+
 def test_a_small_body_that_nobody_read_costs_no_connection(shared: Server) -> None:
     unread = UNREAD + b"Content-Length: 5\r\n\r\nGET /"
     refused = b"POST /nothing HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
