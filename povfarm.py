@@ -4890,6 +4890,8 @@ class _WireBody:
             line += self._take(1)
             if len(line) > 1000:
                 raise ProtocolError(400, "the body has too long a line between chunks")
+        if b"\n" in line[:-2]:  # others may take it for the line's end
+            raise ProtocolError(400, "a line of the body ends in another way than CR LF")
         return line[:-2]
 
 

@@ -485,6 +485,10 @@ BAD_BODIES: List[Tuple[str, bytes, int]] = [
     ("chunk size 0x3", POST + b"Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc\r\n0\r\n\r\n", 400),
     ("chunk longer than told", POST + b"Transfer-Encoding: chunked\r\n\r\n2\r\nabc\r\n0\r\n\r\n",
      400),
+    ("line feed in a chunk's extension", POST + b"Transfer-Encoding: chunked\r\n\r\n0;\n\r\n\r\n",
+     400),
+    ("line feed in a trailer", POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\na: b\n\r\n\r\n",
+     400),
     ("endless chunk line", POST + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"x" * 2000, 400),
     ("endless trailer", POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 30, 431),
 ]
