@@ -4083,10 +4083,9 @@ class Request:
     alive: Callable[[], bool] = lambda: True
     enter: Callable[[Identity], None] = lambda identity: None
 
-    def json(self, limit: int = BODY_LIMIT) -> Any:
+    def json(self) -> Any:
         """Return the JSON body; ``ProtocolError`` 415, 413 or 400 when it is none."""
         self._require_type("application/json")
-        self.body.limit = min(self.body.limit, limit)
         try:
             value = _JSON.decode(self.text())
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate cannot be stored
@@ -4183,14 +4182,14 @@ def html_response(text: str, status: int = 200) -> Response:
     return text_response(text, status, "text/html")
 
 
-def empty_response(status: int = 204) -> Response:
-    """Return a status and nothing else."""
-    return Response(status)
+def empty_response() -> Response:
+    """Return that it is done, and nothing else."""
+    return Response(204)
 
 
-def redirect(location: str, status: int = 303) -> Response:
+def redirect(location: str) -> Response:
     """Send the browser to ``location``, with a GET."""
-    return Response(status, {"Location": location})
+    return Response(303, {"Location": location})
 
 
 def stream_response(chunks: Iterator[bytes], mime: str) -> Response:
@@ -4209,20 +4208,25 @@ def file_response(path: Path, mime: str, request: Request, etag: str = "") -> Re
     except OSError as error:
         raise ProtocolError(404, f"{path.name} is not here") from error
     status = os.fstat(file.fileno())
-    quoted = f'"{etag or f"{status.st_mtime_ns:x}-{status.st_size:x}"}"'
-    headers = {"Content-Type": mime, "ETag": quoted, "Accept-Ranges": "bytes"}
+    size = status.st_size
+    quoted = f'"{etag or f"{status.st_mtime_ns:x}-{size:x}"}"'
     if _etag_matches(request.headers.get("if-none-match", ""), quoted):
         file.close()
         return Response(304, {"ETag": quoted})
-    wanted = _byte_range(request.headers, quoted, status.st_size)
-    if wanted is None:
-        return _file_part(file, 0, status.st_size, 200, headers)
-    headers["Content-Range"] = f"bytes {wanted[0]}-{wanted[1] - 1}/{status.st_size}"
-    if wanted[0] < wanted[1]:
-        return _file_part(file, wanted[0], wanted[1], 206, headers)
-    file.close()
-    raise ProtocolError(416, f"the file has {status.st_size} bytes",
-                        Content_Range=f"bytes */{status.st_size}")
+    part = _byte_range(request.headers, quoted, size)
+    start, end = part or (0, size)
+    if part and start == end:
+        file.close()
+        raise ProtocolError(416, f"the file has {size} bytes", Content_Range=f"bytes */{size}")
+    response = Response(206 if part else 200, {
+        "Content-Type": mime, "ETag": quoted, "Accept-Ranges": "bytes",
+        **({"Content-Range": f"bytes {start}-{end - 1}/{size}"} if part else {}),
+    }, FileSlice(file, start, end - start))
+    if end - start <= BUFFER:  # little enough to travel with the head
+        with file:
+            file.seek(start)
+            response.body = file.read(end - start)
+    return response
 
 
 Handler = Callable[..., Response]
@@ -4280,7 +4284,9 @@ class Router:
         self._authenticate = authenticate
         self._hosts = hosts
         self._error_page = error_page
-        found = [bound for provider in providers for bound in _bound_routes(provider)]
+        found = [BoundRoute(tag, getattr(provider, name), _compile(tag.pattern))
+                 for provider in providers for name, member in vars(type(provider)).items()
+                 for tag in getattr(member, "routes", ())]
         # The more a pattern leaves open, the later it is tried.
         self.routes = sorted(
             found, key=lambda one: (":path>" in one.route.pattern, one.route.pattern.count("<"))
@@ -4323,10 +4329,9 @@ class Router:
                             Allow=", ".join(sorted(allowed)))
 
     def _call(self, bound: BoundRoute, match: re.Match[str], request: Request) -> Response:
-        # The group's name ends in what it is converted to: see _compile.
         request.params = {
-            name[:-4]: int(value) if name.endswith("_int") else value
-            for name, value in match.groupdict().items()
+            name: int(value) if kind == "int" else value
+            for group, value in match.groupdict().items() for name, kind in [group.split("_")]
         }
         request.body.limit = bound.route.max_body
         request.identity = self._authenticate(request)
@@ -4396,7 +4401,7 @@ class Server:
             one.close()
         with self.changed:
             # Not by a Clock: these are threads in system calls.
-            self.changed.wait_for(self._all_closed, self.limits.stop_seconds)
+            self.changed.wait_for(lambda: not self.connections, self.limits.stop_seconds)
             for connection in self.connections:
                 connection.cut()
 
@@ -4418,9 +4423,7 @@ class Server:
     def leave(self, remote: str) -> None:
         """Forget a request that ``enter`` has counted."""
         with self.changed:
-            self._strangers[remote] -= 1
-            if not self._strangers[remote]:
-                del self._strangers[remote]
+            self._strangers -= collections.Counter([remote])  # which drops the zeros
 
     # --- the thread that holds the connections
 
@@ -4535,9 +4538,6 @@ class Server:
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
-
-    def _all_closed(self) -> bool:
-        return not self.connections
 
 
 class _Connection:
@@ -4808,10 +4808,10 @@ class _Connection:
             if isinstance(body, Stream) and not old:
                 extra += "Transfer-Encoding: chunked\r\n"
             head = _head(response, extra)
+            if method == "HEAD":
+                body = b""
             if isinstance(body, bytes):
-                self.sock.sendall(head if method == "HEAD" else head + body)
-            elif method == "HEAD":
-                self.sock.sendall(head)
+                self.sock.sendall(head + body)
             elif isinstance(body, FileSlice):
                 self.sock.sendall(head)
                 if self.sock.sendfile(body.file, body.start, body.length) != body.length:
@@ -4902,7 +4902,7 @@ _REQUEST_LINE = re.compile(
 _UNSENDABLE = re.compile("[\r\n\0\u0100-\U0010ffff]")
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\n-\x1f\x7f]*)")
 _WILDCARD = re.compile(r"<([a-z]+)(?::(int|path))?>")
-_WILDCARD_REGEX = {"": "[^/]+", "int": "[0-9]{1,18}", "path": ".+"}
+_WILDCARD_REGEX = {"str": "[^/]+", "int": "[0-9]{1,18}", "path": ".+"}
 
 # What every response says, unless it says otherwise: a browser is to make nothing of it but
 # what it is, not to run anything in it, and to keep it from pages of others.
@@ -4922,25 +4922,14 @@ _STATUS: tuple[tuple[type[FarmError], int], ...] = (
 )
 
 
-def _bound_routes(provider: object) -> Iterator[BoundRoute]:
-    for owner in type(provider).__mro__:
-        for name, member in vars(owner).items():
-            for tag in getattr(member, "routes", ()) if callable(member) else ():
-                yield BoundRoute(tag, getattr(provider, name), _compile(tag.pattern))
-
-
 def _compile(pattern: str) -> re.Pattern[str]:
-    """Return the regular expression of a route's pattern.
+    """Return the regular expression of a route's pattern; its groups are ``name_kind``."""
+    return re.compile(_WILDCARD.sub(_group, re.escape(pattern)), re.DOTALL)
 
-    Groups are called ``name_int`` or ``name_str``, after what they become.
-    """
-    regex, position = "", 0
-    for match in _WILDCARD.finditer(pattern):
-        name, kind = match[1], match[2] or ""
-        regex += re.escape(pattern[position : match.start()])
-        regex += f"(?P<{name}_{'int' if kind == 'int' else 'str'}>{_WILDCARD_REGEX[kind]})"
-        position = match.end()
-    return re.compile(regex + re.escape(pattern[position:]), re.DOTALL)
+
+def _group(wildcard: re.Match[str]) -> str:
+    kind = wildcard[2] or "str"
+    return f"(?P<{wildcard[1]}_{kind}>{_WILDCARD_REGEX[kind]})"
 
 
 def _refusal(error: Exception, place: str) -> ProtocolError:
@@ -4975,8 +4964,6 @@ _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 def _fields(text: str) -> dict[str, str]:
     """Return the fields of a query or a form; ``ProtocolError`` 400 for too many."""
-    if not text:
-        return {}
     try:
         return dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=1000))
     except ValueError as error:
@@ -4985,8 +4972,6 @@ def _fields(text: str) -> dict[str, str]:
 
 def _decode(path: str) -> str:
     """Return a path as people write it, from its form in the request line."""
-    if "%" not in path and path.isascii():
-        return path
     try:
         text = urllib.parse.unquote_to_bytes(path.encode("latin-1")).decode()
     except UnicodeDecodeError as error:
@@ -5066,15 +5051,6 @@ def _byte_range(headers: Mapping[str, str], etag: str, size: int) -> tuple[int, 
     start = int(match[1])
     end = min(int(match[2]) + 1, size) if match[2] else size
     return None if match[2] and int(match[2]) < start else (start, max(start, end))
-
-
-def _file_part(file: BinaryIO, start: int, end: int, status: int,
-               headers: dict[str, str]) -> Response:
-    if end - start > BUFFER:
-        return Response(status, headers, FileSlice(file, start, end - start))
-    with file:  # little enough to travel with the head
-        file.seek(start)
-        return Response(status, headers, file.read(end - start))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -7865,7 +7841,7 @@ class Api:
         Everything that happens to the job comes after the event ``event``. The
         same ticket, any text, sent again is answered with the same job.
         """
-        wire = request.json(64 << 20)
+        wire = request.json()
         job, missing = self._farm.submit(
             want(wire, "name", str)[:100], request.identity.name,
             PovJob.from_wire(want(wire, "pov", dict)),
@@ -8050,7 +8026,7 @@ class Api:
            max_body=16 << 20, summary="Tell of a failed task")
     def fail(self, request: Request) -> Response:
         """Body: message, scene (true when the scene is to blame), log."""
-        wire = request.json(16 << 20)
+        wire = request.json()
         self._farm.fail(
             request.identity.worker or 0, request.params["lease"], request.params["task"],
             want(wire, "message", str)[:1000], want(wire, "log", str).encode(),

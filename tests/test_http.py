@@ -60,10 +60,10 @@ class Pages:
     def echo(self, request: Request) -> Response:
         return Response(200, {"Content-Type": "text/plain"}, request.body.read())
 
-    @route("POST", "/json", role="anyone")
-    @route("PUT", "/json", role="anyone")
+    @route("POST", "/json", role="anyone", max_body=1000)
+    @route("PUT", "/json", role="anyone", max_body=1000)
     def json(self, request: Request) -> Response:
-        return povfarm.json_response(request.json(limit=1000))
+        return povfarm.json_response(request.json())
 
     @route("POST", "/form", role="anyone")
     def form(self, request: Request) -> Response:
