@@ -3972,14 +3972,14 @@ _DRAIN_LIMIT = 1 << 16  # an unread body up to this size is read away to keep th
 
 @dataclass(frozen=True)
 class Identity:
-    """Who sends a request: the roles held, a worker's number, a name for people.
+    """Who sends a request: the roles held, a worker's number or 0, a name for people.
 
     Roles imply nothing: an admin who may read holds ``reader`` as well. An
     empty ``name`` is a stranger, who is told 401 instead of 403.
     """
 
     roles: frozenset[str] = frozenset()
-    worker: int | None = None
+    worker: int = 0
     name: str = ""
 
     @property
@@ -7535,8 +7535,9 @@ class Access:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and token:
             return self._by_token(token.strip(), request.remote)
-        session = self._session(request)
-        if not session or not self._allowed(session):
+        with self._lock:
+            end = self._sessions.get(_secret_hash(self._session(request)), 0.0)
+        if end <= self._clock.monotonic():
             return self._stranger
         if request.method in ("GET", "HEAD"):
             return _ADMIN
@@ -7547,22 +7548,15 @@ class Access:
 
     def login_code(self) -> str:
         """Return a new code that logs a browser in, once, within ten minutes."""
-        code = secrets.token_urlsafe(24)
-        with self._lock:
-            self._codes = self._unended(self._codes)
-            self._codes[_secret_hash(code)] = self._clock.monotonic() + 600
-        return code
+        return self._issue(self._codes, 600)
 
     def log_in(self, code: str, remote: str = "127.0.0.1") -> str:
         """Exchange a login code for a session; ``ProtocolError`` 403 when it is no good."""
         self._check_patience(remote)
-        now = self._clock.monotonic()
         with self._lock:
-            if self._codes.pop(_secret_hash(code), 0.0) >= now:
-                session = secrets.token_urlsafe(32)
-                self._sessions = self._unended(self._sessions)
-                self._sessions[_secret_hash(session)] = now + SESSION_TIME
-                return session
+            end = self._codes.pop(_secret_hash(code), 0.0)
+        if end >= self._clock.monotonic():
+            return self._issue(self._sessions, SESSION_TIME)
         self.slow_down(remote)
         raise ProtocolError(403, "this link was used before or is too old: "
                                  "'povfarm.py login' prints a new one")
@@ -7590,9 +7584,14 @@ class Access:
                 return value
         return ""
 
-    def _allowed(self, session: str) -> bool:
+    def _issue(self, ends: dict[str, float], seconds: float) -> str:
+        """Return a new secret, noted with its end; those that have ended are forgotten."""
+        secret, now = secrets.token_urlsafe(24), self._clock.monotonic()
         with self._lock:
-            return self._sessions.get(_secret_hash(session), 0.0) > self._clock.monotonic()
+            for old in [one for one, end in ends.items() if end < now]:
+                del ends[old]
+            ends[_secret_hash(secret)] = now + seconds
+        return secret
 
     def _by_token(self, token: str, remote: str) -> Identity:
         self._check_patience(remote)
@@ -7603,10 +7602,7 @@ class Access:
         if row is None:
             self.slow_down(remote)
             raise ProtocolError(401, "this key is not the farm's")
-        return _WORKERS[WorkerState(row["state"])](row)
-
-    def _unended(self, ends: Mapping[str, float]) -> dict[str, float]:
-        return {one: end for one, end in ends.items() if end > self._clock.monotonic()}
+        return Identity(_WORKER_ROLES[WorkerState(row["state"])], row["id"], row["name"])
 
     def slow_down(self, remote: str) -> None:
         """Count a wrong key of an address, and hold up its answer when there were too many."""
@@ -7644,17 +7640,12 @@ def _secret_hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _pending(row: Row) -> Identity:
-    return Identity(frozenset({"reader", "pending"}), row["id"], row["name"])
-
-
-def _admitted(row: Row) -> Identity:
-    return Identity(frozenset({"reader", "pending", "worker"}), row["id"], row["name"])
-
-
-_READER = Identity(frozenset({"reader"}), None, "browser")
-_ADMIN = Identity(frozenset({"reader", "user", "admin"}), None, "admin")
-_WORKERS = {WorkerState.PENDING: _pending, WorkerState.ADMITTED: _admitted}
+_READER = Identity(frozenset({"reader"}), name="browser")
+_ADMIN = Identity(frozenset({"reader", "user", "admin"}), name="admin")
+_WORKER_ROLES: Mapping[WorkerState, frozenset[str]] = {
+    WorkerState.PENDING: frozenset({"reader", "pending"}),
+    WorkerState.ADMITTED: frozenset({"reader", "pending", "worker"}),
+}
 
 
 class Api:
@@ -7800,13 +7791,12 @@ class Api:
             newest = tx.last_event()
         after = _query_number(request, "after", newest)
         if "wait" in request.query:
-            events = self._farm.wait_events(
-                after, _seconds(request.query["wait"]), MAX_EVENTS)
+            events = self._farm.wait_events(after, _seconds(request.query["wait"]), MAX_EVENTS)
             return json_response({
                 "events": [dict(event) for event in events], "more": len(events) == MAX_EVENTS})
         known = re.fullmatch("[0-9]{1,15}", request.headers.get("last-event-id", ""))
-        after = int(known[0]) if known else after
-        return stream_response(self._event_stream(after), "text/event-stream")
+        return stream_response(self._event_stream(int(known[0]) if known else after),
+                               "text/event-stream")
 
     @route("GET", "/api/v1/openapi.json", role="reader", summary="This API, for programs")
     def openapi(self, request: Request) -> Response:
@@ -7863,14 +7853,10 @@ class Api:
     @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", summary="Steer a job")
     def steer(self, request: Request) -> Response:
         """Action: pause, resume, cancel or retry."""
-        actions: Mapping[str, Callable[[int], Any]] = {
-            "pause": self._farm.pause, "resume": self._farm.resume,
-            "cancel": self._farm.cancel, "retry": self._farm.retry,
-        }
-        action = actions.get(request.params["action"])
-        if action is None:
-            raise ProtocolError(404, f"a job cannot be asked to {request.params['action']}")
-        action(request.params["job"])
+        action = request.params["action"]
+        if action not in ("pause", "resume", "cancel", "retry"):
+            raise ProtocolError(404, f"a job cannot be asked to {action}")
+        getattr(self._farm, action)(request.params["job"])
         return self.job(request)
 
     @route("PATCH", "/api/v1/jobs/<job:int>", role="user", summary="Change a job")
@@ -7914,11 +7900,11 @@ class Api:
         A worker that shows the token it once got is the same worker again.
         """
         info = WorkerInfo.from_wire(request.json())
-        if request.identity.worker is not None:
+        if request.identity.worker:
             return self._rejoin(request, info)
-        admitted = "admin" in request.identity.roles or (
-            self._admit_private and _is_private(request.remote))
-        if "admin" not in request.identity.roles:
+        has_key = "admin" in request.identity.roles
+        admitted = has_key or (self._admit_private and _is_private(request.remote))
+        if not has_key:
             self._access.slow_down(request.remote)
             self._make_room()
         token = secrets.token_urlsafe(32)
@@ -7934,8 +7920,9 @@ class Api:
         is not admitted yet.
         """
         wire = request.json()
-        offer = Offer(*(_small(want(wire, name, int)) for name in ("want", "slots", "idle")))
-        worker = request.identity.worker or 0
+        offer = Offer(*(min(max(want(wire, name, int), 0), 1000)
+                        for name in ("want", "slots", "idle")))
+        worker = request.identity.worker
         leases = self._farm.lease(worker, offer, _seconds(wire.get("wait", 0)), request.alive)
         with self._store.read() as tx:
             open_tasks = sum(job["queued"] + job["leased"] for job in tx.leasable_jobs())
@@ -7958,20 +7945,20 @@ class Api:
                     for task, part in want(leases, lease, dict).items()}
             for lease in leases
         }
-        ended, cuts = self._farm.beat(request.identity.worker or 0, progress,
+        ended, cuts = self._farm.beat(request.identity.worker, progress,
                                       _seconds(wire.get("wait", 0)))
         return json_response({"ended": ended, "cuts": cuts})
 
     @route("POST", "/api/v1/leave", role="pending", summary="Stop working here")
     def leave(self, request: Request) -> Response:
         """Hand back every lease of this worker."""
-        self._farm.leave(request.identity.worker or 0)
+        self._farm.leave(request.identity.worker)
         return empty_response()
 
     @route("POST", "/api/v1/leases/<lease>/release", role="worker", summary="Hand back a lease")
     def release(self, request: Request) -> Response:
         """What of the lease is unfinished is given to others."""
-        self._farm.release(request.identity.worker or 0, request.params["lease"])
+        self._farm.release(request.identity.worker, request.params["lease"])
         return empty_response()
 
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>", role="worker", max_body=MAX_IMAGE,
@@ -7994,7 +7981,7 @@ class Api:
                     _seconds(request.query.get("parse", "0"), MAX_COST))
         try:
             accepted = self._farm.finish(
-                request.identity.worker or 0, request.params["lease"], request.params["task"],
+                request.identity.worker, request.params["lease"], request.params["task"],
                 data[size:end], data[:size], cost, _query_number(request, "bottom", 0),
                 unpack_files(data[end:]) if files else {})
         except ImageError as error:
@@ -8005,7 +7992,7 @@ class Api:
            max_body=MAX_IMAGE, summary="Leave a state to go on from")
     def keep_state(self, request: Request) -> Response:
         """Body: what POV-Ray left of an unfinished task when it was stopped."""
-        self._farm.keep_state(request.identity.worker or 0, request.params["lease"],
+        self._farm.keep_state(request.identity.worker, request.params["lease"],
                               request.params["task"], _whole_body(request))
         return empty_response()
 
@@ -8028,7 +8015,7 @@ class Api:
         """Body: message, scene (true when the scene is to blame), log."""
         wire = request.json()
         self._farm.fail(
-            request.identity.worker or 0, request.params["lease"], request.params["task"],
+            request.identity.worker, request.params["lease"], request.params["task"],
             want(wire, "message", str)[:1000], want(wire, "log", str).encode(),
             want(wire, "scene", bool))
         return empty_response()
@@ -8053,14 +8040,14 @@ class Api:
 
     def job_view(self, tx: Tx, job: Row, whole: bool = False) -> dict[str, Any]:
         """Return a job as people want to see it; ``whole`` adds the newest failure."""
-        total = sum(job[state.value] for state in TaskState)
+        counts = {state.value: job[state.value] for state in TaskState}
+        total = sum(counts.values())
         live = tx.live_attempts_of_job(job["id"]) if job["leased"] else []
         frames = {attempt["task"]: self._farm.progress(attempt["task"]) for attempt in live
                   if attempt["kind"] == TaskKind.FRAME}
         slices = [view for frame in tx.frames_to_cut(job["id"])
                   for view in self._slice_views(tx, frame, {})]
         part = sum(frames.values()) + sum(view["share"] * view["progress"] for view in slices)
-        options = pov_of(job["pov"]).options if whole else None
         end = job["finished"] or self._farm.clock.time()
         spent = end - job["started"] if job["started"] else 0.0
         work = job["done"] + part
@@ -8072,16 +8059,15 @@ class Api:
         view.update(
             in_order=bool(job["in_order"]), progress=work / total if total else 0.0, elapsed=spent,
             rate=rate, eta=left / rate if rate and left else None,
-            frames={"total": total, **{state.value: job[state.value] for state in TaskState}},
+            frames={"total": total, **counts},
             slices={"total": len(slices), **{
-                state.value: sum(view["state"] == state for view in slices)
-                for state in TaskState}},
+                name: sum(view["state"] == name for view in slices) for name in counts}},
             slicing=job["slices"], radiosity=job["radiosity"], povray=job["povray"],
             verify=job["verify"], frame_timeout=job["frame_timeout"],
             waiting_for=self._farm.waiting_for(tx, job),
         )
-        if options is not None:
-            failure = tx.first_failure(job["id"])
+        if whole:
+            options, failure = pov_of(job["pov"]).options, tx.first_failure(job["id"])
             view.update(
                 notice=self._store.notice, width=options.width, height=options.height,
                 extension=options.extension,
@@ -8145,7 +8131,7 @@ class Api:
             self._farm.remove_worker(gone[0])
 
     def _rejoin(self, request: Request, info: WorkerInfo) -> Response:
-        worker = request.identity.worker or 0
+        worker = request.identity.worker
         self._farm.rejoin(worker, info, request.remote)
         with self._store.read() as tx:
             row = tx.worker(worker)
@@ -8247,10 +8233,6 @@ def _task(text: str) -> int:
     if not re.fullmatch("[0-9]{1,18}", text):
         raise UserError("that is not the number of a task")
     return int(text)
-
-
-def _small(value: int) -> int:
-    return min(max(value, 0), 1000)
 
 
 def _sha256(request: Request) -> str:

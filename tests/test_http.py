@@ -139,7 +139,7 @@ def stranger(request: Request) -> Identity:
 
 def known(request: Request) -> Identity:
     name = request.headers.get("authorization", "")
-    return Identity(frozenset([name]), None, name)
+    return Identity(frozenset([name]), name=name)
 
 
 def ask(pages: Pages, method: str, path: str, body: bytes = b"", **headers: str) -> Response:
