@@ -4014,47 +4014,37 @@ class Limits:
 class BodyReader:
     """The body of a request, read once, from front to end.
 
-    ``length`` is the declared size, None when it comes in chunks. Reading past
-    ``limit``, which the route sets, is a ``ProtocolError`` 413; a body that
-    breaks off is a 400, one that comes too slowly a 408.
+    ``length`` is the declared size, None when it comes in chunks. ``source``
+    gives the blocks, and ``b""`` where the body ends. Reading past ``limit``,
+    which the route sets, is a ``ProtocolError`` 413; a body that breaks off is
+    a 400, one that comes too slowly a 408.
     """
 
-    def __init__(self, pull: Callable[[int], bytes], length: int | None) -> None:
+    def __init__(self, source: Iterator[bytes], length: int | None) -> None:
         self.length = length
         self.limit = BODY_LIMIT
         self.received = 0
         self.finished = length == 0
-        self.broken = False  # where it ends cannot be known any more
-        self._pull = pull
+        self._source = source
 
     @classmethod
     def of(cls, data: bytes) -> BodyReader:
         """Return a body that is already here."""
-        return cls(io.BytesIO(data).read, len(data))
+        return cls(iter([data, b""]), len(data))
 
-    def read(self, size: int = -1) -> bytes:
-        """Return at most ``size`` bytes, ``b""`` at the end; all when it is negative."""
-        if size < 0:
-            return b"".join(self.blocks())
-        if self.length is not None and self.length > self.limit:
-            raise self._too_large()
-        try:
-            block = b"" if self.finished else self._pull(size)
-        except ProtocolError:
-            self.broken = True
-            raise
-        self.received += len(block)
-        if self.received > self.limit:
-            raise self._too_large()
-        self.finished = self.finished or not block or self.received == self.length
-        return block
+    def read(self) -> bytes:
+        """Return all of it, or what is left."""
+        return b"".join(self.blocks())
 
     def blocks(self) -> Iterator[bytes]:
-        """Yield the body in blocks of at most ``BUFFER`` bytes."""
-        while True:
-            block = self.read(BUFFER)
-            if not block:
-                return
+        """Yield the body as it comes."""
+        if self.length is not None and self.length > self.limit:
+            raise self._too_large()
+        for block in self._source:  # one that has broken off gives no more, and never ends
+            self.received += len(block)
+            if self.received > self.limit:
+                raise self._too_large()
+            self.finished = not block or self.received == self.length
             yield block
 
     def _too_large(self) -> ProtocolError:
@@ -4559,6 +4549,8 @@ class _Connection:
         self._closing = False  # all is said: what still comes is thrown away
         self._inside = False  # the request under way has been let in,
         self._counted = False  # and is counted as a stranger's
+        self._body_began = 0.0  # when the body was first asked for,
+        self._body_bytes = 0  # and what has come of it, chunk sizes too
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._handshake = server.tls is not None
         if server.tls is not None:
@@ -4716,32 +4708,6 @@ class _Connection:
         finally:
             self.sock.settimeout(timeout)
 
-    def take(self, size: int, deadline: float) -> bytes:
-        """Return 1 to ``size`` bytes of a body; ``ProtocolError`` when none come."""
-        try:
-            while not self._buffer:
-                left = deadline - time.monotonic()
-                if left < 0:
-                    raise ProtocolError(408, "the body came too slowly")
-                self.sock.settimeout(max(left, 0.001))
-                data = self.sock.recv(BUFFER)
-                if not data:
-                    raise ProtocolError(400, "the body ended early")
-                self._buffer += data
-        except socket.timeout:
-            raise ProtocolError(408, "the body came too slowly") from None
-        except OSError as error:
-            raise ProtocolError(400, f"the connection broke: {error}") from error
-        data = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        return data
-
-    def go_on(self) -> None:
-        """Tell a client that waits with its body to send it."""
-        with contextlib.suppress(OSError):  # reading will show it
-            self.sock.settimeout(self._limits.send_seconds)
-            self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     def _next_request(self) -> bool:
         """Serve the request whose head is here; False when it was the last."""
         end = cast("re.Match[bytes]", _HEAD_END.search(self._buffer))
@@ -4783,10 +4749,10 @@ class _Connection:
         path, _, query = target.partition("?")
         length = _body_length(headers, old)
         expects = headers.get("expect", "").lower() == "100-continue" and not old
-        body = _WireBody(self, length, self._limits, expects)
         request = Request(
-            method, _decode(path), _fields(query), headers, BodyReader(body.read, length),
-            self.remote, secure=self._server.tls is not None, alive=self.alive, enter=self.enter,
+            method, _decode(path), _fields(query), headers,
+            BodyReader(self._body(length, expects), length), self.remote,
+            secure=self._server.tls is not None, alive=self.alive, enter=self.enter,
         )
         return request, old, old or "close" in headers.get("connection", "").lower()
 
@@ -4794,7 +4760,7 @@ class _Connection:
         """Read away the little that a handler left of a body; False when it is not little."""
         body = request.body
         awaited = "expect" in request.headers and not body.received  # it may never be sent
-        if body.finished or body.broken or awaited or not self._inside:
+        if body.finished or awaited or not self._inside:
             return body.finished
         body.limit = body.received + _DRAIN_LIMIT
         with contextlib.suppress(ProtocolError):
@@ -4836,53 +4802,41 @@ class _Connection:
         if not old:
             self.sock.sendall(b"0\r\n\r\n")
 
+    # --- the body of a request
 
-class _WireBody:
-    """Takes a body off a connection, by its length or chunk by chunk."""
+    def _body(self, length: int | None, expects: bool) -> Iterator[bytes]:
+        """Yield a body, by its length or chunk by chunk, and ``b""`` where it ends."""
+        self._body_began, self._body_bytes = time.monotonic(), 0
+        if expects:  # the client waits with it until it is told to send it
+            with contextlib.suppress(OSError):  # reading will show it
+                self.sock.settimeout(self._limits.send_seconds)
+                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is not None:
+            yield from self._blocks(length)
+        else:
+            while size := self._chunk_size():
+                yield from self._blocks(size)
+                if self._line():
+                    raise ProtocolError(400, "a chunk of the body is longer than it said")
+        yield b""
 
-    def __init__(self, connection: _Connection, length: int | None, limits: Limits,
-                 expects: bool) -> None:
-        self._connection = connection
-        self._left = length or 0  # of the body, or of the chunk
-        self._chunked = length is None
-        self._limits = limits
-        self._expects = expects
-        self._received = 0
-        self._start = 0.0
+    def _blocks(self, size: int) -> Iterator[bytes]:
+        while size:
+            block = self._take(min(size, BUFFER))
+            size -= len(block)
+            yield block
 
-    def read(self, size: int) -> bytes:
-        """Return 1 to ``size`` bytes, ``b""`` at the end."""
-        if not self._start:
-            self._start = time.monotonic()
-            if self._expects:
-                self._connection.go_on()
-        if self._chunked and not self._left:
-            self._next_chunk()
-        if not self._left:
-            return b""
-        block = self._take(min(size, self._left))
-        self._left -= len(block)
-        if self._chunked and not self._left and self._line():
-            raise ProtocolError(400, "a chunk of the body is longer than it said")
-        return block
-
-    def _take(self, size: int) -> bytes:
-        paid = self._received / self._limits.body_rate
-        data = self._connection.take(size, self._start + self._limits.body_seconds + paid)
-        self._received += len(data)
-        return data
-
-    def _next_chunk(self) -> None:
+    def _chunk_size(self) -> int:
+        """Return the size of the chunk that comes next, 0 after the trailer behind the last."""
         size = self._line().partition(b";")[0].strip(b" \t")
         if not re.fullmatch(rb"[0-9A-Fa-f]{1,12}", size):
             raise ProtocolError(400, "the body has a chunk without a size")
-        self._left = int(size, 16)
-        if not self._left:
-            self._chunked = False
-            for _ in range(self._limits.head_fields):
-                if not self._line():
-                    return
-            raise ProtocolError(431, "the body has too long a trailer")
+        if int(size, 16):
+            return int(size, 16)
+        for _ in range(self._limits.head_fields):
+            if not self._line():
+                return 0
+        raise ProtocolError(431, "the body has too long a trailer")
 
     def _line(self) -> bytes:
         line = b""
@@ -4893,6 +4847,29 @@ class _WireBody:
         if b"\n" in line[:-2]:  # others may take it for the line's end
             raise ProtocolError(400, "a line of the body ends in another way than CR LF")
         return line[:-2]
+
+    def _take(self, size: int) -> bytes:
+        """Return 1 to ``size`` bytes; ``ProtocolError`` when none come in time."""
+        limits = self._limits
+        paid = self._body_bytes / limits.body_rate
+        try:
+            while not self._buffer:
+                left = self._body_began + limits.body_seconds + paid - time.monotonic()
+                if left < 0:
+                    raise ProtocolError(408, "the body came too slowly")
+                self.sock.settimeout(max(left, 0.001))
+                data = self.sock.recv(BUFFER)
+                if not data:
+                    raise ProtocolError(400, "the body ended early")
+                self._buffer += data
+        except socket.timeout:
+            raise ProtocolError(408, "the body came too slowly") from None
+        except OSError as error:
+            raise ProtocolError(400, f"the connection broke: {error}") from error
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        self._body_bytes += len(data)
+        return data
 
 
 _HEAD_END = re.compile(rb"\n\r?\n")
