@@ -59,7 +59,7 @@ class Farm:
 
     @route("PUT", "/small", role="anyone", max_body=10)
     def small(self, request: Request) -> Response:
-        return povfarm.text_response(request.text())
+        return povfarm.text_response(request.body.read().decode())
 
     @route("GET", "/data", role="anyone")
     def data(self, request: Request) -> Response:
