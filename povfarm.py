@@ -4364,10 +4364,7 @@ class Server:
         self._threads = 0
         self._strangers: collections.Counter[str] = collections.Counter()  # by address
         self._held: dict[_Connection, None] = {}  # of the holding thread; idle longest first
-        try:
-            self._listener = _listen(host, port)
-        except OSError as error:
-            raise UserError(_cannot_listen(host, port, error)) from error
+        self._listener = _listen(host, port)
         self.port: int = self._listener.getsockname()[1]
         self._most = min(self.limits.connections, _descriptors(self.limits.connections))
         self._wakee, self._waker = socket.socketpair()
@@ -5017,10 +5014,18 @@ def _byte_range(headers: Mapping[str, str], etag: str, size: int) -> tuple[int, 
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    both = host == "::" and socket.has_dualstack_ipv6()
-    listener = socket.create_server((host, port), family=family, backlog=1024,
-                                    dualstack_ipv6=both)
+    try:
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024,
+            dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6())
+    except OSError as error:
+        reason, _, _ = str(error.strerror).partition(" (while ")  # Python adds the address
+        raise UserError({
+            errno.EADDRINUSE: f"port {port} is in use: is another povfarm running here? "
+                              "choose another with --port",
+            errno.EACCES: f"port {port} needs administrator rights: choose one above 1023 "
+                          "with --port",
+        }.get(error.errno or 0, f"cannot listen on {host} port {port}: {reason}")) from error
     listener.settimeout(0)
     return listener
 
@@ -5038,14 +5043,6 @@ def _descriptors(wanted: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, top), hard))
             soft = min(most, top)
     return wanted if soft == resource.RLIM_INFINITY else max(soft - 256, soft // 2)
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"port {port} is in use: is another povfarm running here? choose another with --port"
-    if error.errno == errno.EACCES:
-        return f"port {port} needs administrator rights: choose one above 1023 with --port"
-    return f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
 
 
 # === 9. STORE ================================================================

@@ -758,6 +758,8 @@ def test_a_port_in_use_is_said_in_one_line(shared: Server) -> None:
         Server(router, "127.0.0.1", shared.port)
     with pytest.raises(povfarm.UserError, match=r"cannot listen on 192\.0\.2\.1"):
         Server(router, "192.0.2.1", 0)
+    with pytest.raises(povfarm.UserError, match=r"cannot listen on no\.\.host port 0: (?!Unknown)"):
+        Server(router, "no..host", 0)
 
 
 def test_a_port_can_be_had_again_at_once() -> None:
