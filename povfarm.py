@@ -3859,6 +3859,10 @@ def _receive_answer(sock: socket.socket, seconds: float, nonce: str,
         packet, (address, _) = sock.recvfrom(_PACKET_LIMIT + 1)
     except OSError:  # nothing came, or Windows says that a probe found nobody
         return None
+    return _read_answer(packet, address, nonce, key)
+
+
+def _read_answer(packet: bytes, address: str, nonce: str, key: bytes | None) -> Found | None:
     message = _parse_packet(packet, "answer")
     if message is None or message.get("nonce") != nonce:
         return None
