@@ -4581,26 +4581,30 @@ class _Connection:
         self.sock.settimeout(0)
 
     def fill(self) -> bool:
-        """Take in what has come; True when there is a request to serve, ``OSError`` at the end."""
+        """Take in what has come; True when there is a request to serve, ``OSError`` at the end.
+
+        One block at a time: who sends without end is not alone here.
+        """
         try:
             if self._handshake:
                 self._shake_hands()
-            while not self._has_head():
-                data = self.sock.recv(BUFFER)
-                if not data:
-                    raise ConnectionError("the client has closed it")
-                if self._closing:
-                    return False  # no more for now: who sends without end is not alone here
-                if self._idle:
-                    self._idle = False
-                    self.deadline = time.monotonic() + self._limits.head_seconds
-                self._buffer += data
+            if self._has_head():
+                return True
+            data = self.sock.recv(BUFFER)
+            if not data:
+                raise ConnectionError("the client has closed it")
+            if self._closing:
+                return False
+            if self._idle:
+                self._idle = False
+                self.deadline = time.monotonic() + self._limits.head_seconds
+            self._buffer += data
+            return self._has_head()
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
         except ProtocolError as error:
             self._refuse(error)
             return False
-        return True
 
     def too_late(self) -> bool:
         """Give up on a client that did not go on in time."""
@@ -4622,8 +4626,8 @@ class _Connection:
     def _has_head(self) -> bool:
         if self._closing:
             return False
-        while self._buffer[:2] == b"\r\n":  # some clients end a body with a line end
-            del self._buffer[:2]
+        # Some clients end a body with a line end.
+        del self._buffer[: cast("re.Match[bytes]", _LINE_ENDS.match(self._buffer)).end()]
         if self._buffer[:2] == b"\x16\x03":  # how TLS begins
             raise ProtocolError(400, "this port speaks no TLS: write http://")
         end = _HEAD_END.search(self._buffer, self._searched)
@@ -4871,6 +4875,7 @@ class _Connection:
         return data
 
 
+_LINE_ENDS = re.compile(rb"(?:\r\n)*")
 _HEAD_END = re.compile(rb"\n\r?\n")
 _REQUEST_LINE = re.compile(
     r"([A-Z]{1,20}) (?:https?://([A-Za-z0-9.:\[\]_-]+))?(/[^\s\x00-\x1f\x7f]*) HTTP/1\.([0-9])"

@@ -599,22 +599,41 @@ def test_a_client_that_sends_too_much_still_reads_why(head: bytes) -> None:
 
 
 class Endless(socket.socket):
-    """A client that is refused and goes on sending, faster than anybody can read."""
+    """A client that sends faster than anybody can read."""
 
     reads = 0
+    data = b"GET /\n\n"
 
     def recv(self, *args: Any) -> bytes:
         self.reads += 1
         assert self.reads < 100, "nobody else has had a turn"
-        return b"GET /\n\n" if self.reads == 1 else b"x" * 65536
+        return self.data
 
 
 def test_a_client_that_sends_without_end_lets_others_have_their_turn() -> None:
     with serving(Pages()) as server, Endless() as sock, \
             contextlib.closing(povfarm._Connection(server, sock, "127.0.0.1")) as connection:
         sock.connect(("127.0.0.1", server.port))
-        assert not connection.fill() and sock.reads == 1  # refused
-        assert not connection.fill() and sock.reads == 2
+        sock.data = b"\r\n" * 30_000  # these are between requests
+        for turn in range(1, 5):
+            assert not connection.fill() and sock.reads == turn
+        sock.data = b"GET /\n\n"  # this is refused, and what follows is thrown away
+        for turn in range(5, 9):
+            assert not connection.fill() and sock.reads == turn
+
+
+def test_empty_lines_without_end_hold_up_nobody() -> None:
+    with serving(Pages(), head_seconds=0.3) as server, connect(server) as sock:
+        flood = threading.Thread(target=send_until_closed, args=(sock, b"\r\n" * 1_000_000))
+        flood.start()
+        while flood.is_alive():  # it is let go in time, however much it sends
+            assert statuses(exchange(server, GOOD)) == [200]
+
+
+def send_until_closed(sock: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            sock.sendall(data)
 
 
 def test_a_small_body_that_nobody_read_costs_no_connection(shared: Server) -> None:
