@@ -7466,6 +7466,7 @@ def _check_room(place: Path, size: int) -> None:
 # SCHEDULER, encodes; decides nothing. docs/api.md describes every route.
 
 MAX_WAIT = 60.0  # seconds that a request may ask to be held open
+MAX_LISTED = 1000  # jobs or frames in one answer
 MAX_EVENTS = 1000
 MAX_COST = 1e9  # seconds
 MAX_IMAGE = 1 << 30  # bytes
@@ -7647,7 +7648,7 @@ class Api:
     def jobs(self, request: Request) -> Response:
         """Query: limit, after (the last id already seen)."""
         with self._store.read() as tx:
-            rows = tx.jobs(_query_number(request, "after", 0), _query_number(request, "limit", 100))
+            rows = tx.jobs(_query_number(request, "after", 0), _query_limit(request, 100))
             return json_response({"jobs": [self.job_view(tx, row) for row in rows]})
 
     @route("GET", "/api/v1/jobs/<job:int>", role="reader", summary="One job")
@@ -7663,7 +7664,7 @@ class Api:
             job = self._job(tx, request)
             names = {row["id"]: row["name"] for row in tx.workers()}
             rows = tx.tasks(job["id"], _query_number(request, "after", -1),
-                            _query_number(request, "limit", 1000))
+                            _query_limit(request, MAX_LISTED))
             return json_response({"frames": [self.frame_view(tx, row, names) for row in rows]})
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image", role="reader",
@@ -8186,6 +8187,11 @@ def _query_number(request: Request, name: str, default: int) -> int:
     if not re.fullmatch(r"-?\d{1,15}", text):
         raise UserError(f"'{name}' is not a whole number")
     return int(text)
+
+
+def _query_limit(request: Request, default: int) -> int:
+    limit = _query_number(request, "limit", default)
+    return limit if 0 <= limit <= MAX_LISTED else MAX_LISTED
 
 
 def _seconds(value: Any, most: float = MAX_WAIT) -> float:

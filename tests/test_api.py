@@ -529,6 +529,14 @@ def test_lists_come_in_pages(farm: Farm) -> None:
     assert [view["frame"] for view in page] == [1, 2, 3, 4, 5]
 
 
+def test_a_page_has_an_end_however_much_is_asked_for(farm: Farm) -> None:
+    farm.submit(povfarm.MAX_LISTED + 5)
+    for limit in ("5000", "9" * 15, "-1"):
+        page = farm.ask("GET", f"/api/v1/jobs/1/frames?limit={limit}").json()["frames"]
+        assert len(page) == povfarm.MAX_LISTED
+    assert farm.ask("GET", "/api/v1/jobs?limit=0").json() == {"jobs": []}
+
+
 def test_progress_and_the_time_that_is_left(farm: Farm) -> None:
     token, lease = working(farm, frames=4)
     farm.clock.advance(10)
