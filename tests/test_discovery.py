@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
@@ -333,6 +334,29 @@ def test_a_waiting_worker_can_be_stopped() -> None:
         waiter.stop.set()
         waiter.join(10)
         assert waiter.found == []
+
+
+def test_a_worker_that_cannot_have_the_port_for_hints_finds_its_coordinator_all_the_same() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("", 0))
+        with beacon(port=taken.getsockname()[1] - 1) as one:
+            stop = threading.Event()
+            assert [two.name for two in wait_for_coordinator(KEY, stop, one.port)] == ["studio"]
+
+
+def test_a_worker_hears_of_coordinators_that_start_and_of_nothing_else() -> None:
+    with shared_socket() as one:
+        port, heard = one.getsockname()[1] - 1, threading.Event()
+    threading.Thread(target=povfarm.listen_for_hints, args=(heard.set, port), daemon=True).start()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mouth:
+        for packet in NOISE:
+            mouth.sendto(packet, ("127.0.0.1", port + 1))
+    assert not heard.wait(0.1)
+    deadline = time.monotonic() + 20
+    while not heard.is_set() and time.monotonic() < deadline:  # it may not listen yet
+        with beacon(port=port):
+            heard.wait(0.2)
+    assert heard.is_set()
 
 
 # Hosts on a LAN
