@@ -2400,6 +2400,8 @@ def unpack_files(data: bytes) -> dict[str, bytes]:
             size = sum(info.file_size for info in infos)
             if len(infos) > MAX_WRITTEN or size > MAX_WRITTEN_SIZE:
                 raise UserError("these are more files, or larger ones, than a scene may write")
+            if {info.compress_type for info in infos} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+                raise UserError("the files that a scene wrote are not packed as they should be")
             files = {info.filename: archive.read(info) for info in infos}
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
             RuntimeError) as error:

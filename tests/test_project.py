@@ -877,7 +877,9 @@ def test_files_are_packed_and_unpacked() -> None:
     zipped(".bashrc"), zipped(".git/config"), zipped("a/.b/c"), zipped("a\nb"),
     zipped(*(f"f{number}" for number in range(povfarm.MAX_WRITTEN + 1))),
     zipped("bomb", data=bytes(povfarm.MAX_WRITTEN_SIZE + 1)), zipped("a")[:-30],
-    zipped("a", data=b"some text").replace(b"some", b"s0me"), zipped("a", compress_type=12)[:60],
+    zipped("a", data=b"some text").replace(b"some", b"s0me"),
+    zipped("a", data=b"text", compress_type=14).replace(b"a]", b"a\xff"),
+    zipped("a", compress_type=12), zipped("a", compress_type=14),
 ], ids=itertools.count())
 def test_files_that_no_scene_may_write_are_refused(data: bytes) -> None:
     with pytest.raises(povfarm.UserError):
