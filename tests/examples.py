@@ -1,0 +1,102 @@
+"""Renders every example that POV-Ray ships, by povray and by povfarm, and compares all files.
+
+    python tests/examples.py [--size WxH] [PART OF A NAME ...]
+
+Each scene, and the first frames of each INI file, is rendered in two fresh copies of its
+directory with the same arguments, with one thread, as some scenes depend on the threads. Both
+must end alike, and leave the same files: names, pixels, and the contents of what the scene itself
+wrote. Prints what differs, and how many there were. Needs povray and povray-examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Dict, List, Sequence
+
+from conftest import EXAMPLES, ROOT
+
+PIXELS_ONLY = {".png"}  # the other chunks of a PNG hold the time
+FRAMES = ["+SF1", "+EF2"]
+
+
+def made(place: Path, before: Sequence[str]) -> Dict[str, bytes]:
+    """What is new below a directory: the pixels of images, all of other files."""
+    found = {str(path.relative_to(place)): path for path in place.rglob("*") if path.is_file()}
+    return {name: pixels(path) for name, path in found.items() if name not in before}
+
+
+def pixels(path: Path) -> bytes:
+    """A file without what tells when it was written."""
+    data = path.read_bytes()
+    if path.suffix not in PIXELS_ONLY or not data.startswith(b"\x89PNG"):
+        return data
+    at, kept = 8, b""
+    while at < len(data):
+        size = int.from_bytes(data[at:at + 4], "big")
+        if data[at + 4:at + 8] in (b"IHDR", b"IDAT"):
+            kept += data[at + 8:at + 8 + size]
+        at += 12 + size
+    return kept
+
+
+def run(command: List[str], place: Path) -> int:
+    """Run a command to its end, or to a time limit; return its exit code."""
+    try:
+        return subprocess.run(command, cwd=place, stdin=subprocess.DEVNULL, timeout=900,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+    except subprocess.TimeoutExpired:
+        return -1
+
+
+def compared(example: Path, size: List[str]) -> str:
+    """Return how the two differ, "same", or "failed" when both fail in the same way."""
+    arguments = [example.name, *size, "+WT1", *(FRAMES if example.suffix == ".ini" else [])]
+    results, codes = [], []
+    with tempfile.TemporaryDirectory() as directory:
+        for name, command in (("plain", ["povray", *arguments, "-D"]),
+                              ("farm", [sys.executable, str(ROOT / "povfarm.py"), "render",
+                                        *arguments])):
+            place = Path(directory, name)
+            shutil.copytree(example.parent, place)
+            before = [str(path.relative_to(place)) for path in place.rglob("*")]
+            codes.append(run(command, place))
+            results.append(made(place, before))
+    plain, farm = results
+    if any(codes):
+        return "failed" if all(codes) else f"exit codes {codes}"
+    wrong = sorted(name for name in {*plain, *farm} if plain.get(name) != farm.get(name))
+    return "same" if not wrong else f"different: {', '.join(wrong[:5])}"
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", default="48x36")
+    parser.add_argument("parts", nargs="*", help="only examples whose path holds one of these")
+    options = parser.parse_args()
+    width, height = options.size.split("x")
+    examples = [path for path in sorted(EXAMPLES.rglob("*"))
+                if path.suffix in (".pov", ".ini") and path.is_file()
+                and (not options.parts or any(part in str(path) for part in options.parts))]
+    counts: Dict[str, int] = {}
+    os.nice(10)
+    with ThreadPoolExecutor(3) as pool:
+        for path, result in zip(examples, pool.map(
+                lambda path: compared(path, [f"+W{width}", f"+H{height}"]), examples)):
+            kind = result.partition(":")[0]
+            counts[kind] = counts.get(kind, 0) + 1
+            if kind != "same":
+                print(f"{path.relative_to(EXAMPLES)}: {result}", flush=True)
+    print(", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
