@@ -49,8 +49,9 @@ def pixels(path: Path) -> bytes:
 def run(command: List[str], place: Path) -> int:
     """Run a command to its end, or to a time limit; return its exit code."""
     try:
-        return subprocess.run(command, cwd=place, stdin=subprocess.DEVNULL, timeout=900,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+        return subprocess.run(command, cwd=place, check=False, timeout=900,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL).returncode
     except subprocess.TimeoutExpired:
         return -1
 
