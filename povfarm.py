@@ -1341,6 +1341,7 @@ def _ini_quoted(key: str, value: str) -> str:
 
 _ODD = "is of a kind that POV-Ray never writes"
 _BLOCK = 1 << 18  # bytes inflated at a time: what a lying header can cost
+_HEAD = 1 << 12  # bytes in which a header of text has to end: POV-Ray's have less than 200
 
 
 class ImageType(NamedTuple):
@@ -1797,7 +1798,7 @@ def _check_ppm(data: bytes, width: int, height: int) -> ImageInfo:
 
 
 def _ppm_header(data: bytes) -> re.Match[bytes]:
-    header = _PPM_HEADER.match(data)
+    header = _PPM_HEADER.match(data, 0, _HEAD)
     if header is None:
         raise ImageError("the PPM file's header is not whole")
     return header
@@ -1948,7 +1949,7 @@ def _check_hdr(data: bytes, width: int, height: int) -> ImageInfo:
 
 
 def _hdr_header(data: bytes) -> re.Match[bytes]:
-    header = _HDR_HEADER.match(data)
+    header = _HDR_HEADER.match(data, 0, _HEAD)
     if header is None:
         raise ImageError("the HDR file's header is not whole")
     return header
@@ -1999,6 +2000,7 @@ def _check_exr(data: bytes, width: int, height: int) -> ImageInfo:
     display = data[fields[b"displayWindow"]]
     _need(data[fields[b"compression"]] == b"\x03" and len(display) == 16, f"the EXR file {_ODD}")
     types = list(_exr_channels(data[fields[b"channels"]]).values())
+    _need(1 <= len(types) <= 4, f"the EXR file {_ODD}")
     offsets = struct.unpack_from(f"<{-(-height // 16)}Q", data, at)
     at += 8 * len(offsets)
     for number, offset in enumerate(offsets):
@@ -2025,7 +2027,8 @@ def _exr_fields(data: bytes) -> tuple[dict[bytes, slice], int]:
         name_end = data.index(b"\0", at)
         kind_end = data.index(b"\0", name_end + 1)
         size = struct.unpack_from("<I", data, kind_end + 1)[0]
-        fields[data[at:name_end]] = slice(kind_end + 5, kind_end + 5 + size)
+        if data[at:name_end] in fields:
+            fields[data[at:name_end]] = slice(kind_end + 5, kind_end + 5 + size)
         at = kind_end + 5 + size
     return fields, at + 1
 
@@ -2033,7 +2036,7 @@ def _exr_fields(data: bytes) -> tuple[dict[bytes, slice], int]:
 def _exr_channels(listed: bytes) -> dict[str, int]:
     """Return each channel's pixel type: 0 and 2 take four bytes, 1 (half) takes two."""
     types, at = {}, 0
-    while listed[at]:
+    while listed[at] and len(types) <= 4:  # five are too many
         end = listed.index(b"\0", at)
         types[listed[at:end].decode("latin-1")] = struct.unpack_from("<I", listed, end + 1)[0]
         at = end + 17

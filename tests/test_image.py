@@ -215,6 +215,42 @@ def test_a_png_that_inflates_without_end_costs_no_memory() -> None:
     tracemalloc.stop()
 
 
+def exr(channels: bytes, *fields: bytes) -> bytes:
+    """A picture of 8 by 4 as OpenEXR lays it out, of one block that unpacks to very much."""
+    named = {b"channels": channels, b"compression": b"\3",
+             **dict.fromkeys([b"dataWindow", b"displayWindow"], struct.pack("<4i", 0, 0, 7, 3))}
+    head = b"\x76\x2f\x31\x01\2\0\0\0" + b"".join(
+        name + b"\0x\0" + struct.pack("<I", len(body)) + body
+        for name, body in [*named.items(), *[(field, b"") for field in fields]]) + b"\0"
+    pixels = zlib.compress(bytes(20_000_000))
+    return head + struct.pack("<QiI", len(head) + 8, 0, len(pixels)) + pixels
+
+
+MANY = [b"%d" % number for number in range(50_000)]
+LYING = {
+    "a PPM header of blanks": (b"P6" + b" " * 5_000_000, ".ppm"),
+    "a PPM header of comments": (b"P6" + b"#\n" * 2_000_000, ".ppm"),
+    "an HDR header of formats": (
+        b"#?RADIANCE\n" + b"FORMAT=32-bit_rle_rgbe\n" * 10_000, ".hdr"),
+    "an EXR picture of many channels": (
+        exr(b"".join(each + b"\0" + struct.pack("<I12x", 2) for each in MANY) + b"\0"), ".exr"),
+    "an EXR picture of no channels": (exr(b"\0"), ".exr"),
+    "an EXR header of many fields": (exr(b"\0", *MANY), ".exr"),
+}
+
+
+@pytest.mark.parametrize("what", LYING)
+def test_a_lying_header_costs_neither_time_nor_memory(what: str) -> None:
+    data, extension = LYING[what]
+    before = time.process_time()
+    tracemalloc.start()
+    refused(data, extension, 8, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000
+    assert time.process_time() - before < 2
+
+
 def test_a_large_png_is_checked_fast() -> None:
     row = b"\1" + bytes(range(250)) * 48
     head = struct.pack(">IIBBBBB", 4000, 3000, 8, 2, 0, 0, 0)
