@@ -2450,8 +2450,9 @@ class _Search:
     def find(self, kind: str, name: str, here_only: bool = False) -> _Found | None:
         """Find a file by the name in a scene; ``kind`` tells the extensions that are tried."""
         if _is_absolute(name):
-            local = Path(name).parent.resolve() / Path(name).name
-            return _Found(local, _ABSOLUTE) if is_file(local) else None
+            local = Path(name)
+            return (_Found(local.parent.resolve() / local.name, _ABSOLUTE) if is_file(local)
+                    else None)
         for candidate in _candidates(kind, name):
             for place, directory in enumerate(self.directories[:1 if here_only else None]):
                 for folder in self._standard if directory is None else [directory]:
@@ -2502,7 +2503,7 @@ def _other_case(directory: Path, name: str) -> str | None:
     """Return how ``name`` is spelled on disk when only its letters' case differs."""
     found = directory
     for part in name.split("/"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: a NUL in it
             alike = [item for item in found.iterdir() if item.name.lower() == part.lower()]
             found = found / part if found / part in alike or not alike else min(alike)
     other = _below(found, directory)
@@ -2514,7 +2515,8 @@ def _no_scene(search: _Search, scene: str, ini_dirs: Sequence[Path]) -> _Found:
     for directory in ini_dirs:
         if is_file(directory / scene):
             hint = f": it is beside its INI file, so do first: cd {directory}"
-    here = sorted(path.name for path in (search.cwd / scene).parent.glob("*.[pP][oO][vV]"))
+    beside = (search.cwd / scene.replace("\0", "")).parent
+    here = sorted(path.name for path in beside.glob("*.[pP][oO][vV]"))
     hint = hint or search.hint(scene, search.cwd)
     hint = hint or (here and f": there is {_some(here)}") or ": give the scene's name"
     raise UserError(f"the scene '{scene}' is {search.places()}{hint}")
@@ -2993,9 +2995,13 @@ def _read_bsac(path: Path, base: str) -> list[_Rule]:
     """Read a ``.bsac`` file; an empty list when there is none."""
     if not is_file(path):
         return []
+    try:
+        lines = path.read_text("utf-8-sig", "replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     rules: list[_Rule] = []
     exclude, since = None, _EVERY_FRAME
-    for number, line in enumerate(path.read_text("utf-8-sig", "replace").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         text = line.strip().replace("\\", "/").rstrip("/")
         word = text.lower()
         condition = _CONDITION.fullmatch(text)
@@ -3054,7 +3060,11 @@ def _as_povray_reads(name: str, charset: str = "latin-1") -> str:
     ``charset utf8``. An INI file or command line has no way at all to name
     such a file, so each is in the tree also under names that it can be given.
     """
-    return re.sub(r"[^\x00-\x7f]", " ", name.encode().decode(charset))
+    try:
+        return re.sub(r"[^\x00-\x7f]", " ", name.encode().decode(charset))
+    except UnicodeEncodeError:
+        raise UserError(f"{name!r} is not a name that every system can take: "
+                        "give it another") from None
 
 
 def _entry(row: Any) -> FileEntry:

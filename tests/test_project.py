@@ -9,6 +9,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -353,6 +354,33 @@ def test_includes_that_include_each_other_end(tmp_path: Path) -> None:
     assert paths(collect(tmp_path)) == ["a.inc", "b.inc", "c.inc", "s.pov"]
 
 
+NAMES_OF_NO_FILE = {
+    '#include "a\0b.inc"': "s.pov:1 includes 'a\0b.inc', which is neither",
+    '#include "a\0b/c.inc"': "which is neither", '#include "/a\0b/c.inc"': "other computers",
+    f'#include "{"a" * 300}/c.inc"': "which is neither", f'#include "/{"a" * 300}/c"': "other",
+}
+
+
+@pytest.mark.parametrize("text", NAMES_OF_NO_FILE)
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path, text: str) -> None:
+    make(tmp_path, {"s.pov": text})
+    with pytest.raises(povfarm.UserError) as error:
+        collect(tmp_path)
+    assert NAMES_OF_NO_FILE[text] in str(error.value)
+    with pytest.raises(povfarm.UserError, match="is neither"):
+        collect(tmp_path, "a\0b/s.pov")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("scene, library", [("k\udcfc.pov", ()), ("s.pov", ("k\udcfc",))])
+def test_a_name_that_is_no_utf_8_is_told(
+    tmp_path: Path, scene: str, library: Sequence[str]
+) -> None:
+    make(tmp_path, {scene: '#include "a.inc"', "k\udcfc/a.inc": ""} if library else {scene: ""})
+    with pytest.raises(povfarm.UserError, match=r"'k\\udcfc.* not a name that every system"):
+        collect(tmp_path, scene, library)
+
+
 # --- the layout of the tree
 
 class Layout:
@@ -533,6 +561,18 @@ def test_bsac_that_is_wrong(tmp_path: Path, text: str, problem: str) -> None:
     with pytest.raises(povfarm.UserError) as error:
         collect(tmp_path)
     assert problem in str(error.value)
+
+
+def test_a_bsac_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_reading(path: Path, *how: str) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    make(tmp_path, {"s.pov": "", ".bsac": ""})
+    monkeypatch.setattr(Path, "read_text", no_reading)
+    with pytest.raises(povfarm.UserError, match=r"\.bsac cannot be read: Permission denied"):
+        collect(tmp_path)
 
 
 @pytest.mark.parametrize("text, after", [
