@@ -1366,13 +1366,11 @@ IMAGE_TYPES: Mapping[str, ImageType] = {
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a whole picture is: ``kind`` names the format, sizes are in pixels.
+    """What a whole picture is: its size in pixels, its channels and the bits of each.
 
-    ``channels`` is 1 to 4 (grey, grey and alpha, colour, colour and alpha),
-    ``depth`` the bits of each in the file.
+    ``channels`` is 1 to 4: grey, grey and alpha, colour, colour and alpha.
     """
 
-    kind: str
     width: int
     height: int
     channels: int
@@ -1393,7 +1391,7 @@ def check_image(data: bytes, extension: str, width: int, height: int) -> ImageIn
         known = ", ".join(_CHECKS)
         raise ImageError(f"'{extension}' is not a picture that POV-Ray writes: it writes {known}")
     with _told(data, extension):
-        return check(data, width, height)
+        return check(data, (width, height)).info
 
 
 def crop_rows(data: bytes, extension: str, top: int, rows: int) -> bytes:
@@ -1403,13 +1401,12 @@ def crop_rows(data: bytes, extension: str, top: int, rows: int) -> bytes:
     picture has passed ``check_image``. Raises ``ImageError`` for rows that it
     does not have, and for a type that is not one of ``STRIP_TYPES``.
     """
-    if extension == ".png":
-        with _told(data, extension):
-            return _png_crop(data, top, rows)
-    found = _split(data, extension)
-    _need_rows(top, rows, len(found.rows))
     with _told(data, extension):
-        return _LAYOUTS[extension].build(data, found.rows[top:top + rows])
+        if extension == ".png":
+            return _png_crop(data, top, rows)
+        picture = _read(data, extension)
+        _need_rows(top, rows, picture.info.height)
+        return _LAYOUTS[extension].build(data, list(picture.rows)[top:top + rows])
 
 
 def join_rows(strips: Sequence[bytes], extension: str) -> bytes:
@@ -1421,14 +1418,16 @@ def join_rows(strips: Sequence[bytes], extension: str) -> bytes:
     the first.
     """
     _need(bool(strips), "there are no strips to join")
-    if extension == ".png":
-        return _png_join(strips)
-    found = [_split(strip, extension) for strip in strips]
-    _need_alike([each.form for each in found])
-    rows = [row for each in found for row in each.rows]
     with _told(strips[0], extension):
-        whole = _LAYOUTS[extension].build(strips[0], rows)
-    check_image(whole, extension, found[0].width, len(rows))
+        if extension == ".png":
+            whole, infos = _png_join(strips)
+        else:
+            found = [_read(strip, extension) for strip in strips]
+            _need_alike([each.form for each in found])
+            infos = [each.info for each in found]
+            rows = [row for each in found for row in each.rows]
+            whole = _LAYOUTS[extension].build(strips[0], rows)
+    check_image(whole, extension, infos[0].width, sum(info.height for info in infos))
     return whole
 
 
@@ -1443,16 +1442,14 @@ def same_pixels(one: bytes, other: bytes, extension: str) -> bool:
                       for data in (one, other))
     if one == other or extension == ".jpg":
         return one == other
-    if extension != ".png":
-        mine, theirs = _split(one, extension), _split(other, extension)
-        return mine.form == theirs.form and list(mine.rows) == list(theirs.rows)
     with _told(one, extension):
+        if extension != ".png":
+            mine, theirs = _read(one, extension), _read(other, extension)
+            return mine.form == theirs.form and list(mine.rows) == list(theirs.rows)
         a, b = _png_apart(one), _png_apart(other)
-        if (a.form, a.height) != (b.form, b.height):
-            return False
-        if all(map(operator.eq, _png_rows(a), _png_rows(b))):
-            return True
-        return all(map(operator.eq, _png_plain(a), _png_plain(b)))
+        return (a.form, a.info.height) == (b.form, b.info.height) and (
+            all(map(operator.eq, _png_rows(a), _png_rows(b)))
+            or all(map(operator.eq, _png_plain(a), _png_plain(b))))
 
 
 def is_black(data: bytes, extension: str) -> bool:
@@ -1464,8 +1461,7 @@ def is_black(data: bytes, extension: str) -> bool:
     if extension != ".png":
         return False
     png = _png_apart(data)
-    depth, color = struct.unpack_from(">BB", data, 24)
-    colors = png.step - (depth // 8 if color in (4, 6) else 0)
+    colors = png.step - (png.info.depth // 8 if png.info.channels in (2, 4) else 0)
     return not any(row[at::png.step].strip(b"\0")
                    for row in _png_rows(png) for at in range(1, 1 + colors))
 
@@ -1485,16 +1481,16 @@ def animated_png(
     for number, data in enumerate(frames, 1):
         with _told(data, ".png"):
             png = _png_apart(data)
-        kind = f"{png.height} rows of {png.form}"
+        kind = f"{png.info.height} rows of {png.form}"
         if number == 1:
             first, tail = kind, png.tail
             about = _png_chunk(b"acTL", struct.pack(">II", count, loops))
             yield b"".join([png.head[:33], *about, png.head[33:]])
         _need(kind == first, f"picture {number} does not fit the first: {kind}, not {first}")
-        control = struct.pack(">IIIIIHHBB", next(sequence), png.width, png.height, 0, 0,
+        control = struct.pack(">IIIIIHHBB", next(sequence), png.info.width, png.info.height, 0, 0,
                               short.numerator, short.denominator, 0, 0)
-        pixels = (_png_chunk(b"IDAT", b"".join(png.pixels)) if number == 1 else
-                  _png_chunk(b"fdAT", struct.pack(">I", next(sequence)) + b"".join(png.pixels)))
+        pixels = (_png_chunk(b"IDAT", b"".join(png.packed())) if number == 1 else
+                  _png_chunk(b"fdAT", struct.pack(">I", next(sequence)) + b"".join(png.packed())))
         yield b"".join([*_png_chunk(b"fcTL", control), *pixels])
     _need(number == count > 0, f"there are {number} pictures, not {count}")
     yield tail
@@ -1519,9 +1515,10 @@ def _need(condition: bool, problem: str) -> None:
         raise ImageError(problem)
 
 
-def _need_size(kind: str, found: tuple[int, int], wanted: tuple[int, int]) -> None:
-    _need(found == wanted, f"the {kind} picture is {found[0]} x {found[1]} pixels, "
-                           f"not {wanted[0]} x {wanted[1]}")
+def _need_size(kind: str, found: tuple[int, int], wanted: tuple[int, int] | None) -> None:
+    if wanted is not None:
+        _need(found == wanted, f"the {kind} picture is {found[0]} x {found[1]} pixels, "
+                               f"not {wanted[0]} x {wanted[1]}")
 
 
 def _need_end(kind: str, end: int, data: bytes) -> None:
@@ -1530,31 +1527,45 @@ def _need_end(kind: str, end: int, data: bytes) -> None:
     _need(end == len(data), f"the {kind} file goes on for {len(data) - end} bytes after its end")
 
 
-class _Rows(NamedTuple):
-    """A picture's rows, from the top, and what two pictures must share to be joined."""
+class _Picture(NamedTuple):
+    """A picture taken apart: its rows from the top, and what two must share to be joined."""
 
+    info: ImageInfo
     form: str
-    width: int
-    rows: Sequence[Any]
+    rows: Iterable[Any]
 
 
 class _Layout(NamedTuple):
-    """How to take a picture's rows, and how to make one like ``data`` of other rows."""
+    """How to take a picture apart, and how to make one like ``data`` of other rows.
 
-    split: Callable[[bytes], _Rows]
+    ``read`` checks everything, against a size too; without one the picture has
+    passed that, and EXR's pixels need not be unpacked.
+    """
+
+    read: Callable[[bytes, tuple[int, int] | None], _Picture]
     build: Callable[[bytes, Sequence[Any]], bytes]
 
 
-def _split(data: bytes, extension: str) -> _Rows:
+def _read(data: bytes, extension: str) -> _Picture:
     _need(extension in _LAYOUTS, f"the rows of a '{extension}' picture cannot be cut and joined")
-    with _told(data, extension):
-        return _LAYOUTS[extension].split(data)
+    return _LAYOUTS[extension].read(data, None)
 
 
-def _between(data: bytes, edges: Sequence[int]) -> list[memoryview]:
-    """Return the rows from the places where they begin and the last one ends."""
+def _between(data: bytes, edges: Sequence[int]) -> Iterator[memoryview]:
+    """Yield the rows from the places where they begin and the last one ends."""
     view = memoryview(data)
-    return [view[start:end] for start, end in zip(edges, edges[1:])]
+    return (view[start:end] for start, end in zip(edges, edges[1:]))
+
+
+def _runs_end(kind: str, data: bytes, at: int, width: int, steps: Sequence[tuple[int, int]]) -> int:
+    """Step over runs of ``width`` values: by a run's first byte, how many, in how many bytes."""
+    done = 0
+    while done < width:
+        count, size = steps[data[at]]
+        done += count
+        at += size
+    _need(done == width, f"the {kind} file is damaged: its runs do not fit the picture")
+    return at
 
 
 def _need_rows(top: int, rows: int, height: int) -> None:
@@ -1572,27 +1583,66 @@ _PNG_TYPES = {0: (1, (1, 2, 4, 8, 16)), 2: (3, (8, 16)), 3: (1, (1, 2, 4, 8)),
               4: (2, (8, 16)), 6: (4, (8, 16))}
 
 
-def _check_png(data: bytes, width: int, height: int) -> ImageInfo:
+class _Png(NamedTuple):
+    """A PNG picture taken apart: what is before, in and after its IDAT chunks."""
+
+    info: ImageInfo
+    head: bytes
+    pixels: memoryview
+    tail: bytes
+    row: int  # bytes of a row with its filter byte
+    step: int  # bytes of a pixel, at least 1
+    form: str
+
+    def packed(self) -> Iterator[memoryview]:
+        """Yield what is in each IDAT chunk: they may be many, so none are kept."""
+        at = 0
+        while at < len(self.pixels):
+            end = at + 12 + struct.unpack_from(">I", self.pixels, at)[0]
+            yield self.pixels[at + 8:end - 4]
+            at = end
+
+
+def _check_png(data: bytes, size: tuple[int, int] | None) -> _Png:
+    png = _png_apart(data, size)
+    left, phase = png.row * png.info.height, 0  # bytes to come, and until the next filter byte
+    for piece in _inflated(png):
+        left -= len(piece)
+        _need(left >= 0, "the PNG file holds more pixels than its size")
+        _need(max(piece[phase::png.row], default=0) <= 4,
+              "the PNG file is damaged: an unknown row filter")
+        phase = (phase - len(piece)) % png.row
+    _need(left == 0, "the PNG file has too few pixels")
+    return png
+
+
+def _png_apart(data: bytes, size: tuple[int, int] | None = None) -> _Png:
+    """Check everything but the pixels themselves."""
     _need(data[:8] == b"\x89PNG\r\n\x1a\n"[: len(data)], "the file is not a PNG picture")
     chunks = _png_chunks(data)
-    kind, header = next(chunks)
+    _, kind, header = next(chunks)
     _need(kind == b"IHDR", "the PNG file has no header")
-    w, h, depth, color, *rest = struct.unpack(">IIBBBBB", header)
-    _need_size("PNG", (w, h), (width, height))
+    width, height, depth, color, *rest = struct.unpack(">IIBBBBB", header)
+    _need_size("PNG", (width, height), size)
     channels, depths = _PNG_TYPES.get(color, (0, ()))
     _need(depth in depths and rest == [0, 0, 0], f"the PNG file {_ODD}")
-    rows = _PngRows(1 + (width * channels * depth + 7) // 8, height)
-    before = kind
-    for kind, body in chunks:
+    start, end, gamma = 0, 0, ""
+    for at, kind, body in chunks:
         if kind == b"IDAT":
-            _need(before == kind or not rows.started, "the PNG file's pixels are not in one piece")
-            rows.feed(body)
-        before = kind
-    rows.finish()
-    return ImageInfo("png", width, height, channels, depth)
+            _need(at == end or not start, "the PNG file's pixels are not in one piece")
+            start, end = start or at, at + 12 + len(body)
+        elif kind == b"gAMA":
+            gamma = body[:4].hex()
+    _need(start > 0, "the PNG file has no pixels")
+    bits = channels * depth
+    return _Png(ImageInfo(width, height, channels, depth), data[:start],
+                memoryview(data)[start:end], data[end:], 1 + (width * bits + 7) // 8,
+                max(1, bits // 8),
+                f"{width} pixels a row, colour type {color}, {depth} bits, gamma {gamma}")
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+def _png_chunks(data: bytes) -> Iterator[tuple[int, bytes, memoryview]]:
+    """Yield where each chunk is, its kind and its contents."""
     view, at = memoryview(data), 8
     while True:
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -1600,84 +1650,30 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
         _need(end <= len(data), f"the PNG file ends too early, after {len(data)} bytes")
         crc = struct.unpack_from(">I", data, end - 4)[0]
         _need(zlib.crc32(view[at + 4:end - 4]) == crc, "the PNG file is damaged, by its checksum")
-        yield kind, view[at + 8:end - 4]
+        yield at, kind, view[at + 8:end - 4]
         if kind == b"IEND":
             _need(length == 0, "the PNG file is damaged: its end has contents")
             return _need_end("PNG", end, data)
         at = end
 
 
-def _inflated(inflate: zlib._Decompress, body: memoryview) -> Iterator[bytes]:
-    """Yield what packed data holds, a block at a time."""
-    for at in range(0, len(body), BUFFER):
-        piece = inflate.decompress(body[at:at + BUFFER], _BLOCK)
-        yield piece
-        while inflate.unconsumed_tail or len(piece) == _BLOCK:
-            piece = inflate.decompress(inflate.unconsumed_tail, _BLOCK)
+def _inflated(png: _Png) -> Iterator[bytes]:
+    """Yield the filtered rows, a block of bytes at a time."""
+    inflate = zlib.decompressobj()
+    for body in png.packed():
+        for at in range(0, len(body), BUFFER):
+            piece = inflate.decompress(body[at:at + BUFFER], _BLOCK)
             yield piece
-
-
-class _PngRows:
-    """Counts inflated rows and looks at each one's filter byte; keeps no pixels."""
-
-    def __init__(self, row: int, height: int) -> None:
-        self._row = row
-        self._left = row * height
-        self._phase = 0  # bytes until the next filter byte
-        self._inflate = zlib.decompressobj()
-        self.started = False
-
-    def feed(self, body: memoryview) -> None:
-        self.started = True
-        for piece in _inflated(self._inflate, body):
-            self._count(piece)
-        _need(not self._inflate.unused_data, "the PNG file goes on after its last pixel")
-
-    def _count(self, piece: bytes) -> None:
-        self._left -= len(piece)
-        _need(self._left >= 0, "the PNG file holds more pixels than its size")
-        _need(max(piece[self._phase::self._row], default=0) <= 4,
-              "the PNG file is damaged: an unknown row filter")
-        self._phase = (self._phase - len(piece)) % self._row
-
-    def finish(self) -> None:
-        _need(self._inflate.eof and self._left == 0, "the PNG file has too few pixels")
-
-
-class _Png(NamedTuple):
-    """A PNG picture taken apart: what is before, in and after its IDAT chunks."""
-
-    head: bytes
-    pixels: list[memoryview]
-    tail: bytes
-    width: int
-    height: int
-    row: int  # bytes of a row with its filter byte
-    step: int  # bytes of a pixel, at least 1
-    form: str
+            while inflate.unconsumed_tail or len(piece) == _BLOCK:
+                piece = inflate.decompress(inflate.unconsumed_tail, _BLOCK)
+                yield piece
+        _need(not inflate.unused_data, "the PNG file goes on after its last pixel")
+    _need(inflate.eof, "the PNG file has too few pixels")
 
 
 # zlib's header and its end for deflate data that stops at a whole byte (a full flush):
 # between the two such data can be put together without packing it anew.
 _DEFLATE_HEAD, _DEFLATE_END, _FLUSHED = b"\x78\x9c", b"\x03\x00", b"\x00\x00\xff\xff"
-
-
-def _png_apart(data: bytes) -> _Png:
-    pixels, at, start, end = [], 8, 0, 0
-    gamma = b""
-    for kind, body in _png_chunks(data):
-        if kind == b"IDAT":
-            pixels.append(body)
-            start, end = start or at, at + 12 + len(body)
-        elif kind == b"gAMA":
-            gamma = bytes(body)
-        at += 12 + len(body)
-    _need(bool(pixels), "the PNG file has no pixels")
-    width, height, depth, color = struct.unpack_from(">IIBB", data, 16)
-    bits = _PNG_TYPES[color][0] * depth
-    form = f"{width} pixels a row, colour type {color}, {depth} bits, gamma {gamma.hex()}"
-    row = 1 + (width * bits + 7) // 8
-    return _Png(data[:start], pixels, data[end:], width, height, row, max(1, bits // 8), form)
 
 
 def _png_chunk(kind: bytes, body: bytes | memoryview) -> list[bytes | memoryview]:
@@ -1687,8 +1683,8 @@ def _png_chunk(kind: bytes, body: bytes | memoryview) -> list[bytes | memoryview
 
 def _png_rows(png: _Png) -> Iterator[bytes]:
     """Yield the rows as they are in the file: a filter byte, then what that filter left."""
-    inflate, rest = zlib.decompressobj(), b""
-    for piece in itertools.chain.from_iterable(_inflated(inflate, body) for body in png.pixels):
+    rest = b""
+    for piece in _inflated(png):
         rest += piece
         whole = len(rest) - len(rest) % png.row
         yield from (rest[start:start + png.row] for start in range(0, whole, png.row))
@@ -1720,7 +1716,7 @@ def _png_unfiltered(row: bytes, above: bytes, step: int) -> bytes:
 def _png_crop(data: bytes, top: int, rows: int) -> bytes:
     """Copy filtered rows: only the first is filtered anew, as nothing is above it now."""
     png = _png_apart(data)
-    _need_rows(top, rows, png.height)
+    _need_rows(top, rows, png.info.height)
     source = _png_rows(png)
     chain: list[bytes] = []  # what the first row's filter may go back to
     for row in itertools.islice(source, top):
@@ -1754,118 +1750,93 @@ def _png_together(
                      png.tail])
 
 
-def _png_join(strips: Sequence[bytes]) -> bytes:
-    """Put the packed rows one after another: nothing is unpacked but to check the result."""
-    parts = []
-    for strip in strips:
-        with _told(strip, ".png"):
-            png = _png_apart(strip)
-            if not _png_is_loose(png):
-                png = _png_apart(_png_crop(strip, 0, png.height))
-            parts.append(png)
-    _need_alike([png.form for png in parts])
+def _png_join(strips: Sequence[bytes]) -> tuple[bytes, list[ImageInfo]]:
+    """Put the packed rows one after another, without unpacking them."""
+    parts: list[_Png] = []
     pieces: list[bytes | memoryview] = []
     low, high = 1, 0
-    for png in parts:
-        pieces += [png.pixels[0][2 if pieces else 0:], *png.pixels[1:-1]]
-        check = struct.unpack(">I", png.pixels[-1][2:])[0]
+    for strip in strips:
+        png = _png_apart(strip)
+        packed = list(itertools.islice(png.packed(), 3))
+        if not _png_is_loose(packed):
+            png = _png_apart(_png_crop(strip, 0, png.info.height))
+            packed = list(png.packed())
+        parts.append(png)
+        pieces.append(packed[0][2 if pieces else 0:])
+        check = struct.unpack(">I", packed[1][2:])[0]
         # Adler-32 of two pieces from that of each, as in zlib's adler32_combine.
-        high = (high + (check >> 16) + png.row * png.height * (low - 1)) % 65521
+        high = (high + (check >> 16) + png.row * png.info.height * (low - 1)) % 65521
         low = (low + (check & 65535) - 1) % 65521
-    whole = _png_together(parts[0], sum(png.height for png in parts), pieces, high << 16 | low)
-    check_image(whole, ".png", parts[0].width, sum(png.height for png in parts))
-    return whole
+    _need_alike([png.form for png in parts])
+    infos = [png.info for png in parts]
+    height = sum(info.height for info in infos)
+    return _png_together(parts[0], height, pieces, high << 16 | low), infos
 
 
-def _png_is_loose(png: _Png) -> bool:
+def _png_is_loose(packed: Sequence[memoryview]) -> bool:
     """Is it made as ``_png_crop`` makes a strip, so that its packed rows can be copied?"""
-    ends, last = png.pixels[-2:-1], png.pixels[-1]
-    return (len(last) == 6 and last[:2] == _DEFLATE_END and png.pixels[0][:2] == _DEFLATE_HEAD
-            and bool(ends) and ends[0][-4:] == _FLUSHED
-            and zlib.decompressobj().decompress(png.pixels[0], 1) in (b"\0", b"\1"))
+    return (len(packed) == 2 and len(packed[1]) == 6 and packed[1][:2] == _DEFLATE_END
+            and packed[0][:2] == _DEFLATE_HEAD and packed[0][-4:] == _FLUSHED
+            and zlib.decompressobj().decompress(packed[0], 1) in (b"\0", b"\1"))
 
 
-_PPM_HEADER = re.compile(rb"P([56])" + rb"(?:\s|#[^\n]*\n)+(\d{1,9})" * 3 + rb"\s")
+_TEXT_HEADERS = {
+    "PPM": re.compile(rb"P([56])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(?P<height>\d{1,9})"
+                      rb"(?:\s|#[^\n]*\n)+(\d{1,9})\s"),
+    "HDR": re.compile(rb"#\?RADIANCE\n(?:[^\n]+\n)*?FORMAT=32-bit_rle_rgbe\n"
+                      rb"(?:[^\n]+\n)*\n-Y (?P<height>\d{1,9}) \+X (\d{1,9})\n"),
+}
 
 
-def _check_ppm(data: bytes, width: int, height: int) -> ImageInfo:
-    _need(data[:2] in (b"P5"[: len(data)], b"P6"[: len(data)]), "the file is not a PPM picture")
-    header = _ppm_header(data)
-    w, h, channels, depth = _ppm_shape(header)
-    _need_size("PPM", (w, h), (width, height))
-    _need_end("PPM", header.end() + width * height * channels * depth // 8, data)
-    return ImageInfo("ppm", width, height, channels, depth)
-
-
-def _ppm_header(data: bytes) -> re.Match[bytes]:
-    header = _PPM_HEADER.match(data, 0, _HEAD)
+def _header(kind: str, data: bytes) -> re.Match[bytes]:
+    header = _TEXT_HEADERS[kind].match(data, 0, _HEAD)
     if header is None:
-        raise ImageError("the PPM file's header is not whole")
+        raise ImageError(f"the {kind} file's header is not whole")
     return header
 
 
-def _ppm_shape(header: re.Match[bytes]) -> tuple[int, int, int, int]:
-    """Return width, height, channels and the bits of each."""
-    form, w, h, most = (int(group) for group in header.groups())
+def _build_under_text(data: bytes, rows: Sequence[Any]) -> bytes:
+    """The header of PPM and HDR is text, with the height in it."""
+    header = _header("PPM" if data[:1] == b"P" else "HDR", data)
+    start, end = header.span("height")
+    return b"".join([data[:start], b"%d" % len(rows), data[end:header.end()], *rows])
+
+
+def _read_ppm(data: bytes, size: tuple[int, int] | None) -> _Picture:
+    _need(data[:2] in (b"P5"[: len(data)], b"P6"[: len(data)]), "the file is not a PPM picture")
+    header = _header("PPM", data)
+    form, width, height, most = (int(group) for group in header.groups())
+    _need_size("PPM", (width, height), size)
     # POV-Ray writes grey values in two bytes, also where its header says 255 (3.7.0.10).
-    return (w, h, 1, 16) if form == 5 else (w, h, 3, 8 if most < 256 else 16)
+    channels, depth = (1, 16) if form == 5 else (3, 8 if most < 256 else 16)
+    row = width * channels * depth // 8
+    edges = range(header.end(), header.end() + height * row + 1, row)
+    _need_end("PPM", edges[-1], data)
+    return _Picture(ImageInfo(width, height, channels, depth),
+                    f"{width} pixels a row, P{form}, values to {most}", _between(data, edges))
 
 
-def _split_ppm(data: bytes) -> _Rows:
-    header = _ppm_header(data)
-    w, h, channels, depth = _ppm_shape(header)
-    size = w * channels * depth // 8
-    rows = _between(data, range(header.end(), header.end() + h * size + 1, size))
-    return _Rows(f"{w} pixels a row, P{header[1].decode()}, values to {int(header[4])}", w, rows)
-
-
-def _build_ppm(data: bytes, rows: Sequence[Any]) -> bytes:
-    header = _ppm_header(data)
-    ends = header.span(3)
-    return b"".join([data[:ends[0]], b"%d" % len(rows), data[ends[1]:header.end()], *rows])
-
-
-def _check_tga(data: bytes, width: int, height: int) -> ImageInfo:
+def _read_tga(data: bytes, size: tuple[int, int] | None) -> _Picture:
     """TGA 2.0: after the pixels come 495 bytes of notes and a signature, as POV-Ray writes them."""
-    palette, form, w, h, bits = struct.unpack_from("<xBB9xHHB", data)
-    from_top = data[17] & 0x30 == 0x20
-    _need(palette == 0 and form in (2, 3, 10, 11) and bits in (8, 16, 24, 32) and from_top,
-          "the file is not a TGA picture as POV-Ray writes it")
-    _need_size("TGA", (w, h), (width, height))
-    end = _tga_edges(data)[-1]
-    _need_end("TGA", end + 495 + 26, data)
-    _need(struct.unpack_from("<H", data, end)[0] == 495
-          and data[-26:] == struct.pack("<II", end, 0) + b"TRUEVISION-XFILE.\0",
-          "the TGA file is damaged at its end")
-    return ImageInfo("tga", width, height, bits // 8, 8)
-
-
-def _tga_edges(data: bytes) -> Sequence[int]:
-    skip, form, w, h, bits = struct.unpack_from("<BxB9xHHB", data)
-    edges = [18 + skip]
+    skip, palette, form, width, height, bits, turned = struct.unpack_from("<BBB9xHHBB", data)
+    _need(palette == 0 and form in (2, 3, 10, 11) and bits in (8, 16, 24, 32)
+          and turned & 0x30 == 0x20, "the file is not a TGA picture as POV-Ray writes it")
+    _need_size("TGA", (width, height), size)
+    row, edges = width * bits // 8, [18 + skip]
     if form < 10:
-        return range(edges[0], edges[0] + w * h * bits // 8 + 1, w * bits // 8)
-    for _ in range(h):
-        edges.append(_tga_row_end(data, edges[-1], w, bits // 8))
-    return edges
-
-
-def _tga_row_end(data: bytes, at: int, pixels: int, size: int) -> int:
-    """Step over one row: TGA 2.0 lets no run go on into the next, and POV-Ray's do not."""
-    done = 0
-    while done < pixels:
-        head = data[at]
-        count = (head & 127) + 1
-        at += 1 + size * (1 if head & 128 else count)
-        done += count
-    _need(done == pixels, "the TGA file is damaged: its runs do not fit the picture")
-    return at
-
-
-def _split_tga(data: bytes) -> _Rows:
-    width, bits = struct.unpack_from("<12xH2xB", data)
-    form = f"{width} pixels a row, type {data[2]}, {bits} bits"
-    return _Rows(form, width, _between(data, _tga_edges(data)))
+        edges = list(range(edges[0], edges[0] + height * row + 1, row))
+    else:  # no run goes on into the next row, nor do POV-Ray's
+        counts = [(head & 127) + 1 for head in range(256)]
+        steps = [(count, 1 + bits // 8 * (1 if head & 128 else count))
+                 for head, count in enumerate(counts)]
+        for _ in range(height):
+            edges.append(_runs_end("TGA", data, edges[-1], width, steps))
+    _need_end("TGA", edges[-1] + 495 + 26, data)
+    _need(struct.unpack_from("<H", data, edges[-1])[0] == 495
+          and data[-26:] == struct.pack("<II", edges[-1], 0) + b"TRUEVISION-XFILE.\0",
+          "the TGA file is damaged at its end")
+    return _Picture(ImageInfo(width, height, bits // 8, 8),
+                    f"{width} pixels a row, type {form}, {bits} bits", _between(data, edges))
 
 
 def _build_tga(data: bytes, rows: Sequence[Any]) -> bytes:
@@ -1874,25 +1845,21 @@ def _build_tga(data: bytes, rows: Sequence[Any]) -> bytes:
                      data[-521:-26], end, data[-22:]])
 
 
-def _check_bmp(data: bytes, width: int, height: int) -> ImageInfo:
+def _read_bmp(data: bytes, size: tuple[int, int] | None) -> _Picture:
+    """The file's rows go from the bottom to the top, each padded to four bytes."""
     _need(data[:2] == b"BM"[: len(data)], "the file is not a BMP picture")
-    size, start, head, w, h, planes, bits, packed, pixels = struct.unpack_from(
+    length, start, head, width, height, planes, bits, packed, pixels = struct.unpack_from(
         "<2xI4xIIiiHHII", data)
-    _need_size("BMP", (w, h), (width, height))
+    _need_size("BMP", (width, height), size)
     _need((start, head, planes, packed) == (54, 40, 1, 0) and bits in (24, 32),
           f"the BMP file {_ODD}")
-    _need_end("BMP", start + (width * bits + 31) // 32 * 4 * height, data)
-    _need(size == len(data) and pixels == size - start,
+    row = (width * bits + 31) // 32 * 4
+    _need_end("BMP", start + row * height, data)
+    _need(length == len(data) and pixels == length - start,
           "the BMP file is damaged: its header has another length")
-    return ImageInfo("bmp", width, height, bits // 8, 8)
-
-
-def _split_bmp(data: bytes) -> _Rows:
-    """The file's rows go from the bottom to the top, each padded to four bytes."""
-    width, height, bits = struct.unpack_from("<18xii2xH", data)
-    size = (width * bits + 31) // 32 * 4
-    rows = _between(data, range(54, 54 + height * size + 1, size))
-    return _Rows(f"{width} pixels a row, {bits} bits", width, rows[::-1])
+    view = memoryview(data)
+    return _Picture(ImageInfo(width, height, bits // 8, 8), f"{width} pixels a row, {bits} bits",
+                    (view[at:at + row] for at in range(length - row, start - 1, -row)))
 
 
 def _build_bmp(data: bytes, rows: Sequence[Any]) -> bytes:
@@ -1902,7 +1869,7 @@ def _build_bmp(data: bytes, rows: Sequence[Any]) -> bytes:
                      data[38:54], *reversed(rows)])
 
 
-def _check_jpeg(data: bytes, width: int, height: int) -> ImageInfo:
+def _check_jpeg(data: bytes, size: tuple[int, int] | None) -> _Picture:
     _need(data[:2] == b"\xff\xd8"[: len(data)], "the file is not a JPEG picture")
     at, info, scanned = 2, None, False
     while True:
@@ -1916,14 +1883,14 @@ def _check_jpeg(data: bytes, width: int, height: int) -> ImageInfo:
         _need(body <= at <= len(data), f"the JPEG file ends too early, after {len(data)} bytes")
         if marker in (0xC0, 0xC1, 0xC2):
             depth, h, w, channels = struct.unpack_from(">BHHB", data, body)
-            _need_size("JPEG", (w, h), (width, height))
-            info = ImageInfo("jpeg", width, height, channels, depth)
+            _need_size("JPEG", (w, h), size)
+            info = ImageInfo(w, h, channels, depth)
         elif marker == 0xDA:
             at, scanned = _jpeg_scan_end(data, at), True
     _need_end("JPEG", at + 2, data)
     if info is None or not scanned:
         raise ImageError("the JPEG file holds no picture")
-    return info
+    return _Picture(info, "", ())
 
 
 def _jpeg_scan_end(data: bytes, at: int) -> int:
@@ -1936,86 +1903,63 @@ def _jpeg_scan_end(data: bytes, at: int) -> int:
         at += 2
 
 
-_HDR_HEADER = re.compile(rb"#\?RADIANCE\n(?:[^\n]+\n)*?FORMAT=32-bit_rle_rgbe\n"
-                         rb"(?:[^\n]+\n)*\n-Y (\d{1,9}) \+X (\d{1,9})\n")
+# In HDR a byte of 0 would be a run of nothing: it fits no picture.
+_HDR_STEPS = [(_BLOCK, 1), *((count, 1 + count) for count in range(1, 129)),
+              *((count, 2) for count in range(1, 128))]
 
 
-def _check_hdr(data: bytes, width: int, height: int) -> ImageInfo:
+def _read_hdr(data: bytes, size: tuple[int, int] | None) -> _Picture:
+    """A row is a head, then red, green, blue and exponent in runs (Ward's RGBE)."""
     _need(data[:11] == b"#?RADIANCE\n"[: len(data)], "the file is not an HDR picture")
-    header = _hdr_header(data)
-    _need_size("HDR", (int(header[2]), int(header[1])), (width, height))
-    _need_end("HDR", _hdr_edges(data, header)[-1], data)
-    return ImageInfo("hdr", width, height, 3, 8)
-
-
-def _hdr_header(data: bytes) -> re.Match[bytes]:
-    header = _HDR_HEADER.match(data, 0, _HEAD)
-    if header is None:
-        raise ImageError("the HDR file's header is not whole")
-    return header
-
-
-def _hdr_edges(data: bytes, header: re.Match[bytes]) -> Sequence[int]:
-    width, height, edges = int(header[2]), int(header[1]), [header.end()]
+    header = _header("HDR", data)
+    height, width = int(header[1]), int(header[2])
+    _need_size("HDR", (width, height), size)
+    edges = [header.end()]
     if not 8 <= width < 32768:  # too narrow or too wide for run lengths: plain pixels
-        return range(edges[0], edges[0] + width * height * 4 + 1, width * 4)
-    for _ in range(height):
-        edges.append(_hdr_row_end(data, edges[-1], width))
-    return edges
+        edges = list(range(edges[0], edges[0] + width * height * 4 + 1, width * 4))
+    else:
+        for _ in range(height):
+            _need(struct.unpack_from(">HH", data, edges[-1]) == (0x0202, width),
+                  "the HDR file is damaged")
+            at = edges[-1] + 4
+            for _ in range(4):
+                at = _runs_end("HDR", data, at, width, _HDR_STEPS)
+            edges.append(at)
+    _need_end("HDR", edges[-1], data)
+    return _Picture(ImageInfo(width, height, 3, 8), f"{width} pixels a row",
+                    _between(data, edges))
 
 
-def _split_hdr(data: bytes) -> _Rows:
-    header = _hdr_header(data)
-    width = int(header[2])
-    return _Rows(f"{width} pixels a row", width, _between(data, _hdr_edges(data, header)))
+def _read_exr(data: bytes, size: tuple[int, int] | None) -> _Picture:
+    """One scanline image in blocks of 16 rows, each deflated or stored (OpenEXR file layout).
 
-
-def _build_hdr(data: bytes, rows: Sequence[Any]) -> bytes:
-    header = _hdr_header(data)
-    ends = header.span(1)
-    return b"".join([data[:ends[0]], b"%d" % len(rows), data[ends[1]:header.end()], *rows])
-
-
-def _hdr_row_end(data: bytes, at: int, width: int) -> int:
-    """Step over one row: its head, then red, green, blue and exponent in runs (Ward's RGBE)."""
-    _need(struct.unpack_from(">HH", data, at) == (0x0202, width), "the HDR file is damaged")
-    at += 4
-    for _ in range(4):
-        done = 0
-        while done < width:
-            count = data[at]
-            _need(count > 0, "the HDR file is damaged")
-            at += 2 if count > 128 else 1 + count
-            done += count - 128 if count > 128 else count
-        _need(done == width, "the HDR file is damaged: its runs do not fit the picture")
-    return at
-
-
-def _check_exr(data: bytes, width: int, height: int) -> ImageInfo:
-    """One scanline image in blocks of 16 rows, each deflated or stored (OpenEXR file layout)."""
+    A row is its block and its number there.
+    """
     _need(data[:8] == b"\x76\x2f\x31\x01\x02\0\0\0"[: len(data)], "the file is not an EXR picture")
     fields, at = _exr_fields(data)
     left, top, right, bottom = struct.unpack("<4i", data[fields[b"dataWindow"]])
-    _need_size("EXR", (right - left + 1, bottom - top + 1), (width, height))
+    width, height = right - left + 1, bottom - top + 1
+    _need_size("EXR", (width, height), size)
     display = data[fields[b"displayWindow"]]
     _need(data[fields[b"compression"]] == b"\x03" and len(display) == 16, f"the EXR file {_ODD}")
-    types = list(_exr_channels(data[fields[b"channels"]]).values())
+    types = _exr_channels(data[fields[b"channels"]])
     _need(1 <= len(types) <= 4, f"the EXR file {_ODD}")
+    row = width * sum(2 if kind == 1 else 4 for kind in types.values())
     offsets = struct.unpack_from(f"<{-(-height // 16)}Q", data, at)
     at += 8 * len(offsets)
-    for number, offset in enumerate(offsets):
-        row, size = struct.unpack_from("<iI", data, at)
-        _need(offset == at and row == top + 16 * number, "the EXR file is damaged")
-        at += 8 + size
+    rows: list[tuple[_ExrBlock, int]] = []
+    for offset in offsets:
+        first, length = struct.unpack_from("<iI", data, at)
+        _need(offset == at and first == top + len(rows), "the EXR file is damaged")
+        at += 8 + length
         _need(at <= len(data), f"the EXR file ends too early, after {len(data)} bytes")
-        pixels = min(16, height - 16 * number) * width
-        raw = pixels * sum(2 if kind == 1 else 4 for kind in types)
-        if size != raw:
-            unpacked = zlib.decompressobj()
-            _need(len(unpacked.decompress(data[at - size:at], raw + 1)) == raw and unpacked.eof
-                  and not unpacked.unused_data, "the EXR file is damaged")
+        block = _ExrBlock(memoryview(data)[at - length:at], min(16, height - len(rows)), row)
+        if size is not None:
+            block.unpacked()
+        rows += [(block, number) for number in range(block.rows)]
     _need_end("EXR", at, data)
-    return ImageInfo("exr", width, height, len(types), 16 if 1 in types else 32)
+    return _Picture(ImageInfo(width, height, len(types), 16 if 1 in types.values() else 32),
+                    f"{width} pixels a row, channels {types}", rows)
 
 
 def _exr_fields(data: bytes) -> tuple[dict[bytes, slice], int]:
@@ -2035,7 +1979,8 @@ def _exr_fields(data: bytes) -> tuple[dict[bytes, slice], int]:
 
 def _exr_channels(listed: bytes) -> dict[str, int]:
     """Return each channel's pixel type: 0 and 2 take four bytes, 1 (half) takes two."""
-    types, at = {}, 0
+    types: dict[str, int] = {}
+    at = 0
     while listed[at] and len(types) <= 4:  # five are too many
         end = listed.index(b"\0", at)
         types[listed[at:end].decode("latin-1")] = struct.unpack_from("<I", listed, end + 1)[0]
@@ -2046,7 +1991,7 @@ def _exr_channels(listed: bytes) -> dict[str, int]:
 class _ExrBlock:
     """Up to 16 rows as they are packed in a file, ``size`` bytes each when unpacked."""
 
-    def __init__(self, packed: bytes, rows: int, size: int) -> None:
+    def __init__(self, packed: memoryview, rows: int, size: int) -> None:
         self.packed, self.rows, self.size = packed, rows, size
 
     def __eq__(self, other: object) -> bool:
@@ -2055,12 +2000,24 @@ class _ExrBlock:
 
     __hash__ = None  # type: ignore[assignment]
 
-    @functools.cached_property
-    def raw(self) -> bytes:
-        """The rows unpacked: OpenEXR packs differences, even bytes first, then the odd ones."""
-        if len(self.packed) == self.rows * self.size:
+    def unpacked(self) -> bytes | memoryview:
+        """Return the bytes in OpenEXR's order for packing, or as they are where they are stored."""
+        wanted = self.rows * self.size
+        if len(self.packed) == wanted:
             return self.packed
-        order = _exr_sums(zlib.decompress(self.packed))
+        inflate = zlib.decompressobj()
+        steps = inflate.decompress(self.packed, wanted + 1)
+        _need(len(steps) == wanted and inflate.eof and not inflate.unused_data,
+              "the EXR file is damaged")
+        return steps
+
+    @functools.cached_property
+    def raw(self) -> bytes | memoryview:
+        """The rows: OpenEXR packs differences, of even bytes first, then of the odd ones."""
+        steps = self.unpacked()
+        if steps is self.packed:
+            return steps
+        order = _exr_sums(bytes(steps))
         raw = bytearray(order)
         raw[0::2], raw[1::2] = order[:len(order) // 2], order[len(order) // 2:]
         return bytes(raw)
@@ -2092,7 +2049,7 @@ def _exr_sums(steps: bytes) -> bytes:
     return (even | total << 8).to_bytes(size, "little")
 
 
-def _exr_packed(rows: Sequence[tuple[_ExrBlock, int]]) -> bytes:
+def _exr_packed(rows: Sequence[tuple[_ExrBlock, int]]) -> bytes | memoryview:
     """Return a block of these rows; one that was a block before is copied."""
     block = rows[0][0]
     if len(rows) == block.rows and all(row[0] is block for row in rows):
@@ -2100,23 +2057,6 @@ def _exr_packed(rows: Sequence[tuple[_ExrBlock, int]]) -> bytes:
     raw = b"".join(block.raw[at * block.size:(at + 1) * block.size] for block, at in rows)
     packed = zlib.compress(_exr_differences(raw[0::2] + raw[1::2]), 4)
     return packed if len(packed) < len(raw) else raw
-
-
-def _split_exr(data: bytes) -> _Rows:
-    """A row is its block and its number there."""
-    fields, at = _exr_fields(data)
-    left, top, right, bottom = struct.unpack("<4i", data[fields[b"dataWindow"]])
-    width, height = right - left + 1, bottom - top + 1
-    types = _exr_channels(data[fields[b"channels"]])
-    size = width * sum(2 if kind == 1 else 4 for kind in types.values())
-    at += -(-height // 16) * 8
-    rows = []
-    for first in range(0, height, 16):
-        end = at + 8 + struct.unpack_from("<4xI", data, at)[0]
-        block = _ExrBlock(data[at + 8:end], min(16, height - first), size)
-        rows += [(block, number) for number in range(block.rows)]
-        at = end
-    return _Rows(f"{width} pixels a row, channels {types}", width, rows)
 
 
 def _build_exr(data: bytes, rows: Sequence[Any]) -> bytes:
@@ -2135,14 +2075,14 @@ def _build_exr(data: bytes, rows: Sequence[Any]) -> bytes:
     return b"".join([head, struct.pack(f"<{len(offsets)}Q", *offsets), *blocks])
 
 
-_CHECKS: Mapping[str, Callable[[bytes, int, int], ImageInfo]] = {
-    ".png": _check_png, ".ppm": _check_ppm, ".tga": _check_tga, ".bmp": _check_bmp,
-    ".jpg": _check_jpeg, ".hdr": _check_hdr, ".exr": _check_exr,
-}
 _LAYOUTS: Mapping[str, _Layout] = {
-    ".ppm": _Layout(_split_ppm, _build_ppm), ".tga": _Layout(_split_tga, _build_tga),
-    ".bmp": _Layout(_split_bmp, _build_bmp), ".hdr": _Layout(_split_hdr, _build_hdr),
-    ".exr": _Layout(_split_exr, _build_exr),
+    ".ppm": _Layout(_read_ppm, _build_under_text), ".tga": _Layout(_read_tga, _build_tga),
+    ".bmp": _Layout(_read_bmp, _build_bmp), ".hdr": _Layout(_read_hdr, _build_under_text),
+    ".exr": _Layout(_read_exr, _build_exr),
+}
+_CHECKS: Mapping[str, Callable[[bytes, tuple[int, int] | None], _Picture | _Png]] = {
+    ".png": _check_png, ".jpg": _check_jpeg,
+    **{extension: layout.read for extension, layout in _LAYOUTS.items()},
 }
 # The types whose rows can be cut and joined: JPEG's cannot without a loss.
 STRIP_TYPES = frozenset({".png", *_LAYOUTS})

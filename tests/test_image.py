@@ -251,6 +251,16 @@ def test_a_lying_header_costs_neither_time_nor_memory(what: str) -> None:
     assert time.process_time() - before < 2
 
 
+def test_a_png_of_very_many_pieces_costs_no_memory() -> None:
+    data = png(chunk(b"IHDR", HEAD), GOOD + chunk(b"IDAT", b"") * 200_000, END)
+    tracemalloc.start()
+    assert accepted(data, ".png", 8, 4) and povfarm.is_black(data, ".png")
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    povfarm.join_rows([povfarm.crop_rows(data, ".png", 0, 2), data], ".png")
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    tracemalloc.stop()
+
+
 def test_a_large_png_is_checked_fast() -> None:
     row = b"\1" + bytes(range(250)) * 48
     head = struct.pack(">IIBBBBB", 4000, 3000, 8, 2, 0, 0, 0)
