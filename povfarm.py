@@ -1402,10 +1402,10 @@ def crop_rows(data: bytes, extension: str, top: int, rows: int) -> bytes:
     does not have, and for a type that is not one of ``STRIP_TYPES``.
     """
     with _told(data, extension):
-        if extension == ".png":
-            return _png_crop(data, top, rows)
         picture = _read(data, extension)
-        _need_rows(top, rows, picture.info.height)
+        height = picture.info.height
+        _need(0 <= top < top + rows <= height,
+              f"a picture of {height} rows has no rows {top} to {top + rows - 1}")
         return _LAYOUTS[extension].build(data, list(picture.rows)[top:top + rows])
 
 
@@ -1419,15 +1419,13 @@ def join_rows(strips: Sequence[bytes], extension: str) -> bytes:
     """
     _need(bool(strips), "there are no strips to join")
     with _told(strips[0], extension):
-        if extension == ".png":
-            whole, infos = _png_join(strips)
-        else:
-            found = [_read(strip, extension) for strip in strips]
-            _need_alike([each.form for each in found])
-            infos = [each.info for each in found]
-            rows = [row for each in found for row in each.rows]
-            whole = _LAYOUTS[extension].build(strips[0], rows)
-    check_image(whole, extension, infos[0].width, sum(info.height for info in infos))
+        found = [_read(strip, extension) for strip in strips]
+        for number, each in enumerate(found, 1):
+            _need(each.form == found[0].form, f"strip {number} does not fit the first: "
+                                              f"{each.form}, not {found[0].form}")
+        rows = [row for each in found for row in each.rows]
+        whole = _LAYOUTS[extension].build(strips[0], rows)
+    check_image(whole, extension, found[0].info.width, len(rows))
     return whole
 
 
@@ -1449,7 +1447,8 @@ def same_pixels(one: bytes, other: bytes, extension: str) -> bool:
         a, b = _png_apart(one), _png_apart(other)
         return (a.form, a.info.height) == (b.form, b.info.height) and (
             all(map(operator.eq, _png_rows(a), _png_rows(b)))
-            or all(map(operator.eq, _png_plain(a), _png_plain(b))))
+            or all(map(operator.eq, _png_plain(_png_rows(a), a.step),
+                       _png_plain(_png_rows(b), b.step))))
 
 
 def is_black(data: bytes, extension: str) -> bool:
@@ -1539,7 +1538,7 @@ class _Layout(NamedTuple):
     """How to take a picture apart, and how to make one like ``data`` of other rows.
 
     ``read`` checks everything, against a size too; without one the picture has
-    passed that, and EXR's pixels need not be unpacked.
+    passed that, and packed pixels need not be unpacked.
     """
 
     read: Callable[[bytes, tuple[int, int] | None], _Picture]
@@ -1568,16 +1567,6 @@ def _runs_end(kind: str, data: bytes, at: int, width: int, steps: Sequence[tuple
     return at
 
 
-def _need_rows(top: int, rows: int, height: int) -> None:
-    _need(0 <= top < top + rows <= height,
-          f"a picture of {height} rows has no rows {top} to {top + rows - 1}")
-
-
-def _need_alike(kinds: Sequence[str]) -> None:
-    for number, kind in enumerate(kinds, 1):
-        _need(kind == kinds[0], f"strip {number} does not fit the first: {kind}, not {kinds[0]}")
-
-
 # PNG: https://www.w3.org/TR/png-3/ ; channels and depths that a colour type may have.
 _PNG_TYPES = {0: (1, (1, 2, 4, 8, 16)), 2: (3, (8, 16)), 3: (1, (1, 2, 4, 8)),
               4: (2, (8, 16)), 6: (4, (8, 16))}
@@ -1603,17 +1592,19 @@ class _Png(NamedTuple):
             at = end
 
 
-def _check_png(data: bytes, size: tuple[int, int] | None) -> _Png:
+def _read_png(data: bytes, size: tuple[int, int] | None) -> _Picture:
+    """A row is its picture, taken apart, and its number there."""
     png = _png_apart(data, size)
-    left, phase = png.row * png.info.height, 0  # bytes to come, and until the next filter byte
-    for piece in _inflated(png):
-        left -= len(piece)
-        _need(left >= 0, "the PNG file holds more pixels than its size")
-        _need(max(piece[phase::png.row], default=0) <= 4,
-              "the PNG file is damaged: an unknown row filter")
-        phase = (phase - len(piece)) % png.row
-    _need(left == 0, "the PNG file has too few pixels")
-    return png
+    if size is not None:
+        left, phase = png.row * png.info.height, 0  # bytes to come, and until the next filter
+        for piece in _inflated(png):
+            left -= len(piece)
+            _need(left >= 0, "the PNG file holds more pixels than its size")
+            _need(max(piece[phase::png.row], default=0) <= 4,
+                  "the PNG file is damaged: an unknown row filter")
+            phase = (phase - len(piece)) % png.row
+        _need(left == 0, "the PNG file has too few pixels")
+    return _Picture(png.info, png.form, zip(itertools.repeat(png), range(png.info.height)))
 
 
 def _png_apart(data: bytes, size: tuple[int, int] | None = None) -> _Png:
@@ -1691,32 +1682,33 @@ def _png_rows(png: _Png) -> Iterator[bytes]:
         rest = rest[whole:]
 
 
-def _png_plain(png: _Png) -> Iterator[bytes]:
-    """Yield the rows' own bytes: slow, each is reckoned in Python."""
-    above = bytes(png.row - 1)
-    for row in _png_rows(png):
-        above = _png_unfiltered(row, above, png.step)
-        yield above
+def _png_plain(rows: Iterable[bytes], step: int) -> Iterator[bytes]:
+    """Yield rows without their filters (PNG, section 9): slow, each byte is reckoned in Python."""
+    above = b""
+    for row in rows:
+        kind, out = row[0], bytearray(step) + row[1:]
+        above = above or bytes(len(out))
+        for at in range(step, len(out)):
+            a, b, c = out[at - step], above[at], above[at - step]
+            if kind == 4:
+                p = a + b - c
+                guess = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
+            else:
+                guess = (0, a, b, (a + b) // 2)[kind]
+            out[at] = (out[at] + guess) & 255
+        above = bytes(out)
+        yield above[step:]
 
 
-def _png_unfiltered(row: bytes, above: bytes, step: int) -> bytes:
-    """Return a row's own bytes, without the filter byte (PNG, section 9)."""
-    kind, out, above = row[0], bytearray(step) + row[1:], bytes(step) + above
-    for at in range(step, len(out)):
-        a, b, c = out[at - step], above[at], above[at - step]
-        if kind == 4:
-            p = a + b - c
-            guess = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
-        else:
-            guess = (0, a, b, (a + b) // 2)[kind]
-        out[at] = (out[at] + guess) & 255
-    return bytes(out[step:])
+def _png_packed(png: _Png, top: int, rows: int) -> tuple[bytes | memoryview, int]:
+    """Return rows packed so that others can follow, and their Adler-32.
 
-
-def _png_crop(data: bytes, top: int, rows: int) -> bytes:
-    """Copy filtered rows: only the first is filtered anew, as nothing is above it now."""
-    png = _png_apart(data)
-    _need_rows(top, rows, png.info.height)
+    Those that were packed so before are copied. Of others only the first is
+    filtered anew, as nothing is above it now.
+    """
+    ready = list(itertools.islice(png.packed(), 3))
+    if rows == png.info.height and _png_is_loose(ready):
+        return ready[0], struct.unpack(">I", ready[1][2:])[0]
     source = _png_rows(png)
     chain: list[bytes] = []  # what the first row's filter may go back to
     for row in itertools.islice(source, top):
@@ -1726,58 +1718,38 @@ def _png_crop(data: bytes, top: int, rows: int) -> bytes:
             chain.append(row)
     first = next(source, b"")
     if first[0] > 1:
-        above = bytes(png.row - 1)
-        for row in chain:
-            above = _png_unfiltered(row, above, png.step)
-        first = b"\0" + _png_unfiltered(first, above, png.step)
+        for plain in _png_plain([*chain, first], png.step):
+            first = b"\0" + plain
     # Level 6 and the filtered strategy are what libpng and so POV-Ray itself use.
     deflate = zlib.compressobj(6, zlib.DEFLATED, -15, 8, zlib.Z_FILTERED)
     packed, check = [_DEFLATE_HEAD], 1
     for row in itertools.chain([first], itertools.islice(source, rows - 1)):
         packed.append(deflate.compress(row))
         check = zlib.adler32(row, check)
-    packed.append(deflate.flush(zlib.Z_FULL_FLUSH))
-    return _png_together(png, rows, [b"".join(packed)], check)
-
-
-def _png_together(
-    png: _Png, height: int, pieces: Sequence[bytes | memoryview], check: int
-) -> bytes:
-    header = png.head[16:20] + struct.pack(">I", height) + png.head[24:29]
-    body = [part for piece in pieces for part in _png_chunk(b"IDAT", piece)]
-    end = _png_chunk(b"IDAT", _DEFLATE_END + struct.pack(">I", check))
-    return b"".join([png.head[:8], *_png_chunk(b"IHDR", header), png.head[33:], *body, *end,
-                     png.tail])
-
-
-def _png_join(strips: Sequence[bytes]) -> tuple[bytes, list[ImageInfo]]:
-    """Put the packed rows one after another, without unpacking them."""
-    parts: list[_Png] = []
-    pieces: list[bytes | memoryview] = []
-    low, high = 1, 0
-    for strip in strips:
-        png = _png_apart(strip)
-        packed = list(itertools.islice(png.packed(), 3))
-        if not _png_is_loose(packed):
-            png = _png_apart(_png_crop(strip, 0, png.info.height))
-            packed = list(png.packed())
-        parts.append(png)
-        pieces.append(packed[0][2 if pieces else 0:])
-        check = struct.unpack(">I", packed[1][2:])[0]
-        # Adler-32 of two pieces from that of each, as in zlib's adler32_combine.
-        high = (high + (check >> 16) + png.row * png.info.height * (low - 1)) % 65521
-        low = (low + (check & 65535) - 1) % 65521
-    _need_alike([png.form for png in parts])
-    infos = [png.info for png in parts]
-    height = sum(info.height for info in infos)
-    return _png_together(parts[0], height, pieces, high << 16 | low), infos
+    return b"".join([*packed, deflate.flush(zlib.Z_FULL_FLUSH)]), check
 
 
 def _png_is_loose(packed: Sequence[memoryview]) -> bool:
-    """Is it made as ``_png_crop`` makes a strip, so that its packed rows can be copied?"""
+    """Are these the two pieces that ``_build_png`` makes, and no row above matters?"""
     return (len(packed) == 2 and len(packed[1]) == 6 and packed[1][:2] == _DEFLATE_END
             and packed[0][:2] == _DEFLATE_HEAD and packed[0][-4:] == _FLUSHED
             and zlib.decompressobj().decompress(packed[0], 1) in (b"\0", b"\1"))
+
+
+def _build_png(data: bytes, rows: Sequence[Any]) -> bytes:
+    pieces: list[bytes | memoryview] = []
+    low, high = 1, 0
+    for _, group in itertools.groupby(rows, lambda row: id(row[0])):
+        (png, top), *others = group
+        packed, check = _png_packed(png, top, 1 + len(others))
+        # Adler-32 of two pieces from that of each, as in zlib's adler32_combine.
+        high = (high + (check >> 16) + png.row * (1 + len(others)) * (low - 1)) % 65521
+        low = (low + (check & 65535) - 1) % 65521
+        pieces += _png_chunk(b"IDAT", packed[2 if pieces else 0:])
+    pieces += _png_chunk(b"IDAT", _DEFLATE_END + struct.pack(">HH", high, low))
+    first = rows[0][0]
+    header = data[16:20] + struct.pack(">I", len(rows)) + data[24:29]
+    return b"".join([data[:8], *_png_chunk(b"IHDR", header), first.head[33:], *pieces, first.tail])
 
 
 _TEXT_HEADERS = {
@@ -1869,6 +1841,10 @@ def _build_bmp(data: bytes, rows: Sequence[Any]) -> bytes:
                      data[38:54], *reversed(rows)])
 
 
+# After a scan: neither a stuffed zero nor a restart.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
+
+
 def _check_jpeg(data: bytes, size: tuple[int, int] | None) -> _Picture:
     _need(data[:2] == b"\xff\xd8"[: len(data)], "the file is not a JPEG picture")
     at, info, scanned = 2, None, False
@@ -1886,21 +1862,12 @@ def _check_jpeg(data: bytes, size: tuple[int, int] | None) -> _Picture:
             _need_size("JPEG", (w, h), size)
             info = ImageInfo(w, h, channels, depth)
         elif marker == 0xDA:
-            at, scanned = _jpeg_scan_end(data, at), True
+            after = _JPEG_MARKER.search(data, at)
+            at, scanned = after.start() if after else len(data), True
     _need_end("JPEG", at + 2, data)
     if info is None or not scanned:
         raise ImageError("the JPEG file holds no picture")
     return _Picture(info, "", ())
-
-
-def _jpeg_scan_end(data: bytes, at: int) -> int:
-    """Return where the next marker is: 0xFF, but neither a stuffed zero nor a restart."""
-    while True:
-        at = data.find(b"\xff", at)
-        _need(at >= 0, f"the JPEG file ends too early, after {len(data)} bytes")
-        if data[at + 1] != 0 and not 0xD0 <= data[at + 1] <= 0xD7:
-            return at
-        at += 2
 
 
 # In HDR a byte of 0 would be a run of nothing: it fits no picture.
@@ -1943,7 +1910,6 @@ def _read_exr(data: bytes, size: tuple[int, int] | None) -> _Picture:
     display = data[fields[b"displayWindow"]]
     _need(data[fields[b"compression"]] == b"\x03" and len(display) == 16, f"the EXR file {_ODD}")
     types = _exr_channels(data[fields[b"channels"]])
-    _need(1 <= len(types) <= 4, f"the EXR file {_ODD}")
     row = width * sum(2 if kind == 1 else 4 for kind in types.values())
     offsets = struct.unpack_from(f"<{-(-height // 16)}Q", data, at)
     at += 8 * len(offsets)
@@ -1979,13 +1945,10 @@ def _exr_fields(data: bytes) -> tuple[dict[bytes, slice], int]:
 
 def _exr_channels(listed: bytes) -> dict[str, int]:
     """Return each channel's pixel type: 0 and 2 take four bytes, 1 (half) takes two."""
-    types: dict[str, int] = {}
-    at = 0
-    while listed[at] and len(types) <= 4:  # five are too many
-        end = listed.index(b"\0", at)
-        types[listed[at:end].decode("latin-1")] = struct.unpack_from("<I", listed, end + 1)[0]
-        at = end + 17
-    return types
+    _need(re.fullmatch(rb"([^\0]+\0.{16}){1,4}\0", listed, re.DOTALL) is not None,
+          f"the EXR file {_ODD}")
+    return {name.decode("latin-1"): int.from_bytes(kind, "little")
+            for name, kind in re.findall(rb"([^\0]+)\0(.{4}).{12}", listed, re.DOTALL)}
 
 
 class _ExrBlock:
@@ -2076,16 +2039,15 @@ def _build_exr(data: bytes, rows: Sequence[Any]) -> bytes:
 
 
 _LAYOUTS: Mapping[str, _Layout] = {
-    ".ppm": _Layout(_read_ppm, _build_under_text), ".tga": _Layout(_read_tga, _build_tga),
-    ".bmp": _Layout(_read_bmp, _build_bmp), ".hdr": _Layout(_read_hdr, _build_under_text),
-    ".exr": _Layout(_read_exr, _build_exr),
+    ".png": _Layout(_read_png, _build_png), ".ppm": _Layout(_read_ppm, _build_under_text),
+    ".tga": _Layout(_read_tga, _build_tga), ".bmp": _Layout(_read_bmp, _build_bmp),
+    ".hdr": _Layout(_read_hdr, _build_under_text), ".exr": _Layout(_read_exr, _build_exr),
 }
-_CHECKS: Mapping[str, Callable[[bytes, tuple[int, int] | None], _Picture | _Png]] = {
-    ".png": _check_png, ".jpg": _check_jpeg,
-    **{extension: layout.read for extension, layout in _LAYOUTS.items()},
+_CHECKS: Mapping[str, Callable[[bytes, tuple[int, int] | None], _Picture]] = {
+    **{extension: layout.read for extension, layout in _LAYOUTS.items()}, ".jpg": _check_jpeg,
 }
 # The types whose rows can be cut and joined: JPEG's cannot without a loss.
-STRIP_TYPES = frozenset({".png", *_LAYOUTS})
+STRIP_TYPES = frozenset(_LAYOUTS)
 
 
 # === 5. PROJECT ==============================================================
