@@ -2068,17 +2068,14 @@ GUARD_SIZE = 2 * 10**9
 MAX_WRITTEN, MAX_WRITTEN_SIZE = 1000, 64 << 20  # files that a scene may write, and their bytes
 
 # What POV-Ray 3.7 comes with, for a machine that has no POV-Ray.
-_STANDARD_INCLUDES = """arrays chars colors consts debug finish functions glass glass_old golds ior
-    logo makegrass math meshmaker metals rad_def rand screen shapes shapes2 shapes3 shapes_old
-    shapesq skies stage1 stars stdcam stdinc stoneold stones stones1 stones2 strings sunpos textures
-    transforms woodmaps woods"""
-_STANDARD_MAPS = "ash benediti bubinga cedar marbteal orngwood pinkmarb rdgranit teak whiteash"
-_STANDARD_OTHERS = """Mount1.png Mount2.png bumpmap_.png fract003.png mtmand.pot mtmandj.png
-    plasma2.png plasma3.png povmap.png spiral.df3 test.png ttffonts.cat"""
-_STANDARD_FILES = frozenset([
-    *(f"{name}.inc" for name in _STANDARD_INCLUDES.split()),
-    *(f"{name}.map" for name in _STANDARD_MAPS.split()), *_STANDARD_OTHERS.split(),
-])
+_STANDARD_FILES = frozenset([*(f"{name}.inc" for name in """arrays chars colors consts debug finish
+    functions glass glass_old golds ior logo makegrass math meshmaker metals rad_def rand screen
+    shapes shapes2 shapes3 shapes_old shapesq skies stage1 stars stdcam stdinc stoneold stones
+    stones1 stones2 strings sunpos textures transforms woodmaps woods""".split()),
+    *(f"{name}.map" for name in """ash benediti bubinga cedar marbteal orngwood pinkmarb rdgranit
+    teak whiteash""".split()),
+    *"""Mount1.png Mount2.png bumpmap_.png fract003.png mtmand.pot mtmandj.png plasma2.png
+    plasma3.png povmap.png spiral.df3 test.png ttffonts.cat""".split()])
 _FONTS = frozenset(["crystal.ttf", "cyrvetic.ttf", "povlogo.ttf", "timrom.ttf"])  # built in
 
 # What POV-Ray 3.7.0.10 appends to a name, by the word before it; to others it appends nothing.
@@ -2428,30 +2425,28 @@ class _Tree:
     """Where everything lies for a worker: see the head of this section."""
 
     def __init__(self, search: _Search, root: Path) -> None:
-        self.search = search
-        self.root = root
-        cwd = search.cwd
-        self.top = cwd if cwd in root.parents else root
-        inside = _below(cwd, self.top)
-        self.run_dir = self._new_name("_cwd") if inside is None else inside
+        self.search, self.root = search, root
+        self.top = search.cwd if search.cwd in root.parents else root
         self.prefix = "" if root == self.top else f"{_below(root, self.top)}/"
         # For each directory of the search: the directory that moves, and where to.
-        self._bases = [(self.top, "") if inside is not None else (cwd, f"{self.run_dir}/")]
-        library, new = [], 0
-        for directory in search.directories[1:]:
+        self._bases: list[tuple[Path, str]] = []
+        places, new = [], 0
+        for number, directory in enumerate(search.directories):
             place = STANDARD if directory is None else _below(directory, self.top)
             base = (self.top, "")
             if place is None and directory is not None:
-                new += 1
-                place = self._new_name(f"_lib{new}")
+                new += number > 0
+                place = f"_lib{new}" if number else "_cwd"
+                while (self.top / place).exists():
+                    place += "_"
                 base = (directory, f"{place}/")
             self._bases.append(base)
-            library.append(place or ".")
-        self.library = tuple(library)
+            places.append(place or ".")
+        self.run_dir, *self.library = places
 
-    def place(self, found: _Found) -> str | None:
-        """Return where a file that was found lies in the tree; None when it is outside."""
-        if found.place < 0:
+    def place(self, found: _Found | None) -> str | None:
+        """Return where a file lies in the tree; None when it is outside, or was not found."""
+        if found is None or found.place < 0:
             return None
         base, prefix = self._bases[found.place]
         path = _below(found.local, base)
@@ -2470,12 +2465,6 @@ class _Tree:
         if self.place(found) is not None:
             return scene.replace("\\", "/") if os.name == "nt" else scene
         return os.path.relpath(self.scene_place(found), self.run_dir).replace(os.sep, "/")
-
-    def _new_name(self, name: str) -> str:
-        while (self.top / name).exists():
-            name += "_"
-        return name
-
 
 def _below(path: Path, base: Path) -> str | None:
     return path.relative_to(base).as_posix() if path == base or base in path.parents else None
@@ -2580,19 +2569,17 @@ class _Scan:
         self._take(scene, place, True, True)
         seen: set[Path] = set()
         tried = 0
-        while self._waiting or tried < len(self._strings):
-            if not self._waiting:
-                for name in list(self._strings)[tried:]:
-                    self._try_string(name)
-                    tried += 1
-                continue
+        while self._waiting:
             # What is certain comes first, so that no file need be read twice.
-            path = next((path for path, certain in self._waiting.items() if certain),
-                        next(iter(self._waiting)))
+            path = max(self._waiting, key=self._waiting.__getitem__)
             certain = self._waiting.pop(path)
             if path not in seen:
                 seen.add(path)
                 self._read(path, certain)
+            if not self._waiting:
+                for name in list(self._strings)[tried:]:
+                    self._try_string(name)
+                tried = len(self._strings)
         self._judge()
 
     def _take(self, local: Path, place: str, certain: bool, follow: bool) -> None:
@@ -2632,7 +2619,7 @@ class _Scan:
     def _refer(self, event: _Event, path: Path, line: int, certain: bool) -> None:
         kind, name = event.kind, event.name
         found = self._search.find(kind, name, here_only=kind == "load_file")
-        place = self._tree.place(found) if found else None
+        place = self._tree.place(found)
         if found and place is not None:
             self._take(found.local, place, certain, kind == "#include")
             if kind == "load_file":
@@ -2658,7 +2645,7 @@ class _Scan:
         if not suffix or _is_absolute(name) or self._renders.has(name):
             return
         found = self._search.find("string", name)
-        place = self._tree.place(found) if found else None
+        place = self._tree.place(found)
         if found and place:
             self._take(found.local, place, False, suffix.lower() in (".inc", ".pov"))
 
@@ -2685,11 +2672,10 @@ def sharable(uses: Collection[str], values: Mapping[str, str]) -> frozenset[str]
     saves or loads samples or photons himself is left alone. Whether the scene
     really has any is known only when they were computed and there is a file.
     """
-    own = {"Radiosity_From_File", "Radiosity_To_File"} & {k for k, v in values.items() if v == "On"}
-    kept = {"photons"} if own else {"radiosity", "photons"}
-    if any(use.startswith("load_file ") for use in uses):
-        kept.discard("photons")
-    return frozenset(kept.intersection(uses))
+    own = "On" in (values.get("Radiosity_From_File"), values.get("Radiosity_To_File"))
+    loads = any(use.startswith("load_file ") for use in uses)
+    return frozenset(use for use, alone in (("radiosity", own), ("photons", loads))
+                     if use in uses and not alone)
 
 
 def photon_scene(data: bytes, word: str) -> bytes | None:
@@ -3048,10 +3034,6 @@ class _Sink(io.RawIOBase):
     def __init__(self) -> None:
         super().__init__()
         self._blocks: list[bytes] = []
-
-    def writable(self) -> bool:
-        """Only that."""
-        return True
 
     def write(self, block: Any) -> int:
         """Keep a block."""
