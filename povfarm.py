@@ -2967,8 +2967,8 @@ def _checked(file: FileEntry) -> FileEntry:
     good = (
         isinstance(file.path, str) and len(file.path) <= 1000 and isinstance(file.sha256, str)
         and re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None
-        and type(file.size) is int and file.size >= 0
-        and type(file.mtime) in (int, float) and math.isfinite(file.mtime)
+        and type(file.size) is int and 0 <= file.size < 1 << 63
+        and type(file.mtime) in (int, float) and abs(file.mtime) < 1 << 63
         and (file.after_frame is None or type(file.after_frame) is int)
     )
     if not good:

@@ -727,7 +727,8 @@ BAD_ROWS: Dict[str, Dict[str, Any]] = {
     "short hash": {"sha256": HASH[1:]}, "capital hash": {"sha256": HASH.upper()},
     "hash with a line end": {"sha256": HASH + "\n"}, "no hash": {"sha256": None},
     "negative": {"size": -1}, "half": {"size": 1.5}, "yes": {"size": True}, "text": {"size": "1"},
-    "endless": {"mtime": float("inf")}, "no time": {"mtime": None},
+    "endless": {"mtime": float("inf")}, "no time": {"mtime": None}, "no number": {"mtime": float("nan")},
+    "huge": {"size": 10**400}, "far away": {"mtime": 10**400},
     "condition": {"after_frame": "3"}, "unknown": {"more": 1},
 }
 
