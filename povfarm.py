@@ -2079,12 +2079,12 @@ _STANDARD_FILES = frozenset([*(f"{name}.inc" for name in """arrays chars colors 
 _FONTS = frozenset(["crystal.ttf", "cyrvetic.ttf", "povlogo.ttf", "timrom.ttf"])  # built in
 
 # What POV-Ray 3.7.0.10 appends to a name, by the word before it; to others it appends nothing.
-_EXTENSIONS_TRIED: Mapping[str, tuple[str, ...]] = {
-    "scene": (".pov", ".POV"), "#include": (".inc", ".INC"), "sys": (),
-    "ttf": (".ttf", ".TTF"), "df3": (".df3", ".DF3"), "pot": (".gif", ".GIF"),
-    "jpeg": (".jpg", ".JPG", ".jpeg", ".JPEG"), "tiff": (".tif", ".TIF", ".tiff", ".TIFF"),
-    **{kind: (f".{kind}", f".{kind.upper()}")
-       for kind in ("gif", "tga", "iff", "ppm", "pgm", "hdr", "png", "bmp", "exr")},
+_EXTENSIONS_TRIED: Mapping[str, Sequence[str]] = {
+    word: [f".{one}" for extension in tried.split() for one in (extension, extension.upper())]
+    for word, tried in [
+        ("scene", "pov"), ("#include", "inc"), ("sys", ""), ("pot", "gif"), ("jpeg", "jpg jpeg"),
+        ("tiff", "tif tiff"),
+        *((kind, kind) for kind in "ttf df3 gif tga iff ppm pgm hdr png bmp exr".split())]
 }
 _READING_WORDS = frozenset(_EXTENSIONS_TRIED) - {"scene"}
 _IMAGE_BLOCKS = frozenset(
@@ -2718,10 +2718,11 @@ class _Renders:
         self._paths = {Path(os.path.normpath(path)) for path in outputs}
         self._names = {path.name for path in self._paths}
         self._suffixes = {path.suffix for path in self._paths}
-        self._counted = {scene.with_suffix("")}  # what a number may follow
+        counted = {scene.with_suffix("")}  # what a number may follow
         stem = _stem_of(sorted(path.stem for path in self._paths), frames)
         for folder in {path.parent for path in self._paths}:
-            self._counted |= {folder / scene.stem, folder / (stem or scene.stem)}
+            counted |= {folder / scene.stem, folder / (stem or scene.stem)}
+        self._old = re.compile(f"(?:{'|'.join(re.escape(str(path)) for path in counted)})[0-9]+")
 
     def has(self, name: str) -> bool:
         """Tell whether a name in a scene is, directories apart, one of the images."""
@@ -2736,10 +2737,9 @@ class _Renders:
 
     def is_old(self, path: Path) -> bool:
         """Tell whether a file is one of the images or looks like one with another number."""
-        stem = path.stem.rstrip("0123456789")
-        return path in self._paths or (path.suffix in self._suffixes and any(
-            path.with_name(path.stem[:end]) in self._counted
-            for end in range(max(len(stem), 1), len(path.stem))))
+        return path in self._paths or (
+            path.suffix in self._suffixes
+            and self._old.fullmatch(str(path.with_suffix(""))) is not None)
 
 
 def _stem_of(stems: Sequence[str], frames: Sequence[int]) -> str:
@@ -2998,20 +2998,20 @@ def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int) -> None:
         name = _zip_name(info)
         path = safe_join(into, name.rstrip("/"))
         kind = stat.S_IFMT(info.external_attr >> 16)
-        if re.match("[A-Za-z]:", name):
-            raise UserError(f"{name!r} is not a name of a file inside a project")
-        if info.flag_bits & 1:
-            raise UserError(f"'{name}' is encrypted")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"'{name}' is compressed in a way that not everyone reads: "
-                            "pack it with a plain zip program")
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise UserError(f"'{name}' is a link or a device")
+        for wrong, problem in (
+            (re.match("[A-Za-z]:", name), f"{name!r} is not a name of a file inside a project"),
+            (info.flag_bits & 1, f"'{name}' is encrypted"),
+            (info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+             f"'{name}' is compressed in a way that not everyone reads: "
+             "pack it with a plain zip program"),
+            (kind not in (0, stat.S_IFREG, stat.S_IFDIR), f"'{name}' is a link or a device"),
+            (name in seen, f"it holds '{name}' twice"),
+        ):
+            if wrong:
+                raise UserError(problem)
         if name.endswith("/"):
             path.mkdir(parents=True, exist_ok=True)
             continue
-        if name in seen:
-            raise UserError(f"it holds '{name}' twice")
         seen.add(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with archive.open(info) as source, path.open("xb") as target:
