@@ -2063,6 +2063,7 @@ STRIP_TYPES = frozenset(_LAYOUTS)
 
 MAX_FILES = 100_000  # of a project
 MAX_ZIP_SIZE = 4 * 10**9  # bytes, unpacked
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others take memory without a limit
 GUARD_FILES = 20_000  # a root with more is taken for no project, unless the user says so
 GUARD_SIZE = 2 * 10**9
 MAX_WRITTEN, MAX_WRITTEN_SIZE = 1000, 64 << 20  # files that a scene may write, and their bytes
@@ -2303,9 +2304,12 @@ def unpack_files(data: bytes) -> dict[str, bytes]:
             size = sum(info.file_size for info in infos)
             if len(infos) > MAX_WRITTEN or size > MAX_WRITTEN_SIZE:
                 raise UserError("these are more files, or larger ones, than a scene may write")
-            if {info.compress_type for info in infos} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+            if any(info.compress_type not in _ZIP_METHODS for info in infos):
                 raise UserError("the files that a scene wrote are not packed as they should be")
-            files = {info.filename: archive.read(info) for info in infos}
+            files = {}
+            for info in infos:
+                with archive.open(info) as file:  # without its size a lying one would unpack whole
+                    files[info.filename] = file.read(info.file_size)
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
             RuntimeError) as error:
         raise UserError(f"the files that a scene wrote are damaged: {error}") from None
@@ -2466,6 +2470,7 @@ class _Tree:
         if self.place(found) is not None:
             return scene.replace("\\", "/") if os.name == "nt" else scene
         return os.path.relpath(self.scene_place(found), self.run_dir).replace(os.sep, "/")
+
 
 def _below(path: Path, base: Path) -> str | None:
     return path.relative_to(base).as_posix() if path == base or base in path.parents else None
@@ -3001,7 +3006,7 @@ def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int) -> None:
         for wrong, problem in (
             (re.match("[A-Za-z]:", name), f"{name!r} is not a name of a file inside a project"),
             (info.flag_bits & 1, f"'{name}' is encrypted"),
-            (info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+            (info.compress_type not in _ZIP_METHODS,
              f"'{name}' is compressed in a way that not everyone reads: "
              "pack it with a plain zip program"),
             (kind not in (0, stat.S_IFREG, stat.S_IFDIR), f"'{name}' is a link or a device"),

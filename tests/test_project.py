@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -934,3 +935,13 @@ def test_files_are_packed_and_unpacked() -> None:
 def test_files_that_no_scene_may_write_are_refused(data: bytes) -> None:
     with pytest.raises(povfarm.UserError):
         povfarm.unpack_files(data)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_file_that_is_larger_than_it_says_costs_no_memory(method: int) -> None:
+    data = patched(zip_of(("a", bytes(30_000_000)), method=method), b"PK\1\2", 24, "<I", 10)
+    tracemalloc.start()
+    with pytest.raises(povfarm.UserError):
+        povfarm.unpack_files(data)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
