@@ -525,13 +525,16 @@ def test_joining_copies_packed_rows() -> None:
     data = png(chunk(b"IHDR", struct.pack(">IIBBBBB", 4000, 750, 8, 2, 0, 0, 0)),
                chunk(b"IDAT", zlib.compress(row * 750, 1)), END)
     strip = povfarm.crop_rows(data, ".png", 0, 750)
-    before = time.process_time()
-    zlib.compress(row * 750, 6)
-    packing = time.process_time() - before
-    before = time.process_time()
-    whole = povfarm.join_rows([strip] * 4, ".png")
-    assert time.process_time() - before < packing
-    povfarm.check_image(whole, ".png", 4000, 3000)
+    packing, joining = [], []
+    for _ in range(3):  # the garbage of other tests may be collected meanwhile
+        before = time.process_time()
+        zlib.compress(row * 750, 6)
+        packing.append(time.process_time() - before)
+        before = time.process_time()
+        whole = povfarm.join_rows([strip] * 4, ".png")
+        joining.append(time.process_time() - before)
+        povfarm.check_image(whole, ".png", 4000, 3000)
+    assert min(joining) < min(packing)
 
 
 def not_joined(strips: Sequence[bytes], extension: str) -> str:
