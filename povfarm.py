@@ -2296,26 +2296,26 @@ def pack_files(files: Mapping[str, bytes]) -> bytes:
     return data.getvalue()
 
 
-def unpack_files(data: bytes) -> dict[str, bytes]:
-    """Read what ``pack_files`` made; ``UserError`` for what no scene may have written."""
+def unpack_files(data: bytes, most: int = MAX_WRITTEN_SIZE) -> dict[str, bytes]:
+    """Read what ``pack_files`` made of ``most`` bytes; ``UserError`` for what it never makes."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
             size = sum(info.file_size for info in infos)
-            if len(infos) > MAX_WRITTEN or size > MAX_WRITTEN_SIZE:
-                raise UserError("these are more files, or larger ones, than a scene may write")
+            if len(infos) > MAX_WRITTEN or size > most:
+                raise UserError("a run left more files, or larger ones, than it may")
             if any(info.compress_type not in _ZIP_METHODS for info in infos):
-                raise UserError("the files that a scene wrote are not packed as they should be")
+                raise UserError("what a run left is not packed as it should be")
             files = {}
             for info in infos:
                 with archive.open(info) as file:  # without its size a lying one would unpack whole
                     files[info.filename] = file.read(info.file_size)
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
             RuntimeError) as error:
-        raise UserError(f"the files that a scene wrote are damaged: {error}") from None
+        raise UserError(f"what a run left is damaged: {error}") from None
     for name in files:
         if not may_be_written(name):
-            raise UserError(f"{name!r} is not a name of a file that a scene may write")
+            raise UserError(f"{name!r} is not a name of a file that a run may leave")
     return files
 
 
@@ -6792,7 +6792,8 @@ class Scheduler:
         if not is_chosen(job["id"], task["frame"], job["verify"]):
             near = [directory / row["name"] for row in tx.neighbours(job["id"], task["frame"])]
             odd = (near and not kept and is_black(image, extension)
-                   and not any(is_black(path.read_bytes(), extension) for path in near))
+                   and not any(is_black(path.read_bytes(), extension) for path in near
+                               if path.is_file()))  # a person may have deleted it
             return Verdict(keep="black, unlike its neighbours: rendered once more" if odd else "")
         done = {row["worker"] for row in kept}
         others = self._helpers(tx, job) - {worker} - done
@@ -10468,6 +10469,7 @@ BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
 MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
 GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to blame
 MOST_WAITING = 100  # finished frames on their way, beyond which no more work is asked for
+MAX_SHARED = 1 << 30  # bytes of samples and photons that a pass may leave
 OFFER_TIME = 600.0  # seconds that a frame is offered to a coordinator that makes mistakes with it
 START_SLEEP, FRAME_SLEEP = 0.3, 0.22  # seconds that POV-Ray 3.7 sleeps: at its start, per frame
 
@@ -11003,14 +11005,12 @@ class Worker:
         for number in run.lease.shares:
             path = place / "pass.zip"
             self.client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300)
-            with zipfile.ZipFile(path) as parts:
-                names = parts.namelist()
-                samples = parts.read(SAMPLE_FILE) if SAMPLE_FILE in names else b""
-                if has_samples(samples):
-                    with open(place / SAMPLE_FILE, "ab") as target:
-                        target.write(samples)
-                if PHOTON_FILE in names and not (place / PHOTON_FILE).exists():
-                    parts.extract(PHOTON_FILE, place)  # every pass has shot them all
+            files = unpack_files(path.read_bytes(), MAX_SHARED)
+            if has_samples(files.get(SAMPLE_FILE, b"")):
+                with open(place / SAMPLE_FILE, "ab") as target:
+                    target.write(files[SAMPLE_FILE])
+            if PHOTON_FILE in files:  # every pass has shot them all
+                (place / PHOTON_FILE).write_bytes(files[PHOTON_FILE])
             path.unlink()
 
     # --- stopped renders
@@ -11317,12 +11317,8 @@ def _sweep(directory: Path) -> None:
 
 def _packed(place: Path) -> bytes:
     """Return what a pass has made for the slices, as a zip file."""
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as parts:
-        for name in (SAMPLE_FILE, PHOTON_FILE):
-            if (place / name).is_file():
-                parts.write(place / name, name)
-    return data.getvalue()
+    paths = [place / name for name in (SAMPLE_FILE, PHOTON_FILE)]
+    return pack_files({path.name: path.read_bytes() for path in paths if path.is_file()})
 
 
 _FILE_TOO_LARGE = 25  # SIGXFSZ, which Windows does not have

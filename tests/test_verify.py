@@ -371,6 +371,19 @@ def test_a_frame_that_stays_black_is_accepted(farm: Farm) -> None:
     assert farm.state(job) == "done" and image(farm, job, 2) == png(0)
 
 
+def test_a_black_frame_is_taken_when_a_picture_beside_it_was_deleted_by_hand(
+        farm: Farm) -> None:
+    anna = farm.worker("anna")
+    job = farm.submit(2)
+    deliver(farm, anna, 5)
+    path = farm.store.job_directory(job, "ball") / "out1.png"
+    picture = path.read_bytes()
+    path.unlink()
+    assert [deliver(farm, anna, 0) for _ in range(2)] == [2, 2]
+    assert farm.state(job) == "done" and image(farm, job, 2) == png(0)
+    path.write_bytes(picture)  # for the look at the farm's data
+
+
 def test_black_frames_among_black_ones_and_the_first_are_as_they_are(farm: Farm) -> None:
     anna = farm.worker("anna")
     job = farm.submit(3)
