@@ -122,8 +122,6 @@ LEFT_FREE = 16 << 20  # bytes of a disk that are not filled with images and proj
 
 log = logging.getLogger("povfarm")
 
-PathLike = Union[str, Path]
-
 
 class FarmError(Exception):
     """A failure that a person can read: one plain line, what to do next in it."""
@@ -195,8 +193,7 @@ def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write ``data`` so that ``path`` holds all of it or what it held before."""
     part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as file:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -271,15 +268,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def file_blocks(path: Path) -> Iterator[bytes]:
+    """Read a file bit by bit."""
+    with open(path, "rb") as file:
+        yield from iter(functools.partial(file.read, BUFFER), b"")
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file as 64 lower-case hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while True:
-            block = file.read(BUFFER)
-            if not block:
-                return digest.hexdigest()
-            digest.update(block)
+    for block in file_blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def format_size(size: float) -> str:
@@ -333,8 +333,7 @@ POVRAY_CHOICE = r"auto|any|\d+(\.\w+)*"  # which POV-Ray may render a job
 class Setting:
     """One option: ``--name``, ``POVFARM_NAME`` and ``name`` in povfarm.ini.
 
-    ``kind`` is str, int, float, bool (a flag without a value), Path, or a
-    function from text to a value that raises ``UserError``.
+    ``kind`` is bool (a flag without a value), or a function from text to a value.
     """
 
     name: str
@@ -356,39 +355,48 @@ class Setting:
 
     def parse(self, text: str, source: str) -> Any:
         """Return the value that ``text`` means, or a ``UserError`` that names ``source``."""
-        if self.is_flag:
-            if text.strip().lower() in ("1", "on", "yes", "true"):
-                return True
-            if text.strip().lower() in ("0", "off", "no", "false", ""):
-                return False
-            raise UserError(f"{source}: '{text}' is neither on nor off")
         try:
-            return self.kind(text)
+            return (_flag if self.is_flag else self.kind)(text)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
         except ValueError:
-            raise UserError(f"{source}: '{text}' is not {_KIND_NAMES[self.kind]}") from None
+            raise UserError(f"{source}: '{text}' is not a whole number") from None
 
 
-_KIND_NAMES: Mapping[Any, str] = {int: "a whole number", float: "a number", str: "a text"}
+def _flag(text: str) -> bool:
+    word = text.strip().lower()
+    if word not in _ON + _OFF:
+        raise UserError(f"'{text}' is neither on nor off")
+    return word in _ON
 
 
-def _port(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) > 65535:
-        raise UserError(f"'{text}' is not a port: write a number from 0 to 65535")
+_ON, _OFF = ("1", "on", "yes", "true"), ("0", "off", "no", "false", "")
+
+
+def _whole(text: str, least: int, most: float, refusal: str) -> int:
+    if not text.strip().isdecimal() or not least <= int(text) <= most:
+        raise UserError(f"'{text}' is not {refusal}")
     return int(text)
 
 
-def _count(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise UserError(f"'{text}' is not a count: write a whole number, 1 or more")
-    return int(text)
-
-
-def _slices(text: str) -> str:
-    if text not in ("auto", "off") and not re.fullmatch("[1-9][0-9]{0,3}", text):
-        raise UserError(f"'{text}' is neither auto nor off nor a number of slices")
+def _word(text: str, pattern: str, refusal: str) -> str:
+    if not re.fullmatch(pattern, text):
+        raise UserError(f"'{text}' is {refusal}")
     return text
+
+
+_port = functools.partial(
+    _whole, least=0, most=65535, refusal="a port: write a number from 0 to 65535")
+_count = functools.partial(
+    _whole, least=1, most=math.inf, refusal="a count: write a whole number, 1 or more")
+_percent = functools.partial(_whole, least=0, most=100, refusal="between 0 and 100")
+_nice = functools.partial(_whole, least=0, most=19, refusal="between 0 and 19")
+_slices = functools.partial(_word, pattern="auto|off|[1-9][0-9]{0,3}",
+                            refusal="neither auto nor off nor a number of slices")
+_version = functools.partial(_word, pattern=POVRAY_CHOICE,
+                             refusal="neither auto nor any nor a version, such as 3.7")
+_tls = functools.partial(
+    _word, pattern="auto", refusal="not 'auto': your own certificate is named by --tls-cert")
 
 
 def _radiosity(text: str) -> str:
@@ -396,30 +404,6 @@ def _radiosity(text: str) -> str:
     if text not in known:
         raise UserError(f"'{text}' is not one of {', '.join(known)}")
     return known[text]
-
-
-def _version(text: str) -> str:
-    if not re.fullmatch(POVRAY_CHOICE, text):
-        raise UserError(f"'{text}' is neither auto nor any nor a version, such as 3.7")
-    return text
-
-
-def _percent(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) > 100:
-        raise UserError(f"'{text}' is not between 0 and 100")
-    return int(text)
-
-
-def _nice(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) > 19:
-        raise UserError(f"'{text}' is not between 0 and 19")
-    return int(text)
-
-
-def _tls(text: str) -> str:
-    if text != "auto":
-        raise UserError(f"'{text}' is not 'auto': your own certificate is named by --tls-cert")
-    return text
 
 
 def _pin(text: str) -> str:
@@ -11992,7 +11976,7 @@ def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tupl
     try:
         for sha256 in reply["missing"]:
             if farm is not None:
-                farm.put_blob(sha256, _blocks(files[sha256]))
+                farm.put_blob(sha256, file_blocks(files[sha256]))
             else:
                 client.request("PUT", f"/api/v1/blobs/{sha256}", body=files[sha256])
     except BaseException:
@@ -12001,11 +11985,6 @@ def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tupl
             client.request("DELETE", f"/api/v1/jobs/{reply['id']}", retry_for=0)
         raise
     return reply["id"], reply["event"]
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        yield from iter(functools.partial(file.read, BUFFER), b"")
 
 
 class RemoteImages:
