@@ -776,10 +776,9 @@ def read_command_line(
         if arg in _UNIX_OPTIONS:
             raise UserError(f"{arg} renders nothing: to ask POV-Ray itself, run povray {arg}")
         if re.search(r"[\s;#'\"]", arg) and is_file(cwd / arg):
-            quote = "'" if '"' in arg else '"'
             raise UserError(
                 f"POV-Ray would take {arg!r} apart: put quotes inside the quotes: "
-                + shlex.quote(f"{quote}{arg}{quote}")
+                + shlex.quote(quoted(arg))
             )
         reader.read_text(_Text(arg, ""))
     if environ.get("POVINC"):
@@ -887,6 +886,12 @@ def slice_values(options: PovOptions, top: int, bottom: int) -> dict[str, str]:
     end = str(bottom) if bottom > 1 else _plain(1.5 / options.height)
     size = str(slice_block(options))
     return {"Start_Row": str(top + 1), "End_Row": end, "Render_Block_Size": size}
+
+
+def quoted(text: str) -> str:
+    """Return a text in the quotes without which POV-Ray takes it apart at blanks."""
+    quote = "'" if '"' in text else '"'
+    return f"{quote}{text}{quote}"
 
 
 def to_ini(values: Mapping[str, str], declares: Sequence[str], library: Sequence[str]) -> str:
@@ -1310,11 +1315,9 @@ def _ini_value(key: str, value: str) -> str:
 
 
 def _ini_quoted(key: str, value: str) -> str:
-    quote = "'" if '"' in value else '"'
-    if quote in value or not value.isascii():
+    if set(_QUOTES) <= set(value) or not value.isascii():
         raise UserError(f"POV-Ray 3.7 cannot read {key} from an INI file: {value!r}")
-    _readable(key, value, "the job")
-    return f"{quote}{value}{quote}"
+    return quoted(_readable(key, value, "the job"))
 
 
 # === 4. IMAGE ================================================================
@@ -11355,7 +11358,7 @@ CommandFunction = Callable[[Options], int]
 
 @dataclass(frozen=True)
 class command:  # noqa: N801 - it is used as a decorator
-    """Tags a function as a command; ``main`` collects the tags.
+    """Tags a function as a command, or as several; ``main`` collects the tags.
 
     ``arguments`` is how the help shows what follows the name; ``pov`` says that
     everything that does not start with ``--`` is POV-Ray's command line.
@@ -11370,7 +11373,7 @@ class command:  # noqa: N801 - it is used as a decorator
 
     def __call__(self, function: CommandFunction) -> CommandFunction:
         """Tag ``function``, and return it as it was."""
-        vars(function)["command"] = self
+        vars(function).setdefault("commands", []).insert(0, self)
         return function
 
     def settings(self) -> list[Setting]:
@@ -11420,39 +11423,36 @@ def render(options: Options) -> int:
         stack.callback(worker.stop)
         job, event = _submit(client, draft, coordinator.scheduler)
         directory = coordinator.store.job_directory(job, draft.name)
-        images = LocalImages(directory, (probe, _Background(worker.run)))
-        return _follow(client, job, event, draft, options, images)
+        needs = (probe, _Background(worker.run))
+        return _follow(client, job, event, draft, options, directory, needs)
 
 
 @command("serve", "", "start a coordinator: it holds the jobs, the page and the images")
 def serve(options: Options) -> int:
     """Coordinate until stopped."""
-    launcher = make_launcher(options.nice) if options.work else None
-    engine = locate_engine(options.povray).probed() if launcher else None
-    coordinator = Coordinator(
-        options.data, bind=options.bind, port=options.port, name=options.name,
-        discovery_port=None if options.no_discovery else options.discovery_port,
-        admit_private=options.open, private=options.private, hosts=options.host.split(","),
-        tls=_tls_files(options), lease_time=options.lease_time)
-    coordinator.start()
-    worker = None
-    try:
+    with contextlib.ExitStack() as stack:
+        launcher = engine = None
+        if options.work:
+            launcher = make_launcher(options.nice)  # before the first thread
+            stack.callback(launcher.close)
+            engine = locate_engine(options.povray).probed()
+        coordinator = Coordinator(
+            options.data, bind=options.bind, port=options.port, name=options.name,
+            discovery_port=None if options.no_discovery else options.discovery_port,
+            admit_private=options.open, private=options.private, hosts=options.host.split(","),
+            tls=_tls_files(options), lease_time=options.lease_time)
+        coordinator.start()
+        stack.callback(coordinator.stop)
         _greet(coordinator)
         if launcher is not None and engine is not None:
-            worker = _join(Client(coordinator.url, coordinator.key,
-                                  fingerprint=coordinator.pin), engine, launcher,
-                           options.data / "cache", options, options.data / "workers",
-                           coordinator.store.blob_path)
+            client = Client(coordinator.url, coordinator.key, fingerprint=coordinator.pin)
+            worker = _join(client, engine, launcher, options.data / "cache", options,
+                           options.data / "workers", coordinator.store.blob_path)
+            stack.callback(worker.stop)
+            stack.callback(worker.stop)
             threading.Thread(target=_work_here, args=(worker,), daemon=True).start()
         _until_signal()
         return 130
-    finally:
-        if worker is not None:
-            worker.stop()
-            worker.stop()
-        coordinator.stop()
-        if launcher is not None:
-            launcher.close()
 
 
 @command("work", "", "start a worker: it finds the coordinator and renders until stopped")
@@ -11500,9 +11500,8 @@ def submit(options: Options) -> int:
         if not options.json or not options.wait:
             print(json.dumps({"id": job}) if options.json else job, flush=True)
         if options.wait:
-            return _follow(client, job, event,
-                           replace(draft, keeps_files=options.output is not None), options,
-                           RemoteImages(client, job))
+            draft = replace(draft, keeps_files=options.output is not None)
+            return _follow(client, job, event, draft, options)
     return 0
 
 
@@ -11517,10 +11516,7 @@ def status(options: Options) -> int:
             _say(farm["notice"])
         reply = client.request("GET", path).json()
         jobs = [reply] if options.rest else reply["jobs"]
-        if options.json:
-            print(json.dumps(reply if options.rest else jobs), flush=True)
-        else:
-            print(_job_table(jobs), flush=True)
+        _show(options, reply if options.rest else jobs, _job_table(jobs))
         if not options.watch:
             return 0
         client.request("GET", f"/api/v1/events?after={farm['event']}&wait=30", timeout=60)
@@ -11534,16 +11530,14 @@ def workers(options: Options) -> int:
     views = client.request("GET", "/api/v1/workers").json()["workers"]
     if options.rest:
         return _remove_worker(client, views, options.rest)
-    if options.json:
-        print(json.dumps(views))
-        return 0
     rows = [("id", "name", "state", "cores", "runs", "POV-Ray", "address")]
     rows += [(str(view["id"]), view["name"],
               view["state"] + (f" (code {view['code']})" if "code" in view else "")
               + (f": {view['reason']}" if "reason" in view else ""),
               str(view["cores"]), str(view["runs"]), view["engines"].get("povray", ""),
               view["address"]) for view in views]
-    print(_table(rows) if views else "no worker has joined: start one with 'povfarm.py work'")
+    _show(options, views, _table(rows) if views else
+          "no worker has joined: start one with 'povfarm.py work'")
     return 0
 
 
@@ -11606,36 +11600,18 @@ def fetch(options: Options) -> int:
     return 0
 
 
-def _steer(options: Options, action: str) -> int:
-    job = _job_number(options.rest[0])
-    view = _coordinator(options).request("POST", f"/api/v1/jobs/{job}/{action}", json={}).json()
-    _say(f"job {job} ({view['name']}) is {view['state']}")
-    return 0
-
-
 @command("pause", "JOB", "give out no more of a job", count=(1, 1), groups=("talk",))
-def pause(options: Options) -> int:
-    """Pause a job."""
-    return _steer(options, "pause")
-
-
 @command("resume", "JOB", "go on with a paused job", count=(1, 1), groups=("talk",))
-def resume(options: Options) -> int:
-    """Resume a job."""
-    return _steer(options, "resume")
-
-
 @command("cancel", "JOB", "end a job; its finished images stay", count=(1, 1), groups=("talk",))
-def cancel(options: Options) -> int:
-    """Cancel a job."""
-    return _steer(options, "cancel")
-
-
 @command("retry", "JOB", "render the failed and cancelled frames again", count=(1, 1),
          groups=("talk",))
-def retry(options: Options) -> int:
-    """Queue failed and cancelled frames again."""
-    return _steer(options, "retry")
+def steer(options: Options) -> int:
+    """Pause, resume, cancel or retry a job."""
+    job = _job_number(options.rest[0])
+    path = f"/api/v1/jobs/{job}/{options.command}"
+    view = _coordinator(options).request("POST", path, json={}).json()
+    _say(f"job {job} ({view['name']}) is {view['state']}")
+    return 0
 
 
 @command("delete", "JOB", "delete a job and its images from the farm", count=(1, 1),
@@ -11706,40 +11682,37 @@ def discover_command(options: Options) -> int:
     found = discover(1.5, None, options.discovery_port)
     proven = {farm.farm_id for farm in discover(1.0, key.encode(), options.discovery_port)} \
         if key else set()
-    if options.json:
-        print(json.dumps([{"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
-                           "yours": farm.farm_id in proven} for farm in found]))
-        return 0
+    views = [{"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
+              "yours": farm.farm_id in proven} for farm in found]
     rows = [("name", "address", "")]
     rows += [(farm.name, farm.url, "has your key" if farm.farm_id in proven else "")
              for farm in found]
-    print(_table(rows) if found else "no coordinator answers: start one with 'povfarm.py serve'")
-    return 0 if found else 1
+    _show(options, views, _table(rows) if found else
+          "no coordinator answers: start one with 'povfarm.py serve'")
+    return 0 if found or options.json else 1
 
 
 @command("doctor", "", "check whether this computer is fit for rendering")
 def doctor(options: Options) -> int:
     """Look at everything that the farm needs, and say what is missing."""
-    checks = [_check_python(), _check_povray(options.povray), _check_confinement(options.povray),
-              _check_disk(options.data),
-              _check_port("TCP port 2271", socket.SOCK_STREAM, 2271),
-              _check_port("UDP port 2269", socket.SOCK_DGRAM, 2269)]
-    if options.json:
-        print(json.dumps([{"check": name, "good": good, "text": text}
-                          for name, good, text in checks]))
-    else:
-        print(_table([(("ok" if good else "NO"), name, text) for name, good, text in checks]))
-    return 0 if all(good for _, good, _ in checks) else 1
+    checks = {
+        "Python": (sys.version_info >= (3, 9), platform.python_version()),
+        "POV-Ray": _check_povray(options.povray),
+        "confinement": _check_confinement(options.povray),
+        "disk": _check_disk(options.data),
+        "TCP port 2271": _check_port(socket.SOCK_STREAM, 2271),
+        "UDP port 2269": _check_port(socket.SOCK_DGRAM, 2269),
+    }
+    _show(options, [{"check": name, "good": good, "text": text}
+                    for name, (good, text) in checks.items()],
+          _table([("ok" if good else "NO", name, text) for name, (good, text) in checks.items()]))
+    return 0 if all(good for good, _ in checks.values()) else 1
 
 
 @command("help", "[COMMAND]", "show this, or the options of a command", count=(0, 1))
 def help_command(options: Options) -> int:
     """Print the help."""
-    commands = _commands()
-    name = options.rest[0] if options.rest else ""
-    if name and name not in commands:
-        raise UserError(f"there is no command '{name}': see 'povfarm.py help'")
-    print(_command_help(vars(commands[name])["command"]) if name else _help(commands))
+    print(_command_help(_command(options.rest[0])[0]) if options.rest else _help())
     return 0
 
 
@@ -11766,16 +11739,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # --- the command line
 
-def _commands() -> dict[str, CommandFunction]:
-    tagged = [value for value in globals().values()
-              if callable(value) and isinstance(getattr(value, "__dict__", {}).get("command"),
-                                                command)]
-    return {vars(function)["command"].name: function for function in tagged}
+def _commands() -> dict[str, tuple[command, CommandFunction]]:
+    return {tag.name: (tag, function) for function in globals().values() if callable(function)
+            for tag in getattr(function, "__dict__", {}).get("commands", ())}
+
+
+def _command(name: str) -> tuple[command, CommandFunction]:
+    if name not in _commands():
+        raise UserError(f"there is no command '{name}': see 'povfarm.py help'")
+    return _commands()[name]
 
 
 def _run(arguments: list[str]) -> int:
     if arguments in ([], ["--help"], ["-h"], ["help"]):
-        print(_help(_commands()))
+        print(_help())
         return 0 if arguments else 2
     if arguments[0] == "--version":
         print(f"povfarm {VERSION}")
@@ -11783,10 +11760,7 @@ def _run(arguments: list[str]) -> int:
     for number in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, number) and threading.current_thread() is threading.main_thread():
             signal.signal(getattr(signal, number), signal.default_int_handler)
-    function = _commands().get(arguments[0])
-    if function is None:
-        raise UserError(f"there is no command '{arguments[0]}': see 'povfarm.py help'")
-    tag: command = vars(function)["command"]
+    tag, function = _command(arguments[0])
     if "--help" in arguments:
         print(_command_help(tag))
         return 0
@@ -11802,25 +11776,22 @@ def _parse(tag: command, arguments: list[str]) -> Options:
     options = Options(**{name.replace("-", "_"): value
                          for name, value in configured_defaults(os.environ).items()})
     rest: list[str] = []
-    queue_ = collections.deque(arguments)
-    while queue_:
-        item = queue_.popleft()
-        name, equals, text = item.partition("=")
+    items = iter(arguments)
+    for item in items:
         if item == "--":
-            rest += queue_
-            break
-        if not item.startswith("--"):
+            rest += items
+        elif not item.startswith("--"):
             rest.append(item)
-            continue
-        row = rows.get(name)
-        if row is None:
-            raise UserError(f"'{tag.name}' has no option {name}: see 'povfarm.py help {tag.name}'")
-        if not row.is_flag and not equals:
-            if not queue_:
+        else:
+            name, equals, text = item.partition("=")
+            row = rows.get(name)
+            if row is None:
+                raise UserError(
+                    f"'{tag.name}' has no option {name}: see 'povfarm.py help {tag.name}'")
+            value = text if equals else "on" if row.is_flag else next(items, None)
+            if value is None:
                 raise UserError(f"{name} needs a value")
-            text = queue_.popleft()
-        value = row.parse(text if equals or not row.is_flag else "on", name)
-        setattr(options, row.name.replace("-", "_"), value)
+            setattr(options, row.name.replace("-", "_"), row.parse(value, name))
     least, most = tag.count
     if not tag.pov and not least <= len(rest) <= most:
         raise UserError(f"usage: povfarm.py {tag.name} {tag.arguments}".rstrip())
@@ -11829,9 +11800,8 @@ def _parse(tag: command, arguments: list[str]) -> Options:
     return options
 
 
-def _help(commands: Mapping[str, CommandFunction]) -> str:
-    tags = [vars(function)["command"] for function in commands.values()]
-    rows = [(f"  {tag.name}", tag.summary) for tag in tags]
+def _help() -> str:
+    rows = [(f"  {name}", tag.summary) for name, (tag, _) in _commands().items()]
     return "\n".join([
         f"povfarm {VERSION}: the render farm for POV-Ray, in one file", "",
         "usage: povfarm.py COMMAND [--OPTIONS] [POVRAY ARGUMENTS]", "", _table(rows), "",
@@ -11859,12 +11829,12 @@ def _command_help(tag: command) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
-             for row in rows]
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _show(options: Options, data: Any, text: str) -> None:
+    print(json.dumps(data) if options.json else text, flush=True)
 
 
 def _say(text: str) -> None:
@@ -11929,10 +11899,8 @@ def _whole_project(arguments: Sequence[str], here: Path,
             place, name = scratch / "project", path.stem
             read_zip(path, place)
         found = find_project(place)
-        # POV-Ray takes a name with blanks apart that has no quotes of its own.
-        quote = "'" if '"' in found.name else '"'
-        quoted = f"{quote}{found.name}{quote}"
-        return [*arguments[:index], quoted, *arguments[index + 1:]], found.parent, name
+        return ([*arguments[:index], quoted(found.name), *arguments[index + 1:]], found.parent,
+                name)
     return list(arguments), here, ""
 
 
@@ -11987,51 +11955,31 @@ def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tupl
     return reply["id"], reply["event"]
 
 
-class RemoteImages:
-    """Gets the images of a job from a coordinator elsewhere."""
-
-    def __init__(self, client: Client, job: int) -> None:
-        self._client = client
-        self._path = f"/api/v1/jobs/{job}/frames"
-
-    def check(self) -> None:
-        """Nothing here can fail but the requests themselves."""
-
-    def get(self, frame: int, to: Path) -> None:
-        """Put the image of a frame in its place."""
-        self._client.download(f"{self._path}/{frame}/image", to)
+def _link_or_copy(source: Path, to: Path) -> None:
+    try:
+        os.link(source, to)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, to)
 
 
-class LocalImages:
-    """Takes the images of a job from the coordinator of this process, whose worker renders it."""
-
-    def __init__(self, directory: Path, needs: Sequence[_Background]) -> None:
-        self._directory = directory
-        self._needs = needs
-
-    def check(self) -> None:
-        """Raise what the only worker has raised, or the look at its POV-Ray."""
-        for need in self._needs:
-            need.check()
-
-    def get(self, frame: int, to: Path) -> None:
-        """Put the image of a frame in its place, whole or not at all."""
-        part = to.with_name(f".{to.name}.{os.getpid()}.part")
-        image = self._directory / to.name
-        try:
-            try:
-                os.link(image, part)
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(image, part)
-            os.replace(part, to)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise FarmError(f"{to} cannot be written: {error.strerror or error}") from error
+def _put_image(image: Path, to: Path) -> None:
+    """Put an image that is on this computer in its place, whole or not at all."""
+    part = to.with_name(f".{to.name}.{os.getpid()}.part")
+    try:
+        _link_or_copy(image, part)
+        os.replace(part, to)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise FarmError(f"{to} cannot be written: {error.strerror or error}") from error
 
 
 def _follow(client: Client, job: int, event: int, draft: Draft, options: Options,
-            images: RemoteImages | LocalImages) -> int:
-    """Show a job's progress and put its images in their places until it is finished."""
+            near: Path | None = None, needs: Sequence[_Background] = ()) -> int:
+    """Show a job's progress and put its images in their places until it is finished.
+
+    They are in the directory ``near`` where the coordinator is this process,
+    which ends with what one of the ``needs`` of its only worker has raised.
+    """
     bar = ProgressBar(draft.name, sys.stderr)
     started = time.monotonic()
     stop = threading.Event()
@@ -12040,7 +11988,8 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
     seen, ended, notice = event, False, ""
     have: set[int] = set()
     while not ended:
-        images.check()
+        for need in needs:
+            need.check()
         try:
             if bar.due():
                 view = client.request("GET", f"/api/v1/jobs/{job}", stop=stop).json()
@@ -12061,7 +12010,10 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
         done = {event["frame"] for event in events if event["what"] == TaskState.DONE.value}
         for frame in sorted(done - have if draft.keeps_files else ()):
             to = draft.destination(frame)
-            images.get(frame, to)
+            if near is None:
+                client.download(f"/api/v1/jobs/{job}/frames/{frame}/image", to)
+            else:
+                _put_image(near / to.name, to)
             files.append(str(to))
         have |= done
         ended = not reply.json()["more"] and any(
@@ -12069,7 +12021,8 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
         if not ended:
             stop.wait(0.05)  # what happens in a moment is told in one answer
     bar.close()
-    images.check()
+    for need in needs:
+        need.check()
     written = _fetch_written(client, job, draft.directory)
     view = client.request("GET", f"/api/v1/jobs/{job}").json()
     return _conclude(view, files, written, draft, time.monotonic() - started, options)
@@ -12233,11 +12186,7 @@ def _make_video(ffmpeg: str, frames: Sequence[Path], to: Path, rate: Fraction) -
     light = ["-apply_trc", "iec61966_2_1"] if kind == ".exr" else []
     with _film(to) as part:
         for number, frame in enumerate(frames):
-            link = part.with_name(f"{number}{kind}")
-            try:
-                os.link(frame.resolve(), link)
-            except OSError:  # another disk, or one without links
-                shutil.copyfile(frame, link)
+            _link_or_copy(frame.resolve(), part.with_name(f"{number}{kind}"))
         # Players expect even sizes and colours at half the resolution, and take the colours of
         # large pictures for those of BT.709 where nothing else is said.
         look = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709,format=yuv420p",
@@ -12288,7 +12237,7 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
 
     That is known by the files in ``tokens``; ``near`` is for the ``Cache``.
     """
-    cores = options.cores or len(_affinity())
+    cores = options.cores or _cores()
     info = {
         "name": options.worker_name or socket.gethostname(),
         "cores": cores, "memory": total_memory(),
@@ -12368,10 +12317,11 @@ def _work_here(worker: Worker) -> None:
         _say(f"this computer renders no more: {error}")
 
 
-def _affinity() -> Sequence[int]:
+def _cores() -> int:
+    """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return range(os.cpu_count() or 1)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _tls_files(options: Options) -> tuple[Path, Path] | None:
@@ -12572,19 +12522,15 @@ def _until_signal() -> None:
 
 # --- doctor
 
-def _check_python() -> tuple[str, bool, str]:
-    return "Python", sys.version_info >= (3, 9), platform.python_version()
-
-
-def _check_povray(program: str) -> tuple[str, bool, str]:
+def _check_povray(program: str) -> tuple[bool, str]:
     try:
         engine = locate_engine(program).probed()
     except UserError as error:
-        return "POV-Ray", False, str(error)
+        return False, str(error)
     if not engine.library:
-        return "POV-Ray", False, (f"{engine.version} at {engine.program}, but its include files "
-                                  "are not found: install povray-includes")
-    return "POV-Ray", True, f"{engine.version} at {engine.program}"
+        return False, (f"{engine.version} at {engine.program}, but its include files "
+                       "are not found: install povray-includes")
+    return True, f"{engine.version} at {engine.program}"
 
 
 # What every program may do and a render may not; "end" tells that all of it was tried.
@@ -12605,11 +12551,10 @@ print("end")
 """
 
 
-def _check_confinement(program: str) -> tuple[str, bool, str]:
+def _check_confinement(program: str) -> tuple[bool, str]:
     """Start a program that tries everything, and POV-Ray, as renders are started."""
-    name = "confinement"
     if sys.platform != "linux":
-        return name, True, "not on this system: work only for farms whose people you trust"
+        return True, "not on this system: work only for farms whose people you trust"
     launcher = make_launcher()
     with tempfile.TemporaryDirectory(prefix="povfarm-") as scratch, socket.create_server(
             ("127.0.0.1", 0)) as server:
@@ -12630,28 +12575,28 @@ def _check_confinement(program: str) -> tuple[str, bool, str]:
         finally:
             launcher.close()
     if got[-1:] != ["end"]:
-        return name, False, f"cannot be tried: {' '.join(got[-1:])}"
+        return False, f"cannot be tried: {' '.join(got[-1:])}"
     if len(got) > 1:
-        return name, False, f"a scene can {', '.join(got[:-1])}: work only for people you trust"
+        return False, f"a scene can {', '.join(got[:-1])}: work only for people you trust"
     if not any("POV-Ray" in line for line in told):
-        return name, False, f"POV-Ray does not start so: {' '.join(told[-1:])} (see --unconfined)"
-    return name, True, (f"Landlock {landlock_abi()}: a scene can read and write only its own "
-                        "files, and has no network")
+        return False, f"POV-Ray does not start so: {' '.join(told[-1:])} (see --unconfined)"
+    return True, (f"Landlock {landlock_abi()}: a scene can read and write only its own "
+                  "files, and has no network")
 
 
-def _check_disk(data: Path) -> tuple[str, bool, str]:
+def _check_disk(data: Path) -> tuple[bool, str]:
     place = next(path for path in (data, *data.parents) if path.is_dir())
     free = shutil.disk_usage(place).free
-    return "disk", free > 10**9 and _is_writable(place), f"{format_size(free)} free at {place}"
+    return free > 10**9 and _is_writable(place), f"{format_size(free)} free at {place}"
 
 
-def _check_port(name: str, kind: int, port: int) -> tuple[str, bool, str]:
+def _check_port(kind: int, port: int) -> tuple[bool, str]:
     with socket.socket(socket.AF_INET, kind) as sock:
         try:
             sock.bind(("", port))
         except OSError:
-            return name, True, "in use: a coordinator seems to run here"
-    return name, True, "free"
+            return True, "in use: a coordinator seems to run here"
+    return True, "free"
 
 
 if __name__ == "__main__":

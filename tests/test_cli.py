@@ -82,7 +82,7 @@ def test_an_environment_variable_that_is_wrong_is_named(
 
 
 def test_what_starts_with_two_dashes_is_ours_and_the_rest_povrays() -> None:
-    tag = vars(povfarm.submit)["command"]
+    tag, _ = povfarm._command("submit")
     options = povfarm._parse(tag, [
         "scene.pov", "--priority", "5", "+W320", "-D", "--name=my job", "+Oout/", "--wait",
         "--", "--odd"])
