@@ -11458,8 +11458,7 @@ def serve(options: Options) -> int:
 @command("work", "", "start a worker: it finds the coordinator and renders until stopped")
 def work(options: Options) -> int:
     """Render for a coordinator; the first Ctrl-C finishes the frames under way."""
-    launcher = make_launcher(options.nice)
-    try:
+    with contextlib.closing(make_launcher(options.nice)) as launcher:
         engine = locate_engine(options.povray).probed()
         stop = threading.Event()
         signals = _Signals(stop.set)
@@ -11482,8 +11481,6 @@ def work(options: Options) -> int:
         _Background(worker.run).join()
         _say(f"rendered {worker.rendered} frames")
         return 130 if signals.count else 0
-    finally:
-        launcher.close()
 
 
 @command("submit", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]",
@@ -12382,8 +12379,8 @@ def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> C
     with contextlib.suppress(OSError, ValueError, FarmError):
         note = json.loads((options.data / "coordinator.json").read_text(encoding="utf-8"))
         if name in ("", note["name"]):
-            _check_coordinator(_client(options, note["url"], key, note["pin"], 0), options)
-            return _client(options, note["url"], key, note["pin"], patience)
+            client = _client(options, note["url"], key, note["pin"], patience)
+            return _check_coordinator(client, options, retry_for=0)
     found = _discover(options, key, name, waiting=False)
     if not found and waits:
         _say("no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
@@ -12445,18 +12442,19 @@ def _choose(found: Sequence[Found]) -> Found:
     return found[0]
 
 
-def _check_coordinator(client: Client, options: Options) -> Client:
+def _check_coordinator(client: Client, options: Options, retry_for: float | None = None) -> Client:
     """Fail now, in one line, when there is no coordinator or the key is wrong."""
+    ask = functools.partial(client.request, "GET", "/api/v1/farm", timeout=10, retry_for=retry_for)
     key = client.token
     try:
-        farm = client.request("GET", "/api/v1/farm", timeout=10).json()
+        farm = ask().json()
     except RequestRefused as error:
         if error.status == 401 and not key and options.command == "work":
             return client  # a private farm, which a worker without the key may ask to let it in
         if error.status != 401 or options.key or not key:
             raise
         client.token = ""  # a key that only lies here is another farm's
-        farm = client.request("GET", "/api/v1/farm", timeout=10).json()
+        farm = ask().json()
     if not isinstance(farm, dict) or "farm_id" not in farm:
         raise FarmError(f"{client.base_url} is not a povfarm coordinator")
     return client

@@ -173,3 +173,18 @@ def test_a_worker_is_removed_by_its_name_or_its_number(
         assert json.loads(capsys.readouterr().out) == []
     finally:
         farm.stop()
+
+
+def test_a_key_that_is_another_farms_does_not_keep_anybody_from_looking(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The address of a farm that was killed may be that of another one by now."""
+    farm = povfarm.Coordinator(tmp_path / "farm", bind="127.0.0.1", durable=False)
+    farm.start()
+    try:
+        (tmp_path / "data").mkdir()
+        note = (tmp_path / "farm" / "coordinator.json").read_bytes()
+        (tmp_path / "data" / "coordinator.json").write_bytes(note)
+        (tmp_path / "data" / "farm.key").write_text("0" * 64)
+        assert main(["workers", "--json"]) == 0, capsys.readouterr().err
+    finally:
+        farm.stop()
