@@ -305,7 +305,8 @@ def format_duration(seconds: float) -> str:
 
 def parse_duration(text: str) -> float:
     """Return seconds from ``90``, ``90s``, ``5m``, ``1h`` or ``1h30m``; else ``UserError``."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip().lower())
+    parts = r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d+)?)s?)?"
+    match = re.fullmatch(parts, text.strip().lower())
     if not text.strip() or match is None:
         raise UserError(f"'{text}' is not a time: write 90, 90s, 5m or 1h30m")
     hours, minutes, seconds = (float(group or 0) for group in match.groups())
@@ -314,7 +315,7 @@ def parse_duration(text: str) -> float:
 
 def parse_size(text: str) -> int:
     """Return bytes from ``512``, ``64k``, ``1.5G``; anything else is a ``UserError``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
     if match is None:
         raise UserError(f"'{text}' is not a size: write 500M or 2G")
     return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
@@ -11715,8 +11716,12 @@ def help_command(options: Options) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that it has not got
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
     except FarmError as error:
         _say(str(error))
         return error.exit_code
@@ -11728,9 +11733,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        if not takes_nothing(error):
+        written = takes_nothing(error)
+        if not written and error.filename is None:
             raise
-        _say(f"{error.filename or 'the disk'} cannot be written: {error.strerror}")
+        _say(f"{error.filename or 'the disk'} cannot be {'written' if written else 'used'}: "
+             f"{error.strerror}")
         return 1
 
 

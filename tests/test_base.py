@@ -188,7 +188,7 @@ def test_durations_are_read(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "h", "m", "s", "-5", "5x", "1.5h", "30m1h", "inf", "nan",
-                                  "1e3", "1:30"])
+                                  "1e3", "1:30", "9" * 400, "9" * 400 + "h"])
 def test_what_is_not_a_duration_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a time"):
         parse_duration(text)
@@ -202,7 +202,8 @@ def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "k", "-1", "1x", "1 k b", "1.k", "inf", "1e9", "0x10"])
+@pytest.mark.parametrize("text", ["", "k", "-1", "1x", "1 k b", "1.k", "inf", "1e9", "0x10",
+                                  "9" * 400])
 def test_what_is_not_a_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a size"):
         parse_size(text)

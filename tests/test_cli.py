@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -186,5 +187,30 @@ def test_a_key_that_is_another_farms_does_not_keep_anybody_from_looking(
         (tmp_path / "data" / "coordinator.json").write_bytes(note)
         (tmp_path / "data" / "farm.key").write_text("0" * 64)
         assert main(["workers", "--json"]) == 0, capsys.readouterr().err
+    finally:
+        farm.stop()
+
+
+def test_a_file_where_a_directory_should_be_is_one_line(
+        tmp_path: Path, povray: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scene").mkdir()
+    (tmp_path / "scene" / "scene.pov").write_text("camera { location -z }")
+    (tmp_path / "scene-frames").touch()
+    assert main(["render", "scene"]) == 1
+    error = capsys.readouterr().err
+    assert "scene-frames cannot be used" in error and len(error.splitlines()) == 1
+
+
+def test_a_name_that_the_terminal_cannot_show_is_shown_in_other_letters(tmp_path: Path) -> None:
+    farm = povfarm.Coordinator(tmp_path / "farm", bind="127.0.0.1", durable=False)
+    farm.start()
+    try:
+        info = povfarm.WorkerInfo("\u6771", 1, 1, "x", {}, ())
+        farm.scheduler.join(info, "1", "10.0.0.7", True)
+        shown = subprocess.run(
+            [sys.executable, str(ROOT / "povfarm.py"), "workers", "--server", farm.url, "--key",
+             farm.key], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
+            text=True, check=False)
+        assert (shown.returncode, shown.stderr) == (0, "") and "\\u6771" in shown.stdout
     finally:
         farm.stop()

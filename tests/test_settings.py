@@ -96,7 +96,8 @@ def test_flags_are_on_or_off(text: str, value: bool) -> None:
     ("cores", "³"), ("max-workers", "0"), ("retries", "0"), ("priority", "high"),
     ("priority", "1.5"), ("lease-time", "soon"), ("lease-time", "0"), ("cache-size", "much"),
     ("nice", "20"), ("nice", "-1"), ("fps", "0"), ("fps", "-25"), ("fps", "1001"), ("fps", "1/0"),
-    ("fps", "fast"), ("fps", "nan"),
+    ("fps", "fast"), ("fps", "nan"), ("cores", "9" * 5000), ("port", "9" * 5000),
+    ("frame-timeout", "9" * 400), ("memory", "9" * 400),
 ])
 def test_a_bad_value_is_refused_with_the_place_where_it_stands(name: str, text: str) -> None:
     with pytest.raises(UserError) as caught:
