@@ -1244,8 +1244,8 @@ def _normal(name: str, kind: str, value: str, where: str) -> str:
         normal = code[:1]
     elif code in {"dither": ("B2", "B3", "B4", "D1", "D2", "FS"), "gamma": ("SRGB",)}.get(kind, ()):
         normal = code
-    elif kind == "int" and integer and abs(int(integer[1])) < 2**31:
-        normal = str(int(integer[1]))
+    elif kind == "int" and integer and abs(float(integer[1])) < 2**31:
+        normal = str(int(float(integer[1])))  # int() of a text has a limit of its own
     elif (kind == "float" and decimal) or (kind == "gamma" and number >= 0.001):
         normal = _plain(number)
     if normal is None or not math.isfinite(_single(number)):
@@ -11634,7 +11634,7 @@ def set_option(options: Options) -> int:
         if not equals:
             raise UserError(f"'{item}' is not KEY=VALUE, such as priority=5")
         known = {"true": True, "on": True, "false": False, "off": False}
-        whole = re.fullmatch(r"-?\d+", text)
+        whole = re.fullmatch(r"-?\d{1,15}", text)
         name = name.replace("-", "_")
         value = known.get(text.lower(), text) if name == "in_order" else text
         changes[name] = int(text) if whole else value

@@ -527,6 +527,14 @@ def test_properties(tmp_path: Path) -> None:
     assert read_command_line(["s.pov"], tmp_path, {}, []).threads is None
 
 
+def test_numbers_without_end(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Width cannot be"):
+        read_command_line(["s.pov", "+W" + "9" * 5000], tmp_path, {}, [])
+    with pytest.raises(UserError):
+        check_ini(f"Width={'9' * 5000}\n")
+    assert read_command_line(["s.pov", "+W" + "0" * 5000 + "7"], tmp_path, {}, []).width == 7
+
+
 def test_to_ini_is_what_check_ini_takes() -> None:
     text = to_ini(
         {"Width": "5", "Output_File_Name": "a 'b'", "Antialias": "On", "Clock": "0.5"},
