@@ -583,8 +583,9 @@ _KEY_TABLE = {
     "float": """Antialias_Gamma Antialias_Threshold BSP_BaseAccessCost BSP_ChildAccessCost
         BSP_ISectCost BSP_MissChance Clock End_Column End_Row Final_Clock Initial_Clock
         Jitter_Amount Start_Column Start_Row Subset_End_Frame Subset_Start_Frame Version""",
-    "text": """All_File Create_Ini Debug_File Fatal_File Include_Header Input_File_Name
-        Output_File_Name Radiosity_File_Name Render_File Statistic_File Warning_File""",
+    "text": "Include_Header Input_File_Name Output_File_Name Radiosity_File_Name",
+    "log": """All_File Create_Ini Debug_File Fatal_File Render_File Statistic_File
+        Warning_File""",
     "gamma": "Display_Gamma File_Gamma",
     "type": "Output_File_Type",
     "dither": "Dither_Method",
@@ -638,17 +639,13 @@ _OF_NO_USE = (
     "Preview_End_Size", "Preview_Start_Size", "Real_Time_Raytracing", "Render_Console",
     "Test_Abort", "Test_Abort_Count",
 )
-_TEXT_FILES = (
-    "All_File", "Create_Ini", "Debug_File", "Fatal_File", "Render_File", "Statistic_File",
-    "Warning_File",
-)
 _WRITABLE = {
     name: kind
     for name, kind in _KEYS.values()
     if kind in ("bool", "int", "float", "text", "gamma", "type", "dither")
-    and name not in _TEXT_FILES
     and name not in ("Append_File", "Real_Time_Raytracing")
 }
+_LOGS = _KEY_TABLE["log"].split()
 _UNIX_OPTIONS = (
     "--help", "-help", "-h", "-?", "--version", "-version", "--V", "--benchmark", "-benchmark",
 )
@@ -698,11 +695,6 @@ class PovOptions:
     def extension(self) -> str:
         """The extension of the pictures with its dot; PPM keeps ``.ppm`` also when it is grey."""
         return _EXTENSIONS[self.output_type]
-
-    @property
-    def bits(self) -> int:
-        """Bits per colour channel that are asked for (a file type may store others)."""
-        return min(max(int(self.values.get("Bits_Per_Color", 8)), 5), 16)
 
     @property
     def threads(self) -> int | None:
@@ -969,15 +961,18 @@ class _Text:
         self.at = match.end()
         return match[0]
 
+    def skip_blanks(self) -> None:
+        """Go on behind the blanks around a value in an INI file; in an argument they end it."""
+        if self.path:
+            self.take(_BLANKS)
+
     def key(self) -> str:
         """Take the name of a key or a switch."""
         return self.take(_KEY if self.path else _KEY_ON_COMMAND_LINE)
 
     def value(self, runs_on: bool) -> str:
         """Take a value; one without quotes may run on over blanks in an INI file."""
-        if self.peek() in _QUOTES:
-            return self.quoted()
-        return self.word(runs_on)
+        return self.quoted() if self.peek() in _QUOTES else self.word(runs_on)
 
     def quoted(self) -> str:
         """Take a quoted string; without its closing quote it goes on to the end."""
@@ -1082,24 +1077,21 @@ class _CommandLine:
     def _read_option(self, text: _Text) -> bool:
         start, where = text.at, text.where
         name, kind = _KEYS.get(text.key().lower(), ("", ""))
-        if text.path:
-            text.take(_BLANKS)
+        text.skip_blanks()
         if not name or text.peek() != "=":
             text.at = start
             return False
         text.at += 1
-        if not text.path:
-            self.set(name, kind, text.value(False), where)
-            return True
-        text.take(_BLANKS)
-        value = text.take(_BEFORE_COMMENT) if kind == "program" else text.value(True)
+        text.skip_blanks()
+        to_end = kind == "program" and text.path
+        value = text.take(_BEFORE_COMMENT) if to_end else text.value(True)
         self.set(name, kind, value, where)
-        text.take(_BLANKS)
-        while text.peek() == ",":
+        text.skip_blanks()
+        while text.path and text.peek() == ",":
             text.at += 1
-            text.take(_BLANKS)
+            text.skip_blanks()
             self.set(name, kind, text.value(False), where)
-            text.take(_BLANKS)
+            text.skip_blanks()
         return True
 
     def _read_word(self, text: _Text) -> None:
@@ -1167,16 +1159,12 @@ class _CommandLine:
         elif kind == "ini":
             self.read_ini(value)
         elif kind == "library":
-            self._add_folder(_readable(name, value, where))
+            self.folders.append(_readable(name, value, where))
+            self.library.append(value)
         elif kind == "declare":
             self._declare(_readable(name, value, where), where)
         elif kind not in ("return", "letter"):
             self.values[name] = _normal(name, kind, value, where)
-
-    def _add_folder(self, folder: str) -> None:
-        self.folders.append(folder)
-        if folder not in self.library:
-            self.library.append(folder)
 
     def _declare(self, value: str, where: str) -> None:
         name, _, rest = value.lstrip("=").partition("=")
@@ -1198,14 +1186,14 @@ class _CommandLine:
         for key, least in (("Width", 1), ("Height", 1), ("Render_Block_Size", 4)):
             if int(values.get(key, least)) < least:
                 raise UserError(f"{key}={values[key]} is too small: {least} is the least")
-        for key in _TEXT_FILES:
+        for key in _LOGS:
             if values.get(key):
                 self.warnings.append(f"{key}={values[key]} is not written: povfarm keeps the logs")
-        if STANDARD not in self.library:
-            self.library.append(STANDARD)  # a base INI of one's own: POV-Ray's last resort, too
-        kept = {k: v for k, v in values.items() if k not in _OF_NO_USE and k not in _TEXT_FILES}
-        files, declares = tuple(dict.fromkeys(self.files)), tuple(self.declares)
-        return PovOptions(kept, declares, tuple(self.library), files, tuple(self.warnings))
+        # With a base INI of one's own its includes are POV-Ray's last resort, too.
+        library = tuple(dict.fromkeys([*self.library, STANDARD]))
+        kept = {k: v for k, v in values.items() if k not in (*_OF_NO_USE, *_LOGS)}
+        files = tuple(dict.fromkeys(self.files))
+        return PovOptions(kept, tuple(self.declares), library, files, tuple(self.warnings))
 
 
 def _base_ini(cwd: Path, environ: Mapping[str, str], system_ini: Sequence[Path]) -> str:
@@ -1234,7 +1222,7 @@ def _normal(name: str, kind: str, value: str, where: str) -> str:
     integer, decimal = _INTEGER.match(value), _DECIMAL.match(value)
     number = float(decimal[1]) if decimal else 0.0
     normal: str | None = None
-    if kind == "text":
+    if kind in ("text", "log"):
         normal = _readable(name, value, where)
     elif kind == "bool":
         # As many letters are compared as both have, so that nothing at all means On.
@@ -12251,19 +12239,19 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
     }
     token = _Token(tokens, str(info["name"]), client.base_url)
     info["name"] = token.name
-    own = Client(client.base_url, token.read() or client.token, retry_for=math.inf,
-                 fingerprint=client.fingerprint)
-    try:
-        reply = own.request("POST", "/api/v1/workers", json=info).json()
-    except RequestRefused as error:
-        if error.status != 401 or not token.read():
-            raise
-        own.token = client.token
-        reply = own.request("POST", "/api/v1/workers", json=info).json()
-    if not reply["admitted"] and client.token and own.token != client.token:
-        # It once came without the key; now it has it.
-        own.token = client.token
-        reply = own.request("POST", "/api/v1/workers", json=info).json()
+    own = Client(client.base_url, retry_for=math.inf, fingerprint=client.fingerprint)
+    # What it kept may be of no use any more, or of a time when it came without the key.
+    kept = token.read()
+    for secret in (kept, client.token) if kept else (client.token,):
+        own.token = secret
+        try:
+            reply = own.request("POST", "/api/v1/workers", json=info).json()
+        except RequestRefused as error:
+            if error.status != 401 or secret == client.token:
+                raise
+        else:
+            if reply["admitted"] or not client.token:
+                break
     if reply["token"]:
         own.token = reply["token"]
         token.write(reply["token"])

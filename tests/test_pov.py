@@ -520,7 +520,8 @@ def test_where_the_standard_includes_stand(
 def test_properties(tmp_path: Path) -> None:
     args = ["s.pov", "+FJ85", "+WT3", "+W7", "-F"]
     options = read_command_line(args, tmp_path, {}, [])
-    assert (options.output_type, options.extension, options.bits) == ("J", ".jpg", 16)
+    assert (options.output_type, options.extension) == ("J", ".jpg")
+    assert options.values["Bits_Per_Color"] == "85"
     assert (options.threads, options.width, options.height) == (3, 7, 120)
     assert options.to_file is False
     assert options.scene == "s.pov"
