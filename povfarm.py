@@ -11883,9 +11883,11 @@ def _whole_project(arguments: Sequence[str], here: Path,
     """
     for index, item in enumerate(arguments):
         path = here / item
-        if item.startswith(("+", "-")) or not (path.is_dir() or item.lower().endswith(".zip")):
+        # An option may be longer than the name of a directory can be.
+        whole = os.path.isdir(path)  # noqa: PTH112 - which just says no then
+        if item.startswith(("+", "-")) or not (whole or item.lower().endswith(".zip")):
             continue
-        if path.is_dir():
+        if whole:
             place, name = path, path.resolve().name
         else:
             place, name = scratch / "project", path.stem

@@ -201,6 +201,12 @@ def test_a_file_where_a_directory_should_be_is_one_line(
     assert "scene-frames cannot be used" in error and len(error.splitlines()) == 1
 
 
+def test_an_option_may_be_longer_than_a_name(
+        povray: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["render", "Declare=size=" + "1" * 300]) == 2
+    assert "no scene" in capsys.readouterr().err
+
+
 def test_a_name_that_the_terminal_cannot_show_is_shown_in_other_letters(tmp_path: Path) -> None:
     farm = povfarm.Coordinator(tmp_path / "farm", bind="127.0.0.1", durable=False)
     farm.start()
