@@ -11548,7 +11548,7 @@ def logs(options: Options) -> int:
     job, frame = (_job_number(text) for text in options.rest)
     reply = _coordinator(options).request("GET", f"/api/v1/jobs/{job}/frames/{frame}/log")
     text = reply.body.decode("utf-8", "replace")
-    print(json.dumps({"log": text}) if options.json else text, end="" if text else "\n")
+    _show(options, {"log": text}, text.removesuffix("\n"))
     return 0
 
 
@@ -11825,12 +11825,16 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+# Names and messages come from others: none of them is to steer the terminal.
+_CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+
+
 def _show(options: Options, data: Any, text: str) -> None:
-    print(json.dumps(data) if options.json else text, flush=True)
+    print(json.dumps(data) if options.json else text.translate(_CONTROLS), flush=True)
 
 
 def _say(text: str) -> None:
-    print(f"povfarm: {text}", file=sys.stderr, flush=True)
+    print(f"povfarm: {text.translate(_CONTROLS)}", file=sys.stderr, flush=True)
 
 
 # --- jobs
@@ -12041,7 +12045,8 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
             print(f"{frames}{more}{where}, {format_duration(seconds)}")
         return 0
     failure = view["failure"]
-    text = f"{counts['failed']} of {counts['total']} frames failed" if counts["total"] > 1 else ""
+    failed = counts["failed"] and counts["total"] > 1
+    text = f"{counts['failed']} of {counts['total']} frames failed" if failed else ""
     if failure:
         where = f" (frame {failure['frame']})" if counts["total"] > 1 else ""
         text = f"{text + ': ' if text else ''}{failure['message']}{where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -207,16 +208,24 @@ def test_an_option_may_be_longer_than_a_name(
     assert "no scene" in capsys.readouterr().err
 
 
-def test_a_name_that_the_terminal_cannot_show_is_shown_in_other_letters(tmp_path: Path) -> None:
+def test_a_name_neither_breaks_nor_steers_the_terminal(tmp_path: Path) -> None:
     farm = povfarm.Coordinator(tmp_path / "farm", bind="127.0.0.1", durable=False)
     farm.start()
     try:
-        info = povfarm.WorkerInfo("\u6771", 1, 1, "x", {}, ())
+        info = povfarm.WorkerInfo("\u6771\x1b[2J\x9b2J", 1, 1, "x", {}, ())
         farm.scheduler.join(info, "1", "10.0.0.7", True)
         shown = subprocess.run(
             [sys.executable, str(ROOT / "povfarm.py"), "workers", "--server", farm.url, "--key",
              farm.key], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
             text=True, check=False)
-        assert (shown.returncode, shown.stderr) == (0, "") and "\\u6771" in shown.stdout
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert "\\u6771?[2J?2J" in shown.stdout
     finally:
         farm.stop()
+
+
+def test_a_job_that_was_cancelled_does_not_end_with_frames_that_failed(tmp_path: Path) -> None:
+    ended = view(state="cancelled", reason="by hand", failure=None)
+    draft = povfarm.Draft("x", *[None] * 5, True)  # type: ignore[arg-type,call-arg]
+    with pytest.raises(povfarm.FarmError, match=r"^the job is cancelled: by hand$"):
+        povfarm._conclude(ended, [], [], draft, 1.0, argparse.Namespace(json=False))
