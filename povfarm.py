@@ -12130,6 +12130,7 @@ class ProgressBar:
         self._last = time.monotonic()
         line = self.line(job)
         if self._terminal:
+            line = line[:shutil.get_terminal_size().columns - 1]  # a second row would stay
             self._file.write("\r" + line.ljust(self._width))
             self._width = len(line)
         elif job["progress"] > 0:
@@ -12503,8 +12504,7 @@ class _Background:
     def join(self) -> None:
         """Wait for the end; signals are handled while waiting."""
         while not self._future.done():
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                self._future.result(timeout=1.0)
+            concurrent.futures.wait([self._future], timeout=1.0)
         self.check()
 
     def check(self) -> None:

@@ -132,6 +132,13 @@ def test_the_progress_bar_is_redrawn_on_a_terminal() -> None:
     assert file.getvalue().endswith("\r")
 
 
+def test_the_progress_bar_stays_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    file = Terminal()
+    ProgressBar("a name that is long", file).show(view())
+    assert len(file.getvalue()) == 40 and file.getvalue().startswith("\ra name that is long [")
+
+
 def test_a_pipe_gets_plain_lines() -> None:
     file = io.StringIO()
     bar = ProgressBar("camera2", file)
