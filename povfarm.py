@@ -11564,10 +11564,8 @@ def fetch(options: Options) -> int:
     frames, fetched = [], []
     for frame in _finished_frames(client, job):
         path = safe_join(directory, frame["name"])
-        if not path.is_file() or sha256_file(path) != frame["sha256"]:
-            client.download(f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", path,
-                            frame["sha256"])
-            fetched.append(str(path))
+        fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", path,
+                          frame["sha256"])
         frames.append(path)
     if not options.json:
         print(f"{len(fetched)} new of {len(frames)} finished images in {directory}", flush=True)
@@ -11757,7 +11755,7 @@ def _run(arguments: list[str]) -> int:
         print(_command_help(tag))
         return 0
     options = _parse(tag, arguments[1:])
-    level = logging.INFO if getattr(options, "verbose", False) else logging.WARNING
+    level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format="povfarm: %(message)s")
     return function(options)
 
@@ -12058,11 +12056,18 @@ def _fetch_written(client: Client, job: int, directory: Path) -> list[str]:
     fetched = []
     for file in client.request("GET", f"/api/v1/jobs/{job}/files").json()["files"]:
         path = safe_join(directory, file["path"])
-        if not is_file(path) or sha256_file(path) != file["sha256"]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            client.download(f"/api/v1/jobs/{job}/files/{file['sha256']}", path, file["sha256"])
-            fetched.append(str(path))
+        fetched += _fetch(client, f"/api/v1/jobs/{job}/files/{file['sha256']}", path,
+                          file["sha256"])
     return fetched
+
+
+def _fetch(client: Client, route: str, to: Path, sha256: str) -> list[str]:
+    """Get a file unless it is there already; return where it is if it was got."""
+    if is_file(to) and sha256_file(to) == sha256:
+        return []
+    to.parent.mkdir(parents=True, exist_ok=True)
+    client.download(route, to, sha256)
+    return [str(to)]
 
 
 def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:
