@@ -12384,7 +12384,7 @@ def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> C
         url = _server_url(options.server, bool(options.pin))
         return _check_coordinator(_client(options, url, key, "", patience), options)
     name = "" if options.command == "submit" else options.name  # there it is the job's
-    with contextlib.suppress(OSError, ValueError, FarmError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, FarmError):
         note = json.loads((options.data / "coordinator.json").read_text(encoding="utf-8"))
         if name in ("", note["name"]):
             client = _client(options, note["url"], key, note["pin"], patience)

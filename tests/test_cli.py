@@ -97,6 +97,15 @@ def test_no_coordinator_is_told_with_what_to_do(capsys: pytest.CaptureFixture[st
     assert "povfarm.py serve" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("note", ["", "{}", "[]", "null", '{"name": "x"}', '{"name": "x", "url": 5}'])
+def test_a_note_of_a_coordinator_that_cannot_be_read_is_none(
+        note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "coordinator.json").write_text(note)
+    assert main(["status", "--discovery-port", "59999"]) == 1
+    assert "no coordinator answers" in capsys.readouterr().err
+
+
 def test_doctor_finds_this_machine_fit(povray: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)
