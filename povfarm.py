@@ -433,7 +433,11 @@ def _whole_seconds(text: str) -> int:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    """Return a path that means the same in whatever directory a renderer runs."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # of nobody's home
+        raise UserError(f"'{text}' is no path: {error}") from None
 
 
 # "talk" stands for every command that talks to a coordinator that runs already,
@@ -11432,7 +11436,7 @@ def serve(options: Options) -> int:
             tls=_tls_files(options), lease_time=options.lease_time)
         coordinator.start()
         stack.callback(coordinator.stop)
-        _greet(coordinator)
+        _greet(coordinator, options.bind in ("", "0.0.0.0", "::"))
         if launcher is not None and engine is not None:
             client = Client(coordinator.url, coordinator.key, fingerprint=coordinator.pin)
             worker = _join(client, engine, launcher, options.data / "cache", options,
@@ -11468,7 +11472,7 @@ def work(options: Options) -> int:
         if free:
             _say(f"scenes can read and write whatever you can: {free}")
         _Background(worker.run).join()
-        _say(f"rendered {worker.rendered} frames")
+        _say(f"rendered {worker.rendered} frame{'s' * (worker.rendered != 1)}")
         return 130 if signals.count else 0
 
 
@@ -12019,7 +12023,7 @@ def _follow(client: Client, job: int, event: int, draft: Draft, options: Options
     bar.close()
     for need in needs:
         need.check()
-    written = _fetch_written(client, job, draft.directory)
+    written = _fetch_written(client, job, draft.directory) if draft.keeps_files or near else []
     view = client.request("GET", f"/api/v1/jobs/{job}").json()
     return _conclude(view, files, written, draft, time.monotonic() - started, options)
 
@@ -12337,9 +12341,10 @@ def _tls_files(options: Options) -> tuple[Path, Path] | None:
     return own_certificate(options.data, options.host.split(",")) if options.tls else None
 
 
-def _greet(coordinator: Coordinator) -> None:
-    host = _lan_address()
-    address = f"{coordinator.url.partition(':')[0]}://{host}:{coordinator.port}"
+def _greet(coordinator: Coordinator, everywhere: bool) -> None:
+    address = coordinator.url
+    if everywhere:
+        address = f"{address.partition(':')[0]}://{_lan_address()}:{coordinator.port}"
     pin = f" --pin {coordinator.pin}" if coordinator.pin else ""
     login_link = f"{coordinator.url}/login/{coordinator.access.login_code()}"
     print("\n".join([

@@ -132,7 +132,7 @@ class Farm:
         """Queue a job and return its number."""
         result = run(self.tmp_path, "submit", *args, cwd=cwd)
         assert result.returncode == 0, result.stderr
-        return int(result.stdout)
+        return int(result.stdout.split()[0])
 
     def job(self, job: int) -> Dict[str, Any]:
         """Return a job as the API shows it."""
@@ -474,6 +474,24 @@ def test_files_that_a_scene_writes_are_fetched_and_in_the_zip(farm: Farm, tmp_pa
     expected = made_in(bare, {"scene.pov"})
     assert made_in(place / "scene-frames") == made_in(tmp_path / "zip") == expected
     farm.check()
+
+
+def test_a_worker_whose_data_is_named_from_here_renders(farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path)
+    farm.work("--data", "there", "--server", farm.client.base_url, "--key",
+              (tmp_path / "farm" / "farm.key").read_text())
+    assert farm.finished(farm.submit(place, "scene.pov", *SMALL))["state"] == "done"
+    assert (tmp_path / "there" / "cache").is_dir()
+
+
+def test_what_a_scene_writes_stays_at_the_farm_unless_images_are_asked_for(
+        farm: Farm, tmp_path: Path) -> None:
+    place = project(tmp_path, WRITER.replace("sub/own.inc", "own.inc"))
+    farm.work()
+    farm.submit(place, "scene.pov", *SMALL, "--wait")
+    assert set(made_in(place)) == {"scene.pov"}
+    farm.submit(place, "scene.pov", *SMALL, "--wait", "--output", "out")
+    assert set(made_in(place / "out")) == {"scene.png", "last.txt", "each0.csv", "own.inc"}
 
 
 def test_films_are_made_of_all_frames(farm: Farm, tmp_path: Path) -> None:

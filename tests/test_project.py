@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import shutil
 import stat
@@ -931,7 +930,7 @@ def test_files_are_packed_and_unpacked() -> None:
     zipped("a", data=b"some text").replace(b"some", b"s0me"),
     zipped("a", data=b"text", compress_type=14).replace(b"a]", b"a\xff"),
     zipped("a", compress_type=12), zipped("a", compress_type=14),
-], ids=itertools.count())
+], ids=lambda data: str(len(data)))
 def test_files_that_no_scene_may_write_are_refused(data: bytes) -> None:
     with pytest.raises(povfarm.UserError):
         povfarm.unpack_files(data)

@@ -40,7 +40,9 @@ def sample(row: Setting) -> Any:
 
 
 def expected(row: Setting) -> Any:
-    return True if row.is_flag else VALUES.get(row.name, "text")
+    """A name of a file means the directory that the command is typed in."""
+    value = True if row.is_flag else VALUES.get(row.name, "text")
+    return value.absolute() if isinstance(value, Path) else value
 
 
 # --- the table
