@@ -111,11 +111,19 @@ def test_slices_with_radiosity_have_no_seams(farm: Farm, examples: Path) -> None
     farm.check()
 
 
+MENTIONED = "#if (0) global_settings { radiosity { count 5 } } #end"
+RADIOSITY = "global_settings { radiosity { pretrace_end 0.04 count 5 } }"
+
+
+@pytest.mark.parametrize(("more", "moves"), [
+    ("", True), (MENTIONED, True), (RADIOSITY, False),
+    (RADIOSITY.replace("pretrace_end 0.04", "pretrace_start 1 pretrace_end 1"), False),
+])
 def test_a_render_that_is_stopped_moves_to_another_worker(
-        farm: Farm, tmp_path: Path, heavy: Dict[str, List[bytes]]) -> None:
+        farm: Farm, tmp_path: Path, heavy: Dict[str, List[bytes]], more: str, moves: bool) -> None:
     first = farm.work("--cores", "1", "--worker-name", "anna")
-    job = farm.submit(project(tmp_path, HEAVY), "scene.pov", *LONG)
-    wait_until(lambda: frames_of(farm, job)[0]["progress"] > 0.33, "it does not get on", 60)
+    job = farm.submit(project(tmp_path, HEAVY + more), "scene.pov", *LONG)
+    wait_until(lambda: frames_of(farm, job)[0]["progress"] > 0.33, "it does not get on", 120)
     first.send_signal(signal.SIGINT)
     assert first.stdout is not None
     while "stopping" not in first.stdout.readline():  # or two signals may be one
@@ -123,6 +131,9 @@ def test_a_render_that_is_stopped_moves_to_another_worker(
     first.send_signal(signal.SIGINT)
     assert first.wait(30) == 130
     assert not renderers(tmp_path) and farm.job(job)["frames"]["queued"] == 1
+    if not moves:  # it begins anew: nothing was left
+        assert list((tmp_path / "farm" / "jobs").glob("*/parts/*")) == []
+        return
     farm.work("--cores", "1", "--worker-name", "bert")
     farm.finished(job, 120)
     assert pictures(farm, job) == heavy
