@@ -2141,9 +2141,8 @@ class Project:
     is the place of the current directory in the tree, ``.`` for its top, and
     ``scene`` is relative to it, or to a directory of ``library``. Those are
     places in the tree too, or ``STANDARD``. ``uses`` names what the scene has:
-    ``radiosity``, ``photons``, ``own-pretrace`` (perhaps it does without one),
-    ``own-output`` (it reads what it renders) and ``load_file NAME`` (POV-Ray
-    looks for that file in its own directory only).
+    ``radiosity``, ``photons``, ``own-output`` (it reads what it renders) and
+    ``load_file NAME`` (POV-Ray looks for that file in its own directory only).
     """
 
     manifest: Manifest
@@ -2471,7 +2470,6 @@ class _Event(NamedTuple):
 _TOKEN = re.compile(
     r'"(?:\\.|[^"\\])*"|//[^\r\n]*|/\*|#\s*[a-z]+|[A-Za-z_]\w*|[{}(]', re.DOTALL)
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
-_PART = re.compile(r"\s*0?\.\d")  # a number below 1: with 1 there is no pretrace
 
 
 def _tokens(text: str) -> Iterator[tuple[int, str]]:
@@ -2517,8 +2515,6 @@ def _events(text: str) -> Iterator[_Event]:
                 yield _Event(at, "uses", last, depth == 0)
         elif token == "}" and blocks:
             blocks.pop()
-        elif token == "pretrace_start" and not _PART.match(text, at + len(token)):
-            yield _Event(at, "uses", "own-pretrace", depth == 0)
         before, last = last, token
 
 
@@ -3178,15 +3174,6 @@ class PovJob:
         change (POV-Ray 3.7: two renders of one scene differ).
         """
         return not {"radiosity", "photons"} & set(self.uses)
-
-    @property
-    def tells_radiosity(self) -> bool:
-        """True when the state of a stopped render tells whether it had radiosity.
-
-        Then it has a pretrace in it, unless the scene does without. A scene in
-        which radiosity is only mentioned has none, and may go on elsewhere.
-        """
-        return not {"radiosity", "own-pretrace"} <= set(self.uses)
 
 
 @functools.lru_cache(maxsize=64)
@@ -11027,10 +11014,9 @@ class Worker:
 
     def _hand_in(self, run: RunState, plan: Run) -> None:
         """Give what is finished of a frame to whoever goes on with it."""
-        if (not plan.lease.pov.tells_radiosity or run.task.kind is TaskKind.PASS
-                or (plan.place / SAMPLE_FILE).is_file()):  # with those there is no pretrace
+        if run.task.kind is TaskKind.PASS:
             return
-        whole = io.BytesIO()
+        whole = io.BytesIO()  # of a state with radiosity nothing is taken, see copy_state
         with contextlib.suppress(FarmError, OSError), open(plan.state, "rb") as source:
             if copy_state(source, whole, plan.region, plan.block).pixels:
                 self.client.request(
