@@ -1,4 +1,4 @@
-"""What every test may use: the module under test and the real POV-Ray."""
+"""What every test may use: the module under test, the real POV-Ray, and figures for its end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import pytest
 
@@ -18,6 +18,23 @@ EXAMPLES = Path("/usr/share/doc/povray/examples")
 sys.path.insert(0, str(ROOT))
 
 REQUIRED = set(filter(None, os.environ.get("POVFARM_TEST_REQUIRE", "").split(",")))
+
+
+TRIED: Dict[str, Dict[str, int]] = {}
+
+
+def tried(what: str, number: int = 1, **wrong: int) -> None:
+    """Add to the figures that are printed when the tests have run: ``let_in=0`` and the like."""
+    figures = TRIED.setdefault(what, {"tried": 0})
+    for name, more in {"tried": number, **wrong}.items():
+        figures[name] = figures.get(name, 0) + more
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what was tried against the farm, and how much of it came to something."""
+    for what, figures in TRIED.items():
+        terminalreporter.write_line(f"{what}: " + ", ".join(
+            f"{number:,} {name.replace('_', ' ')}" for name, number in figures.items()))
 
 
 def need(name: str, present: bool, why: str) -> None:

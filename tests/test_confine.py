@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import pytest
-from conftest import ROOT, need
+from conftest import ROOT, need, tried
 from test_engines import make_run
 from test_farm import SMALL, Farm, environment, pixels, project, run
 
@@ -140,8 +140,9 @@ def test_every_attempt_gets_through_without_confinement(
 
 
 def test_no_attempt_gets_through_confinement(launcher: Launcher, tmp_path: Path) -> None:
-    tried = attempts(launcher, tmp_path, True)
-    assert len(tried) > 25 and [name for name, done in tried.items() if done] == []
+    done = attempts(launcher, tmp_path, True)
+    tried("attempts of a confined program", len(done), achieved=sum(done.values()))
+    assert len(done) > 25 and [name for name, achieved in done.items() if achieved] == []
     assert (tmp_path / "out" / "private").read_text() == MARK
     assert sorted((tmp_path / "run").iterdir()) == []
 
@@ -291,6 +292,7 @@ def test_a_hostile_scene_achieves_nothing(
     free, confined = verdicts[name, False], verdicts[name, True]
     assert free.code == 0 and bool(free.changed) == name.startswith(("write", "append"))
     assert (MARK in free.text) == name.startswith(("read", "include", "another"))
+    tried("hostile scenes", achieved=bool(confined.changed or MARK in confined.text))
     assert confined.changed == [] and MARK not in confined.text
     if EVIL[name].says:
         assert EVIL[name].says in confined.text and confined.code == 1
@@ -358,6 +360,7 @@ def test_a_worker_outlives_hostile_scenes(povray: str, tmp_path: Path) -> None:
         assert farm.finished(jobs.pop())["state"] == "done"
         for job in jobs:
             assert farm.finished(job)["state"] == "failed"
+            tried("hostile scenes in a real farm")
         for job in jobs[1:]:
             assert "needed more than 100 MB of memory" in json.dumps(farm.job(job))
         read = run(tmp_path, "logs", str(jobs[0]), "0", cwd=tmp_path).stdout

@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Tuple
 import fuzz
 import load
 import pytest
-from conftest import need, run_povray
+from conftest import need, run_povray, tried
 from farm_in_a_box import manifest, png
 from test_discovery import KEY, beacon
 from test_http import until_closed
@@ -136,6 +136,7 @@ def test_no_name_and_no_message_runs_in_a_real_browser(povray: str, tmp_path: Pa
     asked = stage.answers
     assert {page for page in pages if povfarm.urllib.parse.unquote(page) not in asked} == set()
     ran = {path.split("/")[2] for path in asked if path.startswith("/pwned")}
+    tried("hostile names and messages in Chromium", dom.text.count("/pwned/"), ran=len(ran - {"taken"}))
     assert ran == {"taken"}, "only the page that is meant to be taken in"
     shown = " ".join(dom.text.split())
     for where in ("farm", "worker", "version", "job", "paused", "message", "output", "path",
@@ -161,6 +162,8 @@ def test_a_worker_is_served_beside_hundreds_of_idle_and_slow_strangers(tmp_path:
 def test_input_changed_at_random_is_refused_or_good(name: str) -> None:
     told: List[str] = []
     counts = fuzz.fuzz(name, 300, 2026, told.append)
+    tried("inputs changed at random", sum(counts.values()), crashes=counts["crash"],
+          let_in_wrongly=counts["wrong"])
     assert told == [] and counts["crash"] == counts["wrong"] == 0
     assert counts["refused"] > 100 and counts["accepted"] > 5, "else it tries nothing"
 
@@ -191,6 +194,7 @@ def test_no_path_leads_out_of_the_farm(tmp_path: Path) -> None:
                 sock.sendall(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
                              f"Authorization: Bearer {key}\r\n\r\n".encode())
                 answer = until_closed(sock)
+            tried("paths that lead out of the farm", let_in=int(answer[9:12]) < 400)
             assert 400 <= int(answer[9:12]) < 500, target
             assert farm.key.encode() not in answer and b"Set-Cookie" not in answer, target
     finally:
@@ -292,5 +296,7 @@ def test_every_spelling_by_which_povray_starts_a_program_is_refused(
 
     with ThreadPoolExecutor(8) as pool:  # POV-Ray sleeps most of the time
         results = list(pool.map(try_it, SPELLINGS))
-    assert [name for name, starts, refused in results if starts and not refused] == []
+    wrong = [name for name, starts, refused in results if starts and not refused]
+    tried("spellings of commands in INI files", len(results), let_in=len(wrong))
+    assert wrong == []
     assert sum(starts for _, starts, _ in results) > 15, "or this POV-Ray tells nothing"

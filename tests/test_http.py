@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import need
+from conftest import need, tried
 
 import povfarm
 from povfarm import BodyReader, Identity, Limits, Request, Response, Router, Server, route
@@ -504,6 +504,7 @@ def test_what_is_no_request_is_refused_once_and_closed(name: str, sent: bytes, s
             sock.sendall(sent + GOOD)
         answer = until_closed(sock)
     head, _, body = answer.partition(b"\r\n\r\n")
+    tried("requests that are none", let_in=b"200" in head[:12])
     assert statuses(answer) == [status]
     assert b"Connection: close" in head
     assert set(json.loads(body)) == {"error", "detail"}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 import pytest
-from conftest import need, run_povray
+from conftest import need, run_povray, tried
 
 import povfarm
 
@@ -198,6 +198,7 @@ BAD_PNGS = {
 @pytest.mark.parametrize("what", BAD_PNGS)
 def test_a_png_made_wrong_is_refused(what: str) -> None:
     refused(png(*BAD_PNGS[what]), ".png", 8, 4)
+    tried("pictures made wrong")
 
 
 def test_a_png_in_many_small_pieces_is_accepted() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
-from conftest import run_povray
+from conftest import run_povray, tried
 
 import povfarm
 
@@ -740,6 +740,7 @@ def test_a_manifest_with_a_bad_row_is_refused(what: str) -> None:
     povfarm.Manifest.from_wire({"files": [row]})
     with pytest.raises(povfarm.UserError):
         povfarm.Manifest.from_wire({"files": [{**row, **BAD_ROWS[what]}]})
+    tried("manifests with a trick")
 
 
 @pytest.mark.parametrize("wire", [
@@ -829,6 +830,7 @@ def test_a_hostile_zip_leaves_nothing_behind(tmp_path: Path, what: str) -> None:
         povfarm.read_zip(tmp_path / "p.zip", tmp_path / "in/to")
     assert "p.zip" in str(error.value) and "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["in", "p.zip"]
+    tried("zip files with a trick")
 
 
 def test_a_damaged_zip_never_ends_in_another_error(tmp_path: Path) -> None:

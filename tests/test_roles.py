@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Tuple
 
 import pytest
+from conftest import tried
 from farm_in_a_box import FakeClock, manifest, png, pov_job
 
 import povfarm
@@ -149,7 +150,10 @@ def knock(house: House, who: str, private: bool) -> int:
         house.entered.clear()
         response = house.send(method, path, who)
         place = f"{who} at {method} {bound.route.pattern}"
-        if allowed(roles, who, first, private):
+        good = allowed(roles, who, first, private)
+        tried("senders at every route", let_in_by_right=bool(good and house.entered),
+              let_in_wrongly=bool(house.entered and not good))
+        if good:
             assert house.entered == [path] and response.status == 204, place
             continue
         assert house.entered == [], place
@@ -216,6 +220,7 @@ def test_the_lease_of_another_can_be_neither_beaten_nor_ended(
     before = house.truth()
     for method, path, body in shown(house.lease, house):
         assert house.send(method, path, who, body).status == status, path
+        tried("requests that show the lease of another")
     beat = house.send("POST", "/api/v1/beat", who,
                       b'{"leases": {"%s": {}}}' % house.lease.id.encode())
     if who == "another worker":
@@ -258,6 +263,7 @@ def test_a_browser_changes_nothing_without_the_token_of_a_form(house: House) -> 
             path = example(bound, **values)
             for body in (b"", b"token=", b"token=" + other.encode(), b"token=%FF"):
                 answer = house.send(bound.route.method, path, "browser", body, content_type=form)
+                tried("forms without their token", let_in=answer.status != 403)
                 assert answer.status == 403, (path, body)
     assert house.truth() == before
     assert "user" in house.access.identify(
@@ -306,7 +312,10 @@ def test_a_page_elsewhere_cannot_use_the_cookie(
     before = house.truth()
     request = Request("POST", f"/jobs/{house.job}/pause", {}, {**cookie, **headers},
                       BodyReader.of(f"token={token}".encode()))
-    assert house.router.handle(request).status == (303 if good else 403)
+    status = house.router.handle(request).status
+    tried("requests that a browser says are from elsewhere", not good,
+          let_in=not good and status != 403)
+    assert status == (303 if good else 403)
     assert (house.truth() != before) is good
     # With a key it is no browser: nobody else can make it send that.
     assert house.send("POST", f"/api/v1/jobs/{house.job}/resume", "admin",
