@@ -218,7 +218,7 @@ def sync_directory(path: Path) -> None:
 
 
 def takes_nothing(error: BaseException | None) -> bool:
-    """Tell whether an error, or what caused it, says that a disk can store nothing more."""
+    """Tell whether an error, or what caused it, says that a disk stores nothing (more) for us."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _TAKES_NOTHING:
             return True
@@ -226,7 +226,8 @@ def takes_nothing(error: BaseException | None) -> bool:
     return False
 
 
-_TAKES_NOTHING = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EROFS}
+_TAKES_NOTHING = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EROFS,
+                  errno.EPERM, errno.EACCES}
 
 
 def free_room(place: Path) -> int:
@@ -10836,8 +10837,8 @@ class Worker:
         place = self.cache.root.parent
         free, (until, then) = free_room(place), self._rest
         if free < 0 or (self._clock.monotonic() < until and free < then + LEFT_FREE):
-            self._in_trouble(f"the disk is full: make room on the one of {place}; nothing is "
-                             "rendered here until then")
+            self._in_trouble("the disk is full or cannot be written: make room on the one of "
+                             f"{place}; nothing is rendered here until then")
             self.cache.empty()
         elif self._trouble and not self._deliveries.unfinished_tasks:
             self._in_trouble("")
@@ -11723,11 +11724,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        written = takes_nothing(error)
-        if not written and error.filename is None:
+        if error.filename is None and not takes_nothing(error):
             raise
-        _say(f"{error.filename or 'the disk'} cannot be {'written' if written else 'used'}: "
-             f"{error.strerror}")
+        _say(f"{error.filename or 'the disk'} cannot be used: {error.strerror}")
         return 1
 
 

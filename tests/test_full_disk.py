@@ -88,7 +88,7 @@ def test_a_worker_whose_disk_is_full_waits_and_the_scene_is_not_blamed(
                            farm.client.base_url, "--key", farm.client.token)
         assert worker.stdout is not None
         lines = iter(worker.stdout.readline, "")
-        assert any("the disk is full: make room" in line for line in lines)
+        assert any("the disk is full or cannot be written: make room" in line for line in lines)
         assert farm.job(job)["frames"]["failed"] == 0
         (small_disk / "ballast").unlink()
         assert farm.finished(job)["state"] == "done"
@@ -230,7 +230,8 @@ def break_writes(error: Exception) -> Callable[..., Any]:
     return broken
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("number", [
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EPERM, errno.EACCES])
 @pytest.mark.parametrize("call", ["fsync", "replace", "mkdir"])
 def test_every_way_to_run_out_of_room_is_told_alike(
         number: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
