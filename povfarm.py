@@ -10758,7 +10758,7 @@ class Worker:
 
     def run(self) -> None:
         """Work until stopped; raises ``FarmError`` when the coordinator refuses this worker."""
-        _sweep(self.cache.root.parent)
+        _sweep(self.cache.root)
         self._outbox = self._directory("out-")
         for number in range(2):
             name = f"deliver-{number}"
@@ -11282,18 +11282,28 @@ class _Measure:
             self._seen = (self._clock.monotonic() - self._start, part)
 
 
-def _sweep(directory: Path) -> None:
-    """Delete what the runs of workers left that were killed."""
-    for path in directory.glob("run-*-*"):
-        try:
-            owner = int(path.name.split("-")[1])
-            if owner == os.getpid():  # in a container, of the one before us
-                raise ProcessLookupError
-            os.kill(owner, 0)
-        except (ProcessLookupError, ValueError):
+def _sweep(cache: Path) -> None:
+    """Delete what workers left that were killed: their runs, and files that came by half."""
+    for path in cache.parent.glob("run-*-*"):
+        if _is_orphan(path.name.split("-")[1]):
             shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            pass  # it lives, and is another user's
+    for path in cache.rglob(".*.*.*.part"):
+        if _is_orphan(path.name.split(".")[-3]):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_orphan(owner: str) -> bool:
+    """Tell whether the process with this number, which made something, is no more."""
+    try:
+        if int(owner) == os.getpid():  # in a container, of the one before us
+            return True
+        os.kill(int(owner), 0)
+    except (ProcessLookupError, ValueError):
+        return True
+    except OSError:
+        pass  # it lives, and is another user's
+    return False
 
 
 def _packed(place: Path) -> bytes:

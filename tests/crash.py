@@ -37,7 +37,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -127,6 +127,8 @@ class Victim:
                 os.killpg(self._process.pid, signal.SIGKILL)
         if self._tracer is not None:
             self._tracer.communicate(timeout=20)
+        if "Traceback" in (self._place / "output.txt").read_text(errors="replace"):
+            raise Lost("it made a mistake: " + (self._place / "output.txt").read_text()[-1000:])
 
     def strace(self, point: Point) -> List[str]:
         """Return the command that kills at a point, or writes the log."""
@@ -145,7 +147,8 @@ class Victim:
             stderr=open(self._place / "output.txt", "ab"), start_new_session=True)
 
     def _guard(self) -> None:
-        while self._process.wait() in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        # A worker ends by itself, with an error, when it was what starts its renderers that was killed.
+        while self._process.wait() != 0:
             if self._ended.is_set():
                 return
             self.killed += 1
@@ -382,7 +385,9 @@ def check_order(calls: Sequence[str]) -> int:
     What is renamed to its name must have been flushed, and its directory before
     the database goes on.
     """
-    dirty, nameless, renamed = set(), set(), 0
+    dirty: Set[str] = set()
+    nameless: Set[str] = set()
+    renamed = 0
     for line in calls:
         match = _CALL.match(line)
         if match is None or ") = -1 E" in line:
