@@ -12322,10 +12322,12 @@ class _Token:
         return self._path.read_text(encoding="ascii").strip() if self._path else ""
 
     def write(self, token: str) -> None:
-        """Keep a secret; in the same file, which is locked."""
+        """Keep a secret; in the same file, which is locked, and where a full disk has room."""
         if self._path is not None:
             self._path.chmod(0o600)
-            self._path.write_text(token, encoding="ascii")
+            with open(self._path, "r+", encoding="ascii") as file:
+                file.write(token)
+                file.truncate()
 
 
 def _work_here(worker: Worker) -> None:

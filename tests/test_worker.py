@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
 
+import povfarm
 from povfarm import (
     Cache,
     Cost,
@@ -211,3 +215,36 @@ def test_threads_share_one_fetch(farm: FakeCoordinator, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not errors and len(farm.asked) == 2
+
+
+# --- what a killed worker leaves, and what a full disk does not take
+
+def test_files_that_came_by_half_go_when_their_worker_was_killed(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    tree = tmp_path / "cache" / ("0" * 64) / "tree"
+    tree.mkdir(parents=True)
+    halves = [path.with_name(f".{path.name}.{owner}.7.part")
+              for path in (tree / "ball.pov", tree.parent / "manifest.json")
+              for owner in (gone.pid, os.getpid(), os.getppid())]
+    for path in (*halves, tree / "ball.pov", tree / ".own.part"):
+        path.write_text("half")
+    povfarm._sweep(tmp_path / "cache")
+    left = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {halves[2], halves[5], tree / "ball.pov", tree / ".own.part"}
+
+
+def test_a_secret_stays_when_another_cannot_be_written(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    token = povfarm._Token(tmp_path, "anna", "http://127.0.0.1")
+    token.write("a" * 43)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as if the disk were full
+    try:
+        with pytest.raises(OSError):
+            token.write("b" * 43)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert token.read() == "a" * 43
+    token.write("c" * 43)
+    assert token.read() == "c" * 43
