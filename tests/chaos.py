@@ -277,7 +277,7 @@ class Disk:
 
     def empty(self) -> None:
         """Make room again."""
-        (self.place / "ballast").unlink()
+        (self.place / "ballast").unlink(missing_ok=True)
 
     def close(self) -> None:
         """Take it away, with all that is on it."""
