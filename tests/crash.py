@@ -380,11 +380,12 @@ def points(calls: Sequence[str]) -> List[Point]:
 
 
 def check_order(calls: Sequence[str]) -> int:
-    """Look whether names and contents outlive a power cut; return how many files there were.
+    """Look whether all outlives a power cut; return how many files there were.
 
     What is renamed to its name must have been flushed, and its directory before
-    the database goes on.
+    the database goes on; and the database before a thread answers what it wrote.
     """
+    unflushed: Set[str] = set()  # threads
     dirty: Set[str] = set()
     nameless: Set[str] = set()
     renamed = 0
@@ -398,7 +399,13 @@ def check_order(calls: Sequence[str]) -> int:
             dirty.add(names[0])
         elif call == "pwrite64" and names and names[0].endswith("farm.db-wal") and nameless:
             raise Lost(f"the database goes on before {nameless} outlives a power cut")
+        elif call in ("pwrite64", "write") and names and names[0].endswith("farm.db-wal"):
+            unflushed.add(match[1])
+        elif call == "sendto" and match[1] in unflushed:
+            raise Lost("what was done is answered before it outlives a power cut")
         elif call in ("fsync", "fdatasync"):
+            if names[0].endswith("farm.db-wal"):
+                unflushed.discard(match[1])
             dirty -= {names[0]}
             nameless -= {names[0]}
         elif call == "mkdir":

@@ -325,6 +325,24 @@ def test_a_big_picture_keeps_its_pixels_in_the_runs_own_directory(
     assert [pixels(path) for path in one] == [pixels(path) for path in other] != []
 
 
+def test_povray_itself_is_told_to_start_no_programs(
+        povray: str, launcher: Launcher, tmp_path: Path) -> None:
+    """Should a command ever get into an INI file: unconfined, so that nothing else refuses it."""
+    for name in ("run", "tree"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tree" / "scene.pov").write_text(HEAD)
+    run = make_run(tmp_path, (1,), Final_Frame="1")
+    command = Engine(povray, "3.7", standard_library()).command(run)
+    for path, text in command.files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + ("Pre_Scene_Command=touch x\n" if path.suffix == ".ini" else ""))
+    for path, target in command.links.items():
+        path.symlink_to(target)
+    process = launcher.start(command.argv, run.place, command.environment, Bounds(None))
+    assert "shellout" in "\n".join(process.lines()).lower()
+    assert process.wait().code == 0 and not (run.place / "x").exists()
+
+
 # --- a whole farm
 
 READ_PRIVATE = HEAD + '''#declare Name = concat("%s/pri", "vate.inc");

@@ -695,6 +695,14 @@ def test_a_large_file_arrives(asked: Optional[str], start: int, end: int, tmp_pa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts them")
+@pytest.mark.parametrize("path", ["/jobs/7", "/nothing", "/wrong"])
+def test_every_answer_is_nothing_that_a_browser_runs(path: str, shared: Server) -> None:
+    answer = exchange(shared, f"GET {path} HTTP/1.1\r\nHost: farm\r\nConnection: close\r\n\r\n".encode())
+    head = answer.partition(b"\r\n\r\n")[0].decode().split("\r\n")
+    assert {"X-Content-Type-Options: nosniff", "Cross-Origin-Resource-Policy: same-origin",
+            "Content-Security-Policy: default-src 'none'; frame-ancestors 'none'"} <= set(head)
+
+
 def test_a_small_response_is_one_packet(shared: Server) -> None:
     with connect(shared) as sock:
         sock.sendall(GOOD.replace(b"Connection: close\r\n", b""))

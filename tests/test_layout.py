@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import inspect
 import re
 import symtable
 import sys
 from pathlib import Path
-from typing import Dict, Iterator, List, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
 
 import pytest
 
@@ -272,6 +273,15 @@ def imported() -> Dict[str, str]:
             assert node.level == 0
             found.update((alias.asname or alias.name, node.module or "") for alias in node.names)
     return found
+
+
+@pytest.mark.parametrize("function", [
+    povfarm.Access._by_token, povfarm.Access.check_form, povfarm.Scheduler.admit,
+    povfarm.Transport._secure, povfarm._read_answer], ids=lambda function: function.__qualname__)
+def test_secrets_are_compared_in_constant_time(function: Callable[..., Any]) -> None:
+    source = inspect.getsource(function)
+    assert source.count("compare_digest(") == 1
+    assert not re.search(r"(token|key|code|mac|_fingerprint|seen)\W* [!=]= ", source)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 does not tell what it has")

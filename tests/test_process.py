@@ -13,7 +13,7 @@ from typing import Iterator, Union
 import pytest
 from conftest import ROOT, need
 
-from povfarm import Launcher, WindowsLauncher, make_launcher
+from povfarm import Bounds, Launcher, WindowsLauncher, make_launcher
 
 
 @pytest.fixture(params=["fork", "windows"])
@@ -71,6 +71,43 @@ def test_a_program_that_cannot_be_started_says_so(launcher: Launcher, tmp_path: 
     process = launcher.start(["/nowhere/gone"], tmp_path, {})
     assert "cannot start /nowhere/gone" in "".join(process.lines())
     assert process.wait().code == 127
+
+
+LIMITS = """
+import os, resource
+print(os.nice(0), *resource.getrlimit(resource.RLIMIT_CORE), *resource.getrlimit(resource.RLIMIT_NOFILE),
+      *resource.getrlimit(resource.RLIMIT_DATA), *resource.getrlimit(resource.RLIMIT_FSIZE),
+      open("/proc/self/oom_score_adj").read())
+"""
+
+
+def test_what_a_renderer_is_held_to(tmp_path: Path) -> None:
+    """It steps back, dumps no core, opens few files, and goes first when memory runs out."""
+    need("linux", sys.platform == "linux", "one of them is read from /proc")
+    launcher = make_launcher(nice=3)
+    try:
+        process = launcher.start([sys.executable, "-S", "-c", LIMITS], tmp_path, {},
+                                 Bounds(None, 10**9, 10**8))
+        text = "".join(process.lines())
+    finally:
+        launcher.close()
+    assert [int(word) for word in text.split()] == [
+        min(os.nice(0) + 3, 19), 0, 0, 1024, 1024, 10**9, 10**9, 10**8, 10**8, 1000]
+
+
+def test_a_renderer_ends_with_its_launcher(tmp_path: Path) -> None:
+    need("linux", sys.platform == "linux", "process states are read from /proc")
+    launcher = make_launcher()
+    process = start(launcher, tmp_path, "import time; print('here', flush=True); time.sleep(600)")
+    assert next(iter(process.lines())) == "here"
+    parent = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert parent != os.getpid()
+    os.kill(parent, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while runs(process.pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not runs(process.pid)
+    launcher.close()
 
 
 def test_many_at_a_time(tmp_path: Path) -> None:
