@@ -10937,7 +10937,7 @@ class Worker:
             self._rest = (self._clock.monotonic() + 60, then)
         if self._launcher.gone:
             message = ""
-            self.stop()
+            self._stopping.set()  # not stop(), which gives up what is finished when it comes twice
         if run.open and not run.stopped:
             self._give_up(run, message, scene)
         run.open.clear()

@@ -7,6 +7,7 @@ import re
 import shlex
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterator, List
 from urllib.parse import parse_qsl
@@ -329,6 +330,26 @@ def test_a_worker_whose_launcher_was_killed_hands_back_and_ends(room: Room) -> N
         room.worker.run()
     assert room.farm.states(job) == ["queued"] * 2
     assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+
+
+def test_what_is_finished_is_delivered_after_the_launcher_was_killed(room: Room) -> None:
+    first = room.farm.submit(frames=2)
+    room.wire.away = lambda call: call.method == "PUT"
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(room.worker.run)
+        wait_until(lambda: len(room.waiting()) == 2)
+        room.worker._launcher.gone = True
+        room.worker._launcher.start = lambda *_: (_ for _ in ()).throw(  # type: ignore[method-assign]
+            povfarm.RenderFailed(povfarm.LAUNCHER_GONE))
+        second = room.farm.submit(frames=40)  # in several runs at once
+        wait_until(room.worker._stopping.is_set)
+        wait_until(lambda: not room.worker._runs)
+        room.wire.away = lambda call: False
+        room.worker.client.hurry()
+        with pytest.raises(povfarm.FarmError, match="start the worker again"):
+            ended.result(20)
+    assert room.farm.state(first) == "done" and room.wire.uploads == [200] * 2
+    assert set(room.farm.states(second)) == {"queued"}
 
 
 class Sleeper(Copier):
