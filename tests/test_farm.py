@@ -661,6 +661,24 @@ def test_a_frame_that_never_ends_is_ended(farm: Farm, tmp_path: Path) -> None:
     assert "longer than 2.0 s" in view["failure"]["message"]
 
 
+def test_a_renderer_that_stands_still_is_ended_and_its_frame_done_elsewhere(
+        farm: Farm, tmp_path: Path) -> None:
+    for name in ("anna", "berta"):
+        farm.work("--cores", "1", "--worker-name", name, "--data", str(tmp_path / name), "--server",
+                  farm.client.base_url, "--key", farm.client.token)
+    wait_until(lambda: farm.client.request("GET", "/api/v1/farm").json()["workers"] == 2,
+               "the workers do not come")
+    job = farm.submit(project(tmp_path, HEAVY), "scene.pov", *SMALL, "--frame-timeout", "5s")
+    held, = wait_until(lambda: renderers(tmp_path), "nothing is rendered")
+    os.kill(int(held), signal.SIGSTOP)
+    on = Path(os.readlink(f"/proc/{held}/cwd")).relative_to(tmp_path).parts[0]
+    assert farm.finished(job)["state"] == "done"
+    frame, = farm.client.request("GET", f"/api/v1/jobs/{job}/frames").json()["frames"]
+    assert {on, frame["worker"]} == {"anna", "berta"}
+    wait_until(lambda: held not in renderers(tmp_path), "it is still there")
+    farm.check()
+
+
 def test_jobs_of_higher_priority_go_first(farm: Farm, tmp_path: Path) -> None:
     place = project(tmp_path)
     low = farm.submit(place, "scene.pov", "+KFF4", *SMALL)
