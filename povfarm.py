@@ -11473,9 +11473,16 @@ def work(options: Options) -> int:
         if free and not client.token and not options.unconfined:
             raise UserError(f"nobody vouches for the scenes of this farm, and {free}: give the "
                             "farm's --key, or say --unconfined to let them do what you can do")
-        worker = _join(client, engine, launcher, options.data / "cache", options,
-                       options.data / "workers")
+        try:
+            worker = _join(client, engine, launcher, options.data / "cache", options,
+                           options.data / "workers", stop=stop)
+        except ServerGone:
+            if not signals.count:
+                raise
+            return 130
         signals.action = worker.stop
+        if signals.count:  # while it joined
+            return 130
         threading.Thread(target=listen_for_hints, name="hints", daemon=True,
                          args=(worker.client.hurry, options.discovery_port)).start()
         _say(f"working for {client.base_url} with POV-Ray {engine.version} "
@@ -12250,10 +12257,12 @@ def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
 
 def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, cache: Path,
           options: Options, tokens: Path | None,
-          near: Callable[[str], Path] | None = None) -> Worker:
+          near: Callable[[str], Path] | None = None,
+          stop: threading.Event | None = None) -> Worker:
     """Join a farm as a worker, as the one that this computer was before if it can.
 
-    That is known by the files in ``tokens``; ``near`` is for the ``Cache``.
+    That is known by the files in ``tokens``; ``near`` is for the ``Cache``. It
+    waits for the coordinator, until ``stop``.
     """
     cores = options.cores or _cores()
     info = {
@@ -12271,7 +12280,7 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
     for secret in (kept, client.token) if kept else (client.token,):
         own.token = secret
         try:
-            reply = own.request("POST", "/api/v1/workers", json=info).json()
+            reply = own.request("POST", "/api/v1/workers", json=info, stop=stop).json()
         except RequestRefused as error:
             if error.status != 401 or secret == client.token:
                 raise

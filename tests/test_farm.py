@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import http.server
 import io
 import json
 import os
@@ -601,6 +602,49 @@ def test_the_first_ctrl_c_finishes_frames_and_hands_back(farm: Farm, tmp_path: P
     assert worker.wait(60) == 130
     view = farm.job(job)["frames"]
     assert view["leased"] == 0 and view["done"] + view["queued"] == 9 and view["done"] >= 1
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: Path) -> None:
+    asked, stopped = threading.Event(), threading.Event()
+
+    class Coordinator(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._say({"farm_id": "x", "name": "slow", "version": "1"})
+
+        def do_POST(self) -> None:
+            asked.set()
+            stopped.wait(30)
+            if answers:
+                self._say({"id": 1, "token": "t", "admitted": True, "code": ""})
+
+        def _say(self, answer: Dict[str, Any]) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Coordinator) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        worker = subprocess.Popen(
+            [*POVFARM, "work", "--server", f"http://127.0.0.1:{server.server_port}", "--key", "k"],
+            env=environment(tmp_path), stdin=subprocess.DEVNULL)
+        try:
+            assert asked.wait(30)
+            worker.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            if answers:
+                stopped.set()
+            assert worker.wait(20) == 130
+        finally:
+            stopped.set()
+            worker.kill()
+            worker.wait()
+            server.shutdown()
 
 
 def test_ctrl_c_in_render_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
