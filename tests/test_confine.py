@@ -84,6 +84,10 @@ tries = {
     "a shell": lambda: os.system("exit 0") and 1 / 0,
     "a signal": lambda: os.kill(int(sys.argv[3]), 0),
     "another program's memory": lambda: open("/proc/%s/mem" % sys.argv[3], "rb"),
+    "another program's environment": lambda: open("/proc/%s/environ" % sys.argv[3]),
+    "the system's files": lambda: open("/proc/meminfo"),
+    "the system's settings": lambda: open("/etc/passwd"),
+    "a device": lambda: open("/dev/zero"),
     "a file of another run": lambda: open("../run2/scene", "w"),
     "the project changed": lambda: open("../tree/scene.pov", "w"),
 }
@@ -142,9 +146,22 @@ def test_every_attempt_gets_through_without_confinement(
 def test_no_attempt_gets_through_confinement(launcher: Launcher, tmp_path: Path) -> None:
     done = attempts(launcher, tmp_path, True)
     tried("attempts of a confined program", len(done), achieved=sum(done.values()))
-    assert len(done) > 25 and [name for name, achieved in done.items() if achieved] == []
+    assert len(done) > 29 and [name for name, achieved in done.items() if achieved] == []
     assert (tmp_path / "out" / "private").read_text() == MARK
     assert sorted((tmp_path / "run").iterdir()) == []
+
+
+def test_a_render_that_the_kernel_does_not_confine_is_not_started(
+        launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "_OF_ABI", (1 << 60,) * 6)  # rights that no kernel knows
+    own = make_launcher()
+    try:
+        process = own.start([sys.executable, "-c", "open('here', 'w')"], tmp_path, {}, Bounds(()))
+        text = "".join(process.lines())
+        assert "cannot start" in text and process.wait().code == 127
+    finally:
+        own.close()
+    assert not (tmp_path / "here").exists()
 
 
 def test_nothing_is_inherited(launcher: Launcher, tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_a_run_is_one_ini_file_with_short_names(tmp_path: Path) -> None:
     values = ini(command)
     assert command.argv == ("/usr/bin/povray",)
     assert command.environment["POVINI"] == "povfarm.ini"
+    confs = [text for path, text in command.files.items() if path.name == "povray.conf"]
+    assert confs and all("[Shellout Security]\nforbidden\n" in text for text in confs)
     assert command.environment["HOME"] == str(tmp_path / "run")
     assert set(command.environment) == {"POVINI", "HOME", "PATH", "LANG", "POV_TEMP_DIR"}
     assert (values["Subset_Start_Frame"], values["Subset_End_Frame"]) == ("3", "4")
