@@ -11087,7 +11087,7 @@ class Worker:
         # writes more than it may, which where little is free is not the scene's fault.
         run.fills_disk |= ended.code == -_FILE_TOO_LARGE
         run.no_room = run.free < GENEROUS if run.fills_disk else (
-            ended.code != 0 and free_room(plan.place) < 0)
+            ended.code != 0 and min(run.free, free_room(plan.place)) < 0)
         self._pace.measured_memory(run.job, ended.memory)
         if run.open and ended.code == 0:
             cost = measure.frame(ended)

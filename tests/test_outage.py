@@ -235,6 +235,32 @@ def test_a_worker_whose_disk_is_full_hands_its_frames_back_and_waits(
     room.end()
 
 
+def test_a_disk_that_was_full_when_the_renderer_began_costs_no_try(
+        room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = room.farm.submit(frames=1)
+    free, original = povfarm.free_room, Copier.command
+    looks: List[Path] = []
+
+    def free_here(place: Path) -> int:
+        """There is room again before anybody looks a second time."""
+        if place.name.startswith("run-") and not looks:
+            looks.append(place)
+            return -1
+        return free(place)
+
+    def abort(self: Copier, run: povfarm.Run) -> Command:
+        command = original(self, run)
+        return command if looks else povfarm.replace(command, argv=("/bin/sh", "-c", "exit 1"))
+
+    monkeypatch.setattr(povfarm, "free_room", free_here)
+    monkeypatch.setattr(Copier, "command", abort)
+    room.start()
+    wait_until(lambda: room.farm.state(job) == "done")
+    assert [how for tries in room.attempts(job) for _, how in tries] == ["released", "done"]
+    assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+    room.end()
+
+
 @pytest.mark.parametrize("where", ["mkdtemp", "copyfile", "write_bytes"])
 def test_an_error_that_says_full_costs_no_try(
         where: str, room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
