@@ -571,7 +571,9 @@ class Farm:
                 if name == "broken" and "Parse Error" in why:
                     return "failed"
                 if not re.search(EXCUSES, why):
-                    raise Lost(f"job {job} ({name}) failed: {why}")
+                    log = self.client.request(
+                        "GET", f"{path}/frames/{view['failure']['frame']}/log").body
+                    raise Lost(f"job {job} ({name}) failed: {why}\n{log.decode(errors='replace')}")
                 self.retried += 1
                 self.client.request("POST", f"{path}/retry", json={})
             time.sleep(0.1)
