@@ -604,6 +604,28 @@ def test_the_first_ctrl_c_finishes_frames_and_hands_back(farm: Farm, tmp_path: P
     assert view["leased"] == 0 and view["done"] + view["queued"] == 9 and view["done"] >= 1
 
 
+def test_a_worker_comes_back_at_once_when_a_coordinator_announces_itself(
+        farm: Farm, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1] - 1
+    farm.work("--discovery-port", str(port), "--server", farm.client.base_url, "--key", farm.client.token)
+    wait_until(lambda: farm.client.request("GET", "/api/v1/farm").json()["workers"], "none comes")
+    farm.coordinator.kill()
+    farm.coordinator.wait()
+    with socket.create_server(("127.0.0.1", int(farm.port))) as gone, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as beacon:
+        gone.settimeout(60)
+        tries = [time.monotonic()]
+        while tries[-1] - tries[0] < 5:  # then it waits for 3 s and more between its tries
+            gone.accept()[0].close()
+            tries.append(time.monotonic())
+        time.sleep(1.2)  # what is announced right after a try has just been tried
+        gone.settimeout(1.5)
+        beacon.sendto(povfarm._packet("hint"), ("127.0.0.1", port + 1))
+        gone.accept()[0].close()
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: Path) -> None:
     asked, stopped = threading.Event(), threading.Event()
