@@ -538,7 +538,7 @@ class Farm:
             raise Lost(f"processes are left over: {left}")
         povfarm.Coordinator(self.data, bind="127.0.0.1").stop()  # which sweeps
         check_data(self.data)
-        files = [path for program in self.workers for path in (self.place / program.name).iterdir()
+        files = [path for program in self.workers for path in self.place.glob(f"{program.name}/*")
                  if path.name not in ("cache", "workers")]
         files += [path for path in self.data.rglob("*")
                   if path.name.endswith(".part") or path.parent.name == "parts"]
