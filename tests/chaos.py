@@ -533,10 +533,11 @@ class Farm:
         """End everything in good order and look for what is left."""
         for program in (*self.workers, self.coordinator):
             program.stop()
-        left = [pid for name in ("povray", "python") for pid in self._processes(name)]
-        if left:
-            raise Lost(f"processes are left over: {left}")
+        until(lambda: not self._processes("povray") and not self._processes("python"),
+              "processes are left over", 20)
         povfarm.Coordinator(self.data, bind="127.0.0.1").stop()  # which sweeps
+        for program in self.workers:
+            povfarm._sweep(self.place / program.name / "cache")  # it may not have come so far
         check_data(self.data)
         files = [path for program in self.workers for path in self.place.glob(f"{program.name}/*")
                  if path.name not in ("cache", "workers")]
