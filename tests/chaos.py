@@ -225,6 +225,7 @@ class Program:
         self._environment = {**os.environ, **(environment or {})}
         self._place = place
         self._wanted = True
+        self._lock = threading.Lock()
         self._pause = 0.0
         self.process = self._start()
         threading.Thread(target=self._guard, daemon=True).start()
@@ -236,7 +237,8 @@ class Program:
 
     def stop(self) -> None:
         """End it in good order, and wait for that."""
-        self._wanted = False
+        with self._lock:
+            self._wanted = False
         self.signal(signal.SIGCONT)
         self.signal(signal.SIGTERM)
         self.process.wait(60)
@@ -255,9 +257,10 @@ class Program:
         while True:
             self.process.wait()
             time.sleep(max(self._pause, 0.2))  # it may be unable to start just now
-            if not self._wanted:
-                return
-            self.process = self._start()
+            with self._lock:
+                if not self._wanted:
+                    return
+                self.process = self._start()
 
 
 class Disk:
