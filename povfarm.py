@@ -105,11 +105,11 @@ from typing import (
     cast,
 )
 
-try:
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
     import resource
-except ImportError:  # Windows
-    fcntl = resource = None  # type: ignore[assignment]
 
 
 # === 1. BASE =================================================================
@@ -236,6 +236,30 @@ def free_room(place: Path) -> int:
     A disk that is full to the brim would not even take the deletion of a job.
     """
     return shutil.disk_usage(place).free - LEFT_FREE
+
+
+def hold_file(file: BinaryIO) -> None:
+    """Lock an open file until this process ends; ``OSError`` when another one holds it."""
+    if sys.platform == "win32":
+        file.seek(1 << 30)  # nobody else reads or writes the byte that is locked
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_running(process: int) -> bool:
+    """Tell whether there is a process with this number."""
+    if sys.platform == "win32":  # where os.kill would end it
+        kernel = ctypes.WinDLL("kernel32")
+        handle = kernel.OpenProcess(0x100000, False, process)  # SYNCHRONIZE
+        return bool(handle) and bool(kernel.CloseHandle(handle))
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it lives, and is another user's
+    return True
 
 
 def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
@@ -4927,7 +4951,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _descriptors(wanted: int) -> int:
     """Return how many connections this process can have; it asks the system for what is missing."""
-    if resource is None:
+    if sys.platform == "win32":
         return 450  # what select() takes on Windows is 512
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     top = wanted + 256 if hard == resource.RLIM_INFINITY else hard
@@ -9015,8 +9039,7 @@ def _hold(data: Path) -> BinaryIO:
     except OSError as error:
         raise StoreError(f"the data directory {data} cannot be used: {error.strerror}") from None
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold_file(file)
     except OSError:
         file.close()
         raise StoreError(f"another povfarm uses {data}: give this one its own --data") from None
@@ -11295,15 +11318,9 @@ def _sweep(cache: Path) -> None:
 
 def _is_orphan(owner: str) -> bool:
     """Tell whether the process with this number, which made something, is no more."""
-    try:
-        if int(owner) == os.getpid():  # in a container, of the one before us
-            return True
-        os.kill(int(owner), 0)
-    except (ProcessLookupError, ValueError):
+    if not owner.isdecimal() or int(owner) == os.getpid():  # in a container, of the one before us
         return True
-    except OSError:
-        pass  # it lives, and is another user's
-    return False
+    return not is_running(int(owner))
 
 
 def _packed(place: Path) -> bytes:
@@ -12320,8 +12337,7 @@ class _Token:
             self._path = directory / f"{_file_name(self.name)}-{farm}"
             self._lock = open(self._path, "ab")  # noqa: SIM115 - held until the end
             try:
-                if fcntl is not None:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                hold_file(self._lock)
                 return
             except OSError:
                 self._lock.close()  # another worker of this computer has that name
