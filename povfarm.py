@@ -3426,20 +3426,23 @@ def pause_reason(done: int, failed: int) -> str:
     return ""
 
 
-def lease_size(queued: int, slots: int, cost: Cost | None, sleep: float = 0.25) -> int:
+def lease_size(queued: int, slots: int, cost: Cost | None, sleep: float = 0.25,
+               runs: int = 0) -> int:
     """Return how many neighbouring frames one run of the renderer should get.
 
     ``queued`` frames are left for ``slots`` runs at a time; ``cost`` is the
     mean of the frames measured so far. Half of the fair share leaves something
     to even out with at the end, down to single frames. But the start of a
-    process costs some 0.04 s of CPU: frames as cheap as that come several to a
-    run, up to three times the share, for they are soon done. No run should be
-    longer than about 10 s.
+    process costs some 0.04 s of CPU: cheap frames come several to a run, up to
+    all of the share, for they are soon done. No run should be longer than about
+    10 s. While nothing is measured, the first ``runs`` of many
+    frames get one, two and three in turn: what begins together should not end
+    together, or all that follows sleeps at the same time, too.
     """
     if cost is None:
-        return 1
+        return 1 + runs % 3 if queued > 3 * slots else 1
     share = math.ceil(queued / max(slots, 1))
-    cheap = min(math.ceil(0.3 / max(cost.cpu, 0.001)), 3 * share)
+    cheap = min(math.ceil(0.6 / max(cost.cpu, 0.001)), share)
     long = max(int(10 / (cost.cpu + sleep)), 1)
     return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
 
@@ -7050,7 +7053,8 @@ class Scheduler:
         cost = Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
         others = self.live_workers() - {worker}
         slots = offer.slots + sum(self._slots.get(other, 1) for other in others)
-        tasks = tx.next_tasks(job["id"], worker, lease_size(job["queued"], slots, cost))
+        size = lease_size(job["queued"], slots, cost, runs=job["runs"])
+        tasks = tx.next_tasks(job["id"], worker, size)
         if not tasks and job["queued"]:
             return [task for task in tx.tasks_in(job["id"], TaskState.QUEUED)
                     if task["cut"] is None and self._may_try(tx, job, worker, task)][:1]

@@ -79,7 +79,7 @@ def timed(command: List[str], case: Case) -> Tuple[float, float, Dict[str, int]]
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wall = time.monotonic() - start
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        images = {path.name: pixels(path) for path in Path(place).iterdir()
+        images = {path.name: pixels(path) for path in Path(place).glob("*.png")
                   if path.name not in before}
         return wall, cpu + usage.ru_utime + usage.ru_stime, images
 

@@ -499,7 +499,7 @@ def test_leases_grow_with_what_was_measured_and_shrink_at_the_end(farm: Farm) ->
 def test_a_lease_is_a_run_of_neighbours(farm: Farm) -> None:
     anna, bert = farm.worker("anna"), farm.worker("bert")
     job = farm.submit(9)
-    first, second = farm.lease(bert), farm.lease(anna)
+    first, second = farm.lease(bert, slots=4), farm.lease(anna, slots=4)
     farm.scheduler.release(bert, first.id)
     farm.finish(anna, second, cpu=0.01)
     assert farm.states(job)[:3] == ["queued", "done", "queued"]
@@ -519,7 +519,7 @@ def test_neighbours_of_every_second_frame_are_two_apart(farm: Farm) -> None:
 def test_a_worker_gets_as_many_runs_as_it_wants(farm: Farm) -> None:
     worker = farm.worker()
     farm.submit(10)
-    leases = farm.leases(worker, want=4)
+    leases = farm.leases(worker, want=4, slots=4)
     assert [lease.tasks[0].frame for lease in leases] == [1, 2, 3, 4]
     assert len({lease.id for lease in leases}) == 4
     assert farm.leases(worker, want=0) == []
@@ -1041,7 +1041,7 @@ def test_a_priority_that_is_set_counts_at_once(farm: Farm) -> None:
     worker = farm.worker()
     first, second = farm.submit(5, name="a"), farm.submit(5, name="b")
     farm.scheduler.change(second, {"priority": 1})
-    assert [farm.lease(worker).job for _ in range(6)] == [second] * 5 + [first]
+    assert [farm.lease(worker, slots=2).job for _ in range(6)] == [second] * 5 + [first]
 
 
 @pytest.mark.parametrize("changes", [{"priority": "high"}, {"state": "done"}, {"max_workers": -1}])

@@ -89,9 +89,9 @@ def test_the_number_of_runs_is_bounded() -> None:
 
 @pytest.mark.parametrize(("queued", "slots", "cpu", "size"), [
     (100, 4, None, 1),  # nothing is known yet
-    (130, 24, 0.04, 8),  # as cheap as a start: several
-    (20, 20, 0.04, 3),  # but not much more than the fair share
-    (2, 20, 0.04, 2),
+    (130, 24, 0.04, 6),  # as cheap as a start: all of the fair share
+    (20, 20, 0.04, 1),
+    (300, 4, 0.3, 18),
     (1000, 4, 0.3, 18),  # ten seconds of it
     (1000, 4, 60.0, 1),
     (8, 4, 1.0, 1),  # half of the fair share, to even out at the end
