@@ -437,8 +437,8 @@ def test_png_filters_are_not_pixels() -> None:
     assert not povfarm.same_pixels(picture(0), other, ".png")
 
 
-@pytest.mark.parametrize("kind, thing", itertools.product(
-    ["+FN", "+FN16", "+FN +UA", "+FN16 +UA", "+FNg", "+FNg +UA"], ["", "sphere { 0, 1 }"]))
+@pytest.mark.parametrize("kind, thing", list(itertools.product(
+    ["+FN", "+FN16", "+FN +UA", "+FN16 +UA", "+FNg", "+FNg +UA"], ["", "sphere { 0, 1 }"])))
 def test_black_is_black_whatever_the_alpha(
         kind: str, thing: str, povray: str, tmp_path: Path) -> None:
     (tmp_path / "s.pov").write_text("camera { location -9*z } " + thing)
