@@ -18,32 +18,12 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List
 
 from conftest import EXAMPLES, ROOT
+from test_farm import made_in
 
-PIXELS_ONLY = {".png"}  # the other chunks of a PNG hold the time
 FRAMES = ["+SF1", "+EF2"]
-
-
-def made(place: Path, before: Sequence[str]) -> Dict[str, bytes]:
-    """What is new below a directory: the pixels of images, all of other files."""
-    found = {str(path.relative_to(place)): path for path in place.rglob("*") if path.is_file()}
-    return {name: pixels(path) for name, path in found.items() if name not in before}
-
-
-def pixels(path: Path) -> bytes:
-    """A file without what tells when it was written."""
-    data = path.read_bytes()
-    if path.suffix not in PIXELS_ONLY or not data.startswith(b"\x89PNG"):
-        return data
-    at, kept = 8, b""
-    while at < len(data):
-        size = int.from_bytes(data[at:at + 4], "big")
-        if data[at + 4:at + 8] in (b"IHDR", b"IDAT"):
-            kept += data[at + 8:at + 8 + size]
-        at += 12 + size
-    return kept
 
 
 def run(command: List[str], place: Path) -> int:
@@ -68,7 +48,7 @@ def compared(example: Path, size: List[str]) -> str:
             shutil.copytree(example.parent, place)
             before = [str(path.relative_to(place)) for path in place.rglob("*")]
             codes.append(run(command, place))
-            results.append(made(place, before))
+            results.append(made_in(place, before))
     plain, farm = results
     if any(codes):
         return "failed" if all(codes) else f"exit codes {codes}"
