@@ -7174,17 +7174,30 @@ class Scheduler:
             while len(notes) > 2 and notes[1][1] < now - RECENT:
                 notes.pop(0)
 
-    def _left_of(self, attempt: Row) -> float:
-        """Return the seconds that an attempt will still take as it looks; for ever at first."""
+    def _left_of(self, attempt: Row, speeds: Mapping[int, float] = {},
+                 cost: SliceCost | None = None) -> float:
+        """Return the seconds that an attempt will still take as it looks.
+
+        Before any of it was heard, a slice takes as long as others did, with ``speeds`` in rows
+        a second by worker and their ``cost``; for ever when that is over or not known.
+        """
         notes = self._progress.get(attempt["task"], {}).get(attempt["lease"], [(0.0, 0.0)])
         part, heard = notes[-1]
         # Rows are rather like those just above them than like all of the picture.
         before, then = notes[0] if len(notes) > 1 else (
             0.0, self._granted.get(attempt["lease"], heard) + START)
         if part <= before:
-            return math.inf
-        left = max(heard - then, 0.0) * (1 - part) / (part - before)
-        return max(left - (self.clock.monotonic() - heard), 0.0)
+            if attempt["kind"] != TaskKind.SLICE or cost is None:
+                return math.inf
+            rows = (attempt["bottom"] - attempt["top"]) / max(speeds[attempt["worker"]], 1e-6)
+            left = then + rows + cost.parse - self.clock.monotonic()
+            return left if left > 0 else math.inf
+        # POV-Ray tells of whole blocks, rows of them at once where they are short. One that takes
+        # longer than those before it is dearer, and so may be what comes below it.
+        step = (part - before) / max(len(notes) - 1, 1)
+        spent = self.clock.monotonic() - heard
+        usual = max(heard - then, 0.0) * step / (part - before)
+        return max(max(usual, spent) * (1 - part) / step - spent, 0.0)
 
     def _take_back(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
         """Take a slice from a worker that got it ahead of time, and is held up by another."""
@@ -7225,17 +7238,22 @@ class Scheduler:
             return []
         speeds, cost = self._speeds(tx, job)
         overhead = START + (cost.parse if cost else 1.0)
-        worst, found = max(worth * overhead, least), None
         attempts = tx.live_attempts_of_job(job["id"])
+        mine = {attempt["task"] for attempt in attempts if attempt["worker"] == worker}
         counts = collections.Counter(attempt[key] for attempt in attempts
                                      for key in ("task", "lease"))
+        soonest: dict[int, tuple[float, Row]] = {}  # by task: who will be the first to end it
         for attempt in attempts:
-            left = self._left_of(attempt)
-            if (worst < left < math.inf and counts[attempt["task"]] == counts[attempt["lease"]] == 1
-                    and attempt["worker"] != worker and attempt["kind"] != TaskKind.PASS
-                    and not (attempt["kind"] == TaskKind.FRAME and self._shared(job))):
-                worst, found = left, attempt
-        if found is None:
+            alone = counts[attempt["task"]] == counts[attempt["lease"]] == 1
+            if attempt["task"] not in mine and (
+                    attempt["kind"] == TaskKind.SLICE
+                    or (attempt["kind"] == TaskKind.FRAME and alone and not self._shared(job))):
+                left = self._left_of(attempt, speeds, cost), attempt
+                soonest[attempt["task"]] = min(
+                    left, soonest.get(attempt["task"], left), key=operator.itemgetter(0))
+        lefts = [left for left in soonest.values() if left[0] < math.inf]
+        worst, found = max(lefts, key=operator.itemgetter(0), default=(0.0, None))
+        if found is None or worst <= max(worth * overhead, least):
             return []
         share = speeds[found["worker"]] / max(speeds[found["worker"]] + speeds[worker], 1e-6)
         return self._part(tx, found, pov.options, share)
@@ -7261,12 +7279,12 @@ class Scheduler:
             kept = first["id"]
             tx.move_attempts(task["id"], kept)
             self._move(tx, first, TaskState.LEASED, "the rest goes to another worker")
-        progress = self.progress(task["id"])
-        self._progress.pop(task["id"], None)  # parts of what it was
+        self._progress[kept] = {
+            lease: [(min(part * scale, 1.0), heard) for part, heard in notes]
+            for lease, notes in self._progress.pop(task["id"], {}).items()}
         given = next((key for key, cut in self._cuts.items() if cut.task == task["id"]), task["id"])
         before = self._cuts.get(given, Cut(kept, bottom, 1.0))
         self._cuts[given] = Cut(kept, middle, before.scale * scale)
-        self._note(kept, attempt["lease"], progress * scale)
         self._wake()  # its beat
         return [tx.add_part(frame, TaskKind.SLICE, middle, bottom)]
 
@@ -7277,6 +7295,9 @@ class Scheduler:
         _, cost = self._speeds(tx, job)
         frame_cost = job["wall"] / job["done"] if job["done"] else math.inf
         attempts = tx.live_attempts_of_job(job["id"])
+        if any(attempt["worker"] == worker and attempt["kind"] == TaskKind.SLICE
+               for attempt in attempts):
+            return []  # it would slow its own slice down, of which nobody has another copy
         counts = collections.Counter(attempt["task"] for attempt in attempts)
         now = self.clock.monotonic()
         for attempt in attempts:
@@ -10474,6 +10495,7 @@ PATIENCE = 60.0  # seconds that a worker that is asked to stop renders on, as it
 HANG_TIME = 600.0  # seconds without a sign of life after which a renderer is ended
 DISK_RESERVE = 200 * 1000**2  # bytes of disk that no run may come to by writing
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
+SLICE_BEAT_WAIT = 0.5  # the same while the rows of a picture are shared out by how far all are
 MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
 GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to blame
 MOST_WAITING = 100  # finished frames on their way, beyond which no more work is asked for
@@ -10910,10 +10932,12 @@ class Worker:
                     self._changed.wait()
                 runs = {run.lease.id: run for run in self._held}
             progress = {lease: run.progress() for lease, run in runs.items()}
+            slices = any(run.task.kind is TaskKind.SLICE for run in runs.values())
+            wait = SLICE_BEAT_WAIT if slices else BEAT_WAIT
             with contextlib.suppress(FarmError):
                 reply = self.client.request(
-                    "POST", "/api/v1/beat", json={"leases": progress, "wait": BEAT_WAIT},
-                    timeout=BEAT_WAIT + 10, retry_for=math.inf)
+                    "POST", "/api/v1/beat", json={"leases": progress, "wait": wait},
+                    timeout=wait + 10, retry_for=math.inf)
                 for lease in reply.json()["ended"]:
                     if runs[lease].open:
                         runs[lease].stop()
@@ -11058,7 +11082,8 @@ class Worker:
             return False
         region = plan.region
         rows = min(bottom, region.bottom) - region.top
-        if not 100 * rows / (region.bottom - region.top) <= run.text.percent < 97:
+        # POV-Ray tells whole percents, rounded down, of what it has added to a state.
+        if not 100 * rows / (region.bottom - region.top) - 2 < run.text.percent < 97:
             return False
         # Only the state tells: one thread may be at a block while others are far below it.
         with contextlib.suppress(OSError), open(

@@ -6,9 +6,26 @@ a .pov-state of its blocks, goes on from one, and writes a black PNG.
 
 from __future__ import annotations
 
+import inspect
+import struct
 import sys
 from pathlib import Path
 from typing import Sequence
+
+STATE_HEADER = (b"POV-Ray Render State File\0\0\0" + b"0001").ljust(512, b"\0")
+
+
+def make_block(number: int, top: int, bottom: int, width: int) -> bytes:
+    """Return the message of a .pov-state for black rows, ``bottom`` not one of them."""
+    pixels = (bottom - top) * width
+    fields = [(b"MIDE", b"WXYZ", b"PxBS"), (b"PBlo", b"VFL4", bytes(20 * pixels))]
+    fields += [(key, b"SIN4", struct.pack(">i", value)) for key, value in (
+        (b"PiId", number), (b"PiSi", 1), (b"Left", 0), (b"Top ", top), (b"Righ", width - 1),
+        (b"Bott", bottom - 1))]
+    body = b"".join(struct.pack(">4s4sI", key, kind, len(data) // (4 if kind == b"VFL4" else 1))
+                    + data for key, kind, data in fields)
+    return struct.pack(">8sII8xI", b"POVRAYMS", 1, len(body) + 8, len(fields)) + body
+
 
 SOURCE = '''#!{python} -SE
 import fcntl, os, struct, sys, time, zlib
@@ -23,16 +40,7 @@ name = ini["Output_File_Name"].strip('"')
 state = os.path.splitext(name)[0] + ".pov-state"
 assert width <= size, "one column of blocks"
 
-def message(number, first, last):
-    pixels = (last - first) * width
-    fields = [(b"MIDE", b"WXYZ", b"PxBS"), (b"PBlo", b"VFL4", bytes(20 * pixels))]
-    fields += [(key, b"SIN4", struct.pack(">i", value)) for key, value in (
-        (b"PiId", number), (b"PiSi", 1), (b"Left", 0), (b"Top ", first), (b"Righ", width - 1),
-        (b"Bott", last - 1))]
-    body = b"".join(struct.pack(">4s4sI", key, kind, len(data) // (4 if kind == b"VFL4" else 1))
-                    + data for key, kind, data in fields)
-    return struct.pack(">8sII8xI", b"POVRAYMS", 1, len(body) + 8, len(fields)) + body
-
+{block}
 blocks = [(first, min(first + size, bottom)) for first in range(top, bottom, size)]
 time.sleep(0.3 + PARSE / SPEED)
 done, total = 0, sum(last - first for first, last in blocks)
@@ -40,14 +48,14 @@ have = b""
 if ini["Continue_Trace"] == "On":
     have = open(state, "rb").read()[512:]
 else:
-    open(state, "wb").write((b"POV-Ray Render State File\\0\\0\\0" + b"0001").ljust(512, b"\\0"))
+    open(state, "wb").write({header!r})
 core = open(__file__)
 fcntl.flock(core, fcntl.LOCK_EX)  # two runs of a worker do not render at once: it has one core
 due = time.monotonic()
 with open(state, "ab", 0) as kept:
     for number, (first, last) in enumerate(blocks):
         done += last - first
-        data = message(number, first, last)
+        data = make_block(number, first, last, width)
         if data in have:
             continue
         due += sum(ROWS[first:last]) / SPEED
@@ -75,7 +83,8 @@ def make_standin(directory: Path, rows: Sequence[float], speed: float, parse: fl
     """Write a renderer that takes ``rows`` seconds for each row, divided by ``speed``."""
     directory.mkdir(parents=True)
     program = directory / "povray"
-    program.write_text(SOURCE.format(python=sys.executable, rows=[round(row, 6) for row in rows],
-                                     speed=speed, parse=parse), encoding="utf-8")
+    program.write_text(SOURCE.format(
+        python=sys.executable, header=STATE_HEADER, block=inspect.getsource(make_block),
+        rows=[round(row, 6) for row in rows], speed=speed, parse=parse), encoding="utf-8")
     program.chmod(0o755)
     return program

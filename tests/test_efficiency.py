@@ -15,7 +15,7 @@ import pytest
 from bench import HEIGHT, IDEAL, PARSE, PROFILES, TEAMS
 from farm_in_a_box import FakeClock, Farm, png
 
-from povfarm import Cost, LeaseSpec, slice_block
+from povfarm import SLICE_BEAT_WAIT, Cost, LeaseSpec, slice_block
 
 STEP = 0.05  # seconds between two looks at everything
 SLEEP = 0.3  # seconds of a start
@@ -105,7 +105,7 @@ class Team:
             self.farm.scheduler.finish(worker, render.lease.id, render.task.id, strip, b"",
                                        render.cost(now), render.bottom)
         if renders and now >= self.beats[worker]:
-            self.beats[worker] = now + 2.0
+            self.beats[worker] = now + SLICE_BEAT_WAIT
             self.beat(worker, renders)
         # A request for work is held, and looked at again whenever anything changes.
         if len(renders) < 2 and self.chance.random() < 0.3:

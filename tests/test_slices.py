@@ -635,6 +635,67 @@ def test_how_long_a_task_takes_is_told_from_its_last_rows(farm: Farm) -> None:
     assert farm.leases(bert) == [] and spans(farm, job) == []
 
 
+def test_a_block_that_takes_longer_than_those_before_makes_a_task_longer(farm: Farm) -> None:
+    anna, bert, lease, job = dragging(farm, part=0.6)
+    farm.clock.advance(1)
+    beat(farm, anna, lease, 0.7)  # as it looks, it ends in three seconds
+    assert farm.leases(bert) == []
+    farm.clock.advance(25)
+    beat(farm, anna, lease, 0.7)
+    assert farm.lease(bert).tasks[0].kind is TaskKind.SLICE and len(spans(farm, job)) == 2
+
+
+def test_how_fast_a_task_is_stays_known_when_it_is_divided(farm: Farm) -> None:
+    anna, bert, lease, job = dragging(farm)
+    farm.clock.advance(8)
+    farm.lease(bert)
+    farm.clock.advance(1)
+    beat(farm, anna, lease, 0.45)  # blocks came just now: that does not make its worker quick
+    assert spans(farm, job) == [(0, 60), (60, 96)]
+    assert farm.lease(farm.worker("carl")).tasks[0].bottom == 60
+
+
+def test_a_slice_of_which_two_workers_have_copies_is_divided_too(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    anna, bert = two
+    job = submit(farm, values={"Height": "800"})
+    slow = farm.lease(anna)
+    task = slow.tasks[0]
+    while any(part["state"] != "done" for part in parts(farm, job)[1:]) or len(
+            spans(farm, job)) == 1 or spans(farm, job)[-1][1] < 800:
+        hand_in(farm, bert, farm.lease(bert), wall=1)
+    farm.clock.advance(60)
+    farm.beat(anna, slow)
+    copy = farm.lease(bert)
+    assert copy.tasks == slow.tasks
+    farm.clock.advance(20)
+    assert beat(farm, bert, copy, 0.1) == {} and beat(farm, anna, slow, 0.2) == {}
+    assert farm.leases(bert) == []  # not from itself
+    rest = farm.lease(farm.worker("carl"))
+    top = rest.tasks[0].top
+    assert task.top < top < rest.tasks[0].bottom == task.bottom
+    assert beat(farm, anna, slow, 0.2) == {task.id: top}
+    nearly = 0.98 * (top - task.top) / (task.bottom - task.top)
+    assert beat(farm, bert, copy, nearly) == {task.id: top}
+    assert farm.leases(bert) == []
+    assert hand_in(farm, bert, copy, bottom=top) and farm.beat(anna, slow) == [slow.id]
+    assert farm.problems() == []
+
+
+def test_who_renders_a_slice_gets_no_copy_of_another(farm: Farm, two: Tuple[int, int]) -> None:
+    anna, bert = two
+    job = submit(farm, slices=3)
+    first = farm.lease(anna)
+    hand_in(farm, bert, farm.lease(bert), wall=5)
+    second = farm.lease(bert)
+    farm.clock.advance(600)
+    for worker, lease in ((anna, first), (bert, second)):
+        farm.beat(worker, lease)
+    assert farm.leases(anna) == farm.leases(bert) == []
+    assert farm.lease(farm.worker("carl")).tasks == first.tasks
+    assert farm.state(job) == "active"
+
+
 def test_a_slice_that_was_got_ahead_of_time_goes_to_an_idle_worker(
         farm: Farm, two: Tuple[int, int]) -> None:
     anna, bert = two

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
+from standin import STATE_HEADER, make_block
 
 import povfarm
 from povfarm import (
@@ -18,10 +19,17 @@ from povfarm import (
     Cost,
     FarmError,
     FileEntry,
+    LeaseSpec,
     Manifest,
     Pace,
+    PovJob,
     Reply,
+    Run,
+    RunState,
+    TaskKind,
+    TaskSpec,
     UserError,
+    Worker,
     lease_size,
 )
 
@@ -215,6 +223,30 @@ def test_threads_share_one_fetch(farm: FakeCoordinator, tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not errors and len(farm.asked) == 2
+
+
+# --- a slice of which others have taken the lower rows
+
+@pytest.mark.parametrize(("percent", "rows", "cut"), [
+    (66, 8, True),  # of 12 rows: POV-Ray rounds down
+    (66, 4, False),  # one thread may be ahead of another
+    (33, 4, False),
+    (99, 12, False),  # then it is not worth stopping any more
+])
+def test_a_slice_ends_when_its_rows_are_there(
+        tmp_path: Path, percent: int, rows: int, cut: bool) -> None:
+    rows_a_block, width = 4, 4
+    task = TaskSpec(7, 0, "a.png", TaskKind.SLICE, 0, 12)
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": str(width), "Height": "16",
+                  "Output_File_Type": "N", "Render_Block_Size": str(rows_a_block)}, (), (), ".")
+    plan = Run(LeaseSpec("ab", 1, "job", 1, (task,), "0" * 64, pov, False), tmp_path, tmp_path,
+               (0,))
+    blocks = [make_block(number, top, top + rows_a_block, width)
+              for number, top in enumerate(range(0, rows, rows_a_block))]
+    plan.state.write_bytes(STATE_HEADER + b"".join(blocks))
+    run = RunState(plan.lease, povfarm.Clock())
+    run.text.percent, run.bottoms = percent, {task.id: 8}
+    assert Worker._is_cut(None, run, plan) is cut  # type: ignore[arg-type]
 
 
 # --- what a killed worker leaves, and what a full disk does not take
