@@ -8367,7 +8367,8 @@ class Pages:
         notice = self._farm.store.notice if request.identity.roles else ""
         still = "still" in request.query
         query = {} if still else {"still": "1"}
-        query.update((name, value) for name, value in request.query.items() if name != "still")
+        query.update((name, value) for name, value in request.query.items()
+                     if name not in ("still", "ask"))
         head = element(
             "head", element("meta", charset="utf-8"), element("title", title),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -8449,9 +8450,16 @@ class Pages:
             element("p", "On another one leave --server out: it looks for the farm by itself."))
 
     def _asked(self, request: Request, word: str, address: str, label: str) -> Html:
-        """Return a form that shows its button only after a click."""
-        return element("details", element("summary", word),
-                       self._form(request, address, label, "bad"))
+        """Return a link to the same page with a form in its place; that page does not reload."""
+        query = {name: value for name, value in request.query.items() if name != "ask"}
+        if request.query.get("ask") != address:
+            query.update(still="1", ask=address)
+            return element("a", word, class_="button asks",
+                           href=f"{request.path}?{urllib.parse.urlencode(query)}#asked")
+        query.pop("still", None)
+        back = f"{request.path}?{urllib.parse.urlencode(query)}" if query else request.path
+        return element("div", self._form(request, address, label, "bad"),
+                       element("a", "No", class_="button", href=back), class_="row", id="asked")
 
     def _buttons(self, request: Request, view: View) -> Node:
         """Return what can be done to a job; only an ended one can be deleted, after a question."""
@@ -8848,12 +8856,12 @@ dt { font-size: .8rem; } dd { margin: 0; font-weight: 600; }
   overflow: hidden; margin: .8rem 0 0; padding: 0 0 0 .7rem; border-width: 0 0 0 .2rem;
   border-radius: 0; font-size: .85rem; }
 .row, .links { margin: 1rem 0; align-items: start; }
-button, .button, summary { display: inline-block; padding: .4rem 1rem; font: inherit;
+button, .button { display: inline-block; padding: .4rem 1rem; font: inherit;
   border: 1px solid var(--dim); border-radius: .5rem; background: var(--card); color: var(--ink);
   text-decoration: none; cursor: pointer; }
-button:hover, .button:hover, summary:hover { border-color: var(--ink); }
-.good { background: var(--done); color: var(--on); } summary { color: var(--bad); }
-.bad { margin-top: .5rem; background: var(--bad); color: var(--on); }
+button:hover, .button:hover { border-color: var(--ink); }
+.good { background: var(--done); color: var(--on); } .asks { color: var(--bad); }
+.bad { background: var(--bad); color: var(--on); }
 code, pre { font: .9em/1.5 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
 section > p code { margin-right: .7em; }
 pre { overflow: auto; max-height: 40rem; padding: .8rem 1rem; border: 1px solid var(--line);

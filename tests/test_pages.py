@@ -403,9 +403,19 @@ def test_only_what_is_possible_has_a_button(farm: Farm, state: str, actions: Lis
         farm.deliver(farm.join(), 2)
     elif state != "active":
         getattr(farm.scheduler, {"paused": "pause", "cancelled": "cancel"}[state])(job)
-    forms = farm.page(f"/jobs/{job}", farm.admin).all("form", action="/jobs/")
-    assert [form["action"] for form in forms] == [f"/jobs/{job}/{action}" for action in actions]
+    page = farm.page(f"/jobs/{job}", farm.admin)
+    may = [form["action"] for form in page.all("form", action="/jobs/")]
+    may += [f"/jobs/{job}/delete"] * len(page.all("a", href=f"ask=%2Fjobs%2F{job}%2Fdelete"))
+    assert may == [f"/jobs/{job}/{action}" for action in actions]
     assert not farm.page(f"/jobs/{job}").all("form"), "a stranger has no forms"
+
+
+def asked(farm: Farm, address: str, question: str) -> Dom:
+    """The page after a click on what asks first: it waits for the answer and does not reload."""
+    link, = farm.page(address, farm.admin).all("a", href=urllib.parse.quote(question, safe=""))
+    page = farm.page(link["href"].partition("#")[0], farm.admin)
+    assert not any("http-equiv" in meta for meta in page.all("meta"))
+    return page
 
 
 def test_the_forms_steer_a_job(farm: Farm) -> None:
@@ -413,6 +423,8 @@ def test_the_forms_steer_a_job(farm: Farm) -> None:
     for action, state in (("pause", "paused"), ("resume", "active"), ("cancel", "cancelled"),
                           ("retry", "active"), ("cancel", "cancelled"), ("delete", None)):
         page = farm.page(f"/jobs/{job}", farm.admin)
+        if action == "delete":
+            page = asked(farm, f"/jobs/{job}", f"/jobs/{job}/delete")
         form, = page.all("form", action=f"/jobs/{job}/{action}")
         token = page.all("input", name="token")[0]["value"]
         answer = farm.send("POST", form["action"], farm.admin, {"token": token})
@@ -441,7 +453,10 @@ def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
 def test_an_admin_removes_a_worker(farm: Farm) -> None:
     worker = farm.join()
     assert not farm.page("/").all("form")
-    form, = farm.page("/", farm.admin).all("form", action="remove")
+    assert not farm.page("/", farm.admin).all("form", action="remove")
+    page = asked(farm, "/?before=99", f"/workers/{worker}/remove")
+    assert page.all("a", href="/?before=99")  # "No"
+    form, = page.all("form", action="remove")
     assert form["action"] == f"/workers/{worker}/remove"
     body = {"token": farm.token(farm.admin)}
     assert farm.send("POST", form["action"], farm.admin, body).status == 303
