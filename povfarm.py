@@ -517,8 +517,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("max-workers", _count, None, "most workers on this job at a time", "submit", "N"),
     Setting("retries", _count, 3, "how often a frame is tried, on different workers",
             "submit render", "N"),
-    Setting("in-order", bool, False,
-            "frames read earlier frames: render them in order on one machine", "job"),
+    Setting("in-order", bool, None,
+            "render frames in order on one machine; by itself where one reads another", "job"),
     Setting("slices", _slices, "auto",
             "cut each frame into slices for several workers: auto, off or a number", "job", "N"),
     Setting("radiosity", _radiosity, "share",
@@ -11928,9 +11928,11 @@ def _draft(options: Options, scratch: Path) -> Draft:
     uses = tuple(sorted(project.uses))
     for warning in (*pov.warnings, *project.warnings):
         _say(warning)
-    if "own-output" in uses and plan.animation and not options.in_order:
-        _say("the scene seems to read images that its earlier frames write: "
-             "if so, add --in-order")
+    in_order = options.in_order
+    if in_order is None and "own-output" in uses and plan.animation:
+        in_order = True
+        _say("the scene reads images that its frames write: they are rendered in order on one "
+             "computer (if they need not be, add --in-order=no)")
     values = {**pov.values, "Input_File_Name": project.scene}
     if project.scene != pov.scene:
         # The images are named after the scene as it is called here.
@@ -11938,7 +11940,7 @@ def _draft(options: Options, scratch: Path) -> Draft:
     job = PovJob(values, pov.declares, project.library, project.run_dir, uses)
     limits = JobOptions().changed({
         "priority": options.priority, "max_workers": options.max_workers or 0,
-        "retry_limit": options.retries, "in_order": options.in_order,
+        "retry_limit": options.retries, "in_order": bool(in_order),
         "slices": options.slices, "radiosity": options.radiosity,
         "povray": options.povray_version, "verify": options.verify,
         "frame_timeout": options.frame_timeout})

@@ -225,7 +225,7 @@ ANIMATIONS = {
     "animations/raddem/raddem.ini": ["+WT1"],
     "animations/speclr/speclr.ini": [], "animations/splinefollow/splinefollow.ini": [],
     "animations/vect1/vect1.ini": [], "animations/vect2/vect2.ini": [],
-    "portfolio/c_colors.ini": [], "advanced/desk/desk.ini": ["--in-order", "+WT1"],
+    "portfolio/c_colors.ini": [], "advanced/desk/desk.ini": ["+WT1"],
 }
 
 
@@ -306,11 +306,16 @@ def test_an_ini_that_names_a_scene_that_is_not_there_is_told_so(
     assert "reflect.pov" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_a_warning_when_frames_read_what_earlier_frames_wrote(
+def test_frames_that_read_what_earlier_frames_wrote_run_in_order_unless_told_otherwise(
         examples: Path, tmp_path: Path) -> None:
     shutil.copytree(examples / "advanced/desk", tmp_path / "p")
-    result = run(tmp_path, "render", "desk.ini", *SMALL, "+EF1", cwd=tmp_path / "p")
-    assert "--in-order" in result.stderr
+    result = run(tmp_path, "render", "desk.ini", *SMALL, "+EF2", cwd=tmp_path / "p")
+    assert result.returncode == 0 and "in order on one computer" in result.stderr
+    for image in (tmp_path / "p").glob("*.png"):
+        image.unlink()
+    result = run(tmp_path, "render", "--in-order=no", "desk.ini", *SMALL, "+SF2", "+EF2",
+                 cwd=tmp_path / "p")
+    assert result.returncode == 1 and "desk1.png" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [
