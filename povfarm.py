@@ -10598,6 +10598,7 @@ class RunState:
         self.open = {task.frame: task for task in lease.tasks}
         self.bottoms: dict[int, int] = {}  # of tasks whose lower rows others render
         self.cut = False
+        self.look_again = 0.0  # when to read the state next
         self.scene_files: dict[str, tuple[int, int]] = {}  # as they were at the last look
         self.told: dict[str, str] = {}  # the hash of each that was delivered
 
@@ -11094,9 +11095,15 @@ class Worker:
         if not 100 * rows / (region.bottom - region.top) - 2 < run.text.percent < 97:
             return False
         # Only the state tells: one thread may be at a block while others are far below it.
+        start = self._clock.monotonic()
+        if start < run.look_again:
+            return False
         with contextlib.suppress(OSError), open(
                 replace(plan, frames=(run.task.frame,)).state, "rb") as state:
-            return copy_state(state, None, region, plan.block).rows >= rows
+            finished = copy_state(state, None, region, plan.block).rows >= rows
+            now = self._clock.monotonic()
+            run.look_again = now + 10 * (now - start)  # it may be hundreds of megabytes
+            return finished
         return False
 
     def _shortened(self, run: RunState, plan: Run) -> Run:

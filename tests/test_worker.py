@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -246,7 +247,13 @@ def test_a_slice_ends_when_its_rows_are_there(
     plan.state.write_bytes(STATE_HEADER + b"".join(blocks))
     run = RunState(plan.lease, povfarm.Clock())
     run.text.percent, run.bottoms = percent, {task.id: 8}
-    assert Worker._is_cut(None, run, plan) is cut  # type: ignore[arg-type]
+    worker = Worker(None, None, None, None, 1)  # type: ignore[arg-type]
+    run.look_again = math.inf
+    assert not worker._is_cut(run, plan)
+    run.look_again = 0.0
+    assert worker._is_cut(run, plan) is cut
+    looked = percent == 66
+    assert (run.look_again > 0) is looked
 
 
 # --- what a killed worker leaves, and what a full disk does not take
