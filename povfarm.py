@@ -5072,6 +5072,13 @@ MIGRATIONS: tuple[str, ...] = (
     ) WITHOUT ROWID;
     CREATE INDEX written_sha256 ON written (sha256);
     """,
+    # The row before which an attempt at a slice was to end when it was given out, 0 for a whole
+    # frame: where its task has fewer rows now, others were given the rest.
+    """
+    ALTER TABLE attempt ADD COLUMN given INTEGER NOT NULL DEFAULT 0;
+    UPDATE attempt SET given = (SELECT bottom FROM task WHERE task.id = attempt.task)
+    WHERE state = 'live' AND task IN (SELECT id FROM task WHERE parent IS NOT NULL);
+    """,
 )
 
 Row = sqlite3.Row
@@ -5859,8 +5866,9 @@ class Tx:
                VALUES (:lease, :worker, :job, :now)""",
             {"lease": lease, "worker": worker, "job": job, "now": now})
         self._db.executemany(
-            """INSERT INTO attempt (task, lease, worker, state, started)
-               VALUES (:task, :lease, :worker, 'live', :now)""",
+            """INSERT INTO attempt (task, lease, worker, state, started, given)
+               SELECT id, :lease, :worker, 'live', :now, bottom * (parent IS NOT NULL)
+               FROM task WHERE id = :task""",
             [{"task": task, "lease": lease, "worker": worker, "now": now} for task in tasks])
 
     def lease(self, lease: str) -> Row | None:
@@ -5922,6 +5930,15 @@ class Tx:
                FROM attempt CROSS JOIN task ON task.id = attempt.task
                WHERE task.job = :job AND attempt.state = 'live'
                ORDER BY attempt.started, task.frame DESC""", {"job": job}).fetchall()
+
+    def cut_attempts(self) -> list[Row]:
+        """Return the attempts under way at slices that had more rows when they were given out."""
+        return self._db.execute(
+            """SELECT attempt.lease AS lease, attempt.given AS given, task.*, job.pov AS pov
+               FROM attempt CROSS JOIN task ON task.id = attempt.task
+               JOIN job ON job.id = task.job
+               WHERE attempt.state = 'live' AND task.kind = 'slice'
+               AND attempt.given != task.bottom""").fetchall()
 
     def end_attempt(self, attempt: int, state: AttemptState, now: float, message: str = "",
                     log: str = "") -> None:
@@ -6083,12 +6100,14 @@ class Offer:
 
 
 class Cut(NamedTuple):
-    """What became of a task under way of which others render the lower rows.
+    """What became of the task of a lease of which others render the lower rows.
 
-    ``task`` is the slice that its worker still makes, down to the row
-    ``bottom``, and ``scale`` turns progress in what it was given into progress in that.
+    ``given`` is the task that its worker knows of, ``task`` the slice that it still
+    makes of it, down to the row ``bottom``; ``scale`` turns progress in the one
+    into progress in the other.
     """
 
+    given: int
     task: int
     bottom: int
     scale: float
@@ -6123,9 +6142,11 @@ class Scheduler:
         self._closed = False
         self._delivery = threading.Lock()
         self._joining = threading.Lock()
-        # By task and lease: the parts that were rendered, the last few, and when that was heard.
+        # By task and lease: the last parts of what was given that were rendered, and when each was
+        # heard of.
         self._progress: dict[int, dict[str, list[tuple[float, float]]]] = {}
-        self._cuts: dict[int, Cut] = {}
+        self._cuts: dict[str, Cut] = {}  # by lease
+        self._told: dict[str, int] = {}  # by lease, the row that a beat was answered with
         self._seen: dict[int, float] = {}
         self._slots: dict[int, int] = {}
         self._left: dict[int, int] = {}
@@ -6325,7 +6346,8 @@ class Scheduler:
 
     def progress(self, task: int) -> float:
         """Return how much of a task is rendered, 0 to 1, as last heard."""
-        return max((notes[-1][0] for notes in self._progress.get(task, {}).values()), default=0.0)
+        return max((self._notes(task, lease)[-1][0]
+                    for lease in list(self._progress.get(task, {}))), default=0.0)
 
     def sickness(self, tx: Tx, worker: int) -> str:
         """Return what is wrong with a worker's work: wrong pictures, or nothing but failures.
@@ -6377,6 +6399,8 @@ class Scheduler:
             self._seen[worker] = self.clock.monotonic()
             self._slots[worker] = offer.slots
             leases = self._grant(worker, offer)
+            if any(lease.tasks[0].kind is TaskKind.SLICE for lease in leases):
+                self._tell_cuts()
             left = end - self.clock.monotonic()
             if leases or left <= 0 or self._closed:
                 return leases
@@ -6391,13 +6415,11 @@ class Scheduler:
         before which it may end. Answers after ``wait`` seconds, or at once when
         there is such news.
         """
-        known = {task for tasks in progress.values() for task in tasks} & set(self._cuts)
         end = self.clock.monotonic() + min(wait, self.lease_time / 3)
         stays = self._left.get(worker, 0)
         for lease, tasks in progress.items():
             for task, part in tasks.items() if self._owners.get(lease) == worker else ():
-                cut = self._cuts.get(task, Cut(task, 0, 1.0))
-                self._note(cut.task, lease, part * cut.scale)
+                self._note(task, lease, part)
         while True:
             with self._changed:
                 version = self._version
@@ -6411,10 +6433,11 @@ class Scheduler:
                     continue
                 self._deadlines[lease] = now + self.lease_time
             left = end - now
-            cuts = {task: self._cuts[task].bottom for tasks in progress.values()
-                    for task in tasks if task in self._cuts}
-            if ended or left <= 0 or self._closed or set(cuts) - known:
-                return ended, cuts
+            cuts = {lease: cut for lease, cut in list(self._cuts.items()) if lease in progress}
+            news = [lease for lease, cut in cuts.items() if self._told.get(lease) != cut.bottom]
+            if ended or news or left <= 0 or self._closed:
+                self._told.update({lease: cut.bottom for lease, cut in cuts.items()})
+                return ended, {cut.given: cut.bottom for cut in cuts.values()}
             self._wait(version, left)
 
     def leave(self, worker: int) -> None:
@@ -6448,7 +6471,7 @@ class Scheduler:
         files that the scene wrote itself: of each, the last frame's stays.
         """
         with self.store.read() as tx:
-            attempt, row, job = self._attempt(tx, worker, lease, task)
+            _, row, job = self._attempt(tx, worker, lease, task)
         pov = pov_of(job["pov"])
         if row["kind"] != TaskKind.PASS:
             least = row["bottom"] or pov.options.height
@@ -6458,37 +6481,49 @@ class Scheduler:
             check_image(image, pov.options.extension, pov.options.width, bottom - row["top"])
         elif not image:
             raise ImageError("nothing came of what the slices should share")
-        directory = self.store.job_directory(job["id"], job["name"])
         with self._delivery:
-            with self.store.read() as tx:
-                attempt, row, job = self._attempt(tx, worker, lease, task)
-                if attempt["state"] == AttemptState.KEPT or cast(Row, tx.worker(worker))["aside"]:
-                    return False
-                verdict, kept = self._judge(tx, job, row, worker, image), tx.kept(row["id"])
-                pieces = self._pieces(tx, row, image, pov.options.extension, bottom)
-            log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
-            if verdict.keep:
-                self.store.put_image(directory / "parts", kept_name(row, attempt["id"]), image)
-                pieces, kept = [], []
-            for piece, data in pieces:
-                self.store.put_image(*place_of(directory, piece), data)
-            files = self._put_written(written)
-            with self._tx() as tx:
-                if verdict.keep:
-                    accepted = self._keep(tx, attempt, verdict.keep, log_name, cost)
-                else:
-                    accepted = self._accept(tx, attempt, pieces, log_name, cost)
-                    self._conclude(tx, row, verdict)
-                for path, (sha256, size) in files.items() if accepted else ():
-                    self._add_blob(tx, sha256, size)
-                    tx.add_written(job["id"], path, row["frame"], sha256, size)
-            for old in kept:
-                (directory / "parts" / kept_name(row, old["id"])).unlink(missing_ok=True)
-            for piece, _ in pieces:
-                if piece["state_of"]:
-                    (directory / "parts" / f"{piece['id']}.state").unlink(missing_ok=True)
+            accepted = None
+            while accepted is None:
+                accepted = self._take(worker, lease, task, image, log_text, cost, bottom, written)
         self.join_frames()
         self._wake()
+        return accepted
+
+    def _take(self, worker: int, lease: str, task: int, image: bytes, log_text: bytes, cost: Cost,
+              bottom: int, written: Mapping[str, bytes]) -> bool | None:
+        """Store an image and accept it; None when its task was divided while it was written."""
+        with self.store.read() as tx:
+            attempt, row, job = self._attempt(tx, worker, lease, task)
+            if attempt["state"] == AttemptState.KEPT or cast(Row, tx.worker(worker))["aside"]:
+                return False
+            verdict, kept = self._judge(tx, job, row, worker, image), tx.kept(row["id"])
+            pieces = self._pieces(tx, row, image, pov_of(job["pov"]).options.extension, bottom)
+        directory = self.store.job_directory(job["id"], job["name"])
+        log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
+        if verdict.keep:
+            self.store.put_image(directory / "parts", kept_name(row, attempt["id"]), image)
+            pieces, kept = [], []
+        for piece, data in pieces:
+            self.store.put_image(*place_of(directory, piece), data)
+        files = self._put_written(written)
+        with self._tx() as tx:
+            if any(cast(Row, tx.task(piece["id"]))["bottom"] != piece["bottom"]
+                   for piece in (row, *(piece for piece, _ in pieces))):
+                return None
+            if verdict.keep:
+                self._keep(tx, attempt, verdict.keep, log_name, cost)
+                accepted = True
+            else:
+                accepted = self._accept(tx, attempt, pieces, log_name, cost)
+                self._conclude(tx, row, verdict)
+            for path, (sha256, size) in files.items() if accepted else ():
+                self._add_blob(tx, sha256, size)
+                tx.add_written(job["id"], path, row["frame"], sha256, size)
+        for old in kept:
+            (directory / "parts" / kept_name(row, old["id"])).unlink(missing_ok=True)
+        for piece, _ in pieces:
+            if piece["state_of"]:
+                (directory / "parts" / f"{piece['id']}.state").unlink(missing_ok=True)
         return accepted
 
     def _put_written(self, written: Mapping[str, bytes]) -> dict[str, tuple[str, int]]:
@@ -6651,7 +6686,33 @@ class Scheduler:
                                for lease in leases}
             self._granted = {lease: self._granted.get(lease, now) for lease in leases}
             self._owners = leases
-            self._cuts = {}  # whoever heard of one delivers what he was told, the others all rows
+            self._told = {lease: row for lease, row in self._told.items() if lease in leases}
+            self._recall_cuts(tx)
+
+    def _tell_cuts(self) -> None:
+        """Let beats tell whose rows were given to others: only when that is in the database."""
+        before = self._cuts
+        with self.store.tx() as tx:
+            self._recall_cuts(tx)
+        if self._cuts != before:
+            self._wake()
+
+    def _recall_cuts(self, tx: Tx) -> None:
+        """Learn from the database of which tasks under way others render the lower rows."""
+        cuts = {}
+        for row in tx.cut_attempts():
+            options = pov_of(row["pov"]).options
+            region = region_of(options)
+            before, now = (min(bottom, region.bottom) - max(row["top"], region.top)
+                           for bottom in (row["given"] or options.height, row["bottom"]))
+            given = row["id"] if row["given"] else row["parent"]
+            cuts[row["lease"]] = Cut(given, row["id"], row["bottom"], before / now)
+        with self._changed:  # no progress is noted in between
+            for lease, cut in cuts.items():
+                notes = self._progress.get(cut.given, {}).pop(lease, None)
+                if notes:
+                    self._progress.setdefault(cut.task, {})[lease] = notes
+            self._cuts = cuts
 
     def _wake(self) -> None:
         with self._changed:
@@ -6708,7 +6769,6 @@ class Scheduler:
         tx.add_event(self.clock.time(), part + to.value, why, task["job"], task["frame"])
         if to is not TaskState.LEASED:
             self._progress.pop(task["id"], None)
-            self._cuts = {key: cut for key, cut in self._cuts.items() if cut.task != task["id"]}
         if task["parent"]:
             self._settle_frame(tx, task["parent"], why)
             return
@@ -6820,16 +6880,13 @@ class Scheduler:
         odd_ones = [row for row, alike in zip(kept, same) if not alike]
         return Verdict(odd=odd_ones[0] if odd_ones else None)
 
-    def _keep(self, tx: Tx, attempt: Row, why: str, log_name: str, cost: Cost) -> bool:
+    def _keep(self, tx: Tx, attempt: Row, why: str, log_name: str, cost: Cost) -> None:
         """Let another worker render a frame whose image is kept beside the finished ones."""
-        task = tx.task(attempt["task"])
-        if task is None or task["cut"] is not None:  # sliced just now
-            return False
+        task = cast(Row, tx.task(attempt["task"]))
         tx.add_job_cost(task["job"], cost)
         self._end_attempt(tx, attempt, AttemptState.KEPT, why, log_name)
         if task["state"] == TaskState.LEASED and not tx.live_attempts_of_task(task["id"]):
             self._move(tx, task, TaskState.QUEUED, why)
-        return True
 
     def _conclude(self, tx: Tx, task: Row, verdict: Verdict) -> None:
         """Tell of a doubt, and set the worker aside whose picture is the odd one."""
@@ -6924,6 +6981,7 @@ class Scheduler:
     def _end_attempt(self, tx: Tx, attempt: Row, state: AttemptState, message: str,
                      log_name: str) -> None:
         tx.end_attempt(attempt["id"], state, self.clock.time(), message, log_name)
+        self._progress.get(attempt["task"], {}).pop(attempt["lease"], None)
         if not tx.live_attempts_of_lease(attempt["lease"]):
             tx.end_lease(attempt["lease"], "finished", self.clock.time())
             self._forget_lease(attempt["lease"])
@@ -6932,6 +6990,7 @@ class Scheduler:
                    to: TaskState = TaskState.QUEUED) -> None:
         for attempt in tx.live_attempts_of_lease(lease["id"]):
             tx.end_attempt(attempt["id"], state, self.clock.time(), why)
+            self._progress.get(attempt["task"], {}).pop(lease["id"], None)
             task = tx.task(attempt["task"])
             if (task is not None and task["state"] == TaskState.LEASED
                     and not tx.live_attempts_of_task(task["id"])):
@@ -6943,6 +7002,7 @@ class Scheduler:
         self._deadlines.pop(lease, None)
         self._granted.pop(lease, None)
         self._owners.pop(lease, None)
+        self._told.pop(lease, None)
 
     def _used_up(self, tx: Tx, task: Row, job: Row, scene: bool) -> bool:
         failed = tx.failed_workers(task["id"])
@@ -7166,13 +7226,23 @@ class Scheduler:
         tx.set_cut(frame["id"], bottom, frame["bottom"])
         return tx.add_part(frame, TaskKind.SLICE, frame["cut"], bottom)
 
-    def _note(self, task: int, lease: str, part: float) -> None:
-        notes = self._progress.setdefault(task, {}).setdefault(lease, [])
-        now = self.clock.monotonic()
-        if not notes or notes[-1][0] != min(part, 1.0):
-            notes.append((min(part, 1.0), now))
-            while len(notes) > 2 and notes[1][1] < now - RECENT:
-                notes.pop(0)
+    def _note(self, given: int, lease: str, part: float) -> None:
+        with self._changed:
+            cut = self._cuts.get(lease)
+            task = cut.task if cut and cut.given == given else given
+            notes = self._progress.setdefault(task, {}).setdefault(lease, [])
+            now = self.clock.monotonic()
+            if not notes or notes[-1][0] != part:
+                notes.append((part, now))
+                while len(notes) > 2 and notes[1][1] < now - RECENT:
+                    notes.pop(0)
+
+    def _notes(self, task: int, lease: str) -> list[tuple[float, float]]:
+        """Return which parts of a task were rendered as was heard of a lease, and when."""
+        notes = list(self._progress.get(task, {}).get(lease, [])) or [(0.0, 0.0)]
+        cut = self._cuts.get(lease)
+        scale = cut.scale if cut and cut.task == task else 1.0
+        return [(min(part * scale, 1.0), heard) for part, heard in notes]
 
     def _left_of(self, attempt: Row, speeds: Mapping[int, float] = {},
                  cost: SliceCost | None = None) -> float:
@@ -7181,7 +7251,7 @@ class Scheduler:
         Before any of it was heard, a slice takes as long as others did, with ``speeds`` in rows
         a second by worker and their ``cost``; for ever when that is over or not known.
         """
-        notes = self._progress.get(attempt["task"], {}).get(attempt["lease"], [(0.0, 0.0)])
+        notes = self._notes(attempt["task"], attempt["lease"])
         part, heard = notes[-1]
         # Rows are rather like those just above them than like all of the picture.
         before, then = notes[0] if len(notes) > 1 else (
@@ -7267,25 +7337,15 @@ class Scheduler:
         middle = split_row(task["top"], bottom, region, size, self.progress(task["id"]), share)
         if middle is None:
             return []
-        top = max(task["top"], region.top)
-        scale = (min(bottom, region.bottom) - top) / (middle - top)
         if task["kind"] == TaskKind.SLICE:
-            frame, kept = cast(Row, tx.task(task["parent"])), task["id"]
-            tx.set_bottom(kept, middle)
+            frame = cast(Row, tx.task(task["parent"]))
+            tx.set_bottom(task["id"], middle)
         else:
             tx.set_cut(task["id"], height, height)
             frame = cast(Row, tx.task(task["id"]))
             first = tx.add_part(frame, TaskKind.SLICE, 0, middle)
-            kept = first["id"]
-            tx.move_attempts(task["id"], kept)
+            tx.move_attempts(task["id"], first["id"])
             self._move(tx, first, TaskState.LEASED, "the rest goes to another worker")
-        self._progress[kept] = {
-            lease: [(min(part * scale, 1.0), heard) for part, heard in notes]
-            for lease, notes in self._progress.pop(task["id"], {}).items()}
-        given = next((key for key, cut in self._cuts.items() if cut.task == task["id"]), task["id"])
-        before = self._cuts.get(given, Cut(kept, bottom, 1.0))
-        self._cuts[given] = Cut(kept, middle, before.scale * scale)
-        self._wake()  # its beat
         return [tx.add_part(frame, TaskKind.SLICE, middle, bottom)]
 
     def _pick_straggler(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:

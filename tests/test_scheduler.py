@@ -1677,7 +1677,7 @@ class Chaos:
     def step(self) -> None:
         names = [name[3:] for name in dir(self) if name.startswith("do_")]
         weights = [{"lease": 25, "finish": 40, "fail": 12, "beat": 4, "submit": 6, "retry": 4,
-                    "cancel": 1.5, "delete": 0.5, "restart": 0.5, "pause": 2, "resume": 2}.get(name, 1)
+                    "cancel": 1.5, "delete": 0.5, "restart": 0.5, "pause": 2, "resume": 2, "drag": 12}.get(name, 1)
                    for name in names]
         name = self.chance.choices(names, weights)[0]
         try:
