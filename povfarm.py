@@ -5078,6 +5078,9 @@ MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE attempt ADD COLUMN given INTEGER NOT NULL DEFAULT 0;
     UPDATE attempt SET given = (SELECT bottom FROM task WHERE task.id = attempt.task)
     WHERE state = 'live' AND task IN (SELECT id FROM task WHERE parent IS NOT NULL);
+    DROP INDEX task_done;
+    CREATE INDEX task_done ON task (job, finished) WHERE state = 'done' AND parent IS NULL;
+    CREATE INDEX task_slice ON task (job, finished) WHERE state = 'done' AND kind = 'slice';
     """,
 )
 
@@ -5734,7 +5737,8 @@ class Tx:
     def newest_task_of(self, job: int) -> Row | None:
         """Return the frame of one job that was finished last."""
         return cast("Row | None", self._db.execute(
-            """SELECT * FROM task WHERE job = :job AND state = 'done' AND slice = 0
+            """SELECT * FROM task INDEXED BY task_done
+               WHERE job = :job AND state = 'done' AND parent IS NULL
                ORDER BY finished DESC, id DESC LIMIT 1""", {"job": job}).fetchone())
 
     def neighbours(self, job: int, frame: int) -> list[Row]:
@@ -5767,6 +5771,12 @@ class Tx:
             "SELECT * FROM task WHERE parent = :frame ORDER BY top, slice",
             {"frame": frame}).fetchall()
 
+    def slice_states(self, frame: int) -> set[TaskState]:
+        """Return the states in which slices of a frame are."""
+        return {TaskState(row["state"]) for row in self._db.execute(
+            "SELECT DISTINCT state FROM task WHERE parent = :frame AND kind = 'slice'",
+            {"frame": frame})}
+
     def queued_parts(self, job: int) -> list[Row]:
         """Return the slices and passes of a job that wait for a worker."""
         return self._db.execute(
@@ -5780,6 +5790,15 @@ class Tx:
             """SELECT * FROM task INDEXED BY task_cut
                WHERE job = :job AND state IN ('queued', 'leased') AND cut IS NOT NULL
                ORDER BY frame""", {"job": job}).fetchall()
+
+    def has_rows(self, job: int) -> bool:
+        """Tell whether slices or passes of a job wait for a worker, or rows that are not cut."""
+        return self._db.execute(
+            """SELECT 1 FROM task INDEXED BY task_part
+               WHERE job = :job AND state = 'queued' AND parent IS NOT NULL
+               UNION ALL SELECT 1 FROM task INDEXED BY task_cut
+               WHERE job = :job AND state = 'leased' AND cut IS NOT NULL AND cut < bottom
+               LIMIT 1""", {"job": job}).fetchone() is not None
 
     def frames_to_join(self) -> list[Row]:
         """Return the sliced frames that are not done although every slice of them is."""
@@ -5823,15 +5842,16 @@ class Tx:
         return self._db.execute(
             """SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall,
                       MIN(parse) AS parse
-               FROM (SELECT * FROM task INDEXED BY task_part
-                     WHERE job = :job AND kind = 'slice' AND state = 'done'
-                     AND parent IS NOT NULL AND wall > 0 ORDER BY finished DESC LIMIT 64)
+               FROM (SELECT * FROM task INDEXED BY task_slice
+                     WHERE job = :job AND kind = 'slice' AND state = 'done' AND wall > 0
+                     ORDER BY finished DESC LIMIT 64)
                GROUP BY worker""", {"job": job}).fetchall()
 
     def recent_walls(self, job: int) -> list[float]:
         """Return how long the frames took that a job finished last, in seconds."""
         return [row["wall"] for row in self._db.execute(
-            """SELECT wall FROM task WHERE job = :job AND state = 'done' AND parent IS NULL
+            """SELECT wall FROM task INDEXED BY task_done
+               WHERE job = :job AND state = 'done' AND parent IS NULL
                ORDER BY finished DESC LIMIT 99""", {"job": job}) if row["wall"]]
 
     def set_task_state(self, task: int, frm: TaskState, to: TaskState) -> bool:
@@ -5927,9 +5947,17 @@ class Tx:
         return self._db.execute(
             """SELECT attempt.*, task.frame AS frame, task.kind AS kind, task.top AS top,
                       task.bottom AS bottom
-               FROM attempt CROSS JOIN task ON task.id = attempt.task
-               WHERE task.job = :job AND attempt.state = 'live'
+               FROM task CROSS JOIN attempt ON attempt.task = task.id
+               WHERE task.job = :job AND task.state = 'leased' AND attempt.state = 'live'
                ORDER BY attempt.started, task.frame DESC""", {"job": job}).fetchall()
+
+    def live_attempts_at_parts(self, job: int) -> list[Row]:
+        """Return those of a job's attempts under way that are at slices or passes: mostly few."""
+        return self._db.execute(
+            """SELECT attempt.*, task.kind AS kind, task.top AS top, task.bottom AS bottom
+               FROM task INDEXED BY task_part CROSS JOIN attempt ON attempt.task = task.id
+               WHERE task.job = :job AND task.state = 'leased' AND task.parent IS NOT NULL
+               AND attempt.state = 'live' ORDER BY attempt.started""", {"job": job}).fetchall()
 
     def cut_attempts(self) -> list[Row]:
         """Return the attempts under way at slices that had more rows when they were given out."""
@@ -5979,8 +6007,9 @@ class Tx:
     def has_done(self, job: int, worker: int) -> bool:
         """Tell whether one worker rendered a frame of a job."""
         return self._db.execute(
-            "SELECT 1 FROM task WHERE job = :job AND state = 'done' AND worker = :worker LIMIT 1",
-            {"job": job, "worker": worker}).fetchone() is not None
+            """SELECT 1 FROM attempt CROSS JOIN task ON task.id = attempt.task
+               WHERE attempt.worker = :worker AND attempt.state = 'done' AND task.job = :job
+               LIMIT 1""", {"job": job, "worker": worker}).fetchone() is not None
 
     def recent_attempts(self, worker: int, limit: int) -> list[str]:
         """Return how a worker's last attempts ended, the newest first.
@@ -6081,6 +6110,7 @@ class Tx:
 
 KEEP_BLOBS = 24 * 3600.0  # seconds that contents nobody names any more are kept
 KEEP_EVENTS = 10_000
+LOOK_AGAIN = 1.0  # seconds after which an idle worker looks at what others render
 RECENT = 8.0  # seconds over which the speed of a task is taken
 SICK_PAUSE = 600.0  # seconds until a sick worker gets one task, to see whether it is well
 LEAST_FREE = 100 << 20  # bytes without which no job is taken: its images need some
@@ -6349,19 +6379,22 @@ class Scheduler:
         return max((self._notes(task, lease)[-1][0]
                     for lease in list(self._progress.get(task, {}))), default=0.0)
 
-    def sickness(self, tx: Tx, worker: int) -> str:
+    def sickness(self, tx: Tx, worker: Row) -> str:
         """Return what is wrong with a worker's work: wrong pictures, or nothing but failures.
 
         While all fail nobody is sick: then the scenes are to blame.
         """
-        row = tx.worker(worker)
-        if row is not None and row["aside"]:
-            return str(row["aside"])
-        if set(recent := tx.recent_attempts(worker, 6)) != {"failed"} or len(recent) < 6:
-            return ""
-        others = any(set(tx.recent_attempts(other, 6)) - {"failed"}
-                     for other in self.live_workers() - {worker})
-        return "its last six tasks failed, and others' did not" if others else ""
+        if worker["aside"]:
+            return str(worker["aside"])
+        sick = self._only_fails(tx, worker["id"]) and self._some_succeed(tx)
+        return "its last six tasks failed, and others' did not" if sick else ""
+
+    def _only_fails(self, tx: Tx, worker: int) -> bool:
+        return tx.recent_attempts(worker, 6) == ["failed"] * 6
+
+    def _some_succeed(self, tx: Tx) -> bool:
+        return any(set(tx.recent_attempts(worker, 6)) - {"failed"}
+                   for worker in self.live_workers())
 
     def waiting_for(self, tx: Tx, job: Row) -> str:
         """Return why workers get no frame of a job that has some, when POV-Ray is the reason."""
@@ -6372,8 +6405,9 @@ class Scheduler:
                  and row["state"] == WorkerState.ADMITTED and not self._fits(job, row)]
         if not unfit:
             return ""
-        first = self._begun_with(job)
-        wanted = first.get("povray", "") if job["povray"] == "auto" else job["povray"]
+        wanted = job["povray"]
+        if wanted == "auto":
+            wanted = json.loads(job["engines"]).get("povray", "")
         theirs = {engines.get("povray", "") for engines in unfit} - {wanted}
         return (f"{'1 worker waits' if len(unfit) == 1 else f'{len(unfit)} workers wait'}: this "
                 f"job's frames are rendered with POV-Ray {wanted}, theirs is "
@@ -6389,23 +6423,26 @@ class Scheduler:
         ``alive`` tells whether the worker still listens: one that was killed
         while it waited gets nothing.
         """
-        end = self.clock.monotonic() + wait
+        end, looked = self.clock.monotonic() + wait, -math.inf
         stays = self._left.get(worker, 0)
         while True:
             with self._changed:
                 version = self._version
             if stays != self._left.get(worker, 0) or not alive():
                 return []
-            self._seen[worker] = self.clock.monotonic()
+            now = self._seen[worker] = self.clock.monotonic()
             self._slots[worker] = offer.slots
-            leases = self._grant(worker, offer)
+            # Many may be idle, and are woken by whatever happens: what is under way becomes a
+            # straggler, or worth dividing, by the passing of time.
+            over = now - looked >= LOOK_AGAIN
+            looked = now if over else looked
+            leases = self._grant(worker, offer, over)
             if any(lease.tasks[0].kind is TaskKind.SLICE for lease in leases):
                 self._tell_cuts()
             left = end - self.clock.monotonic()
             if leases or left <= 0 or self._closed:
                 return leases
-            # A task becomes a straggler by the passing of time alone.
-            self._wait(version, min(left, 1.0 if self._deadlines else self.lease_time / 3))
+            self._wait(version, min(left, LOOK_AGAIN if self._deadlines else self.lease_time / 3))
 
     def beat(self, worker: int, progress: Mapping[str, Mapping[int, float]],
              wait: float) -> tuple[list[str], dict[int, int]]:
@@ -6778,8 +6815,7 @@ class Scheduler:
 
     def _settle_frame(self, tx: Tx, frame: int, why: str) -> None:
         row = cast(Row, tx.task(frame))
-        slices = [TaskState(part["state"]) for part in tx.parts(frame)
-                  if part["kind"] == TaskKind.SLICE]
+        slices = tx.slice_states(frame)
         frm = TaskState(row["state"])
         to = frame_state(slices, frm)
         if not slices or frm is TaskState.DONE or to is frm:
@@ -7010,10 +7046,12 @@ class Scheduler:
             return len(failed) >= job["retry_limit"] or not self._helpers(tx, job) - failed
         return bool(task["tries"] + 1 >= job["retry_limit"])
 
-    def _grant(self, worker: int, offer: Offer) -> list[LeaseSpec]:
+    def _grant(self, worker: int, offer: Offer, over: bool) -> list[LeaseSpec]:
+        """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
         leases: list[LeaseSpec] = []
         with self.store.read() as tx:
-            if self.store.notice or not tx.leasable_jobs():
+            if self.store.notice or not any(over or job["queued"] or tx.has_rows(job["id"])
+                                            for job in tx.leasable_jobs()):
                 return leases
         with self._tx() as tx:
             row = tx.worker(worker)
@@ -7021,7 +7059,7 @@ class Scheduler:
                 return leases
             if row["aside"]:
                 return leases
-            if self.sickness(tx, worker):
+            if self.sickness(tx, row):
                 return self._try_sick(tx, row, offer)
             self._trials.pop(worker, None)
             while len(leases) < offer.want:
@@ -7056,25 +7094,26 @@ class Scheduler:
                     return self._give(tx, job, row, tasks[:1] if sick else tasks, offer.idle)
         return None
 
-    def _begun_with(self, job: Row) -> dict[str, str]:
-        """Return the engines of the worker that began a job, of which something is there."""
-        begun = job["done"] or job["leased"] or job["verify"]  # of which an image may be kept
-        return cast("dict[str, str]", json.loads(job["engines"])) if begun else {}
+    def _has_begun(self, job: Row) -> bool:
+        """Tell whether something is there of what the worker rendered that began a job."""
+        return bool(job["done"] or job["leased"] or job["verify"])  # of which one may be kept
 
     def _fits(self, job: Row, worker: Row) -> bool:
-        return engine_fits(job["povray"], self._begun_with(job), json.loads(worker["engines"]))
+        return _engine_fits(job["povray"], job["engines"] if self._has_begun(job) else "{}",
+                            worker["engines"])
 
     def _may_work(self, tx: Tx, job: Row, worker: int, sick: bool) -> bool:
-        workers = tx.job_workers(job["id"])
-        if job["max_workers"] and worker not in workers and len(workers) >= job["max_workers"]:
-            return False
+        if job["max_workers"]:
+            workers = tx.job_workers(job["id"]) - {worker}
+            if len(workers) >= job["max_workers"]:
+                return False
         if job["in_order"] and job["leased"]:
             return False
         # One pass has all cores of a worker, and one slice that the farm has cut by itself; the
         # next may begin when it is nearly done.
         alone = (TaskKind.PASS, TaskKind.SLICE)[:1 + (job["slices"] == "auto")]
-        parts = [attempt for attempt in tx.live_attempts_of_job(job["id"])
-                 if attempt["worker"] == worker and attempt["kind"] != TaskKind.FRAME]
+        parts = [attempt for attempt in tx.live_attempts_at_parts(job["id"])
+                 if attempt["worker"] == worker]
         mine = [self._left_of(attempt) for attempt in parts if attempt["kind"] in alone]
         if len(mine) > 1 or any(left > 2 * START for left in mine):
             return False
@@ -7094,10 +7133,11 @@ class Scheduler:
         Those that fail all of the job count when there are no others: then
         the scene is to blame, and the job has to find that out.
         """
-        live = self.live_workers() & {
-            row["id"] for row in tx.workers()
-            if row["state"] == WorkerState.ADMITTED and self._fits(job, row)}
-        well = {worker for worker in live if not self.sickness(tx, worker)}
+        live, some_succeed = self.live_workers(), self._some_succeed(tx)
+        well = {row["id"] for row in tx.workers()
+                if row["id"] in live and row["state"] == WorkerState.ADMITTED
+                and not row["aside"] and self._fits(job, row)
+                and not (some_succeed and self._only_fails(tx, row["id"]))}
         return {worker for worker in well if not self._is_hopeless(tx, job, worker)} or well
 
     def _pick(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
@@ -7273,7 +7313,7 @@ class Scheduler:
         """Take a slice from a worker that got it ahead of time, and is held up by another."""
         if not offer.idle or job["slices"] != "auto":
             return []
-        attempts = [attempt for attempt in tx.live_attempts_of_job(job["id"])
+        attempts = [attempt for attempt in tx.live_attempts_at_parts(job["id"])
                     if attempt["kind"] == TaskKind.SLICE and attempt["worker"] != worker]
         held_up = {attempt["worker"] for attempt in attempts
                    if 3 * START < self._left_of(attempt) < math.inf}
@@ -7379,7 +7419,7 @@ class Scheduler:
         now = self.clock.time()
         tx.add_lease(lease, worker["id"], job["id"], [task["id"] for task in tasks], now)
         tx.set_job_started(job["id"], now)
-        if not self._begun_with(job):
+        if not self._has_begun(job) or job["engines"] == "{}":
             tx.set_job_engines(job["id"], worker["engines"])
         for task in tasks:
             if task["state"] == TaskState.QUEUED:
@@ -7425,6 +7465,12 @@ class Scheduler:
             runs = 1 if alone else len(tx.queued_parts(job["id"])) + 1
         threads = max(idle // runs, 1)
         return max(min(threads, int(pov.values.get("Work_Threads", threads))), 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _engine_fits(wanted: str, first: str, engines: str) -> bool:
+    """Tell it of what is in the database as JSON text: the same for most workers."""
+    return engine_fits(wanted, json.loads(first), json.loads(engines))
 
 
 def _is_open(frame: Row | None) -> bool:
@@ -8077,7 +8123,7 @@ class Api:
                 view.update(state="pending", code=row["code"])
             elif row["id"] not in live:
                 view["state"] = "gone"
-            elif sickness := self._farm.sickness(tx, row["id"]):
+            elif sickness := self._farm.sickness(tx, row):
                 view.update(state="sick", reason=sickness)
             else:
                 view["state"] = "working" if runs[row["id"]] else "idle"

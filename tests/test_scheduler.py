@@ -867,6 +867,13 @@ def test_a_worker_that_only_fails_a_job_gets_no_more_of_it(farm: Farm) -> None:
     assert farm.lease(bert).job == bad
 
 
+def sickness(farm: Farm, worker: int) -> str:
+    with farm.store.read() as tx:
+        row = tx.worker(worker)
+        assert row is not None
+        return farm.scheduler.sickness(tx, row)
+
+
 def test_a_worker_that_fails_everything_is_sick_and_gets_nothing(farm: Farm) -> None:
     anna, bert = farm.worker("anna"), farm.worker("bert")
     for number in range(3):
@@ -874,8 +881,7 @@ def test_a_worker_that_fails_everything_is_sick_and_gets_nothing(farm: Farm) -> 
         farm.finish(bert, farm.lease(bert))
     for _ in range(6):
         farm.fail(anna, farm.lease(anna))
-    with farm.store.read() as tx:
-        assert farm.scheduler.sickness(tx, anna) and not farm.scheduler.sickness(tx, bert)
+    assert sickness(farm, anna) and not sickness(farm, bert)
     assert farm.leases(anna) == []
     farm.lease(bert)
 
@@ -888,8 +894,7 @@ def test_broken_scenes_make_no_worker_sick(farm: Farm) -> None:
         farm.submit(2, name=f"broken{number}")
         for _ in range(2):
             farm.fail(anna, farm.lease(anna))
-    with farm.store.read() as tx:
-        assert not farm.scheduler.sickness(tx, anna)
+    assert not sickness(farm, anna)
 
 
 def test_alone_nobody_is_sick(farm: Farm) -> None:
@@ -951,8 +956,7 @@ def test_a_frame_does_not_wait_for_a_worker_that_cannot_help(
             for _ in range(2):
                 farm.fail(bert, farm.lease(bert))
             farm.render(anna)
-        with farm.store.read() as tx:
-            assert farm.scheduler.sickness(tx, bert)
+        assert sickness(farm, bert)
     job = farm.submit(20, name="bad frame 7")
     if other == "hopeless":
         farm.finish(anna, farm.lease(anna))
@@ -1263,6 +1267,21 @@ def test_a_poll_without_work_ends_when_it_is_over(farm: Farm) -> None:
     worker, start = farm.worker(), farm.clock.mono
     assert farm.leases(worker, wait=25) == []
     assert farm.clock.mono == start + 25
+
+
+def test_who_is_idle_looks_at_what_others_render_once_a_second_and_at_what_is_new_at_once(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    farm.submit(1)
+    farm.lease(anna)
+    looks: List[float] = []
+    monkeypatch.setattr(farm.scheduler, "_pick_straggler",
+                        lambda *_: looks.append(farm.clock.mono))
+    farm.clock.meanwhile.extend([farm.scheduler._wake] * 20)
+    assert farm.leases(bert, wait=3) == []
+    assert looks == [1000, 1001, 1002, 1003]
+    farm.clock.meanwhile.extend([farm.scheduler._wake, lambda: farm.submit(1)])
+    assert farm.leases(bert, wait=3) and farm.clock.mono == 1003
 
 
 def test_an_idle_farm_is_silent(farm: Farm) -> None:

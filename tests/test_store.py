@@ -663,9 +663,6 @@ def steps_of_sql(root: Path, frames: int) -> Dict[str, int]:
     """How many steps SQLite takes for what happens all the time, late in a long animation."""
     farm, worker = half_done(root, frames)
     farm.ask("GET", "/api/v1/jobs/1")
-    steps: List[int] = []
-    for connection in (farm.store._writer, *farm.store._readers):
-        connection.set_progress_handler(lambda: steps.append(1), 20)
     leases: List[Any] = []
     actions: Dict[str, Callable[[], Any]] = {
         "lease": lambda: leases.append(farm.lease(worker)),
@@ -676,19 +673,75 @@ def steps_of_sql(root: Path, frames: int) -> Dict[str, int]:
         "the jobs": lambda: farm.ask("GET", "/api/v1/jobs"),
         "the workers": lambda: farm.ask("GET", "/api/v1/workers"),
     }
-    costs = {}
-    for name, action in actions.items():
-        steps.clear()
-        action()
-        costs[name] = len(steps)
+    costs = {name: steps_of(farm, action) for name, action in actions.items()}
     farm.close()
     return costs
+
+
+def steps_of(farm: Farm, action: Callable[[], Any]) -> int:
+    """How many times twenty steps SQLite takes meanwhile."""
+    steps: List[int] = []
+    for connection in (farm.store._writer, *farm.store._readers):
+        connection.set_progress_handler(lambda: steps.append(1), 20)
+    action()
+    return len(steps)
 
 
 def test_a_long_animation_is_no_slower_at_its_end(tmp_path: Path) -> None:
     short, long = (steps_of_sql(tmp_path / str(frames), frames) for frames in (200, 4000))
     assert {name: (short[name], steps) for name, steps in long.items()
             if steps > 2 * short[name] + 50} == {}
+
+
+def steps_of_a_lease(root: Path, others: int, **options: Any) -> Tuple[int, int]:
+    """The steps for a lease and its delivery where so many other workers hold one."""
+    farm = Farm(root)
+    farm.submit(4 * others + 100, **options)
+    workers = [farm.worker(f"w{number}") for number in range(others)]
+    for worker in workers:
+        for lease in farm.leases(worker):
+            farm.finish(worker, lease)
+        farm.leases(worker)
+    leases: List[Any] = []
+    costs = (steps_of(farm, lambda: leases.append(farm.lease(farm.worker()))),
+             steps_of(farm, lambda: farm.finish(others + 1, leases[0])))
+    farm.close()
+    return costs
+
+
+def test_a_lease_is_hardly_dearer_where_many_are_out(tmp_path: Path) -> None:
+    few, many = (steps_of_a_lease(tmp_path / str(others), others) for others in (10, 150))
+    assert many[0] < few[0] + 140 and many[1] < few[1] + 20, (few, many)
+
+
+def test_a_worker_that_only_fails_costs_no_more_in_a_long_animation(tmp_path: Path) -> None:
+    costs = []
+    for frames in (200, 4000):
+        farm, anna = half_done(tmp_path / str(frames), frames)
+        bert = farm.worker("bert")
+        for _ in range(3):
+            farm.fail(bert, farm.lease(bert))
+        costs.append(steps_of(farm, lambda: farm.leases(bert)))  # noqa: B023 - called at once
+        assert farm.lease(anna)
+        farm.close()
+    assert costs[1] < 2 * costs[0] + 50, costs
+
+
+def test_a_slice_costs_no_more_where_many_are_done(tmp_path: Path) -> None:
+    farm = Farm(tmp_path)
+    worker, job = farm.worker(), farm.submit(3, slices=3)
+    costs = []
+    for more in (100, 4000):
+        with farm.store.tx() as tx:
+            frame = tx.tasks(job)[2]
+            tx._db.executemany(
+                """INSERT INTO task (job, frame, slice, name, state, kind, top, bottom, parent,
+                                     wall, parse, worker, finished)
+                   VALUES (:job, 3, :number, 'x', 'done', 'slice', 0, 1, :id, 9, 1, 1, :number)""",
+                [{**dict(frame), "number": number} for number in range(10 * more, 11 * more)])
+        costs.append(steps_of(farm, lambda: farm.lease(worker)))
+    farm.close()
+    assert costs[1] < costs[0] + 50, costs
 
 
 # --- the SQL itself
