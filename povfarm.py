@@ -9330,20 +9330,15 @@ class Engine:
                       *home.glob("share/povray*")]
         return (str(path), *map(str, found), *self.library)
 
-    def probed(self) -> Engine:
-        """Return the same with its version, which takes POV-Ray a quarter of a second.
+    def that_says(self, text: str) -> Engine:
+        """Return the same with its version, from what ``--version`` prints.
 
         Raises ``UserError`` when the program turns out not to be POV-Ray.
         """
-        try:
-            result = subprocess.run(
-                [self.program, "--version"], stdin=subprocess.DEVNULL, capture_output=True,
-                timeout=20, check=False, text=True, errors="replace")
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise UserError(f"{self.program} cannot be started: {error}") from None
-        match = re.search(r"POV-Ray (\d+\.\d+\S*)", result.stdout + result.stderr)
+        match = re.search(r"POV-Ray (\d+\.\d+\S*)", text)
         if match is None:
-            raise UserError(f"{self.program} is not POV-Ray 3.7 or newer: it tells no version")
+            raise UserError(f"{self.program} is not POV-Ray 3.7 or newer: asked for its version, "
+                            f"it says {text.partition(chr(10))[0]!r}")
         return replace(self, version=match[1])
 
     def told(self) -> dict[str, str]:
@@ -9428,10 +9423,6 @@ class WindowsEngine(Engine):
     there, and what it prints goes into a file.
     """
 
-    def probed(self) -> Engine:
-        """Return the same: this program cannot be asked without opening a window."""
-        return self
-
     def command(self, run: Run) -> Command:
         """Return how to render a run with pvengine.exe."""
         library = [str(path) for path in self.library_of(run)]
@@ -9467,7 +9458,7 @@ read+write* = .
 def locate_engine(program: str) -> Engine:
     """Find POV-Ray, ``program`` or the one of this machine, without starting it.
 
-    Its version is not known yet: see ``Engine.probed``. Raises ``UserError``
+    Its version is not known yet: see ``probed``. Raises ``UserError``
     with what to install when there is none.
     """
     path = shutil.which(program or "povray") or (None if program else _windows_program())
@@ -10202,6 +10193,7 @@ class Process:
         return 0 if fields is None else int(fields[21]) * _PAGE
 
 
+_PROBE_SECONDS = 20.0  # that POV-Ray may take to tell its version
 LAUNCHER_GONE = "the process that starts the renderers was killed: start the worker again"
 
 
@@ -10264,8 +10256,11 @@ class Launcher:
                     del self._processes[answer["id"]]
                     process.ended(Ended(answer["code"], answer["cpu"], answer["memory"]))
         self.gone = True
-        for process in self._processes.values():
-            process.ended(Ended(-signal.SIGKILL, 0.0, 0))
+        with self._lock:  # no renderer is added any more: sending fails from now on
+            for process in self._processes.values():
+                if process.pid:  # only Linux ends them by itself
+                    _kill_group(process.pid)
+                process.ended(Ended(-signal.SIGKILL, 0.0, 0))
 
 
 class _LauncherProcess:
@@ -10274,6 +10269,7 @@ class _LauncherProcess:
     def __init__(self, link: socket.socket, nice: int) -> None:
         self._link = link
         self._nice = nice
+        self._pid = os.getpid()
         self._kernel = _Kernel() if sys.platform == "linux" else None
         self._ids: dict[int, int] = {}
         self._buffer = b""
@@ -10284,8 +10280,7 @@ class _LauncherProcess:
         with contextlib.suppress(BaseException):
             self._serve()
         for pid in self._ids:
-            with contextlib.suppress(OSError):
-                os.killpg(pid, signal.SIGKILL)
+            _kill_group(pid)
         os._exit(0)
 
     def _serve(self) -> None:
@@ -10323,12 +10318,14 @@ class _LauncherProcess:
                 continue
             for pid, number in self._ids.items():
                 if number == request["kill"]:
-                    os.killpg(pid, signal.SIGKILL)
+                    _kill_group(pid)
 
     def _start(self, request: dict[str, Any], output: int) -> None:
         pid = os.fork()
         if pid == 0:
             try:
+                if self._kernel is not None:
+                    self._kernel.end_with(self._pid)
                 _become(request, output, self._kernel)
             except BaseException as error:  # whatever it is, nobody else may go on from here
                 os.write(2, f"povfarm: cannot start {request['argv'][0]}: {error}\n".encode())
@@ -10356,10 +10353,14 @@ class _LauncherProcess:
         self._link.sendall(json.dumps(answer).encode() + b"\n")
 
 
+def _kill_group(pid: int) -> None:
+    """End a renderer and what it has started; macOS refuses when it has just ended by itself."""
+    with contextlib.suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def _become(request: dict[str, Any], output: int, kernel: _Kernel | None) -> None:
     """Turn the forked child into the renderer."""
-    if kernel is not None:
-        kernel.end_with_parent()
     os.setpgid(0, 0)
     # Python ignores the last two, and what is ignored stays so in the next program.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD,
@@ -10433,9 +10434,11 @@ class _Kernel:
         usable = sys.maxsize > 1 << 32 and self._libc.prctl(21) >= 0  # PR_GET_SECCOMP
         self._filter = _filter(*calls) if calls and usable else b""
 
-    def end_with_parent(self) -> None:
-        """Never outlive the launcher."""
+    def end_with(self, parent: int) -> None:
+        """Never outlive the process that forked this one, be it gone already."""
         self._call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def confine(self, runs: Sequence[str], reads: Sequence[str]) -> None:
         """Give up, for this process and for good, what a renderer does not need.
@@ -10567,6 +10570,25 @@ def _windows_cpu(program: subprocess.Popen[bytes]) -> float:
 def make_launcher(nice: int = 0) -> Launcher | WindowsLauncher:
     """Return the launcher for this system; call it before any thread is started."""
     return Launcher(nice) if hasattr(os, "fork") else WindowsLauncher(nice)
+
+
+def probed(engine: Engine, launcher: Launcher | WindowsLauncher) -> Engine:
+    """Return an engine with its version, which takes POV-Ray a quarter of a second.
+
+    Raises ``UserError`` when the program turns out not to be POV-Ray.
+    """
+    if isinstance(engine, WindowsEngine):  # it cannot be asked without opening a window
+        return engine
+    process = launcher.start((engine.program, "--version"), Path(), os.environ)
+    limit = threading.Timer(_PROBE_SECONDS, process.kill)
+    limit.start()
+    text = "\n".join(process.lines())
+    ended = process.wait()
+    limit.cancel()
+    if ended.code < 0:
+        raise UserError(f"{engine.program} was ended before it had told its version, or takes "
+                        f"longer than {format_duration(_PROBE_SECONDS)}: try it by hand")
+    return engine.that_says(text)
 
 
 def available_memory() -> int:
@@ -11580,8 +11602,9 @@ def render(options: Options) -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="povfarm-")))
         stack.callback(launcher.close)
         engine = locate_engine(options.povray)
-        engine = engine.probed() if options.lan else engine  # others are to have the same
-        probe = _Background(engine.probed)
+        ask = functools.partial(probed, engine, launcher)
+        engine = ask() if options.lan else engine  # others are to have the same
+        probe = _Background(ask)
         draft = _draft(options, scratch)
         _check_destination(draft)
         coordinator = _private_farm(options, scratch, draft)
@@ -11606,7 +11629,7 @@ def serve(options: Options) -> int:
         if options.work:
             launcher = make_launcher(options.nice)  # before the first thread
             stack.callback(launcher.close)
-            engine = locate_engine(options.povray).probed()
+            engine = probed(locate_engine(options.povray), launcher)
         coordinator = Coordinator(
             options.data, bind=options.bind, port=options.port, name=options.name,
             discovery_port=None if options.no_discovery else options.discovery_port,
@@ -11630,7 +11653,7 @@ def serve(options: Options) -> int:
 def work(options: Options) -> int:
     """Render for a coordinator; the first Ctrl-C finishes the frames under way."""
     with contextlib.closing(make_launcher(options.nice)) as launcher:
-        engine = locate_engine(options.povray).probed()
+        engine = probed(locate_engine(options.povray), launcher)
         stop = threading.Event()
         signals = _Signals(stop.set)
         client = _find_coordinator(options, stop, waits=True)
@@ -11868,14 +11891,15 @@ def discover_command(options: Options) -> int:
 @command("doctor", "", "check whether this computer is fit for rendering")
 def doctor(options: Options) -> int:
     """Look at everything that the farm needs, and say what is missing."""
-    checks = {
-        "Python": (sys.version_info >= (3, 9), platform.python_version()),
-        "POV-Ray": _check_povray(options.povray),
-        "confinement": _check_confinement(options.povray),
-        "disk": _check_disk(options.data),
-        "TCP port 2271": _check_port(socket.SOCK_STREAM, 2271),
-        "UDP port 2269": _check_port(socket.SOCK_DGRAM, 2269),
-    }
+    with contextlib.closing(make_launcher()) as launcher:
+        checks = {
+            "Python": (sys.version_info >= (3, 9), platform.python_version()),
+            "POV-Ray": _check_povray(options.povray, launcher),
+            "confinement": _check_confinement(options.povray, launcher),
+            "disk": _check_disk(options.data),
+            "TCP port 2271": _check_port(socket.SOCK_STREAM, 2271),
+            "UDP port 2269": _check_port(socket.SOCK_DGRAM, 2269),
+        }
     _show(options, [{"check": name, "good": good, "text": text}
                     for name, (good, text) in checks.items()],
           _table([("ok" if good else "NO", name, text) for name, (good, text) in checks.items()]))
@@ -12720,9 +12744,9 @@ def _until_signal() -> None:
 
 # --- doctor
 
-def _check_povray(program: str) -> tuple[bool, str]:
+def _check_povray(program: str, launcher: Launcher | WindowsLauncher) -> tuple[bool, str]:
     try:
-        engine = locate_engine(program).probed()
+        engine = probed(locate_engine(program), launcher)
     except UserError as error:
         return False, str(error)
     if not engine.library:
@@ -12749,11 +12773,10 @@ print("end")
 """
 
 
-def _check_confinement(program: str) -> tuple[bool, str]:
+def _check_confinement(program: str, launcher: Launcher | WindowsLauncher) -> tuple[bool, str]:
     """Start a program that tries everything, and POV-Ray, as renders are started."""
     if sys.platform != "linux":
         return True, "not on this system: work only for farms whose people you trust"
-    launcher = make_launcher()
     with tempfile.TemporaryDirectory(prefix="povfarm-") as scratch, socket.create_server(
             ("127.0.0.1", 0)) as server:
         private, place = Path(scratch, "private"), Path(scratch, "run")
@@ -12770,8 +12793,6 @@ def _check_confinement(program: str) -> tuple[bool, str]:
                 Bounds(engine.parts())).lines())
         except UserError:
             told = ["POV-Ray"]  # the check of POV-Ray says what is wrong with it
-        finally:
-            launcher.close()
     if got[-1:] != ["end"]:
         return False, f"cannot be tried: {' '.join(got[-1:])}"
     if len(got) > 1:

@@ -13,7 +13,18 @@ from typing import Iterator, Union
 import pytest
 from conftest import ROOT, need
 
-from povfarm import Bounds, Launcher, WindowsLauncher, make_launcher
+import povfarm
+from povfarm import (
+    Bounds,
+    Engine,
+    Launcher,
+    UserError,
+    WindowsEngine,
+    WindowsLauncher,
+    locate_engine,
+    make_launcher,
+    probed,
+)
 
 
 @pytest.fixture(params=["fork", "windows"])
@@ -95,19 +106,51 @@ def test_what_a_renderer_is_held_to(tmp_path: Path) -> None:
         min(os.nice(0) + 3, 19), 0, 0, 1024, 1024, 10**9, 10**9, 10**8, 10**8, 1000]
 
 
-def test_a_renderer_ends_with_its_launcher(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_the_kernel", [True, False])
+def test_a_renderer_ends_with_its_launcher(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_the_kernel: bool) -> None:
+    """Also on systems that do not see to it by themselves."""
     need("linux", sys.platform == "linux", "process states are read from /proc")
+    if not by_the_kernel:
+        monkeypatch.setattr(povfarm._Kernel, "end_with", lambda *_: None)
     launcher = make_launcher()
     process = start(launcher, tmp_path, "import time; print('here', flush=True); time.sleep(600)")
     assert next(iter(process.lines())) == "here"
     parent = int(Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[1])
     assert parent != os.getpid()
     os.kill(parent, signal.SIGKILL)
-    end = time.monotonic() + 10
-    while runs(process.pid) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not runs(process.pid)
+    wait_for_the_end(process.pid)
+    assert process.wait().code == -signal.SIGKILL and launcher.gone
     launcher.close()
+
+
+def test_a_renderer_does_not_start_when_its_launcher_is_gone_already(tmp_path: Path) -> None:
+    """The kernel tells only those of its end that have asked for it before."""
+    need("linux", sys.platform == "linux", "it is Linux that is asked")
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1]); import povfarm\n"
+            "povfarm._Kernel().end_with(os.getppid() + int(sys.argv[2])); print('went on')")
+    for other, went_on in ((0, "went on\n"), (1, "")):
+        result = subprocess.run([sys.executable, "-c", code, str(ROOT), str(other)],
+                                stdout=subprocess.PIPE, text=True, check=False)
+        assert result.stdout == went_on
+
+
+def test_what_has_ended_can_be_killed_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS refuses that while nobody has waited for it; the launcher must go on."""
+    need("fork", hasattr(os, "fork"), "there is no launcher without it")
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    launcher = make_launcher()
+    try:
+        first = start(launcher, tmp_path, "input()")
+        first.kill()
+        assert list(start(launcher, tmp_path, "print('on')").lines()) == ["on"]
+        assert not launcher.gone
+    finally:
+        launcher.close()
 
 
 def test_many_at_a_time(tmp_path: Path) -> None:
@@ -149,10 +192,69 @@ def test_nothing_outlives_a_worker_that_is_killed(tmp_path: Path, how: signal.Si
     worker.send_signal(how)
     worker.wait()
     worker.stdout.close()
-    end = time.monotonic() + 10
-    while any(runs(pid) for pid in pids) and time.monotonic() < end:
+    wait_for_the_end(*pids)
+
+
+# --- the version of POV-Ray
+
+def test_povray_tells_its_version(launcher: Launcher, povray: str) -> None:
+    assert probed(locate_engine(""), launcher).version.startswith("3.")
+
+
+def test_povray_for_windows_is_not_asked(launcher: Launcher) -> None:
+    engine = WindowsEngine("/nowhere/pvengine.exe", "3.7", ())
+    assert probed(engine, launcher) is engine
+
+
+def program(tmp_path: Path, code: str) -> Engine:
+    """Return what is called POV-Ray and is a shell script."""
+    fake = tmp_path / "povray"
+    fake.write_text(f"#!/bin/sh\n{code}\n")
+    fake.chmod(0o700)
+    return Engine(str(fake), "", ())
+
+
+def test_a_program_that_is_not_povray_is_refused(launcher: Launcher, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not POV-Ray .* says 'hello'"):
+        probed(program(tmp_path, "echo hello >&2; exit 3"), launcher)
+
+
+def test_a_program_that_says_nothing_for_long_is_ended(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what it has started, which holds its output open."""
+    monkeypatch.setattr(povfarm, "_PROBE_SECONDS", 0.1)
+    launcher = make_launcher()
+    try:
+        with pytest.raises(UserError, match="try it by hand"):
+            probed(program(tmp_path, "sleep 600; echo POV-Ray 3.7"), launcher)
+    finally:
+        launcher.close()
+
+
+def test_what_is_asked_for_its_version_does_not_outlive_a_worker_that_is_killed(
+        tmp_path: Path) -> None:
+    need("linux", sys.platform == "linux", "process states are read from /proc")
+    fake = program(tmp_path, 'echo $$ > part; mv part "$HOME/pid"; exec sleep 600')
+    worker = subprocess.Popen(
+        [sys.executable, str(ROOT / "povfarm.py"), "work", "--server", "http://127.0.0.1:9",
+         "--povray", fake.program, "--data", str(tmp_path / "data")],
+        cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)})
+    while not (tmp_path / "pid").exists():
+        assert worker.poll() is None
         time.sleep(0.01)
-    assert not any(runs(pid) for pid in pids)
+    pid = int((tmp_path / "pid").read_text())
+    assert runs(pid)
+    worker.kill()
+    worker.wait()
+    wait_for_the_end(pid)
+
+
+def wait_for_the_end(*pids: int) -> None:
+    """Wait until none of the processes is there."""
+    end = time.monotonic() + 30
+    while any(runs(pid) for pid in pids):
+        assert time.monotonic() < end, "a process is left over"
+        time.sleep(0.01)
 
 
 def runs(pid: int) -> bool:
