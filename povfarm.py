@@ -3923,7 +3923,7 @@ class Limits:
     body_seconds: float = 30.0  # a body may take this long, and
     body_rate: float = 2000.0  # a second more for each so many bytes that came
     idle_seconds: float = 75.0
-    send_seconds: float = 60.0
+    send_seconds: float = 60.0  # in which the client takes nothing of an answer
     linger_seconds: float = 2.0  # reading on after a refusal, so that the client gets to see it
     stop_seconds: float = 2.0
 
@@ -4693,9 +4693,9 @@ class _Connection:
             if method == "HEAD":
                 body = b""
             if isinstance(body, bytes):
-                self.sock.sendall(head + body)
+                send_all(self.sock, head + body)
             elif isinstance(body, FileSlice):
-                self.sock.sendall(head)
+                send_all(self.sock, head)
                 if self.sock.sendfile(body.file, body.start, body.length) != body.length:
                     raise OSError("the file became shorter while it was sent")
             else:
@@ -4707,16 +4707,16 @@ class _Connection:
         for chunk in body:
             if chunk:
                 data = chunk if old else b"%x\r\n%b\r\n" % (len(chunk), chunk)
-                self.sock.sendall(head + data)
+                send_all(self.sock, head + data)
             elif head:
-                self.sock.sendall(head)
+                send_all(self.sock, head)
             elif not self.alive():
                 raise OSError("nobody listens to the stream")
             head = b""
             if self._server.stopping.is_set():
                 raise OSError("the server is stopping")
         if not old:
-            self.sock.sendall(b"0\r\n\r\n")
+            send_all(self.sock, b"0\r\n\r\n")
 
     # --- the body of a request
 
@@ -4726,7 +4726,7 @@ class _Connection:
         if expects:  # the client waits with it until it is told to send it
             with contextlib.suppress(OSError):  # reading will show it
                 self.sock.settimeout(self._limits.send_seconds)
-                self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                send_all(self.sock, b"HTTP/1.1 100 Continue\r\n\r\n")
         if length is not None:
             yield from self._blocks(length)
         else:
@@ -4786,6 +4786,13 @@ class _Connection:
         del self._buffer[:size]
         self._body_bytes += len(data)
         return data
+
+
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """Send all of it. The socket's timeout is that of a silence: ``sendall``'s is of the whole."""
+    left = memoryview(data)
+    while left:
+        left = left[sock.send(left[:BUFFER]):]
 
 
 _LINE_ENDS = re.compile(rb"(?:\r\n)*")
@@ -9852,7 +9859,7 @@ class Transport:
         sock.settimeout(call.timeout)
         try:
             if isinstance(call.body, bytes):
-                sock.sendall(self._head(call, len(call.body)) + call.body)
+                send_all(sock, self._head(call, len(call.body)) + call.body)
                 return True
             try:
                 file = call.body.open("rb")
@@ -9861,7 +9868,7 @@ class Transport:
                     f"{call.body} cannot be read: {error.strerror or error}") from error
             with file:
                 size = os.fstat(file.fileno()).st_size
-                sock.sendall(self._head(call, size))
+                send_all(sock, self._head(call, size))
                 if size and sock.sendfile(file, 0, size) != size:
                     raise OSError(f"{call.body.name} became shorter while it was sent")
             return True

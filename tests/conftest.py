@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,32 @@ def run_povray(args: List[str], cwd: Path) -> "subprocess.CompletedProcess[str]"
         ["povray", *args, "-D"], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
         text=True, errors="replace", timeout=600, check=False,
     )
+
+
+class SlowLink:
+    """A socket through which little goes at a time, and that only after most of the timeout.
+
+    No time passes for that.
+    """
+
+    def __init__(self) -> None:
+        self.arrived = b""
+        self.timeout = 0.0
+
+    def settimeout(self, seconds: float) -> None:
+        """Set the timeout, as of a socket."""
+        self.timeout = seconds
+
+    def send(self, data: Any) -> int:
+        """Take at most 1000 bytes, as a socket may."""
+        self.arrived += bytes(data[:1000])
+        return min(len(data), 1000)
+
+    def sendall(self, data: Any) -> None:
+        """Send in no more time than the timeout for all of it, as Python's sockets do."""
+        self.send(data)
+        if len(data) > 1000:
+            raise socket.timeout("timed out")
 
 
 def pixels_of(path: Path) -> Tuple[int, bytes]:

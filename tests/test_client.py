@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import pytest
-from conftest import need
+from conftest import SlowLink, need
 
 import povfarm
 from povfarm import (
@@ -508,6 +508,14 @@ def test_a_file_is_uploaded(size: int, server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(DATA[:size])
     reply = client(server).request("PUT", "/blob", body=tmp_path / "file")
     assert reply.body.decode() == hashlib.sha256(DATA[:size]).hexdigest()
+
+
+def test_a_large_picture_takes_as_long_as_it_takes_while_it_moves() -> None:
+    """Else it would be sent again and again, and never arrive."""
+    transport, link = Transport("http://127.0.0.1"), SlowLink()
+    call = Call("PUT", "/blob", {}, DATA, 30.0, threading.Event())
+    assert transport._send(link, call)  # type: ignore[arg-type]
+    assert link.arrived.endswith(b"\r\n\r\n" + DATA) and link.timeout == 30
 
 
 @pytest.mark.parametrize("linger", [2, 0], ids=["kind", "rude"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import need, tried
+from conftest import SlowLink, need, tried
 
 import povfarm
 from povfarm import BodyReader, Identity, Limits, Request, Response, Router, Server, route
@@ -967,3 +967,12 @@ def test_requests_that_come_together_in_tls_are_all_answered(certificate: ssl.SS
             first = POST + b"Content-Length: 3\r\n\r\none"
             sock.sendall(first * 3 + GOOD)
             assert statuses(until_closed(sock)) == [200] * 4
+
+
+def test_a_large_answer_takes_as_long_as_it_takes_while_it_moves() -> None:
+    """Over a wireless network, a page of thousands of frames may take minutes."""
+    data = os.urandom(300_000)
+    connection: Any = object.__new__(povfarm._Connection)
+    connection.sock = link = SlowLink()
+    connection._send(Response(200, {}, data), "GET", False, False)
+    assert link.arrived.endswith(b"\r\n\r\n" + data)
