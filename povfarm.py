@@ -10635,6 +10635,7 @@ def _proc_stat(pid: int) -> list[str] | None:
 
 LEASE_WAIT = 25.0  # seconds that a request for work is held open
 PATIENCE = 60.0  # seconds that a worker that is asked to stop renders on, as it looks
+HAND_IN_TIME = 20.0  # seconds that a worker that ends at once takes to hand in what it has begun
 HANG_TIME = 600.0  # seconds without a sign of life after which a renderer is ended
 DISK_RESERVE = 200 * 1000**2  # bytes of disk that no run may come to by writing
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
@@ -10721,7 +10722,7 @@ class RunState:
         self.process: Process | None = None
         self.text = PovText()
         self.place: Path | None = None  # its own directory
-        self.stopped = False
+        self.stopped = threading.Event()
         self.fills_disk = False
         self.overdue = ""  # why it was ended before it was finished
         self._signs: tuple[float, ...] = ()  # of life, as last seen
@@ -10789,7 +10790,7 @@ class RunState:
 
     def stop(self) -> None:
         """End the renderer, at once unless it is writing the image that it has finished."""
-        self.stopped = True
+        self.stopped.set()
         if self.process is not None and not self.text.traced:
             self.process.kill()
 
@@ -10829,10 +10830,12 @@ class Cache:
         root.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
-    def project(self, key: str, last_frame: int) -> Iterator[tuple[Path, Manifest]]:
+    def project(self, key: str, last_frame: int,
+                stop: threading.Event | None = None) -> Iterator[tuple[Path, Manifest]]:
         """Give a project's directory, with every file that frames up to ``last_frame`` need.
 
         Files that another project of the cache has are taken from there.
+        ``stop`` ends the fetching with ``ServerGone``.
         """
         if not re.fullmatch(r"[0-9a-f]{64}", key):
             raise UserError("the coordinator named a project that has no valid key")
@@ -10840,8 +10843,8 @@ class Cache:
             self._using[key] += 1
         try:
             with self._lock:
-                manifest = self._manifest(key)
-                self._fill(key, manifest, last_frame)
+                manifest = self._manifest(key, stop)
+                self._fill(key, manifest, last_frame, stop)
             yield self.root / key / "tree", manifest
         finally:
             with self._lock:
@@ -10867,12 +10870,13 @@ class Cache:
                 self._ready.pop(path.name, None)
                 total -= sizes[path]
 
-    def _manifest(self, key: str) -> Manifest:
+    def _manifest(self, key: str, stop: threading.Event | None) -> Manifest:
         path = self.root / key / "manifest.json"
         try:
             manifest = Manifest.from_wire(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, UserError):
-            reply = self._client.request("GET", f"/api/v1/manifests/{key}", retry_for=300)
+            reply = self._client.request("GET", f"/api/v1/manifests/{key}", retry_for=300,
+                                         stop=stop)
             manifest = Manifest.from_wire(reply.json())
             self._trim(self.limit)
             path.parent.mkdir(exist_ok=True)
@@ -10881,7 +10885,8 @@ class Cache:
             raise ServerGone("the coordinator sent another project than the one asked for")
         return manifest
 
-    def _fill(self, key: str, manifest: Manifest, last_frame: int) -> None:
+    def _fill(self, key: str, manifest: Manifest, last_frame: int,
+              stop: threading.Event | None) -> None:
         tree = self.root / key / "tree"
         tree.mkdir(exist_ok=True)
         ready = self._ready.setdefault(key, set())
@@ -10896,7 +10901,7 @@ class Cache:
                     shutil.copyfile(self._near(file.sha256), path)
                 elif not self._copy(key, file, path):
                     self._client.download(f"/api/v1/blobs/{file.sha256}", path, file.sha256,
-                                          limit=file.size)
+                                          limit=file.size, stop=stop)
             ready.add(file.path)
 
     def _copy(self, key: str, wanted: FileEntry, to: Path) -> bool:
@@ -10983,24 +10988,30 @@ class Worker:
 
     def stop(self) -> None:
         """Finish the frames under way and hand back the rest; a second call ends at once."""
-        again = self._stopping.is_set()
-        if again:
+        if self._stopping.is_set():
             self._ending.set()
         self._stopping.set()
-        for run in list(self._runs):
-            if again or run.left() > PATIENCE:
-                run.stop()
         with self._changed:
+            self._stop_long()
             self._changed.notify_all()
+
+    def _stop_long(self) -> None:
+        """Stop the runs that are not waited for, in whatever they are."""
+        for run in self._runs:
+            if self._ending.is_set() or run.process is None or run.left() > PATIENCE:
+                run.stop()
 
     def _finish_all(self) -> None:
         """Wait until what is under way is rendered and delivered, or given up."""
-        told = self._clock.monotonic() + 5
+        told, late = self._clock.monotonic() + 5, math.inf
         with self._changed:
-            while self._runs or (self._held and not self._ending.is_set()):
+            while (self._runs or (self._held and not self._ending.is_set())
+                   ) and self._clock.monotonic() < late:
                 self._changed.wait(1.0)
-                for run in self._runs if self._ending.is_set() else ():
-                    run.stop()  # it began while others were stopped
+                if self._stopping.is_set():
+                    self._stop_long()  # what is longer than it looked, or began just now
+                if self._ending.is_set():
+                    late = min(late, self._clock.monotonic() + HAND_IN_TIME)
                 if not self._runs and self._clock.monotonic() > told:
                     told = math.inf
                     log.warning("finished frames wait for the coordinator: "
@@ -11078,16 +11089,20 @@ class Worker:
             progress = {lease: run.progress() for lease, run in runs.items()}
             slices = any(run.task.kind is TaskKind.SLICE for run in runs.values())
             wait = SLICE_BEAT_WAIT if slices else BEAT_WAIT
-            with contextlib.suppress(FarmError):
+            try:
                 reply = self.client.request(
                     "POST", "/api/v1/beat", json={"leases": progress, "wait": wait},
-                    timeout=wait + 10, retry_for=math.inf)
-                for lease in reply.json()["ended"]:
-                    if runs[lease].open:
-                        runs[lease].stop()
-                for run in runs.values():
-                    run.bottoms.update({int(task): bottom for task, bottom
-                                        in reply.json()["cuts"].items()})
+                    timeout=wait + 10, retry_for=math.inf).json()
+            except FarmError as error:  # it is refused, which is no reason to ask without a pause
+                log.debug("no beat: %s", error)
+                time.sleep(BEAT_WAIT)
+                continue
+            for lease in reply["ended"]:
+                if runs[lease].open:
+                    runs[lease].stop()
+            cuts = {int(task): bottom for task, bottom in reply["cuts"].items()}
+            for run in runs.values():
+                run.bottoms.update(cuts)
 
     def _guard(self) -> None:
         """End renderers that take too long or, when the disk is nearly full, have written most."""
@@ -11113,7 +11128,7 @@ class Worker:
         message, scene = "", False
         try:
             self._render(run)
-            if run.open and not run.stopped and not self._stopping.is_set():
+            if run.open and not run.stopped.is_set() and not self._stopping.is_set():
                 message, scene = _why_it_failed(run, self.bounds)
         except ServerGone:
             pass  # the frame is not to blame: it is handed back
@@ -11133,7 +11148,7 @@ class Worker:
         if self._launcher.gone:
             message = ""
             self._stopping.set()  # not stop(), which gives up what is finished when it comes twice
-        if run.open and not run.stopped:
+        if run.open and not run.stopped.is_set():
             self._give_up(run, message, scene)
         run.open.clear()
         self._let_go(run)
@@ -11162,7 +11177,8 @@ class Worker:
         frames = self._frames(run.lease)
         place = run.place = self._directory()
         try:
-            with self.cache.project(run.lease.manifest, frames[-1]) as (tree, manifest):
+            with self.cache.project(
+                    run.lease.manifest, frames[-1], run.stopped) as (tree, manifest):
                 plan = Run(run.lease, tree, place, frames)
                 _make_directories(plan, manifest)
                 self._get_shared(run, place)
@@ -11180,7 +11196,8 @@ class Worker:
         """Get what the passes of a frame have rendered, and put it together."""
         for number in run.lease.shares:
             path = place / "pass.zip"
-            self.client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300)
+            self.client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300,
+                                 stop=run.stopped)
             files = unpack_files(path.read_bytes(), MAX_SHARED)
             if has_samples(files.get(SAMPLE_FILE, b"")):
                 with open(place / SAMPLE_FILE, "ab") as target:
@@ -11195,7 +11212,8 @@ class Worker:
         """Go on from where another worker stopped; from the start when its state does not fit."""
         with contextlib.suppress(FarmError):
             path = plan.place / "state"
-            self.client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30)
+            self.client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30,
+                                 stop=run.stopped)
             self._begin_from(run, plan, path)
 
     def _begin_from(self, run: RunState, plan: Run, path: Path) -> None:
@@ -11249,7 +11267,7 @@ class Worker:
         pov = plan.lease.pov  # the same blocks as before, for the state has those
         pov = replace(pov, values={**pov.values, "Render_Block_Size": str(plan.block)})
         lease = replace(plan.lease, tasks=(short,), pov=pov)
-        run.cut, old = True, plan.place / "state"
+        run.cut, run.text, old = True, PovText(), plan.place / "state"
         state = replace(plan, frames=(task.frame,)).state
         shorter = replace(plan, lease=lease, frames=(task.frame,))
         if state.is_file():
@@ -11274,7 +11292,7 @@ class Worker:
             if run.text.feed(line):
                 self._finish(run, plan, done, run.text.before, measure.frame())
                 run.began = self._clock.monotonic()
-                if self._stopping.is_set() or run.stopped:
+                if self._stopping.is_set() or run.stopped.is_set():
                     process.kill()
             elif not cut and self._is_cut(run, plan):
                 cut = True
@@ -11297,7 +11315,7 @@ class Worker:
             for index in range(run.text.index, len(plan.frames)):
                 self._finish(run, plan, index, run.text.text, cost)
         self._measured(run, measure, len(plan.frames))
-        return cut and bool(run.open) and not run.stopped
+        return cut and bool(run.open) and not run.stopped.is_set()
 
     def _start(self, run: RunState, plan: Run) -> Process | None:
         """Start the renderer, with all that it looks for in its place; None when it is too late."""
@@ -11310,7 +11328,7 @@ class Worker:
         for path, target in command.links.items():
             if not path.exists():  # a text of its own, or the link of the run before
                 path.symlink_to(target)
-        if run.stopped:
+        if run.stopped.is_set():
             return None
         run.free = free_room(plan.place)
         run.scene_files = plan.scene_files()

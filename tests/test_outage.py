@@ -432,6 +432,83 @@ def test_a_renderer_that_computes_without_a_word_is_left_alone(room: Room) -> No
     room.end()
 
 
+def test_a_beat_that_is_refused_is_not_repeated_without_a_pause(
+        room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: List[Any] = []
+    handle = room.farm.router.handle
+
+    def refuse(request: povfarm.Request) -> povfarm.Response:
+        if request.path != "/api/v1/beat":
+            return handle(request)
+        beats.append(request)
+        return povfarm.json_response({"error": "no"}, 500)
+
+    monkeypatch.setattr(povfarm, "BEAT_WAIT", 3600.0)
+    monkeypatch.setattr(room.farm.router, "handle", refuse)
+    job = room.farm.submit(frames=1)
+    room.worker.engine = Sleeper("", "3.7", ())
+    room.start()
+    wait_until(lambda: beats)
+    time.sleep(0.5)  # longer than it takes to send another
+    assert len(beats) == 1
+    assert room.farm.state(job) == "active"
+    room.worker.stop()
+    room.end()
+
+
+def test_a_worker_that_is_stopped_while_it_fetches_a_project_ends(room: Room) -> None:
+    """It has begun nothing: the coordinator may have gone meanwhile, and is not waited for."""
+    job = room.farm.submit(frames=1)
+    asked = threading.Event()
+
+    def away(call: Call) -> bool:
+        if "/manifests/" in call.target:
+            asked.set()
+        return "/manifests/" in call.target
+
+    room.wire.away = away
+    room.start()
+    assert asked.wait(20)
+    room.worker.stop()
+    room.thread.join(20)
+    assert not room.thread.is_alive() and room.farm.states(job) == ["queued"]
+    room.end()
+
+
+def test_a_render_that_takes_longer_than_it_looked_ends_a_minute_after_the_stop(room: Room) -> None:
+    job = room.farm.submit(frames=1)
+    room.worker.engine = Sleeper("", "3.7", ())
+    room.start()
+    wait_until(lambda: any(run.process and run.process.pid for run in room.worker._watched))
+    room.worker.stop()
+    room.thread.join(2.5)  # longer than somebody takes to look
+    assert room.thread.is_alive()
+    room.clock.skipped += povfarm.PATIENCE
+    room.thread.join(20)
+    assert not room.thread.is_alive() and room.farm.states(job) == ["queued"]
+    room.end()
+
+
+def test_what_cannot_be_handed_in_does_not_hold_up_a_worker_that_ends_at_once(
+        room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    handing_in, gone = threading.Event(), threading.Event()
+    monkeypatch.setattr(Worker, "_hand_in", lambda *_: handing_in.set() or gone.wait(60))
+    room.farm.submit(frames=1)
+    room.worker.engine = Sleeper("", "3.7", ())
+    room.start()
+    wait_until(lambda: any(run.process and run.process.pid for run in room.worker._watched))
+    room.worker.stop()
+    room.worker.stop()
+    assert handing_in.wait(20)
+    room.thread.join(2.5)  # longer than somebody takes to look
+    assert room.thread.is_alive()
+    room.clock.skipped += povfarm.HAND_IN_TIME
+    room.thread.join(20)
+    assert not room.thread.is_alive()
+    gone.set()
+    room.end()
+
+
 def test_to_stop_twice_ends_a_worker_whose_coordinator_is_gone(
         room: Room, caplog: pytest.LogCaptureFixture) -> None:
     room.farm.submit(frames=2)

@@ -256,6 +256,22 @@ def test_a_slice_ends_when_its_rows_are_there(
     assert (run.look_again > 0) is looked
 
 
+def test_what_was_said_before_a_run_was_shortened_counts_no_more(tmp_path: Path) -> None:
+    """Not even when POV-Ray has just deleted its state, and all rows are rendered again."""
+    task = TaskSpec(7, 0, "a.png", TaskKind.SLICE, 0, 12)
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "16",
+                  "Output_File_Type": "N", "Render_Block_Size": "4"}, (), (), ".")
+    plan = Run(LeaseSpec("ab", 1, "job", 1, (task,), "0" * 64, pov, False), tmp_path, tmp_path,
+               (0,))
+    run = RunState(plan.lease, povfarm.Clock())
+    run.bottoms = {task.id: 8}
+    for line in ("Rendered 40 of 48 pixels (83%)", "Trace Time: 3 seconds"):
+        run.text.feed(line)
+    shorter = Worker._shortened(None, run, plan)  # type: ignore[arg-type]
+    assert shorter.region.bottom == run.open[0].bottom == 8 and run.cut
+    assert not run.text.traced and run.text.percent == 0
+
+
 # --- what a killed worker leaves, and what a full disk does not take
 
 def test_files_that_came_by_half_go_when_their_worker_was_killed(tmp_path: Path) -> None:
