@@ -11267,7 +11267,7 @@ class Worker:
         pov = plan.lease.pov  # the same blocks as before, for the state has those
         pov = replace(pov, values={**pov.values, "Render_Block_Size": str(plan.block)})
         lease = replace(plan.lease, tasks=(short,), pov=pov)
-        run.cut, run.text, old = True, PovText(), plan.place / "state"
+        run.cut, run.lease, run.text, old = True, lease, PovText(), plan.place / "state"
         state = replace(plan, frames=(task.frame,)).state
         shorter = replace(plan, lease=lease, frames=(task.frame,))
         if state.is_file():

@@ -258,18 +258,19 @@ def test_a_slice_ends_when_its_rows_are_there(
 
 def test_what_was_said_before_a_run_was_shortened_counts_no_more(tmp_path: Path) -> None:
     """Not even when POV-Ray has just deleted its state, and all rows are rendered again."""
-    task = TaskSpec(7, 0, "a.png", TaskKind.SLICE, 0, 12)
-    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "16",
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "16", "Final_Frame": "2",
                   "Output_File_Type": "N", "Render_Block_Size": "4"}, (), (), ".")
-    plan = Run(LeaseSpec("ab", 1, "job", 1, (task,), "0" * 64, pov, False), tmp_path, tmp_path,
-               (0,))
+    tasks = (TaskSpec(6, 1, "a1.png"), TaskSpec(7, 2, "a2.png"))
+    plan = Run(LeaseSpec("ab", 1, "job", 1, tasks, "0" * 64, pov, False), tmp_path, tmp_path, (1, 2))
     run = RunState(plan.lease, povfarm.Clock())
-    run.bottoms = {task.id: 8}
-    for line in ("Rendered 40 of 48 pixels (83%)", "Trace Time: 3 seconds"):
+    run.bottoms, run.open = {7: 8}, {2: tasks[1]}
+    for line in ("Rendering frame 2 of 2 (#2)", "Rendered 53 of 64 pixels (83%)",
+                 "Trace Time: 3 seconds"):
         run.text.feed(line)
     shorter = Worker._shortened(None, run, plan)  # type: ignore[arg-type]
-    assert shorter.region.bottom == run.open[0].bottom == 8 and run.cut
+    assert shorter.region.bottom == run.open[2].bottom == 8 and run.cut
     assert not run.text.traced and run.text.percent == 0
+    assert run.task.id == 7 and run.progress() == {"7": 1.0}
 
 
 # --- what a killed worker leaves, and what a full disk does not take
