@@ -189,20 +189,29 @@ class Clock:
         return condition.wait(seconds)
 
 
+@contextlib.contextmanager
+def placed(path: Path) -> Iterator[Path]:
+    """Give the name of a file to make, which becomes ``path`` when it is whole, or is deleted.
+
+    The name, ``.PROCESS.RANDOM.part`` beside it, tells who left it behind.
+    """
+    part = path.with_name(f".{os.getpid()}.{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()  # also when both were links to one file: then nothing is replaced
+
+
 def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write ``data`` so that ``path`` holds all of it or what it held before."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        sync_directory(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    with placed(path) as part, open(
+            os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -5331,20 +5340,15 @@ class Store:
     @contextlib.contextmanager
     def _placed(self, path: Path) -> Iterator[BinaryIO]:
         """Write a file that is there whole, and outlives a power cut, or not at all."""
-        part = path.with_name(f".{secrets.token_hex(8)}.part")
         with self._noticing():
             self._make(path.parent)
-            try:
-                with open(part, "wb") as file:
-                    yield file
-                    file.flush()
-                    if self.durable:
-                        os.fsync(file.fileno())
-                os.replace(part, path)
+            with placed(path) as part, open(part, "wb") as file:
+                yield file
+                file.flush()
                 if self.durable:
-                    sync_directory(path.parent)
-            finally:
-                part.unlink(missing_ok=True)
+                    os.fsync(file.fileno())
+            if self.durable:
+                sync_directory(path.parent)
 
     def _make(self, directory: Path) -> None:
         if not directory.is_dir():
@@ -10093,21 +10097,16 @@ def _save(to: Path, sha256: str | None, limit: int, answer: Answer) -> bytes:
     """Write an answer to a file, beside it first; its ETag may tell the hash."""
     named = re.fullmatch('"([0-9a-f]{64})"', answer.headers.get("etag", ""))
     wanted = sha256 or (named and named[1])
-    part = to.with_name(f".{to.name}.{os.getpid()}.{threading.get_ident()}.part")
     digest = hashlib.sha256()
     try:
-        with part.open("wb") as file:
+        with placed(to) as part, part.open("wb") as file:
             for block in _pieces(answer, limit, to.name):
                 digest.update(block)
                 file.write(block)
-        if wanted and digest.hexdigest() != wanted:
-            raise ServerGone(f"{to.name} arrived with other contents than it should have")
-        part.replace(to)
+            if wanted and digest.hexdigest() != wanted:
+                raise ServerGone(f"{to.name} arrived with other contents than it should have")
     except OSError as error:
         raise FarmError(f"{to} cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
     return b""
 
 
@@ -11507,8 +11506,8 @@ def _sweep(cache: Path) -> None:
     for path in cache.parent.glob("run-*-*"):
         if _is_orphan(path.name.split("-")[1]):
             shutil.rmtree(path, ignore_errors=True)
-    for path in cache.rglob(".*.*.*.part"):
-        if _is_orphan(path.name.split(".")[-3]):
+    for path in cache.rglob(".[0-9]*.*.part"):
+        if _is_orphan(path.name.split(".")[1]):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -12198,12 +12197,10 @@ def _link_or_copy(source: Path, to: Path) -> None:
 
 def _put_image(image: Path, to: Path) -> None:
     """Put an image that is on this computer in its place, whole or not at all."""
-    part = to.with_name(f".{to.name}.{os.getpid()}.part")
     try:
-        _link_or_copy(image, part)
-        os.replace(part, to)
+        with placed(to) as part:
+            _link_or_copy(image, part)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise FarmError(f"{to} cannot be written: {error.strerror or error}") from error
 
 

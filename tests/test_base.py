@@ -101,6 +101,20 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert os.listdir(tmp_path) == ["note"]
 
 
+def test_what_is_linked_in_its_place_once_more_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    """To rename a file to another name of the same file does nothing."""
+    (tmp_path / "image").write_bytes(b"image")
+    for _ in range(2):
+        with povfarm.placed(tmp_path / "here") as part:
+            os.link(tmp_path / "image", part)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "image"]
+
+
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    atomic_write(tmp_path / ("x" * 255), b"all")
+    assert (tmp_path / ("x" * 255)).read_bytes() == b"all"
+
+
 def test_atomic_writes_at_once_leave_one_of_the_texts(tmp_path: Path) -> None:
     texts = [bytes([65 + n]) * 100_000 for n in range(6)]
     threads = [threading.Thread(target=atomic_write, args=(tmp_path / "x", text))

@@ -280,14 +280,14 @@ def test_files_that_came_by_half_go_when_their_worker_was_killed(tmp_path: Path)
     gone.wait()
     tree = tmp_path / "cache" / ("0" * 64) / "tree"
     tree.mkdir(parents=True)
-    halves = [path.with_name(f".{path.name}.{owner}.7.part")
-              for path in (tree / "ball.pov", tree.parent / "manifest.json")
+    halves = [place / f".{owner}.7f.part" for place in (tree, tree.parent)
               for owner in (gone.pid, os.getpid(), os.getppid())]
-    for path in (*halves, tree / "ball.pov", tree / ".own.part"):
+    own = [tree / name for name in ("ball.pov", ".own.part", ".own.2.part")]
+    for path in (*halves, *own):
         path.write_text("half")
     povfarm._sweep(tmp_path / "cache")
     left = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {halves[2], halves[5], tree / "ball.pov", tree / ".own.part"}
+    assert left == {halves[2], halves[5], *own}
 
 
 def test_a_secret_stays_when_another_cannot_be_written(tmp_path: Path) -> None:
