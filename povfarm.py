@@ -9806,6 +9806,7 @@ class Transport:
                     return self._exchange(sock, call)
             return self._exchange(self._connect(call.timeout), call)
         except (OSError, http.client.HTTPException) as error:
+            self.close()  # after a sleep of this computer they are all dead, and tell it by silence
             raise _gone(self._base_url, error) from error
 
     def close(self) -> None:

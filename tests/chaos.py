@@ -473,7 +473,7 @@ class Farm:
         if program is not None and killed:
             return program.signal(signal.SIGKILL, 2 * fault.strength)
         pids = [program.process.pid] if program is not None else (
-            self._launchers(worker) if what == "launcher" else self._processes("povray"))
+            self._launchers(worker) if what == "launcher" else [*self._processes("povray")])
         if not pids or not _kill(
                 pid := _chosen(pids, fault), signal.SIGKILL if killed else signal.SIGSTOP):
             return False
@@ -536,8 +536,13 @@ class Farm:
         """End everything in good order and look for what is left."""
         for program in (*self.workers, self.coordinator):
             program.stop()
-        until(lambda: not self._processes("povray") and not self._processes("python"),
-              "processes are left over", 20)
+        def left() -> Dict[int, str]:
+            return {**self._processes("povray"), **self._processes("python")}
+
+        try:
+            until(lambda: not left(), "", 20)
+        except Lost:
+            raise Lost(f"processes are left over: {left()}") from None
         povfarm.Coordinator(self.data, bind="127.0.0.1").stop()  # which sweeps
         for program in self.workers:
             povfarm._sweep(self.place / program.name / "cache")  # it may not have come so far
@@ -596,16 +601,16 @@ class Farm:
             return (self.data / "farm.key").read_text()
         return None
 
-    def _processes(self, name: str) -> List[int]:
-        """Return the processes of a program that work below our directory."""
-        found = []
+    def _processes(self, name: str) -> Dict[int, str]:
+        """Return the processes of a program that work below our directory, and their arguments."""
+        found = {}
         for process in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 cwd = Path(os.readlink(process / "cwd"))
                 state = (process / "stat").read_text().rpartition(")")[2].split()[0]
                 if (process / "comm").read_text().startswith(name) and state != "Z" and (
                         cwd == self.place or self.place in cwd.parents):
-                    found.append(int(process.name))
+                    found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
         return found
 
     def _launchers(self, worker: Program) -> List[int]:

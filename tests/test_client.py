@@ -530,6 +530,20 @@ def test_a_refusal_in_mid_upload_is_read(linger: float, tmp_path: Path) -> None:
     server.stop()
 
 
+def test_of_connections_that_are_dead_only_one_is_waited_for(server: Server) -> None:
+    """A laptop that was closed has kept them all, and nobody is at their other ends."""
+    transport = Transport(f"http://127.0.0.1:{server.port}")
+    pairs = [socket.socketpair() for _ in range(3)]
+    transport._idle += [ours for ours, _ in pairs]
+    pauses = Pauses(Frozen())
+    one = Client(transport._base_url, transport=transport, clock=pauses.clock)
+    assert one.request("GET", "/echo", timeout=0.1, stop=pauses).status == 200
+    assert len(pauses.waits) == 1 and [ours.fileno() for ours, _ in pairs] == [-1] * 3
+    one.close()
+    for _, other in pairs:
+        other.close()
+
+
 # TLS
 
 
