@@ -5507,8 +5507,7 @@ class Tx:
     def worker_by_token(self, token: str) -> Row | None:
         """Return the worker whose secret has this hash."""
         return cast("Row | None", self._db.execute(
-            "SELECT * FROM worker WHERE token = :token AND state != 'removed'",
-            {"token": token}).fetchone())
+            "SELECT * FROM worker WHERE token = :token", {"token": token}).fetchone())
 
     def workers(self) -> list[Row]:
         """Return every worker that was not removed."""
@@ -5516,9 +5515,11 @@ class Tx:
             "SELECT * FROM worker WHERE state != 'removed' ORDER BY id").fetchall()
 
     def set_worker_state(self, worker: int, state: WorkerState) -> bool:
-        """Admit or remove a worker; False when there is none of that id."""
+        """Admit or remove a worker, and forget its secret then; False when there is none."""
         return self._db.execute(
-            "UPDATE worker SET state = :state WHERE id = :id AND state != 'removed'",
+            """UPDATE worker SET state = :state,
+                 token = CASE WHEN :state = 'removed' THEN 'removed ' || id ELSE token END
+               WHERE id = :id AND state != 'removed'""",
             {"id": worker, "state": state.value}).rowcount == 1
 
     def set_aside(self, worker: int, why: str) -> None:
@@ -6327,12 +6328,18 @@ class Scheduler:
         """Add a worker whose secret hashes to ``token``; return its id and its code.
 
         A worker that is not admitted yet is pending until ``admit`` is
-        called with its code.
+        called with its code. The same secret again, as when an answer was lost,
+        adds no second worker.
         """
         state = WorkerState.ADMITTED if admitted else WorkerState.PENDING
         code = "".join(secrets.choice("ABCDEFGHJKLMNPQRSTUVWXYZ23456789") for _ in range(6))
         now = self.clock.time()
         with self._tx() as tx:
+            known = tx.worker_by_token(token)
+            if known is not None:
+                if admitted:
+                    tx.set_worker_state(known["id"], state)
+                return known["id"], known["code"]
             worker = tx.add_worker(info, token, state, code, address, now)
             tx.add_event(now, "joined" if admitted else "asks to join", info.name, worker=worker)
         self._seen[worker] = self.clock.monotonic()
@@ -7917,12 +7924,18 @@ class Api:
 
     @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, summary="Join as a worker")
     def join(self, request: Request) -> Response:
-        """Body: name, cores, memory, system, engines, tags. Answers a token for this worker.
+        """Body: name, cores, memory, system, engines, tags, ticket. Answers the worker's token.
 
         With the farm key it is admitted at once; else it is pending, and shows ``code``.
-        A worker that shows the token it once got is the same worker again.
+        A worker that shows the token it once got is the same worker again. A ticket, 32
+        letters and digits or more that nobody can guess, becomes the token, and sent again
+        is answered with the same worker.
         """
-        info = WorkerInfo.from_wire(request.json())
+        wire = request.json()
+        info = WorkerInfo.from_wire(wire)
+        ticket = want({"ticket": "", **wire}, "ticket", str)
+        if ticket and not re.fullmatch("[A-Za-z0-9_-]{32,100}", ticket):
+            raise UserError("a ticket has 32 to 100 letters and digits")
         if request.identity.worker:
             return self._rejoin(request, info)
         has_key = "admin" in request.identity.roles
@@ -7930,7 +7943,7 @@ class Api:
         if not has_key:
             self._access.slow_down(request.remote)
             self._make_room()
-        token = secrets.token_urlsafe(32)
+        token = ticket or secrets.token_urlsafe(32)
         worker, code = self._farm.join(info, _secret_hash(token), request.remote, admitted)
         return json_response(
             {"id": worker, "token": token, "admitted": admitted, "code": code}, 201)
@@ -12487,6 +12500,7 @@ def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, 
         "system": f"{platform.system()} {platform.release()}",
         "engines": engine.told() if engine.version else {},
         "tags": [tag for tag in options.tags.split(",") if tag],
+        "ticket": secrets.token_urlsafe(32),
     }
     token = _Token(tokens, str(info["name"]), client.base_url)
     info["name"] = token.name

@@ -369,6 +369,29 @@ def test_a_worker_that_comes_again_is_the_same(farm: Farm) -> None:
     assert [(view["id"], view["cores"]) for view in views] == [(first["id"], 16)]
 
 
+def test_a_worker_whose_answer_was_lost_joins_once(farm: Farm) -> None:
+    wire = {**WORKER, "ticket": "t" * 32}
+    for key, admitted in ((None, False), (None, False), (KEY, True), (KEY, True)):
+        reply = farm.ask("POST", "/api/v1/workers", key=key, json_body=wire)
+        answer = reply.json()
+        assert reply.status == 201
+        assert answer == {**answer, "id": 1, "token": "t" * 32, "admitted": admitted}
+        views = farm.ask("GET", "/api/v1/workers").json()["workers"]
+        assert [view["state"] for view in views] == ["idle" if admitted else "pending"]
+        assert admitted or views[0]["code"] == answer["code"]
+    assert farm.leases(1) == [] and farm.ask("POST", "/api/v1/leave", key="t" * 32,
+                                             json_body={}).status in (200, 204)
+    farm.ask("DELETE", "/api/v1/workers/1")
+    assert farm.ask("POST", "/api/v1/leave", key="t" * 32, json_body={}).status == 401
+    assert farm.ask("POST", "/api/v1/workers", json_body=wire).json()["id"] == 2
+
+
+@pytest.mark.parametrize("ticket", ["short", "t" * 31, "t" * 101, "t" * 31 + " ", 7, None])
+def test_a_ticket_that_could_be_guessed_is_refused(farm: Farm, ticket: Any) -> None:
+    reply = farm.ask("POST", "/api/v1/workers", json_body={**WORKER, "ticket": ticket})
+    assert reply.status == 400 and "ticket" in reply.json()["error"]
+
+
 def test_workers_are_shown_with_what_they_do(farm: Farm) -> None:
     token, lease = working(farm)
     join(farm, "idle")

@@ -8,6 +8,8 @@ import http.server
 import io
 import json
 import os
+import queue
+import re
 import shutil
 import signal
 import socket
@@ -631,29 +633,33 @@ def test_a_worker_comes_back_at_once_when_a_coordinator_announces_itself(
         gone.accept()[0].close()
 
 
+class Pretender(http.server.BaseHTTPRequestHandler):
+    """Says that it is a coordinator."""
+
+    def do_GET(self) -> None:
+        self.say({"farm_id": "x", "name": "slow", "version": "1"})
+
+    def say(self, answer: Dict[str, Any]) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: Path) -> None:
     asked, stopped = threading.Event(), threading.Event()
 
-    class Coordinator(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._say({"farm_id": "x", "name": "slow", "version": "1"})
-
+    class Coordinator(Pretender):
         def do_POST(self) -> None:
             asked.set()
             stopped.wait(30)
             if answers:
-                self._say({"id": 1, "token": "t", "admitted": True, "code": ""})
-
-        def _say(self, answer: Dict[str, Any]) -> None:
-            body = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
+                self.say({"id": 1, "token": "t", "admitted": True, "code": ""})
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Coordinator) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -669,6 +675,28 @@ def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: P
             assert worker.wait(20) == 130
         finally:
             stopped.set()
+            worker.kill()
+            worker.wait()
+            server.shutdown()
+
+
+def test_a_worker_that_joins_again_because_the_answer_was_lost_has_the_same_ticket(
+        tmp_path: Path) -> None:
+    asked: "queue.Queue[Dict[str, Any]]" = queue.Queue()
+
+    class Coordinator(Pretender):
+        def do_POST(self) -> None:  # without an answer
+            asked.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Coordinator) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        worker = subprocess.Popen(
+            [*POVFARM, "work", "--server", f"http://127.0.0.1:{server.server_port}", "--key", "k"],
+            env=environment(tmp_path), stdin=subprocess.DEVNULL)
+        try:
+            first, again = asked.get(timeout=30), asked.get(timeout=30)
+            assert first == again and re.fullmatch("[A-Za-z0-9_-]{32,100}", first["ticket"])
+        finally:
             worker.kill()
             worker.wait()
             server.shutdown()
