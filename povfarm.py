@@ -3435,8 +3435,7 @@ def pause_reason(done: int, failed: int) -> str:
     return ""
 
 
-def lease_size(queued: int, slots: int, cost: Cost | None, sleep: float = 0.25,
-               runs: int = 0) -> int:
+def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0) -> int:
     """Return how many neighbouring frames one run of the renderer should get.
 
     ``queued`` frames are left for ``slots`` runs at a time; ``cost`` is the
@@ -3452,7 +3451,7 @@ def lease_size(queued: int, slots: int, cost: Cost | None, sleep: float = 0.25,
         return 1 + runs % 3 if queued > 3 * slots else 1
     share = math.ceil(queued / max(slots, 1))
     cheap = min(math.ceil(0.6 / max(cost.cpu, 0.001)), share)
-    long = max(int(10 / (cost.cpu + sleep)), 1)
+    long = max(int(10 / (cost.cpu + 0.25)), 1)  # POV-Ray sleeps so long between two frames
     return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
 
 
@@ -6374,9 +6373,7 @@ class Scheduler:
             row = tx.worker(worker)
             if row is None or not tx.set_worker_state(worker, WorkerState.REMOVED):
                 raise UserError(f"there is no worker {worker}")
-            for lease in tx.live_leases():
-                if lease["worker"] == worker:
-                    self._end_lease(tx, lease, AttemptState.RELEASED, "worker removed")
+            self._take_leases(tx, worker, "worker removed")
             tx.add_event(self.clock.time(), "removed", row["name"], worker=worker)
         self._left[worker] = self._left.get(worker, 0) + 1
         self._seen.pop(worker, None)
@@ -6454,7 +6451,7 @@ class Scheduler:
             # straggler, or worth dividing, by the passing of time.
             over = now - looked >= LOOK_AGAIN
             looked = now if over else looked
-            leases = self._grant(worker, offer, over)
+            leases = self._grant(worker, offer, over, stays)
             if any(lease.tasks[0].kind is TaskKind.SLICE for lease in leases):
                 self._tell_cuts()
             left = end - self.clock.monotonic()
@@ -6499,9 +6496,7 @@ class Scheduler:
         """Hand back every lease of a worker that stops; it may come again."""
         self._left[worker] = self._left.get(worker, 0) + 1
         with self._tx() as tx:
-            for lease in tx.live_leases():
-                if lease["worker"] == worker:
-                    self._end_lease(tx, lease, AttemptState.RELEASED, "worker stopped")
+            self._take_leases(tx, worker, "worker stopped")
         self._seen.pop(worker, None)
         self._wake()
 
@@ -6619,6 +6614,7 @@ class Scheduler:
             for frame, job, parts in frames:
                 with contextlib.suppress(NoRoom):  # then it is done as soon as there is room
                     self._join_frame(frame, job, parts)
+                    self._wake()
 
     def fail(self, worker: int, lease: str, task: int, message: str, log_text: bytes,
              scene: bool) -> None:
@@ -6955,9 +6951,7 @@ class Scheduler:
         tx.add_event(now, "set aside", f"{verdict.odd['worker_name']} made another picture of "
                      f"frame {task['frame']} than two others: look at its other frames of this job",
                      task["job"], worker=worker)
-        for lease in tx.live_leases():
-            if lease["worker"] == worker:
-                self._end_lease(tx, lease, AttemptState.RELEASED, "worker set aside")
+        self._take_leases(tx, worker, "worker set aside")
 
     def _accept(self, tx: Tx, attempt: Row, pieces: Sequence[tuple[Row, bytes]], log_name: str,
                 cost: Cost) -> bool:
@@ -7052,6 +7046,11 @@ class Scheduler:
         tx.end_lease(lease["id"], why, self.clock.time())
         self._forget_lease(lease["id"])
 
+    def _take_leases(self, tx: Tx, worker: int, why: str) -> None:
+        for lease in tx.live_leases():
+            if lease["worker"] == worker:
+                self._end_lease(tx, lease, AttemptState.RELEASED, why)
+
     def _forget_lease(self, lease: str) -> None:
         self._deadlines.pop(lease, None)
         self._granted.pop(lease, None)
@@ -7064,7 +7063,7 @@ class Scheduler:
             return len(failed) >= job["retry_limit"] or not self._helpers(tx, job) - failed
         return bool(task["tries"] + 1 >= job["retry_limit"])
 
-    def _grant(self, worker: int, offer: Offer, over: bool) -> list[LeaseSpec]:
+    def _grant(self, worker: int, offer: Offer, over: bool, stays: int) -> list[LeaseSpec]:
         """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
         leases: list[LeaseSpec] = []
         with self.store.read() as tx:
@@ -7073,9 +7072,9 @@ class Scheduler:
                 return leases
         with self._tx() as tx:
             row = tx.worker(worker)
-            if row is None or row["state"] != WorkerState.ADMITTED:
-                return leases
-            if row["aside"]:
+            # Who leaves after this look hands back what it is given.
+            if (row is None or row["state"] != WorkerState.ADMITTED or row["aside"]
+                    or stays != self._left.get(worker, 0)):
                 return leases
             if self.sickness(tx, row):
                 return self._try_sick(tx, row, offer)
@@ -7171,7 +7170,7 @@ class Scheduler:
         cost = Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
         others = self.live_workers() - {worker}
         slots = offer.slots + sum(self._slots.get(other, 1) for other in others)
-        size = lease_size(job["queued"], slots, cost, runs=job["runs"])
+        size = lease_size(job["queued"], slots, cost, job["runs"])
         tasks = tx.next_tasks(job["id"], worker, size)
         if not tasks and job["queued"]:
             return [task for task in tx.tasks_in(job["id"], TaskState.QUEUED)

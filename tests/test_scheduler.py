@@ -1312,6 +1312,17 @@ def test_a_poll_of_a_worker_that_stopped_gets_nothing(end: str, farm: Farm) -> N
     assert worker not in farm.scheduler.live_workers()
 
 
+def test_a_worker_that_stops_while_work_is_looked_for_gets_nothing(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(1)
+
+    def alive() -> bool:
+        farm.scheduler.leave(worker)
+        return True
+
+    assert farm.scheduler.lease(worker, povfarm.Offer(1, 1, 1), 0, alive) == []
+    assert farm.states(job) == ["queued"]
+
+
 def test_a_beat_that_is_open_does_not_revive_a_worker_that_left(farm: Farm) -> None:
     worker, _, lease = leased(farm)
     farm.clock.meanwhile.append(lambda: farm.scheduler.leave(worker))

@@ -372,7 +372,11 @@ def test_a_restarted_coordinator_puts_together_what_was_complete(
     work(farm, worker)
     assert states(farm, job) == ["done"] * 3 and farm.state(job) == "active"
     again = farm.restarted()
-    again.scheduler.expire()
+    with again.store.read() as tx:
+        after = tx.last_event()
+    again.clock.meanwhile.append(again.scheduler.expire)
+    assert again.scheduler.wait_events(after, 5, 9)  # at once
+    assert again.clock.mono == 5.0
     assert again.state(job) == "done" and len(set(picture(again, job))) == 3
     assert part_files(again, job) == [] and again.problems() == []
     again.close()
