@@ -5776,11 +5776,12 @@ class Tx:
             {**dict(frame), "number": number, "kind": kind.value, "top": top, "bottom": bottom})
         return cast(Row, self.task(int(cursor.lastrowid or 0)))
 
-    def parts(self, frame: int) -> list[Row]:
-        """Return the slices and the passes of a frame, by their rows."""
+    def parts(self, frame: int, kind: TaskKind | None = None) -> list[Row]:
+        """Return the slices and the passes of a frame, or those of one kind, by their rows."""
         return self._db.execute(
-            "SELECT * FROM task WHERE parent = :frame ORDER BY top, slice",
-            {"frame": frame}).fetchall()
+            """SELECT * FROM task WHERE parent = :frame AND kind = COALESCE(:kind, kind)
+               ORDER BY top, slice""",
+            {"frame": frame, "kind": kind and kind.value}).fetchall()
 
     def slice_states(self, frame: int) -> set[TaskState]:
         """Return the states in which slices of a frame are."""
@@ -6884,9 +6885,8 @@ class Scheduler:
         """Return the unfinished tasks that an image settles, each with its own rows of it."""
         wanted = [row]
         if row["kind"] == TaskKind.SLICE and bottom > row["bottom"]:
-            wanted += [part for part in tx.parts(row["parent"])
-                       if part["kind"] == TaskKind.SLICE
-                       and row["top"] < part["top"] and part["bottom"] <= bottom]
+            wanted += [part for part in tx.parts(row["parent"], TaskKind.SLICE)
+                       if row["top"] < part["top"] and part["bottom"] <= bottom]
         pieces = []
         for part in wanted:
             if part["state"] in (TaskState.DONE, TaskState.CANCELLED):
@@ -7158,6 +7158,7 @@ class Scheduler:
         return {worker for worker in well if not self._is_hopeless(tx, job, worker)} or well
 
     def _pick(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
+        """Find what is queued: all of a job in order, a slice or pass, or neighbouring frames."""
         if job["in_order"]:
             queued = tx.tasks_in(job["id"], TaskState.QUEUED)
             failed = tx.failed_workers(queued[0]["id"]) if queued else set()
@@ -7165,12 +7166,12 @@ class Scheduler:
         part = self._pick_part(tx, job, worker)
         if part is not None:
             return [part]
-        if not self._may_begin(tx, job):
-            return []
-        cost = Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
+        return self._pick_frames(tx, job, worker, offer) if self._may_begin(tx, job) else []
+
+    def _pick_frames(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
         others = self.live_workers() - {worker}
         slots = offer.slots + sum(self._slots.get(other, 1) for other in others)
-        size = lease_size(job["queued"], slots, cost, job["runs"])
+        size = lease_size(job["queued"], slots, _mean_cost(job), job["runs"])
         tasks = tx.next_tasks(job["id"], worker, size)
         if not tasks and job["queued"]:
             return [task for task in tx.tasks_in(job["id"], TaskState.QUEUED)
@@ -7192,7 +7193,7 @@ class Scheduler:
             return None
         if job["radiosity"] == "animation" and self._shared(job):
             first = self._first(tx, job)
-            if not any(part["kind"] == TaskKind.PASS for part in tx.parts(first["id"])):
+            if not tx.parts(first["id"], TaskKind.PASS):
                 self._add_passes(tx, job, first)
         for part in tx.queued_parts(job["id"]):
             if self._is_ready(tx, part) and self._may_try(tx, job, worker, part):
@@ -7212,9 +7213,9 @@ class Scheduler:
 
     def _is_ready(self, tx: Tx, task: Row) -> bool:
         """Tell whether the pass of a task's frame, if it has one, is over; for good or ill."""
-        return task["kind"] == TaskKind.PASS or all(
-            part["state"] not in (TaskState.QUEUED, TaskState.LEASED)
-            for part in tx.parts(task["parent"] or task["id"]) if part["kind"] == TaskKind.PASS)
+        return task["kind"] == TaskKind.PASS or not any(
+            part["state"] in (TaskState.QUEUED, TaskState.LEASED)
+            for part in tx.parts(task["parent"] or task["id"], TaskKind.PASS))
 
     def _first(self, tx: Tx, job: Row) -> Row:
         return tx.tasks(job["id"], limit=1)[0]
@@ -7240,10 +7241,11 @@ class Scheduler:
         """
         if job["slices"] != "auto":
             return bool(job["slices"] not in ("off", "1"))
-        region = region_of(pov_of(job["pov"]).options)
-        cheap = job["done"] and job["wall"] / job["done"] < 8 * START
+        region, cost = region_of(pov_of(job["pov"]).options), _mean_cost(job)
+        cheap = cost is not None and cost.wall < 8 * START
         small = region.bottom - region.top <= max(8 * GRAIN, region.block)
-        return not (cheap or small) and job["queued"] < len(self._helpers(tx, job))
+        few = job["queued"] < len(self.live_workers())  # soon found out, and mostly enough
+        return few and not (cheap or small) and job["queued"] < len(self._helpers(tx, job))
 
     def _begin_slices(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
         height = pov_of(job["pov"]).options.height
@@ -7410,7 +7412,8 @@ class Scheduler:
         if job["queued"] or job["in_order"]:
             return []
         _, cost = self._speeds(tx, job)
-        frame_cost = job["wall"] / job["done"] if job["done"] else math.inf
+        mean_cost = _mean_cost(job)
+        frame_cost = mean_cost.wall if mean_cost else math.inf
         attempts = tx.live_attempts_of_job(job["id"])
         if any(attempt["worker"] == worker and attempt["kind"] == TaskKind.SLICE
                for attempt in attempts):
@@ -7462,8 +7465,8 @@ class Scheduler:
         frame = task["parent"]
         if job["radiosity"] == "animation":
             frame = self._first(tx, job)["id"]
-        return tuple(part["id"] for part in tx.parts(frame or 0)
-                     if part["kind"] == TaskKind.PASS and part["state"] == TaskState.DONE)
+        return tuple(part["id"] for part in tx.parts(frame or 0, TaskKind.PASS)
+                     if part["state"] == TaskState.DONE)
 
     def _threads(self, tx: Tx, job: Row, task: Row, idle: int) -> int:
         """Return the threads of one run: more than one only where frames run out.
@@ -7488,6 +7491,11 @@ class Scheduler:
 def _engine_fits(wanted: str, first: str, engines: str) -> bool:
     """Tell it of what is in the database as JSON text: the same for most workers."""
     return engine_fits(wanted, json.loads(first), json.loads(engines))
+
+
+def _mean_cost(job: Row) -> Cost | None:
+    """Return what a frame of a job cost on average, None before the first is done."""
+    return Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
 
 
 def _is_open(frame: Row | None) -> bool:
