@@ -6549,6 +6549,7 @@ class Scheduler:
                 return False
             verdict, kept = self._judge(tx, job, row, worker, image), tx.kept(row["id"])
             pieces = self._pieces(tx, row, image, pov_of(job["pov"]).options.extension, bottom)
+            slices = tx.parts(row["id"], TaskKind.SLICE)  # of which nobody has any more use
         directory = self.store.job_directory(job["id"], job["name"])
         log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
         if verdict.keep:
@@ -6572,6 +6573,8 @@ class Scheduler:
                 tx.add_written(job["id"], path, row["frame"], sha256, size)
         for old in kept:
             (directory / "parts" / kept_name(row, old["id"])).unlink(missing_ok=True)
+        for part in slices if accepted else ():
+            Path(*place_of(directory, part)).unlink(missing_ok=True)
         for piece, _ in pieces:
             if piece["state_of"]:
                 (directory / "parts" / f"{piece['id']}.state").unlink(missing_ok=True)

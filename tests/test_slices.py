@@ -512,6 +512,7 @@ def test_a_late_whole_picture_is_taken_for_a_frame_that_was_sliced_meanwhile(far
     assert hand_in(farm, anna, lease)
     assert picture(farm, job) == [lease.tasks[0].id] * HEIGHT
     assert farm.state(job) == "done" and farm.beat(carl, under_way) == [under_way.id]
+    assert part_files(farm, job) == []
     assert not hand_in(farm, carl, under_way)
 
 
