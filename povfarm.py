@@ -10780,8 +10780,8 @@ class RunState:
 
     def left(self) -> float:
         """Return the seconds that the task under way will still take as it looks."""
-        part, spent = self.text.percent / 100, self.clock.monotonic() - self.began
-        return spent * (1 - part) / part if part else spent
+        made, spent = self.text.percent - self.text.done, self.clock.monotonic() - self.began
+        return spent * (100 - self.text.percent) / made if made else spent
 
     def too_long(self) -> str:
         """Return why the renderer should be ended: it takes too long, or does nothing; or nothing.
@@ -10805,11 +10805,7 @@ class RunState:
 
     def written(self) -> int:
         """Return the bytes in its own directory."""
-        sizes = 0
-        for path in self.place.rglob("*") if self.place else ():
-            with contextlib.suppress(OSError):
-                sizes += path.lstat().st_size
-        return sizes
+        return _bytes_in(self.place) if self.place else 0
 
     def stop(self) -> None:
         """End the renderer, at once unless it is writing the image that it has finished."""
@@ -10847,8 +10843,10 @@ class Cache:
         self.limit = limit
         self._client = client
         self._near = near
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what follows
         self._using: collections.Counter[str] = collections.Counter()
+        # Held while a project comes, which may take long: those that are here do not wait for it.
+        self._coming: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
         self._ready: dict[str, set[str]] = {}
         root.mkdir(parents=True, exist_ok=True)
 
@@ -10864,8 +10862,9 @@ class Cache:
             raise UserError("the coordinator named a project that has no valid key")
         with self._lock:
             self._using[key] += 1
+            coming = self._coming[key]
         try:
-            with self._lock:
+            with coming:
                 manifest = self._manifest(key, stop)
                 self._fill(key, manifest, last_frame, stop)
             yield self.root / key / "tree", manifest
@@ -10877,21 +10876,20 @@ class Cache:
 
     def empty(self) -> None:
         """Delete every project that is not in use."""
-        with self._lock:
-            self._trim(0)
+        self._trim(0)
 
     def _trim(self, limit: int) -> None:
         """Delete the projects that were not used for longest until the rest fits."""
-        projects = sorted(
-            (path.stat().st_mtime, path) for path in self.root.iterdir() if path.is_dir())
-        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-                 for _, path in projects}
-        total = sum(sizes.values())
-        for _, path in projects:
-            if total > limit and not self._using[path.name]:
-                shutil.rmtree(path, ignore_errors=True)
-                self._ready.pop(path.name, None)
-                total -= sizes[path]
+        with self._lock:
+            projects = sorted(
+                (path.stat().st_mtime, path) for path in self.root.iterdir() if path.is_dir())
+            sizes = {path: _bytes_in(path) for _, path in projects}
+            total = sum(sizes.values())
+            for _, path in projects:
+                if total > limit and not self._using[path.name]:
+                    shutil.rmtree(path, ignore_errors=True)
+                    self._ready.pop(path.name, None)
+                    total -= sizes[path]
 
     def _manifest(self, key: str, stop: threading.Event | None) -> Manifest:
         path = self.root / key / "manifest.json"
@@ -10932,10 +10930,21 @@ class Cache:
             if other.name == key or not (other / "manifest.json").is_file():
                 continue
             source = safe_join(other / "tree", wanted.path)
-            if _holds(source, wanted):
-                shutil.copyfile(source, to)
-                return True
+            with contextlib.suppress(OSError):  # it may be deleted, or come, just now
+                if source.stat().st_size == wanted.size:
+                    shutil.copyfile(source, to)
+                    if _holds(to, wanted):
+                        return True
         return False
+
+
+def _bytes_in(directory: Path) -> int:
+    """Return the size of what is in a directory, while others may write and delete there."""
+    size = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += path.lstat().st_size
+    return size
 
 
 def _holds(path: Path, file: FileEntry) -> bool:
@@ -11458,7 +11467,8 @@ class Worker:
             except (FarmError, OSError) as error:
                 log.warning("frame %d was not taken: %s", delivery.task.frame, error)
             finally:
-                delivery.image.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a disk may have become read-only
+                    delivery.image.unlink()
                 self._deliveries.task_done()
                 self._let_go(delivery.run, 1)
 

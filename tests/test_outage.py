@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -429,6 +430,22 @@ def test_a_renderer_that_computes_without_a_word_is_left_alone(room: Room) -> No
     assert povfarm.Process.cpu_now is original
     room.worker.stop()
     room.worker.stop()
+    room.end()
+
+
+def test_frames_are_delivered_from_a_disk_that_lets_nothing_be_deleted(
+        room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if "-out-" in str(path.parent):
+            raise OSError(errno.EROFS, "Read-only file system")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    job = room.farm.submit(frames=5)
+    room.start()
+    wait_until(lambda: room.farm.state(job) == "done")
     room.end()
 
 

@@ -226,6 +226,85 @@ def test_threads_share_one_fetch(farm: FakeCoordinator, tmp_path: Path) -> None:
     assert not errors and len(farm.asked) == 2
 
 
+def test_a_project_that_comes_slowly_holds_up_no_other(
+        farm: FakeCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    slow, here = farm.project({"slow.pov": b"s"}, {}), farm.project({"here.pov": b"h"}, {})
+    with cache.project(here, 1):
+        pass
+    coming, come = threading.Event(), threading.Event()
+
+    def download(path: str, to: Path, sha256: str, **options: Any) -> None:
+        coming.set()
+        assert come.wait(60)
+        to.write_bytes(farm.blobs[sha256])
+
+    def use(key: str) -> None:
+        with cache.project(key, 1) as (tree, _):
+            assert len(list(tree.iterdir())) == 1
+        cache.empty()
+
+    monkeypatch.setattr(farm, "download", download)
+    threads = [threading.Thread(target=use, args=(key,)) for key in (slow, here)]
+    threads[0].start()
+    assert coming.wait(20)
+    threads[1].start()
+    threads[1].join(20)
+    assert not threads[1].is_alive() and threads[0].is_alive()
+    assert [path.name for path in tmp_path.iterdir()] == [slow]
+    come.set()
+    threads[0].join(20)
+    assert not threads[0].is_alive() and not list(tmp_path.iterdir())
+
+
+def test_what_another_project_has_is_looked_at_when_it_is_copied(
+        farm: FakeCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That project may just be deleted, or its file be on its way."""
+    cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    keys = [farm.project({"a.pov": b"a", "b.inc": b"same", "c.inc": name}, {})
+            for name in (b"1", b"2")]
+    with cache.project(keys[0], 1):
+        pass
+    whole = povfarm.shutil.copyfile
+
+    def copy(source: Path, to: Path) -> None:
+        if source.name == "b.inc":
+            to.write_bytes(b"half")
+        elif source.name == "a.pov":
+            raise FileNotFoundError(source)
+        else:
+            whole(source, to)
+
+    monkeypatch.setattr(povfarm.shutil, "copyfile", copy)
+    with cache.project(keys[1], 1) as (tree, _):
+        assert [(tree / name).read_bytes() for name in ("a.pov", "b.inc", "c.inc")] == [
+            b"a", b"same", b"2"]
+
+
+# --- how long a render still takes
+
+@pytest.mark.parametrize(("done", "percent", "left"), [
+    (0, 0, 10.0),  # it is not known: as long again
+    (0, 20, 40.0),
+    (80, 80, 10.0),
+    (80, 85, 30.0),  # it goes on from where another stopped: 5 % took ten seconds
+])
+def test_how_long_a_render_still_takes(done: int, percent: int, left: float) -> None:
+    class Clock(povfarm.Clock):
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock = Clock()
+    lease = LeaseSpec("ab", 1, "job", 1, (TaskSpec(7, 0, "a.png"),), "0" * 64,
+                      PovJob({}, (), (), "."), False)
+    run = RunState(lease, clock)
+    run.text = povfarm.PovText(done)
+    run.text.percent, clock.now = percent, 10.0
+    assert run.left() == left
+
+
 # --- a slice of which others have taken the lower rows
 
 @pytest.mark.parametrize(("percent", "rows", "cut"), [
