@@ -10810,7 +10810,12 @@ class RunState:
     def stop(self) -> None:
         """End the renderer, at once unless it is writing the image that it has finished."""
         self.stopped.set()
-        if self.process is not None and not self.text.traced:
+        if not self.text.traced:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the renderer, if there is one."""
+        if self.process is not None:
             self.process.kill()
 
 
@@ -11087,12 +11092,13 @@ class Worker:
             return
         with self._changed:
             runs = list(self._runs)
+            # What is known of a run grows by the moment until the first of its job has ended.
+            growing = any(self._pace.duty(run.job) is None for run in runs)
             room = self._pace.room(runs, available_memory())
             if room == 0:
-                # What is known of a run grows by the moment until the first has ended.
-                self._changed.wait(0.1 if any(self._unknown(run) for run in runs) else 5.0)
+                self._changed.wait(0.1 if growing else 5.0)
                 return
-        wait = 0.1 if any(self._unknown(run) for run in runs) else LEASE_WAIT
+        wait = 0.1 if growing else LEASE_WAIT
         if self.until_idle:
             wait = min(wait, 1.0)
         idle = int(self._pace.cores - self._pace.load(runs) + 0.5)
@@ -11108,9 +11114,6 @@ class Worker:
             threading.Thread(target=self._work, args=(run,), name=f"run-{run.lease.id[:6]}",
                              daemon=True).start()
         self._idle = self.until_idle and not reply["leases"] and reply["open"] == 0
-
-    def _unknown(self, run: RunState) -> bool:
-        return self._pace.duty(run.job) is None
 
     def _beat_all(self) -> None:
         while True:
@@ -11145,13 +11148,13 @@ class Worker:
                 runs = list(self._watched)
             for run in runs:
                 run.overdue = run.overdue or run.too_long()
-                if run.overdue and run.process is not None:
-                    run.process.kill()
+                if run.overdue:
+                    run.kill()
             if shutil.disk_usage(self.cache.root).free < DISK_RESERVE:
                 largest = max(runs, key=RunState.written)
-                if largest.process is not None and largest.written() > DISK_RESERVE:
+                if largest.written() > DISK_RESERVE:
                     largest.fills_disk = True
-                    largest.process.kill()
+                    largest.kill()
             time.sleep(1)
 
     # --- one run
