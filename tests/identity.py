@@ -109,13 +109,15 @@ def cuts(scene: Path, args: Sequence[str], count: int) -> List[int]:
 
 
 def together(scene: Path, args: Sequence[str], marks: Sequence[int], kind: str = "P") -> Rows:
-    """The rows of the picture made of slices."""
+    """The rows of the picture made of slices, some of which are rendered at a time."""
     options = options_of(scene, args)
-    rows: Rows = []
-    for top, bottom in zip(marks, marks[1:]):
+
+    def slice_of(top: int, bottom: int) -> Rows:
         extra = [f"{key}={value}" for key, value in slice_values(options, top, bottom).items()]
-        rows += render(scene, [*args, *extra], kind)[top:bottom]
-    return rows
+        return render(scene, [*args, *extra], kind)[top:bottom]
+
+    with ThreadPoolExecutor(4) as pool:  # POV-Ray sleeps most of its time in small pictures
+        return [row for rows in pool.map(slice_of, marks, marks[1:]) for row in rows]
 
 
 def difference(one: Rows, other: Rows) -> Difference:

@@ -117,10 +117,12 @@ def test_slices_that_share_their_samples_have_no_seams(
 ) -> None:
     scene = Scene(tmp_path, examples / name, "+W320 +H240", "+A0.3")
     starts = [0, 64, 128, 192]
-    apart = seams(scene.joined(starts, scene.slices(starts, {}, {})), starts)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        alone, passes = pool.map(lambda values: scene.slices(starts, values, {}),
+                                 ({}, povfarm.RADIOSITY_PASS))
+    apart = seams(scene.joined(starts, alone), starts)
     assert max(apart) > 1.9  # or there were nothing to mend
 
-    passes = scene.slices(starts, povfarm.RADIOSITY_PASS, {})
     samples = b"".join((run / povfarm.SAMPLE_FILE).read_bytes() for run in passes)
     assert povfarm.has_samples(samples)
     files = {**scene.texts("", True), povfarm.SAMPLE_FILE: samples}
@@ -206,17 +208,19 @@ def check_photons(scene: Scene) -> None:
     It shoots with one thread: with two, a busy machine makes another order of the photons.
     """
     starts = [0, scene.height // 2]
-    whole = read_ppm(scene.render(0, scene.height, {}, {}, threads=1) / "out.ppm").rows
-    shot = scene.render(0, 2, {}, scene.texts("save_file", False), threads=1)
-    photons = (shot / povfarm.PHOTON_FILE).read_bytes()
-    assert len(photons) > 1000
-    files = {**scene.texts("load_file", False), povfarm.PHOTON_FILE: photons}
-    shared = scene.joined(starts, scene.slices(starts, {}, files, threads=(1, 2)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # POV-Ray sleeps half of the time
+        alone = pool.submit(scene.render, 0, scene.height, {}, {}, threads=1)
+        shot = scene.render(0, 2, {}, scene.texts("save_file", False), threads=1)
+        photons = (shot / povfarm.PHOTON_FILE).read_bytes()
+        assert len(photons) > 1000
+        files = {**scene.texts("load_file", False), povfarm.PHOTON_FILE: photons}
+        nothing = {**files, povfarm.PHOTON_FILE: bytes(8)}
+        dark = pool.submit(scene.slices, starts, {}, nothing)
+        shared = scene.joined(starts, scene.slices(starts, {}, files, threads=(1, 2)))
+        without = scene.joined(starts, dark.result())
+    whole = read_ppm(alone.result() / "out.ppm").rows
     assert largest_difference(whole, shared) == 0
-    # What is loaded counts: no photons, another picture.
-    without = scene.joined(starts, scene.slices(
-        starts, {}, {**files, povfarm.PHOTON_FILE: bytes(8)}))
-    assert largest_difference(whole, without) > 20
+    assert largest_difference(whole, without) > 20  # what is loaded counts
 
 
 @pytest.mark.parametrize(("text", "result"), [
