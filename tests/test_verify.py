@@ -6,8 +6,9 @@ import itertools
 import shutil
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import pytest
 from conftest import run_povray
@@ -397,19 +398,40 @@ KINDS = {"+FN": ".png", "+FN16 +UA": ".png", "+FNg": ".png", "+FP": ".ppm", "+FT
          "+FC": ".tga", "+FB": ".bmp", "+FJ": ".jpg", "+FE": ".exr", "+FH": ".hdr"}
 
 
+ALPHAS = ["+FN", "+FN16", "+FN +UA", "+FN16 +UA", "+FNg", "+FNg +UA"]
+LIT = ("#version 3.7; global_settings {{ assumed_gamma 1 }} camera {{ location -3*z }} "
+       "light_source {{ -5*z 1 }} sphere {{ 0, 1 pigment {{ rgb <{red}, 1, 1> }} }}")
+SCENES = {
+    "one": LIT.format(red=1), "same": LIT.format(red=1), "other": LIT.format(red=0),
+    "nothing": "camera { location -9*z }", "unlit": "camera { location -9*z } sphere { 0, 1 }",
+    "glowing": "camera { location -9*z } sphere { -y, 0.5 pigment { rgb 1 } finish { ambient 1 } }",
+}
+
+
+@pytest.fixture(scope="module")
+def rendered(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[Tuple[str, str], bytes]:
+    """The pictures of the scenes by their names and switches."""
+    place = tmp_path_factory.mktemp("rendered")
+    for name, text in SCENES.items():
+        (place / f"{name}.pov").write_text(text)
+
+    def render(number: int) -> bytes:
+        name, kind = wanted[number]
+        output = place / f"{number}{KINDS.get(kind, '.png')}"
+        done = run_povray([f"+I{name}.pov", f"+O{output.name}", "+W40", "+H30", *kind.split()], place)
+        assert done.returncode == 0, done.stderr
+        return output.read_bytes()
+
+    wanted = [*itertools.product(["one", "same", "other"], KINDS),
+              *itertools.product(["nothing", "unlit", "glowing"], ALPHAS)]
+    with ThreadPoolExecutor(12) as pool:  # POV-Ray sleeps most of the time
+        return dict(zip(wanted, pool.map(render, range(len(wanted)))))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_are_compared_in_everything_that_povray_writes(
-        kind: str, povray: str, tmp_path: Path) -> None:
-    def render(name: str, red: float) -> bytes:
-        (tmp_path / "s.pov").write_text(
-            "#version 3.7; global_settings { assumed_gamma 1 } camera { location -3*z } "
-            f"light_source {{ -5*z 1 }} sphere {{ 0, 1 pigment {{ rgb <{red}, 1, 1> }} }}")
-        done = run_povray(["+Is.pov", f"+O{name}{KINDS[kind]}", "+W40", "+H30", *kind.split()],
-                          tmp_path)
-        assert done.returncode == 0, done.stderr
-        return (tmp_path / (name + KINDS[kind])).read_bytes()
-
-    one, same, other = render("one", 1), render("same", 1), render("other", 0)
+        kind: str, rendered: Dict[Tuple[str, str], bytes]) -> None:
+    one, same, other = (rendered[name, kind] for name in ("one", "same", "other"))
     same = dated(same) if kind.startswith("+FN") else same
     assert povfarm.same_pixels(one, same, KINDS[kind])
     assert not povfarm.same_pixels(one, other, KINDS[kind])
@@ -437,16 +459,9 @@ def test_png_filters_are_not_pixels() -> None:
     assert not povfarm.same_pixels(picture(0), other, ".png")
 
 
-@pytest.mark.parametrize("kind, thing", list(itertools.product(
-    ["+FN", "+FN16", "+FN +UA", "+FN16 +UA", "+FNg", "+FNg +UA"], ["", "sphere { 0, 1 }"])))
+@pytest.mark.parametrize("kind", ALPHAS)
 def test_black_is_black_whatever_the_alpha(
-        kind: str, thing: str, povray: str, tmp_path: Path) -> None:
-    (tmp_path / "s.pov").write_text("camera { location -9*z } " + thing)
-    done = run_povray(["+Is.pov", "+Oo.png", "+W20", "+H15", *kind.split()], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert povfarm.is_black((tmp_path / "o.png").read_bytes(), ".png")
-    (tmp_path / "s.pov").write_text(
-        "camera { location -9*z } sphere { -y, 0.5 pigment { rgb 1 } finish { ambient 1 } }")
-    done = run_povray(["+Is.pov", "+Oo.png", "+W20", "+H15", *kind.split()], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert not povfarm.is_black((tmp_path / "o.png").read_bytes(), ".png")
+        kind: str, rendered: Dict[Tuple[str, str], bytes]) -> None:
+    assert povfarm.is_black(rendered["nothing", kind], ".png")
+    assert povfarm.is_black(rendered["unlit", kind], ".png")
+    assert not povfarm.is_black(rendered["glowing", kind], ".png")
