@@ -150,13 +150,12 @@ def test_the_files_that_scanning_finds_are_complete(
         assert len(project.manifest.files) < 20
         return render_tree(project, tmp_path / name).stderr
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(12) as pool:
         texts = dict(zip(COMPLETE, pool.map(render, COMPLETE)))
     assert {name: text for name, text in texts.items() if "error" in text.lower().replace(
         "possible parse error", "")} == {}
 
 
-@pytest.mark.slow
 def test_all_examples_render_from_the_files_that_scanning_finds(
     povray: str, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +169,7 @@ def test_all_examples_render_from_the_files_that_scanning_finds(
         return done.stderr[-2000:] if done.returncode and scene.parent.name != "portfolio" else None
 
     scenes = sorted(examples.rglob("*.pov"))
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(14) as pool:  # POV-Ray sleeps most of the time
         assert {str(s): text for s, text in zip(scenes, pool.map(render, scenes)) if text} == {}
 
 
