@@ -63,7 +63,7 @@ sys.path.insert(0, str(ROOT))
 import povfarm
 
 LEASE_TIME = 3.0
-FRAME_TIMEOUT = 10  # seconds: for renderers that are held still for good
+FRAME_TIMEOUT = 7  # seconds: for renderers that are held still for good
 EXCUSES = "killed|Timed out waiting|took longer than"  # of a job that fails although it is good
 DAY = 86400
 CLOCKS = (-4000 * DAY, -400 * DAY, -7200, -1, 0, 1, 5400, 3 * DAY, 400 * DAY, 4000 * DAY)

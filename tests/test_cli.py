@@ -99,10 +99,14 @@ def test_no_coordinator_is_told_with_what_to_do(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("note", ["", "{}", "[]", "null", '{"name": "x"}', '{"name": "x", "url": 5}'])
 def test_a_note_of_a_coordinator_that_cannot_be_read_is_none(
-        note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """So the network is asked, where nobody is."""
+    asked: List[Any] = []
+    monkeypatch.setattr(povfarm, "discover", lambda *args: asked.append(args) or [])
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "coordinator.json").write_text(note)
-    assert main(["status", "--discovery-port", "59999"]) == 1
+    assert main(["status", "--discovery-port", "59999"]) == 1 and asked
     assert "no coordinator answers" in capsys.readouterr().err
 
 

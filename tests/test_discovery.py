@@ -198,6 +198,7 @@ def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue(
     asked, waits = threading.Semaphore(0), threading.Event()
     rounds: Dict[str, int] = {}
     monkeypatch.setattr(povfarm, "_say", lambda text: waits.set())
+    monkeypatch.setattr(povfarm, "discover", lambda seconds, *rest: discover(ROUND, *rest))
 
     def reply(packet: bytes) -> List[bytes]:
         if not waits.is_set() or b"probe" not in packet:
