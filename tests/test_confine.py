@@ -391,7 +391,7 @@ def test_a_worker_outlives_hostile_scenes(povray: str, tmp_path: Path) -> None:
         for name, text in scenes.items():
             if text:
                 (place / f"{name}.pov").write_text(text)
-        jobs = [farm.submit(place, f"{name}.pov", *SMALL) for name in scenes]
+        jobs = [farm.submit(place, f"{name}.pov", *SMALL, "--retries", "1") for name in scenes]
         assert farm.finished(jobs.pop())["state"] == "done"
         for job in jobs:
             assert farm.finished(job)["state"] == "failed"
@@ -455,7 +455,7 @@ povfarm.shutil.disk_usage = lambda path: Disk(
         #declare I = 0; #while (I < 14) #declare S = concat(S, S); #declare I = I + 1; #end
         #while (1) #fopen F concat("f", str(N, 0, 0)) write #write (F, S) #fclose F
         #declare N = N + 1; #end""")
-    result = patched(tmp_path, patch, "render", "many.pov", *SMALL)
+    result = patched(tmp_path, patch, "render", "many.pov", *SMALL, "--retries", "1")
     assert result.returncode == 1 and "filled the disk" in result.stderr
 
 
