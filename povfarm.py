@@ -6133,12 +6133,23 @@ class Offer:
     """What a worker asks for: up to ``want`` runs at once.
 
     ``slots`` is how many runs it keeps going at a time, ``idle`` how many of
-    its cores have nothing to do.
+    its cores have nothing to do. ``job`` is the only one that it takes, 0 for any.
     """
 
     want: int
     slots: int
     idle: int
+    job: int = 0
+
+
+class Guest(NamedTuple):
+    """How a worker of another system differs from ours, beside rendering whole frames only.
+
+    It may be silent for ``silence`` seconds, and renders the jobs that ``takes`` accepts.
+    """
+
+    silence: float
+    takes: Callable[[Tx, Row], bool]
 
 
 class Cut(NamedTuple):
@@ -6196,6 +6207,7 @@ class Scheduler:
         self._deadlines: dict[str, float] = {}
         self._granted: dict[str, float] = {}
         self._owners: dict[str, int] = {}
+        self._guests: dict[int, Guest] = {}
         self._missing: dict[int, set[str]] = {}
         self._recall()
         self._seen.update(dict.fromkeys(self._owners.values(), clock.monotonic()))
@@ -6380,10 +6392,18 @@ class Scheduler:
         self._seen.pop(worker, None)
         self._wake()
 
+    def receive(self, worker: int, guest: Guest) -> None:
+        """Treat a worker as one of another system, until the coordinator ends."""
+        self._guests[worker] = guest
+        for lease, owner in list(self._owners.items()):
+            if owner == worker:  # since before the coordinator started
+                self._deadlines[lease] = self.clock.monotonic() + self._silence(worker)
+
     def live_workers(self) -> set[int]:
-        """Return the workers that were heard of within the lease time."""
-        oldest = self.clock.monotonic() - self.lease_time
-        return {worker for worker, seen in list(self._seen.items()) if seen >= oldest}
+        """Return the workers that were heard of within the time that a lease lives."""
+        now = self.clock.monotonic()
+        return {worker for worker, seen in list(self._seen.items())
+                if seen >= now - self._silence(worker)}
 
     def seen(self, worker: int) -> float | None:
         """Return how many seconds ago a worker was heard of, None when never."""
@@ -6484,7 +6504,7 @@ class Scheduler:
                 if self._owners.get(lease) != worker:
                     ended.append(lease)
                     continue
-                self._deadlines[lease] = now + self.lease_time
+                self._deadlines[lease] = now + self._silence(worker)
             left = end - now
             cuts = {lease: cut for lease, cut in list(self._cuts.items()) if lease in progress}
             news = [lease for lease, cut in cuts.items() if self._told.get(lease) != cut.bottom]
@@ -6737,8 +6757,8 @@ class Scheduler:
             self._missing = {
                 job["id"]: set(tx.missing_blobs(job["manifest"])) for job in tx.waiting_jobs()
             }
-            self._deadlines = {lease: self._deadlines.get(lease, now + self.lease_time)
-                               for lease in leases}
+            self._deadlines = {lease: self._deadlines.get(lease, now + self._silence(worker))
+                               for lease, worker in leases.items()}
             self._granted = {lease: self._granted.get(lease, now) for lease in leases}
             self._owners = leases
             self._told = {lease: row for lease, row in self._told.items() if lease in leases}
@@ -7063,8 +7083,14 @@ class Scheduler:
     def _used_up(self, tx: Tx, task: Row, job: Row, scene: bool) -> bool:
         failed = tx.failed_workers(task["id"])
         if scene:
-            return len(failed) >= job["retry_limit"] or not self._helpers(tx, job) - failed
+            helpers = self._helpers(tx, job, bool(task["parent"]))
+            return len(failed) >= job["retry_limit"] or not helpers - failed
         return bool(task["tries"] + 1 >= job["retry_limit"])
+
+    def _silence(self, worker: int) -> float:
+        """Return the seconds without a beat after which a worker's leases run out."""
+        guest = self._guests.get(worker)
+        return self.lease_time if guest is None else max(guest.silence, self.lease_time)
 
     def _grant(self, worker: int, offer: Offer, over: bool, stays: int) -> list[LeaseSpec]:
         """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
@@ -7103,10 +7129,13 @@ class Scheduler:
 
     def _grant_one(self, tx: Tx, row: Row, offer: Offer, sick: bool = False) -> LeaseSpec | None:
         worker = row["id"]
-        jobs = [job for job in tx.leasable_jobs()
-                if self._fits(job, row) and self._may_work(tx, job, worker, sick)]
-        waves = (self._take_back, self._split_early, self._pick), (self._split,), (
-            self._pick_straggler,)
+        jobs = [job for job in tx.leasable_jobs() if offer.job in (0, job["id"])
+                and self._suits(tx, job, row) and self._may_work(tx, job, worker, sick)]
+        waves: Sequence[Sequence[Picker]] = (
+            (self._take_back, self._split_early, self._pick), (self._split,),
+            (self._pick_straggler,))
+        if worker in self._guests:
+            waves = ((self._pick_whole,), (self._pick_straggler,))
         for wave in waves:
             for job, pick in itertools.product(jobs, wave):
                 tasks = pick(tx, job, worker, offer)
@@ -7121,6 +7150,10 @@ class Scheduler:
     def _fits(self, job: Row, worker: Row) -> bool:
         return _engine_fits(job["povray"], job["engines"] if self._has_begun(job) else "{}",
                             worker["engines"])
+
+    def _suits(self, tx: Tx, job: Row, worker: Row) -> bool:
+        guest = self._guests.get(worker["id"])
+        return (guest is None or guest.takes(tx, job)) and self._fits(job, worker)
 
     def _may_work(self, tx: Tx, job: Row, worker: int, sick: bool) -> bool:
         if job["max_workers"]:
@@ -7139,7 +7172,7 @@ class Scheduler:
             return False
         if job["slices"].isdecimal() and parts:  # a fair share: others come in a moment
             slices = int(job["slices"]) * (job["queued"] + job["leased"])
-            if len(parts) >= slices / len(self._helpers(tx, job)):
+            if len(parts) >= slices / len(self._helpers(tx, job, True)):
                 return False
         return (sick or not self._is_hopeless(tx, job, worker)
                 or worker in self._helpers(tx, job))
@@ -7147,8 +7180,8 @@ class Scheduler:
     def _is_hopeless(self, tx: Tx, job: Row, worker: int) -> bool:
         return tx.failures(job["id"], worker) >= 3 and not tx.has_done(job["id"], worker)
 
-    def _helpers(self, tx: Tx, job: Row) -> set[int]:
-        """Return the workers that a frame of a job may wait for.
+    def _helpers(self, tx: Tx, job: Row, part: bool = False) -> set[int]:
+        """Return the workers that a frame of a job may wait for, or ``part`` of a frame.
 
         Those that fail all of the job count when there are no others: then
         the scene is to blame, and the job has to find that out.
@@ -7156,7 +7189,8 @@ class Scheduler:
         live, some_succeed = self.live_workers(), self._some_succeed(tx)
         well = {row["id"] for row in tx.workers()
                 if row["id"] in live and row["state"] == WorkerState.ADMITTED
-                and not row["aside"] and self._fits(job, row)
+                and not row["aside"] and self._suits(tx, job, row)
+                and not (part and row["id"] in self._guests)
                 and not (some_succeed and self._only_fails(tx, row["id"]))}
         return {worker for worker in well if not self._is_hopeless(tx, job, worker)} or well
 
@@ -7171,7 +7205,15 @@ class Scheduler:
             return [part]
         return self._pick_frames(tx, job, worker, offer) if self._may_begin(tx, job) else []
 
+    def _pick_whole(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
+        """Find frames for a guest, unless others had better slice them."""
+        sliced = not unsliceable(pov_of(job["pov"]), False) and self._wants_slices(tx, job)
+        tasks = [] if sliced else self._pick_frames(tx, job, worker, offer)
+        # It fails with all frames at once: those of which one is bad are tried one by one.
+        return list(itertools.takewhile(lambda task: not task["tries"], tasks)) or tasks[:1]
+
     def _pick_frames(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
+        """Find queued neighbours, for one run."""
         others = self.live_workers() - {worker}
         slots = offer.slots + sum(self._slots.get(other, 1) for other in others)
         size = lease_size(job["queued"], slots, _mean_cost(job), job["runs"])
@@ -7188,7 +7230,8 @@ class Scheduler:
     def _may_try(self, tx: Tx, job: Row, worker: int, task: Row) -> bool:
         """What a worker failed or had its turn at goes back to it only when nobody else is left."""
         done = tx.failed_workers(task["id"]) | {row["worker"] for row in tx.kept(task["id"])}
-        return worker not in done or not self._helpers(tx, job) - done - {worker}
+        helpers = self._helpers(tx, job, bool(task["parent"]))
+        return worker not in done or not helpers - done - {worker}
 
     def _pick_part(self, tx: Tx, job: Row, worker: int) -> Row | None:
         """Find a slice or a pass for a worker, or cut one off a frame."""
@@ -7233,7 +7276,7 @@ class Scheduler:
 
     def _add_passes(self, tx: Tx, job: Row, frame: Row) -> None:
         region = region_of(pov_of(job["pov"]).options)
-        for top, bottom in pass_rows(region, self._shared(job), len(self._helpers(tx, job))):
+        for top, bottom in pass_rows(region, self._shared(job), len(self._helpers(tx, job, True))):
             tx.add_part(frame, TaskKind.PASS, top, bottom)
 
     def _wants_slices(self, tx: Tx, job: Row) -> bool:
@@ -7248,7 +7291,7 @@ class Scheduler:
         cheap = cost is not None and cost.wall < 8 * START
         small = region.bottom - region.top <= max(8 * GRAIN, region.block)
         few = job["queued"] < len(self.live_workers())  # soon found out, and mostly enough
-        return few and not (cheap or small) and job["queued"] < len(self._helpers(tx, job))
+        return few and not (cheap or small) and job["queued"] < len(self._helpers(tx, job, True))
 
     def _begin_slices(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
         height = pov_of(job["pov"]).options.height
@@ -7279,7 +7322,7 @@ class Scheduler:
     def _cut(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
         """Cut the next slice off a frame."""
         speeds, cost = self._speeds(tx, job)
-        here = self._helpers(tx, job) | {worker}
+        here = self._helpers(tx, job, True) | {worker}
         share = speeds[worker] / max(sum(speeds[helper] for helper in here), 1e-6)
         if cost is not None:
             cost = cost._replace(row=1 / max(speeds[worker], 1e-6))
@@ -7352,7 +7395,7 @@ class Scheduler:
         rows: int = sum(frame["bottom"] - frame["cut"] for frame in tx.frames_to_cut(job["id"]))
         if not rows or job["queued"]:
             return []
-        here, (speeds, _) = self._helpers(tx, job) | {worker}, self._speeds(tx, job)
+        here, (speeds, _) = self._helpers(tx, job, True) | {worker}, self._speeds(tx, job)
         lefts = [left for left in map(self._left_of, tx.live_attempts_of_job(job["id"]))
                  if left < math.inf]
         rest = rows / max(sum(speeds[worker] for worker in here), 1e-6) + sum(lefts) / len(here)
@@ -7431,6 +7474,8 @@ class Scheduler:
                 continue
             done = tx.failed_workers(attempt["task"]) | {
                 attempt["worker"], *(row["worker"] for row in tx.kept(attempt["task"]))}
+            if attempt["kind"] != TaskKind.FRAME and worker in self._guests:
+                continue
             if counts[attempt["task"]] == 1 and worker not in done:
                 task = tx.task(attempt["task"])
                 return [task] if task is not None else []
@@ -7448,7 +7493,7 @@ class Scheduler:
             if task["state"] == TaskState.QUEUED:
                 self._move(tx, task, TaskState.LEASED, worker["name"])
         self._granted[lease] = self.clock.monotonic()
-        self._deadlines[lease] = self._granted[lease] + self.lease_time
+        self._deadlines[lease] = self._granted[lease] + self._silence(worker["id"])
         self._owners[lease] = worker["id"]
         version = json.loads(worker["engines"]).get("povray", "")
         specs = tuple(
@@ -7488,6 +7533,9 @@ class Scheduler:
             runs = 1 if alone else len(tx.queued_parts(job["id"])) + 1
         threads = max(idle // runs, 1)
         return max(min(threads, int(pov.values.get("Work_Threads", threads))), 1)
+
+
+Picker = Callable[[Tx, Row, int, Offer], list[Row]]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1937,3 +1937,43 @@ def test_what_scenes_wrote_lives_as_long_as_their_job(farm: Farm) -> None:
     farm.scheduler.delete(job)
     farm.scheduler.tidy()
     assert not farm.store.blob_path(sha256(b"text")).exists()
+
+
+# --- workers of other systems
+
+def guest(farm: Farm, name: str = "old", takes: Callable[[Any, Any], bool] = lambda tx, job: True,
+          ) -> int:
+    worker = farm.worker(name)
+    farm.scheduler.receive(worker, povfarm.Guest(130.0, takes))
+    return worker
+
+
+def test_a_guest_may_be_silent_for_longer(farm: Farm) -> None:
+    job, old, ours = farm.submit(2), guest(farm), farm.worker()
+    lease = farm.lease(old)
+    farm.lease(ours)
+    farm.clock.advance(100)
+    farm.scheduler.expire()
+    assert farm.states(job) == ["leased", "queued"] and farm.scheduler.live_workers() == {old}
+    assert farm.beat(old, lease) == []
+    farm.clock.advance(131)
+    farm.scheduler.expire()
+    assert farm.states(job) == ["queued", "queued"] and not farm.scheduler.live_workers()
+
+
+def test_a_guest_is_given_whole_frames_of_the_jobs_that_it_takes(farm: Farm) -> None:
+    jobs = [farm.submit(2, name=name, priority=1) for name in ("no", "yes")]
+    sliced = farm.submit(2, values={"Height": "600"}, slices="2", priority=5)
+    old = guest(farm, takes=lambda tx, job: job["name"] != "no")
+    lease = farm.lease(old)
+    assert (lease.job, lease.tasks[0].kind) == (jobs[1], povfarm.TaskKind.FRAME)
+    assert farm.lease(farm.worker()).job == sliced
+    more = farm.scheduler.lease(old, Offer(1, 1, 1, jobs[0]), 0.0, lambda: True)
+    assert more == [] and farm.states(jobs[0]) == ["queued", "queued"]
+
+
+def test_an_offer_may_be_for_one_job_only(farm: Farm) -> None:
+    farm.submit(2, priority=9)
+    job = farm.submit(2)
+    lease, = farm.scheduler.lease(farm.worker(), Offer(1, 1, 1, job), 0.0, lambda: True)
+    assert lease.job == job
