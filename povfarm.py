@@ -505,6 +505,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("pin", _pin, "", "SHA-256 of the only certificate that the coordinator may show",
             "work talk", "SHA256"),
     Setting("work", bool, False, "render on this machine too", "serve"),
+    Setting("httpov", bool, False, "let HTTPov's clients render: prints what they need",
+            "serve"),
     Setting("lease-time", _lease_time, 30.0,
             "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
     Setting("cores", _count, None, "cores to keep busy; by itself all of them",
@@ -2281,8 +2283,11 @@ def find_project(path: Path) -> Path:
                     "go there and name one, or call one pov.ini")
 
 
-def zip_stream(entries: Iterable[tuple[str, Path]], timestamp: float = 0) -> Iterator[bytes]:
+def zip_stream(entries: Iterable[tuple[str, Path | bytes]],
+               timestamp: float = 0) -> Iterator[bytes]:
     """Yield a zip file of ``(name, file)`` pairs piece by piece, stored, not compressed.
+
+    Instead of a file its contents may be given; a name with a slash at its end is a directory.
 
     Every file has the same time, ``timestamp`` in seconds since 1970 (1980 at
     least), so that the same files are the same bytes.
@@ -2293,6 +2298,12 @@ def zip_stream(entries: Iterable[tuple[str, Path]], timestamp: float = 0) -> Ite
         for name, path in entries:
             info = zipfile.ZipInfo(name, date)
             info.create_system, info.external_attr = 3, 0o644 << 16
+            if isinstance(path, bytes):
+                if info.is_dir():
+                    info.external_attr = 0o40755 << 16 | 0x10  # the last for DOS
+                archive.writestr(info, path)
+                yield sink.take()
+                continue
             info.file_size = path.stat().st_size  # a guess that decides about zip64
             with path.open("rb") as source, archive.open(info, "w") as target:
                 while block := source.read(BUFFER):
@@ -2314,7 +2325,7 @@ def unpack_files(data: bytes, most: int = MAX_WRITTEN_SIZE) -> dict[str, bytes]:
     """Read what ``pack_files`` made of ``most`` bytes; ``UserError`` for what it never makes."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            infos = archive.infolist()
+            infos = [info for info in archive.infolist() if not info.is_dir()]
             size = sum(info.file_size for info in infos)
             if len(infos) > MAX_WRITTEN or size > most:
                 raise UserError("a run left more files, or larger ones, than it may")
@@ -3889,7 +3900,7 @@ def _address_towards(address: str) -> str:
 # by the function that Router is given. Deadlines here are the real time's, not a
 # Clock's: they bound what a socket may cost.
 
-ROLES = ("anyone", "reader", "user", "pending", "worker", "admin")
+ROLES = ("anyone", "reader", "user", "pending", "worker", "guest", "admin")
 BODY_LIMIT = 1 << 20  # bytes that a request's body may have where its route says nothing
 _SOON = 0.02  # seconds that a thread stays with a connection for its next request
 _DRAIN_LIMIT = 1 << 16  # an unread body up to this size is read away to keep the connection
@@ -5980,6 +5991,13 @@ class Tx:
                WHERE attempt.state = 'live' AND task.kind = 'slice'
                AND attempt.given != task.bottom""").fetchall()
 
+    def attempts_of_lease(self, lease: str) -> list[Row]:
+        """Return every attempt under a lease, with the frame, in the order of frames."""
+        return self._db.execute(
+            """SELECT attempt.*, task.frame AS frame, task.job AS job
+               FROM attempt JOIN task ON task.id = attempt.task
+               WHERE attempt.lease = :lease ORDER BY task.frame""", {"lease": lease}).fetchall()
+
     def end_attempt(self, attempt: int, state: AttemptState, now: float, message: str = "",
                     log: str = "") -> None:
         """End a live attempt with its result."""
@@ -7610,6 +7628,9 @@ class Access:
             self.cookie = f"povfarm-{tx.meta('farm_id')[:8]}"
         self._store = store
         self._key = farm_key
+        # Travels in addresses, so it is another one. A cookie, of which form tokens are made in
+        # the same way, has no zero byte.
+        self.guest_key = hmac.new(farm_key.encode(), b"\0guests", "sha256").hexdigest()[:32]
         self._clock = clock
         self._stranger = Identity(frozenset() if private else frozenset({"reader"}))
         self._lock = threading.Condition()
@@ -7620,6 +7641,9 @@ class Access:
 
     def identify(self, request: Request) -> Identity:
         """Return the sender of a request; a stranger may at most read."""
+        if "guest" in request.params or request.path == "/httpov.php":
+            shown = request.params.get("guest", request.query.get("cgroup", ""))
+            return self._by_guest_key(shown, request)
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and token:
             return self._by_token(token.strip(), request.remote)
@@ -7692,6 +7716,13 @@ class Access:
             raise ProtocolError(401, "this key is not the farm's")
         return Identity(_WORKER_ROLES[WorkerState(row["state"])], row["id"], row["name"])
 
+    def _by_guest_key(self, key: str, request: Request) -> Identity:
+        self._check_patience(request.remote)
+        if hmac.compare_digest(key.encode(), self.guest_key.encode()):
+            return _GUEST
+        self.slow_down(request.remote)
+        raise ProtocolError(404, f"there is no {request.path} here")
+
     def slow_down(self, remote: str) -> None:
         """Count a wrong key of an address, and hold up its answer when there were too many."""
         with self._lock:
@@ -7730,6 +7761,7 @@ def _secret_hash(secret: str) -> str:
 
 _READER = Identity(frozenset({"reader"}), name="browser")
 _ADMIN = Identity(frozenset({"reader", "user", "admin"}), name="admin")
+_GUEST = Identity(frozenset({"guest"}), name="guest")
 _WORKER_ROLES: Mapping[WorkerState, frozenset[str]] = {
     WorkerState.PENDING: frozenset({"reader", "pending"}),
     WorkerState.ADMITTED: frozenset({"reader", "pending", "worker"}),
@@ -8343,7 +8375,288 @@ def _sha256(request: Request) -> str:
 
 # === 12. HTTPOV ==============================================================
 # The dialect of HTTPov's clients, versions 1.2 and 2.2: decodes what they ask
-# at /httpov.php, calls SCHEDULER, encodes its answers as key=value lines.
+# at /httpov.php, calls SCHEDULER, encodes its answers as key=value lines, whose
+# order is the protocol's. A client, HOST:CID, is a worker; a batch is a lease
+# under its own id; its frames have the job's own numbers, so that all that a
+# scene can ask POV-Ray for (clock, frame_number, final_frame) is as it should be.
+
+CLIENT_SILENCE = 130.0  # seconds: they tell every 60 that they still render
+CLIENT_FEATURES = 2  # the second number of the version that clients should have
+_CLIENT_VERSION = re.compile(r"([1-9][0-9]{0,3})\.([0-9]{1,4})(?:\.[0-9.]*)?")
+_CLIENT = re.compile(r"[!-9;-~]{1,80}:[0-9]{1,10}")
+_CLIENT_TOKEN = "HTTPov "  # begins what is no hash, so that nobody can show the secret of it
+_COMMANDS = {"getjob": ("client",), "getbatch": ("job", "client"),
+             **dict.fromkeys(("postbatch", "abortbatch", "active"), ("job", "batch", "client"))}
+_OWN_INI = ("pov.ini", "povray.ini")  # POV-Ray reads the latter by itself, also shell commands
+
+
+class Httpov:
+    """The routes of HTTPov's clients, for a ``Coordinator`` that lets them in.
+
+    The clients know no passwords. The bash one takes a path behind the server's
+    address, for the key; the Python one does not, but both send the name of
+    their group with every command, so that may be the key as well. What they
+    fetch without it, a job's archive, has a name that nobody can guess.
+    """
+
+    def __init__(self, scheduler: Scheduler, access: Access) -> None:
+        self._farm = scheduler
+        self._store = scheduler.store
+        self._access = access
+        self._joining = threading.Lock()
+        self._workers: dict[str, int] = {}  # by client: also one that was removed meanwhile
+        self._guest = Guest(CLIENT_SILENCE, self._takes)
+        self._portable: dict[str, bool] = {}  # by manifest: whether clients can unpack it
+        with self._store.read() as tx:
+            known = [row["id"] for row in tx.workers() if row["token"].startswith(_CLIENT_TOKEN)]
+        for worker in known:
+            scheduler.receive(worker, self._guest)
+
+    @route("GET", "/httpov.php", role="guest", summary="What an HTTPov client asks")
+    @route("GET", "/<guest>/httpov.php", role="guest", summary="What an HTTPov client asks")
+    @route("POST", "/httpov.php", role="guest", max_body=MAX_IMAGE,
+           summary="What an HTTPov client rendered")
+    @route("POST", "/<guest>/httpov.php", role="guest", max_body=MAX_IMAGE,
+           summary="What an HTTPov client rendered")
+    def command(self, request: Request) -> Response:
+        """Query: command, client, version; job and batch where there is one; cgroup."""
+        version = _CLIENT_VERSION.fullmatch(request.query.get("version", ""))
+        if version is None:
+            return _lines("command=sleep", "message=HTTPov client 1.0 or later required.")
+        command = request.query.get("command", "")
+        if command == "hello":
+            return _lines("message=HTTPov server version 0.8 ready.")
+        if command not in _COMMANDS:
+            return _lines("command=unknown")
+        missing = [name for name in _COMMANDS[command] if not request.query.get(name)]
+        if missing or not _CLIENT.fullmatch(request.query["client"]):
+            return _lines(f"error={' and '.join(missing) or 'client'} must be in the request")
+        worker = self._worker(request)
+        if worker is None:
+            return _lines("error=this client was removed from the farm")
+        answer = _lines(*getattr(self, f"_{command}")(request, worker))
+        if command == "getjob" and int(version[2]) < CLIENT_FEATURES:
+            answer.body = cast(bytes, answer.body) + (
+                f"message=HTTPov client {version[1]}.{CLIENT_FEATURES} or later recommended.\n"
+            ).encode()
+        return answer
+
+    @route("GET", "/jobs/<name>.zip", role="anyone", summary="A job for HTTPov clients")
+    @route("GET", "/<guest>/jobs/<name>.zip", role="guest", summary="A job for HTTPov clients")
+    def archive(self, request: Request) -> Response:
+        """The project in one directory, with a pov.ini that renders the job's frames."""
+        name = request.params["name"]
+        number = re.match("[0-9]{1,18}(?=-)", name)
+        with self._store.read() as tx:
+            job = tx.job(int(number[0])) if number else None
+            if job is None or not hmac.compare_digest(name.encode(), self._name(job).encode()):
+                job = None
+            elif self._takes(tx, job):
+                manifest = Manifest.from_wire(json.loads(tx.manifest(job["manifest"])))
+                return stream_response(zip_stream(self._entries(job, manifest)), "application/zip")
+        if job is None:
+            self._access.slow_down(request.remote)
+        raise ProtocolError(404, f"there is no {name}.zip here")
+
+    # --- the commands
+
+    def _getjob(self, request: Request, worker: int) -> list[str]:
+        """Lease something first: a client that is sent to a job in vain asks again at once."""
+        lease = self._lease(request, worker, 0)
+        if lease is None:
+            return ["command=sleep"]
+        with self._store.read() as tx:
+            job = cast(Row, tx.job(lease[1]))
+        plan = plan_frames(pov_of(job["pov"]).options)
+        # Clients take from the number of frames only how many digits a frame's number has.
+        frames = plan.final_frame + plan.cyclic if plan.animation else 1
+        return ["command=getbatch", f"job={job['id']}", f"name={self._name(job)}",
+                f"frames={frames}"]
+
+    def _getbatch(self, request: Request, worker: int) -> list[str]:
+        job = request.query["job"]
+        lease = self._lease(request, worker, int(job)) if re.fullmatch("[1-9][0-9]{0,17}", job) \
+            else None
+        if lease is None:
+            return ["command=getjob"]
+        with self._store.read() as tx:
+            frames = [attempt["frame"] for attempt in tx.attempts_of_lease(lease[0])]
+        return ["command=render", f"batch={lease[0]}", f"startframe={frames[0]}",
+                f"stopframe={frames[-1]}"]
+
+    def _active(self, request: Request, worker: int) -> list[str]:
+        self._farm.beat(worker, {request.query["batch"]: {}}, 0.0)
+        return ["status=ok"]
+
+    def _abortbatch(self, request: Request, worker: int) -> list[str]:
+        attempts = self._attempts(request, worker)
+        for attempt in attempts:
+            self._fail(worker, attempt, "POV-Ray failed: the log is where the client runs")
+        if attempts:  # then the client ends
+            self._farm.leave(worker)
+        return ["status=error"]
+
+    def _postbatch(self, request: Request, worker: int) -> list[str]:
+        attempts = self._attempts(request, worker)
+        if all(attempt["state"] in (AttemptState.DONE, AttemptState.KEPT) for attempt in attempts):
+            return ["status=error"]
+        images, text, problem = _images(request)
+        wall = (self._farm.clock.time() - attempts[0]["started"]) / len(attempts)
+        cost, good = Cost(max(wall, 0.0), max(wall, 0.0)), True
+        for attempt in attempts:
+            missing = problem or f"frame {attempt['frame']} is not in what the client sent"
+            try:
+                if attempt["frame"] not in images:
+                    raise ImageError(missing)
+                self._farm.finish(worker, attempt["lease"], attempt["task"],
+                                  images[attempt["frame"]], text, cost)
+            except ImageError as error:
+                self._fail(worker, attempt, str(error), text)
+                good = False
+        return ["status=ok" if good else "status=error"]
+
+    # --- inside
+
+    def _worker(self, request: Request) -> int | None:
+        """Return the worker that a client is, None when it was removed."""
+        client = request.query["client"]
+        with self._joining:  # it may ask twice at the same time
+            with self._store.read() as tx:
+                row = (tx.worker(self._workers[client]) if client in self._workers
+                       else tx.worker_by_token(_CLIENT_TOKEN + client))
+            if row is not None:
+                self._workers[client] = row["id"]
+                return None if row["state"] == WorkerState.REMOVED else int(row["id"])
+            info = WorkerInfo(client.replace(":", "-"), 1, 0, "HTTPov", {})
+            worker, _ = self._farm.join(info, _CLIENT_TOKEN + client, request.remote, True)
+            self._farm.receive(worker, self._guest)
+            self._workers[client] = worker
+            return worker
+
+    def _lease(self, request: Request, worker: int, job: int) -> tuple[str, int] | None:
+        """Return lease and job of what a client is to render, of this job or any (0).
+
+        What it has not delivered yet comes first: the answer to an earlier
+        request was lost, or it only knows of the job so far.
+        """
+        with self._store.read() as tx:
+            for lease in tx.live_leases():
+                if lease["worker"] == worker and job in (0, lease["job"]):
+                    self._farm.beat(worker, {lease["id"]: {}}, 0.0)
+                    return lease["id"], lease["job"]
+        leases = self._farm.lease(worker, Offer(1, 1, 1, job), 0.0, request.alive)
+        return (leases[0].id, leases[0].job) if leases else None
+
+    def _attempts(self, request: Request, worker: int) -> list[Row]:
+        with self._store.read() as tx:
+            return [attempt for attempt in tx.attempts_of_lease(request.query["batch"])
+                    if attempt["worker"] == worker]
+
+    def _fail(self, worker: int, attempt: Row, message: str, text: bytes = b"") -> None:
+        if attempt["state"] == AttemptState.LIVE:
+            self._farm.fail(worker, attempt["lease"], attempt["task"], message, text, False)
+
+    def _name(self, job: Row) -> str:
+        """Return what clients call a job: nobody can guess it who was not told."""
+        seal = hmac.new(self._access.guest_key.encode(), b"job %d" % job["id"], "sha256")
+        place = self._store.job_directory(job["id"], job["name"])
+        return f"{place.name}-{seal.hexdigest()[:24]}"
+
+    def _takes(self, tx: Tx, job: Row) -> bool:
+        """Tell whether clients make the same pictures of a job as our workers."""
+        key = job["manifest"]
+        if key not in self._portable:
+            files = Manifest.from_wire(json.loads(tx.manifest(key))).files
+            self._portable[key] = all(
+                file.path.isascii() and file.after_frame is None for file in files)
+        return (self._portable[key] and not job["in_order"] and job["radiosity"] != "animation"
+                and job["slices"] in ("auto", "off", "1") and _renders_alike(job["pov"]))
+
+    def _entries(self, job: Row, manifest: Manifest) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield what is in a job's archive: first of all the directories."""
+        pov, top = pov_of(job["pov"]), self._name(job)
+        files = {f"{top}/{file.path}": self._store.blob_path(file.sha256)
+                 for file in manifest.files if file.path.lower() not in _OWN_INI}
+        places = [f"{top}/{place}/" for place in pov.library if place not in (STANDARD, ".")]
+        folders = {f"{parent}/" for path in (*files, *(f"{place}x" for place in places))
+                   for parent in PurePosixPath(path).parents if parent.name}
+        yield from ((folder, b"") for folder in sorted({f"{top}/", *folders}))
+        yield f"{top}/pov.ini", client_ini(pov).encode()
+        yield from sorted(files.items())
+
+
+@functools.lru_cache(maxsize=64)
+def _renders_alike(text: str) -> bool:
+    """Tell whether a command line, as JSON text, gives the same pictures from ``client_ini``."""
+    pov = pov_of(text)
+    plan = plan_frames(pov.options)
+    with contextlib.suppress(UserError):  # of names that are not ASCII
+        return (bool(client_ini(pov)) and plan.extension == ".png" and plan.frames.step == 1
+                and set(pov.uses) <= {"radiosity", "photons"}
+                and pov.run_dir == "." and pov.library[:1] == (STANDARD,)
+                and not (plan.animation and plan.initial_frame == plan.final_frame))
+    return False
+
+
+def client_ini(pov: PovJob) -> str:
+    """Return the pov.ini with which a client's POV-Ray renders a job's frames.
+
+    POV-Ray's own include files are where the client's own INI file says, which
+    comes before this one. A still becomes the first frame of an animation, as
+    the client looks for a file with a number. Warnings are not printed: clients
+    take "Possible Parse Error", of a scene without assumed_gamma, for an error.
+    ``UserError`` for names that an INI file cannot hold.
+    """
+    plan = plan_frames(pov.options)
+    values = {key: value for key, value in pov.values.items()
+              if key not in ("Output_File_Name", "Clock")}
+    values.update({
+        "Antialias": pov.values.get("Antialias", "Off"), "Width": str(pov.options.width),
+        "Height": str(pov.options.height), "Output_File_Type": "N", "Output_To_File": "On",
+        "Continue_Trace": "Off", "Warning_Console": "Off"})
+    declares = list(pov.declares)
+    if plan.animation and not pov.thread_safe:
+        values["Work_Threads"] = "1"
+    if not plan.animation:
+        clock = pov.values.get("Clock", "0")
+        values.update(Initial_Frame="0", Final_Frame="2", Initial_Clock=clock, Final_Clock=clock)
+        number = pov.values.get("Final_Frame", "0")
+        declares += [f"final_frame={number}", "initial_clock=0", "final_clock=0"]
+    library = [place for place in pov.library if place != STANDARD]
+    return to_ini(values, declares, library)
+
+
+def _lines(*lines: str) -> Response:
+    return text_response("".join(f"{line}\n" for line in lines))
+
+
+def _images(request: Request) -> tuple[dict[int, bytes], bytes, str]:
+    """Return the pictures of an upload by their frames, the log, and what is wrong with it."""
+    try:
+        files = unpack_files(_uploaded(request), MAX_IMAGE)
+    except UserError as error:
+        return {}, b"", f"{error}"
+    images, text = {}, b""
+    for path, data in files.items():
+        number = re.search(r"_([0-9]{1,9})\.png$", path)
+        if number:
+            images[int(number[1])] = data
+        elif path.endswith("batchreport.txt"):
+            text = data
+    return images, text, ""
+
+
+def _uploaded(request: Request) -> bytes:
+    """Return the file of a form; ``UserError`` when there is none."""
+    kind = re.fullmatch(r'multipart/form-data *; *boundary="?([^";]{1,200})"?',
+                        request.headers.get("content-type", ""))
+    if kind is not None:
+        edge = b"\r\n--" + kind[1].encode()
+        for part in (b"\r\n" + request.body.read()).split(edge)[1:-1]:
+            head, _, data = part.partition(b"\r\n\r\n")
+            if b'name="filedata"' in head:
+                return data
+    raise UserError("the client sent no file")
 
 
 # === 13. SHEEPIT =============================================================
@@ -9092,16 +9405,17 @@ class Coordinator:
     ``port`` 0 picks a free port; ``url`` tells which. ``discovery_port`` None
     answers no probes. ``hosts`` are names that this computer has beside its
     own. ``tls`` are the PEM files of a certificate and its key; ``pin`` is then
-    the certificate's SHA-256. Raises ``UserError`` for a port in use or a bad
-    certificate and ``StoreError`` for a data directory that cannot be used or
-    that another povfarm holds.
+    the certificate's SHA-256. ``httpov`` lets HTTPov's clients in. Raises
+    ``UserError`` for a port in use or a bad certificate and ``StoreError`` for a
+    data directory that cannot be used or that another povfarm holds.
     """
 
     def __init__(self, data: Path, *, bind: str = "", port: int = 0, name: str = "",
                  discovery_port: int | None = None, admit_private: bool = False,
                  private: bool = False, hosts: Collection[str] = (),
                  tls: tuple[Path, Path] | None = None, durable: bool = True,
-                 lease_time: float = 30.0, clock: Clock | None = None) -> None:
+                 lease_time: float = 30.0, httpov: bool = False,
+                 clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.data = data
         context, self.pin = _tls_context(*tls) if tls else (None, "")
@@ -9118,7 +9432,8 @@ class Coordinator:
         self.access = Access(self.store, self.key, private, self.clock)
         self.api = Api(self.scheduler, self.access, self.name, admit_private)
         pages = Pages(self.api, self.scheduler, self.access, self.pin)
-        self.router = Router(self.api, pages, authenticate=self.access.identify,
+        dialects = [Httpov(self.scheduler, self.access)] if httpov else []
+        self.router = Router(self.api, pages, *dialects, authenticate=self.access.identify,
                              hosts=_own_names(hosts), error_page=pages.error_page)
         self.api.routes = self.router.routes
         self.server = Server(self.router, bind or "0.0.0.0", port, context)
@@ -11743,10 +12058,10 @@ def serve(options: Options) -> int:
             options.data, bind=options.bind, port=options.port, name=options.name,
             discovery_port=None if options.no_discovery else options.discovery_port,
             admit_private=options.open, private=options.private, hosts=options.host.split(","),
-            tls=_tls_files(options), lease_time=options.lease_time)
+            tls=_tls_files(options), lease_time=options.lease_time, httpov=options.httpov)
         coordinator.start()
         stack.callback(coordinator.stop)
-        _greet(coordinator, options.bind in ("", "0.0.0.0", "::"))
+        _greet(coordinator, options.bind in ("", "0.0.0.0", "::"), options.httpov)
         if launcher is not None and engine is not None:
             client = Client(coordinator.url, coordinator.key, fingerprint=coordinator.pin)
             worker = _join(client, engine, launcher, options.data / "cache", options,
@@ -12661,7 +12976,7 @@ def _tls_files(options: Options) -> tuple[Path, Path] | None:
     return own_certificate(options.data, options.host.split(",")) if options.tls else None
 
 
-def _greet(coordinator: Coordinator, everywhere: bool) -> None:
+def _greet(coordinator: Coordinator, everywhere: bool, httpov: bool) -> None:
     address = coordinator.url
     if everywhere:
         address = f"{address.partition(':')[0]}://{_lan_address()}:{coordinator.port}"
@@ -12672,6 +12987,9 @@ def _greet(coordinator: Coordinator, everywhere: bool) -> None:
         f"  steer it in a browser here:  {login_link}",
         "  start workers elsewhere:     "
         f"python povfarm.py work --server {address} --key {coordinator.key}{pin}",
+        *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"
+           f"HP_GROUP=\"%s\"\\n' {address.removeprefix('http://')} {coordinator.access.guest_key} "
+           ">> ~/.httpovclient/prefs"] if httpov else []),
         "  queue a job here:            python povfarm.py submit scene.pov +W640 +H480",
         "Ctrl-C stops it; nothing is lost."]), flush=True)
 

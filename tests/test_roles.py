@@ -28,13 +28,14 @@ from povfarm import (
 
 READER, PENDING = frozenset({"reader"}), frozenset({"reader", "pending"})
 WORKER, ADMIN = PENDING | {"worker"}, READER | {"user", "admin"}
+GUEST = READER | {"guest"}  # its key is in the address of its own routes, and nowhere else
 # What each kind of sender may be; None is a key that is refused wherever it is shown.
 SENDERS: Dict[str, Any] = {
     "nobody": READER, "worker asking to join": PENDING, "worker": WORKER, "another worker": WORKER,
-    "admin": ADMIN, "browser": ADMIN, "browser that logged out": READER, "made-up cookie": READER,
+    "HTTPov client": GUEST, "admin": ADMIN, "browser": ADMIN, "browser that logged out": READER, "made-up cookie": READER,
     "made-up key": None, "removed worker": None, "hash of a worker's token": None,
 }
-STRANGERS = ("nobody", "browser that logged out", "made-up cookie")
+STRANGERS = ("nobody", "HTTPov client", "browser that logged out", "made-up cookie")
 LETTERS = {"": "abc", ":int": "7", ":path": "a/b"}
 BODIES: Mapping[str, bytes] = {
     "POST /api/v1/leases/<lease>/release": b"{}",
@@ -50,7 +51,7 @@ class House:
 
     def __init__(self, data: Path, private: bool = False) -> None:
         self.coordinator = Coordinator(data, bind="127.0.0.1", private=private, durable=False,
-                                       clock=FakeClock())  # wrong keys are held up
+                                       httpov=True, clock=FakeClock())  # wrong keys are held up
         self.data = data
         self.scheduler = self.coordinator.scheduler
         self.access = self.coordinator.access
@@ -74,7 +75,7 @@ class House:
         self.headers: Dict[str, Dict[str, str]] = {
             **{who: {"authorization": f"Bearer {keys.get(who, who)}"} for who in SENDERS},
             **{who: {"cookie": f"{self.access.cookie}={one}"} for who, one in cookies.items()},
-            "nobody": {},
+            "nobody": {}, "HTTPov client": {},
         }
         self.access.log_out(Request("POST", "/", headers=self.headers["browser that logged out"]))
 
@@ -94,9 +95,11 @@ class House:
 
     def send(self, method: str, path: str, who: str, body: bytes = b"",
              **headers: str) -> Response:
+        path, _, group = path.partition("?cgroup=")
         fields = {"host": "127.0.0.1", "content-type": "application/json", **self.headers[who],
                   **{name.replace("_", "-"): value for name, value in headers.items()}}
-        return self.router.handle(Request(method, path, {}, fields, BodyReader.of(body)))
+        return self.router.handle(
+            Request(method, path, {"cgroup": group}, fields, BodyReader.of(body)))
 
     def truth(self) -> Tuple[Any, ...]:
         """All that the farm has written down, and the names of its files."""
@@ -144,11 +147,15 @@ def knock(house: House, who: str, private: bool) -> int:
     roles: FrozenSet[str] = SENDERS[who]
     house.spy()
     for bound in house.router.routes:
-        method, path = bound.route.method, example(bound)
+        method, guest = bound.route.method, bound.route.role == "guest"
+        path = example(bound)
+        if who == "HTTPov client":
+            path = example(bound, guest=house.access.guest_key)
         first = next(one for one in house.router.routes
                      if one.route.method == method and one.regex.fullmatch(path))
         house.entered.clear()
-        response = house.send(method, path, who)
+        group = house.access.guest_key if who == "HTTPov client" else "abc"
+        response = house.send(method, f"{path}?cgroup={group}", who)
         place = f"{who} at {method} {bound.route.pattern}"
         good = allowed(roles, who, first, private)
         tried("senders at every route", let_in_by_right=bool(good and house.entered),
@@ -157,7 +164,8 @@ def knock(house: House, who: str, private: bool) -> int:
             assert house.entered == [path] and response.status == 204, place
             continue
         assert house.entered == [], place
-        assert response.status == (401 if roles is None or who in STRANGERS else 403), place
+        refusal = 401 if roles is None or who in STRANGERS else 403
+        assert response.status == (404 if guest else refusal), place
     return len(house.router.routes)
 
 
@@ -263,8 +271,9 @@ def test_a_browser_changes_nothing_without_the_token_of_a_form(house: House) -> 
             path = example(bound, **values)
             for body in (b"", b"token=", b"token=" + other.encode(), b"token=%FF"):
                 answer = house.send(bound.route.method, path, "browser", body, content_type=form)
-                tried("forms without their token", let_in=answer.status != 403)
-                assert answer.status == 403, (path, body)
+                refusal = 404 if bound.route.role == "guest" else 403
+                tried("forms without their token", let_in=answer.status != refusal)
+                assert answer.status == refusal, (path, body)
     assert house.truth() == before
     assert "user" in house.access.identify(
         Request("GET", "/", headers=house.headers["browser"])).roles, "it is still logged in"

@@ -1972,6 +1972,39 @@ def test_a_guest_is_given_whole_frames_of_the_jobs_that_it_takes(farm: Farm) -> 
     assert more == [] and farm.states(jobs[0]) == ["queued", "queued"]
 
 
+BIG = {"Height": "600"}
+
+
+def test_a_slice_that_failed_does_not_wait_for_a_guest(farm: Farm) -> None:
+    farm.submit(1, values=BIG, slices="2")
+    worker, old = farm.worker(), guest(farm)
+    lease = farm.lease(worker)
+    farm.fail(worker, lease)
+    assert farm.leases(old) == [] and farm.lease(worker).tasks == lease.tasks
+
+
+def test_a_slice_of_a_bad_scene_is_not_tried_by_a_guest(farm: Farm) -> None:
+    job, worker = farm.submit(1, values=BIG, slices="2"), farm.worker()
+    guest(farm)
+    farm.fail(worker, farm.lease(worker), scene=True)
+    assert farm.states(job)[0] == "failed"
+
+
+def test_frames_are_not_sliced_for_the_sake_of_guests(farm: Farm) -> None:
+    farm.submit(1, values=BIG)
+    farm.worker()
+    assert farm.lease(guest(farm)).tasks[0].kind is povfarm.TaskKind.FRAME
+
+
+def test_a_guest_gets_no_copy_of_a_slice(farm: Farm) -> None:
+    farm.submit(1, values=BIG, slices="1000")
+    worker, old = farm.worker(), guest(farm)
+    while farm.leases(worker, idle=0):
+        pass
+    farm.clock.advance(20)
+    assert farm.leases(old) == []
+
+
 def test_an_offer_may_be_for_one_job_only(farm: Farm) -> None:
     farm.submit(2, priority=9)
     job = farm.submit(2)

@@ -1,0 +1,745 @@
+"""HTTPov's clients: every reply byte by byte, and a whole animation through a client's own steps."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+
+import pytest
+from conftest import ROOT, need, run_povray
+from farm_in_a_box import KEY, SCENE, Farm, manifest, png, pov_job
+
+import povfarm
+from povfarm import Coordinator, Httpov, JobOptions, PovJob, Router
+
+WHO = "client=anna:17&version=1.2"
+OTHER = "client=bob:4&version=2.2"
+ZEROS = "0" * 32
+
+
+class OldFarm(Farm):
+    """A farm that lets HTTPov's clients in."""
+
+    def __init__(self, root: Path, *args: Any, **more: Any) -> None:
+        super().__init__(root, *args, **more)
+        self.router = Router(self.api, Httpov(self.scheduler, self.access),
+                             authenticate=self.access.identify)
+
+    @property
+    def guest_key(self) -> str:
+        return self.access.guest_key
+
+    def get(self, query: str, who: str = WHO, **more: Any) -> str:
+        """What a client is answered, whose server address ends in the key."""
+        reply = self.ask("GET", f"/{self.guest_key}/httpov.php?command={query}&{who}", key=None,
+                         **more)
+        assert reply.status == 200 and reply.headers["Content-Type"].startswith("text/plain")
+        return reply.body.decode()
+
+    def batch(self, job: int, who: str = WHO) -> Dict[str, str]:
+        """Fetch a batch as clients do: first the job, then a batch of it."""
+        assert f"\njob={job}\n" in self.get("getjob", who)
+        return fields(self.get(f"getbatch&job={job}", who))
+
+    def post(self, batch: str, files: Mapping[str, bytes], who: str = WHO, job: int = 1) -> str:
+        return self.upload(batch, zipped(files), who, job)
+
+    def upload(self, batch: str, data: bytes, who: str = WHO, job: int = 1) -> str:
+        kind, body = curl_form(data)
+        reply = self.ask(
+            "POST", f"/{self.guest_key}/httpov.php?command=postbatch&job={job}&batch={batch}&{who}",
+            key=None, body=body, headers={"content-type": kind})
+        assert reply.status == 200
+        return reply.body.decode()
+
+
+def fields(text: str) -> Dict[str, str]:
+    return dict(line.split("=", 1) for line in text.splitlines())
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("N_frame_00000001/", b"")
+        for name, contents in files.items():
+            archive.writestr(name, contents)
+    return data.getvalue()
+
+
+def frames(*numbers: int, **more: bytes) -> Dict[str, bytes]:
+    """What a client packs: the pictures of these frames."""
+    folder = f"N_frame_{numbers[0]:08d}"
+    return {f"{folder}/N_{number}.png": png(number) for number in numbers}
+
+
+def curl_form(data: bytes) -> Tuple[str, bytes]:
+    edge = "------------------------d74496d66958873e"
+    head = (f'--{edge}\r\nContent-Disposition: form-data; name="filedata"; filename="N.zip"\r\n'
+            "Content-Type: application/octet-stream\r\n\r\n")
+    return (f"multipart/form-data; boundary={edge}",
+            head.encode() + data + f"\r\n--{edge}--\r\n".encode())
+
+
+@pytest.fixture(name="farm")
+def farm_fixture(tmp_path: Path) -> Iterator[OldFarm]:
+    one = OldFarm(tmp_path / "data")
+    yield one
+    problems = [*one.problems(), *map(str, one.leftovers())]
+    assert not problems, "\n".join(problems)
+    one.close()
+
+
+# --- letting in
+
+def test_the_key_is_in_the_path_or_the_name_of_the_group(farm: OldFarm) -> None:
+    key, hello = farm.guest_key, "command=hello&client=a:1&version=2.2"
+    assert re.fullmatch("[0-9a-f]{32}", key) and key not in KEY and KEY not in key
+    for method in ("GET", "POST"):
+        for target in (f"/{key}/httpov.php?{hello}", f"/httpov.php?{hello}&cgroup={key}",
+                       f"/{key}/httpov.php?{hello}&cgroup=mine"):
+            reply = farm.ask(method, target, key=None)
+            assert (reply.status, reply.body) == (
+                200, b"message=HTTPov server version 0.8 ready.\n"), target
+
+
+def test_any_other_key_is_not_found_and_slowed_down(farm: OldFarm) -> None:
+    def took(target: str, key: Optional[str] = None) -> float:
+        began = farm.clock.mono
+        assert farm.ask("GET", target, key=key, remote="10.0.0.66").status == 404
+        return farm.clock.mono - began
+
+    wrong = [f"/{KEY}/httpov.php?command=hello&{WHO}", f"/httpov.php?command=hello&{WHO}",
+             f"/httpov.php?command=hello&{WHO}&cgroup={KEY}",
+             f"/{farm.guest_key[:-1]}/httpov.php?command=hello&{WHO}",
+             f"/x/httpov.php?command=hello&{WHO}&cgroup={farm.guest_key}", "/jobs/1-ball-abc.zip"]
+    assert [took(target, KEY) for target in wrong[:5]] == [0] * 5
+    assert [took(target) > 0 for target in wrong] == [True] * 6
+    assert farm.ask("GET", "/api/v1/jobs", key=farm.guest_key).status == 401
+
+
+def test_whoever_guesses_from_an_address_holds_up_only_that(farm: OldFarm) -> None:
+    farm.access._held["10.0.0.66"] = povfarm.MAX_HELD
+    target = f"/{farm.guest_key}/httpov.php?command=hello&{WHO}"
+    assert farm.ask("GET", target, key=None, remote="10.0.0.66").status == 429
+    assert farm.ask("GET", target, key=None).status == 200
+
+
+def test_the_name_of_an_archive_cannot_be_guessed(farm: OldFarm) -> None:
+    farm.submit(2)
+    farm.submit(2)
+    name = fields(farm.get("getjob"))["name"]
+    for wrong in ("1-ball", f"1-ball-{'0' * 24}", name[:-1], f"2{name[1:]}", f"x{name}", f"9{name[1:]}"):
+        assert farm.ask("GET", f"/jobs/{wrong}.zip").status == 404, wrong
+    assert farm.ask("GET", f"/jobs/{name}.zip", key=None).status == 200
+
+
+def test_by_itself_a_coordinator_knows_nothing_of_httpov(tmp_path: Path) -> None:
+    for httpov, status in ((False, 404), (True, 200)):
+        farm = Coordinator(tmp_path / str(httpov), bind="127.0.0.1", durable=False, httpov=httpov)
+        target = f"/{farm.access.guest_key}/httpov.php"
+        query = {"command": "hello", "client": "a:1", "version": "1.2"}
+        assert farm.router.handle(povfarm.Request("GET", target, query)).status == status
+        farm.stop()
+
+
+def test_one_command_makes_both_clients_join(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False, httpov=True)
+    (tmp_path / ".httpovclient").mkdir()
+    prefs = tmp_path / ".httpovclient" / "prefs"
+    prefs.write_text('HP_SERVER="old"\nHP_POV="mine"\n')
+    try:
+        povfarm._greet(farm, False, False)
+        assert "HTTPov" not in capsys.readouterr().out
+        povfarm._greet(farm, False, True)
+        command = re.search("HTTPov clients join: +(.*)", capsys.readouterr().out)
+        assert command and farm.key not in command[1]
+        for _ in range(2):
+            subprocess.run(["bash", "-c", command[1]], env={"HOME": str(tmp_path), "PATH": os.defpath},
+                           check=True)
+        wanted = [f"127.0.0.1:{farm.port}", farm.access.guest_key, "mine"]
+        shown = subprocess.run(
+            ["bash", "-c", f'. {prefs}; echo "$HP_SERVER $HP_GROUP $HP_POV"'], check=True,
+            capture_output=True, text=True).stdout.split()
+        names: Dict[str, str] = {}
+        exec(prefs.read_text(), names)  # as the Python client reads it
+        assert shown == [names["HP_SERVER"], names["HP_GROUP"], names["HP_POV"]] == wanted
+    finally:
+        farm.stop()
+
+
+# --- the replies
+
+@pytest.mark.parametrize("query, reply", [
+    ("command=hello&version=1.2", "message=HTTPov server version 0.8 ready.\n"),
+    (f"command=getjob&{WHO}", "command=sleep\n"),
+    ("command=getjob&client=a:1&version=1.1",
+     "command=sleep\nmessage=HTTPov client 1.2 or later recommended.\n"),
+    ("command=getjob&client=a:1&version=2.2.1", "command=sleep\n"),
+    (f"command=getbatch&job=1&{WHO}", "command=getjob\n"),
+    (f"command=getbatch&job=x&{WHO}", "command=getjob\n"),
+    ("command=getbatch&job=1&client=a:1&version=1.0", "command=getjob\n"),
+    (f"command=postbatch&job=1&batch=1&{WHO}", "status=error\n"),
+    (f"command=abortbatch&job=1&batch=1&{WHO}", "status=error\n"),
+    (f"command=active&job=1&batch=1&{WHO}", "status=ok\n"),
+    (f"command=dance&{WHO}", "command=unknown\n"), (WHO, "command=unknown\n"),
+    ("command=_lease&client=a:1&version=1.2", "command=unknown\n"),
+    ("command=getjob&version=1.2", "error=client must be in the request\n"),
+    ("command=getbatch&version=1.2", "error=job and client must be in the request\n"),
+    (f"command=active&{WHO}", "error=job and batch must be in the request\n"),
+    ("command=getjob&client=a&version=1.2", "error=client must be in the request\n"),
+    ("command=getjob&client=a:x&version=1.2", "error=client must be in the request\n"),
+    *((f"command=getjob&client=a:1{version}",
+       "command=sleep\nmessage=HTTPov client 1.0 or later required.\n")
+      for version in ("", "&version=", "&version=0.9", "&version=1", "&version=.2", "&version=x.2")),
+])
+def test_a_reply_is_these_lines_in_this_order(query: str, reply: str, farm: OldFarm) -> None:
+    answer = farm.ask("GET", f"/{farm.guest_key}/httpov.php?{query}", key=None)
+    assert (answer.status, answer.body.decode()) == (200, reply)
+
+
+def test_a_job_and_a_batch_are_named_in_the_order_that_clients_expect(farm: OldFarm) -> None:
+    job = farm.submit(3)
+    answer = farm.get("getjob")
+    match = re.fullmatch("command=getbatch\njob=1\nname=(1-ball-[0-9a-f]{24})\nframes=3\n", answer)
+    assert match, answer
+    batch = farm.get(f"getbatch&job={job}")
+    assert re.fullmatch(
+        "command=render\nbatch=[0-9a-f]{32}\nstartframe=1\nstopframe=1\n", batch), batch
+    assert "\nmessage=HTTPov client 1.2" in farm.get("getjob", "client=c:1&version=1.1")
+    assert "message" not in farm.get(f"getbatch&job={job}", "client=c:1&version=1.1")
+
+
+def test_an_answer_that_was_lost_is_given_again(farm: OldFarm) -> None:
+    job = farm.submit(3)
+    assert farm.get("getjob") == farm.get("getjob")
+    batch = farm.get(f"getbatch&job={job}")
+    assert batch == farm.get(f"getbatch&job={job}") and farm.states(job).count("leased") == 1
+    assert fields(farm.get(f"getbatch&job={job}", OTHER))["startframe"] == "2"
+
+
+def test_a_batch_is_of_the_job_that_the_client_has(farm: OldFarm) -> None:
+    first, second = farm.submit(2), farm.submit(2, name="cube", priority=5)
+    assert "job=2\n" in farm.get("getjob")
+    assert farm.get(f"getbatch&job={first}").startswith("command=render\n")
+    assert farm.states(first) == ["leased", "queued"] and farm.states(second)[0] == "leased"
+
+
+def test_clients_are_workers_of_their_own(farm: OldFarm) -> None:
+    farm.submit(3)
+    for who in (WHO, OTHER, WHO, "client=anna:18&version=1.2"):
+        farm.get("getjob", who)
+    views = farm.ask("GET", "/api/v1/workers").json()["workers"]
+    assert [(view["name"], view["system"], view["state"]) for view in views] == [
+        ("anna-17", "HTTPov", "working"), ("bob-4", "HTTPov", "working"),
+        ("anna-18", "HTTPov", "working")]
+    for secret in ("HTTPov anna:17", "anna:17"):  # nobody is let in by a name
+        assert farm.ask("GET", "/api/v1/farm", key=secret).status == 401
+    farm.scheduler.remove_worker(views[0]["id"])
+    assert farm.get("getjob") == "error=this client was removed from the farm\n"
+
+
+# --- what comes back
+
+@pytest.mark.parametrize("form", ["curl", "python"])
+def test_what_is_uploaded_is_the_frames(form: str, farm: OldFarm) -> None:
+    job = farm.submit(1, values={"Initial_Frame": "9", "Final_Frame": "10"})
+    batch = farm.batch(job)
+    data = zipped({"N_frame_00000009/N_09.png": png(9), "N_frame_00000009/batchreport.txt": b"hm"})
+    kind, body = curl_form(data)
+    if form == "python":
+        edge = "---------HTTPov_file_upload_boundary_$"
+        kind, body = kind.replace("-" * 24 + "d74496d66958873e", edge), body.replace(
+            b"-" * 24 + b"d74496d66958873e", edge.encode())
+    reply = farm.ask("POST", f"/httpov.php?command=postbatch&job={job}&batch={batch['batch']}&{WHO}"
+                     f"&cgroup={farm.guest_key}", key=None, body=body, headers={
+                         "content-type": kind})
+    assert reply.body == b"status=ok\n"
+    assert farm.states(job) == ["done", "queued"]
+    assert farm.ask("GET", f"/api/v1/jobs/{job}/frames/9/image").body == png(9)
+    assert farm.ask("GET", f"/api/v1/jobs/{job}/frames/9/log").body.endswith(b"hm")
+
+
+def test_a_whole_job_and_then_there_is_none(farm: OldFarm) -> None:
+    job = farm.submit(3)
+    for frame in (1, 2, 3):
+        batch = farm.batch(job)
+        assert batch["startframe"] == batch["stopframe"] == str(frame)
+        farm.clock.advance(20)
+        assert farm.post(batch["batch"], frames(frame)) == "status=ok\n"
+    assert farm.get(f"getbatch&job={job}") == "command=getjob\n"
+    assert farm.get("getjob") == "command=sleep\n"
+    assert farm.state(job) == "done" and farm.job(job)["wall"] == 60
+
+
+def test_a_second_upload_changes_nothing(farm: OldFarm) -> None:
+    """The Python client renders its last batch again when there is none, and posts it as job 0."""
+    job = farm.submit(2)
+    batch = farm.batch(job)["batch"]
+    assert farm.post(batch, frames(1)) == "status=ok\n"
+    before = farm.tasks(job)
+    again = {"N_frame_00000001/N_1.png": png(99)}
+    assert farm.get(f"active&job=0&batch={batch}") == "status=ok\n"
+    assert farm.post(batch, again, job=0) == farm.post(batch, again) == "status=error\n"
+    assert farm.tasks(job) == before
+    assert farm.ask("GET", f"/api/v1/jobs/{job}/frames/1/image").body == png(1)
+
+
+def test_whoever_is_first_wins_and_the_other_is_thanked(farm: OldFarm) -> None:
+    job = farm.submit(1)
+    first = farm.batch(job)["batch"]
+    farm.clock.advance(131)
+    farm.scheduler.expire()
+    second = farm.batch(job, OTHER)["batch"]
+    assert first != second
+    assert farm.post(first, {"N_0.png": png(1)}) == "status=ok\n"  # late, and taken
+    assert farm.state(job) == "done"
+    assert farm.post(second, {"N_0.png": png(2)}, OTHER) == "status=ok\n"
+    assert farm.ask("GET", f"/api/v1/jobs/{job}/frames/0/image").body == png(1)
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"", "damaged"), (b"no zip", "damaged"), (zipped({}), "frame 1 is not in"),
+    (zipped({"N_2.png": png(1)}), "frame 1 is not in"),
+    (zipped({"N_1.ppm": png(1)}), "frame 1 is not in"),
+    (zipped({"N_1.png": png(1)[:-20]}), "PNG"), (zipped({"N_1.png": png(1, width=9)}), "9"),
+    (zipped({"../../N_1.png": png(1)}), "not a name"), (zipped({"/N_1.png": png(1)}), "not a name"),
+    (zipped({f"{number}": b"" for number in range(1001)}), "more files"),
+])
+def test_an_upload_that_is_wrong_costs_a_try(data: bytes, words: str, farm: OldFarm) -> None:
+    job = farm.submit(2)
+    batch = farm.batch(job)["batch"]
+    assert farm.upload(batch, data) == "status=error\n"
+    assert farm.states(job) == ["queued", "queued"] and farm.task(job, 1)["tries"] == 1
+    failure = farm.ask("GET", f"/api/v1/jobs/{job}").json()["failure"]
+    assert failure["frame"] == 1 and words in failure["message"]
+    assert not list(farm.root.rglob("N_*"))
+
+
+def test_a_wrong_upload_that_is_late_leaves_no_trace(farm: OldFarm) -> None:
+    job = farm.submit(2)
+    batch = farm.batch(job)["batch"]
+    farm.clock.advance(131)
+    farm.scheduler.expire()
+    assert farm.post(batch, {"N_1.png": b"", "batchreport.txt": b"hm"}) == "status=error\n"
+    assert farm.task(job, 1)["tries"] == 0 and not list(farm.root.rglob("logs/*"))
+
+
+def test_the_file_is_found_among_other_fields(farm: OldFarm) -> None:
+    job = farm.submit(2)
+    batch = farm.batch(job)["batch"]
+    kind, body = curl_form(zipped(frames(1)))
+    edge = body.partition(b"\r\n")[0]
+    body = edge + b'\r\nContent-Disposition: form-data; name="other"\r\n\r\nx\r\n' + body
+    farm.ask("POST", f"/{farm.guest_key}/httpov.php?command=postbatch&job={job}&batch={batch}&{WHO}",
+             key=None, body=body, headers={"content-type": kind})
+    assert farm.states(job) == ["done", "queued"]
+
+
+def test_a_form_without_the_file_is_an_error(farm: OldFarm) -> None:
+    job = farm.submit(2)
+    for body, kind in ((b"x=1", "application/x-www-form-urlencoded"), (b"--e--", "multipart/form-data; boundary=e"),
+                       (b"\r\n--e\r\nname=\"other\"\r\n\r\nx\r\n--e--", "multipart/form-data; boundary=e"),
+                       (b"", "")):
+        reply = farm.ask("POST", f"/{farm.guest_key}/httpov.php?command=postbatch&job={job}"
+                         f"&batch={farm.batch(job)['batch']}&{WHO}", key=None, body=body,
+                         headers={"content-type": kind})
+        assert reply.body == b"status=error\n"
+
+
+# --- leases
+
+def test_a_client_that_says_every_minute_that_it_renders_keeps_its_batch(farm: OldFarm) -> None:
+    job = farm.submit(2)
+    batch = farm.batch(job)["batch"]
+    for _ in range(10):
+        farm.clock.advance(60)
+        farm.scheduler.expire()
+        assert farm.states(job)[0] == "leased"
+        assert farm.get(f"active&job={job}&batch={batch}") == "status=ok\n"
+    farm.clock.advance(129)
+    farm.scheduler.expire()
+    assert farm.states(job)[0] == "leased" and farm.scheduler.live_workers()
+    farm.clock.advance(2)
+    farm.scheduler.expire()
+    assert farm.states(job)[0] == "queued" and not farm.scheduler.live_workers()
+
+
+def test_fetching_the_archive_may_take_as_long(farm: OldFarm) -> None:
+    job = farm.submit(2)
+    farm.get("getjob")
+    batches = set()
+    for _ in range(3):
+        farm.clock.advance(100)
+        farm.scheduler.expire()
+        batches.add(farm.get(f"getbatch&job={job}"))
+    assert farm.states(job) == ["leased", "queued"] and len(batches) == 1
+
+
+def test_ours_are_missed_as_soon_as_ever(farm: OldFarm) -> None:
+    job = farm.submit(2)
+    farm.lease(farm.worker())
+    farm.batch(job)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    assert farm.states(job) == ["queued", "leased"]
+
+
+def test_the_batch_outlives_a_restart(tmp_path: Path) -> None:
+    farm = OldFarm(tmp_path)
+    job = farm.submit(2)
+    batch = farm.batch(job)["batch"]
+    farm.store.close()
+    farm = OldFarm(tmp_path)
+    farm.clock.advance(100)
+    farm.scheduler.expire()
+    assert farm.states(job)[0] == "leased"
+    assert fields(farm.get(f"getbatch&job={job}"))["batch"] == batch
+    assert farm.post(batch, frames(1)) == "status=ok\n" and farm.problems() == []
+    farm.close()
+
+
+def test_a_batch_is_its_own_clients(farm: OldFarm) -> None:
+    job = farm.submit(2)
+    batch = farm.batch(job)["batch"]
+    assert farm.get(f"abortbatch&job={job}&batch={batch}", OTHER) == "status=error\n"
+    assert farm.post(batch, frames(1), OTHER) == "status=error\n"
+    assert farm.states(job) == ["leased", "queued"]
+    farm.clock.advance(100)
+    farm.get(f"active&job={job}&batch={batch}", OTHER)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    assert farm.states(job) == ["queued", "queued"]
+
+
+def test_frames_that_failed_together_are_tried_one_by_one(farm: OldFarm) -> None:
+    """A client fails with all of a batch at once and ends; one frame may be to blame."""
+    job = farm.submit(60, name="cheap")
+    for _ in range(4):
+        batch = farm.batch(job)
+        first, last = int(batch["startframe"]), int(batch["stopframe"])
+        farm.clock.advance(2 * (last - first + 1))
+        farm.post(batch["batch"], frames(*range(first, last + 1)))
+    batch = farm.batch(job)
+    first, last = int(batch["startframe"]), int(batch["stopframe"])
+    assert last > first + 1
+    assert farm.get(f"abortbatch&job={job}&batch={batch['batch']}") == "status=error\n"
+    assert {farm.task(job, frame)["tries"] for frame in range(first, last + 1)} == {1}
+    for cid in range(20, 20 + last - first + 1):  # a client that is started again is another one
+        one = farm.batch(job, f"client=anna:{cid}&version=1.2")
+        assert one["startframe"] == one["stopframe"] == str(first + cid - 20)
+    after = farm.batch(job, "client=anna:50&version=1.2")
+    assert int(after["startframe"]) == last + 1
+
+
+def test_a_client_that_failed_has_ended_and_nobody_waits_for_it(farm: OldFarm) -> None:
+    job, worker = farm.submit(2), farm.worker()
+    batch = farm.batch(job)
+    farm.get(f"abortbatch&job={job}&batch={batch['batch']}", OTHER)  # not its own: nothing happens
+    assert len(farm.scheduler.live_workers()) == 3
+    farm.get(f"abortbatch&job={job}&batch={batch['batch']}")
+    views = farm.ask("GET", "/api/v1/workers").json()["workers"]
+    assert {view["name"]: view["state"] for view in views} == {
+        "anna": "idle", "anna-17": "gone", "bob-4": "idle"}
+    assert farm.render(worker, job) == [1, 2]
+    log = farm.ask("GET", f"/api/v1/jobs/{job}/frames/1/log").body.decode()
+    assert "frame 1 on anna-17: failed: POV-Ray failed" in log
+
+
+# --- which jobs
+
+@pytest.mark.parametrize("values, options, uses, files", [
+    ({"Output_File_Type": "J"}, {}, (), {}), ({"Output_File_Type": "P"}, {}, (), {}),
+    ({"Frame_Step": "2"}, {}, (), {}), ({}, {"in_order": True}, (), {}),
+    ({}, {"slices": "3"}, (), {}), ({}, {"radiosity": "animation"}, ("radiosity",), {}),
+    ({}, {}, ("own-output",), {}), ({}, {}, ("photons", "load_file a.ph"), {}),
+    ({}, {}, (), {"\u00fc.inc": b""}), ({"Input_File_Name": "\u00fc.pov"}, {}, (), {}),
+    ({"Initial_Frame": "5", "Final_Frame": "5"}, {}, (), {}),
+])
+def test_a_job_that_clients_would_render_otherwise_is_not_given_to_them(
+        values: Dict[str, str], options: Dict[str, Any], uses: Tuple[str, ...],
+        files: Dict[str, bytes], farm: OldFarm) -> None:
+    job = farm.submit(4, values=values, uses=uses, files={"scene.pov": SCENE, **files}, **options)
+    assert farm.get("getjob") == "command=sleep\n"
+    assert farm.get(f"getbatch&job={job}") == "command=getjob\n"
+    name = next(tag for tag in farm.router.routes if tag.route.pattern == "/jobs/<name>.zip")
+    with farm.store.read() as tx:
+        seal = name.handler.__self__._name(tx.job(job))  # type: ignore[attr-defined]
+    assert farm.ask("GET", f"/jobs/{seal}.zip", key=None).status == 404
+    assert farm.leases(farm.worker())
+
+
+@pytest.mark.parametrize("place", ["run_dir", "library", "none"])
+def test_a_job_of_which_files_would_be_found_elsewhere_is_not_given_to_them(
+        place: str, farm: OldFarm) -> None:
+    base = pov_job(3)
+    jobs = {"run_dir": PovJob(base.values, (), base.library, "sub"),
+            "library": PovJob(base.values, (), ("inc", *base.library), "."),
+            "none": PovJob(base.values, (), (), ".")}
+    _, missing = farm.scheduler.submit("x", "admin", jobs[place], manifest({"scene.pov": SCENE}),
+                                       JobOptions())
+    farm.scheduler.put_blob(missing[0], [SCENE])
+    assert farm.get("getjob") == "command=sleep\n"
+
+
+def test_a_job_whose_files_come_and_go_is_not_given_to_them(farm: OldFarm) -> None:
+    for after in (None, 2):
+        files = [povfarm.FileEntry("scene.pov", povfarm.hashlib.sha256(SCENE).hexdigest(),
+                                   len(SCENE), 1.0, after)]
+        _, missing = farm.scheduler.submit("x", "admin", pov_job(3, Width=str(4 + (after or 0))),
+                                           povfarm.Manifest(tuple(files)), JobOptions())
+        for sha256 in missing:
+            farm.scheduler.put_blob(sha256, [SCENE])
+    assert farm.get("getbatch&job=1").startswith("command=render\n")
+    assert farm.get("getbatch&job=2") == "command=getjob\n"
+
+
+BIG = {"Width": "4", "Height": "600"}
+
+
+def test_clients_get_no_slices_and_leave_frames_to_be_sliced(farm: OldFarm) -> None:
+    job = farm.submit(3, values=BIG)
+    ours = [farm.worker(name) for name in ("anna", "berta", "carla", "dora")]
+    for worker in ours:
+        farm.lease(worker)
+    assert {task["parent"] is None for task in farm.tasks(job)} == {True}
+    assert farm.get("getjob") == "command=sleep\n"
+    farm.clock.advance(31)  # ours are gone: better whole than not at all
+    farm.scheduler.expire()
+    batch = farm.batch(job)
+    assert batch["command"] == "render" and "slice" not in batch
+
+
+def test_a_slice_does_not_wait_for_a_client(farm: OldFarm) -> None:
+    job = farm.submit(1, values=BIG, slices="2")
+    worker = farm.worker()
+    farm.get("getjob")
+    lease = farm.lease(worker)
+    assert lease.tasks[0].kind is povfarm.TaskKind.SLICE
+    farm.fail(worker, lease)
+    farm.get("getjob")
+    assert farm.lease(worker).tasks == lease.tasks, "there is nobody else who could"
+    assert farm.state(job) == "active"
+
+
+def test_a_frame_to_compare_does_not_wait_for_a_client_that_never_gets_it(farm: OldFarm) -> None:
+    job = farm.submit(2, verify=100, values={"Output_File_Type": "B"})
+    worker = farm.worker()
+    farm.get("getjob")
+    lease = farm.lease(worker)
+    image = farm_bmp()
+    farm.finish(worker, lease, image=image)
+    assert farm.states(job)[0] == "done"
+
+
+def farm_bmp() -> bytes:
+    """A picture of the box's size, as a BMP."""
+    rows = bytes(12) * 3
+    return (b"BM" + struct.pack("<IHHI", 54 + len(rows), 0, 0, 54)
+            + struct.pack("<IiiHHIIiiII", 40, 4, 3, 1, 24, 0, len(rows), 0, 0, 0, 0) + rows)
+
+
+# --- the archive
+
+def test_an_archive_is_one_directory_and_always_the_same_bytes(farm: OldFarm) -> None:
+    base = pov_job(12)
+    pov = PovJob({**base.values, "Antialias": "On"}, ('Look="red"',),
+                 (*base.library, "lib", "."), ".")
+    files = {"scene.pov": SCENE, "lib/deep/a.inc": b"a", "pov.ini": b"evil", "povray.ini": b"evil",
+             "POV.INI": b"evil", "lib/pov.ini": b"a text"}
+    farm.scheduler.submit("My ball!", "admin", pov, manifest(files), JobOptions())
+    for data in set(files.values()):
+        farm.scheduler.put_blob(povfarm.hashlib.sha256(data).hexdigest(), [data])
+    name = fields(farm.get("getjob"))["name"]
+    assert re.fullmatch("1-My-ball-[0-9a-f]{24}", name)
+    one = farm.ask("GET", f"/jobs/{name}.zip", key=None)
+    two = farm.ask("GET", f"/{farm.guest_key}/jobs/{name}.zip", key=None)
+    assert one.status == two.status == 200 and one.body == two.body
+    assert farm.ask("GET", f"/{ZEROS}/jobs/{name}.zip", key=None).status == 404
+    with zipfile.ZipFile(io.BytesIO(one.body)) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"{name}/{path}" for path in (
+            "", "lib/", "lib/deep/", "pov.ini", "lib/deep/a.inc", "lib/pov.ini", "scene.pov")]
+        ini = archive.read(f"{name}/pov.ini").decode().splitlines()
+        assert archive.getinfo(f"{name}/").external_attr >> 16 == 0o40755
+    assert {"Initial_Frame=1", "Final_Frame=12", "Antialias=On", "Width=4", "Height=3",
+            "Output_File_Type=N", "Library_Path=\"lib\"", "Library_Path=\".\""} <= set(ini)
+    assert not [line for line in ini if "Output_File_Name" in line or "POVRAY" in line]
+
+
+def test_a_still_is_the_first_frame_of_an_animation(farm: OldFarm) -> None:
+    farm.submit(1, values={"Clock": "0.3"})
+    answer = fields(farm.get("getjob"))
+    assert answer["frames"] == "1"
+    ini = povfarm.client_ini(pov_job(1, Clock="0.3")).splitlines()
+    assert {"Initial_Frame=0", "Final_Frame=2", "Initial_Clock=0.3", "Final_Clock=0.3"} <= set(ini)
+    assert not [line for line in ini if line.startswith("Clock")]
+    batch = fields(farm.get("getbatch&job=1"))
+    assert (batch["startframe"], batch["stopframe"]) == ("0", "0")
+
+
+@pytest.mark.parametrize("values, frames_line", [
+    ({"Initial_Frame": "0", "Final_Frame": "9"}, "9"), ({"Final_Frame": "10"}, "10"),
+    ({"Final_Frame": "9", "Cyclic_Animation": "On"}, "10"),
+    ({"Initial_Frame": "100", "Final_Frame": "124", "Subset_End_Frame": "104"}, "124"),
+])
+def test_frames_has_as_many_digits_as_the_names_that_povray_gives(
+        values: Dict[str, str], frames_line: str, farm: OldFarm) -> None:
+    job = farm.submit(1, values=values)
+    assert fields(farm.get("getjob"))["frames"] == frames_line
+    digits = re.sub(r"out|\.png", "", farm.tasks(job)[0]["name"])
+    assert len(digits) == len(frames_line)
+
+
+def test_radiosity_is_gathered_by_one_thread_as_our_workers_do(farm: OldFarm) -> None:
+    farm.submit(3, uses=("radiosity",))
+    assert farm.get("getjob").startswith("command=getbatch\n")
+    assert "Work_Threads=1\n" in povfarm.client_ini(pov_job(3, ("radiosity",)))
+    assert "Work_Threads" not in povfarm.client_ini(pov_job(3))
+
+
+def test_what_the_clients_own_ini_file_might_say_is_said(farm: OldFarm) -> None:
+    ini = povfarm.client_ini(PovJob({"Input_File_Name": "a.pov"}, (), (povfarm.STANDARD,), "."))
+    assert {"Antialias=Off", "Width=160", "Height=120", "Output_To_File=On"} <= set(
+        ini.splitlines())
+
+
+# --- a client's own steps, with the real POV-Ray
+
+# Without assumed_gamma, of which POV-Ray warns in words that clients take for an error.
+ANIMATION = """#version 3.7;
+#include "colours.inc"
+#include "part.inc"
+camera { location <0, 1, -5> look_at 0 }
+light_source { <5, 5, -5>, 1 }
+sphere { <clock, 0, 0>, 1 pigment { rgb <frame_number / 20, final_frame / 20, clock_delta> } }
+Part(initial_clock, final_clock, initial_frame)
+"""
+PART = """#macro Part(A, B, C) sphere { <A, B, C> / 3, 0.5 pigment { Mine } } #end
+"""
+INI = """Input_File_Name=scene.pov
+Width=40
+Height=30
+Antialias=On
+Antialias_Threshold=0.1
+Initial_Frame=8
+Final_Frame=10
+Initial_Clock=-0.7
+Final_Clock=1.3
+Library_Path=parts
+Output_Alpha=On
+File_Gamma=1.8
+"""
+
+
+class BashClient:
+    """Does what the bash client does, with the programs that it starts."""
+
+    def __init__(self, server: str, group: str, place: Path) -> None:
+        self.server, self.place = server, place
+        self.tail = "client=anna:17&version=1.2" + (f"&cgroup={group}" if group else "")
+        self.batches: List[Tuple[int, int]] = []
+
+    def run(self, *words: str, cwd: Optional[Path] = None) -> str:
+        done = subprocess.run(words, cwd=cwd or self.place, stdin=subprocess.DEVNULL, check=True,
+                              capture_output=True, timeout=60)
+        return (done.stdout + done.stderr).decode(errors="replace")
+
+    def ask(self, query: str, *options: str) -> Dict[str, str]:
+        text = self.run("curl", "-sS", *options, f"{self.server}/httpov.php?{query}&{self.tail}")
+        return fields(text)
+
+    def work(self) -> None:
+        """Render all that there is."""
+        while True:
+            job = self.ask("command=getjob")
+            if job["command"] != "getbatch":
+                return
+            self.run("curl", "-sS", "-o", f"{job['name']}.zip",
+                     f"{self.server}/jobs/{job['name']}.zip")
+            self.run("unzip", "-o", f"{job['name']}.zip")
+            while self.render(job):
+                pass
+            shutil.rmtree(self.place / job["name"])
+
+    def render(self, job: Mapping[str, str]) -> bool:
+        name, here = job["name"], self.place / job["name"]
+        batch = self.ask(f"command=getbatch&job={job['job']}")
+        if batch["command"] != "render":
+            return False
+        first, last = int(batch["startframe"]), int(batch["stopframe"])
+        self.batches.append((first, last))
+        report = self.run("povray", "-D", "pov.ini", f"+O{name}_", f"+SF{first}", f"+EF{last}",
+                          cwd=here)
+        assert "Aborting render" not in report and "Parse Error" not in report, report
+        packed = here / f"{name}_frame_{first:08d}"
+        packed.mkdir()
+        for frame in range(first, last + 1):
+            image = f"{name}_{str(frame).zfill(len(job['frames']))}.png"
+            (here / image).rename(packed / image)
+        self.run("zip", "-r", packed.name, packed.name, cwd=here)
+        self.run("curl", "-sS", "-o", "upload", "-F",
+                 f"filedata=@{packed}.zip;filename={packed.name}.zip",
+                 f"{self.server}/httpov.php?command=postbatch&job={job['job']}"
+                 f"&batch={batch['batch']}&{self.tail}")
+        return True
+
+
+def chunks(data: bytes) -> List[Tuple[bytes, bytes]]:
+    """All of a PNG but the time at which it was made."""
+    found, at = [], 8
+    while at < len(data):
+        size, kind = struct.unpack(">I4s", data[at:at + 8])
+        found.append((kind, data[at + 8:at + 8 + size]))
+        at += size + 12
+    return [(kind, re.sub(rb"Date: [-0-9 :]+Z", b"", body)) for kind, body in found
+            if kind != b"tIME"]
+
+
+@pytest.mark.parametrize("way, args, number", [
+    ("path", ["scene.ini"], 3), ("group", ["scene.ini", "+SF9", "+EF9", "+KFI0"], 1),
+    ("group", ["scene.pov", "+W40", "+H30", "+K0.3", "+Lparts"], 1),
+])
+def test_a_clients_pictures_are_those_of_plain_povray(
+        way: str, args: List[str], number: int, povray: str, tmp_path: Path) -> None:
+    for program in ("curl", "zip", "unzip"):
+        need(program, shutil.which(program) is not None, f"apt-get install {program}")
+    project, plain, place = (tmp_path / name for name in ("project", "plain", "client"))
+    (project / "parts").mkdir(parents=True)
+    (project / "scene.pov").write_text(ANIMATION)
+    (project / "scene.ini").write_text(INI)
+    (project / "colours.inc").write_text("#declare Mine = rgb <0.2, 0.9, 0.4>;\n")
+    (project / "parts" / "part.inc").write_text(PART)
+    place.mkdir()
+    shutil.copytree(project, plain)
+    assert run_povray(args, plain).returncode == 0
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False, httpov=True)
+    farm.start()
+    try:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "povfarm.py"), "submit", "--server", farm.url, "--key",
+             farm.key, "--name", "Ball game", *args], cwd=project, capture_output=True, text=True,
+            timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        address = farm.url.partition("//")[2]
+        client = (BashClient(f"{address}/{farm.access.guest_key}", "", place) if way == "path"
+                  else BashClient(address, farm.access.guest_key, place))
+        client.work()
+        with farm.store.read() as tx:
+            assert [row["state"] for row in tx.tasks(1)] == ["done"] * number
+        assert farm.scheduler.check_invariants() == []
+    finally:
+        farm.stop()
+    made = {path.name: path for path in (tmp_path / "data" / "jobs").rglob("*.png")}
+    expected = {path.name: path for path in plain.glob("*.png")}
+    assert len(expected) == number and made.keys() == expected.keys()
+    for name, path in expected.items():
+        assert chunks(made[name].read_bytes()) == chunks(path.read_bytes()), name
