@@ -11027,6 +11027,7 @@ DISK_RESERVE = 200 * 1000**2  # bytes of disk that no run may come to by writing
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
 SLICE_BEAT_WAIT = 0.5  # the same while the rows of a picture are shared out by how far all are
 MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
+PIXEL_SIZE = 36  # bytes that POV-Ray 3.7 writes for a pixel at most: 20 in its state, and the image
 GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to blame
 MOST_WAITING = 100  # finished frames on their way, beyond which no more work is asked for
 MAX_SHARED = 1 << 30  # bytes of samples and photons that a pass may leave
@@ -11116,6 +11117,7 @@ class RunState:
         self.ended = Ended(0, 0.0, 0)
         self.no_room = False
         self.free = 0  # bytes on the disk when the renderer started
+        self.crowd = 1  # the runs that shared them then
         self.undelivered = 0
         self.open = {task.frame: task for task in lease.tasks}
         self.bottoms: dict[int, int] = {}  # of tasks whose lower rows others render
@@ -11165,6 +11167,19 @@ class RunState:
         if now - self._alive > HANG_TIME:
             return f"POV-Ray did nothing for {format_duration(HANG_TIME)}"
         return ""
+
+    def lacked_room(self, free: int) -> bool:
+        """Tell whether POV-Ray failed for want of room on a disk that has ``free`` bytes now.
+
+        POV-Ray 3.7 is aborted when it cannot write, and does not say why; or killed when it writes
+        more than it may, which where little is free is not the scene's fault. Now there may be
+        room again: what another run wrote is gone, which failed at the same moment.
+        """
+        if self.fills_disk:
+            return self.free < GENEROUS
+        options = self.lease.pov.options
+        most = 0 if self.text.scene_is_wrong else PIXEL_SIZE * options.width * options.height
+        return self.ended.code != 0 and min(self.free, free) < most * self.crowd
 
     def written(self) -> int:
         """Return the bytes in its own directory."""
@@ -11701,11 +11716,8 @@ class Worker:
         ended = run.ended = process.wait()
         with self._changed:
             self._watched.discard(run)
-        # POV-Ray 3.7 is aborted when it cannot write, and does not say why; or killed when it
-        # writes more than it may, which where little is free is not the scene's fault.
         run.fills_disk |= ended.code == -_FILE_TOO_LARGE
-        run.no_room = run.free < GENEROUS if run.fills_disk else (
-            ended.code != 0 and min(run.free, free_room(plan.place)) < 0)
+        run.no_room = run.lacked_room(free_room(plan.place))
         self._pace.measured_memory(run.job, ended.memory)
         if run.open and ended.code == 0:
             cost = measure.frame(ended)
@@ -11728,7 +11740,7 @@ class Worker:
                 path.symlink_to(target)
         if run.stopped.is_set():
             return None
-        run.free = free_room(plan.place)
+        run.free, run.crowd = free_room(plan.place), len(self._runs)
         run.scene_files = plan.scene_files()
         bounds = replace(
             self.bounds, reads=None if self.bounds.reads is None else command.reads,

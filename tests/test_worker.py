@@ -354,6 +354,29 @@ def test_what_was_said_before_a_run_was_shortened_counts_no_more(tmp_path: Path)
 
 # --- what a killed worker leaves, and what a full disk does not take
 
+@pytest.mark.parametrize(("code", "says", "free", "now", "lacked"), [
+    (-6, "what(): Cannot access data in file.", 1_000_000, 1_000_000, True),  # another run is gone
+    (-6, "what(): Cannot access data in file.", 1 << 32, -1, True),
+    (-6, "what(): Cannot access data in file.", 1 << 32, 1 << 32, False),
+    (1, "Parse Error: Expected 'object'", 1_000_000, 1_000_000, False),
+    (1, "Parse Error: Expected 'object'", 1_000_000, -1, True),
+    (0, "", 1_000_000, 1_000_000, False),
+])
+def test_a_renderer_that_failed_where_room_is_short_is_not_to_blame(
+        code: int, says: str, free: int, now: int, lacked: bool) -> None:
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "800", "Height": "600"}, (), (), ".")
+    task = TaskSpec(7, 1, "a.png")
+    run = RunState(LeaseSpec("ab", 1, "job", 1, (task,), "0" * 64, pov, False), povfarm.Clock())
+    run.text.feed(says)
+    run.ended, run.free = povfarm.Ended(code, 1.0, 1), free
+    assert run.lacked_room(now) is lacked
+    if lacked and now > 0:  # for one of them there is room, for both there is not
+        run.free = run_needs = povfarm.PIXEL_SIZE * 800 * 600
+        assert not run.lacked_room(run_needs)
+        run.crowd = 2
+        assert run.lacked_room(run_needs)
+
+
 def test_files_that_came_by_half_go_when_their_worker_was_killed(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
