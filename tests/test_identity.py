@@ -69,7 +69,7 @@ def scenes(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, P
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
     """POV-Ray sleeps most of its time in such small pictures: many at a time."""
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(4) as pool:
         yield pool
 
 
