@@ -8867,9 +8867,6 @@ class Pages:
         """Return a whole page that loads itself again after ``reload`` seconds, 0 for never."""
         notice = self._farm.store.notice if request.identity.roles else ""
         still = "still" in request.query
-        query = {} if still else {"still": "1"}
-        query.update((name, value) for name, value in request.query.items()
-                     if name not in ("still", "ask"))
         head = element(
             "head", element("meta", charset="utf-8"), element("title", title),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -8882,7 +8879,7 @@ class Pages:
         mark = element("img", src="/favicon.svg", alt="", width=28, height=28)
         switch = element("a", "Load this page again and again" if still else
                          "Stop loading this page again",
-                         href=f"{request.path}?{urllib.parse.urlencode(query)}")
+                         href=_same_page(request, **({} if still else {"still": "1"})))
         page = element("html", head, element(
             "body", element("header", element("a", mark, self._api.name, href="/"), user),
             element("main", element("p", notice, class_="notice failed") if notice else None, body),
@@ -8952,15 +8949,12 @@ class Pages:
 
     def _asked(self, request: Request, word: str, address: str, label: str) -> Html:
         """Return a link to the same page with a form in its place; that page does not reload."""
-        query = {name: value for name, value in request.query.items() if name != "ask"}
         if request.query.get("ask") != address:
-            query.update(still="1", ask=address)
             return element("a", word, class_="button asks",
-                           href=f"{request.path}?{urllib.parse.urlencode(query)}#asked")
-        query.pop("still", None)
-        back = f"{request.path}?{urllib.parse.urlencode(query)}" if query else request.path
+                           href=f"{_same_page(request, still='1', ask=address)}#asked")
         return element("div", self._form(request, address, label, "bad"),
-                       element("a", "No", class_="button", href=back), class_="row", id="asked")
+                       element("a", "No", class_="button", href=_same_page(request)),
+                       class_="row", id="asked")
 
     def _buttons(self, request: Request, view: View) -> Node:
         """Return what can be done to a job; only an ended one can be deleted, after a question."""
@@ -8980,6 +8974,13 @@ class Pages:
 
 
 # --- parts of pages
+
+def _same_page(request: Request, **query: str) -> str:
+    """Return the address of a request's page, which reloads and asks nothing unless told here."""
+    kept = {name: value for name, value in request.query.items() if name not in ("still", "ask")}
+    text = urllib.parse.urlencode({**query, **kept})
+    return f"{request.path}?{text}" if text else request.path
+
 
 _STATE_WORDS: Mapping[str, str] = {
     "waiting": "… waiting for its files", "active": "◷ waiting for its turn",
