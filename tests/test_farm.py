@@ -20,7 +20,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Type
 
 import pytest
 from conftest import ROOT, need, run_povray
@@ -710,6 +710,22 @@ class Pretender(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def joining(tmp_path: Path, coordinator: Type[Pretender]) -> Iterator["subprocess.Popen[bytes]"]:
+    """A worker that is told to join what pretends to be a coordinator."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), coordinator) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        worker = subprocess.Popen(
+            [*POVFARM, "work", "--server", f"http://127.0.0.1:{server.server_port}", "--key", "k"],
+            env=environment(tmp_path), stdin=subprocess.DEVNULL)
+        try:
+            yield worker
+        finally:
+            worker.kill()
+            worker.wait()
+            server.shutdown()
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: Path) -> None:
     asked, stopped = threading.Event(), threading.Event()
@@ -721,11 +737,7 @@ def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: P
             if answers:
                 self.say({"id": 1, "token": "t", "admitted": True, "code": ""})
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Coordinator) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        worker = subprocess.Popen(
-            [*POVFARM, "work", "--server", f"http://127.0.0.1:{server.server_port}", "--key", "k"],
-            env=environment(tmp_path), stdin=subprocess.DEVNULL)
+    with joining(tmp_path, Coordinator) as worker:
         try:
             assert asked.wait(30)
             worker.send_signal(signal.SIGTERM)
@@ -735,9 +747,6 @@ def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: P
             assert worker.wait(20) == 130
         finally:
             stopped.set()
-            worker.kill()
-            worker.wait()
-            server.shutdown()
 
 
 def test_a_worker_that_joins_again_because_the_answer_was_lost_has_the_same_ticket(
@@ -748,18 +757,9 @@ def test_a_worker_that_joins_again_because_the_answer_was_lost_has_the_same_tick
         def do_POST(self) -> None:  # without an answer
             asked.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Coordinator) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        worker = subprocess.Popen(
-            [*POVFARM, "work", "--server", f"http://127.0.0.1:{server.server_port}", "--key", "k"],
-            env=environment(tmp_path), stdin=subprocess.DEVNULL)
-        try:
-            first, again = asked.get(timeout=30), asked.get(timeout=30)
-            assert first == again and re.fullmatch("[A-Za-z0-9_-]{32,100}", first["ticket"])
-        finally:
-            worker.kill()
-            worker.wait()
-            server.shutdown()
+    with joining(tmp_path, Coordinator):
+        first, again = asked.get(timeout=30), asked.get(timeout=30)
+        assert first == again and re.fullmatch("[A-Za-z0-9_-]{32,100}", first["ticket"])
 
 
 def test_ctrl_c_in_render_stops_at_once_and_leaves_nothing(tmp_path: Path) -> None:
