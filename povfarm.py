@@ -18,21 +18,22 @@ it, and the coordinator's tower and the worker's tower never use each other:
      4. IMAGE        the picture formats: check, rows cut and joined, animated PNG
      5. PROJECT      which files belong to a job, manifest, zip in and out
      6. MODEL        records, states, transitions, the wire form
-     7. DISCOVERY    the UDP beacon
-     8. HTTP         requests, responses, routes, limits, the socket adaptor
-     9. STORE        the database and the blobs: all SQL
-    10. SCHEDULER    the only writer of states
-    11. API          native JSON under /api/v1 and its OpenAPI document
-    12. HTTPOV       the protocol of HTTPov's clients
-    13. SHEEPIT      the protocol of SheepIt's clients
-    14. RENDERONLINE the protocol of RenderOnline's clients
-    15. PAGES        the status page
-    16. COORDINATOR  puts 9 to 15 together, housekeeping, shutdown
-    17. ENGINES      command lines, progress and error patterns of renderers
-    18. CLIENT       one request function: retries, authentication, streams
-    19. PROCESS      starts, watches, measures and ends a renderer
-    20. WORKER       lease, fetch, render, check, upload; heartbeat; cache
-    21. CLI          one small function per command
+     7. SLICING      how a picture is shared out: where it is cut, who gets how much
+     8. DISCOVERY    the UDP beacon
+     9. HTTP         requests, responses, routes, limits, the socket adaptor
+    10. STORE        the database and the blobs: all SQL
+    11. SCHEDULER    the only writer of states
+    12. API          native JSON under /api/v1 and its OpenAPI document
+    13. HTTPOV       the protocol of HTTPov's clients
+    14. SHEEPIT      the place for SheepIt's clients: empty
+    15. RENDERONLINE the place for RenderOnline's clients: empty
+    16. PAGES        the status page
+    17. COORDINATOR  puts 10 to 16 together, housekeeping, shutdown
+    18. ENGINES      command lines, progress and error patterns of renderers
+    19. CLIENT       one request function: retries, authentication, streams
+    20. PROCESS      starts, watches, measures and ends a renderer
+    21. WORKER       lease, fetch, render, check, upload; heartbeat; cache
+    22. CLI          one small function per command
 
 The command line is stable between versions. The Python names in this file
 are not: script the commands with ``--json``, or use the HTTP API.
@@ -41,11 +42,12 @@ are not: script the commands with ``--json``, or use the HTTP API.
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import concurrent.futures
-import configparser
 import contextlib
 import ctypes
+import email.utils
 import enum
 import errno
 import fnmatch
@@ -54,6 +56,7 @@ import hashlib
 import hmac
 import html
 import http.client
+import http.server
 import io
 import ipaddress
 import itertools
@@ -73,6 +76,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -83,10 +87,12 @@ import sys
 import tempfile
 import threading
 import time
+import typing
+import unicodedata
 import urllib.parse
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import (
@@ -94,13 +100,16 @@ from typing import (
     BinaryIO,
     Callable,
     Collection,
+    ContextManager,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
     NamedTuple,
     Sequence,
     Tuple,
+    TypeVar,
     Union,
     cast,
 )
@@ -114,7 +123,8 @@ else:
 
 # === 1. BASE =================================================================
 # What every section may use: the error tree, the clock, files, sizes,
-# durations and hashes. Knows nothing of POV-Ray, of farms or of the network.
+# durations and hashes. Knows nothing of POV-Ray and of farms, and of HTTP only the
+# status with which a refusal is answered.
 
 VERSION = "0.1.0"
 BUFFER = 1 << 16  # bytes moved at a time when a file or a body is streamed
@@ -145,12 +155,24 @@ class ProtocolError(FarmError):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
+class NotFound(FarmError):
+    """What was named is not there."""
+
+
+class Damaged(FarmError):
+    """What came is not what it should be: whoever has it is to send it as it is."""
+
+
 class StoreError(FarmError):
     """The database or the data directory cannot do what was asked."""
 
 
 class NoRoom(StoreError):
     """A disk takes nothing: who has something to store keeps it, and tries again later."""
+
+
+class TryAgain(StoreError):
+    """What was sent is gone again, by chance: it is to be sent once more."""
 
 
 class IllegalTransition(StoreError):
@@ -165,7 +187,13 @@ class RenderFailed(FarmError):
     """A renderer ran and left no good picture; the message says why."""
 
 
-class ImageError(FarmError):
+class Stopped(FarmError):
+    """A person has ended the command; the message says how to go on."""
+
+    exit_code = 130
+
+
+class ImageError(Damaged):
     """A file is not the whole picture that it should be."""
 
 
@@ -187,6 +215,11 @@ class Clock:
     def wait(self, condition: threading.Condition, seconds: float) -> bool:
         """Wait on a held condition for at most ``seconds``; True when notified."""
         return condition.wait(seconds)
+
+
+def real_path(path: Path | str) -> Path:
+    """Return what a path leads to; unlike ``Path.resolve``, of links in a circle one of them."""
+    return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
@@ -214,6 +247,15 @@ def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
     sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` while a file is made into a ``FarmError`` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise FarmError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def sync_directory(path: Path) -> None:
     """Let the names in a directory outlive a power cut: fsync of a file does not do that."""
     if os.name == "nt":
@@ -224,6 +266,79 @@ def sync_directory(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class Gate:
+    """Lets one thread in at a time, in the order in which they came.
+
+    Threads of Python that compute at the same time hinder each other so much that each takes
+    twice as long. Who has to wait for something else goes ``outside`` meanwhile, and comes back
+    without waiting. Nobody is kept out for long by one that computes for long.
+    """
+
+    def __init__(self) -> None:
+        self._changing = threading.Lock()
+        self._inside: set[int] = set()  # threads
+        self._line: collections.deque[tuple[int, threading.Lock]] = collections.deque()
+
+    def __enter__(self) -> None:
+        """Wait for one's turn."""
+        me, turn = threading.get_ident(), threading.Lock()
+        with self._changing:
+            if not self._inside:
+                self._inside.add(me)
+                return
+            turn.acquire()
+            self._line.append((me, turn))
+            patience = 0.1 + 0.01 * len(self._line)
+        if not turn.acquire(timeout=patience):
+            with self._changing:
+                self._inside.add(me)
+                with contextlib.suppress(ValueError):  # it may be let in just now
+                    self._line.remove((me, turn))
+
+    def __exit__(self, *_: object) -> None:
+        """Let the next one in."""
+        with self._changing:
+            self._inside.discard(threading.get_ident())
+            if self._line and not self._inside:
+                thread, turn = self._line.popleft()
+                self._inside.add(thread)
+                turn.release()
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Keep nobody out meanwhile, if one is inside."""
+        me = threading.get_ident()
+        inside = me in self._inside
+        if inside:
+            self.__exit__()
+        try:
+            yield
+        finally:
+            if inside:
+                with self._changing:
+                    self._inside.add(me)
+
+
+class SharedFlush:
+    """A flush to the disk, one at a time: those who ask meanwhile share the next one."""
+
+    def __init__(self, flush: Callable[[], None]) -> None:
+        self._flush = flush
+        self._counting, self._turn = threading.Lock(), threading.Lock()
+        self._asked = self._flushed = 0
+
+    def __call__(self) -> None:
+        """Return when all that was written before this call has been flushed."""
+        with self._counting:
+            self._asked += 1
+            mine = self._asked
+        with self._turn:
+            if self._flushed < mine:
+                asked = self._asked
+                self._flush()
+                self._flushed = asked
 
 
 def takes_nothing(error: BaseException | None) -> bool:
@@ -271,6 +386,25 @@ def is_running(process: int) -> bool:
     return True
 
 
+def is_orphan(owner: str) -> bool:
+    """Tell whether the process with this number, which made something, is no more."""
+    if not owner.isdecimal() or int(owner) == os.getpid():  # in a container, of the one before us
+        return True
+    return not is_running(int(owner))
+
+
+PARTS = ".[0-9]*.*.part"  # the names that ``placed`` gives, as a pattern
+
+
+def sweep_parts(paths: Iterable[Path], age: float = 0.0) -> None:
+    """Delete those files of ``placed`` that were left behind, unchanged for ``age`` seconds."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            old = time.time() - path.stat().st_mtime >= age
+            if old and is_orphan(path.name.split(".")[1]):
+                path.unlink()
+
+
 def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
     """Return ``root / relative``, refusing anything that could leave ``root``.
 
@@ -302,16 +436,24 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def file_blocks(path: Path) -> Iterator[bytes]:
-    """Read a file bit by bit."""
-    with open(path, "rb") as file:
+def is_directory(path: Path) -> bool:
+    """Tell whether a directory is there; False, too, for a name that none can have."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def file_blocks(source: Path | bytes) -> Iterator[bytes]:
+    """Read a file, or what would be in one, a block at a time."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         yield from iter(functools.partial(file.read, BUFFER), b"")
 
 
-def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 lower-case hexadecimal digits."""
+def sha256_file(*parts: Path | bytes) -> str:
+    """Return the SHA-256 of a file, or of its parts, as 64 lower-case hexadecimal digits."""
     digest = hashlib.sha256()
-    for block in file_blocks(path):
+    for block in itertools.chain.from_iterable(map(file_blocks, parts)):
         digest.update(block)
     return digest.hexdigest()
 
@@ -323,6 +465,11 @@ def format_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number of things as people write it: ``1 file``, ``2 files``."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def format_duration(seconds: float) -> str:
@@ -347,6 +494,20 @@ def parse_duration(text: str) -> float:
     return hours * 3600 + minutes * 60 + seconds
 
 
+def with_commands(text: str, typed: Callable[[str], str]) -> str:
+    """Return a message with its commands as they are typed where it is read.
+
+    Only CLI knows how povfarm was started, so messages write ``povfarm.py NAME``, for
+    which ``typed(NAME)`` stands here; or ``typed("")`` for ``povfarm.py``, where options follow
+    in the message itself, or where it tells the usage.
+    """
+    return _COMMAND.sub(lambda found: typed(found[1] or "").rstrip(), text)
+
+
+_COMMAND = re.compile(
+    r"(?<![\w./\\-])(?:(?<!usage: )povfarm\.py ([a-z]+)\b(?! --)|povfarm\.py(?= ))")
+
+
 def parse_size(text: str) -> int:
     """Return bytes from ``512``, ``64k``, ``1.5G``; anything else is a ``UserError``."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
@@ -356,12 +517,10 @@ def parse_size(text: str) -> int:
 
 
 # === 2. SETTINGS =============================================================
-# One row per option. The rows feed the command line, the POVFARM_*
-# environment variables, the file DATA/povfarm.ini and the manual, so that an
-# option has one name, one default and one explanation everywhere.
-
-
-POVRAY_CHOICE = r"auto|any|\d+(\.\w+)*"  # which POV-Ray may render a job
+# One row per option. From the rows come the command line, its help, the
+# POVFARM_* environment variables and the file DATA/povfarm.ini; the manual's
+# table is held to them by a test. So an option has one name, one default and
+# one explanation everywhere.
 
 
 @dataclass(frozen=True)
@@ -388,8 +547,28 @@ class Setting:
         """The environment variable that sets the option."""
         return "POVFARM_" + self.name.upper().replace("-", "_")
 
+    @property
+    def shown_default(self) -> str:
+        """The default as it would be typed; empty if there is none or the help states it."""
+        if "default" in self.help or self.default in (None, ""):
+            return ""
+        if self.kind is parse_size:
+            return f"{self.default // 1000**3}G"
+        if isinstance(self.default, Path):
+            return f"~/{self.default.name}"
+        return {bool: "no", float: f"{self.default}s"}.get(type(self.default), str(self.default))
+
+    def takes(self, value: Any) -> bool:
+        """Tell whether a value, from JSON for example, is valid for the option."""
+        if self.is_flag:
+            return isinstance(value, bool)
+        with contextlib.suppress(UserError, ValueError):
+            parsed = self.kind(str(value))
+            return type(parsed) is type(value) and bool(parsed == value)
+        return False
+
     def parse(self, text: str, source: str) -> Any:
-        """Return the value that ``text`` means, or a ``UserError`` that names ``source``."""
+        """Return the value of ``text``; a ``UserError`` names ``source``, where it stands."""
         try:
             return (_flag if self.is_flag else self.kind)(text)
         except UserError as error:
@@ -423,22 +602,29 @@ def _word(text: str, pattern: str, refusal: str) -> str:
 _port = functools.partial(
     _whole, least=0, most=65535, refusal="a port: write a number from 0 to 65535")
 _count = functools.partial(
-    _whole, least=1, most=math.inf, refusal="a count: write a whole number, 1 or more")
+    _whole, least=1, most=math.inf, refusal="a whole number from 1 up")
 _percent = functools.partial(_whole, least=0, most=100, refusal="between 0 and 100")
 _nice = functools.partial(_whole, least=0, most=19, refusal="between 0 and 19")
+_retries = functools.partial(_whole, least=1, most=100, refusal="between 1 and 100")
+_max_workers = functools.partial(
+    _whole, least=0, most=10_000, refusal="a number of workers from 0 to 10000 (0: no limit)")
 _slices = functools.partial(_word, pattern="auto|off|[1-9][0-9]{0,3}",
                             refusal="neither auto nor off nor a number of slices")
-_version = functools.partial(_word, pattern=POVRAY_CHOICE,
+_version = functools.partial(_word, pattern=r"auto|any|\d+([.-]\w+)*",
                              refusal="neither auto nor any nor a version, such as 3.7")
 _tls = functools.partial(
-    _word, pattern="auto", refusal="not 'auto': your own certificate is named by --tls-cert")
+    _word, pattern="auto", refusal="not 'auto': give your own certificate with --tls-cert")
+
+
+def _priority(text: str) -> int:
+    if not re.fullmatch(r"[-+]?\d{1,4}", text) or abs(int(text)) > 1000:
+        raise UserError(f"'{text}' is not a whole number from -1000 to 1000")
+    return int(text)
 
 
 def _radiosity(text: str) -> str:
-    known = {"share": "share", "share=animation": "animation", "off": "off"}
-    if text not in known:
-        raise UserError(f"'{text}' is not one of {', '.join(known)}")
-    return known[text]
+    return _word(text.removeprefix("share="), "share|animation|off",
+                 "not one of share, animation, off")
 
 
 def _pin(text: str) -> str:
@@ -451,7 +637,7 @@ def _pin(text: str) -> str:
 def _lease_time(text: str) -> float:
     seconds = parse_duration(text)
     if seconds < 1:
-        raise UserError(f"'{text}' is too short: a second is the least")
+        raise UserError(f"'{text}' is too short: the least is 1s")
     return seconds
 
 
@@ -462,167 +648,231 @@ def _rate(text: str) -> Fraction:
     raise UserError(f"'{text}' is not a rate from 0.001 to 1000, such as 24 or 30000/1001")
 
 
-def _whole_seconds(text: str) -> int:
-    return math.ceil(parse_duration(text))
+def _frame_timeout(text: str) -> int:
+    seconds = math.ceil(parse_duration(text))
+    if seconds > 10**7:
+        raise UserError(f"'{text}' is too long: the most is 10000000 seconds")
+    return seconds
 
 
 def _path(text: str) -> Path:
-    """Return a path that means the same in whatever directory a renderer runs."""
+    """Return an absolute path, which means the same wherever a renderer runs."""
     try:
         return Path(text).expanduser().absolute()
-    except RuntimeError as error:  # of nobody's home
-        raise UserError(f"'{text}' is no path: {error}") from None
+    except RuntimeError as error:  # the home of an unknown user
+        raise UserError(f"'{text}' is not a path: {error}") from None
 
 
-# "talk" stands for every command that talks to a coordinator that runs already,
-# "job" for those that describe a new job.
+PORT = 2271  # TCP, of a coordinator, where no other is given
+
+# "talk" stands for every command that talks to a running coordinator, "job" for those that
+# describe a new job. The options of "set" are those that say how the farm treats a job.
 SETTINGS: tuple[Setting, ...] = (
     Setting("data", _path, Path("~/.povfarm").expanduser(),
-            "directory of the farm: database, images, key, cache",
+            "data directory: database, images, key, cache",
             "serve work render talk doctor backup", "DIR"),
-    Setting("server", str, "", "address of the coordinator, instead of looking for it",
+    Setting("server", str, "", "address of the coordinator; default: povfarm looks for it",
             "work talk", "URL"),
-    Setting("key", str, "", "the farm key, where DATA/farm.key is not at hand", "work talk", "KEY"),
-    Setting("name", str, "", "name of the farm, to give it one or to choose it; of the job",
+    Setting("key", str, "", "the farm key, if it is not in DATA/farm.key", "work talk", "KEY"),
+    Setting("name", str, "", "name of the farm (to name or to choose it), or of the job",
             "serve work talk job", "NAME"),
-    Setting("worker-name", str, "", "name of the worker; by itself the computer's", "work",
+    Setting("worker-name", str, "", "name of the worker; default: the computer's name", "work",
             "NAME"),
-    Setting("port", _port, 2271, "TCP port of the coordinator; 0 picks a free one", "serve", "N"),
-    Setting("bind", str, "", "address to listen on; by itself every one of this machine",
+    Setting("port", _port, PORT, "TCP port of the coordinator; 0 picks a free one", "serve", "N"),
+    Setting("bind", str, "", "address to listen on; default: all addresses of this computer",
             "serve", "ADDRESS"),
-    Setting("host", str, "", "more names of this computer, parted by commas, that browsers may "
-            "call it by", "serve", "A,B"),
-    Setting("discovery-port", _port, 2269, "UDP port of the discovery",
+    Setting("host", str, "", "other names by which browsers may call this computer, separated "
+            "by commas", "serve", "A,B"),
+    Setting("discovery-port", _port, 2269, "UDP port for discovery",
             "serve work talk render", "N"),
-    Setting("no-discovery", bool, False, "do not answer workers that look for a farm", "serve"),
-    Setting("open", bool, False, "admit workers from private addresses by themselves", "serve"),
+    Setting("no-discovery", bool, False, "do not answer computers that look for a farm", "serve"),
+    Setting("open", bool, False, "admit every worker with a private address", "serve"),
     Setting("private", bool, False, "show the page and the API only to those with a key", "serve"),
-    Setting("tls", _tls, "", "'auto': speak TLS, with a certificate made here", "serve", "auto"),
-    Setting("tls-cert", _path, None, "speak TLS, with the certificate in this PEM file", "serve",
+    Setting("tls", _tls, "", "'auto': use TLS, with a certificate that povfarm makes", "serve",
+            "auto"),
+    Setting("tls-cert", _path, None, "use TLS, with the certificate in this PEM file", "serve",
             "FILE"),
-    Setting("tls-key", _path, None, "the key of that certificate, where it is in another file",
+    Setting("tls-key", _path, None, "the key of that certificate, if it is in another file",
             "serve", "FILE"),
-    Setting("pin", _pin, "", "SHA-256 of the only certificate that the coordinator may show",
+    Setting("pin", _pin, "", "SHA-256 of the only certificate to accept from the coordinator",
             "work talk", "SHA256"),
-    Setting("work", bool, False, "render on this machine too", "serve"),
-    Setting("httpov", bool, False, "let HTTPov's clients render: prints what they need",
+    Setting("work", bool, False, "render on this computer, too", "serve"),
+    Setting("httpov", bool, False, "let HTTPov clients render, and print the command for them",
             "serve"),
     Setting("lease-time", _lease_time, 30.0,
             "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
-    Setting("cores", _count, None, "cores to keep busy; by itself all of them",
+    Setting("cores", _count, None, "number of cores to keep busy; default: all",
             "work render serve", "N"),
-    Setting("until-idle", bool, False, "end when there is nothing left to render", "work"),
+    Setting("until-idle", bool, False, "stop when nothing is left to render", "work"),
     Setting("povray", str, "", "the POV-Ray program to use", "work render serve doctor", "PATH"),
-    Setting("nice", _nice, 5, "how far renders step back behind other programs, 0 to 19",
+    Setting("nice", _nice, 5, "how much renders give way to other programs, 0 to 19",
             "work serve", "N"),
-    Setting("memory", parse_size, 0, "most memory of one POV-Ray; by itself all that there is",
+    Setting("memory", parse_size, 0, "memory limit of each POV-Ray; default: all memory",
             "work render serve", "SIZE"),
-    Setting("unconfined", bool, False, "let scenes read and write whatever you can",
+    Setting("unconfined", bool, False, "let scenes read and write everything that you can",
             "work render serve"),
-    Setting("tags", str, "", "words that describe the worker, parted by commas", "work", "A,B"),
-    Setting("cache-size", parse_size, 10 * 1000**3, "most bytes of projects to keep here",
+    Setting("tags", str, "", "words that describe the worker, separated by commas", "work", "A,B"),
+    Setting("cache-size", parse_size, 10 * 1000**3, "size limit of the cache of projects",
             "work render serve", "SIZE"),
-    Setting("root", _path, None, "directory of the project, when it is not the scene's",
+    Setting("root", _path, None, "directory of the project; default: the current or the scene's",
             "job", "DIR"),
-    Setting("priority", int, 0, "jobs of a higher priority go first", "submit", "N"),
-    Setting("max-workers", _count, None, "most workers on this job at a time", "submit", "N"),
-    Setting("retries", _count, 3, "how often a frame is tried, on different workers",
-            "submit render", "N"),
+    Setting("priority", _priority, 0, "jobs with a higher priority go first", "submit set", "N"),
+    Setting("max-workers", _max_workers, 0, "most workers on this job at a time; 0: no limit",
+            "submit set", "N"),
+    Setting("retries", _retries, 3, "how many times a frame is tried, on different workers",
+            "job set", "N"),
     Setting("in-order", bool, None,
-            "render frames in order on one machine; by itself where one reads another", "job"),
+            "render frames in order on one computer; default if one reads another", "job set"),
+    Setting("frames", str, "", "which frames of an animation to render, such as 1-10,50", "job",
+            "LIST"),
     Setting("slices", _slices, "auto",
-            "cut each frame into slices for several workers: auto, off or a number", "job", "N"),
+            "cut each frame into slices for several workers: auto, off or a number", "job set",
+            "N"),
     Setting("radiosity", _radiosity, "share",
-            "share (slices share samples), share=animation (frames too) or off", "job", "HOW"),
+            "samples shared by slices (share), all frames (animation) or not (off)", "job set",
+            "HOW"),
     Setting("povray-version", _version, "auto",
-            "which POV-Ray renders the job: auto (the first worker's), any, or such as 3.7",
-            "job", "VERSION"),
-    Setting("frame-timeout", _whole_seconds, 0,
-            "most time for one frame, such as 30m; by itself 20 times what the others take", "job",
-            "TIME"),
+            "which POV-Ray renders the job: auto (the one on most cores), any, or e.g. 3.7",
+            "job set", "VERSION"),
+    Setting("frame-timeout", _frame_timeout, 0,
+            "time limit for a frame, such as 30m; default: 20 times the median",
+            "job set", "TIME"),
     Setting("verify", _percent, 0,
-            "percent of the frames that two workers render, to compare them", "job", "P"),
+            "percentage of frames that two workers render, to compare them", "job set", "P"),
     Setting("wait", bool, False, "wait until the job is finished", "submit"),
     Setting("output", _path, None, "directory for the images", "submit fetch", "DIR"),
-    Setting("apng", _path, None, "make an animated PNG of all frames", "fetch", "FILE"),
+    Setting("apng", _path, None, "make an animated PNG of all frames", "render fetch", "FILE"),
     Setting("video", _path, None, "make a film of all frames with ffmpeg, such as film.mp4",
-            "fetch", "FILE"),
-    Setting("fps", _rate, Fraction(25), "frames a second, such as 24 or 30000/1001", "fetch", "N"),
-    Setting("lan", bool, False, "let the other computers of this network help", "render"),
-    Setting("watch", bool, False, "go on showing changes until stopped", "status"),
-    Setting("json", bool, False, "print JSON for programs",
-            "render submit status workers logs fetch discover doctor"),
-    Setting("verbose", bool, False, "say more about what happens", "serve work render submit"),
+            "render fetch", "FILE"),
+    Setting("fps", _rate, Fraction(25), "frames per second, such as 24 or 30000/1001",
+            "render fetch", "N"),
+    Setting("lan", bool, False, "let other computers on this network help", "render"),
+    Setting("log", _path, None,
+            "write all that POV-Ray prints to a file, in the order of the frames", "render",
+            "FILE"),
+    Setting("watch", bool, False, "keep showing changes until stopped", "status"),
+    Setting("json", bool, False, "print JSON for programs", "render talk doctor backup"),
+    Setting("verbose", bool, False,
+            "say more; a command that waits for images shows all that POV-Ray prints",
+            "serve work render submit"),
 )
 
 
+_BY_NAME = {row.name: row for row in SETTINGS}
+
+
 def setting(name: str) -> Setting:
-    """Return the row of an option; KeyError when there is none of that name."""
-    return {row.name: row for row in SETTINGS}[name]
+    """Return the row of an option; ``KeyError`` if there is no such option."""
+    return _BY_NAME[name]
 
 
-def configured_defaults(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return every option's value before the command line is read.
+def configured_defaults(environ: Mapping[str, str], data: str = "") -> dict[str, Any]:
+    """Return every option's value before the rest of the command line is read.
 
-    The environment goes before DATA/povfarm.ini (section ``[povfarm]``),
-    which goes before the row's default. Raises ``UserError`` for a bad value
-    and for a name in the file that no option has.
+    The environment wins over the file povfarm.ini in the data directory (``data`` is what
+    ``--data`` gave, if it did), and the file over the default in the option's row. Raises
+    ``UserError`` for a bad value, and for a name in the file that is no option's.
     """
     values: dict[str, Any] = {row.name: row.default for row in SETTINGS}
-    data = setting("data")
-    if environ.get(data.variable):
-        values["data"] = data.parse(environ[data.variable], data.variable)
-    file = values["data"] / "povfarm.ini"
-    for name, text in _read_settings_file(file).items():
-        if name not in values:
-            raise UserError(f"{file}: there is no option '{name}': see povfarm.py help")
-        values[name] = setting(name).parse(text, f"{file}: {name}")
+    place = setting("data")
+    if data or environ.get(place.variable):
+        values["data"] = place.parse(data or environ[place.variable],
+                                     "--data" if data else place.variable)
+    for name, text, source in _read_settings_file(values["data"] / "povfarm.ini"):
+        values[name] = setting(name).parse(text, f"{source}: {name}")
     for row in SETTINGS:
-        if environ.get(row.variable):
+        if row is not place and environ.get(row.variable):
             values[row.name] = row.parse(environ[row.variable], row.variable)
     return values
 
 
-def _read_settings_file(path: Path) -> Mapping[str, str]:
-    parser = configparser.ConfigParser(interpolation=None)
+def _read_settings_file(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield each option of a file with its text and its place; ``UserError`` for a bad line."""
     try:
-        parser.read_string(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        return {}
-    except (configparser.Error, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    return dict(parser["povfarm"]) if parser.has_section("povfarm") else {}
+        return
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: save it again with that encoding") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    known, section, seen = {row.name for row in SETTINGS} - {"data"}, "", set()
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        source = f"{path}, line {number}"
+        name, equals, value = (part.strip() for part in line.partition("="))
+        name = name.lower()
+        if not line or line[0] in "#;":
+            continue
+        if line[0] == "[" or not section:
+            if line != "[povfarm]":
+                raise UserError(f"{source}: expected the line [povfarm], not '{line}'")
+            section = line
+            continue
+        if not equals:
+            raise UserError(f"{source}: '{line}' is not NAME = VALUE, such as port = 2281")
+        if name == "data":
+            raise UserError(f"{source}: this file is in the data directory: choose another one "
+                            "with --data or POVFARM_DATA")
+        if name not in known:
+            raise UserError(f"{source}: there is no option '{name}': 'povfarm.py help COMMAND' "
+                            "lists the options of a command")
+        if name in seen:
+            raise UserError(f"{source}: '{name}' is set twice")
+        seen.add(name)
+        yield name, value, source
 
 
 # === 3. POV ==================================================================
-# POV-Ray's command line and INI files, read as POV-Ray 3.7.0.10 reads them on a
+# POV-Ray's command line and INI files, read as POV-Ray 3.7 or 3.8 reads them on a
 # machine that need not have it: the options in the order in which they count,
 # the frames with their clocks and file names, and the plain INI text that a
 # worker gives to its own POV-Ray. Opens INI files, starts nothing, and does not
 # ask which files a scene needs (that is PROJECT's).
 
 STANDARD = "%POVRAY%"  # in a library path: the include directories of the POV-Ray that renders
-SYSTEM_INI = tuple(
-    Path(folder, "povray.ini")
-    for folder in ("/etc/povray/3.7", "/usr/local/etc/povray/3.7", "/etc")
-)
+OLDEST = "3.7"  # the POV-Ray that knows all words which say nothing else
 MAX_FRAMES = 1_000_000
 
-# Every key of POV-Ray 3.7.0.10 by what its value is; "old" keys are read and mean nothing.
+
+def release(version: str) -> tuple[int, ...]:
+    """Return what counts of a version: (3, 8) of ``3.8.0-beta.2.unofficial``, () of nothing."""
+    return tuple(map(int, re.findall(r"\d{1,9}", version)[:2]))
+
+
+def system_ini(version: str = OLDEST, program: str = "") -> tuple[Path, ...]:
+    """Return where a POV-Ray looks for the system's INI file: by its version, and its prefix."""
+    folder = "povray/{}.{}/povray.ini".format(*release(version), 0)
+    prefix = install_prefix(program)
+    places = [prefix / "etc"] if prefix else []
+    places += [Path("/etc"), Path("/usr/local/etc")]
+    return (*(place / folder for place in places), Path("/etc/povray.ini"))
+
+
+def install_prefix(program: str) -> Path | None:
+    """Return the directory whose ``bin`` holds a program, if that is where it lies."""
+    path = Path(program).resolve() if program else Path()
+    return path.parent.parent if path.parent.name == "bin" else None
+
+
+# Every key of POV-Ray by what its value is; "old" keys are read and mean nothing. Behind @ stands
+# the first version that knows a word, here and in the tables below.
 _KEY_TABLE = {
     "bool": """All_Console Antialias Append_File Bounding Clockless_Animation Continue_Trace
-        Cyclic_Animation Debug_Console Display Dither Draw_Vistas Fatal_Console Field_Render
-        Grayscale_Output High_Reproducibility Jitter Light_Buffer Odd_Field Output_Alpha
-        Output_To_File Pause_When_Done Radiosity_From_File Radiosity_To_File
-        Radiosity_Vain_Pretrace Real_Time_Raytracing Remove_Bounds Render_Console Split_Unions
-        Statistic_Console Test_Abort Verbose Vista_Buffer Warning_Console""",
+        Create_Continue_Trace_Log@3.8 Cyclic_Animation Debug_Console Display Dither Draw_Vistas
+        Fatal_Console Field_Render Grayscale_Output High_Reproducibility Jitter Light_Buffer
+        Odd_Field Output_Alpha Output_To_File Pause_When_Done Radiosity_From_File
+        Radiosity_To_File Radiosity_Vain_Pretrace Real_Time_Raytracing Remove_Bounds
+        Render_Console Split_Unions Statistic_Console Test_Abort Verbose Vista_Buffer
+        Warning_Console""",
     "int": """Antialias_Depth Bits_Per_Color Bounding_Method Bounding_Threshold BSP_MaxDepth
         Compression Final_Frame Frame_Step Height Initial_Frame Max_Image_Buffer_Memory
         Preview_End_Size Preview_Start_Size Quality Render_Block_Size Render_Block_Step
-        Render_Pattern Sampling_Method Test_Abort_Count Warning_Level Width Work_Threads""",
-    "float": """Antialias_Gamma Antialias_Threshold BSP_BaseAccessCost BSP_ChildAccessCost
-        BSP_ISectCost BSP_MissChance Clock End_Column End_Row Final_Clock Initial_Clock
-        Jitter_Amount Start_Column Start_Row Subset_End_Frame Subset_Start_Frame Version""",
+        Render_Pattern Sampling_Method Stochastic_Seed@3.8 Test_Abort_Count Warning_Level Width
+        Work_Threads""",
+    "float": """Antialias_Confidence@3.8 Antialias_Gamma Antialias_Threshold BSP_BaseAccessCost
+        BSP_ChildAccessCost BSP_ISectCost BSP_MissChance Clock End_Column End_Row Final_Clock
+        Initial_Clock Jitter_Amount Start_Column Start_Row Subset_End_Frame Subset_Start_Frame
+        Version""",
     "text": "Include_Header Input_File_Name Output_File_Name Radiosity_File_Name",
     "log": """All_File Create_Ini Debug_File Fatal_File Render_File Statistic_File
         Warning_File""",
@@ -640,17 +890,27 @@ _KEY_TABLE = {
     "old": """Buffer_Output Buffer_Size Create_Histogram Histogram_Grid_Size Histogram_Name
         Histogram_Type""",
 }
-_KEYS = {key.lower(): (key, kind) for kind, keys in _KEY_TABLE.items() for key in keys.split()}
+_KEYS = {key.lower(): (key, kind, since) for kind, keys in _KEY_TABLE.items()
+         for key, _, since in (entry.partition("@") for entry in keys.split())}
 _KEYS["bits_per_colour"] = _KEYS["bits_per_color"]
+_KEYS["greyscale_output"] = ("Grayscale_Output", "bool", "3.8")
+_CODES = {
+    kind: {code: since for code, _, since in (entry.partition("@") for entry in codes.split())}
+    for kind, codes in {
+        "dither": "B2 B3 B4 D1 D2 FS AT@3.8 BK@3.8 BN@3.8 BNX@3.8 JN@3.8 S2@3.8 S3@3.8 ST@3.8",
+        "gamma": "SRGB BT709@3.8 BT2020@3.8"}.items()
+}
+_PATTERNS = ("B2", "B3", "B4", "BN", "BNX")  # the other dither methods carry errors on
 
 # SWITCH=KEY for a switch with a parameter, SWITCH=+KEY for one that is on or off, both for both.
 # POV-Ray takes the first that fits, so the order counts: "A0" makes +A0.3 a threshold, +A1.5 wrong.
-_SWITCH_TABLE = """AG=Antialias_Gamma AM=Sampling_Method A0=Antialias_Threshold+Antialias
-    A=+Antialias BM=Bounding_Method BS=Render_Block_Size B=+Bounding C=+Continue_Trace
-    D=Video_Mode+Display D=+Display EC=End_Column EF0=Subset_End_Frame EF=Subset_End_Frame
-    EP=Preview_End_Size ER=End_Row F=Output_File_Type+Output_To_File F=+Output_To_File
-    GA=All_File+All_Console GA=+All_Console GD=Debug_File+Debug_Console GD=+Debug_Console
-    GF=Fatal_File+Fatal_Console GF=+Fatal_Console GI=Create_Ini GP=+Append_File
+_SWITCH_TABLE = """AC=Antialias_Confidence AG=Antialias_Gamma AM=Sampling_Method
+    A0=Antialias_Threshold+Antialias A@3.8=Antialias_Threshold+Antialias A=+Antialias
+    BM=Bounding_Method BS=Render_Block_Size B=+Bounding CC=+Create_Continue_Trace_Log
+    C=+Continue_Trace D=Video_Mode+Display D=+Display EC=End_Column EF0=Subset_End_Frame
+    EF=Subset_End_Frame EP=Preview_End_Size ER=End_Row F=Output_File_Type+Output_To_File
+    F=+Output_To_File GA=All_File+All_Console GA=+All_Console GD=Debug_File+Debug_Console
+    GD=+Debug_Console GF=Fatal_File+Fatal_Console GF=+Fatal_Console GI=Create_Ini GP=+Append_File
     GR=Render_File+Render_Console GR=+Render_Console GS=Statistic_File+Statistic_Console
     GS=+Statistic_Console GW=Warning_File+Warning_Console GW=+Warning_Console HI=Include_Header
     HR=+High_Reproducibility H=Height I=Input_File_Name J=Jitter_Amount+Jitter J=+Jitter
@@ -659,36 +919,51 @@ _SWITCH_TABLE = """AG=Antialias_Gamma AM=Sampling_Method A0=Antialias_Threshold+
     MI=Max_Image_Buffer_Memory MV=Version O=Output_File_Name P=+Pause_When_Done Q=Quality
     RFI=+Radiosity_From_File RFO=+Radiosity_To_File RF=Radiosity_File_Name RS=Render_Block_Step
     RP=Render_Pattern RTR=+Real_Time_Raytracing RVP=+Radiosity_Vain_Pretrace R=Antialias_Depth
-    SC=Start_Column SF0=Subset_Start_Frame SF=Subset_Start_Frame SP=Preview_Start_Size SR=Start_Row
-    STP=Frame_Step SU=+Split_Unions TH=Dither_Method+Dither TH=+Dither UA=+Output_Alpha
-    UD=+Draw_Vistas UF=+Field_Render UL=+Light_Buffer UO=+Odd_Field UR=+Remove_Bounds
-    UV=+Vista_Buffer V=+Verbose WL=Warning_Level WT=Work_Threads W=Width
+    SC=Start_Column SF0=Subset_Start_Frame SF=Subset_Start_Frame SP=Preview_Start_Size
+    SR=Start_Row SS=Stochastic_Seed STP=Frame_Step SU=+Split_Unions TH=Dither_Method+Dither
+    TH=+Dither UA=+Output_Alpha UD=+Draw_Vistas UF=+Field_Render UL=+Light_Buffer UO=+Odd_Field
+    UR=+Remove_Bounds UV=+Vista_Buffer V=+Verbose WL=Warning_Level WT=Work_Threads W=Width
     X=Test_Abort_Count+Test_Abort X=+Test_Abort"""
-_SWITCHES = tuple(
-    (switch, *parameter.partition("+")[::2])
-    for switch, parameter in (entry.split("=") for entry in _SWITCH_TABLE.split())
-)
+_SWITCHES = [(*switch.partition("@")[::2], *parameter.partition("+")[::2])
+             for switch, parameter in (entry.split("=") for entry in _SWITCH_TABLE.split())]
 
-_EXTENSIONS = {
-    "T": ".tga", "C": ".tga", "N": ".png", "J": ".jpg",
-    "P": ".ppm", "B": ".bmp", "E": ".exr", "H": ".hdr",
-}
 # No window opens on a farm, and POV-Ray's text always goes to its stderr, where the farm reads it.
-_OF_NO_USE = (
-    "All_Console", "Append_File", "Display", "Draw_Vistas", "Fatal_Console", "Pause_When_Done",
-    "Preview_End_Size", "Preview_Start_Size", "Real_Time_Raytracing", "Render_Console",
-    "Test_Abort", "Test_Abort_Count",
-)
+_OF_NO_USE = """Append_File Display Draw_Vistas Fatal_Console Pause_When_Done Preview_End_Size
+    Preview_Start_Size Real_Time_Raytracing Render_Console Test_Abort Test_Abort_Count""".split()
 _WRITABLE = {
-    name: kind
-    for name, kind in _KEYS.values()
-    if kind in ("bool", "int", "float", "text", "gamma", "type", "dither")
-    and name not in ("Append_File", "Real_Time_Raytracing")
+    name: kind for name, kind, _ in _KEYS.values()
+    if kind in ("bool", "int", "float", "text", "gamma", "type", "dither", "log")
+    and name not in ("Append_File", "Create_Ini", "Real_Time_Raytracing")}
+# The files of POV-Ray's streams, and what it calls each whose name is On.
+TEXT_FILES: Mapping[str, str] = {
+    "All_File": "alltext.out", "Debug_File": "debug.out", "Fatal_File": "fatal.out",
+    "Render_File": "render.out", "Statistic_File": "stats.out", "Warning_File": "warning.out",
 }
-_LOGS = _KEY_TABLE["log"].split()
-_UNIX_OPTIONS = (
-    "--help", "-help", "-h", "-?", "--version", "-version", "--V", "--benchmark", "-benchmark",
-)
+# What POV-Ray has in another order than that of letters, by where it comes in that.
+_IN_TABLE = {"Antialias": "antialias_e", "Antialias_Gamma": "antialias_u",
+             "Include_Header": "input_g", "Jitter": "jitter_b", "Test_Abort": "test_abort_d",
+             "Preview_End_Size": "pre_a", "Preview_Start_Size": "pre_b"}
+_UNIX_OPTIONS = "--help -help -h -? --version -version --V --benchmark -benchmark".split()
+
+
+class ImageType(NamedTuple):
+    """How a kind of picture is named: its file extension and its MIME type."""
+
+    extension: str
+    mime: str
+
+
+# POV-Ray's letter after +F (Output_File_Type) and what it writes for it.
+IMAGE_TYPES: Mapping[str, ImageType] = {
+    "N": ImageType(".png", "image/png"),
+    "T": ImageType(".tga", "image/x-tga"),
+    "C": ImageType(".tga", "image/x-tga"),
+    "P": ImageType(".ppm", "image/x-portable-pixmap"),
+    "B": ImageType(".bmp", "image/bmp"),
+    "J": ImageType(".jpg", "image/jpeg"),
+    "E": ImageType(".exr", "image/x-exr"),
+    "H": ImageType(".hdr", "image/vnd.radiance"),
+}
 
 
 @dataclass(frozen=True)
@@ -699,7 +974,13 @@ class PovOptions:
     that mean nothing on a farm. ``declares`` are ``name=value`` in order: of
     two with one name POV-Ray takes the FIRST. ``library`` are the directories
     in search order as they were written, relative to the working directory.
-    ``warnings`` say what was left out.
+    ``warnings`` say what was left out. ``needs`` is the oldest POV-Ray that
+    knows every word of it, and the word; nothing where the oldest of all does.
+    ``by_file`` are the scene and library directories that a person did not type,
+    because an INI file names them.
+    ``texts`` are the files of its streams by their keys (``TEXT_FILES``), which
+    begin anew or, with ``append``, go on. ``creates`` is the INI file that it asks
+    for (Create_Ini) and the text of that; two empty ones where it does not.
     """
 
     values: Mapping[str, str]
@@ -707,6 +988,11 @@ class PovOptions:
     library: tuple[str, ...]
     ini_files: tuple[str, ...]
     warnings: tuple[str, ...]
+    needs: tuple[str, str] = ("", "")
+    by_file: frozenset[str] = frozenset()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    append: bool = False
+    creates: tuple[str, str] = ("", "")
 
     @property
     def scene(self) -> str:
@@ -734,7 +1020,7 @@ class PovOptions:
     @property
     def extension(self) -> str:
         """The extension of the pictures with its dot; PPM keeps ``.ppm`` also when it is grey."""
-        return _EXTENSIONS[self.output_type]
+        return IMAGE_TYPES[self.output_type].extension
 
     @property
     def threads(self) -> int | None:
@@ -745,6 +1031,16 @@ class PovOptions:
     def to_file(self) -> bool:
         """False after ``-F``: POV-Ray would render and write no picture."""
         return self.values.get("Output_To_File", "On") == "On"
+
+    @property
+    def stochastic(self) -> bool:
+        """True when POV-Ray 3.8 draws where it looks for edges; 3.7 takes ``+AM3`` for ``+AM2``."""
+        return self.values.get("Antialias") == "On" and self.values.get("Sampling_Method") == "3"
+
+    @property
+    def to_stdout(self) -> bool:
+        """True after ``+O-``: the pictures go to stdout, one after the other."""
+        return self.to_file and self.values.get("Output_File_Name") in ("-", "stdout")
 
 
 @dataclass(frozen=True)
@@ -784,35 +1080,76 @@ class FramePlan:
         number = str(frame).zfill(self.digits) if self.animation else ""
         return self.stem + number + self.extension
 
+    def chosen(self, text: str) -> list[int]:
+        """Return the frames that a text such as ``1-10,50`` names, in order; all for no text.
+
+        Raises ``UserError`` for a part of it that names no frame, or one that is not there.
+        """
+        if text and not self.animation:
+            raise UserError(f"'{text}' chooses frames of an animation, and this is a still")
+        first, last, step = self.frames[0], self.frames[-1], self.frames.step
+        spans = [self.frames] if not text else []
+        for part in text.split(",") if text else ():
+            low, high = self._ends(part)
+            span = self.frames[max(-(-(low - first) // step), 0):(high - first) // step + 1]
+            if not first <= low <= high < last + step or not span:
+                every = f" in steps of {step}" if step > 1 else ""
+                raise UserError(f"'{part}' names no frames of this animation: it has {first} to "
+                                f"{last}{every}")
+            spans.append(span)
+        chosen: list[int] = []
+        for span in sorted(spans, key=operator.itemgetter(0)):
+            chosen += range(max(span[0], chosen[-1] + step) if chosen else span[0],
+                            span[-1] + 1, step)
+        return chosen
+
+    def _ends(self, part: str) -> tuple[int, int]:
+        match = re.fullmatch(r" *(\d{1,9}) *(?:- *(\d{1,9}) *)?", part)
+        if match is None:
+            raise UserError(f"'{part}' is neither a frame nor a range of frames: write 1-10,50")
+        return int(match[1]), int(match[2] or match[1])
+
+    def listed(self, frames: Sequence[int]) -> str:
+        """Return the text that ``chosen`` takes for frames that are in order."""
+        step = self.frames.step
+        spans = [[frame for _, frame in span] for _, span in itertools.groupby(
+            enumerate(frames), lambda place: place[1] - place[0] * step)]
+        return ",".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}"
+                        for span in spans)
+
 
 def read_command_line(
-    args: Sequence[str],
-    cwd: Path,
-    environ: Mapping[str, str],
-    system_ini: Sequence[Path] = SYSTEM_INI,
+    args: Sequence[str], cwd: Path, environ: Mapping[str, str],
+    system: Sequence[Path] | None = None, version: str = OLDEST, strict: bool = True,
 ) -> PovOptions:
-    """Read ``args`` as POV-Ray, started in ``cwd``, reads its command line.
+    """Read ``args`` as POV-Ray of a ``version``, started in ``cwd``, reads its command line.
 
     The base INI comes first (POVINI, ./povray.ini, the user's, the system's),
     then the arguments; later wins, but Library_Path and Declare add up.
     Raises ``UserError`` for what POV-Ray refuses, for what starts programs and
-    for what cannot be done in parts. Unlike POV-Ray 3.7, which garbles them,
-    letters beyond ASCII in names are taken as they are.
+    for what cannot be done in parts. Words that are newer than the version are
+    refused if ``strict``, and noted in ``needs`` otherwise. Unlike POV-Ray 3.7,
+    which garbles them, letters beyond ASCII in names are taken as they are.
     """
-    reader = _CommandLine(cwd)
-    base = _base_ini(cwd, environ, system_ini)
+    reader = _CommandLine(cwd, version if strict else "")
+    inis = system_ini(version) if system is None else system
+    home = environ.get("HOME", "")
+    own = "{}/.povray/{}.{}/povray.ini".format(home, *release(version), 0)
+    places = (environ.get("POVINI", ""), "./povray.ini", home and own, *map(str, inis),
+              home and f"{home}/.povrayrc")
+    base = next((path for path in places if path and is_file(cwd / path)), "")
     if base:
         reader.read_ini(base)
-    if not base or Path(base) in system_ini:
-        reader.library = [STANDARD]
+    if not base or Path(base) in inis:
+        reader.standard, reader.library = reader.library, [STANDARD]
+    if not base.startswith("./"):  # it is the user's own, and no project's
+        reader.typed.update(reader.library)
     for arg in args:
         if arg in _UNIX_OPTIONS:
             raise UserError(f"{arg} renders nothing: to ask POV-Ray itself, run povray {arg}")
         if re.search(r"[\s;#'\"]", arg) and is_file(cwd / arg):
-            raise UserError(
-                f"POV-Ray would take {arg!r} apart: put quotes inside the quotes: "
-                + shlex.quote(quoted(arg))
-            )
+            raise UserError(f"POV-Ray would split {arg!r}: put quotes inside the quotes: "
+                            + shlex.quote(quoted(arg)))
         reader.read_text(_Text(arg, ""))
     if environ.get("POVINC"):
         reader.set("Library_Path", "library", environ["POVINC"], "POVINC")
@@ -824,14 +1161,13 @@ def plan_frames(options: PovOptions) -> FramePlan:
 
     Initial and final frame both 0 or both 1 (unset counts as 0) make a still.
     Raises ``UserError`` when there are no frames, or more than ``MAX_FRAMES``,
-    or no rows in them, or when POV-Ray would write the pictures to stdout or
-    under spoilt names.
+    or no rows in them, or when POV-Ray would write the pictures to stderr or
+    under garbled names.
     """
     region_of(options)
     values = options.values
-    limits = (int(values.get("Initial_Frame", 0)), int(values.get("Final_Frame", 0)))
     stem = _output_stem(options)
-    if limits in ((0, 0), (1, 1)):
+    if [int(values.get(key, 0)) for key in ("Initial_Frame", "Final_Frame")] in ([0, 0], [1, 1]):
         clock = _number(values, "Clock", 0.0)
         return FramePlan(False, range(1), 0, 0, clock, clock, False, 0, stem, options.extension)
     initial = max(int(values.get("Initial_Frame", 1)), 0)
@@ -848,11 +1184,9 @@ def plan_frames(options: PovOptions) -> FramePlan:
         raise UserError(f"frames {start} to {end} are too many: povfarm takes {MAX_FRAMES} at most")
     if len(str(end)) > digits:
         raise UserError(f"frame {end} has more digits than Final_Frame={final}: use a larger +KFF")
-    return FramePlan(
-        True, frames, initial, final,
-        _number(values, "Initial_Clock", 0.0), _number(values, "Final_Clock", 1.0),
-        cyclic, digits, stem, options.extension,
-    )
+    clocks = _number(values, "Initial_Clock", 0.0), _number(values, "Final_Clock", 1.0)
+    return FramePlan(True, frames, initial, final, *clocks, cyclic, digits, stem,
+                     options.extension)
 
 
 @dataclass(frozen=True)
@@ -883,9 +1217,18 @@ def region_of(options: PovOptions) -> Region:
         # Method 1 looks at the rows above and below a pixel, but not across the edge of a render
         # block. Blocks are counted from the corner of the region.
         block = block_size(options)
-    if values.get("Dither") == "On" and values.get("Dither_Method", "FS")[0] != "B":
-        block = options.height  # all but the ordered methods carry errors on from row to row
+    if values.get("Dither") == "On" and values.get("Dither_Method") not in _PATTERNS:
+        block = options.height  # errors are carried on from row to row
     return Region(top, bottom, left, right, min(block, bottom - top))
+
+
+def needed_by(values: Mapping[str, str]) -> tuple[str, str]:
+    """Return the oldest POV-Ray that knows these keys and values, and what it is needed for."""
+    found = [("", "")]
+    for key, value in values.items():
+        _, kind, since = _KEYS.get(key.lower(), ("", "", ""))
+        found += [(since, key), (_CODES.get(kind, {}).get(value, ""), f"{key}={value}")]
+    return max(found, key=lambda need: release(need[0]))
 
 
 def block_size(options: PovOptions) -> int:
@@ -934,31 +1277,31 @@ def to_ini(values: Mapping[str, str], declares: Sequence[str], library: Sequence
     for names that POV-Ray 3.7 cannot read: it has no escapes, so not both kinds
     of quotes in one, and it garbles what is not ASCII.
     """
-    lines = [f"{key}={_ini_value(key, values[key])}" for key in sorted(values)]
+    lines = [f"{key}={_ini_value(key, values[key])}\n" for key in sorted(values)]
     # Quotes around the whole of name="text" keep the inner ones, which make it a string and not a
     # number. Of a number POV-Ray keeps six digits.
-    lines += [f"Declare={_ini_quoted('Declare', declare)}" for declare in declares]
-    lines += [f"Library_Path={_ini_quoted('Library_Path', path)}" for path in library]
-    return "".join(f"{line}\n" for line in lines)
+    lines += [f"{key}={_ini_quoted(key, value)}\n" for key, texts in (
+        ("Declare", declares), ("Library_Path", library)) for value in texts]
+    return "".join(lines)
 
 
 def check_ini(text: str) -> None:
     """Raise ``UserError`` unless ``text`` is, byte for byte, what ``to_ini`` writes."""
     values: dict[str, str] = {}
-    declares: list[str] = []
-    library: list[str] = []
+    lists: dict[str, list[str]] = {"Declare": [], "Library_Path": []}
     for line in text.split("\n")[:-1]:
         key, _, value = line.partition("=")
         if len(value) > 1 and value[0] in _QUOTES and value[-1] == value[0]:
             value = value[1:-1]
-        if key in ("Declare", "Library_Path"):
-            (declares if key == "Declare" else library).append(value)
+        if key in lists:
+            lists[key].append(value)
         else:
             values[key] = value
-    if to_ini(values, declares, library) != text:
+    if to_ini(values, *lists.values()) != text:
         raise UserError("an INI text that povfarm did not write is refused")
 
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _QUOTES = ('"', "'")
 _WORD_START = re.compile(r"[A-Za-z0-9_]")
 _BLANKS = re.compile(r"[ \t]*")
@@ -966,10 +1309,9 @@ _LINES = re.compile(r"[ \t\n]*")
 _LINE = re.compile(r"[^\n]*\n?")
 _BEFORE_COMMENT = re.compile(r"[^\n;#]*")
 _SECTION = re.compile(r"\[([^]]*)\]?")
-_KEY = re.compile(r"[^ \t\n\v\f\r,;#\"'\[\]=]*")
-_KEY_ON_COMMAND_LINE = re.compile(r"[^ \t\n\v\f\r;#\"'\[\]=]*")
-_WORD = re.compile(r"[^ \t\n\v\f\r,;#\"']*")
-_WORD_ON_COMMAND_LINE = re.compile(r"[^ \t\n\v\f\r;#\"']*")
+# On the command line, and in an INI file, where commas separate values.
+_KEYS_OF = [re.compile(rf"[^ \t\n\v\f\r{comma};#\"'\[\]=]*") for comma in ("", ",")]
+_WORDS_OF = [re.compile(rf"[^ \t\n\v\f\r{comma};#\"']*") for comma in ("", ",")]
 _TRUE = ("on", "true", "yes", "1")
 _INTEGER = re.compile(r"\s*([+-]?\d+)", re.ASCII)
 _DECIMAL = re.compile(r"\s*([+-]?(?!0[xX])(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.ASCII)
@@ -982,12 +1324,14 @@ class _Text:
         self.text = re.sub(r"\r\n|\n\r|\r", "\n", text) if path else text
         self.path = path
         self.at = 0
+        self._counted = (0, 1)  # up to where, and the line that this is in
 
     @property
     def where(self) -> str:
         """This place in words, for messages."""
-        line = self.text.count("\n", 0, self.at) + 1
-        return f"{self.path}, line {line}" if self.path else f"argument {self.text!r}"
+        at, line = self._counted
+        self._counted = self.at, line + self.text.count("\n", at, self.at)
+        return f"{self.path}, line {self._counted[1]}" if self.path else f"argument {self.text!r}"
 
     def peek(self) -> str:
         """Return the next character, empty at the end."""
@@ -996,10 +1340,8 @@ class _Text:
     def take(self, pattern: re.Pattern[str]) -> str:
         """Return what ``pattern`` matches here and go on behind it."""
         match = pattern.match(self.text, self.at)
-        if match is None:
-            return ""
-        self.at = match.end()
-        return match[0]
+        self.at = match.end() if match else self.at
+        return match[0] if match else ""
 
     def skip_blanks(self) -> None:
         """Go on behind the blanks around a value in an INI file; in an argument they end it."""
@@ -1008,11 +1350,11 @@ class _Text:
 
     def key(self) -> str:
         """Take the name of a key or a switch."""
-        return self.take(_KEY if self.path else _KEY_ON_COMMAND_LINE)
+        return self.take(_KEYS_OF[bool(self.path)])
 
-    def value(self, runs_on: bool) -> str:
+    def value(self, with_blanks: bool) -> str:
         """Take a value; one without quotes may run on over blanks in an INI file."""
-        return self.quoted() if self.peek() in _QUOTES else self.word(runs_on)
+        return self.quoted() if self.peek() in _QUOTES else self.word(with_blanks)
 
     def quoted(self) -> str:
         """Take a quoted string; without its closing quote it goes on to the end."""
@@ -1021,43 +1363,45 @@ class _Text:
         self.at = end + 1
         return self.text[start:end]
 
-    def word(self, runs_on: bool) -> str:
+    def word(self, with_blanks: bool) -> str:
         """Take a word without quotes."""
-        if not self.path:
-            return self.take(_WORD_ON_COMMAND_LINE)
-        word = self.take(_WORD)
-        if runs_on and self.peek() in (" ", "\t") and self._runs_on():
+        word = self.take(_WORDS_OF[bool(self.path)])
+        if self.path and with_blanks and self.peek() in (" ", "\t") and self._blank_belongs():
             word += self.take(_BEFORE_COMMENT)
         return word
 
-    def _runs_on(self) -> bool:
+    def _blank_belongs(self) -> bool:
         # POV-Ray's guess whether a blank belongs to a path without quotes. It looks for a key one
         # character too late, which only works at a line's end: there the next line's key ends the
         # word, while a comment, switch or empty line leaves the blank at the end of the value.
-        ahead = _Text(self.text, self.path)
-        ahead.at = self.at
-        ahead.take(_BLANKS)
-        first = ahead.peek()
-        ahead.at += 1
-        if first in ("", ";", "#", ","):
-            return False
+        start = self.at
+        self.take(_BLANKS)
+        first = self.peek()
+        self.at += 1
+        second, key = self.peek(), self.key()
+        self.at = start
         if first in ("+", "-"):
-            return not (ahead.peek().isascii() and ahead.peek().isalpha())
-        return ahead.key().lower() not in _KEYS
+            return not (second.isascii() and second.isalpha())
+        return first not in ("", ";", "#", ",") and key.lower() not in _KEYS
 
 
 class _CommandLine:
     """Reads texts one after the other and holds what they have said so far."""
 
-    def __init__(self, cwd: Path) -> None:
+    def __init__(self, cwd: Path, version: str) -> None:
         self.cwd = cwd
+        self.version = version
+        self.needs = ("", "")
         self.values: dict[str, str] = {}
+        self.places: dict[str, tuple[str, str]] = {}  # names of files, and where they stand
         self.declares: list[str] = []
         self.library: list[str] = []
+        self.standard: list[str] = []  # what STANDARD stands for here
         self.folders = [""]  # where INI files are looked for
         self.files: list[str] = []
         self.open: list[str] = []
         self.warnings: list[str] = []
+        self.typed: set[str] = set()  # names that stand in no INI file
 
     def read_ini(self, spec: str) -> None:
         """Read ``file`` or ``file[section]``; the extension .ini may be left out."""
@@ -1074,18 +1418,28 @@ class _CommandLine:
         self.files.append(path)
         self.open.append(path)
         section = rest.split("]")[0] if bracket else None
-        self.read_text(_Text(data.decode("utf-8", "surrogateescape"), path), section)
+        self.read_text(_Text(self._decoded(data, path), path), section)
         self.open.pop()
+
+    def _decoded(self, data: bytes, path: str) -> str:
+        """Return the text of an INI file, also of one that Windows or DOS has saved."""
+        if b"\0" in data:
+            raise UserError(f"{path} is not plain text, as an INI file is: if an editor has made "
+                            "it, save it as UTF-8 (not as \"Unicode\" or UTF-16)")
+        if data.startswith(_BYTE_ORDER_MARK):
+            self.warnings.append(f"{path} begins with a byte order mark, which POV-Ray itself "
+                                 "refuses: it is skipped (to lose it, save as UTF-8 without BOM)")
+        data = data.removeprefix(_BYTE_ORDER_MARK).rstrip(b"\x1a")  # Ctrl-Z, the end for DOS
+        return "".join(map(_decoded_line, data.splitlines(keepends=True)))
 
     def _find_ini(self, name: str) -> str:
         dot = name.rfind(".")
         names = [name] if dot >= 0 and len(name) - dot <= 4 else []
         names += [f"{name}.ini", f"{name}.INI"]
-        for folder in self.folders:
-            for candidate in names:
-                path = f"{folder}/{candidate}" if folder else candidate
-                if is_file(self.cwd / path):
-                    return path
+        for folder, candidate in itertools.product(self.folders, names):
+            path = f"{folder}/{candidate}" if folder else candidate
+            if is_file(self.cwd / path):
+                return path
         whose = f" (named in {self.open[-1]})" if self.open else ""
         hint = "" if dot >= 0 else "; a scene's name ends in .pov"
         raise UserError(f"there is no INI file {name!r}{whose}{hint}")
@@ -1116,7 +1470,8 @@ class _CommandLine:
 
     def _read_option(self, text: _Text) -> bool:
         start, where = text.at, text.where
-        name, kind = _KEYS.get(text.key().lower(), ("", ""))
+        word = text.key()
+        name, kind, since = _KEYS.get(word.lower(), ("", "", ""))
         text.skip_blanks()
         if not name or text.peek() != "=":
             text.at = start
@@ -1125,14 +1480,15 @@ class _CommandLine:
         text.skip_blanks()
         to_end = kind == "program" and text.path
         value = text.take(_BEFORE_COMMENT) if to_end else text.value(True)
+        self._need(since, word, where)
         self.set(name, kind, value, where)
-        text.skip_blanks()
-        while text.path and text.peek() == ",":
+        while True:
+            text.skip_blanks()
+            if not text.path or text.peek() != ",":
+                return True
             text.at += 1
             text.skip_blanks()
             self.set(name, kind, text.value(False), where)
-            text.skip_blanks()
-        return True
 
     def _read_word(self, text: _Text) -> None:
         where = text.where
@@ -1149,62 +1505,101 @@ class _CommandLine:
         elif word.endswith("/"):
             self.set("Library_Path", "library", word, where)
         else:
-            self.read_ini(word)
+            self.set("the INI file", "ini", word, where)
 
     def _read_switch(self, text: _Text, on: bool) -> None:
         where, sign = text.where, "+" if on else "-"
         word = text.key()
         quoted = text.quoted() if text.peek() in _QUOTES else None
-        for switch, key, flag in _SWITCHES:
+        for switch, since, key, flag in _SWITCHES:
             if not word.upper().startswith(switch):
                 continue
             parameter = word[len(switch) :]
-            if quoted is not None:
-                if parameter:
-                    break
-                parameter = quoted
+            if quoted is not None and parameter:
+                break
+            parameter = quoted or parameter
             if bool(key) != (parameter[:1] > " "):
                 continue
+            said = f"{sign}{word}{quoted or ''}"
             if flag:
+                self._need(since or _KEYS[flag.lower()][2], said, where)
                 self.values[flag] = "On" if on else "Off"
             if key == "Output_File_Type":
-                parameter = self._file_type(parameter, where)
+                parameter = self._file_type(parameter, said, where)
             if key:
                 # +SF1.5 is frame 1, though the key that it sets takes fractions.
                 kind = "int" if switch in ("EF", "SF") else _KEYS[key.lower()][1]
-                self.set(key, kind, parameter, where)
+                self._need(_KEYS[key.lower()][2], said, where)
+                self.set(key, kind, parameter, where, said)
             return
-        raise UserError(f"{where}: POV-Ray has no switch {sign}{word}{quoted or ''}")
+        raise UserError(f"{where}: {_switch_problem(sign, word, quoted or '')}")
 
-    def _file_type(self, parameter: str, where: str) -> str:
+    def _need(self, since: str, word: str, where: str) -> None:
+        """Take note of a word that is not in every POV-Ray; ``UserError`` when not in ours."""
+        if self.version and release(since) > release(self.version):
+            place = "" if where.startswith("argument ") else f"{where}: "
+            raise UserError(f"{place}{word} needs POV-Ray {since}; this is {self.version}")
+        if release(since) > release(self.needs[0] or OLDEST):
+            self.needs = since, word
+
+    def _file_type(self, parameter: str, word: str, where: str) -> str:
         letter, more = parameter[0], parameter[1:]
-        if more in ("g", "G") and letter in "nNpP":
+        if more[:1] in ("g", "G") and letter in "nNpP":
             self.values["Grayscale_Output"] = "On"
-        elif more.isascii() and more.isdigit():
+            more = more[1:]
+            self._need("3.8" if more else "", word, where)
+        if more.isascii() and more.isdigit():
             self.values["Bits_Per_Color"] = _normal("Bits_Per_Color", "int", more, where)
         elif more:
             raise UserError(f"{where}: POV-Ray has no file type {parameter!r}, but +FN and +FN16")
         return letter
 
-    def set(self, name: str, kind: str, value: str, where: str) -> None:
-        """Take over one option; ``UserError`` when POV-Ray or povfarm refuses its value."""
+    def set(self, name: str, kind: str, value: str, where: str, word: str = "") -> None:
+        """Take over one option; ``UserError`` when POV-Ray or povfarm refuses its value.
+
+        ``word`` is how it was written, where that is not ``name=value``.
+        """
+        if not self.open:
+            self.typed.add(value)
         if kind == "program":
             if value.strip(" \t\"'"):
-                raise UserError(
-                    f"{name} in {where} starts a program; povfarm does not run programs "
-                    "from INI files: remove that line"
-                )
+                raise UserError(f"{name} in {where} starts a program; povfarm does not run "
+                                "programs from INI files: remove that line")
+            self.values[name] = ""
         elif kind == "old":
             self.warnings.append(f"{where}: POV-Ray does not use {name} any more")
         elif kind == "ini":
+            self._refuse_windows_path(name, value, where)
             self.read_ini(value)
         elif kind == "library":
+            self._refuse_windows_path(name, value, where)
             self.folders.append(_readable(name, value, where))
             self.library.append(value)
         elif kind == "declare":
             self._declare(_readable(name, value, where), where)
-        elif kind not in ("return", "letter"):
+        elif kind == "letter":
+            # The switch +D1g says both of them.
+            self.values |= zip((name, "Palette"), value.upper() if word else value[:1])
+        elif kind == "return":
+            self.values[name] = value[1:2].upper() if value[:1] in "-!" else value[:1].lower()
+        else:
             self.values[name] = _normal(name, kind, value, where)
+            if kind in ("text", "log"):
+                self.places[name] = value, where
+            since = _CODES.get(kind, {}).get(self.values[name], "")
+            self._need(since, word or f"{name}={value}", where)
+
+    def _refuse_windows_path(self, name: str, value: str, where: str) -> None:
+        drive = re.match(r"[A-Za-z]:[\\/]", value)
+        here = os.name == "nt" or os.path.lexists(self.cwd / value.replace("\0", ""))
+        if here or not (drive or "\\" in value):
+            return
+        way = f"write {value.replace(chr(92), '/')}"  # a backslash
+        if drive:
+            way = "write the directory that is meant here, with forward slashes"
+        if name == "Output_File_Name":
+            way += ", or give +O"
+        raise UserError(f"{where}: {name} is a Windows path, {value}: {way}")
 
     def _declare(self, value: str, where: str) -> None:
         name, _, rest = value.lstrip("=").partition("=")
@@ -1212,12 +1607,13 @@ class _CommandLine:
             raise UserError(f"{where}: Declare needs a name and a number: Declare=size=5")
         if not rest:
             self.warnings.append(f"{where}: Declare={name} has no value and means nothing")
-            return
         self.declares.append(f"{name}={rest}")
 
     def finish(self) -> PovOptions:
         """Return everything that was read, without what is of no use on a farm."""
         values = self.values
+        for key, (name, where) in self.places.items():
+            self._refuse_windows_path(key, name, where)
         if values.get("Real_Time_Raytracing") == "On":
             raise UserError("Real_Time_Raytracing (+RTR) shows frames and keeps none: remove it")
         grey = values.get("Grayscale_Output") == "On"
@@ -1225,34 +1621,67 @@ class _CommandLine:
             raise UserError("POV-Ray writes grey pictures as PNG or PPM only: use +FN or +FP")
         for key, least in (("Width", 1), ("Height", 1), ("Render_Block_Size", 4)):
             if int(values.get(key, least)) < least:
-                raise UserError(f"{key}={values[key]} is too small: {least} is the least")
-        for key in _LOGS:
-            if values.get(key):
-                self.warnings.append(f"{key}={values[key]} is not written: povfarm keeps the logs")
+                raise UserError(f"{key}={values[key]} is too small: the least is {least}")
         # With a base INI of one's own its includes are POV-Ray's last resort, too.
         library = tuple(dict.fromkeys([*self.library, STANDARD]))
-        kept = {k: v for k, v in values.items() if k not in (*_OF_NO_USE, *_LOGS)}
+        texts = {key: values[key] for key in TEXT_FILES if key in values}
+        append = "On" in (values.get("Append_File"), values.get("Continue_Trace"))
+        kept = {key: value for key, value in values.items()
+                if key in _WRITABLE and key not in (*_OF_NO_USE, *texts)}
         files = tuple(dict.fromkeys(self.files))
-        return PovOptions(kept, tuple(self.declares), library, files, tuple(self.warnings))
+        names = {*self.library, values.get("Input_File_Name", "")} - self.typed
+        declares = tuple(declare for declare in self.declares if not declare.endswith("="))
+        return PovOptions(kept, declares, library, files, tuple(self.warnings),
+                          self.needs, frozenset(names), texts, append,
+                          (values.get("Create_Ini", ""), self._as_created()))
+
+    def _as_created(self) -> str:
+        """Return what POV-Ray writes for Create_Ini: all that was said, the base INI file's too."""
+        values = {"Work_Threads": str(os.cpu_count()), **self.values}
+        lines = [(key, self._created(key, value)) for key, value in values.items()]
+        lines += [("Declare", f"{name}={_single(float(number[1])):g}")
+                  for name, _, value in (declare.partition("=") for declare in self.declares)
+                  if (number := _DECIMAL.match(value or "0"))]  # texts it leaves out
+        folders = itertools.chain.from_iterable(
+            self.standard if entry == STANDARD else [entry] for entry in self.library)
+        lines += [("Library_Path", f'"{folder}"') for folder in dict.fromkeys(folders)]
+        lines.sort(key=lambda line: _IN_TABLE.get(line[0], line[0].lower()))
+        return "".join(f"{key}={value}\n" for key, value in lines if value is not None)
+
+    def _created(self, key: str, value: str) -> str | None:
+        """Return a value as POV-Ray writes it; None where it leaves the key out."""
+        kind = _KEYS[key.lower()][1]
+        if key in self.places:
+            return f'"{self.places[key][0]}"'
+        if kind == "float":
+            return f"{_single(float(value)):g}"
+        alone = kind == "return" and key.replace("Return", "Command") not in self.values
+        return None if kind in ("gamma", "dither") or alone else value
 
 
-def _base_ini(cwd: Path, environ: Mapping[str, str], system_ini: Sequence[Path]) -> str:
-    home = environ.get("HOME", "")
-    for path in (
-        environ.get("POVINI", ""),
-        "./povray.ini",
-        home and f"{home}/.povray/3.7/povray.ini",
-        *map(str, system_ini),
-        home and f"{home}/.povrayrc",
-    ):
-        if path and is_file(cwd / path):
-            return path
-    return ""
+
+
+
+def _decoded_line(line: bytes) -> str:
+    with contextlib.suppress(UnicodeDecodeError):
+        return line.decode("utf-8")
+    return line.decode("cp1252", "surrogateescape")
+
+
+def _switch_problem(sign: str, word: str, quoted: str) -> str:
+    """Return what is wrong with a switch that POV-Ray refuses."""
+    for switch, _, key, flag in _SWITCHES:
+        number = _KEYS.get(key.lower(), ("", ""))[1] in ("int", "float")
+        if key and not (flag or quoted) and word.upper() == switch:
+            such = {"W": "640", "H": "480"}.get(switch, "1") if number else "NAME"
+            return (f"{sign}{word} needs a {'number' if number else 'value'} right behind it: "
+                    f"{sign}{word}{such}, without a blank")
+    return f"POV-Ray has no switch {sign}{word}{quoted}"
 
 
 def _readable(name: str, value: str, where: str) -> str:
     if any((c < " " and c != "\t") or "\ud800" <= c <= "\udfff" for c in value):
-        raise UserError(f"{where}: {name} is not text: close its quotes, save the file as UTF-8")
+        raise UserError(f"{where}: {name} is not text: close its quotes, or save the file as UTF-8")
     return value
 
 
@@ -1262,15 +1691,18 @@ def _normal(name: str, kind: str, value: str, where: str) -> str:
     integer, decimal = _INTEGER.match(value), _DECIMAL.match(value)
     number = float(decimal[1]) if decimal else 0.0
     normal: str | None = None
-    if kind in ("text", "log"):
+    if name in TEXT_FILES:
+        normal = TEXT_FILES[name] if _means_on(value) else _readable(name, value, where)
+        if "/" in normal:
+            raise UserError(f"{where}: {name}={value} names a directory, but POV-Ray puts its text "
+                            "files beside the images: leave the directory out")
+    elif kind in ("text", "log"):
         normal = _readable(name, value, where)
     elif kind == "bool":
-        # As many letters are compared as both have, so that nothing at all means On.
-        true = any(word.startswith(value[: len(word)].lower()) for word in _TRUE)
-        normal = "On" if true else "Off"
-    elif kind == "type" and code[:1] in _EXTENSIONS:
+        normal = "On" if _means_on(value) else "Off"
+    elif kind == "type" and code[:1] in IMAGE_TYPES:
         normal = code[:1]
-    elif code in {"dither": ("B2", "B3", "B4", "D1", "D2", "FS"), "gamma": ("SRGB",)}.get(kind, ()):
+    elif code in _CODES.get(kind, ()):
         normal = code
     elif kind == "int" and integer and abs(float(integer[1])) < 2**31:
         normal = str(int(float(integer[1])))  # int() of a text has a limit of its own
@@ -1279,6 +1711,11 @@ def _normal(name: str, kind: str, value: str, where: str) -> str:
     if normal is None or not math.isfinite(_single(number)):
         raise UserError(f"{where}: {name} cannot be {value!r}")
     return normal
+
+
+def _means_on(value: str) -> bool:
+    # As many letters are compared as both have, so that nothing at all means On.
+    return any(word.startswith(value[: len(word)].lower()) for word in _TRUE)
 
 
 def _plain(number: float) -> str:
@@ -1311,17 +1748,17 @@ def _span(values: Mapping[str, str], axis: str, size: int) -> tuple[int, int]:
     after = int(size * end) if 0 <= end <= 1 else int(end - 1) + 1
     if 0 <= first < after <= size:
         return first, after
-    raise UserError(
-        f"no {axis.lower()} to render: Start_{axis}={start:g} and End_{axis}={end:g} "
-        f"must be in order, from 1 to {size}"
-    )
+    raise UserError(f"no {axis.lower()} to render: Start_{axis}={start:g} and End_{axis}={end:g} "
+                    f"must be in order, from 1 to {size}")
 
 
 def _output_stem(options: PovOptions) -> str:
     """Return the path of the pictures without frame number and extension."""
     name, extension = options.values.get("Output_File_Name", ""), options.extension
-    if name in ("-", "stdout", "stderr"):
-        raise UserError(f"povfarm writes pictures to files, not to {name}: name one with +O")
+    if name == "stderr":
+        raise UserError("povfarm writes no pictures to stderr: use +O-, or name a file with +O")
+    if name == "-":
+        return "stdout"
     folder, slash, file = (name or options.scene).rpartition("/")
     if not name or file in ("", extension):
         # The scene's name without its last extension, in the scene's folder or in that of +O.
@@ -1336,11 +1773,9 @@ def _output_stem(options: PovOptions) -> str:
 
 def _ini_value(key: str, value: str) -> str:
     kind = _WRITABLE.get(key, "")
-    if kind == "text":
-        return _ini_quoted(key, value)
-    if not kind or _normal(key, kind, value, "the job") != value:
+    if not kind or (kind != "text" and _normal(key, kind, value, "the job") != value):
         raise UserError(f"povfarm does not hand {key!r} with {value!r} to POV-Ray")
-    return value
+    return _ini_quoted(key, value) if kind in ("text", "log") else value
 
 
 def _ini_quoted(key: str, value: str) -> str:
@@ -1352,32 +1787,12 @@ def _ini_quoted(key: str, value: str) -> str:
 # === 4. IMAGE ================================================================
 # The picture formats that POV-Ray writes: is this the whole picture that was
 # asked for? Its rows, cut out and joined again; frames as an animated PNG.
-# Bytes in, bytes out: opens no file, starts nothing; a check takes no more
-# memory than the picture's own data and one block.
+# A picture is a file, or bytes that would be in one. However large it is, only blocks
+# of it are in memory, and a list of where its rows begin; but all of a JPEG.
 
 _ODD = "is of a kind that POV-Ray never writes"
 _BLOCK = 1 << 18  # bytes inflated at a time: what a lying header can cost
 _HEAD = 1 << 12  # bytes in which a header of text has to end: POV-Ray's have less than 200
-
-
-class ImageType(NamedTuple):
-    """How a kind of picture is named: its file extension and its MIME type."""
-
-    extension: str
-    mime: str
-
-
-# POV-Ray's letter after +F (Output_File_Type) and what it writes for it.
-IMAGE_TYPES: Mapping[str, ImageType] = {
-    "N": ImageType(".png", "image/png"),
-    "T": ImageType(".tga", "image/x-tga"),
-    "C": ImageType(".tga", "image/x-tga"),
-    "P": ImageType(".ppm", "image/x-portable-pixmap"),
-    "B": ImageType(".bmp", "image/bmp"),
-    "J": ImageType(".jpg", "image/jpeg"),
-    "E": ImageType(".exr", "image/x-exr"),
-    "H": ImageType(".hdr", "image/vnd.radiance"),
-}
 
 
 @dataclass(frozen=True)
@@ -1393,40 +1808,42 @@ class ImageInfo:
     depth: int
 
 
-def check_image(data: bytes, extension: str, width: int, height: int) -> ImageInfo:
-    """Return what ``data`` is when it is one whole picture of this type and size.
+def check_image(source: Path | bytes, extension: str, width: int, height: int) -> ImageInfo:
+    """Return what ``source`` is when it is one whole picture of this type and size.
 
     ``extension`` is one of ``IMAGE_TYPES``. Raises ``ImageError`` with one line
     for a picture that ends early or late, has another type or size, or is
     damaged where its format lets one see it: all of a PNG and of an EXR's
-    pixels, but only the structure of the others. What is expected is what
-    POV-Ray 3.7 writes (measured with 3.7.0.10), not all that a format allows.
+    pixels, but only the structure of the others; and for a file that cannot be
+    read. What is expected is what POV-Ray 3.7 writes (measured with 3.7.0.10),
+    not all that a format allows.
     """
     check = _CHECKS.get(extension)
     if check is None:
         known = ", ".join(_CHECKS)
         raise ImageError(f"'{extension}' is not a picture that POV-Ray writes: it writes {known}")
-    with _told(data, extension):
+    with _opened(source, extension) as data:
         return check(data, (width, height)).info
 
 
-def crop_rows(data: bytes, extension: str, top: int, rows: int) -> bytes:
-    """Return ``rows`` rows of a picture, from row ``top`` on, as a picture of its own.
+def crop_rows(source: Path | bytes, extension: str, top: int, rows: int, to: Path) -> None:
+    """Write ``rows`` rows of a picture, from row ``top`` on, as a picture of its own.
 
     Such a *strip* is of the same type and keeps the notes in the header. The
     picture has passed ``check_image``. Raises ``ImageError`` for rows that it
     does not have, and for a type that is not one of ``STRIP_TYPES``.
     """
-    with _told(data, extension):
+    with _opened(source, extension) as data:
         picture = _read(data, extension)
         height = picture.info.height
         _need(0 <= top < top + rows <= height,
               f"a picture of {height} rows has no rows {top} to {top + rows - 1}")
-        return _LAYOUTS[extension].build(data, list(picture.rows)[top:top + rows])
+        with open(to, "wb") as out:
+            _LAYOUTS[extension].write(out, [_Strip(picture, top, rows)])
 
 
-def join_rows(strips: Sequence[bytes], extension: str) -> bytes:
-    """Return the whole picture that strips make, given from the top to the bottom.
+def join_rows(strips: Sequence[Path | bytes], extension: str, to: Path) -> None:
+    """Write the whole picture that strips make, given from the top to the bottom.
 
     Its pixels are those of the strips; what its header says besides (software,
     date) is the first strip's. Each strip has passed ``check_image``, and so
@@ -1434,40 +1851,40 @@ def join_rows(strips: Sequence[bytes], extension: str) -> bytes:
     the first.
     """
     _need(bool(strips), "there are no strips to join")
-    with _told(strips[0], extension):
-        found = [_read(strip, extension) for strip in strips]
-        for number, each in enumerate(found, 1):
-            _need(each.form == found[0].form, f"strip {number} does not fit the first: "
-                                              f"{each.form}, not {found[0].form}")
-        rows = [row for each in found for row in each.rows]
-        whole = _LAYOUTS[extension].build(strips[0], rows)
-    check_image(whole, extension, found[0].info.width, len(rows))
-    return whole
+    found: list[_Strip] = []
+    for number, strip in enumerate(strips, 1):
+        with _opened(strip, extension) as data:
+            picture = _read(data, extension)
+        found.append(_Strip(picture, 0, picture.info.height))
+        _need(picture.form == found[0].picture.form, f"strip {number} does not fit the first: "
+                                                     f"{picture.form}, not {found[0].picture.form}")
+    with _opened(strips[0], extension), open(to, "wb") as out:
+        _LAYOUTS[extension].write(out, found)
+    check_image(to, extension, found[0].picture.info.width, _height(found))
 
 
-def same_pixels(one: bytes, other: bytes, extension: str) -> bool:
+def same_pixels(one: Path | bytes, other: Path | bytes, extension: str) -> bool:
     """Tell whether two whole pictures of a type show the same, whatever else is in them.
 
     Besides the date that POV-Ray writes into most of them, a PNG may be filtered
     otherwise by another libpng. JPEG is compared as it is packed.
     """
-    if extension == ".jpg":
-        one, other = (re.sub(rb"Render Date: [-0-9 :Z]+", b"", data, count=1)
-                      for data in (one, other))
-    if one == other or extension == ".jpg":
-        return one == other
-    with _told(one, extension):
-        if extension != ".png":
-            mine, theirs = _read(one, extension), _read(other, extension)
-            return mine.form == theirs.form and list(mine.rows) == list(theirs.rows)
-        a, b = _png_apart(one), _png_apart(other)
-        return (a.form, a.info.height) == (b.form, b.info.height) and (
-            all(map(operator.eq, _png_rows(a), _png_rows(b)))
-            or all(map(operator.eq, _png_plain(_png_rows(a), a.step),
-                       _png_plain(_png_rows(b), b.step))))
+    with _opened(one, extension) as data, _opened(other, extension) as more:
+        if extension == ".jpg":
+            dated = re.compile(rb"Render Date: [-0-9 :Z]+")
+            return dated.sub(b"", data[:], count=1) == dated.sub(b"", more[:], count=1)
+        if extension == ".png":
+            a, b = _png_apart(data), _png_apart(more)
+            return (a.form, a.info.height) == (b.form, b.info.height) and (
+                _all_same(_png_rows(a), _png_rows(b)) or _all_same(
+                    _png_plain(_png_rows(a), a.step), _png_plain(_png_rows(b), b.step)))
+        mine, theirs = _read(data, extension), _read(more, extension)
+        return mine.form == theirs.form and _all_same(
+            *(_LAYOUTS[extension].pixels(_Strip(each, 0, each.info.height))
+              for each in (mine, theirs)))
 
 
-def is_black(data: bytes, extension: str) -> bool:
+def is_black(source: Path | bytes, extension: str) -> bool:
     """Tell whether a whole PNG picture is black all over, whatever its alpha; else False.
 
     Filters work on each colour by itself and leave nothing of zeros, so rows
@@ -1475,50 +1892,94 @@ def is_black(data: bytes, extension: str) -> bool:
     """
     if extension != ".png":
         return False
-    png = _png_apart(data)
-    colors = png.step - (png.info.depth // 8 if png.info.channels in (2, 4) else 0)
-    return not any(row[at::png.step].strip(b"\0")
-                   for row in _png_rows(png) for at in range(1, 1 + colors))
+    with _opened(source, extension) as data:
+        png = _png_apart(data)
+        colors = png.step - (png.info.depth // 8 if png.info.channels in (2, 4) else 0)
+        return not any(row[at::png.step].strip(b"\0")
+                       for row in _png_rows(png) for at in range(1, 1 + colors))
 
 
 def animated_png(
-    frames: Iterable[bytes], count: int, delay: Fraction, loops: int = 0
+    frames: Iterable[Path | bytes], count: int, delay: Fraction, loops: int = 0
 ) -> Iterator[bytes]:
     """Yield the pieces of an animated PNG of ``count`` PNG pictures.
 
     Each is shown for ``delay`` seconds; 0 ``loops`` go on for ever. The packed
-    pixels are copied, one picture at a time is in memory. Raises ``ImageError``
-    with the picture's number, from 1, when it is unlike the first.
+    pixels are copied. Raises ``ImageError`` with the picture's number, from 1,
+    when it is unlike the first.
     """
     short = delay.limit_denominator(int(65535 / max(1.0, float(delay))))  # two numbers of 16 bits
     sequence = itertools.count()
     number, first, tail = 0, "", b""
-    for number, data in enumerate(frames, 1):
-        with _told(data, ".png"):
+    for number, frame in enumerate(frames, 1):
+        with _opened(frame, ".png") as data:
             png = _png_apart(data)
         kind = f"{png.info.height} rows of {png.form}"
         if number == 1:
-            first, tail = kind, png.tail
-            about = _png_chunk(b"acTL", struct.pack(">II", count, loops))
-            yield b"".join([png.head[:33], *about, png.head[33:]])
+            first, tail = kind, data[png.end:]
+            yield data[:33] + _png_chunk(b"acTL", struct.pack(">II", count, loops))
+            yield from data.blocks(33, png.start)
         _need(kind == first, f"picture {number} does not fit the first: {kind}, not {first}")
-        control = struct.pack(">IIIIIHHBB", next(sequence), png.info.width, png.info.height, 0, 0,
-                              short.numerator, short.denominator, 0, 0)
-        pixels = (_png_chunk(b"IDAT", b"".join(png.packed())) if number == 1 else
-                  _png_chunk(b"fdAT", struct.pack(">I", next(sequence)) + b"".join(png.packed())))
-        yield b"".join([*_png_chunk(b"fcTL", control), *pixels])
+        yield _png_chunk(b"fcTL", struct.pack(
+            ">IIIIIHHBB", next(sequence), png.info.width, png.info.height, 0, 0,
+            short.numerator, short.denominator, 0, 0))
+        for packed in png.packed():
+            yield (_png_chunk(b"IDAT", packed) if number == 1 else
+                   _png_chunk(b"fdAT", struct.pack(">I", next(sequence)) + packed))
     _need(number == count > 0, f"there are {number} pictures, not {count}")
     yield tail
 
 
+class _Data:
+    """The bytes of a file, of which only those that were read last are in memory.
+
+    The file is opened anew for each read, because hundreds of pictures may be in use together.
+    """
+
+    def __init__(self, source: Path | bytes) -> None:
+        self._source, self._start = source, 0
+        self._loaded, self._size = b"", 0
+        if isinstance(source, bytes):
+            self._loaded, self._size = source, len(source)
+        else:
+            self._look(0, BUFFER)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, end, _ = part.indices(self._size)
+        end = max(start, end)
+        if not self._start <= start <= end <= self._start + len(self._loaded):
+            self._look(start, max(end - start, BUFFER))
+        return self._loaded[start - self._start:end - self._start]
+
+    def blocks(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield what is between two places, a block at a time."""
+        return (self[at:min(at + BUFFER, end)] for at in range(start, end, BUFFER))
+
+    def unpack(self, form: str, at: int) -> tuple[Any, ...]:
+        """Return the values at a place, as the module struct reads them."""
+        return struct.unpack(form, self[at:at + struct.calcsize(form)])
+
+    def _look(self, start: int, size: int) -> None:
+        try:
+            with open(self._source, "rb", buffering=0) as file:
+                self._size = file.seek(0, os.SEEK_END)
+                file.seek(start)
+                self._loaded, self._start = file.read(size), start
+        except OSError as error:
+            raise ImageError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+
 @contextlib.contextmanager
-def _told(data: bytes, extension: str) -> Iterator[None]:
-    """Turn what damaged data raises where it is read into one plain line."""
-    name = extension[1:].upper()
-    if not data:
+def _opened(source: Path | bytes, extension: str) -> Iterator[_Data]:
+    """Open a picture; an ``ImageError`` of one line replaces what damaged data raises."""
+    name, data = extension[1:].upper(), _Data(source)
+    if not len(data):
         raise ImageError(f"the {name} file is empty")
     try:
-        yield
+        yield data
     except (IndexError, struct.error):
         raise ImageError(f"the {name} file ends too early, after {len(data)} bytes") from None
     except (zlib.error, ValueError, OverflowError):
@@ -1536,44 +1997,73 @@ def _need_size(kind: str, found: tuple[int, int], wanted: tuple[int, int] | None
                                f"not {wanted[0]} x {wanted[1]}")
 
 
-def _need_end(kind: str, end: int, data: bytes) -> None:
+def _need_end(kind: str, end: int, data: _Data) -> None:
     if end > len(data):
         raise ImageError(f"the {kind} file ends too early, after {len(data)} of {end} bytes")
     _need(end == len(data), f"the {kind} file goes on for {len(data) - end} bytes after its end")
 
 
 class _Picture(NamedTuple):
-    """A picture taken apart: its rows from the top, and what two must share to be joined."""
+    """A picture taken apart: its rows, and what two must share to be joined.
+
+    ``rows`` are the places where rows begin and the last one ends, of PNG and
+    EXR the picture's parts.
+    """
 
     info: ImageInfo
     form: str
-    rows: Iterable[Any]
+    data: _Data
+    rows: Any
+
+
+class _Strip(NamedTuple):
+    """Rows of a picture, from row ``top`` on."""
+
+    picture: _Picture
+    top: int
+    rows: int
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield the rows as they are in the file, a block at a time."""
+        edges = self.picture.rows
+        return self.picture.data.blocks(*sorted((edges[self.top], edges[self.top + self.rows])))
 
 
 class _Layout(NamedTuple):
-    """How to take a picture apart, and how to make one like ``data`` of other rows.
+    """How to take a picture apart, how to write one like the first of strips, what to compare.
 
     ``read`` checks everything, against a size too; without one the picture has
     passed that, and packed pixels need not be unpacked.
     """
 
-    read: Callable[[bytes, tuple[int, int] | None], _Picture]
-    build: Callable[[bytes, Sequence[Any]], bytes]
+    read: Callable[[_Data, tuple[int, int] | None], _Picture]
+    write: Callable[[BinaryIO, Sequence[_Strip]], None]
+    pixels: Callable[[_Strip], Iterable[Any]] = _Strip.blocks
 
 
-def _read(data: bytes, extension: str) -> _Picture:
+def _read(data: _Data, extension: str) -> _Picture:
     _need(extension in _LAYOUTS, f"the rows of a '{extension}' picture cannot be cut and joined")
     return _LAYOUTS[extension].read(data, None)
 
 
-def _between(data: bytes, edges: Sequence[int]) -> Iterator[memoryview]:
-    """Yield the rows from the places where they begin and the last one ends."""
-    view = memoryview(data)
-    return (view[start:end] for start, end in zip(edges, edges[1:]))
+def _height(strips: Sequence[_Strip]) -> int:
+    return sum(strip.rows for strip in strips)
 
 
-def _runs_end(kind: str, data: bytes, at: int, width: int, steps: Sequence[tuple[int, int]]) -> int:
-    """Step over runs of ``width`` values: by a run's first byte, how many, in how many bytes."""
+def _write_rows(out: BinaryIO, strips: Iterable[_Strip]) -> None:
+    for strip in strips:
+        out.writelines(strip.blocks())
+
+
+def _all_same(one: Iterable[Any], other: Iterable[Any]) -> bool:
+    return all(a == b for a, b in itertools.zip_longest(one, other))
+
+
+def _row_end(kind: str, data: bytes, at: int, width: int, steps: Sequence[tuple[int, int]]) -> int:
+    """Return where a row of ``width`` packed values ends.
+
+    ``steps`` tells by the first byte of a packet how many values it has, in how many bytes.
+    """
     done = 0
     while done < width:
         count, size = steps[data[at]]
@@ -1589,75 +2079,74 @@ _PNG_TYPES = {0: (1, (1, 2, 4, 8, 16)), 2: (3, (8, 16)), 3: (1, (1, 2, 4, 8)),
 
 
 class _Png(NamedTuple):
-    """A PNG picture taken apart: what is before, in and after its IDAT chunks."""
+    """A PNG picture taken apart: its IDAT chunks are from ``start`` to ``end``."""
 
     info: ImageInfo
-    head: bytes
-    pixels: memoryview
-    tail: bytes
+    form: str
+    data: _Data
+    start: int
+    end: int
     row: int  # bytes of a row with its filter byte
     step: int  # bytes of a pixel, at least 1
-    form: str
 
-    def packed(self) -> Iterator[memoryview]:
-        """Yield what is in each IDAT chunk: they may be many, so none are kept."""
-        at = 0
-        while at < len(self.pixels):
-            end = at + 12 + struct.unpack_from(">I", self.pixels, at)[0]
-            yield self.pixels[at + 8:end - 4]
+    def packed(self) -> Iterator[bytes]:
+        """Yield what is in the IDAT chunks, a block at a time."""
+        at = self.start
+        while at < self.end:
+            end = at + 12 + self.data.unpack(">I", at)[0]
+            yield from self.data.blocks(at + 8, end - 4)
             at = end
 
 
-def _read_png(data: bytes, size: tuple[int, int] | None) -> _Picture:
-    """A row is its picture, taken apart, and its number there."""
+def _read_png(data: _Data, size: tuple[int, int] | None) -> _Picture:
     png = _png_apart(data, size)
     if size is not None:
-        left, phase = png.row * png.info.height, 0  # bytes to come, and until the next filter
+        missing, phase = png.row * png.info.height, 0  # bytes to come, and until the next filter
         for piece in _inflated(png):
-            left -= len(piece)
-            _need(left >= 0, "the PNG file holds more pixels than its size")
+            missing -= len(piece)
+            _need(missing >= 0, "the PNG file holds more pixels than its size")
             _need(max(piece[phase::png.row], default=0) <= 4,
                   "the PNG file is damaged: an unknown row filter")
             phase = (phase - len(piece)) % png.row
-        _need(left == 0, "the PNG file has too few pixels")
-    return _Picture(png.info, png.form, zip(itertools.repeat(png), range(png.info.height)))
+        _need(missing == 0, "the PNG file has too few pixels")
+    return _Picture(png.info, png.form, data, png)
 
 
-def _png_apart(data: bytes, size: tuple[int, int] | None = None) -> _Png:
+def _png_apart(data: _Data, size: tuple[int, int] | None = None) -> _Png:
     """Check everything but the pixels themselves."""
     _need(data[:8] == b"\x89PNG\r\n\x1a\n"[: len(data)], "the file is not a PNG picture")
     chunks = _png_chunks(data)
-    _, kind, header = next(chunks)
-    _need(kind == b"IHDR", "the PNG file has no header")
-    width, height, depth, color, *rest = struct.unpack(">IIBBBBB", header)
+    _need(next(chunks)[1:] == (b"IHDR", 13), "the PNG file has no header")
+    width, height, depth, color, *rest = data.unpack(">IIBBBBB", 16)
     _need_size("PNG", (width, height), size)
     channels, depths = _PNG_TYPES.get(color, (0, ()))
     _need(depth in depths and rest == [0, 0, 0], f"the PNG file {_ODD}")
     start, end, gamma = 0, 0, ""
-    for at, kind, body in chunks:
+    for at, kind, length in chunks:
         if kind == b"IDAT":
             _need(at == end or not start, "the PNG file's pixels are not in one piece")
-            start, end = start or at, at + 12 + len(body)
+            start, end = start or at, at + 12 + length
         elif kind == b"gAMA":
-            gamma = body[:4].hex()
+            gamma = data[at + 8:at + 8 + min(length, 4)].hex()
     _need(start > 0, "the PNG file has no pixels")
     bits = channels * depth
-    return _Png(ImageInfo(width, height, channels, depth), data[:start],
-                memoryview(data)[start:end], data[end:], 1 + (width * bits + 7) // 8,
-                max(1, bits // 8),
-                f"{width} pixels a row, colour type {color}, {depth} bits, gamma {gamma}")
+    form = f"{width} pixels a row, colour type {color}, {depth} bits, gamma {gamma}"
+    return _Png(ImageInfo(width, height, channels, depth), form, data, start, end,
+                1 + (width * bits + 7) // 8, max(1, bits // 8))
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[int, bytes, memoryview]]:
-    """Yield where each chunk is, its kind and its contents."""
-    view, at = memoryview(data), 8
+def _png_chunks(data: _Data) -> Iterator[tuple[int, bytes, int]]:
+    """Yield where each chunk is, its kind and how many bytes are in it."""
+    at = 8
     while True:
-        length, kind = struct.unpack_from(">I4s", data, at)
+        length, kind = data.unpack(">I4s", at)
         end = at + 12 + length
         _need(end <= len(data), f"the PNG file ends too early, after {len(data)} bytes")
-        crc = struct.unpack_from(">I", data, end - 4)[0]
-        _need(zlib.crc32(view[at + 4:end - 4]) == crc, "the PNG file is damaged, by its checksum")
-        yield at, kind, view[at + 8:end - 4]
+        check = 0
+        for block in data.blocks(at + 4, end - 4):
+            check = zlib.crc32(block, check)
+        _need(data.unpack(">I", end - 4)[0] == check, "the PNG file is damaged, by its checksum")
+        yield at, kind, length
         if kind == b"IEND":
             _need(length == 0, "the PNG file is damaged: its end has contents")
             return _need_end("PNG", end, data)
@@ -1667,25 +2156,27 @@ def _png_chunks(data: bytes) -> Iterator[tuple[int, bytes, memoryview]]:
 def _inflated(png: _Png) -> Iterator[bytes]:
     """Yield the filtered rows, a block of bytes at a time."""
     inflate = zlib.decompressobj()
-    for body in png.packed():
-        for at in range(0, len(body), BUFFER):
-            piece = inflate.decompress(body[at:at + BUFFER], _BLOCK)
+    for packed in png.packed():
+        piece = inflate.decompress(packed, _BLOCK)
+        yield piece
+        while inflate.unconsumed_tail or len(piece) == _BLOCK:
+            piece = inflate.decompress(inflate.unconsumed_tail, _BLOCK)
             yield piece
-            while inflate.unconsumed_tail or len(piece) == _BLOCK:
-                piece = inflate.decompress(inflate.unconsumed_tail, _BLOCK)
-                yield piece
         _need(not inflate.unused_data, "the PNG file goes on after its last pixel")
     _need(inflate.eof, "the PNG file has too few pixels")
 
 
-# zlib's header and its end for deflate data that stops at a whole byte (a full flush):
-# between the two such data can be put together without packing it anew.
-_DEFLATE_HEAD, _DEFLATE_END, _FLUSHED = b"\x78\x9c", b"\x03\x00", b"\x00\x00\xff\xff"
-
-
-def _png_chunk(kind: bytes, body: bytes | memoryview) -> list[bytes | memoryview]:
+def _png_chunk(kind: bytes, body: bytes) -> bytes:
     check = zlib.crc32(body, zlib.crc32(kind))
-    return [struct.pack(">I", len(body)), kind, body, struct.pack(">I", check)]
+    return b"".join([struct.pack(">I", len(body)), kind, body, struct.pack(">I", check)])
+
+
+# zlib's header and its end for deflate data that stops at a whole byte (a full flush):
+# between the two such data can be put together without packing it anew. Each is in an
+# IDAT chunk of its own, and what is between them is copied with its chunks' checksums.
+_DEFLATE_HEAD, _DEFLATE_END, _FLUSHED = b"\x78\x9c", b"\x03\x00", b"\x00\x00\xff\xff"
+_LOOSE_HEAD = _png_chunk(b"IDAT", _DEFLATE_HEAD)
+_LOOSE_END = 12 + len(_DEFLATE_END) + 4
 
 
 def _png_rows(png: _Png) -> Iterator[bytes]:
@@ -1699,7 +2190,7 @@ def _png_rows(png: _Png) -> Iterator[bytes]:
 
 
 def _png_plain(rows: Iterable[bytes], step: int) -> Iterator[bytes]:
-    """Yield rows without their filters (PNG, section 9): slow, each byte is reckoned in Python."""
+    """Yield rows without their filters (PNG, section 9): slow, each byte is computed in Python."""
     above = b""
     for row in rows:
         kind, out = row[0], bytearray(step) + row[1:]
@@ -1716,15 +2207,8 @@ def _png_plain(rows: Iterable[bytes], step: int) -> Iterator[bytes]:
         yield above[step:]
 
 
-def _png_packed(png: _Png, top: int, rows: int) -> tuple[bytes | memoryview, int]:
-    """Return rows packed so that others can follow, and their Adler-32.
-
-    Those that were packed so before are copied. Of others only the first is
-    filtered anew, as nothing is above it now.
-    """
-    ready = list(itertools.islice(png.packed(), 3))
-    if rows == png.info.height and _png_is_loose(ready):
-        return ready[0], struct.unpack(">I", ready[1][2:])[0]
+def _png_crop(png: _Png, top: int, rows: int) -> Iterator[bytes]:
+    """Yield some rows; only the first is filtered anew, as nothing is above it now."""
     source = _png_rows(png)
     chain: list[bytes] = []  # what the first row's filter may go back to
     for row in itertools.islice(source, top):
@@ -1736,36 +2220,51 @@ def _png_packed(png: _Png, top: int, rows: int) -> tuple[bytes | memoryview, int
     if first[0] > 1:
         for plain in _png_plain([*chain, first], png.step):
             first = b"\0" + plain
+    return itertools.chain([first], itertools.islice(source, rows - 1))
+
+
+def _png_is_loose(png: _Png) -> bool:
+    """Did ``_write_png`` make this picture, and does no row above matter to its first?"""
+    last = png.end - _LOOSE_END  # before it is the checksum of the chunk with the last row
+    return (png.data[png.start:png.start + len(_LOOSE_HEAD)] == _LOOSE_HEAD
+            and png.data[last - 8:last - 4] == _FLUSHED
+            and png.data[last:last + 10] == b"\0\0\0\6IDAT" + _DEFLATE_END
+            and next(filter(None, _inflated(png)), b"")[:1] in (b"\0", b"\1"))
+
+
+def _write_loose(out: BinaryIO, strip: _Strip) -> int:
+    """Append the chunks of rows packed so that others can follow; return their Adler-32."""
+    png: _Png = strip.picture.rows
+    if strip.rows == png.info.height and _png_is_loose(png):
+        out.writelines(png.data.blocks(png.start + len(_LOOSE_HEAD), png.end - _LOOSE_END))
+        return int.from_bytes(png.data[png.end - 8:png.end - 4], "big")
     # Level 6 and the filtered strategy are what libpng and so POV-Ray itself use.
     deflate = zlib.compressobj(6, zlib.DEFLATED, -15, 8, zlib.Z_FILTERED)
-    packed, check = [_DEFLATE_HEAD], 1
-    for row in itertools.chain([first], itertools.islice(source, rows - 1)):
-        packed.append(deflate.compress(row))
+    packed, check = b"", 1
+    for row in _png_crop(png, strip.top, strip.rows):
+        packed += deflate.compress(row)
         check = zlib.adler32(row, check)
-    return b"".join([*packed, deflate.flush(zlib.Z_FULL_FLUSH)]), check
+        if len(packed) > BUFFER:
+            out.write(_png_chunk(b"IDAT", packed))
+            packed = b""
+    out.write(_png_chunk(b"IDAT", packed + deflate.flush(zlib.Z_FULL_FLUSH)))
+    return check
 
 
-def _png_is_loose(packed: Sequence[memoryview]) -> bool:
-    """Are these the two pieces that ``_build_png`` makes, and no row above matters?"""
-    return (len(packed) == 2 and len(packed[1]) == 6 and packed[1][:2] == _DEFLATE_END
-            and packed[0][:2] == _DEFLATE_HEAD and packed[0][-4:] == _FLUSHED
-            and zlib.decompressobj().decompress(packed[0], 1) in (b"\0", b"\1"))
-
-
-def _build_png(data: bytes, rows: Sequence[Any]) -> bytes:
-    pieces: list[bytes | memoryview] = []
-    low, high = 1, 0
-    for _, group in itertools.groupby(rows, lambda row: id(row[0])):
-        (png, top), *others = group
-        packed, check = _png_packed(png, top, 1 + len(others))
+def _write_png(out: BinaryIO, strips: Sequence[_Strip]) -> None:
+    png: _Png = strips[0].picture.rows
+    data, low, high = png.data, 1, 0
+    header = data[16:20] + struct.pack(">I", _height(strips)) + data[24:29]
+    out.write(data[:8] + _png_chunk(b"IHDR", header))
+    out.writelines(data.blocks(33, png.start))
+    out.write(_LOOSE_HEAD)
+    for strip in strips:
+        check = _write_loose(out, strip)
         # Adler-32 of two pieces from that of each, as in zlib's adler32_combine.
-        high = (high + (check >> 16) + png.row * (1 + len(others)) * (low - 1)) % 65521
+        high = (high + (check >> 16) + png.row * strip.rows * (low - 1)) % 65521
         low = (low + (check & 65535) - 1) % 65521
-        pieces += _png_chunk(b"IDAT", packed[2 if pieces else 0:])
-    pieces += _png_chunk(b"IDAT", _DEFLATE_END + struct.pack(">HH", high, low))
-    first = rows[0][0]
-    header = data[16:20] + struct.pack(">I", len(rows)) + data[24:29]
-    return b"".join([data[:8], *_png_chunk(b"IHDR", header), first.head[33:], *pieces, first.tail])
+    out.write(_png_chunk(b"IDAT", _DEFLATE_END + struct.pack(">HH", high, low)))
+    out.writelines(data.blocks(png.end, len(data)))
 
 
 _TEXT_HEADERS = {
@@ -1776,21 +2275,23 @@ _TEXT_HEADERS = {
 }
 
 
-def _header(kind: str, data: bytes) -> re.Match[bytes]:
-    header = _TEXT_HEADERS[kind].match(data, 0, _HEAD)
+def _header(kind: str, data: _Data) -> re.Match[bytes]:
+    header = _TEXT_HEADERS[kind].match(data[:_HEAD])
     if header is None:
         raise ImageError(f"the {kind} file's header is not whole")
     return header
 
 
-def _build_under_text(data: bytes, rows: Sequence[Any]) -> bytes:
+def _write_under_text(out: BinaryIO, strips: Sequence[_Strip]) -> None:
     """The header of PPM and HDR is text, with the height in it."""
+    data = strips[0].picture.data
     header = _header("PPM" if data[:1] == b"P" else "HDR", data)
     start, end = header.span("height")
-    return b"".join([data[:start], b"%d" % len(rows), data[end:header.end()], *rows])
+    out.write(data[:start] + b"%d" % _height(strips) + data[end:header.end()])
+    _write_rows(out, strips)
 
 
-def _read_ppm(data: bytes, size: tuple[int, int] | None) -> _Picture:
+def _read_ppm(data: _Data, size: tuple[int, int] | None) -> _Picture:
     _need(data[:2] in (b"P5"[: len(data)], b"P6"[: len(data)]), "the file is not a PPM picture")
     header = _header("PPM", data)
     form, width, height, most = (int(group) for group in header.groups())
@@ -1801,12 +2302,12 @@ def _read_ppm(data: bytes, size: tuple[int, int] | None) -> _Picture:
     edges = range(header.end(), header.end() + height * row + 1, row)
     _need_end("PPM", edges[-1], data)
     return _Picture(ImageInfo(width, height, channels, depth),
-                    f"{width} pixels a row, P{form}, values to {most}", _between(data, edges))
+                    f"{width} pixels a row, P{form}, values to {most}", data, edges)
 
 
-def _read_tga(data: bytes, size: tuple[int, int] | None) -> _Picture:
+def _read_tga(data: _Data, size: tuple[int, int] | None) -> _Picture:
     """TGA 2.0: after the pixels come 495 bytes of notes and a signature, as POV-Ray writes them."""
-    skip, palette, form, width, height, bits, turned = struct.unpack_from("<BBB9xHHBB", data)
+    skip, palette, form, width, height, bits, turned = data.unpack("<BBB9xHHBB", 0)
     _need(palette == 0 and form in (2, 3, 10, 11) and bits in (8, 16, 24, 32)
           and turned & 0x30 == 0x20, "the file is not a TGA picture as POV-Ray writes it")
     _need_size("TGA", (width, height), size)
@@ -1818,26 +2319,29 @@ def _read_tga(data: bytes, size: tuple[int, int] | None) -> _Picture:
         steps = [(count, 1 + bits // 8 * (1 if head & 128 else count))
                  for head, count in enumerate(counts)]
         for _ in range(height):
-            edges.append(_runs_end("TGA", data, edges[-1], width, steps))
+            packed = data[edges[-1]:edges[-1] + width * (1 + bits // 8)]  # it takes no more
+            edges.append(edges[-1] + _row_end("TGA", packed, 0, width, steps))
     _need_end("TGA", edges[-1] + 495 + 26, data)
-    _need(struct.unpack_from("<H", data, edges[-1])[0] == 495
+    _need(data.unpack("<H", edges[-1])[0] == 495
           and data[-26:] == struct.pack("<II", edges[-1], 0) + b"TRUEVISION-XFILE.\0",
           "the TGA file is damaged at its end")
     return _Picture(ImageInfo(width, height, bits // 8, 8),
-                    f"{width} pixels a row, type {form}, {bits} bits", _between(data, edges))
+                    f"{width} pixels a row, type {form}, {bits} bits", data, edges)
 
 
-def _build_tga(data: bytes, rows: Sequence[Any]) -> bytes:
-    head, end = 18 + data[0], struct.pack("<I", 18 + data[0] + sum(map(len, rows)))
-    return b"".join([data[:14], struct.pack("<H", len(rows)), data[16:head], *rows,
-                     data[-521:-26], end, data[-22:]])
+def _write_tga(out: BinaryIO, strips: Sequence[_Strip]) -> None:
+    data = strips[0].picture.data
+    head = data[:strips[0].picture.rows[0]]
+    out.write(head[:14] + struct.pack("<H", _height(strips)) + head[16:])
+    _write_rows(out, strips)
+    out.write(data[-521:-26] + struct.pack("<I", out.tell()) + data[-22:])
 
 
-def _read_bmp(data: bytes, size: tuple[int, int] | None) -> _Picture:
+def _read_bmp(data: _Data, size: tuple[int, int] | None) -> _Picture:
     """The file's rows go from the bottom to the top, each padded to four bytes."""
     _need(data[:2] == b"BM"[: len(data)], "the file is not a BMP picture")
-    length, start, head, width, height, planes, bits, packed, pixels = struct.unpack_from(
-        "<2xI4xIIiiHHII", data)
+    length, start, head, width, height, planes, bits, packed, pixels = data.unpack(
+        "<2xI4xIIiiHHII", 0)
     _need_size("BMP", (width, height), size)
     _need((start, head, planes, packed) == (54, 40, 1, 0) and bits in (24, 32),
           f"the BMP file {_ODD}")
@@ -1845,23 +2349,24 @@ def _read_bmp(data: bytes, size: tuple[int, int] | None) -> _Picture:
     _need_end("BMP", start + row * height, data)
     _need(length == len(data) and pixels == length - start,
           "the BMP file is damaged: its header has another length")
-    view = memoryview(data)
     return _Picture(ImageInfo(width, height, bits // 8, 8), f"{width} pixels a row, {bits} bits",
-                    (view[at:at + row] for at in range(length - row, start - 1, -row)))
+                    data, range(length, start - 1, -row))
 
 
-def _build_bmp(data: bytes, rows: Sequence[Any]) -> bytes:
-    size = sum(map(len, rows))
-    return b"".join([b"BM", struct.pack("<I", 54 + size), data[6:22],
-                     struct.pack("<i", len(rows)), data[26:34], struct.pack("<I", size),
-                     data[38:54], *reversed(rows)])
+def _write_bmp(out: BinaryIO, strips: Sequence[_Strip]) -> None:
+    first, height = strips[0].picture, _height(strips)
+    head, size = first.data[:54], -first.rows.step * height
+    out.write(b"BM" + struct.pack("<I", 54 + size) + head[6:22] + struct.pack("<i", height)
+              + head[26:34] + struct.pack("<I", size) + head[38:])
+    _write_rows(out, reversed(strips))
 
 
 # After a scan: neither a stuffed zero nor a restart.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]", re.DOTALL)
 
 
-def _check_jpeg(data: bytes, size: tuple[int, int] | None) -> _Picture:
+def _check_jpeg(picture: _Data, size: tuple[int, int] | None) -> _Picture:
+    data = picture[:]  # it has no rows to look at one by one
     _need(data[:2] == b"\xff\xd8"[: len(data)], "the file is not a JPEG picture")
     at, info, scanned = 2, None, False
     while True:
@@ -1880,10 +2385,10 @@ def _check_jpeg(data: bytes, size: tuple[int, int] | None) -> _Picture:
         elif marker == 0xDA:
             after = _JPEG_MARKER.search(data, at)
             at, scanned = after.start() if after else len(data), True
-    _need_end("JPEG", at + 2, data)
+    _need_end("JPEG", at + 2, picture)
     if info is None or not scanned:
         raise ImageError("the JPEG file holds no picture")
-    return _Picture(info, "", ())
+    return _Picture(info, "", picture, ())
 
 
 # In HDR a byte of 0 would be a run of nothing: it fits no picture.
@@ -1891,7 +2396,7 @@ _HDR_STEPS = [(_BLOCK, 1), *((count, 1 + count) for count in range(1, 129)),
               *((count, 2) for count in range(1, 128))]
 
 
-def _read_hdr(data: bytes, size: tuple[int, int] | None) -> _Picture:
+def _read_hdr(data: _Data, size: tuple[int, int] | None) -> _Picture:
     """A row is a head, then red, green, blue and exponent in runs (Ward's RGBE)."""
     _need(data[:11] == b"#?RADIANCE\n"[: len(data)], "the file is not an HDR picture")
     header = _header("HDR", data)
@@ -1902,50 +2407,45 @@ def _read_hdr(data: bytes, size: tuple[int, int] | None) -> _Picture:
         edges = list(range(edges[0], edges[0] + width * height * 4 + 1, width * 4))
     else:
         for _ in range(height):
-            _need(struct.unpack_from(">HH", data, edges[-1]) == (0x0202, width),
-                  "the HDR file is damaged")
-            at = edges[-1] + 4
+            packed, at = data[edges[-1]:edges[-1] + 4 + 8 * width], 4  # it takes no more
+            _need(struct.unpack_from(">HH", packed) == (0x0202, width), "the HDR file is damaged")
             for _ in range(4):
-                at = _runs_end("HDR", data, at, width, _HDR_STEPS)
-            edges.append(at)
+                at = _row_end("HDR", packed, at, width, _HDR_STEPS)
+            edges.append(edges[-1] + at)
     _need_end("HDR", edges[-1], data)
-    return _Picture(ImageInfo(width, height, 3, 8), f"{width} pixels a row",
-                    _between(data, edges))
+    return _Picture(ImageInfo(width, height, 3, 8), f"{width} pixels a row", data, edges)
 
 
-def _read_exr(data: bytes, size: tuple[int, int] | None) -> _Picture:
-    """One scanline image in blocks of 16 rows, each deflated or stored (OpenEXR file layout).
-
-    A row is its block and its number there.
-    """
+def _read_exr(data: _Data, size: tuple[int, int] | None) -> _Picture:
+    """One scanline image in blocks of 16 rows, each deflated or stored (OpenEXR file layout)."""
     _need(data[:8] == b"\x76\x2f\x31\x01\x02\0\0\0"[: len(data)], "the file is not an EXR picture")
-    fields, at = _exr_fields(data)
-    left, top, right, bottom = struct.unpack("<4i", data[fields[b"dataWindow"]])
+    head = data[:BUFFER]
+    fields, at = _exr_fields(head)
+    left, top, right, bottom = struct.unpack("<4i", head[fields[b"dataWindow"]])
     width, height = right - left + 1, bottom - top + 1
     _need_size("EXR", (width, height), size)
-    display = data[fields[b"displayWindow"]]
-    _need(data[fields[b"compression"]] == b"\x03" and len(display) == 16, f"the EXR file {_ODD}")
-    types = _exr_channels(data[fields[b"channels"]])
+    display = head[fields[b"displayWindow"]]
+    _need(head[fields[b"compression"]] == b"\x03" and len(display) == 16, f"the EXR file {_ODD}")
+    types = _exr_channels(head[fields[b"channels"]])
     row = width * sum(2 if kind == 1 else 4 for kind in types.values())
-    offsets = struct.unpack_from(f"<{-(-height // 16)}Q", data, at)
+    offsets = data.unpack(f"<{-(-height // 16)}Q", at)
     at += 8 * len(offsets)
-    rows: list[tuple[_ExrBlock, int]] = []
+    blocks: list[_ExrBlock] = []
     for offset in offsets:
-        first, length = struct.unpack_from("<iI", data, at)
-        _need(offset == at and first == top + len(rows), "the EXR file is damaged")
+        first, length = data.unpack("<iI", at)
+        _need(offset == at and first == top + 16 * len(blocks), "the EXR file is damaged")
         at += 8 + length
         _need(at <= len(data), f"the EXR file ends too early, after {len(data)} bytes")
-        block = _ExrBlock(memoryview(data)[at - length:at], min(16, height - len(rows)), row)
+        blocks.append(_ExrBlock(data, at - length, at, min(16, height - 16 * len(blocks)), row))
         if size is not None:
-            block.unpacked()
-        rows += [(block, number) for number in range(block.rows)]
+            blocks[-1].unpacked()
     _need_end("EXR", at, data)
     return _Picture(ImageInfo(width, height, len(types), 16 if 1 in types.values() else 32),
-                    f"{width} pixels a row, channels {types}", rows)
+                    f"{width} pixels a row, channels {types}", data, blocks)
 
 
 def _exr_fields(data: bytes) -> tuple[dict[bytes, slice], int]:
-    """Return where the header's values are, by name, and where the header ends."""
+    """Return where the values of a header are, by name, and where the header ends."""
     names = (b"channels", b"compression", b"dataWindow", b"displayWindow")
     fields = dict.fromkeys(names, slice(0, 0))
     at = 8
@@ -1967,42 +2467,42 @@ def _exr_channels(listed: bytes) -> dict[str, int]:
             for name, kind in re.findall(rb"([^\0]+)\0(.{4}).{12}", listed, re.DOTALL)}
 
 
-class _ExrBlock:
+class _ExrBlock(NamedTuple):
     """Up to 16 rows as they are packed in a file, ``size`` bytes each when unpacked."""
 
-    def __init__(self, packed: memoryview, rows: int, size: int) -> None:
-        self.packed, self.rows, self.size = packed, rows, size
+    data: _Data
+    start: int
+    end: int
+    rows: int
+    size: int
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ExrBlock) and (
-            self.packed == other.packed or self.raw == other.raw)
+    def packed(self) -> bytes:
+        """Return the bytes as they are in the file."""
+        return self.data[self.start:self.end]
 
-    __hash__ = None  # type: ignore[assignment]
-
-    def unpacked(self) -> bytes | memoryview:
+    def unpacked(self) -> bytes:
         """Return the bytes in OpenEXR's order for packing, or as they are where they are stored."""
-        wanted = self.rows * self.size
-        if len(self.packed) == wanted:
-            return self.packed
+        packed, wanted = self.packed(), self.rows * self.size
+        if len(packed) == wanted:
+            return packed
         inflate = zlib.decompressobj()
-        steps = inflate.decompress(self.packed, wanted + 1)
+        steps = inflate.decompress(packed, wanted + 1)
         _need(len(steps) == wanted and inflate.eof and not inflate.unused_data,
               "the EXR file is damaged")
         return steps
 
-    @functools.cached_property
-    def raw(self) -> bytes | memoryview:
-        """The rows: OpenEXR packs differences, of even bytes first, then of the odd ones."""
+    def raw(self) -> bytes:
+        """Return the rows: OpenEXR packs differences, of even bytes first, then of the odd ones."""
         steps = self.unpacked()
-        if steps is self.packed:
+        if self.end - self.start == len(steps):
             return steps
-        order = _exr_sums(bytes(steps))
+        order = _exr_sums(steps)
         raw = bytearray(order)
         raw[0::2], raw[1::2] = order[:len(order) // 2], order[len(order) // 2:]
         return bytes(raw)
 
 
-# Each byte is stored as its difference to the one before, plus 128. All bytes are reckoned
+# Each byte is stored as its difference to the one before, plus 128. All bytes are computed
 # at once, as the digits of one number: a loop over them would take ten seconds a picture.
 
 def _exr_differences(order: bytes) -> bytes:
@@ -2028,38 +2528,55 @@ def _exr_sums(steps: bytes) -> bytes:
     return (even | total << 8).to_bytes(size, "little")
 
 
-def _exr_packed(rows: Sequence[tuple[_ExrBlock, int]]) -> bytes | memoryview:
-    """Return a block of these rows; one that was a block before is copied."""
-    block = rows[0][0]
-    if len(rows) == block.rows and all(row[0] is block for row in rows):
-        return block.packed
-    raw = b"".join(block.raw[at * block.size:(at + 1) * block.size] for block, at in rows)
+def _exr_packed(raw: bytes) -> bytes:
     packed = zlib.compress(_exr_differences(raw[0::2] + raw[1::2]), 4)
     return packed if len(packed) < len(raw) else raw
 
 
-def _build_exr(data: bytes, rows: Sequence[Any]) -> bytes:
-    fields, end = _exr_fields(data)
+def _exr_blocks(strips: Sequence[_Strip]) -> Iterator[bytes]:
+    """Yield the packed blocks of a picture of these rows; one that was a block is copied."""
+    raw, rows_left = b"", _height(strips)
+    for picture, top, rows in strips:
+        for number, block in enumerate(picture.rows):
+            first, last = max(top - 16 * number, 0), min(top + rows - 16 * number, block.rows)
+            if not raw and last - first == block.rows == min(16, rows_left):
+                yield block.packed()
+                rows_left -= block.rows
+            elif first < last:
+                raw += block.raw()[first * block.size:last * block.size]
+            while raw and len(raw) >= min(16, rows_left) * block.size:
+                yield _exr_packed(raw[:16 * block.size])
+                raw, rows_left = raw[16 * block.size:], rows_left - 16
+
+
+def _write_exr(out: BinaryIO, strips: Sequence[_Strip]) -> None:
+    data, height = strips[0].picture.data, _height(strips)
+    fields, end = _exr_fields(data[:BUFFER])
     head = bytearray(data[:end])
     for window in (fields[b"dataWindow"], fields[b"displayWindow"]):
         top = struct.unpack_from("<4xi", head, window.start)[0]
-        struct.pack_into("<i", head, window.start + 12, top + len(rows) - 1)
+        struct.pack_into("<i", head, window.start + 12, top + height - 1)
     top = struct.unpack_from("<4xi", head, fields[b"dataWindow"].start)[0]
-    blocks, offsets, at = [], [], end + -(-len(rows) // 16) * 8
-    for first in range(0, len(rows), 16):
-        packed = _exr_packed(rows[first:first + 16])
-        blocks += [struct.pack("<iI", top + first, len(packed)), packed]
-        offsets.append(at)
-        at += 8 + len(packed)
-    return b"".join([head, struct.pack(f"<{len(offsets)}Q", *offsets), *blocks])
+    out.write(head + bytes(-(-height // 16) * 8))  # the places of the blocks are not known yet
+    offsets = []
+    for number, packed in enumerate(_exr_blocks(strips)):
+        offsets.append(out.tell())
+        out.write(struct.pack("<iI", top + 16 * number, len(packed)) + packed)
+    out.seek(end)
+    out.write(struct.pack(f"<{len(offsets)}Q", *offsets))
+
+
+def _exr_pixels(strip: _Strip) -> Iterator[bytes]:
+    return (block.raw() for block in strip.picture.rows)
 
 
 _LAYOUTS: Mapping[str, _Layout] = {
-    ".png": _Layout(_read_png, _build_png), ".ppm": _Layout(_read_ppm, _build_under_text),
-    ".tga": _Layout(_read_tga, _build_tga), ".bmp": _Layout(_read_bmp, _build_bmp),
-    ".hdr": _Layout(_read_hdr, _build_under_text), ".exr": _Layout(_read_exr, _build_exr),
+    ".png": _Layout(_read_png, _write_png), ".ppm": _Layout(_read_ppm, _write_under_text),
+    ".tga": _Layout(_read_tga, _write_tga), ".bmp": _Layout(_read_bmp, _write_bmp),
+    ".hdr": _Layout(_read_hdr, _write_under_text),
+    ".exr": _Layout(_read_exr, _write_exr, _exr_pixels),
 }
-_CHECKS: Mapping[str, Callable[[bytes, tuple[int, int] | None], _Picture]] = {
+_CHECKS: Mapping[str, Callable[[_Data, tuple[int, int] | None], _Picture]] = {
     **{extension: layout.read for extension, layout in _LAYOUTS.items()}, ".jpg": _check_jpeg,
 }
 # The types whose rows can be cut and joined: JPEG's cannot without a loss.
@@ -2067,28 +2584,31 @@ STRIP_TYPES = frozenset(_LAYOUTS)
 
 
 # === 5. PROJECT ==============================================================
-# Which files a job needs, where they lie in the tree that a worker gets, and
-# projects as zip files. Reads scenes as far as the files go that they name;
-# starts nothing, and writes nothing but what a zip file holds.
+# Which files a job needs, where they lie in the tree that a worker gets, which
+# of them its own frames write, and projects as zip files. Reads scenes as far as
+# the files go that they name, in time by their length, whatever is in them; starts
+# nothing, and writes nothing but what a zip file holds and copies of what changes.
 #
-# The tree: its top is the higher of the root (the project's directory) and
-# the directory in which POV-Ray would run, when one contains the other, and
-# every file keeps its place. Otherwise the root is the top and what is found
-# from the current directory lies in _cwd. What is found in a library directory
-# (+L) outside lies in _lib1, _lib2 and so on.
+# The tree: its top is the directory that holds the root (the project's directory),
+# the directory in which POV-Ray would run, and what is named from there with
+# "../"; every file keeps its place in it. A library directory (+L) that is not
+# below lies in _lib1, _lib2 and so on, a root far from the current directory in
+# _scene.
 
 MAX_FILES = 100_000  # of a project
 MAX_ZIP_SIZE = 4 * 10**9  # bytes, unpacked
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others take memory without a limit
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
 GUARD_FILES = 20_000  # a root with more is taken for no project, unless the user says so
 GUARD_SIZE = 2 * 10**9
 MAX_WRITTEN, MAX_WRITTEN_SIZE = 1000, 64 << 20  # files that a scene may write, and their bytes
 
-# What POV-Ray 3.7 comes with, for a machine that has no POV-Ray.
-_STANDARD_FILES = frozenset([*(f"{name}.inc" for name in """arrays chars colors consts debug finish
-    functions glass glass_old golds ior logo makegrass math meshmaker metals rad_def rand screen
-    shapes shapes2 shapes3 shapes_old shapesq skies stage1 stars stdcam stdinc stoneold stones
-    stones1 stones2 strings sunpos textures transforms woodmaps woods""".split()),
+# What POV-Ray 3.8 comes with, for a machine that has no such POV-Ray.
+_STANDARD_FILES = frozenset([*(f"{name}.inc" for name in """arrays chars colors colors_ral consts
+    debug finish functions glass glass_old golds ior logo makegrass math meshmaker meshskeleton
+    metals NurbsMesh rad_def rand screen shapes shapes2 shapes3 shapes_old shapesq skies stage1
+    stars stdcam stdinc stoneold stones stones1 stones2 strings sunpos textures transforms
+    woodmaps woods""".split()),
     *(f"{name}.map" for name in """ash benediti bubinga cedar marbteal orngwood pinkmarb rdgranit
     teak whiteash""".split()),
     *"""Mount1.png Mount2.png bumpmap_.png fract003.png mtmand.pot mtmandj.png plasma2.png
@@ -2103,13 +2623,15 @@ _EXTENSIONS_TRIED: Mapping[str, Sequence[str]] = {
         ("tiff", "tif tiff"),
         *((kind, kind) for kind in "ttf df3 gif tga iff ppm pgm hdr png bmp exr".split())]
 }
-_READING_WORDS = frozenset(_EXTENSIONS_TRIED) - {"scene"}
+# "ttf" is the type of many more things than files: it counts only before a string.
+_FILE_WORDS = frozenset(_EXTENSIONS_TRIED) - {"scene", "ttf"} | {"load_file", "save_file"}
 _IMAGE_BLOCKS = frozenset(
     ["image_map", "bump_map", "material_map", "image_pattern", "height_field"])
 _BLOCK_STARTS = frozenset(["#if", "#ifdef", "#ifndef", "#switch", "#while", "#for", "#macro"])
 
-_JUNK = re.compile(r"\..*|CVS|__pycache__|__MACOSX|Thumbs\.db|desktop\.ini|.*~"
-                   r"|.*\.(?:bak|swp|pov-state)")
+# What is sent only when a scene mentions it, and what is not sent even then.
+_JUNK = re.compile(r"\..*|CVS|__pycache__|__MACOSX|Thumbs\.db|desktop\.ini|.*\.pov-state")
+_NEVER = re.compile(r"\.(?:git|hg|svn|bzr|ssh|gnupg)|CVS|_darcs")
 SAMPLE_FILE, PHOTON_FILE = "povfarm.rca", "povfarm.ph"  # what the slices of a frame share
 _EVERY_FRAME, _NO_FRAME = -math.inf, math.inf  # beside N: the frames after N
 
@@ -2132,14 +2654,16 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a project, sorted by path."""
+    """The files of a project, and its directories that hold none of them; sorted."""
 
     files: tuple[FileEntry, ...]
+    directories: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """The name of exactly these contents: a SHA-256 over all but the times."""
-        rows = [[file.path, file.sha256, file.size, file.after_frame] for file in self.files]
+        rows = [*([file.path, file.sha256, file.size, file.after_frame] for file in self.files),
+                *self.directories]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -2149,45 +2673,102 @@ class Manifest:
 
     def to_wire(self) -> dict[str, Any]:
         """Return the form that goes through JSON."""
-        return {"files": [{**vars(file)} for file in self.files]}
+        return {"files": [{**vars(file)} for file in self.files],
+                "directories": list(self.directories)}
 
     @classmethod
     def from_wire(cls, wire: Any) -> Manifest:
         """Read what ``to_wire`` made on another machine; ``UserError`` when it is not that."""
-        rows = wire.get("files") if isinstance(wire, dict) else None
-        if not isinstance(rows, list) or len(rows) > MAX_FILES:
-            raise UserError(f"a manifest is a list of at most {MAX_FILES} files")
-        files = sorted((_entry(row) for row in rows), key=lambda file: file.path)
+        wire = wire if isinstance(wire, dict) else {}
+        rows, folders = wire.get("files"), wire.get("directories", [])
+        if (not isinstance(rows, list) or not isinstance(folders, list)
+                or len(rows) + len(folders) > MAX_FILES):
+            raise UserError(f"a manifest is a list of at most {MAX_FILES} files and directories")
+        try:
+            files = sorted((_checked(FileEntry(**row)) for row in rows),
+                           key=operator.attrgetter("path"))
+        except TypeError:
+            raise UserError("a manifest's row is not the description of a file") from None
+        directories = sorted(map(_checked_path, folders))
         # No name has a zero byte, so in this order what is in a directory comes next to it.
-        places = sorted(file.path.replace("/", "\0") for file in files)
+        names = [*(file.path for file in files), *directories]
+        places = sorted(name.replace("/", "\0") for name in names)
         for one, other in zip(places, places[1:]):
             path = one.replace("\0", "/")
             if one == other:
                 raise UserError(f"the manifest names '{path}' twice")
             if other.startswith(one + "\0"):
                 raise UserError(f"'{path}' is a file and a directory in the manifest")
-        return cls(tuple(files))
+        return cls(tuple(files), tuple(directories))
 
 
 @dataclass(frozen=True)
 class Project:
     """A job's files and how POV-Ray is started over them.
 
-    ``sources`` tells the local file of each path of the manifest. ``run_dir``
-    is the place of the current directory in the tree, ``.`` for its top, and
-    ``scene`` is relative to it, or to a directory of ``library``. Those are
-    places in the tree too, or ``STANDARD``. ``uses`` names what the scene has:
-    ``radiosity``, ``photons``, ``own-output`` (it reads what it renders) and
-    ``load_file NAME`` (POV-Ray looks for that file in its own directory only).
+    ``sources`` tells the local file of each path of the manifest, or its
+    contents where they differ from it. ``run_dir`` is the place of the current
+    directory in the tree, ``.`` for its top, and ``scene`` is relative to it, or
+    to a directory of ``library``. Those are places in the tree too, or
+    ``STANDARD``. ``uses`` names what the scene has: ``radiosity``, ``photons``,
+    ``own-output`` (it reads what its frames render or write), ``own-files`` (what
+    they write), ``load_file NAME`` (POV-Ray looks for that file in its own
+    directory only), ``append NAME`` (it may write on there), ``appends NAME`` (to
+    names that begin so) and ``system_file SHA256 PATH`` (it reads that file where it
+    is). ``reads`` are the names that it may read and write, where they are not all
+    written out. ``values`` are options of the command line that have to be others;
+    ``named`` are the paths that the scene names. ``explain`` says of a name that
+    POV-Ray did not find whether the file could be sent, and why it was not.
     """
 
     manifest: Manifest
-    sources: Mapping[str, Path]
+    sources: Mapping[str, Path | bytes]
     run_dir: str
     scene: str
     library: tuple[str, ...]
     warnings: tuple[str, ...]
     uses: frozenset[str]
+    reads: frozenset[_Name] = frozenset()
+    values: Mapping[str, str] = field(default_factory=dict)
+    named: frozenset[str] = frozenset()
+    explain: Callable[[str], tuple[bool, str]] = lambda name: (False, name)
+
+    def may_read(self, name: str) -> bool:
+        """Tell whether one of ``reads`` may be of this file."""
+        return any(read._replace(text=text).may_be(_Name(name, True))
+                   for read in self.reads for text in _garbled(read.text))
+
+    def as_it_is_now(self, scratch: Path, sha256: str) -> tuple[Project, list[str]]:
+        """Look at the files again, as what was sent for ``sha256`` had another hash.
+
+        Of those that have changed, the ones that the scene names are copied to
+        ``scratch`` first, so that they hold still. The others stay out; their
+        names are returned, too.
+        """
+        files, left_out, sources = [], [], dict(self.sources)
+        for file in self.manifest.files:
+            local = sources[file.path]
+            about = None
+            if isinstance(local, Path) and file.sha256 != sha256:
+                with contextlib.suppress(OSError):
+                    about = local.stat()
+            if isinstance(local, bytes) or (
+                    about and (about.st_size, about.st_mtime) == (file.size, file.mtime)):
+                files.append(file)
+            elif file.path in self.named:
+                sources[file.path] = copy = scratch / f"{len(files)}-{secrets.token_hex(4)}"
+                try:
+                    shutil.copyfile(local, copy)
+                except OSError as error:
+                    raise UserError(f"{local} cannot be read: {error.strerror}") from None
+                files.append(replace(file, sha256=sha256_file(copy), size=copy.stat().st_size))
+            else:
+                left_out.append(file.path)
+        return replace(self, manifest=replace(self.manifest, files=tuple(files)),
+                       sources=sources), left_out
+
+
+
 
 
 HashCache = Dict[Tuple[str, int, int], str]  # (path, size, mtime in ns) -> SHA-256
@@ -2196,45 +2777,159 @@ HashCache = Dict[Tuple[str, int, int], str]  # (path, size, mtime in ns) -> SHA-
 def collect_project(
     scene: str, library: Sequence[str], cwd: Path, root: Path | None, outputs: Iterable[str],
     frames: Sequence[int], standard_dirs: Sequence[Path], hash_cache: HashCache | None = None,
-    ini_dirs: Sequence[Path] = (),
+    ini_dirs: Sequence[Path] = (), *, values: Mapping[str, str] | None = None,
+    by_file: Collection[str] = (), ceiling: Path | None = None,
+    made: Callable[[Path], bool] | None = None, also: Iterable[str] = (),
 ) -> Project:
     """Find the files that a job needs, as POV-Ray 3.7 run in ``cwd`` would find them.
 
     ``scene`` and ``library`` are as the command line and the INI files have
-    them; ``root`` is the scene's directory when None; ``outputs`` are the
-    images that the job writes, relative to ``cwd``; ``standard_dirs`` is what
-    ``STANDARD`` means here, empty where there is no POV-Ray; ``ini_dirs`` are
-    the directories of the INI files, for a better message. The files are those
-    below the root, by the rules of ``.bsac`` files where there are any
-    (``_Listing``), and those that the scene and its includes name (``_Scan``).
-    Raises ``UserError`` for a scene or a file that is missing or outside.
+    them, ``by_file`` those that only INI files named, ``values`` the options
+    that name further files; ``root`` is the scene's directory when None, and the
+    current one where it is above; ``outputs`` are the images that the job
+    writes, relative to ``cwd``; ``standard_dirs`` is what ``STANDARD`` means
+    here, empty where there is no POV-Ray; ``ini_dirs`` are the directories of
+    the INI files, for a better message; nothing above the ``ceiling`` belongs to
+    the project; ``made`` tells whether povfarm has put images into a directory;
+    ``also`` are names that POV-Ray was seen to miss. The files are
+    those below the root and the library directories, by the rules of ``.bsac``
+    files where there are any (``_Listing``), and those that the scene and its
+    includes name (``_Scan``), as far as names may lead (``_Reach``). Raises
+    ``UserError`` for a scene or a file that is missing or outside.
     """
-    search = _Search(cwd.resolve(), library, standard_dirs)
+    reach = _Reach(cwd.resolve(), ceiling)
+    search = _Search(cwd.resolve(), library, standard_dirs, reach, by_file)
     found = search.find("scene", scene) or _no_scene(search, scene, ini_dirs)
-    tree = _Tree(search, root.resolve() if root else found.local.parent)
-    renders = _Renders([search.cwd / name for name in outputs], frames, found.local)
-    listing = _Listing(tree.root, renders, root is None)
-    scan = _Scan(tree, renders)
-    scan.run(found.local, tree.scene_place(found))
-    members = {tree.prefix + path: member for path, member in listing.members.items()}
-    for path, (local, certain) in scan.files.items():
-        since = members[path][1] if path in members and not certain else _EVERY_FRAME
-        members[path] = (local, since)
-    for path, member in list(members.items()):
-        for charset in ("latin-1", "utf-8"):
-            members.setdefault(_as_povray_reads(path, charset), member)
-    last = max(frames, default=math.inf)
-    members = {path: member for path, member in members.items() if member[1] < last}
+    if scene in by_file and (why := reach.forbids(found.local)):
+        raise UserError(f"the scene {found.path} is {why}: give a --root that holds it")
+    tree = _Tree(search, real_path(root) if root else found.path.parent)
+    reach.bases.append(real_path(tree.root))
+    tree.hold(found)
+    renders = _Renders(search.cwd / name for name in outputs)
+    listing = _Listing(renders, reach, made)
+    listing.add_project(tree, root is None)
+    scan = _Scan(tree, renders, reach, listing)
+    scan.run(found, values or {}, also)
+    scan.check()
+    tree.settle()
+    members, named = _members(tree, listing, scan, max(frames, default=math.inf))
     if len(members) > MAX_FILES:
         raise UserError(f"{tree.root} holds more than {MAX_FILES} files: name those that the job "
                         f"needs in {tree.root / '.bsac'}")
-    entries, warnings = _entries(members, scan.files, {} if hash_cache is None else hash_cache)
+    entries, unread = _entries(members, named, {} if hash_cache is None else hash_cache)
+    directories = _empty_directories(tree, [*listing.folders, *scan.passed], entries)
     return Project(
-        Manifest(entries), {file.path: members[file.path][0] for file in entries},
+        Manifest(entries, directories), {file.path: members[file.path][0] for file in entries},
         _as_povray_reads(tree.run_dir), _as_povray_reads(tree.scene_name(scene, found)),
         tuple(map(_as_povray_reads, tree.library)),
-        (*search.warnings, *listing.warnings, *scan.warnings, *warnings), frozenset(scan.uses),
+        (*search.warnings, *listing.warnings(), *scan.warnings, *unread),
+        frozenset(scan.uses | {f"system_file {sha256_file(Path(path))} {path}"
+                               for path in scan.system}),
+        frozenset(scan.reads),
+        {key: _as_povray_reads(name) for key, name in scan.new_names("").items()},
+        frozenset(named), scan.explain,
     )
+
+
+_Members = Dict[str, Tuple[Union[Path, bytes], float]]  # by place: what is there, for frames after
+
+
+def with_files(project: Project, files: Mapping[str, Path]) -> Project:
+    """Return a project with more files, by their names from its current directory on."""
+    sources = {os.path.normpath(PurePosixPath(project.run_dir, name)).replace(os.sep, "/"): local
+               for name, local in files.items()}
+    entries, _ = _entries({path: (local, _EVERY_FRAME) for path, local in sources.items()},
+                          sources, {})
+    more = {file.path: file for file in (*project.manifest.files, *entries)}
+    manifest = replace(project.manifest, files=tuple(more[path] for path in sorted(more)))
+    return replace(project, manifest=manifest, sources={**project.sources, **sources})
+
+
+def _members(tree: _Tree, listing: _Listing, scan: _Scan,
+             last: float) -> tuple[_Members, set[str]]:
+    """Return what is sent for frames up to ``last``, and the places that the scene names."""
+    members: _Members = {tree.place(path): member for path, member in listing.members.items()}
+    named = set()
+    for path, (local, certain) in scan.files.items():
+        place = tree.place(path)
+        since = members[place][1] if place in members and not certain else _EVERY_FRAME
+        members[place] = (scan.text(path, local), since)
+        named.add(place)
+    for place, member in list(members.items()):
+        for blank in [] if place.isascii() else _garbled(place):
+            members.setdefault(blank, member)
+            named |= {blank} if place in named else set()
+    return {place: member for place, member in members.items() if member[1] < last}, named
+
+
+def _empty_directories(tree: _Tree, folders: Iterable[str],
+                       entries: Iterable[FileEntry]) -> tuple[str, ...]:
+    """Return the places of the directories in which nothing else of the tree is."""
+    full: set[str] = set()
+    for entry in entries:
+        _add_parents(entry.path, full)
+    places = {tree.place(folder) for folder in folders}
+    places |= {blank for place in places if not place.isascii() for blank in _garbled(place)}
+    for place in places:
+        _add_parents(place, full)
+    return tuple(sorted(place for place in places - full - {"."} if _is_portable(place)))
+
+
+def _add_parents(path: str, to: set[str]) -> None:
+    while (path := path.rpartition("/")[0]) and path not in to:
+        to.add(path)
+
+
+def scan_in_place(
+    scene: str, library: Sequence[str], cwd: Path, outputs: Iterable[str],
+    standard_dirs: Sequence[Path], ini_dirs: Sequence[Path] = (), confined: bool = True,
+) -> tuple[Project, Mapping[str, Path], Collection[str]]:
+    """Return a project that stays where it is: its tree is the whole file system.
+
+    The arguments are those of ``collect_project``; a ``confined`` scene writes
+    nothing by a whole path. With it come the files that
+    POV-Ray 3.7 finds under garbled names only, by these names, which start from
+    ``cwd``; and the places of directories that the scene may want to write in.
+    Whether a file is there is POV-Ray's business: ``UserError`` only without the scene.
+    """
+    reach = _Reach(cwd.resolve(), in_place=True)
+    search = _Search(cwd.resolve(), library, standard_dirs, reach, ())
+    found = search.find("scene", scene) or _no_scene(search, scene, ini_dirs)
+    top = Path(search.cwd.anchor)
+    tree = _Tree(search, top)
+    scan = _Scan(tree, _Renders(search.cwd / name for name in outputs), reach, None)
+    scan.run(found, {}, ())
+    tree.settle()
+    links = {garbled: local for name, local in scan.garbled.items() for garbled in _garbled(name)}
+    folders = [*filter(is_directory, (search.cwd / name for name in scan.folders)),
+               *_folders(search.cwd)]
+    places = {_below(Path(os.path.normpath(path)), top) for path in folders}
+    whole = {name: f"the scene writes {name}, which its confinement does not let it do: give it a "
+             "name without the whole path, or add --unconfined"
+             for name in sorted(scan.written) if confined and _is_absolute(name)}
+    if sure := [name for name in whole if scan.written[name]]:
+        raise UserError(whole[sure[0]])
+    warnings = [*search.warnings, *whole.values()]
+    project = Project(Manifest(()), {}, tree.run_dir, scene, tuple(tree.library),
+                      tuple(warnings), frozenset(scan.uses), frozenset(scan.reads),
+                      explain=scan.explain)
+    return project, links, sorted(place for place in places if place is not None)
+
+
+def private_places(data: Path) -> frozenset[Path]:
+    """Return what no render in place may read though its user may, ``data`` of a farm among it.
+
+    That is what is hidden in the homes of people, where programs keep their
+    secrets, and what the kernel shows of other programs.
+    """
+    homes = {Path.home().resolve(), Path("/root")}
+    hidden = {Path(place) for place in ("/proc", "/sys", "/dev", "/run")}
+    with contextlib.suppress(OSError):
+        homes |= set(Path("/home").iterdir())
+    for home in homes:
+        with contextlib.suppress(OSError):
+            hidden |= {path for path in home.iterdir() if path.name.startswith(".")}
+    return frozenset({*hidden, real_path(data)})
 
 
 def read_zip(path: Path, into: Path) -> None:
@@ -2248,14 +2943,11 @@ def read_zip(path: Path, into: Path) -> None:
         raise UserError(f"{into} is there already: {path} is not unpacked over it")
     try:
         with tempfile.TemporaryDirectory(prefix=".unpack", dir=into.parent) as place:
-            part = Path(place) / into.name
-            part.mkdir()
-            with zipfile.ZipFile(path) as archive:
-                _unpack(archive, part, path.stat().st_size)
-            part.rename(into)
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
-            RuntimeError) as error:
-        raise UserError(f"{path} is damaged or no zip file: {error}") from None
+            unpacked = Path(place) / into.name
+            unpacked.mkdir()
+            with _zip_of(path) as archive:
+                _unpack(archive, unpacked, path.stat().st_size)
+            unpacked.rename(into)
     except OSError as error:
         raise UserError(f"{path} cannot be unpacked: {error.strerror or error}") from None
     except UserError as error:
@@ -2279,7 +2971,7 @@ def find_project(path: Path) -> Path:
     if len(best) == 1:
         return best[0]
     what = f"it holds {_some(item.name for item in best)}" if best else "it holds neither"
-    raise UserError(f"which INI file or scene of {path} shall be rendered? {what}: "
+    raise UserError(f"which INI file or scene of {path} is to be rendered? {what}: "
                     "go there and name one, or call one pov.ini")
 
 
@@ -2312,36 +3004,39 @@ def zip_stream(entries: Iterable[tuple[str, Path | bytes]],
     yield sink.take()
 
 
-def pack_files(files: Mapping[str, bytes]) -> bytes:
-    """Return files by their names as a zip file."""
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, contents in files.items():
-            archive.writestr(name, contents)
-    return data.getvalue()
+def pack_files(files: Mapping[str, Path], to: Path, left_out: Iterable[str] = ()) -> None:
+    """Make a zip file of files by their names; its comment names those that were left out."""
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for name, path in files.items():
+            with contextlib.suppress(FileNotFoundError):  # the scene may delete it just now
+                archive.write(path, name)
+        archive.comment = "\n".join(map(ascii, left_out)).encode()[:0xFFFF]
 
 
-def unpack_files(data: bytes, most: int = MAX_WRITTEN_SIZE) -> dict[str, bytes]:
-    """Read what ``pack_files`` made of ``most`` bytes; ``UserError`` for what it never makes."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            infos = [info for info in archive.infolist() if not info.is_dir()]
-            size = sum(info.file_size for info in infos)
-            if len(infos) > MAX_WRITTEN or size > most:
-                raise UserError("a run left more files, or larger ones, than it may")
-            if any(info.compress_type not in _ZIP_METHODS for info in infos):
-                raise UserError("what a run left is not packed as it should be")
-            files = {}
-            for info in infos:
-                with archive.open(info) as file:  # without its size a lying one would unpack whole
-                    files[info.filename] = file.read(info.file_size)
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError,
-            RuntimeError) as error:
-        raise UserError(f"what a run left is damaged: {error}") from None
+def unpack_files(packed: Path, into: Path, most: int = MAX_WRITTEN_SIZE) -> dict[str, Path | None]:
+    """Read what ``pack_files`` made of ``most`` bytes; ``UserError`` for what it never makes.
+
+    The files are put into the new directory ``into`` under other names. What was left
+    out is None, under names that are only for people.
+    """
+    with _zip_of(packed, "what a run left") as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        size = sum(info.file_size for info in infos)
+        if len(infos) > MAX_WRITTEN or size > most:
+            raise UserError("a run left more files, or larger ones, than it may")
+        if any(info.compress_type not in _ZIP_METHODS for info in infos):
+            raise UserError("what a run left is not packed as it should be")
+        into.mkdir()
+        files: dict[str, Path | None] = {}
+        for number, info in enumerate(infos):
+            path = files[info.filename] = into / f"{number}"
+            with archive.open(info) as source, open(path, "wb") as target:
+                shutil.copyfileobj(source, target, BUFFER)
+        left_out = archive.comment.decode("ascii", "replace").splitlines()
     for name in files:
         if not may_be_written(name):
             raise UserError(f"{name!r} is not a name of a file that a run may leave")
-    return files
+    return {**dict.fromkeys(left_out), **files}
 
 
 def may_be_written(name: str) -> bool:
@@ -2349,49 +3044,137 @@ def may_be_written(name: str) -> bool:
     return _is_portable(name) and not any(part.startswith(".") for part in name.split("/"))
 
 
+# --- how far names lead
+
+_SYSTEM_DIRS = frozenset(["proc", "sys", "dev", "etc", "private"])  # macOS has etc in the last
+# What other computers have too, and confined renderers may read.
+_SYSTEM_SHARED = ("/usr/share/", "/usr/local/share/", "/usr/lib/", "/Library/Fonts/",
+                  "/System/Library/Fonts/", "C:/Windows/Fonts/")
+
+
+class _Reach:
+    """How far the names in scenes and INI files may lead: less far than what a person typed.
+
+    Below a directory in which the person is or that was typed, a name may lead
+    anywhere; else no farther up than to the directory that the file has in
+    common with the current one, which must not hold the home directory, and not
+    into hidden directories. Nothing is ever sent of the system's own
+    directories, of version control, or of a farm's data. Links count as what
+    they lead to.
+    """
+
+    def __init__(self, cwd: Path, ceiling: Path | None = None, in_place: bool = False) -> None:
+        self.bases = [cwd]  # where the person is, and what was typed; without links
+        self._cwd = cwd
+        self._ceiling = ceiling
+        self._in_place = in_place  # what may be read is the renderer's confinement
+        self._homes = [Path.home().resolve(), *Path.home().resolve().parents]
+        self._folders: dict[tuple[Path, Path], str] = {}
+
+    def is_proper(self, directory: Path) -> bool:
+        """Tell whether a directory may be a project's own, as homes and tops of disks are not."""
+        return directory != directory.parent and directory not in self._homes
+
+    def forbids(self, path: Path) -> str:
+        """Say why a file or directory is never sent, whatever names it; empty if it may be."""
+        if self._in_place:
+            return ""
+        real = real_path(path)
+        inside = [base for base in self.bases if _below(real, base) is not None]
+        base = max(inside, key=lambda base: len(base.parts), default=None)
+        if base is None:
+            base = _common(real, self._cwd)
+            in_zip = self._ceiling is None or _below(real, self._ceiling) is not None
+            if base is None or not self.is_proper(base) or not in_zip:
+                return f"outside of the project {self._cwd}"
+        parts = real.relative_to(base).parts
+        if any(_NEVER.fullmatch(part) for part in parts):
+            return "part of version control or of keys"
+        if not (inside and self.is_proper(base)) and any(part[0] == "." for part in parts):
+            return "in a hidden directory, or hidden itself"
+        return self._folder(real.parent if parts else real, base)
+
+    def _folder(self, folder: Path, base: Path) -> str:
+        """Say what a directory is that nothing may be taken from; remembered, as many are alike."""
+        known = self._folders.get((folder, base))
+        if known is None:
+            known = "in the data directory of a farm" if _is_farm(folder) else ""
+            top = folder.parts[1:2]
+            if _SYSTEM_DIRS.intersection(top) and base.parts[1:2] != top:
+                known = "the system's"
+            known = known or (self._folder(folder.parent, base) if folder != base else "")
+            self._folders[folder, base] = known
+        return known
+
+
+
+
+
+def _common(one: Path, other: Path) -> Path | None:
+    """Return the directory that holds both; None on different disks of Windows."""
+    with contextlib.suppress(ValueError):
+        return Path(os.path.commonpath([one, other]))
+    return None
+
+
+def is_shared(path: Path) -> bool:
+    """Tell whether a file is one of those that systems have alike, such as fonts."""
+    return real_path(path).as_posix().startswith(_SYSTEM_SHARED)
+
+
 # --- finding files as POV-Ray does
 
 _ABSOLUTE, _OWN = -1, -2  # places of what was found, when it is in no directory of the search
 
 
-class _Found(NamedTuple):
-    local: Path
+class _FoundFile(NamedTuple):
+    local: Path  # what to read
+    path: Path  # its name without "..", which is its place: the tree has no links
     place: int  # which directory of the search, or _ABSOLUTE, or _OWN for POV-Ray's own files
 
 
 class _Search:
     """POV-Ray's search: the current directory, then the library path, for each name it tries."""
 
-    def __init__(self, cwd: Path, library: Sequence[str], standard: Sequence[Path]) -> None:
+    def __init__(self, cwd: Path, library: Sequence[str], standard: Sequence[Path],
+                 reach: _Reach, by_file: Collection[str]) -> None:
         self.cwd = cwd
         self.warnings: list[str] = []
         self.directories: list[Path | None] = [cwd]  # None stands for POV-Ray's own
-        self._standard = [Path(directory).resolve() for directory in standard]
+        self._standard = [real_path(directory) for directory in standard]
         for name in library:
-            directory = None if name == STANDARD else (cwd / name).resolve()
+            directory = None if name == STANDARD else real_path(cwd / name)
             if directory in self._standard:
                 directory = None
+            why = "" if directory is None or name not in by_file else reach.forbids(directory)
             if directory is not None and not directory.is_dir():
                 self.warnings.append(f"the library path '{name}' is not a directory")
+            elif why:
+                self.warnings.append(f"the library path '{name}' of an INI file is {why}, and not "
+                                     f"searched unless you type +L{name}")
             elif directory not in self.directories:
                 self.directories.append(directory)
+                if directory is not None and name not in by_file:
+                    reach.bases.append(directory)
 
-    def find(self, kind: str, name: str, here_only: bool = False) -> _Found | None:
+    def find(self, kind: str, name: str, here_only: bool = False) -> _FoundFile | None:
         """Find a file by the name in a scene; ``kind`` tells the extensions that are tried."""
         if _is_absolute(name):
             local = Path(name)
-            return (_Found(local.parent.resolve() / local.name, _ABSOLUTE) if is_file(local)
-                    else None)
+            return (_FoundFile(local, real_path(local.parent) / local.name, _ABSOLUTE)
+                    if is_file(local) else None)
         for candidate in _candidates(kind, name):
+            bare = Path(candidate)
             for place, directory in enumerate(self.directories[:1 if here_only else None]):
                 for folder in self._standard if directory is None else [directory]:
-                    if is_file(folder / candidate):
-                        local = Path(os.path.normpath(folder / candidate))
-                        return _Found(local, _OWN if directory is None else place)
+                    local = folder / candidate
+                    if is_file(local):
+                        path = Path(os.path.normpath(local))
+                        return _FoundFile(local, path, _OWN if directory is None else place)
                 if directory is None and not self._standard and candidate in _STANDARD_FILES:
-                    return _Found(Path(candidate), _OWN)
+                    return _FoundFile(bare, bare, _OWN)
             if kind == "ttf" and candidate in _FONTS:
-                return _Found(Path(candidate), _OWN)
+                return _FoundFile(bare, bare, _OWN)
         return None
 
     def places(self) -> str:
@@ -2439,15 +3222,13 @@ def _other_case(directory: Path, name: str) -> str | None:
     return other if other != name and other and other.lower() == name.lower() else None
 
 
-def _no_scene(search: _Search, scene: str, ini_dirs: Sequence[Path]) -> _Found:
-    hint = ""
-    for directory in ini_dirs:
-        if is_file(directory / scene):
-            hint = f": it is beside its INI file, so do first: cd {directory}"
+def _no_scene(search: _Search, scene: str, ini_dirs: Sequence[Path]) -> _FoundFile:
+    hints = [f": it is beside its INI file, so do first: cd {directory}"
+             for directory in ini_dirs if is_file(directory / scene)]
     beside = (search.cwd / scene.replace("\0", "")).parent
     here = sorted(path.name for path in beside.glob("*.[pP][oO][vV]"))
-    hint = hint or search.hint(scene, search.cwd)
-    hint = hint or (here and f": there is {_some(here)}") or ": give the scene's name"
+    hint = (hints or [search.hint(scene, search.cwd)])[-1] or (
+        f": there is {_some(here)}" if here else ": give the scene's name")
     raise UserError(f"the scene '{scene}' is {search.places()}{hint}")
 
 
@@ -2456,45 +3237,59 @@ class _Tree:
 
     def __init__(self, search: _Search, root: Path) -> None:
         self.search, self.root = search, root
-        self.top = search.cwd if search.cwd in root.parents else root
-        self.prefix = "" if root == self.top else f"{_below(root, self.top)}/"
-        # For each directory of the search: the directory that moves, and where to.
-        self._bases: list[tuple[Path, str]] = []
-        places, new = [], 0
-        for number, directory in enumerate(search.directories):
-            place = STANDARD if directory is None else _below(directory, self.top)
-            base = (self.top, "")
-            if place is None and directory is not None:
-                new += number > 0
-                place = f"_lib{new}" if number else "_cwd"
-                while (self.top / place).exists():
-                    place += "_"
-                base = (directory, f"{place}/")
-            self._bases.append(base)
-            places.append(place or ".")
-        self.run_dir, *self.library = places
+        # What has to keep its place to each directory of the search, and to the root.
+        self._tops = [*search.directories, root]
+        self._prefixes: list[tuple[str, str]] = []  # settled: a top, and what takes its place
 
-    def place(self, found: _Found | None) -> str | None:
-        """Return where a file lies in the tree; None when it is outside, or was not found."""
-        if found is None or found.place < 0:
-            return None
-        base, prefix = self._bases[found.place]
-        path = _below(found.local, base)
-        return None if path is None else prefix + path
+    def hold(self, found: _FoundFile) -> None:
+        """Let the tree reach up to what was found, so that its name leads there."""
+        top = self._tops[max(found.place, 0)]
+        if found.place >= 0 or not any(
+                top and _below(found.path, top) is not None for top in self._tops):
+            self._tops[max(found.place, 0)] = top and _common(top, found.path)
 
-    def scene_place(self, found: _Found) -> str:
-        """Return where the scene lies."""
-        path = self.place(found) or _below(found.local, self.top)
-        if path is None:
-            raise UserError(f"the scene {found.local} is outside of the project {self.top}: "
-                            "give a --root that holds it")
-        return path
+    def settle(self) -> None:
+        """Fix where everything lies; nothing can be held from now on."""
+        tops = [top for top in dict.fromkeys(self._tops) if top is not None]
+        tops = [top for top in tops if not any(
+            top != other and _below(top, other) is not None for other in tops)]
+        main = next(top for top in tops if _below(self.search.cwd, top) is not None)
+        for top in tops:
+            place = f"_lib{len(self._prefixes) + (main in tops[tops.index(top):])}"
+            while top != main and (main / place).exists():
+                place += "_"
+            text = str(top).rstrip(os.sep)
+            self._prefixes.append((text, "" if top == main else f"{place}/"))
 
-    def scene_name(self, scene: str, found: _Found) -> str:
+    def place(self, path: str) -> str:
+        """Return where a file or directory lies in the tree that it belongs to, such as ``.``."""
+        for top, prefix in self._prefixes:
+            if path == top:
+                return prefix.rstrip("/") or "."
+            if path.startswith(top + os.sep):
+                return prefix + path[len(top) + 1:].replace(os.sep, "/")
+        raise UserError(f"{path} is outside of the project: give a --root that holds both")
+
+    @property
+    def run_dir(self) -> str:
+        """The place of the current directory."""
+        return self.place(str(self.search.cwd))
+
+    @property
+    def library(self) -> list[str]:
+        """The places of the library directories."""
+        return [STANDARD if directory is None else self.place(str(directory))
+                for directory in self.search.directories[1:]]
+
+    def name_of(self, path: Path) -> str:
+        """Return by what name POV-Ray finds a file or directory, whatever was its name before."""
+        return os.path.relpath(self.place(str(path)), self.run_dir).replace(os.sep, "/")
+
+    def scene_name(self, scene: str, found: _FoundFile) -> str:
         """Return the scene's name for POV-Ray: the user's own where it still fits."""
-        if self.place(found) is not None:
+        if found.place >= 0:
             return scene.replace("\\", "/") if os.name == "nt" else scene
-        return os.path.relpath(self.scene_place(found), self.run_dir).replace(os.sep, "/")
+        return self.name_of(found.path)
 
 
 def _below(path: Path, base: Path) -> str | None:
@@ -2512,23 +3307,24 @@ class _Event(NamedTuple):
     certain: bool  # not between #if, #macro and the like and their #end
 
 
+# A string without its closing quote reaches to the end, so that nothing is tried twice.
 _TOKEN = re.compile(
-    r'"(?:\\.|[^"\\])*"|//[^\r\n]*|/\*|#\s*[a-z]+|[A-Za-z_]\w*|[{}(]', re.DOTALL)
+    r'"[^"\\]*(?:\\.[^"\\]*)*("?)|//[^\r\n]*|/\*|#\s*[a-z]+|[A-Za-z_]\w*|[][{}()]', re.DOTALL)
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
+_VERSION = re.compile(r"#\s*version\s+(\d+\.\d+)\s*;")
 
 
 def _tokens(text: str) -> Iterator[tuple[int, str]]:
     """Yield the words, strings and brackets of a scene with their positions, without comments."""
     at, depth = 0, 0  # depth of /* */ comments, which nest
-    while True:
-        match = (_COMMENT_EDGE if depth else _TOKEN).search(text, at)
-        if match is None:
-            return
+    while match := (_COMMENT_EDGE if depth else _TOKEN).search(text, at):
         at, token = match.end(), match[0]
         if token in ("/*", "*/"):
             depth += 1 if token == "/*" else -1
         elif token[0] == "#":
             yield match.start(), "#" + token[1:].lstrip()
+        elif token[0] == '"' and not match[1]:
+            return  # it is not closed, and POV-Ray reads no further
         elif token[:2] != "//":
             yield match.start(), token
 
@@ -2536,11 +3332,10 @@ def _tokens(text: str) -> Iterator[tuple[int, str]]:
 def _events(text: str) -> Iterator[_Event]:
     """Yield what a scene says about files and features."""
     before, last, opened = "", "", None
-    depth, blocks = 0, []
+    depth, blocks = 0, [False]  # of {}: whether they are in global_settings
     for at, token in _tokens(text):
         if token[0] == '"':
-            name = token[1:-1].replace('\\"', '"')  # no other escape counts in a file's name
-            event = _Event(at, _event_kind(before, last), name, depth == 0)
+            event = _Event(at, _event_kind(before, last), _literal(token), depth == 0)
             if opened is None or last == "(":
                 yield event
             opened = None if opened is None or last == "(" else event
@@ -2555,135 +3350,314 @@ def _events(text: str) -> Iterator[_Event]:
                 yield opened._replace(kind="read" if token == "read" else "write")
             opened = None
         elif token == "{":
-            blocks.append(last)
-            if last == "radiosity" or (last == "photons" and "global_settings" in blocks):
+            if last == "radiosity" or (last == "photons" and blocks[-1]):
                 yield _Event(at, "uses", last, depth == 0)
-        elif token == "}" and blocks:
+            blocks.append(blocks[-1] or last == "global_settings")
+        elif token == "}" and len(blocks) > 1:
             blocks.pop()
         before, last = last, token
 
 
 def _event_kind(before: str, last: str) -> str:
     """Tell what a string is by the two tokens before it."""
-    if last in _READING_WORDS or last == "load_file":
-        return last
+    if last in _FILE_WORDS or last == "ttf":
+        return "write" if last == "save_file" else last
     if last == "{" and before in _IMAGE_BLOCKS:
         return "guess"
-    if last == "(" and before == "concat":
-        return "concat"
-    return "write" if last == "save_file" else "string"
+    return "concat" if (before, last) == ("concat", "(") else "string"
 
 
 class _Scan:
     """Follows a scene through its includes and finds the files that they name.
 
     Only names written out are seen: what ``concat(...)`` or a variable make is
-    not known until POV-Ray runs, but any string that is the name of a file
-    takes that file along. What stands between ``#if``, ``#macro`` and the like
+    not known until POV-Ray runs, but any string that is the name of a file or
+    directory takes that along, and any that begins the names of files in a
+    directory takes those. What stands between ``#if``, ``#macro`` and the like
     and their ``#end`` may never be reached: what is missing there is a warning.
     """
 
-    def __init__(self, tree: _Tree, renders: _Renders) -> None:
-        self.files: dict[str, tuple[Path, bool]] = {}  # by place: local file, certainly needed
+    def __init__(self, tree: _Tree, renders: _Renders, reach: _Reach,
+                 listing: _Listing | None) -> None:
+        self.files: dict[str, tuple[Path, bool]] = {}  # by path: what to read, certainly needed
+        self.passed: dict[str, None] = {}  # directories that names lead through with ".."
+        self.system: dict[str, None] = {}  # files of the system's, read where they are
         self.uses: set[str] = set()
+        self.reads: set[_Name] = set()
         self.warnings: list[str] = []
+        self.garbled: dict[str, Path] = {}  # by name: files that POV-Ray looks for under another
+        self.folders: set[str] = set()  # that are named, or that files are named in
         self._tree = tree
         self._search = tree.search
         self._renders = renders
-        self._waiting: dict[Path, bool] = {}
-        self._strings: dict[str, None] = {}
-        self._written: set[str] = set()
+        self._reach = reach
+        self._listing = listing
+        self._waiting: tuple[list[Path], list[Path]] = ([], [])  # perhaps and certainly needed
+        self._strings: dict[str, dict[str, None]] = {}  # and the files in which they stand
+        self._absolute: dict[str, dict[str, tuple[Path, str]]] = {}  # by file: names, what they are
+        self.written: dict[str, bool] = {}  # by name: certainly
+        self._texts: list[Path] = []  # what was read
+        self._writers: dict[Path, set[bytes]] = {}  # the macros of POV-Ray's own files that write
         self._lost: dict[str, tuple[str, bool]] = {}  # by name: what to say, certainly needed
 
-    def run(self, scene: Path, place: str) -> None:
-        """Scan everything from the scene on; ``UserError`` for a file that is not there."""
-        self._take(scene, place, True, True)
+    def run(self, scene: _FoundFile, values: Mapping[str, str], also: Iterable[str]) -> None:
+        """Scan everything from the scene on."""
+        self._take(scene, True, True)
+        self._note_version(scene.local)
+        self._refer_values(values)
+        for name in also:
+            # Where one is missed its neighbours will be, too: tex/t1.png, tex/t2.png.
+            folder, _, file = name.rpartition("/")
+            start = re.match(r"\D*", file)
+            self._strings.update({name: {}, f"{folder or '.'}/{start[0] if start else ''}": {}})
         seen: set[Path] = set()
         tried = 0
-        while self._waiting:
+        while any(self._waiting):
             # What is certain comes first, so that no file need be read twice.
-            path = max(self._waiting, key=self._waiting.__getitem__)
-            certain = self._waiting.pop(path)
+            certain = bool(self._waiting[True])
+            path = self._waiting[certain].pop()
             if path not in seen:
                 seen.add(path)
                 self._read(path, certain)
-            if not self._waiting:
-                for name in list(self._strings)[tried:]:
-                    self._try_string(name)
-                tried = len(self._strings)
-        self._judge()
+            if not any(self._waiting):
+                for name, readers in list(self._strings.items())[tried:]:
+                    self._try_string(name, readers)
+                    tried += 1
+        if self._may_write():
+            self._trace()
 
-    def _take(self, local: Path, place: str, certain: bool, follow: bool) -> None:
-        certain = certain or self.files.get(place, (local, False))[1]
-        self.files[place] = (local, certain)
+    def _note_version(self, scene: Path) -> None:
+        with contextlib.suppress(OSError), open(scene, "rb") as file:
+            text = file.read(BUFFER).decode("latin-1")
+            at, _ = next(_tokens(text), (0, ""))  # it has to stand first
+            asked = _VERSION.match(text, at)
+            if asked and release(asked[1]) > release(OLDEST):
+                self.uses.add(f"povray {asked[1]} #version {asked[1]}")
+
+    def text(self, path: str, local: Path) -> Path | bytes:
+        """Return a file, or what it says when it names others of the tree by their whole paths."""
+        names = self.new_names(path)
+        if not names:
+            return local
+        data = local.read_bytes()
+        for old, new in names.items():
+            for charset in ("utf-8", "latin-1"):  # the scene's is one of them
+                with contextlib.suppress(UnicodeEncodeError):
+                    data = data.replace(f'"{old}"'.encode(charset), f'"{new}"'.encode(charset))
+        return data
+
+    def new_names(self, reader: str) -> dict[str, str]:
+        """Return what a file has to say instead of whole paths; "" is the command line."""
+        return {name: self._tree.name_of(path) + rest
+                for name, (path, rest) in self._absolute.get(reader, {}).items()}
+
+    def explain(self, name: str) -> tuple[bool, str]:
+        """Say why a file that POV-Ray missed was not sent; True if it could be."""
+        tried = (self._search.find(kind, name) for kind in ("string", *_EXTENSIONS_TRIED))
+        found = next(filter(None, tried), None)
+        if found is None:
+            hint = self._search.hint(name, self._search.cwd)
+            also = " here, either" if self._listing else ""
+            return False, f"'{name}' is {self._search.places()}{also}{hint}"
+        if found.place == _OWN:
+            return False, f"'{name}' is POV-Ray's own here, and that computer's has none"
+        why = self._reach.forbids(found.local)
+        if why:
+            return False, (f"{found.path} is here but was not sent, because it is {why}: copy it "
+                           "into the project, or name its directory with --root or +L")
+        if self._listing is None:
+            return False, f"{found.path} is " + (
+                "hidden from scenes: name its directory with +L, or let them read everything "
+                "with --unconfined" if os.access(found.local, os.R_OK)
+                else "here, and you may not read it")
+        if str(found.path) in {*self.files, *self._listing.members}:
+            return False, f"{found.path} is here and was sent"
+        return True, (f"{found.path} is here but was not sent, because the scene does not name it "
+                      f"and {self._listing.why_not(found.path)}")
+
+    def _take(self, found: _FoundFile, certain: bool, follow: bool) -> None:
+        path = str(found.path)
+        certain = certain or self.files.get(path, (path, False))[1]
+        self.files[path] = (found.local, certain)
         if follow:
-            self._waiting[local] = certain
+            self._waiting[certain].append(found.local)
+
+    def _accept(self, found: _FoundFile, name: str, certain: bool, readers: Iterable[str],
+                follow: bool) -> str:
+        """Take along what a name leads to; return as what it has to stay, or nothing."""
+        if found.place == _OWN:
+            return ""
+        why = self._reach.forbids(found.local)
+        if why and found.place == _ABSOLUTE and is_shared(found.local):
+            self.system[str(found.local)] = None
+            if follow:
+                self._waiting[certain].append(found.local)
+            return ""
+        if not why:
+            self._take(found, certain, follow)
+            self._lead(found, name, "", readers)
+            if not name.isascii() and found.place != _ABSOLUTE:
+                self.garbled[str(PurePosixPath(name).with_name(found.local.name))] = found.local
+        return why
+
+    def _lead(self, found: _FoundFile, name: str, rest: str, readers: Iterable[str]) -> None:
+        """Let a name lead to its place in the tree: to what was found, and a ``rest`` behind it."""
+        self._tree.hold(found)
+        if found.place == _ABSOLUTE:
+            for reader in readers:
+                self._absolute.setdefault(reader, {})[name] = (found.path, rest)
+            return
+        # The directories that it goes through only to leave them again have to be there.
+        start, parts = self._search.directories[found.place] or Path(), name.split("/")
+        for number in [number for number, part in enumerate(parts) if part == ".."]:
+            path = Path(os.path.normpath(start.joinpath(*parts[:number])))
+            if _below(start, path) is None:
+                self._tree.hold(_FoundFile(path, path, found.place))
+                self.passed[str(path)] = None
 
     def _read(self, path: Path, certain: bool) -> None:
         try:
             data = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        if not any(word in data for word in (b'"', b"radiosity", b"photons")):
+        except OSError:
+            return  # the manifest will tell, or POV-Ray
+        if len(data) > 1 << 20 and not any(
+                word in data for word in (b'"', b"radiosity", b"photons")):
             return  # such as a mesh of many megabytes
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = data.decode("latin-1")
+        self._texts.append(path)
+        text, reader = _decoded(data), os.path.normpath(path)
+        line, at = 1, 0
         for event in _events(text):
+            self.folders |= {event.name, event.name.rpartition("/")[0]}
             if event.kind == "uses":
                 self.uses.add(event.name)
-            elif event.kind == "write":
-                self._written.add(os.path.normpath(event.name))
-            elif event.kind == "concat":
-                if self._renders.counts_from(event.name):
-                    self.uses.add("own-output")
-            else:
-                if self._renders.has(event.name):
-                    self.uses.add("own-output")
-                if event.kind == "string":
-                    self._strings[event.name] = None
-                else:
-                    line = text.count("\n", 0, event.at) + 1
-                    self._refer(event, path, line, certain and event.certain)
+                continue
+            if event.kind == "write":
+                name = os.path.normpath(event.name)
+                self.written[name] = self.written.get(name, False) or (certain and event.certain)
+                continue
+            if self._renders.has(event.name) or (
+                    event.kind == "concat" and self._renders.counts_from(event.name)):
+                self.uses.add("own-output")
+            if event.kind in ("string", "concat"):
+                self._strings.setdefault(event.name, {})[reader] = None
+                continue
+            line, at = line + text.count("\n", at, event.at), event.at
+            self._refer(event.kind, event.name, path, line, certain and event.certain)
 
-    def _refer(self, event: _Event, path: Path, line: int, certain: bool) -> None:
-        kind, name = event.kind, event.name
-        found = self._search.find(kind, name, here_only=kind == "load_file")
-        place = self._tree.place(found)
-        if found and place is not None:
-            self._take(found.local, place, certain, kind == "#include")
-            if kind == "load_file":
-                self.uses.add(f"load_file {name}")
-        if found and (place is not None or found.place == _OWN):
+    def _look_into(self, own: Path) -> None:
+        """Note which macros of one of POV-Ray's own files write."""
+        _, *parts = _MACRO.split(own.read_bytes())
+        bodies = dict(zip(parts[::2], parts[1::2]))
+        writes, writers = _WRITES, self._writers.setdefault(own, set())
+        while calling := {name for name, body in bodies.items() if writes.search(body)} - writers:
+            writes = re.compile(rb"\b(?:%s)\b" % b"|".join(calling))
+            writers |= calling
+
+    def _may_write(self) -> bool:
+        """Tell whether the scene may write a file, or read an image whose name is not a string."""
+        words = [re.escape(word) for macros in self._writers.values() for word in macros]
+        writes = re.compile(b"|".join([_WRITES.pattern, *words]))
+        return any(writes.search(path.read_bytes()) for path in self._texts)
+
+    def _trace(self) -> None:
+        """Find what the scene reads or appends to that it may have written."""
+        flow = _Flow()
+        for path in (*self._texts, *(path for path, macros in self._writers.items() if macros)):
+            flow.read(_decoded(path.read_bytes()))
+        uses = flow.live()
+        written = {name for how, one in uses if how in _WRITING for name in flow.names(one)}
+        for folder in self._search.directories:  # what is written there is found there, too
+            place = f"{_below(folder, self._search.cwd)}/" if folder else "/"
+            written |= {name._replace(text=name.text[len(place):]) for name in written
+                        if name.text.startswith(place)}
+        read = {(how, name) for how, one in uses if how not in ("write", "save_file")
+                for name in flow.names(one)}
+        tried = set()
+        for how, name in read:
+            if how == "append":
+                self._append(name)
+            elif how != "#include" and (self._renders.has(name.text) if name.whole
+                                        else self._renders.counts_from(name.text)):
+                self.uses.add("own-output")
+            tried |= {name._replace(text=text) for text in (
+                _candidates(how, name.text) if name.whole else [name.text])}
+        (whole, patterns), (exact, vague) = map(_whole_and_not, (written, tried))
+        if exact & whole:
+            self.uses |= {"own-output", "own-files"}
+        self.reads |= {name for name in exact - whole if any(map(name.may_be, patterns))}
+        self.reads |= {name for name in vague if any(map(name.may_be, whole | patterns))}
+
+    def _append(self, name: _Name) -> None:
+        """Take the file along, for the run's own directory, that the scene appends to."""
+        for read in _garbled(name.text):
+            self.uses.add(f"append {read}" if name.whole else f"appends {read}")
+            found = self._search.find("string", read, here_only=True) if name.whole else None
+            if found:
+                self._accept(found, read, True, [], False)
+
+    def _refer_values(self, values: Mapping[str, str]) -> None:
+        """Take along what the command line names."""
+        if header := values.get("Include_Header", ""):
+            self._refer("#include", header, None, 0, True)
+        samples = values.get("Radiosity_File_Name", "object.rca")
+        if values.get("Radiosity_From_File") == "On" and is_file(self._search.cwd / samples):
+            self._refer("load_file", samples, None, 0, True)
+
+    def _refer(self, kind: str, name: str, path: Path | None, line: int, certain: bool) -> None:
+        here, absolute, include = kind == "load_file", _is_absolute(name), kind == "#include"
+        # What POV-Ray looks for in its own directory only has no other place on other computers.
+        found = None if here and absolute else self._search.find(kind, name, here_only=here)
+        reader = os.path.normpath(path) if path else ""
+        why = self._accept(found, name, certain, [reader], include) if found else ""
+        if found and not why:
+            if here and path:
+                self.uses.add(f"{kind} {name}")
+            if found.place == _OWN and include and found.local not in self._writers:
+                with contextlib.suppress(OSError):
+                    self._look_into(found.local)
             return
-        shown = _below(path, self._search.cwd) or path
-        verb = "includes" if kind == "#include" else "reads"
-        problem = f"{shown}:{line} {verb} '{name}', "
-        if _is_absolute(name):
-            problem += ("which other computers do not have there: copy it into the project, or "
-                        "leave its directory out and give that with +L")
+        where = f"{_below(path, self._search.cwd) or path}:{line}" if path else "the command line"
+        beside = path.parent if path else self._search.cwd
+        if absolute:
+            why = ("which other computers do not have there: copy it into the project, or "
+                   "leave its directory out and give that with +L")
         elif found:
-            problem += (f"which is outside of the project {self._tree.top}: copy it there, or give "
-                        "a --root that holds both, or its directory with +L")
+            why = (f"which is {why}: copy it into the project, or give a --root that holds both, "
+                   "or its directory with +L")
         else:
-            problem += f"which is {self._search.places()}{self._search.hint(name, path.parent)}"
+            why = f"which is {self._search.places()}{self._search.hint(name, beside)}"
+        problem = f"{where} {'includes' if include else 'reads'} '{name}', {why}"
         self._lost.setdefault(name, (problem, certain))  # what is certain comes first
 
-    def _try_string(self, name: str) -> None:
-        """Take the file along that any string happens to name."""
-        suffix = PurePosixPath(name).suffix
-        if not suffix or _is_absolute(name) or self._renders.has(name):
-            return
-        found = self._search.find("string", name)
-        place = self._tree.place(found)
-        if found and place:
-            self._take(found.local, place, False, suffix.lower() in (".inc", ".pov"))
+    def _try_string(self, name: str, readers: Iterable[str]) -> None:
+        """Take along what any string happens to name, or to begin the names of."""
+        suffix = PurePosixPath(name).suffix.lower()
+        found = self._search.find("string", name) if suffix or "/" in name else None
+        if found:
+            self._accept(found, name, False, readers, suffix in (".inc", ".pov"))
+        elif self._listing and ("/" in name or name[:1] == "."):
+            for place, directory in enumerate(self._search.directories):
+                if directory is not None:
+                    self._mention(self._listing, place, directory, name, readers)
 
-    def _judge(self) -> None:
+    def _mention(self, listing: _Listing, place: int, directory: Path, name: str,
+                 readers: Iterable[str]) -> None:
+        """Take along a directory that a string names, or what it begins the names of there."""
+        whole = directory / name
+        folder, start = (whole, "") if is_directory(whole) else (whole.parent, whole.name)
+        path = Path(os.path.normpath(folder))
+        if not is_directory(folder) or (start and name[-1] == "/"):
+            return
+        if (start or _below(self._search.cwd, path) is None) and not self._reach.forbids(path):
+            listing.mention(path, start)
+            self._lead(_FoundFile(path, path, _ABSOLUTE if _is_absolute(name) else place), name,
+                       f"/{start}" if start or name[-1] == "/" else "", readers)
+
+    def check(self) -> None:
+        """Raise ``UserError`` for files that the scene names and that are not there."""
         wrong = {}
         for name, (problem, certain) in self._lost.items():
-            if self._renders.has(name) or os.path.normpath(name) in self._written:
+            if self._renders.has(name) or os.path.normpath(name) in self.written:
                 continue  # the scene makes it, or an earlier frame does
             # A name that is a plain string too may be what a macro is told to write.
             if certain and name not in self._strings:
@@ -2696,17 +3670,244 @@ class _Scan:
             raise UserError(wrong[first] + more)
 
 
-def sharable(uses: Collection[str], values: Mapping[str, str]) -> frozenset[str]:
-    """Return what the slices of a frame may share: ``radiosity``, ``photons``, both or nothing.
+class _Name(NamedTuple):
+    """What a scene gives as a file's name: a text, or what it begins and ends with.
 
-    ``uses`` is what ``Project`` says, ``values`` the command line's. A user who
-    saves or loads samples or photons himself is left alone. Whether the scene
-    really has any is known only when they were computed and there is a file.
+    A ``variable`` stands before the text for what it may hold.
     """
-    own = "On" in (values.get("Radiosity_From_File"), values.get("Radiosity_To_File"))
-    loads = any(use.startswith("load_file ") for use in uses)
-    return frozenset(use for use, alone in (("radiosity", own), ("photons", loads))
-                     if use in uses and not alone)
+
+    text: str
+    whole: bool
+    end: str = ""
+    variable: str = ""
+
+    def may_be(self, other: _Name) -> bool:
+        """Tell whether both may be of the same file."""
+        if self.whole and other.whole:
+            return self.text == other.text
+        if self.whole or other.whole:
+            one, pattern = (self, other) if self.whole else (other, self)
+            return one.text.startswith(pattern.text) and one.text.endswith(pattern.end)
+        starts, ends = sorted([self.text, other.text]), sorted([self.end, other.end], key=len)
+        return starts[1].startswith(starts[0]) and ends[1].endswith(ends[0])
+
+
+
+
+
+_WRITING = frozenset(["write", "append", "save_file"])
+_WRITES = re.compile(rb"#\s*fopen|save_file|\b(?:exr|gif|hdr|jpeg|png|ppm|tga|tiff)\s+[A-Za-z_]")
+_MACRO = re.compile(rb"#\s*macro\s+(\w+)")
+_BRANCHES = frozenset(["#else", "#elseif", "#case", "#range", "#default"])
+_STRING_FUNCTIONS = frozenset(["str", "vstr", "chr", "strlwr", "strupr", "substr", "datetime"])
+_MANY = 1000  # names, beyond which any name may be meant
+_UNKNOWN = _Name("", False)
+
+
+class _Flow:
+    """Which files a scene reads that it has written itself, as far as its text tells.
+
+    A name is a string, begins with one (``concat("a", ...)``), or is a
+    variable, which may hold whatever is declared under that name anywhere, and
+    a macro's parameter whatever any call of that macro is given. Macros that
+    nobody calls do not count, nor does what is read after the same block has
+    written it: that is of the same frame.
+    """
+
+    def __init__(self) -> None:
+        self._uses: set[tuple[str, str, _Name]] = set()  # in which macro, what is done with a file
+        # Of a variable; and, by its name and a blank, what a macro is given.
+        self._values: dict[str, set[_Name]] = collections.defaultdict(set)
+        self._takers: dict[str, set[str]] = {}  # the macros with this parameter
+        self._mentions: dict[str, set[str]] = {"": set()}  # the words in each macro, and outside
+        # Of the file that is read:
+        self._words: list[str] = []
+        self._concats: dict[int, _Name] = {}
+        self._macros = [(0, "")]  # that are open, with the number of blocks
+        self._declared: collections.Counter[str] = collections.Counter()
+        # What was written and is still open to be read; and what of it in each block that is open.
+        self._fresh: set[tuple[_Name, int]] = set()
+        self._blocks: list[set[tuple[_Name, int]]] = []
+
+    def read(self, text: str) -> None:
+        """Take in one file."""
+        self._words = words = [sys.intern(token) for _, token in _tokens(text)] + [""] * 3
+        self._concats, self._macros = _concats(words), [(0, "")]
+        self._fresh, self._blocks = set(), [set()]
+        self._declared.clear()
+        calls = [""]
+        for index, word in enumerate(words):
+            if word in _BLOCK_STARTS or word in _BRANCHES or word == "#end":
+                self._turn(index)
+            elif word in ("#declare", "#local"):
+                self._declare(index + 1)
+            elif word == "(":
+                call = words[index - 1]
+                calls.append(call if call == "#read" or self._name(index - 1) else calls[-1])
+            elif word == ")":
+                del calls[max(len(calls) - 1, 1):]
+            elif calls[-1] and (given := self._name(index)):
+                if calls[-1] == "#read":  # whatever is in that file
+                    self._values[word].add(_UNKNOWN)
+                self._values[f"{calls[-1]} "].add(given)
+            self._mentions[self._macros[-1][1]].add(word)
+            how, start = _file_use(words, index)
+            name = self._name(start) if how else None
+            if name:
+                self._use(how, name)
+
+    def _use(self, how: str, name: _Name) -> None:
+        written = name, self._declared[name.variable.rpartition(" ")[2]]
+        own = name.whole and written in self._fresh
+        if how in _WRITING or not own:
+            # To append to what the same block has written is no more than to write.
+            self._uses.add((self._macros[-1][1], "write" if own else how, name))
+        if how == "write" and not own:
+            self._fresh.add(written)
+            self._blocks[-1].add(written)
+
+    def _name(self, index: int) -> _Name | None:
+        """Read the beginning of an expression that may be a file's name."""
+        name, macro = _expression(self._words, index, self._concats), self._macros[-1][1]
+        if name and macro in self._takers.get(name.variable, ()):  # two words for a parameter
+            return name._replace(variable=f"{macro} {name.variable}")
+        return name
+
+    def _turn(self, index: int) -> None:
+        """Begin or end a block between words like #if and #end, or go on in another branch."""
+        word, macro = self._words[index:index + 2]
+        if word == "#end" and self._macros[-1][0] == len(self._blocks):
+            self._macros.pop()
+        if word not in _BLOCK_STARTS and len(self._blocks) > 1:
+            self._fresh -= self._blocks.pop()
+        if word != "#end":
+            self._blocks.append(set())
+        if word == "#macro":
+            self._macros.append((len(self._blocks), macro))
+            self._mentions.setdefault(macro, set())
+            for name in _up_to(")#", self._words, index + 3):
+                self._takers.setdefault(name, set()).add(macro)
+
+    def _declare(self, index: int) -> None:
+        words, variable = self._words, self._words[index]
+        self._declared[variable] += 1
+        index += 1
+        while words[index] == "[":
+            index += len(_up_to("]#", words, index))
+            index += words[index] == "]"
+        inside = [self._name(index)]
+        if words[index] == "array":
+            inside = [_Name(_literal(word), True) for word in _up_to("#", words, index)
+                      if word[:1] == '"']
+        self._values[variable].update(filter(None, inside))
+
+    def live(self) -> set[tuple[str, _Name]]:
+        """Return how the scene uses files, and which, without the macros that nobody calls.
+
+        That is ``read``, ``write``, ``append`` or another word before a name.
+        """
+        reached, open_ = {""}, [""]
+        while open_:
+            called = {word for word in self._mentions[open_.pop()]
+                      if word in self._mentions} - reached
+            reached |= called
+            open_ += called
+        return {(how, name) for macro, how, name in self._uses if macro in reached}
+
+    def names(self, name: _Name) -> set[_Name]:
+        """Return the names that a file may have, which are no variables any more."""
+        found: set[_Name] = set()
+        seen: set[_Name] = set()
+        open_ = [name]
+        while open_:
+            one = open_.pop()
+            if one in seen:
+                continue
+            seen.add(one)
+            if not one.variable:
+                path = one.text and os.path.normcase(os.path.normpath(one.text))
+                found.add(one._replace(text=path))
+            macro, _, variable = one.variable.rpartition(" ")
+            for values in (self._values.get(variable, ()), self._values.get(f"{macro} ", ())):
+                if len(open_) + len(seen) + len(values) > _MANY:
+                    return {_UNKNOWN}
+                open_ += [value if one.whole else value._replace(whole=False, end=one.end)
+                          for value in values]
+        if not found and " " not in name.variable:
+            return {_UNKNOWN}
+        return found - {_Name("", True)}  # no name opens no file
+
+
+def _whole_and_not(names: Iterable[_Name]) -> tuple[set[_Name], set[_Name]]:
+    """Separate whole names from those that are not; too many of the latter count as any name."""
+    whole = {name for name in names if name.whole}
+    vague = {*names} - whole
+    return whole, {_UNKNOWN} if len(vague) > _MANY else vague
+
+
+def _literal(word: str) -> str:
+    return word[1:-1].replace('\\"', '"')  # no other escape counts in a file's name
+
+
+
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _up_to(marks: str, words: Sequence[str], index: int) -> Sequence[str]:
+    """Return the words from one on, up to the first that begins with a mark, or the end ("")."""
+    end = index
+    while words[end][:1] not in marks:
+        end += 1
+    return words[index:end]
+
+
+def _concats(words: Sequence[str]) -> dict[int, _Name]:
+    """Return what each ``concat(...)`` begins and ends with; from behind, as the inner counts."""
+    found: dict[int, _Name] = {}
+    closing: list[int] = []
+    end = 0
+    for index in range(len(words) - 4, -1, -1):
+        if words[index] == ")":
+            closing.append(index)
+        elif words[index] == "(":
+            end = closing.pop() if closing else 0
+        elif words[index] == "concat":
+            last = words[end - 1] if words[index + 1] == "(" else ""
+            first = _expression(words, index + 2, found) or _UNKNOWN
+            found[index] = first._replace(
+                whole=False, end=_literal(last) if last[:1] == '"' else "")
+    return found
+
+
+def _expression(words: Sequence[str], index: int, concats: Mapping[int, _Name]) -> _Name | None:
+    word = words[index]
+    if word[:1] == '"':
+        return _Name(_literal(word), True)
+    if word == "concat":
+        return concats[index]
+    if word in _STRING_FUNCTIONS:
+        return _UNKNOWN
+    return _Name("", True, variable=word) if word[:1].isalpha() or word[:1] == "_" else None
+
+
+def _file_use(words: Sequence[str], index: int) -> tuple[str, int]:
+    """Return what is done with a file at a word, and where its name stands; or nothing."""
+    word = words[index]
+    if word == "#fopen":
+        modes = [word for word in _up_to("#", words, index + 1)
+                 if word in ("read", "write", "append")]
+        return (modes or [""])[0], index + 2
+    if word == "file_exists":
+        return "read", index + 2
+    if word == "{" and words[index - 1] in _IMAGE_BLOCKS and words[index + 1][:1] in ('"', "c"):
+        return "guess", index + 1
+    return (word, index + 1) if word in _FILE_WORDS else ("", 0)
 
 
 def photon_scene(data: bytes, word: str) -> bytes | None:
@@ -2742,17 +3943,14 @@ def sampled_scene(data: bytes) -> bytes:
 
 
 class _Renders:
-    """The images that the job makes, and how older ones of it are called."""
+    """The images that the job makes."""
 
-    def __init__(self, outputs: Iterable[Path], frames: Sequence[int], scene: Path) -> None:
-        self._paths = {Path(os.path.normpath(path)) for path in outputs}
-        self._names = {path.name for path in self._paths}
-        self._suffixes = {path.suffix for path in self._paths}
-        counted = {scene.with_suffix("")}  # what a number may follow
-        stem = _stem_of(sorted(path.stem for path in self._paths), frames)
-        for folder in {path.parent for path in self._paths}:
-            counted |= {folder / scene.stem, folder / (stem or scene.stem)}
-        self._old = re.compile(f"(?:{'|'.join(re.escape(str(path)) for path in counted)})[0-9]+")
+    def __init__(self, outputs: Iterable[Path]) -> None:
+        self.paths = {os.path.normpath(path) for path in outputs}
+        self._names = {Path(path).name for path in self.paths}
+        stems = (PurePosixPath(name).stem for name in self._names)
+        self._starts = {stem[:end] for stem in stems
+                        for end in range(max(len(stem.rstrip("0123456789")), 1), len(stem))}
 
     def has(self, name: str) -> bool:
         """Tell whether a name in a scene is, directories apart, one of the images."""
@@ -2760,25 +3958,21 @@ class _Renders:
 
     def counts_from(self, start: str) -> bool:
         """Tell whether an image is called ``start`` and a number."""
-        start = PurePosixPath(start).name
-        return bool(start) and any(
-            name.startswith(start) and PurePosixPath(name).stem[len(start):].isdecimal()
-            for name in self._names)
-
-    def is_old(self, path: Path) -> bool:
-        """Tell whether a file is one of the images or looks like one with another number."""
-        return path in self._paths or (
-            path.suffix in self._suffixes
-            and self._old.fullmatch(str(path.with_suffix(""))) is not None)
+        return PurePosixPath(start).name in self._starts
 
 
-def _stem_of(stems: Sequence[str], frames: Sequence[int]) -> str:
-    """Return what the images of an animation are called before the frame's number."""
-    for end in range(1, len(stems[0]) if len(frames) > 1 and stems else 0):
-        start, number = stems[0][:end], stems[0][end:]
-        if number.isdecimal() and int(number) in frames and stems[-1].startswith(start):
-            return start
-    return ""
+MAX_FOLDERS = 300  # that a render in place makes for its scene to write in, named ones apart
+
+
+def _folders(root: Path) -> list[Path]:
+    """Return a directory and those below it, the nearest first; not what links lead to."""
+    found = [root]
+    for folder in found:
+        with contextlib.suppress(OSError), os.scandir(folder) as inside:
+            found += [Path(item.path) for item in inside if item.is_dir(follow_symlinks=False)]
+        if len(found) >= MAX_FOLDERS:
+            break
+    return found[:MAX_FOLDERS]
 
 
 # --- listing a directory, .bsac files
@@ -2813,94 +4007,169 @@ def _is_farm(path: Path) -> bool:
 
 
 class _Listing:
-    """The files below the root that go along without being named by the scene.
+    """The files that are sent although the scene does not name them.
 
-    ``.bsac`` files say which, as in BSAC: lines ``Include`` and ``Exclude``
+    Those are what lies below the project's directory and the library
+    directories, and what strings in the scene mention. ``.bsac`` files say
+    which, as in BSAC: lines ``Include`` and ``Exclude``
     begin a section, each other line is a name or wildcard of files or
     directories; what is excluded stays out whatever is included; a ``.bsac``
     file in a subdirectory adds its rules for what is below. ``if %f > N``
     makes the names after it, up to the next ``if``, ``endif`` or section, be
     needed by frames after N only. (Under ``Exclude`` such names stay, because
     the other frames need them.) Where no rule includes anything, everything
-    goes but old renders, hidden files and what version control, editors and
-    systems leave; an ``Include`` without wildcards takes even those.
+    goes but the job's own images, what is hidden, and what version control,
+    systems and povfarm itself leave; an ``Include`` without wildcards takes even
+    those.
     """
 
-    def __init__(self, root: Path, renders: _Renders, guarded: bool) -> None:
-        self.members: dict[str, tuple[Path, float]] = {}  # by path below the root
-        self.warnings: list[str] = []
-        self._root = root.resolve()
+    def __init__(self, renders: _Renders, reach: _Reach,
+                 made: Callable[[Path], bool] | None) -> None:
+        self.members: dict[str, tuple[Path, float]] = {}  # by path, which may lead through links
+        self.folders: dict[str, None] = {}  # that were looked through
         self._renders = renders
+        self._reach = reach
+        self._made = made
+        self._large: dict[Path, str] = {}  # what was not looked through, and why
+        self._unread: list[tuple[str, str]] = []
         self._links: list[str] = []
         self._odd: list[str] = []
-        problem = ""
+        self._names: dict[Path, list[str]] = {}  # what is in directories, sorted
+
+    def add_project(self, tree: _Tree, guarded: bool) -> None:
+        """List the root, or the current directory where it holds the root, and the libraries."""
+        cwd = tree.search.cwd
+        above = guarded and cwd in tree.root.parents
+        if not (above and self.add(cwd, True)):
+            self.add(tree.root, guarded)
+        for directory in tree.search.directories[1:]:
+            if directory is not None:
+                self.add(directory, True)
+
+    def add(self, root: Path, guarded: bool) -> bool:
+        """Take what lies below a directory; False, and nothing taken, when that is too much."""
+        if str(root) in self.folders:
+            return True
+        members, folders = self.members, self.folders
         guarded = guarded and not is_file(root / ".bsac")
-        if guarded and root in (Path.home().resolve(), root.parent):
-            problem = "is no project's own directory"
+        self.members, self.folders = {}, {}
+        if guarded and not self._reach.is_proper(root):
+            self._large[root] = "is no project's own directory"
         elif not self._walk(root, guarded):
-            problem = f"holds more than {GUARD_FILES} files or {format_size(GUARD_SIZE)}"
-        if problem:
-            self.members.clear()
-            self.warnings.append(
-                f"{root} {problem}, so only the files go along that the scene names: say which "
-                f"others with --root or in {root / '.bsac'}")
+            self._large[root] = f"holds more than {GUARD_FILES} files or {format_size(GUARD_SIZE)}"
+        else:
+            members.update(self.members)
+            folders.update(self.folders)
+        self.members, self.folders = members, folders
+        return root not in self._large
+
+    def mention(self, folder: Path, start: str) -> None:
+        """Take what is in a directory and begins with ``start``, hidden or not."""
+        if str(folder) in self.folders and not _JUNK.fullmatch(f"{start}x"):
+            return  # it is there already, or a .bsac file has left it out
+        if not start:
+            self.add(folder, True)
+            return
+        if folder not in self._names:
+            with contextlib.suppress(OSError):
+                self._names[folder] = sorted(path.name for path in folder.iterdir())
+        names = self._names.get(folder, [])
+        first = bisect.bisect_left(names, start)
+        for name in itertools.takewhile(lambda name: name.startswith(start), names[first:]):
+            path = folder / name
+            if not _is_portable(name) or self._reach.forbids(path):
+                continue
+            if path.is_file() and str(path) not in self._renders.paths:
+                self.members[str(path)] = (path, _EVERY_FRAME)
+            elif path.is_dir() and not any(path in (base, *base.parents)
+                                           for base in self._reach.bases):
+                self.add(path, True)
+
+    def why_not(self, path: Path) -> str:
+        """Say why a file that the scene does not name is not here."""
+        folder = next((folder for folder in path.parents if folder in self._large), None)
+        if folder:
+            return f"{folder} {self._large[folder]}"
+        if str(path) in self._renders.paths:
+            return "it is an image that this job makes"
+        if str(path.parent) in self.folders and not _JUNK.fullmatch(path.name):
+            return "a .bsac file leaves it out"
+        listed = [folder for folder in path.parents if str(folder) in self.folders]
+        if listed:
+            return "hidden files, and images that povfarm has made, are not sent"
+        return "it is not below the scene's or the current directory"
+
+    def warnings(self) -> list[str]:
+        """Return what to say about files that are not sent."""
+        texts = [f"{folder} is left out: {why}" for folder, why in self._unread]
+        texts += [f"{folder} {why}, so only those of its files are sent that the scene names: "
+                  f"choose others with --root or in {folder / '.bsac'}"
+                  for folder, why in self._large.items()]
         if self._links:
-            self.warnings.append("links that lead outside or in a circle go along only if the "
-                                 f"scene names them: {_some(self._links)}")
+            texts.append("links that lead out of the project or in a circle are not followed: "
+                         + _some(self._links))
         if self._odd:
-            self.warnings.append("files whose names not every system can take are left out: "
-                                 f"{_some(repr(name) for name in self._odd)}")
+            texts.append("files whose names not every system can take are left out: "
+                         + _some(repr(name) for name in self._odd))
+        return texts
 
     def _walk(self, root: Path, guarded: bool) -> bool:
-        folders = [_Folder(root, "", (), _NO_FRAME, (self._root,))]
+        folders = [_Folder(root, "", (), _NO_FRAME, (root.resolve(),))]
         size = 0
         while folders and len(self.members) <= MAX_FILES:
             folder = folders.pop()
+            self.folders[str(folder.path)] = None
             try:
-                inside = sorted(folder.path.iterdir())
+                with os.scandir(folder.path) as items:
+                    inside = sorted(items, key=lambda item: item.name)
             except OSError as error:
-                self.warnings.append(f"{folder.path} is left out: {error.strerror}")
+                self._unread.append((str(folder.path), error.strerror or str(error)))
                 continue
             rules = (*folder.rules, *_read_bsac(folder.path / ".bsac", folder.prefix))
             folder = folder._replace(rules=rules)
-            for path in inside:
+            for item in inside:
                 with contextlib.suppress(OSError):
-                    folders += self._look(path, folder)
-                    if folder.prefix + path.name in self.members:
-                        size += path.stat().st_size
+                    folders += self._look(item, folder)
+                    if guarded and item.path in self.members:
+                        size += item.stat().st_size
             if guarded and (len(self.members) > GUARD_FILES or size > GUARD_SIZE):
                 return False
         return True
 
-    def _look(self, path: Path, folder: _Folder) -> list[_Folder]:
+    def _look(self, item: os.DirEntry[str], folder: _Folder) -> list[_Folder]:
         """Take a file, or return a directory that is to be walked."""
-        place = folder.prefix + path.name
-        is_folder = path.is_dir()
-        since = self._since(path, place, folder, is_folder)
+        place = folder.prefix + item.name
+        is_folder = item.is_dir()
+        since = self._since(item, place, folder)
         if since is None:
             return []
-        is_link = path.is_symlink()
-        real = path.resolve() if is_link else folder.real[-1] / path.name
-        if is_link and (_below(real, self._root) is None or (is_folder and real in folder.real)):
-            self._links.append(place)
-        elif not _is_portable(path.name):
+        real = folder.real[-1] / item.name if is_folder else folder.path
+        if item.is_symlink():
+            real = real_path(item.path)
+            round_about = is_folder and any(
+                _below(one, real) is not None for one in folder.real)
+            if round_about or self._reach.forbids(real):
+                self._links.append(place)
+                return []
+        if not _is_portable(item.name):
             self._odd.append(place)
-        elif is_folder and not _is_farm(path):
-            return [_Folder(path, place + "/", folder.rules, since, (*folder.real, real))]
-        elif path.is_file():
+        elif is_folder and not _is_farm(Path(item.path)):
+            return [_Folder(Path(item.path), place + "/", folder.rules, since,
+                            (*folder.real, real))]
+        elif item.is_file():
             listed = any(not rule.exclude for rule in folder.rules)
             if since < _NO_FRAME or not listed:
-                self.members[place] = (path, since if listed else _EVERY_FRAME)
+                self.members[item.path] = (Path(item.path), since if listed else _EVERY_FRAME)
         return []
 
-    def _since(self, path: Path, place: str, folder: _Folder, is_folder: bool) -> float | None:
+    def _since(self, item: os.DirEntry[str], place: str, folder: _Folder) -> float | None:
         """Return from which frame on something is included by name; None to leave it out."""
         hits = [rule for rule in folder.rules if rule.matches(place)]
         if any(rule.exclude and rule.since == _EVERY_FRAME for rule in hits):
             return None
         hits = [rule for rule in hits if not rule.exclude]
-        if (_JUNK.fullmatch(path.name) or self._renders.is_old(path)
-                or (is_folder and path.name.endswith("-frames"))):
+        if _JUNK.fullmatch(item.name) or item.path in self._renders.paths or (
+                self._made and item.name.endswith("-frames") and self._made(Path(item.path))):
             hits = [rule for rule in hits if not set("*?[") & set(rule.pattern)]
             if not hits:
                 return None
@@ -2950,24 +4219,27 @@ def _is_portable(path: str) -> bool:
 # --- the manifest and zip files
 
 def _entries(
-    members: Mapping[str, tuple[Path, float]], needed: Collection[str], cache: HashCache
+    members: _Members, needed: Collection[str], cache: HashCache
 ) -> tuple[tuple[FileEntry, ...], list[str]]:
     """Hash the files; those that cannot be read and were not asked for are a warning."""
     entries, unread = [], []
     for path, (local, since) in sorted(members.items()):
         try:
-            about = local.stat()
-            known = (str(local), about.st_size, about.st_mtime_ns)
-            if known not in cache:
-                cache[known] = sha256_file(local)
+            if isinstance(local, bytes):
+                about: tuple[str, int, float] = hashlib.sha256(local).hexdigest(), len(local), 0
+            else:
+                now = local.stat()
+                known = (str(local), now.st_size, now.st_mtime_ns)
+                if known not in cache:
+                    cache[known] = sha256_file(local)
+                about = cache[known], now.st_size, now.st_mtime
         except OSError as error:
             if path in needed:
-                raise UserError(f"{local} cannot be read: {error.strerror}") from None
+                raise UserError(f"{local!s} cannot be read: {error.strerror}") from None
             unread.append(path)
-            continue
-        after = None if since == _EVERY_FRAME else int(since)
-        entries.append(_checked(FileEntry(
-            path, cache[known], about.st_size, about.st_mtime, after)))
+        else:
+            after = None if since == _EVERY_FRAME else int(since)
+            entries.append(_checked(FileEntry(path, *about, after)))
     return tuple(entries), (
         [f"files that cannot be read are left out: {_some(unread)}"] if unread else [])
 
@@ -2986,34 +4258,48 @@ def _as_povray_reads(name: str, charset: str = "latin-1") -> str:
                         "give it another") from None
 
 
-def _entry(row: Any) -> FileEntry:
-    try:
-        return _checked(FileEntry(**row))
-    except TypeError:
-        raise UserError("a manifest's row is not the description of a file") from None
+def _garbled(name: str) -> set[str]:
+    """Return what POV-Ray 3.7 reads for a name, by the charset of the scene."""
+    return {_as_povray_reads(name, charset) for charset in ("latin-1", "utf-8")}
+
+
+
 
 
 def _checked(file: FileEntry) -> FileEntry:
     """Return ``file`` when each of its values is one that a file can have."""
     good = (
-        isinstance(file.path, str) and len(file.path) <= 1000 and isinstance(file.sha256, str)
-        and re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None
+        isinstance(file.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None
         and type(file.size) is int and 0 <= file.size < 1 << 63
         and type(file.mtime) in (int, float) and abs(file.mtime) < 1 << 63
         and (file.after_frame is None or type(file.after_frame) is int)
     )
     if not good:
         raise UserError(f"the manifest's values for {file.path!r} are wrong")
-    if not _is_portable(file.path):
-        raise UserError(f"{file.path!r} is not a name of a file inside a project")
+    _checked_path(file.path)
     return file
+
+
+def _checked_path(path: Any) -> str:
+    if not isinstance(path, str) or len(path) > 1000 or not _is_portable(path):
+        raise UserError(f"{path!r} is not a name of a file inside a project")
+    return path
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:
     """Return the first few names for a message."""
-    all_names = list(names)
-    more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
-    return ", ".join(all_names[:most]) + more
+    names = [*names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+@contextlib.contextmanager
+def _zip_of(path: Path, what: str = "") -> Iterator[zipfile.ZipFile]:
+    """Open a zip file to read it; ``UserError`` when it is damaged or none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except _BAD_ZIP as error:
+        raise UserError(f"{what or path} is damaged or no zip file: {error}") from None
 
 
 def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int) -> None:
@@ -3082,7 +4368,13 @@ class _Sink(io.RawIOBase):
 # changes between them that are allowed. Pure: no files, no database, no time.
 
 
-class TaskState(str, enum.Enum):
+class Word(str, enum.Enum):
+    """An enumeration whose members read as their values, as ``enum.StrEnum``'s (Python 3.11) do."""
+
+    __str__ = str.__str__
+
+
+class TaskState(Word):
     """Where a task (a frame, or a slice of one) stands."""
 
     QUEUED = "queued"
@@ -3092,7 +4384,7 @@ class TaskState(str, enum.Enum):
     CANCELLED = "cancelled"
 
 
-class JobState(str, enum.Enum):
+class JobState(Word):
     """Where a job stands; ``WAITING`` is a job whose files have not all come yet."""
 
     WAITING = "waiting"
@@ -3103,7 +4395,7 @@ class JobState(str, enum.Enum):
     CANCELLED = "cancelled"
 
 
-class WorkerState(str, enum.Enum):
+class WorkerState(Word):
     """Whether a worker may work here."""
 
     PENDING = "pending"
@@ -3111,7 +4403,7 @@ class WorkerState(str, enum.Enum):
     REMOVED = "removed"
 
 
-class AttemptState(str, enum.Enum):
+class AttemptState(Word):
     """How one try of a task on one worker stands or ended."""
 
     LIVE = "live"
@@ -3161,13 +4453,64 @@ PAUSED_BY_HAND = "paused by hand"  # the reason that waits for a person, not for
 FINISHED = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
 
 
+class Wired:
+    """A record that goes through JSON: its annotations say how.
+
+    Texts, numbers, tuples, mappings by text, enumerations and other such records.
+    What a value means, and which are too large, ``from_wire`` of the record checks.
+    """
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {name: _to_json_form(value) for name, value in vars(self).items()
+                if name in _hints(type(self))}
+
+    @classmethod
+    def fields_of(cls, wire: Any) -> dict[str, Any]:
+        """Return the fields in the JSON form; ``UserError`` where one is missing or no such."""
+        kinds = {"array": list, "object": dict, "string": str, "integer": int, "boolean": bool}
+        return {name: want(wire, name, kinds[schema_of(hint)["type"]])
+                for name, hint in _hints(cls).items()}
+
+
+def _to_json_form(value: Any) -> Any:
+    if isinstance(value, Wired):
+        return value.to_wire()
+    if isinstance(value, Mapping):
+        return dict(value)
+    return [*map(_to_json_form, value)] if isinstance(value, tuple) else value
+
+
+_hints: Callable[[Any], Mapping[str, Any]] = functools.cache(typing.get_type_hints)
+
+
+@functools.cache
+def schema_of(kind: Any) -> Mapping[str, Any]:
+    """Return the JSON schema of a record, or of what the annotations of one may name."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return {"type": "array", "items": schema_of(inner[0])}
+    if origin is not None:
+        return {"type": "object", "additionalProperties": schema_of(inner[1])}
+    if issubclass(kind, Word):
+        return {"type": "string", "enum": [member.value for member in kind]}
+    if kind in _PLAIN:
+        return {"type": _PLAIN[kind]}
+    hints = _hints(kind)
+    return {"type": "object", "required": [*hints],
+            "properties": {name: schema_of(hint) for name, hint in hints.items()}}
+
+
+_PLAIN = {str: "string", int: "integer", bool: "boolean", float: "number"}
+
+
 @dataclass(frozen=True)
-class PovJob:
+class PovJob(Wired):
     """What POV-Ray is told to do: a normalised command line over a project.
 
     ``run_dir`` is the directory, inside the project's tree, that POV-Ray's
     relative names start from; ``uses`` names what the scan of the scene found
-    (see ``Project``).
+    (see ``Project``), and ``create_ini NAME\\nTEXT`` is the INI file to be written.
     """
 
     values: Mapping[str, str]
@@ -3176,24 +4519,16 @@ class PovJob:
     run_dir: str
     uses: tuple[str, ...] = ()
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "values": dict(self.values), "declares": list(self.declares),
-            "library": list(self.library), "run_dir": self.run_dir, "uses": list(self.uses),
-        }
-
     @classmethod
     def from_wire(cls, wire: Any) -> PovJob:
         """Read the JSON form; ``UserError`` when it has another shape or starts programs."""
-        values = want(wire, "values", dict)
-        texts = [*values, *values.values()]
-        lists = {name: tuple(want(wire, name, list)) for name in ("declares", "library", "uses")}
-        texts += [text for items in lists.values() for text in items]
+        given = cls.fields_of(wire)
+        values = given["values"]
+        lists = {name: tuple(given[name]) for name in ("declares", "library", "uses")}
+        texts = [*values, *values.values(), *itertools.chain(*lists.values())]
         if not all(isinstance(text, str) for text in texts):
             raise UserError("the job's POV-Ray options are not all texts")
-        job = cls(values, lists["declares"], lists["library"], want(wire, "run_dir", str),
-                  lists["uses"])
+        job = cls(**{**given, **lists})
         # File names may have letters that an INI file cannot: workers rename those.
         for name in ("Input_File_Name", "Output_File_Name"):
             if any(ord(c) < 32 for c in values.get(name, "")):
@@ -3206,10 +4541,27 @@ class PovJob:
                 safe_join(Path(), path)
         return job
 
-    @property
+    @functools.cached_property
     def options(self) -> PovOptions:
         """The same as the POV section's record, for frames, names and sizes."""
         return PovOptions(self.values, self.declares, self.library, (), ())
+
+    @functools.cached_property
+    def plan(self) -> FramePlan:
+        """All frames of the command line, whichever of them the job has."""
+        return plan_frames(self.options)
+
+    @functools.cached_property
+    def needs(self) -> tuple[str, str]:
+        """The oldest POV-Ray that can render it and what it is needed for; nothing for any."""
+        noted = [(match[1], match[2]) for match in map(_NEEDS.fullmatch, self.uses) if match]
+        return max([*noted, needed_by(self.values)], key=lambda need: release(need[0]))
+
+    def appends_to(self, name: str) -> bool:
+        """Tell whether the scene may append to a file, which is not replaced then."""
+        words = (use.partition(" ")[::2] for use in self.uses)
+        return any(name == text if word == "append" else name.startswith(text)
+                   for word, text in words if word in ("append", "appends"))
 
     @property
     def thread_safe(self) -> bool:
@@ -3221,9 +4573,12 @@ class PovJob:
         return not {"radiosity", "photons"} & set(self.uses)
 
 
-@functools.lru_cache(maxsize=64)
+_NEEDS = re.compile(r"povray (\d+\.\d+) (.+)")  # among ``uses``
+
+
+@functools.lru_cache(maxsize=1024)
 def pov_of(text: str) -> PovJob:
-    """Read the JSON text of a job in the database, which is looked at for every frame."""
+    """Read the JSON text of a job, which is looked at for every frame and with every lease."""
     return PovJob.from_wire(json.loads(text))
 
 
@@ -3252,24 +4607,24 @@ class JobOptions:
 
     def changed(self, changes: Mapping[str, Any]) -> JobOptions:
         """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
-        clean = dict(changes)
-        for name, value in changes.items():
-            low, high = _OPTION_LIMITS.get(name, (1, 0))
-            if name == "in_order":
-                good = isinstance(value, bool)
-            elif name in _OPTION_TEXTS:
-                clean[name] = str(value)
-                good = re.fullmatch(_OPTION_TEXTS[name], clean[name]) is not None
-            else:
-                good = type(value) is int and low <= value <= high
-            if not good:
+        clean: dict[str, Any] = {name: str(value) if isinstance(getattr(self, name, None), str)
+                                 else value for name, value in changes.items()}
+        for name, value in clean.items():
+            if name not in JOB_OPTIONS or not JOB_OPTIONS[name].takes(value):
                 raise UserError(f"'{name}={value}' cannot be set: there are "
-                                f"{', '.join(vars(self))}")
+                                f"{', '.join(JOB_OPTIONS)}")
         return replace(self, **clean)
 
 
+# The rows of SETTINGS that say how the farm treats a job, by the names of JobOptions' fields.
+JOB_OPTIONS: Mapping[str, Setting] = {
+    {"retries": "retry_limit", "povray-version": "povray"}.get(
+        row.name, row.name.replace("-", "_")): row
+    for row in SETTINGS if "set" in row.commands.split()}
+
+
 @dataclass(frozen=True)
-class WorkerInfo:
+class WorkerInfo(Wired):
     """What a worker says of itself when it joins; ``memory`` in bytes."""
 
     name: str
@@ -3282,11 +4637,9 @@ class WorkerInfo:
     @classmethod
     def from_wire(cls, wire: Any) -> WorkerInfo:
         """Read the JSON form; ``UserError`` when it has another shape."""
-        info = cls(
-            want(wire, "name", str)[:100], want(wire, "cores", int), want(wire, "memory", int),
-            want(wire, "system", str)[:100], want(wire, "engines", dict),
-            tuple(want(wire, "tags", list)),
-        )
+        given = cls.fields_of(wire)
+        info = cls(**{**given, "name": given["name"][:100], "system": given["system"][:100],
+                      "tags": tuple(given["tags"])})
         texts = [*info.engines, *info.engines.values(), *info.tags]
         if not 1 <= info.cores <= 10_000 or not 0 <= info.memory < 2**60:
             raise UserError("a worker has one core or more, and a memory of some bytes")
@@ -3295,21 +4648,34 @@ class WorkerInfo:
         return info
 
 
-def engine_fits(wanted: str, first: Mapping[str, str], engines: Mapping[str, str]) -> bool:
+def engine_fits(
+    wanted: str, first: Mapping[str, str], engines: Mapping[str, str], least: str = ""
+) -> bool:
     """Tell whether a worker's POV-Ray may render frames of a job.
 
-    ``wanted`` is the job's option, ``first`` what the worker that began the
-    job has. What a worker does not know of itself fits everything, and so does
-    3.7 with 3.7.0.10: POV-Ray for Windows tells no more.
+    ``wanted`` is the job's option, ``first`` what the worker has that began the
+    job, ``least`` the oldest version that can. What a worker does not know
+    of itself fits everything, and so does 3.7 with 3.7.0.10: POV-Ray for
+    Windows tells no more.
     """
+    version = engines.get("povray", "")
+    if version and release(version) < release(least):
+        return False
     if wanted == "any":
         return True
     if wanted != "auto":
         first = {"povray": wanted}
-    numbers = zip(first.get("povray", "").split("."), engines.get("povray", "").split("."))
+    numbers = zip(*(re.split("[.-]", text) for text in (first.get("povray", ""), version)))
     alike = all(mine == theirs or not (mine and theirs) for mine, theirs in numbers)
     includes = {mapping.get("includes", "") for mapping in (first, engines)} - {""}
     return alike and len(includes) < 2
+
+
+def unrenderable(pov: PovJob, povray: str) -> str:
+    """Return why the POV-Ray of a version cannot render a job, or nothing; ``povray`` as chosen."""
+    (since, word), chosen = pov.needs, release(povray)
+    older = chosen and chosen < release(since)[:len(chosen)]
+    return f"{word} needs POV-Ray {since}; this is {povray}" if older else ""
 
 
 def unverifiable(pov: PovJob, options: JobOptions) -> str:
@@ -3329,7 +4695,41 @@ def is_chosen(job: int, frame: int, percent: int) -> bool:
     return int.from_bytes(digest[:4], "big") * 100 < percent << 32
 
 
-class TaskKind(str, enum.Enum):
+class Verdict(NamedTuple):
+    """What becomes of an image of a frame that is compared, or looks wrong.
+
+    ``keep`` says why it waits for another worker's; else it is accepted, and ``doubt`` tells of it.
+    """
+
+    keep: str = ""
+    doubt: str = ""
+
+
+# By how an image compares with those kept of its frame, and whether another worker could come next.
+VERDICTS: Mapping[tuple[str, bool], Verdict] = {
+    ("first", True): Verdict(keep="rendered, and waits for another worker to check it"),
+    ("first", False): Verdict(doubt="not verified: there is no other worker"),
+    ("differs", True): Verdict(keep="two workers made different pictures: a third decides"),
+    ("differs", False): Verdict(
+        doubt="not verified: all its pictures differ, and the last was taken"),
+    ("again", True): Verdict(keep="rendered, and waits for another worker to check it"),
+    ("again", False): Verdict(doubt="not verified: one worker rendered it twice"),
+    ("same", True): Verdict(),
+    ("same", False): Verdict(),
+    ("odd", True): Verdict(keep="black, unlike its neighbours: rendered once more"),
+}
+
+
+def compared(by: Sequence[int], same: Sequence[bool], worker: int) -> str:
+    """Return how an image compares with those kept, made ``by`` workers: which are the ``same``."""
+    if not by:
+        return "first"
+    if not any(same):
+        return "differs"
+    return "again" if set(by) == {worker} else "same"
+
+
+class TaskKind(Word):
     """What a task renders: a frame, rows of one, or what the slices of one share."""
 
     FRAME = "frame"
@@ -3338,7 +4738,7 @@ class TaskKind(str, enum.Enum):
 
 
 @dataclass(frozen=True)
-class TaskSpec:
+class TaskSpec(Wired):
     """One task as a worker gets it, and the file that it makes.
 
     ``top`` and ``bottom`` are the rows of a slice, counted from 0, the last
@@ -3358,10 +4758,8 @@ class TaskSpec:
     def from_wire(cls, wire: Any) -> TaskSpec:
         """Read the JSON form; ``UserError`` when it has another shape."""
         kinds = {kind.value: kind for kind in TaskKind}
-        task = cls(
-            want(wire, "id", int), want(wire, "frame", int), want(wire, "name", str),
-            kinds.get(want(wire, "kind", str), TaskKind.FRAME), want(wire, "top", int),
-            want(wire, "bottom", int), want(wire, "state", bool))
+        given = cls.fields_of(wire)
+        task = cls(**{**given, "kind": kinds.get(given["kind"], TaskKind.FRAME)})
         safe_join(Path(), task.name)
         if (task.kind is not TaskKind.FRAME) != (0 <= task.top < task.bottom):
             raise UserError("the rows of a slice are not a part of the picture")
@@ -3369,7 +4767,7 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
-class LeaseSpec:
+class LeaseSpec(Wired):
     """Tasks that one worker holds, and all that it needs to render them.
 
     The tasks are neighbouring frames for one run of the renderer with
@@ -3390,28 +4788,15 @@ class LeaseSpec:
     shares: tuple[int, ...] = ()
     timeout: int = 0
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return the JSON form."""
-        return {
-            "id": self.id, "job": self.job, "job_name": self.job_name, "threads": self.threads,
-            "shares": list(self.shares), "timeout": self.timeout,
-            "tasks": [vars(task) for task in self.tasks], "manifest": self.manifest,
-            "pov": self.pov.to_wire(), "in_order": self.in_order,
-        }
-
     @classmethod
     def from_wire(cls, wire: Any) -> LeaseSpec:
         """Read the JSON form; ``UserError`` when it has another shape."""
-        tasks = tuple(TaskSpec.from_wire(task) for task in want(wire, "tasks", list))
-        shares = tuple(want(wire, "shares", list))
+        given = cls.fields_of(wire)
+        shares = tuple(given["shares"])
         if not all(type(share) is int for share in shares):
             raise UserError("the passes of a lease are not tasks")
-        return cls(
-            want(wire, "id", str), want(wire, "job", int), want(wire, "job_name", str),
-            want(wire, "threads", int), tasks, want(wire, "manifest", str),
-            PovJob.from_wire(want(wire, "pov", dict)), want(wire, "in_order", bool), shares,
-            want(wire, "timeout", int),
-        )
+        return cls(**{**given, "tasks": tuple(map(TaskSpec.from_wire, given["tasks"])),
+                      "pov": pov_of(json.dumps(given["pov"])), "shares": shares})
 
 
 @dataclass(frozen=True)
@@ -3452,19 +4837,51 @@ def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0) -> int
     ``queued`` frames are left for ``slots`` runs at a time; ``cost`` is the
     mean of the frames measured so far. Half of the fair share leaves something
     to even out with at the end, down to single frames. But the start of a
-    process costs some 0.04 s of CPU: cheap frames come several to a run, up to
-    all of the share, for they are soon done. No run should be longer than about
-    10 s. While nothing is measured, the first ``runs`` of many
-    frames get one, two and three in turn: what begins together should not end
-    together, or all that follows sleeps at the same time, too.
+    process costs some 0.04 s of CPU: cheap frames come several to a run, shared
+    among those that are free besides the ``runs`` under way, or among a quarter
+    of all: they are soon done. No run should be longer than about 10 s. While
+    nothing is measured, the first of many frames come by one, two and three in
+    turn: what begins together should not end together, or all that follows
+    sleeps at the same time, too.
     """
     if cost is None:
         return 1 + runs % 3 if queued > 3 * slots else 1
     share = math.ceil(queued / max(slots, 1))
-    cheap = min(math.ceil(0.6 / max(cost.cpu, 0.001)), share)
+    cheap = min(math.ceil(0.4 / max(cost.cpu, 0.001)),
+                math.ceil(queued / max(slots - runs, slots // 4, 1)))
     long = max(int(10 / (cost.cpu + 0.25)), 1)  # POV-Ray sleeps so long between two frames
     return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
 
+
+def frame_state(slices: Collection[TaskState], state: TaskState) -> TaskState:
+    """Return the state of a frame in ``state`` that the states of its slices put it into."""
+    for bad in (TaskState.FAILED, TaskState.CANCELLED):
+        if state is bad or bad in slices:
+            return bad
+    begun = {TaskState.LEASED, TaskState.DONE} & set(slices)
+    return TaskState.LEASED if begun else TaskState.QUEUED
+
+
+def frame_timeout(walls: Sequence[float]) -> int:
+    """Return the seconds that one frame may take where others took ``walls``; 0 without limit.
+
+    A frame may well be much heavier than the others, and its worker slower.
+    """
+    return max(math.ceil(20 * statistics.median(walls)), 600) if walls else 0
+
+
+def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
+    """Return the state that a job's tasks put it into (``state`` when none)."""
+    if counts[TaskState.QUEUED] or counts[TaskState.LEASED]:
+        return JobState.ACTIVE if state in (JobState.DONE, JobState.FAILED) else state
+    if state is JobState.CANCELLED or counts[TaskState.CANCELLED]:
+        return JobState.CANCELLED
+    return JobState.FAILED if counts[TaskState.FAILED] else JobState.DONE
+
+
+# === 7. SLICING ==============================================================
+# How a picture is shared out: where it may be cut, how high the next slice is, what
+# slices share, how long a task still takes, where one that drags is divided. Pure.
 
 START = 0.65  # seconds that a run of POV-Ray 3.7 costs before and after its work
 GRAIN = 8  # rows, the least that a slice has which the farm cuts by itself
@@ -3477,8 +4894,10 @@ class SliceCost(NamedTuple):
     parse: float
 
 
-def unsliceable(pov: PovJob, in_order: bool) -> str:
+def unsliceable(pov: PovJob, in_order: bool, slices: str = "auto") -> str:
     """Return why the frames of a job cannot be put together from slices, or nothing."""
+    if slices == "auto" and pov.options.stochastic:
+        return "stochastic anti-aliasing (+AM3) draws other pixels in slices"
     if in_order:
         return "its frames run in order"
     if pov.options.extension not in STRIP_TYPES:
@@ -3489,9 +4908,15 @@ def unsliceable(pov: PovJob, in_order: bool) -> str:
     return ""
 
 
-def next_cut(top: int, height: int, region: Region, slices: str, share: float,
-             cost: SliceCost | None) -> int:
-    """Return the row before which the slice that begins at ``top`` ends.
+def worth_slicing(region: Region, mean: Cost | None) -> bool:
+    """Tell whether a frame is neither small nor, by the ``mean`` of others, cheap."""
+    cheap = mean is not None and mean.wall < 8 * START
+    return not cheap and region.bottom - region.top > max(8 * GRAIN, region.block)
+
+
+def slice_end(top: int, height: int, region: Region, slices: str, share: float,
+              cost: SliceCost | None) -> int:
+    """Choose the height of a slice: return the row before which one that begins at ``top`` ends.
 
     A slice begins where a block of the whole frame begins, so that the pixels
     are the same; the first and the last slice take along what lies outside the
@@ -3526,6 +4951,46 @@ def _grain(region: Region) -> int:
     return region.block * -(-GRAIN // region.block)
 
 
+def slice_speeds(measured: Sequence[tuple[int, float, float]],
+                 cores: Mapping[int, int]) -> tuple[dict[int, float], SliceCost | None]:
+    """Return the rows a second of each worker, and what a row and a slice cost on average.
+
+    ``measured`` tells of some workers the rows a second and the seconds before the first row;
+    the others are guessed by their ``cores``. Where nothing is measured, speeds are only worth
+    comparing.
+    """
+    speeds = {worker: max(speed, 1e-6) for worker, speed, _ in measured if worker in cores}
+    known = sum(cores[worker] for worker in speeds)
+    per_core = sum(speeds.values()) / known if known else 1.0
+    guesses = {worker: speeds.get(worker, per_core * cores[worker]) for worker in cores}
+    if not speeds:
+        return guesses, None
+    # A slice whose first rows are cheap looks as if it had been parsed for long.
+    parse = sorted(parse for _, _, parse in measured)[len(measured) // 2]
+    return guesses, SliceCost(len(speeds) / sum(speeds.values()), parse)
+
+
+def time_left(parts: Sequence[tuple[float, float]], began: float, now: float,
+              usual: float = math.inf) -> float:
+    """Return the seconds until a task is rendered, as it looks.
+
+    ``parts`` tell how much of it was rendered when. Before any of it was heard, it takes its
+    ``usual`` time since it ``began``; for ever when that is over or not known.
+    """
+    part, heard = parts[-1] if parts else (0.0, began)
+    # Rows are rather like those just above them than like all of the picture.
+    before, then = parts[0] if len(parts) > 1 else (0.0, began)
+    if part <= before:
+        left = then + usual - now
+        return left if left > 0 else math.inf
+    # POV-Ray tells of whole blocks, rows of them at once where they are short. One that takes
+    # longer than those before it is dearer, and so may be what comes below it.
+    step = (part - before) / max(len(parts) - 1, 1)
+    spent = now - heard
+    mean = max(heard - then, 0.0) * step / (part - before)
+    return max(max(mean, spent) * (1 - part) / step - spent, 0.0)
+
+
 def split_row(top: int, bottom: int, region: Region, size: int, progress: float,
               share: float) -> int | None:
     """Return the row before which a slice may end when others take the rest.
@@ -3538,6 +5003,27 @@ def split_row(top: int, bottom: int, region: Region, size: int, progress: float,
     done = max(math.ceil(progress * blocks), 1)
     middle = first + round(done + (blocks - done) * share) * size
     return middle if done < blocks and middle < last else None
+
+
+def sharable(uses: Collection[str], values: Mapping[str, str]) -> frozenset[str]:
+    """Return what the slices of a frame may share: ``radiosity``, ``photons``, both or nothing.
+
+    ``uses`` is what ``Project`` says, ``values`` the command line's. A user who
+    saves or loads samples or photons himself is left alone. Whether the scene
+    really has any is known only when they were computed and there is a file.
+    """
+    own = "On" in (values.get("Radiosity_From_File"), values.get("Radiosity_To_File"))
+    loads = any(use.startswith("load_file ") for use in uses)
+    return frozenset(use for use, alone in (("radiosity", own), ("photons", loads))
+                     if use in uses and not alone)
+
+
+def shared_by(pov: PovJob, radiosity: str) -> frozenset[str]:
+    """Return what the runs of a job share that passes render first; ``radiosity`` as chosen."""
+    shared = sharable(pov.uses, pov.values)
+    if radiosity == "animation":
+        return shared & {"radiosity"}  # photons may move from frame to frame
+    return shared if radiosity == "share" else shared - {"radiosity"}
 
 
 def pass_rows(region: Region, shared: Collection[str], workers: int) -> list[tuple[int, int]]:
@@ -3554,43 +5040,7 @@ def pass_rows(region: Region, shared: Collection[str], workers: int) -> list[tup
     return [(top, min(bottom, region.bottom)) for top, bottom in zip(ends, ends[1:])]
 
 
-def frame_state(slices: Collection[TaskState], state: TaskState) -> TaskState:
-    """Return the state of a frame in ``state`` that the states of its slices put it into."""
-    for bad in (TaskState.FAILED, TaskState.CANCELLED):
-        if state is bad or bad in slices:
-            return bad
-    begun = {TaskState.LEASED, TaskState.DONE} & set(slices)
-    return TaskState.LEASED if begun else TaskState.QUEUED
-
-
-def frame_timeout(walls: Sequence[float]) -> int:
-    """Return the seconds that one frame may take where others took ``walls``; 0 without limit.
-
-    A frame may well be much heavier than the others, and its worker slower.
-    """
-    return max(math.ceil(20 * statistics.median(walls)), 600) if walls else 0
-
-
-def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
-    """Return the state that a job's tasks put it into (``state`` when none)."""
-    if counts[TaskState.QUEUED] or counts[TaskState.LEASED]:
-        return JobState.ACTIVE if state in (JobState.DONE, JobState.FAILED) else state
-    if state is JobState.CANCELLED or counts[TaskState.CANCELLED]:
-        return JobState.CANCELLED
-    return JobState.FAILED if counts[TaskState.FAILED] else JobState.DONE
-
-
-_OPTION_LIMITS: Mapping[str, tuple[int, int]] = {
-    "priority": (-1000, 1000), "max_workers": (0, 10_000), "retry_limit": (1, 100),
-    "verify": (0, 100), "frame_timeout": (0, 10**7),
-}
-_OPTION_TEXTS: Mapping[str, str] = {
-    "slices": "auto|off|[1-9][0-9]{0,3}", "radiosity": "share|animation|off",
-    "povray": POVRAY_CHOICE,
-}
-
-
-# === 7. DISCOVERY ============================================================
+# === 8. DISCOVERY ============================================================
 # How workers find coordinators on a LAN: a probe is broadcast by UDP, each
 # coordinator answers it. Knows names, ports and the farm key, nothing of HTTP.
 #
@@ -3606,8 +5056,11 @@ _FARMS_LIMIT = 100
 _PROBE_TIMES = (0.0, 0.2, 0.6)  # seconds: a lost packet should not cost a round
 _STOP_STEP = 0.2  # seconds after which a wait looks whether it should stop
 _LOOPBACK = ("127.0.0.1", "127.255.255.255")
-# What asks for the broadcast address of an interface.
-_SIOCGIFBRDADDR = {"linux": 0x8919, "darwin": 0xC0206923}
+# What asks for the address, the broadcast address and the flags of an interface.
+_ADDRESS = {"linux": 0x8915, "darwin": 0xC0206921}
+_BROADCAST = {"linux": 0x8919, "darwin": 0xC0206923}
+_FLAGS = {"linux": 0x8913, "darwin": 0xC0206911}
+_RUNNING = 0x40
 
 
 @dataclass(frozen=True)
@@ -3623,6 +5076,10 @@ class Found:
     verified: bool
     address: str
     pin: str = ""
+
+    def __str__(self) -> str:
+        """Return it as messages have it."""
+        return f"{self.name} ({self.url})"
 
 
 class Beacon:
@@ -3702,7 +5159,7 @@ class Beacon:
 
 
 def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
-             name: str | None = None, stop: threading.Event | None = None) -> list[Found]:
+             name: str | None = None) -> list[Found]:
     """Return the coordinators that answer within ``timeout`` seconds, by name.
 
     With a ``key``, only those that hold it. With a ``name``, only that one, as
@@ -3716,10 +5173,7 @@ def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
     times = [*_PROBE_TIMES, math.inf]
     start = time.monotonic()
     with _udp_socket() as sock:
-        while not (stop and stop.is_set()):
-            elapsed = time.monotonic() - start
-            if elapsed >= timeout:
-                break
+        while (elapsed := time.monotonic() - start) < timeout:
             if elapsed >= times[0]:
                 del times[0]
                 _send_to(sock, probe, port, _broadcast_addresses())
@@ -3727,28 +5181,29 @@ def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
             if found is None or (name is not None and found.name.casefold() != name.casefold()):
                 continue
             if found.farm_id in farms or len(farms) < _FARMS_LIMIT:
-                farms[found.farm_id] = min(farms.get(found.farm_id, found), found, key=_distance)
+                farms[found.farm_id] = min(farms.get(found.farm_id, found), found,
+                                           key=lambda farm: not farm.address.startswith("127."))
             if name is not None:
                 break
     return sorted(farms.values(), key=operator.attrgetter("name", "farm_id"))
 
 
-def wait_for_coordinator(key: bytes | None, stop: threading.Event, port: int = DISCOVERY_PORT,
-                         name: str | None = None, pause: float = 5.0) -> list[Found]:
-    """Return the coordinators on this LAN as soon as there is one; none when stopped.
+def look_out(look: Callable[[], Found | None], stop: threading.Event,
+             port: int = DISCOVERY_PORT, pause: float = 5.0) -> Found | None:
+    """Return the coordinator that ``look`` finds, as soon as it does; None when stopped.
 
-    Probes every ``pause`` seconds, and at once when a coordinator announces itself.
+    It looks every ``pause`` seconds, and at once when a coordinator announces itself.
     """
     with _hint_socket(port) as hints:
         while not stop.is_set():
-            found = discover(_PROBE_TIMES[-1] + 0.2, key, port, name, stop)
-            if found:
+            found = look()
+            if found is not None:
                 return found
             deadline = time.monotonic() + pause
             while time.monotonic() < deadline and not stop.is_set():
                 if _hear_hint(hints, _STOP_STEP):
                     break
-    return []
+    return None
 
 
 def listen_for_hints(heard: Callable[[], None], port: int = DISCOVERY_PORT) -> None:
@@ -3786,7 +5241,7 @@ def _hear_hint(hints: socket.socket, seconds: float | None) -> bool:
 def _receive_answer(sock: socket.socket, seconds: float, nonce: str,
                     key: bytes | None) -> Found | None:
     """Return the next answer worth believing, None when this was not one."""
-    sock.settimeout(max(min(seconds, _STOP_STEP), 0.001))
+    sock.settimeout(max(seconds, 0.001))
     try:
         packet, (address, _) = sock.recvfrom(_PACKET_LIMIT + 1)
     except OSError:  # nothing came, or Windows says that a probe found nobody
@@ -3843,10 +5298,6 @@ def _is_label(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 100 and value.isprintable()
 
 
-def _distance(found: Found) -> bool:
-    return not found.address.startswith("127.")
-
-
 def _udp_socket() -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -3872,18 +5323,43 @@ def _send_to(sock: socket.socket, packet: bytes, port: int, addresses: Sequence[
             sock.sendto(packet, (address, port))
 
 
+def own_addresses() -> list[str]:
+    """Return this computer's addresses on its networks, the one that leads furthest first.
+
+    They need no router. Loopback alone is returned when it is on no network.
+    """
+    found: list[str] = []
+    with contextlib.suppress(OSError):  # there is no route
+        found.append(_address_towards("192.0.2.1"))  # of documentation: nothing is sent
+    if sys.platform in _ADDRESS:
+        running = {name for name, reply in _ask_interfaces(_FLAGS)
+                   if struct.unpack_from("=H", reply, 16)[0] & _RUNNING}
+        found += [socket.inet_ntoa(reply[20:24]) for name, reply in _ask_interfaces(_ADDRESS)
+                  if name in running]
+    else:
+        with contextlib.suppress(OSError):
+            found += socket.gethostbyname_ex(socket.gethostname())[2]
+    return [address for address in dict.fromkeys(found)
+            if not address.startswith(("127.", "0."))] or ["127.0.0.1"]
+
+
 def _broadcast_addresses() -> list[str]:
     """Return the addresses that together reach this machine and every LAN it is on."""
-    addresses = [*_LOOPBACK, "255.255.255.255"]
-    code = _SIOCGIFBRDADDR.get(sys.platform)
-    if code is not None:
-        with _udp_socket() as sock:
-            for _, name in socket.if_nameindex():
-                request = struct.pack("256s", name.encode()[:15])
-                with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                    reply = fcntl.ioctl(sock.fileno(), code, request)
-                    addresses.append(socket.inet_ntoa(reply[20:24]))
+    found = [socket.inet_ntoa(reply[20:24]) for _, reply in _ask_interfaces(_BROADCAST)]
+    addresses = [*_LOOPBACK, "255.255.255.255", *found]
     return [address for address in dict.fromkeys(addresses) if address != "0.0.0.0"]
+
+
+def _ask_interfaces(codes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name of each interface that answers, and its ``struct ifreq``."""
+    code = codes.get(sys.platform)
+    if code is None:
+        return
+    with _udp_socket() as sock:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                yield name, fcntl.ioctl(sock.fileno(), code, request)
 
 
 def _address_towards(address: str) -> str:
@@ -3893,7 +5369,7 @@ def _address_towards(address: str) -> str:
         return str(sock.getsockname()[0])
 
 
-# === 8. HTTP =================================================================
+# === 9. HTTP =================================================================
 # Requests, responses, routes and roles, and the one adaptor between them and
 # sockets. Router.handle is the only place that turns anything, errors too, into
 # a response. Knows nothing of jobs, workers or keys: who somebody is, is decided
@@ -3933,7 +5409,7 @@ class Limits:
     """
 
     connections: int = 12_000
-    threads: int = 1000  # requests under way,
+    threads: int = 4000  # requests under way, most of which wait,
     strangers: int = 128  # those of strangers,
     strangers_each: int = 32  # and of strangers from one address
     head_bytes: int = 16384
@@ -3974,27 +5450,27 @@ class BodyReader:
 
     def blocks(self) -> Iterator[bytes]:
         """Yield the body as it comes."""
-        if self.length is not None and self.length > self.limit:
-            raise self._too_large()
+        self._check(self.length or 0)
         for block in self._source:  # one that has broken off gives no more, and never ends
             self.received += len(block)
-            if self.received > self.limit:
-                raise self._too_large()
+            self._check(self.received)
             self.finished = not block or self.received == self.length
             yield block
 
-    def _too_large(self) -> ProtocolError:
-        return ProtocolError(413, f"the body is larger than {format_size(self.limit)}")
+    def _check(self, size: int) -> None:
+        if size > self.limit:
+            raise ProtocolError(413, f"the body is larger than {format_size(self.limit)}")
 
 
 @dataclass
 class Request:
     """One request. ``path`` is decoded; ``headers`` has lower-case names.
 
-    ``params`` holds what the route's wildcards matched; ``secure`` says that it
-    came over TLS. ``alive()`` is False once the client has gone or the server is
-    stopping: a handler that waits looks at it now and then. ``enter`` is told who
-    it is from, and refuses it when there are too many.
+    ``params`` holds what the route's wildcards matched, ``secret`` what is where the
+    route says that one stands; ``secure`` says that it came over TLS. ``alive()`` is
+    False once the client has gone or the server is stopping: a handler that waits looks
+    at it now and then. ``enter`` is told who it is from, and refuses it when there are
+    too many.
     """
 
     method: str
@@ -4005,6 +5481,7 @@ class Request:
     remote: str = "127.0.0.1"
     identity: Identity = field(default_factory=Identity)
     params: Mapping[str, Any] = field(default_factory=dict)
+    secret: str | None = None
     secure: bool = False
     alive: Callable[[], bool] = lambda: True
     enter: Callable[[Identity], None] = lambda identity: None
@@ -4047,41 +5524,13 @@ class FileSlice:
         self.file.close()
 
 
-class Stream:
-    """A body that is made while it is sent.
-
-    The first block is made at once: what fails before it is still an error
-    response, not a 200 that breaks off. An iterator that has nothing to say
-    for long yields ``b""`` now and then, so that it ends when nobody listens.
-    """
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks = chunks
-        self._first = next(chunks, b"")
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Yield the blocks as they are made; ``OSError`` when one cannot be made."""
-        yield self._first
-        try:
-            yield from self._chunks
-        except Exception as error:
-            log.exception("a response broke off while it was made")
-            raise OSError("the response broke off") from error
-
-    def close(self) -> None:
-        """End the iterator where it waits, if it is a generator."""
-        close = getattr(self._chunks, "close", None)
-        if close is not None:
-            close()
-
-
 @dataclass
 class Response:
     """What is answered: a status, headers, and bytes, part of a file or a stream."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    body: bytes | FileSlice | Stream = b""
+    body: bytes | FileSlice | Generator[bytes, None, None] = b""
 
     def close(self) -> None:
         """Let go of what the body holds."""
@@ -4100,24 +5549,28 @@ def text_response(text: str, status: int = 200, mime: str = "text/plain") -> Res
     return Response(status, {"Content-Type": f"{mime}; charset=utf-8"}, text.encode())
 
 
-def html_response(text: str, status: int = 200) -> Response:
-    """Return an HTML page."""
-    return text_response(text, status, "text/html")
-
-
-def empty_response() -> Response:
-    """Return that it is done, and nothing else."""
-    return Response(204)
-
-
 def redirect(location: str) -> Response:
     """Send the browser to ``location``, with a GET."""
     return Response(303, {"Location": location})
 
 
 def stream_response(chunks: Iterator[bytes], mime: str) -> Response:
-    """Return a body of unknown length that is made while it is sent: see ``Stream``."""
-    return Response(200, {"Content-Type": mime}, Stream(chunks))
+    """Return a body of unknown length that is made while it is sent.
+
+    The first block is made at once: what fails before it is still an error
+    response, not a 200 that breaks off. An iterator that has nothing to say
+    for long yields ``b""`` now and then, so that it ends when nobody listens.
+    """
+    return Response(200, {"Content-Type": mime}, _stream(next(chunks, b""), chunks))
+
+
+def _stream(first: bytes, chunks: Iterator[bytes]) -> Generator[bytes, None, None]:
+    yield first
+    try:
+        yield from chunks
+    except Exception as error:
+        log.exception("a response broke off while it was made")
+        raise OSError("the response broke off") from error
 
 
 def file_response(path: Path, mime: str, request: Request, etag: str = "") -> Response:
@@ -4163,6 +5616,9 @@ class route:  # noqa: N801 - it is used as a decorator
     In ``pattern``, ``<name>`` matches anything but a slash, ``<n:int>`` a
     number, and ``<rest:path>`` slashes too. ``role`` is who may come in, one
     of ``ROLES``; it has no default so that nothing is open by forgetfulness.
+    ``takes`` is the record that the JSON body has the fields of.
+    ``secret`` names the wildcard or the field of the query where a secret stands;
+    without it that is in the header.
     """
 
     method: str
@@ -4170,6 +5626,8 @@ class route:  # noqa: N801 - it is used as a decorator
     role: str
     max_body: int = BODY_LIMIT
     summary: str = ""
+    secret: str = ""
+    takes: type | None = None
 
     def __call__(self, function: Handler) -> Handler:
         """Tag ``function``, and return it as it was."""
@@ -4187,11 +5645,6 @@ class BoundRoute:
     handler: Handler
     regex: re.Pattern[str]
 
-    @property
-    def doc(self) -> str:
-        """The handler's docstring."""
-        return self.handler.__doc__ or ""
-
 
 class Router:
     """Finds the handler of a request and makes a response of whatever comes out.
@@ -4199,12 +5652,15 @@ class Router:
     ``authenticate`` says who sends a request. ``hosts`` are the names that we
     are known by, addresses apart: a browser that was lured to us under another
     one by DNS rebinding is refused; empty stands for any. ``error_page`` makes
-    what a browser is shown for an error, where others get JSON.
+    what a browser is shown for an error, where others get JSON. ``gate`` lets
+    one request be handled at a time.
     """
 
     def __init__(self, *providers: object, authenticate: Callable[[Request], Identity],
                  hosts: Collection[str] = (),
-                 error_page: Callable[[Request, ProtocolError], Response] | None = None) -> None:
+                 error_page: Callable[[Request, ProtocolError], Response] | None = None,
+                 gate: Gate | None = None) -> None:
+        self.gate = gate or Gate()
         self._authenticate = authenticate
         self._hosts = hosts
         self._error_page = error_page
@@ -4222,7 +5678,8 @@ class Router:
     def handle(self, request: Request) -> Response:
         """Return the response to a request, an error response for any exception."""
         try:
-            response = self._dispatch(request)
+            with self.gate:
+                response = self._dispatch(request)
             if _UNSENDABLE.search("".join(response.headers.values())):
                 response.close()
                 raise ValueError(f"a header field cannot be sent: {response.headers}")
@@ -4258,13 +5715,18 @@ class Router:
             for group, value in match.groupdict().items() for name, kind in [group.split("_")]
         }
         request.body.limit = bound.route.max_body
+        if place := bound.route.secret:
+            request.secret = str(request.params.get(place, request.query.get(place, "")))
         request.identity = self._authenticate(request)
         if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
             request.enter(request.identity)
             return bound.handler(request)
         if request.identity.name:
-            raise ProtocolError(403, f"this needs the role '{bound.route.role}'")
-        raise ProtocolError(401, f"log in first: this needs the role '{bound.route.role}'",
+            raise ProtocolError(403, "the key given may not do this: give the farm's own with "
+                                "--key ('serve' prints it on the coordinator)")
+        raise ProtocolError(401, "log in first: give the farm's key with --key ('serve' prints it "
+                            "on the coordinator, where it is not needed), or in a browser open the "
+                            "link that 'login' prints there",
                             WWW_Authenticate="Bearer")
 
     def _check_host(self, request: Request) -> None:
@@ -4277,7 +5739,46 @@ class Router:
                                     f"{name!r}: start it with --host NAME")
 
 
-class Server:
+class Inside:
+    """Serves a ``Router`` to this process alone: nothing listens, nothing is sent."""
+
+    port = 0
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+        self._changed = threading.Condition()
+        self._under_way = 0
+        self._stopped = False
+
+    def start(self) -> None:
+        """Serve: it does."""
+
+    def stop(self) -> None:
+        """Answer nothing more, and wait for the answers that are under way."""
+        with self._changed:
+            self._stopped = True
+            self._changed.wait_for(lambda: not self._under_way)
+
+    def answer(self, method: str, target: str, headers: Mapping[str, str], body: BodyReader,
+               alive: Callable[[], bool]) -> Response | None:
+        """Return the answer to a request as it would be sent; None after the end."""
+        with self._changed:
+            if self._stopped:
+                return None
+            self._under_way += 1
+        try:
+            path, _, query = target.partition("?")
+            return self._router.handle(Request(
+                method, _decode(path), _fields(query),
+                {name.lower(): value for name, value in headers.items()}, body,
+                alive=lambda: alive() and not self._stopped))
+        finally:
+            with self._changed:
+                self._under_way -= 1
+                self._changed.notify_all()
+
+
+class Server(http.server.HTTPServer):
     """Serves a ``Router`` on a TCP port.
 
     One thread holds every connection from which no whole head of a request has
@@ -4286,6 +5787,9 @@ class Server:
     a new one. Port 0 picks a free one; ``port`` tells which. A port or an
     address that cannot be had is a ``UserError``.
     """
+
+    request_queue_size = 1024  # the base's 5 are too few when all workers come back at once
+    allow_reuse_address = os.name != "nt"  # there two servers would have the port
 
     def __init__(self, router: Router, host: str, port: int,
                  tls: ssl.SSLContext | None = None, limits: Limits | None = None) -> None:
@@ -4298,14 +5802,32 @@ class Server:
         self._ready: collections.deque[_Connection] = collections.deque()  # for a thread
         self._served: collections.deque[_Connection] = collections.deque()  # to be held again
         self._threads = 0
-        self._strangers: collections.Counter[str] = collections.Counter()  # by address
+        self.strangers: collections.Counter[str] = collections.Counter()  # by address
         self._held: dict[_Connection, None] = {}  # of the holding thread; idle longest first
-        self._listener = _listen(host, port)
-        self.port: int = self._listener.getsockname()[1]
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), _Connection)
+        except OSError as error:
+            raise UserError({
+                errno.EADDRINUSE: f"port {port} is in use: is another povfarm running here? "
+                                  "choose another with --port",
+                errno.EACCES: f"port {port} needs administrator rights: choose one above 1023 "
+                              "with --port",
+            }.get(error.errno or 0, f"cannot listen on {host} port {port}: {error.strerror}")
+            ) from error
+        self.socket.settimeout(0)
+        self.port: int = self.server_address[1]
         self._most = min(self.limits.connections, _descriptors(self.limits.connections))
         self._wakee, self._waker = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        self._thread = threading.Thread(target=self._hold_all, name="http", daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, name="http", daemon=True)
+
+    def server_bind(self) -> None:
+        """Take the port. The base then asks for this computer's name, which may take long."""
+        if self.address_family == socket.AF_INET6:
+            only = self.server_address[0] != "::" or not socket.has_dualstack_ipv6()
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        socketserver.TCPServer.server_bind(self)
 
     def start(self) -> None:
         """Begin to answer, in a thread of its own."""
@@ -4318,13 +5840,15 @@ class Server:
         self._wake()
         if self._thread.is_alive():
             self._thread.join(self.limits.stop_seconds)
-        for one in (self._listener, self._wakee, self._waker, self._selector):
+        self.server_close()
+        for one in (self._wakee, self._waker, self._selector):
             one.close()
         with self.changed:
             # Not by a Clock: these are threads in system calls.
             self.changed.wait_for(lambda: not self.connections, self.limits.stop_seconds)
-            for connection in self.connections:
-                connection.cut()
+            for connection in self.connections:  # the threads that serve them close them then
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(connection.connection, socket.SHUT_RDWR)
 
     @property
     def crowded(self) -> bool:
@@ -4332,32 +5856,19 @@ class Server:
         return (self._threads > self.limits.threads // 2 or self.stopping.is_set()
                 or len(self.connections) > self._most // 2)
 
-    def enter(self, remote: str) -> None:
-        """Count a request of a stranger; ``ProtocolError`` 503 when too many are under way."""
-        with self.changed:
-            if (self._strangers[remote] >= self.limits.strangers_each
-                    or sum(self._strangers.values()) >= self.limits.strangers):
-                raise ProtocolError(503, "too many requests at a time: try again in a moment",
-                                    Retry_After="1")
-            self._strangers[remote] += 1
-
-    def leave(self, remote: str) -> None:
-        """Forget a request that ``enter`` has counted."""
-        with self.changed:
-            self._strangers -= collections.Counter([remote])  # which drops the zeros
-
     # --- the thread that holds the connections
 
-    def _hold_all(self) -> None:
-        self._selector.register(self._listener, selectors.EVENT_READ)
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        """Hold all connections until the end. The base's serves one, and waits with it."""
+        self._selector.register(self.socket, selectors.EVENT_READ)
         self._selector.register(self._wakee, selectors.EVENT_READ)
         limits, looked = self.limits, time.monotonic()
-        pause = min(1.0, limits.head_seconds, limits.idle_seconds, limits.linger_seconds)
+        pause = min(poll_interval, limits.head_seconds, limits.idle_seconds, limits.linger_seconds)
         while not self.stopping.is_set():
             for key, _ in self._selector.select(pause if self._held else None):
                 if key.data in self._held:  # it may have had to make room meanwhile
                     self._step(key.data, key.data.fill)
-                elif key.fileobj is self._listener:
+                elif key.fileobj is self.socket:
                     self._accept()
                 elif key.fileobj is self._wakee:
                     self._wakee.recv(BUFFER)
@@ -4374,11 +5885,11 @@ class Server:
     def _accept(self) -> None:
         for _ in range(100):  # and then those that are here already have their turn
             try:
-                sock, (address, *_) = self._listener.accept()
+                sock, address = self.get_request()
                 if len(self.connections) >= self._most and not self._make_room():
                     sock.close()
                     raise OSError(f"there are {self._most} already, and all are busy")
-                connection = _Connection(self, sock, address)
+                connection = _Connection(sock, address, self)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -4400,7 +5911,7 @@ class Server:
     def _hold(self, connection: _Connection) -> None:
         self._held[connection] = None
         connection.rest()
-        self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+        self._selector.register(connection.connection, selectors.EVENT_READ, connection)
         self._step(connection, connection.fill)
 
     def _step(self, connection: _Connection, step: Callable[[], bool]) -> None:
@@ -4419,7 +5930,7 @@ class Server:
 
     def _let_go(self, connection: _Connection) -> None:
         del self._held[connection]
-        self._selector.unregister(connection.sock)
+        self._selector.unregister(connection.connection)
 
     def _drop(self, connection: _Connection) -> None:
         self._let_go(connection)
@@ -4461,56 +5972,71 @@ class Server:
             self._waker.send(b"\0")
 
 
-class _Connection:
+class _Stage(enum.Enum):
+    """Where a connection stands: it is held, or a thread has it."""
+
+    HANDSHAKE = "held, in the TLS handshake"
+    IDLE = "held, and nothing is asked"
+    BEGUN = "held, and the head of a request is on its way"
+    CLOSING = "held, and all is said: what still comes is thrown away"
+    ASKED = "a request is under way,"
+    ENTERED = "it has been let in,"
+    COUNTED = "and is counted as a stranger's"
+    OVER = "to be closed"
+
+
+# Until Python 3.12, looking up _Stage.IDLE takes as long as finding a request's handler.
+_HANDSHAKE, _IDLE, _BEGUN, _CLOSING, _ASKED, _ENTERED, _COUNTED, _OVER = _Stage
+
+
+class _Connection(http.server.BaseHTTPRequestHandler):
     """One client: reads its requests, one after the other, and writes the responses.
 
     It is held, in ``fill``, ``too_late`` and ``rest``, which never wait, or it
     has a thread, in ``serve`` and what that calls.
     """
 
-    def __init__(self, server: Server, sock: socket.socket, remote: str) -> None:
-        self.sock = sock
-        self.remote = remote[7:] if remote.startswith("::ffff:") else remote
+    protocol_version = request_version = "HTTP/1.1"
+    server: Server
+
+    def __init__(self, sock: socket.socket, address: Any, server: Server) -> None:
+        # Not the base's, which makes two files of each socket, and waits for a request at once.
+        self.server, self.client_address = server, address
+        self.connection = sock
+        self.remote = str(address[0]).removeprefix("::ffff:")
         self.deadline = 0.0  # of what is awaited now, while it is held
-        self._server = server
         self._limits = server.limits
+        self._stage = _IDLE
         self._buffer = bytearray()  # received and not yet used
-        self._searched = 0  # of the buffer: so far there is no end of a head
-        self._idle = True  # nothing is asked at the moment
-        self._closing = False  # all is said: what still comes is thrown away
-        self._inside = False  # the request under way has been let in,
-        self._counted = False  # and is counted as a stranger's
+        self._searched = 0  # of the buffer: so far there is no end of a head,
+        self._end = 0  # or here it is
         self._body_began = 0.0  # when the body was first asked for,
         self._body_bytes = 0  # and what has come of it, chunk sizes too
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._handshake = server.tls is not None
         if server.tls is not None:
             sock.settimeout(0)
-            self.sock = server.tls.wrap_socket(sock, server_side=True,
-                                               do_handshake_on_connect=False)
+            self._stage = _HANDSHAKE
+            self.connection = server.tls.wrap_socket(sock, server_side=True,
+                                                     do_handshake_on_connect=False)
 
     def close(self) -> None:
         """Close the connection."""
-        with self._server.changed:
-            self._server.connections.discard(self)
-            self._server.changed.notify_all()
-            self.sock.close()
-
-    def cut(self) -> None:
-        """Break the connection; the thread that serves it then closes it."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        with self.server.changed:
+            self.server.connections.discard(self)
+            self.server.changed.notify_all()
+            self.connection.close()
 
     # --- while it is held
 
     def rest(self) -> None:
         """Begin to be held, for as long as the limits allow."""
         limits = self._limits
-        self._idle = not self._buffer
-        self.deadline = time.monotonic() + (
-            limits.linger_seconds if self._closing else
-            limits.idle_seconds if self._idle and not self._handshake else limits.head_seconds)
-        self.sock.settimeout(0)
+        if self._stage not in (_HANDSHAKE, _CLOSING):
+            self._stage = _BEGUN if self._buffer else _IDLE
+        self.deadline = time.monotonic() + {
+            _CLOSING: limits.linger_seconds, _IDLE: limits.idle_seconds,
+        }.get(self._stage, limits.head_seconds)
+        self.connection.settimeout(0)
 
     def fill(self) -> bool:
         """Take in what has come; True when there is a request to serve, ``OSError`` at the end.
@@ -4518,19 +6044,15 @@ class _Connection:
         One block at a time: who sends without end is not alone here.
         """
         try:
-            if self._handshake:
+            if self._stage is _HANDSHAKE:
                 self._shake_hands()
             if self._has_head():
                 return True
-            data = self.sock.recv(BUFFER)
-            if not data:
-                raise ConnectionError("the client has closed it")
-            if self._closing:
-                return False
-            if self._idle:
-                self._idle = False
-                self.deadline = time.monotonic() + self._limits.head_seconds
-            self._buffer += data
+            self._receive()
+            if self._stage is _CLOSING:
+                self._buffer.clear()
+            elif self._stage is _IDLE:
+                self.rest()
             return self._has_head()
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
@@ -4540,24 +6062,28 @@ class _Connection:
 
     def too_late(self) -> bool:
         """Give up on a client that did not go on in time."""
-        if self._closing or not self._buffer:
+        if self._stage is _CLOSING or not self._buffer:
             raise TimeoutError("nothing came for too long")
         self._refuse(ProtocolError(408, "the request came too slowly"))
         return False
 
     def _shake_hands(self) -> None:
         try:
-            cast(ssl.SSLSocket, self.sock).do_handshake()
+            self.connection.do_handshake()
         except ssl.SSLError as error:
             if error.reason != "HTTP_REQUEST":
                 raise
             raise ProtocolError(400, "this port speaks TLS: write https://") from error
-        self._handshake = False
+        self._stage = _IDLE
         self.rest()
 
+    def _receive(self) -> None:
+        data = self.connection.recv(BUFFER)
+        if not data:
+            raise ConnectionError("the client has closed it")
+        self._buffer += data
+
     def _has_head(self) -> bool:
-        if self._closing:
-            return False
         # Some clients end a body with a line end.
         del self._buffer[: cast("re.Match[bytes]", _LINE_ENDS.match(self._buffer)).end()]
         if self._buffer[:2] == b"\x16\x03":  # how TLS begins
@@ -4568,14 +6094,15 @@ class _Connection:
         if end and self._buffer[max(end.start() - 1, 0) : end.end()] != b"\r\n\r\n":
             raise ProtocolError(400, "a line of the request ends in another way than CR LF")
         self._searched = max(len(self._buffer) - 3, 0)
+        self._end = end.end() if end else 0
         return end is not None
 
     def _refuse(self, error: ProtocolError) -> None:
         response = _error_in_json(error)
-        data = _head(response, "Connection: close\r\n") + cast(bytes, response.body)
-        self.sock.settimeout(0)  # it is little enough for the system to take at once
-        send = socket.socket.send if self._handshake else type(self.sock).send
-        send(self.sock, data)
+        data = self._head(response, True) + cast(bytes, response.body)
+        self.connection.settimeout(0)  # it is little enough for the system to take at once
+        kind = socket.socket if self._stage is _HANDSHAKE else type(self.connection)
+        kind.send(self.connection, data)
         self._say_goodbye()
         self.rest()
 
@@ -4584,19 +6111,17 @@ class _Connection:
 
         Closing with unread data makes TCP throw away what was sent.
         """
-        self._closing, self._handshake = True, False
+        self._stage = _CLOSING
         self._buffer.clear()
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+            self.connection.shutdown(socket.SHUT_WR)
 
     # --- while it has a thread
 
     def serve(self) -> bool:
         """Answer what is asked; True when the connection is to be held again."""
         try:
-            while self._next_request():
-                if not self._has_head() and not self._comes_soon():
-                    return True
+            self.handle()
         except ProtocolError as error:
             # Where the next request would begin is not known now: see RFC 9112, 6.3.
             with contextlib.suppress(OSError):
@@ -4605,137 +6130,166 @@ class _Connection:
             log.debug("%s: connection ended: %s", self.remote, error)
         except Exception:
             log.exception("%s: connection failed", self.remote)
-        return self._closing
+        return self._stage in (_IDLE, _CLOSING)
 
     def _comes_soon(self) -> bool:
         """Wait a moment for the next request, as to be held again costs more time."""
-        if self._server.crowded:
+        if self.server.crowded:
             return False
-        self.sock.settimeout(_SOON)
+        self.connection.settimeout(_SOON)
         with contextlib.suppress(socket.timeout, ssl.SSLWantReadError):
-            data = self.sock.recv(BUFFER)
-            if not data:
-                raise ConnectionError("the client has closed it")
-            self._buffer += data
+            self._receive()
         return self._has_head()
 
     def enter(self, identity: Identity) -> None:
         """Let a request in; ``ProtocolError`` 503 when too many of strangers are under way."""
-        if not self._inside and not identity.trusted:
-            self._server.enter(self.remote)
-            self._counted = True
-        self._inside = True
+        if self._stage is not _ASKED:
+            return
+        if identity.trusted:
+            self._stage = _ENTERED
+            return
+        with self.server.changed:
+            others = self.server.strangers
+            if (others[self.remote] >= self._limits.strangers_each
+                    or sum(others.values()) >= self._limits.strangers):
+                raise ProtocolError(503, "too many requests at a time: try again in a moment",
+                                    Retry_After="1")
+            others[self.remote] += 1
+        self._stage = _COUNTED
 
     def alive(self) -> bool:
         """Whether the client still waits and the server is not stopping."""
-        if self._server.stopping.is_set():
+        if self.server.stopping.is_set():
             return False
-        timeout = self.sock.gettimeout()
-        self.sock.settimeout(0)
+        timeout = self.connection.gettimeout()
+        self.connection.settimeout(0)
         try:
             # Below TLS: there, a client that waits sends nothing but its farewell.
-            data = socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
-            return bool(data) and self._server.tls is None
-        except (BlockingIOError, InterruptedError):
-            return True
-        except OSError:
-            return False
+            data = socket.socket.recv(self.connection, 1, socket.MSG_PEEK)
+            return bool(data) and self.server.tls is None
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
         finally:
-            self.sock.settimeout(timeout)
+            self.connection.settimeout(timeout)
 
-    def _next_request(self) -> bool:
-        """Serve the request whose head is here; False when it was the last."""
-        end = cast("re.Match[bytes]", _HEAD_END.search(self._buffer))
-        head = bytes(self._buffer[: end.start() + 1])
-        del self._buffer[: end.end()]
-        self._searched = 0
+    def handle_one_request(self) -> None:
+        """Serve the request whose head is here, and wait a moment for the next one.
+
+        The base's knows a method for each of HTTP's; here Router has the routes.
+        """
+        self._stage, unread = _ASKED, True
         try:
-            request, old, last = self._parse(head)
-            response = self._server.router.handle(request)
+            self.parse_request()
+            request = self.asked
+            del self.asked  # or both would wait for the garbage collector
+            response = self.server.router.handle(request)
             # Who was refused may read and write as slowly as others.
             with contextlib.suppress(ProtocolError):
                 self.enter(request.identity)
             unread = not self._drained(request)
-            last = last or unread or self._server.stopping.is_set()
+            self.close_connection |= unread or self.server.stopping.is_set()
             log.debug("%s %s %r: %d", self.remote, request.method, request.path, response.status)
-            self.sock.settimeout(self._limits.send_seconds if self._inside else 0)
-            self._send(response, request.method, old, last)
+            self.connection.settimeout(0 if self._stage is _ASKED else self._limits.send_seconds)
+            self._send(response)
         finally:
-            if self._counted:
-                self._server.leave(self.remote)
-            self._inside = self._counted = False
+            if self._stage is _COUNTED:
+                with self.server.changed:
+                    self.server.strangers -= collections.Counter([self.remote])  # drops zeros
+            self._stage = _OVER
         if unread:
             self._say_goodbye()
-        return not last
+        elif not self.close_connection:
+            self.close_connection = not (self._has_head() or self._comes_soon())
+            self._stage = _IDLE
 
-    def _parse(self, head: bytes) -> tuple[Request, bool, bool]:
-        """Return the request, whether it is HTTP/1.0, whether it is to be the last."""
-        first, *lines = head.decode("latin-1").removesuffix("\r\n").split("\r\n")
+    def parse_request(self) -> bool:
+        """Read the head that is here; ``ProtocolError`` where it is not to the letter.
+
+        The base's takes more: bare line feeds, blanks before a colon, two lengths, of which
+        somebody else may make two requests. And email.parser is slower than all the rest here.
+        """
+        first, *lines = self._buffer[: self._end - 4].decode("latin-1").split("\r\n")
+        del self._buffer[: self._end]
+        self._searched = 0
         match = _REQUEST_LINE.fullmatch(first)
         if match is None:
             raise ProtocolError(400, "this is not an HTTP/1 request")
-        method, host, target, minor = match.groups()
+        self.command, host, self.path, minor = match.groups()
         headers = _parse_fields(lines, self._limits)
         if host is not None:
             headers["host"] = host
         old = minor == "0"
+        self.request_version = f"HTTP/1.{minor}"
         if not old and "host" not in headers:
             raise ProtocolError(400, "the request has no Host")
-        path, _, query = target.partition("?")
+        path, _, query = self.path.partition("?")
         length = _body_length(headers, old)
         expects = headers.get("expect", "").lower() == "100-continue" and not old
-        request = Request(
-            method, _decode(path), _fields(query), headers,
+        self.close_connection = old or "close" in headers.get("connection", "").lower()
+        self.asked = Request(
+            self.command, _decode(path), _fields(query), headers,
             BodyReader(self._body(length, expects), length), self.remote,
-            secure=self._server.tls is not None, alive=self.alive, enter=self.enter,
+            secure=self.server.tls is not None, alive=self.alive, enter=self.enter,
         )
-        return request, old, old or "close" in headers.get("connection", "").lower()
+        return True
 
     def _drained(self, request: Request) -> bool:
         """Read away the little that a handler left of a body; False when it is not little."""
         body = request.body
-        awaited = "expect" in request.headers and not body.received  # it may never be sent
-        if body.finished or awaited or not self._inside:
+        if body.finished or self._stage is _ASKED or (
+                "expect" in request.headers and not body.received):  # it may never be sent
             return body.finished
         body.limit = body.received + _DRAIN_LIMIT
         with contextlib.suppress(ProtocolError):
             body.read()
         return body.finished
 
-    def _send(self, response: Response, method: str, old: bool, last: bool) -> None:
+    def _head(self, response: Response, last: bool) -> bytes:
+        """Return the head of a response: it travels with what follows, in one packet."""
         body = response.body
-        extra = "Connection: close\r\n" if last else ""
+        with io.BytesIO() as self.wfile:
+            self.send_response_only(response.status)
+            if isinstance(body, FileSlice):
+                self.send_header("Content-Length", str(body.length))
+            elif isinstance(body, bytes) and response.status not in (204, 304):
+                self.send_header("Content-Length", str(len(body)))
+            elif not isinstance(body, bytes) and self.request_version != "HTTP/1.0":
+                self.send_header("Transfer-Encoding", "chunked")
+            if last:
+                self.send_header("Connection", "close")
+            self.flush_headers()
+            self.wfile.write(_standing(int(time.time()), *response.headers.items()))
+            self.end_headers()
+            return self.wfile.getvalue()
+
+    def _send(self, response: Response) -> None:
         try:
-            if isinstance(body, Stream) and not old:
-                extra += "Transfer-Encoding: chunked\r\n"
-            head = _head(response, extra)
-            if method == "HEAD":
-                body = b""
+            head = self._head(response, self.close_connection)
+            body = b"" if self.command == "HEAD" else response.body
             if isinstance(body, bytes):
-                send_all(self.sock, head + body)
+                send_all(self.connection, head + body)
             elif isinstance(body, FileSlice):
-                send_all(self.sock, head)
-                if self.sock.sendfile(body.file, body.start, body.length) != body.length:
+                send_all(self.connection, head)
+                if self.connection.sendfile(body.file, body.start, body.length) != body.length:
                     raise OSError("the file became shorter while it was sent")
             else:
-                self._send_stream(head, body, old)
+                self._send_stream(head, body)
         finally:
             response.close()
 
-    def _send_stream(self, head: bytes, body: Stream, old: bool) -> None:
+    def _send_stream(self, head: bytes, body: Iterator[bytes]) -> None:
+        old = self.request_version == "HTTP/1.0"
         for chunk in body:
             if chunk:
-                data = chunk if old else b"%x\r\n%b\r\n" % (len(chunk), chunk)
-                send_all(self.sock, head + data)
-            elif head:
-                send_all(self.sock, head)
-            elif not self.alive():
+                head += chunk if old else b"%x\r\n%b\r\n" % (len(chunk), chunk)
+            elif not (head or self.alive()):
                 raise OSError("nobody listens to the stream")
+            send_all(self.connection, head)
             head = b""
-            if self._server.stopping.is_set():
+            if self.server.stopping.is_set():
                 raise OSError("the server is stopping")
         if not old:
-            send_all(self.sock, b"0\r\n\r\n")
+            send_all(self.connection, b"0\r\n\r\n")
 
     # --- the body of a request
 
@@ -4744,22 +6298,18 @@ class _Connection:
         self._body_began, self._body_bytes = time.monotonic(), 0
         if expects:  # the client waits with it until it is told to send it
             with contextlib.suppress(OSError):  # reading will show it
-                self.sock.settimeout(self._limits.send_seconds)
-                send_all(self.sock, b"HTTP/1.1 100 Continue\r\n\r\n")
-        if length is not None:
-            yield from self._blocks(length)
-        else:
-            while size := self._chunk_size():
-                yield from self._blocks(size)
-                if self._line():
-                    raise ProtocolError(400, "a chunk of the body is longer than it said")
-        yield b""
-
-    def _blocks(self, size: int) -> Iterator[bytes]:
+                self.connection.settimeout(self._limits.send_seconds)
+                send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+        size = self._chunk_size() if length is None else length
         while size:
             block = self._take(min(size, BUFFER))
             size -= len(block)
             yield block
+            if length is None and not size:
+                if self._line():
+                    raise ProtocolError(400, "a chunk of the body is longer than it said")
+                size = self._chunk_size()
+        yield b""
 
     def _chunk_size(self) -> int:
         """Return the size of the chunk that comes next, 0 after the trailer behind the last."""
@@ -4775,32 +6325,30 @@ class _Connection:
 
     def _line(self) -> bytes:
         line = b""
-        while not line.endswith(b"\r\n"):
+        while not line.endswith(b"\n"):
             line += self._take(1)
             if len(line) > 1000:
                 raise ProtocolError(400, "the body has too long a line between chunks")
-        if b"\n" in line[:-2]:  # others may take it for the line's end
+        if not line.endswith(b"\r\n"):  # others may not take it for the line's end
             raise ProtocolError(400, "a line of the body ends in another way than CR LF")
         return line[:-2]
 
     def _take(self, size: int) -> bytes:
         """Return 1 to ``size`` bytes; ``ProtocolError`` when none come in time."""
         limits = self._limits
-        paid = self._body_bytes / limits.body_rate
+        end = self._body_began + limits.body_seconds + self._body_bytes / limits.body_rate
         try:
             while not self._buffer:
-                left = self._body_began + limits.body_seconds + paid - time.monotonic()
+                left = end - time.monotonic()
                 if left < 0:
-                    raise ProtocolError(408, "the body came too slowly")
-                self.sock.settimeout(max(left, 0.001))
-                data = self.sock.recv(BUFFER)
-                if not data:
-                    raise ProtocolError(400, "the body ended early")
-                self._buffer += data
+                    raise socket.timeout
+                self.connection.settimeout(max(left, 0.001))
+                with self.server.router.gate.outside():
+                    self._receive()
         except socket.timeout:
             raise ProtocolError(408, "the body came too slowly") from None
         except OSError as error:
-            raise ProtocolError(400, f"the connection broke: {error}") from error
+            raise ProtocolError(400, f"the body ended early: {error}") from error
         data = bytes(self._buffer[:size])
         del self._buffer[:size]
         self._body_bytes += len(data)
@@ -4822,7 +6370,7 @@ _REQUEST_LINE = re.compile(
 _UNSENDABLE = re.compile("[\r\n\0\u0100-\U0010ffff]")
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\n-\x1f\x7f]*)")
 _WILDCARD = re.compile(r"<([a-z]+)(?::(int|path))?>")
-_WILDCARD_REGEX = {"str": "[^/]+", "int": "[0-9]{1,18}", "path": ".+"}
+_WILDCARD_REGEX = {None: "[^/]+", "int": "[0-9]{1,18}", "path": ".+"}
 
 # What every response says, unless it says otherwise: a browser is to make nothing of it but
 # what it is, not to run anything in it, and to keep it from pages of others.
@@ -4831,12 +6379,22 @@ _HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "same-origin",
 }
+@functools.lru_cache(maxsize=64)
+def _standing(second: int, *more: tuple[str, str]) -> bytes:
+    """Return the fields that say nothing of a body: most responses of a second have the same."""
+    fields = {"Date": email.utils.formatdate(second, usegmt=True), **_HEADERS, **dict(more)}
+    return "".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode("latin-1")
+
+
 # What is answered to an exception; the first that fits counts.
 _STATUS: tuple[tuple[type[FarmError], int], ...] = (
     (UserError, 400),
+    (NotFound, 404),
+    (Damaged, 422),
     (StaleLease, 410),
     (IllegalTransition, 409),
     (NoRoom, 507),
+    (TryAgain, 503),
     (StoreError, 500),
     (FarmError, 409),
 )
@@ -4844,12 +6402,9 @@ _STATUS: tuple[tuple[type[FarmError], int], ...] = (
 
 def _compile(pattern: str) -> re.Pattern[str]:
     """Return the regular expression of a route's pattern; its groups are ``name_kind``."""
-    return re.compile(_WILDCARD.sub(_group, re.escape(pattern)), re.DOTALL)
-
-
-def _group(wildcard: re.Match[str]) -> str:
-    kind = wildcard[2] or "str"
-    return f"(?P<{wildcard[1]}_{kind}>{_WILDCARD_REGEX[kind]})"
+    return re.compile(_WILDCARD.sub(
+        lambda found: f"(?P<{found[1]}_{found[2] or 'str'}>{_WILDCARD_REGEX[found[2]]})",
+        re.escape(pattern)), re.DOTALL)
 
 
 def _refusal(error: Exception, place: str) -> ProtocolError:
@@ -4877,6 +6432,8 @@ def _is_address(name: str) -> bool:
 
 def _fields(text: str) -> dict[str, str]:
     """Return the fields of a query or a form; ``ProtocolError`` 400 for too many."""
+    if not text:
+        return {}
     try:
         return dict(urllib.parse.parse_qsl(text, keep_blank_values=True, max_num_fields=1000))
     except ValueError as error:
@@ -4930,21 +6487,6 @@ def _body_length(headers: Mapping[str, str], old: bool) -> int | None:
     return None
 
 
-def _head(response: Response, extra: str) -> bytes:
-    """Return the status line and the header of a response, with the empty line."""
-    status = response.status
-    headers = {**_HEADERS, **response.headers}
-    if isinstance(response.body, FileSlice):
-        headers["Content-Length"] = str(response.body.length)
-    elif isinstance(response.body, bytes) and status not in (204, 304):
-        headers["Content-Length"] = str(len(response.body))
-    fields = [f"{name}: {value}" for name, value in headers.items()]
-    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-    reason = http.client.responses.get(status, "")
-    lines = [f"HTTP/1.1 {status} {reason}", f"Date: {date}", *fields, extra + "\r\n"]
-    return "\r\n".join(lines).encode("latin-1")
-
-
 def _byte_range(headers: Mapping[str, str], etag: str, size: int) -> tuple[int, int] | None:
     """Return start and end of the range that is asked for, None for the whole file.
 
@@ -4959,23 +6501,6 @@ def _byte_range(headers: Mapping[str, str], etag: str, size: int) -> tuple[int, 
     start = int(match[1])
     end = min(int(match[2]) + 1, size) if match[2] else size
     return None if match[2] and int(match[2]) < start else (start, max(start, end))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        listener = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024,
-            dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6())
-    except OSError as error:
-        reason, _, _ = str(error.strerror).partition(" (while ")  # Python adds the address
-        raise UserError({
-            errno.EADDRINUSE: f"port {port} is in use: is another povfarm running here? "
-                              "choose another with --port",
-            errno.EACCES: f"port {port} needs administrator rights: choose one above 1023 "
-                          "with --port",
-        }.get(error.errno or 0, f"cannot listen on {host} port {port}: {reason}")) from error
-    listener.settimeout(0)
-    return listener
 
 
 def _descriptors(wanted: int) -> int:
@@ -4993,20 +6518,21 @@ def _descriptors(wanted: int) -> int:
     return wanted if soft == resource.RLIM_INFINITY else max(soft - 256, soft // 2)
 
 
-# === 9. STORE ================================================================
+# === 10. STORE ===============================================================
 # All SQL, and the directory of blobs. Methods are single statements with a
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
 
-MIGRATIONS: tuple[str, ...] = (
-    """
+SCHEMA_VERSION = 8  # the database's PRAGMA user_version; 1 to 7 came before the first release
+SCHEMA = """
     CREATE TABLE meta (
         key TEXT PRIMARY KEY, value TEXT NOT NULL
     ) WITHOUT ROWID;
+    -- aside: why its pictures are not trusted
     CREATE TABLE worker (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, token TEXT NOT NULL UNIQUE,
         state TEXT NOT NULL, code TEXT NOT NULL, cores INTEGER NOT NULL, memory INTEGER NOT NULL,
-        system TEXT NOT NULL, engines TEXT NOT NULL, tags TEXT NOT NULL, address TEXT NOT NULL,
-        joined REAL NOT NULL
+        system TEXT NOT NULL, engines_json TEXT NOT NULL, tags_json TEXT NOT NULL,
+        address TEXT NOT NULL, joined REAL NOT NULL, aside TEXT NOT NULL DEFAULT ''
     );
     CREATE TABLE blob (
         sha256 TEXT PRIMARY KEY, size INTEGER NOT NULL, stored REAL NOT NULL
@@ -5019,98 +6545,287 @@ MIGRATIONS: tuple[str, ...] = (
         PRIMARY KEY (manifest, sha256)
     ) WITHOUT ROWID;
     CREATE INDEX manifest_blob_sha256 ON manifest_blob (sha256);
+    -- priority: as in options_json, to sort by; engines_json: of the worker that began it
     CREATE TABLE job (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, state TEXT NOT NULL,
-        reason TEXT NOT NULL DEFAULT '', owner TEXT NOT NULL, pov TEXT NOT NULL,
+        reason TEXT NOT NULL DEFAULT '', owner TEXT NOT NULL, pov_json TEXT NOT NULL,
         manifest TEXT NOT NULL REFERENCES manifest, priority INTEGER NOT NULL,
-        max_workers INTEGER NOT NULL, retry_limit INTEGER NOT NULL, in_order INTEGER NOT NULL,
+        options_json TEXT NOT NULL, engines_json TEXT NOT NULL DEFAULT '{}',
         created REAL NOT NULL, started REAL, finished REAL,
         queued INTEGER NOT NULL DEFAULT 0, leased INTEGER NOT NULL DEFAULT 0,
         done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
-        cancelled INTEGER NOT NULL DEFAULT 0, cpu REAL NOT NULL DEFAULT 0,
-        wall REAL NOT NULL DEFAULT 0
+        cancelled INTEGER NOT NULL DEFAULT 0, runs INTEGER NOT NULL DEFAULT 0,
+        cpu REAL NOT NULL DEFAULT 0, wall REAL NOT NULL DEFAULT 0
     );
-    CREATE INDEX job_state ON job (state, priority);
+    CREATE INDEX job_state ON job (state);
+    CREATE INDEX job_turn ON job (priority DESC, runs, id, queued, leased) WHERE state = 'active';
     CREATE INDEX job_manifest ON job (manifest);
+    -- Slices and passes are tasks below their frame. cut of a frame: the row that its next slice
+    -- begins with, NULL while it is not sliced; state_of: the POV-Ray that left a state.
     CREATE TABLE task (
-        id INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE,
+        id INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL,
         frame INTEGER NOT NULL, slice INTEGER NOT NULL DEFAULT 0, name TEXT NOT NULL,
         state TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0, worker INTEGER, finished REAL,
-        sha256 TEXT, size INTEGER, cpu REAL, wall REAL, memory INTEGER,
-        UNIQUE (job, frame, slice)
+        sha256 TEXT, size INTEGER, cpu REAL, wall REAL, memory INTEGER, parse REAL,
+        parent INTEGER REFERENCES task ON DELETE CASCADE, kind TEXT NOT NULL DEFAULT 'frame',
+        top INTEGER NOT NULL DEFAULT 0, bottom INTEGER NOT NULL DEFAULT 0, cut INTEGER,
+        state_of TEXT NOT NULL DEFAULT '', UNIQUE (job, frame, slice)
     );
     CREATE INDEX task_state ON task (job, state, frame, slice);
-    CREATE INDEX task_done ON task (job, finished) WHERE state = 'done';
+    CREATE INDEX task_done ON task (job, finished) WHERE state = 'done' AND parent IS NULL;
+    CREATE INDEX task_slice ON task (job, finished) WHERE state = 'done' AND kind = 'slice';
+    CREATE INDEX task_parent ON task (parent) WHERE parent IS NOT NULL;
+    CREATE INDEX task_part ON task (job, state, kind) WHERE parent IS NOT NULL;
+    CREATE INDEX task_cut ON task (state, job) WHERE cut IS NOT NULL;
     CREATE TABLE lease (
         id TEXT PRIMARY KEY, worker INTEGER NOT NULL REFERENCES worker,
-        job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE, granted REAL NOT NULL,
+        job INTEGER NOT NULL, granted REAL NOT NULL,
         ended REAL, why TEXT NOT NULL DEFAULT ''
     ) WITHOUT ROWID;
     CREATE INDEX lease_live ON lease (job) WHERE ended IS NULL;
+    -- given: the row before which a slice was to end when it was given out, 0 for a whole frame;
+    -- where its task has fewer rows now, others were given the rest
     CREATE TABLE attempt (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         task INTEGER NOT NULL REFERENCES task ON DELETE CASCADE,
         lease TEXT NOT NULL REFERENCES lease ON DELETE CASCADE, worker INTEGER NOT NULL,
         state TEXT NOT NULL, started REAL NOT NULL, ended REAL,
         message TEXT NOT NULL DEFAULT '', log TEXT NOT NULL DEFAULT '',
-        UNIQUE (task, lease)
+        given INTEGER NOT NULL DEFAULT 0, UNIQUE (task, lease)
     );
     CREATE INDEX attempt_lease ON attempt (lease);
     CREATE INDEX attempt_recent ON attempt (worker, id);
     CREATE INDEX attempt_live ON attempt (task) WHERE state = 'live';
+    CREATE INDEX attempt_kept ON attempt (task) WHERE state = 'kept';
     CREATE INDEX attempt_failed ON attempt (worker, task) WHERE state = 'failed';
+    CREATE VIEW try AS
+        SELECT attempt.*, task.job AS job, task.frame AS frame, task.parent AS parent,
+               task.kind AS kind, task.top AS top, task.bottom AS bottom
+        FROM attempt JOIN task ON task.id = attempt.task;
     CREATE TABLE event (
         id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job INTEGER, frame INTEGER,
         worker INTEGER, what TEXT NOT NULL, text TEXT NOT NULL
     );
     CREATE INDEX event_job ON event (job);
-    """,
-    # `engines` of a job are those of the worker that began it, `aside` says of a worker why its
-    # pictures are not trusted.
-    # Slices and passes are tasks below their frame; `cut` of a frame is the row that its next
-    # slice begins with, NULL while it is not sliced; `state_of` the POV-Ray that left a state.
-    """
-    ALTER TABLE job ADD COLUMN slices TEXT NOT NULL DEFAULT 'auto';
-    ALTER TABLE job ADD COLUMN radiosity TEXT NOT NULL DEFAULT 'share';
-    ALTER TABLE job ADD COLUMN povray TEXT NOT NULL DEFAULT 'auto';
-    ALTER TABLE job ADD COLUMN engines TEXT NOT NULL DEFAULT '{}';
-    ALTER TABLE job ADD COLUMN verify INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE job ADD COLUMN frame_timeout INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE worker ADD COLUMN aside TEXT NOT NULL DEFAULT '';
-    CREATE INDEX attempt_kept ON attempt (task) WHERE state = 'kept';
-    ALTER TABLE task ADD COLUMN parent INTEGER REFERENCES task ON DELETE CASCADE;
-    ALTER TABLE task ADD COLUMN kind TEXT NOT NULL DEFAULT 'frame';
-    ALTER TABLE task ADD COLUMN top INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE task ADD COLUMN bottom INTEGER NOT NULL DEFAULT 0;
-    ALTER TABLE task ADD COLUMN cut INTEGER;
-    ALTER TABLE task ADD COLUMN parse REAL;
-    ALTER TABLE task ADD COLUMN state_of TEXT NOT NULL DEFAULT '';
-    CREATE INDEX task_parent ON task (parent) WHERE parent IS NOT NULL;
-    CREATE INDEX task_part ON task (job, state, kind) WHERE parent IS NOT NULL;
-    CREATE INDEX task_cut ON task (state, job) WHERE cut IS NOT NULL;
-    """,
-    # Files that scenes wrote themselves, as the last frame left them; their contents are blobs.
-    """
+    -- Files that scenes wrote themselves, as the last frame left them; their contents are blobs.
     CREATE TABLE written (
         job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE, path TEXT NOT NULL,
         frame INTEGER NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL,
         PRIMARY KEY (job, path)
     ) WITHOUT ROWID;
     CREATE INDEX written_sha256 ON written (sha256);
-    """,
-    # The row before which an attempt at a slice was to end when it was given out, 0 for a whole
-    # frame: where its task has fewer rows now, others were given the rest.
-    """
-    ALTER TABLE attempt ADD COLUMN given INTEGER NOT NULL DEFAULT 0;
-    UPDATE attempt SET given = (SELECT bottom FROM task WHERE task.id = attempt.task)
-    WHERE state = 'live' AND task IN (SELECT id FROM task WHERE parent IS NOT NULL);
-    DROP INDEX task_done;
-    CREATE INDEX task_done ON task (job, finished) WHERE state = 'done' AND parent IS NULL;
-    CREATE INDEX task_slice ON task (job, finished) WHERE state = 'done' AND kind = 'slice';
-    """,
-)
+"""
 
-Row = sqlite3.Row
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the database has it; ``engines`` are those of the worker that began it.
+
+    ``queued`` to ``cancelled`` count its frames, ``runs`` its live leases; ``cpu``
+    and ``wall`` are the seconds that its frames cost.
+    """
+
+    id: int
+    name: str
+    state: JobState
+    reason: str
+    owner: str
+    pov_json: str
+    manifest: str
+    options_json: str
+    engines_json: str
+    created: float
+    started: float | None
+    finished: float | None
+    queued: int
+    leased: int
+    done: int
+    failed: int
+    cancelled: int
+    runs: int
+    cpu: float
+    wall: float
+
+    @functools.cached_property
+    def pov(self) -> PovJob:
+        """What POV-Ray is told."""
+        return pov_of(self.pov_json)
+
+    @functools.cached_property
+    def options(self) -> JobOptions:
+        """How the farm treats it."""
+        return _options_in(self.options_json)
+
+    @functools.cached_property
+    def engines(self) -> Mapping[str, str]:
+        """What the worker had that began it."""
+        return engines_of(self.engines_json)
+
+    @functools.cached_property
+    def region(self) -> Region:
+        """The rows that are rendered."""
+        return region_of(self.pov.options)
+
+    @property
+    def counts(self) -> dict[TaskState, int]:
+        """How many of its frames are in each state."""
+        return {state: getattr(self, state.value) for state in TaskState}
+
+    @property
+    def mean_cost(self) -> Cost | None:
+        """What a frame cost on average, None before the first is done."""
+        return Cost(self.cpu / self.done, self.wall / self.done) if self.done else None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A frame, or a slice or pass below its ``parent``; see ``SCHEMA`` and ``TaskSpec``."""
+
+    id: int
+    job: int
+    frame: int
+    name: str
+    state: TaskState
+    tries: int
+    worker: int | None
+    finished: float | None
+    sha256: str | None
+    size: int | None
+    cpu: float | None
+    wall: float | None
+    memory: int | None
+    parse: float | None
+    parent: int | None
+    kind: TaskKind
+    top: int
+    bottom: int
+    cut: int | None
+    state_of: str
+
+    @property
+    def is_part(self) -> bool:
+        """True for a slice or a pass."""
+        return self.parent is not None
+
+    @property
+    def uncut(self) -> int:
+        """How many rows of a sliced frame no slice has yet."""
+        return 0 if self.cut is None else self.bottom - self.cut
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try of a task under a lease, and what the task is."""
+
+    id: int
+    task: int
+    lease: str
+    worker: int
+    state: AttemptState
+    started: float
+    message: str
+    log: str
+    given: int
+    job: int
+    frame: int
+    parent: int | None
+    kind: TaskKind
+    top: int
+    bottom: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker as the farm knows it; ``aside`` is why its pictures are not trusted."""
+
+    id: int
+    name: str
+    token: str
+    state: WorkerState
+    code: str
+    cores: int
+    memory: int
+    system: str
+    engines_json: str
+    tags_json: str
+    address: str
+    joined: float
+    aside: str
+
+    @functools.cached_property
+    def engines(self) -> Mapping[str, str]:
+        """What it renders with."""
+        return engines_of(self.engines_json)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, for people."""
+
+    id: int
+    time: float
+    job: int | None
+    frame: int | None
+    worker: int | None
+    what: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that a scene wrote; without a hash where it was left on the worker."""
+
+    path: str
+    frame: int
+    sha256: str
+    size: int
+
+
+@functools.lru_cache(maxsize=1024)
+def _options_in(text: str) -> JobOptions:
+    return JobOptions(**json.loads(text))
+
+
+@functools.lru_cache(maxsize=1024)
+def engines_of(text: str) -> Mapping[str, str]:
+    """Read a worker's engines: the same for most."""
+    engines: dict[str, str] = json.loads(text)
+    return engines
+
+
+class _Known:
+    """The workers, by their secrets, as they were read last, until one ``changes``."""
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.members: tuple[int, Mapping[str, Member]] = -1, {}
+
+
+_Record = TypeVar("_Record")
+_MEMBERS: Mapping[str, Mapping[str, Word]] = {kind.__name__: {word.value: word for word in kind}
+    for kind in (TaskState, JobState, AttemptState, WorkerState, TaskKind)}
+
+
+def _records(kind: type[_Record], cursor: sqlite3.Cursor) -> Iterator[_Record]:
+    """Make a record of each row, whose columns have the names of the fields and may be more."""
+    names = [column[0] for column in cursor.description]
+    words = [(name, _MEMBERS[form]) for name, form in kind.__annotations__.items()
+             if form in _MEMBERS]
+    for row in cursor:
+        # Not by __init__, which takes four times as long, and a job may have a million frames.
+        record = object.__new__(kind)
+        values = record.__dict__
+        values.update(zip(names, row))
+        for name, members in words:
+            values[name] = members[values[name]]
+        yield record
+
+
+def present(record: _Record | None) -> _Record:
+    """Return a record that must be there: a foreign key, or the statement, says so."""
+    assert record is not None
+    return record
+
 
 _DATABASE_TAKES_NOTHING = re.compile("is full|disk I/O|readonly")  # SQLite's own words
 _BACKUP_LOOKS = 5  # at a farm in which jobs are deleted meanwhile
@@ -5120,30 +6835,36 @@ class Store:
     """The farm's database and blobs under one data directory.
 
     ``durable`` False skips the waits for the disk: for a farm whose data
-    nobody needs after its process has ended. Raises ``StoreError`` when the
+    nobody needs after its process has ended. Who waits for the disk does so outside of the
+    ``gate``. Raises ``StoreError`` when the
     directory or the database cannot be used, and ``NoRoom`` when the disk takes
     nothing: then ``notice`` says so until ``look_for_room`` finds that it does.
     """
 
-    def __init__(self, root: Path, durable: bool = True) -> None:
+    def __init__(self, root: Path, durable: bool = True, gate: Gate | None = None) -> None:
         self.root = root
         self.durable = durable
+        self.gate = gate or Gate()
         self._lock = threading.RLock()
         self._readers: list[sqlite3.Connection] = []
+        self._flushes: dict[Path, SharedFlush] = {}
+        self._known = _Known()
         self._closed = False
         self.notice = ""
         try:
-            if self._version(root) > len(MIGRATIONS):
-                raise StoreError(
-                    f"{root / 'farm.db'} was written by a newer povfarm: use that version")
+            version = self._version(root)
+            if version:
+                _check_version(root, version)
             for name in ("blobs", "jobs"):
                 self._make(root / name)
             self._writer = self._connect()
             try:
-                self._migrate()
-            except sqlite3.Error:
+                self._set_up(new=not version)
+                self._log = open(root / "farm.db-wal", "rb+", buffering=0)  # noqa: SIM115
+            except (OSError, sqlite3.Error):
                 self._writer.close()
                 raise
+            self._flush_log = SharedFlush(lambda: os.fsync(self._log.fileno()))
         except (OSError, sqlite3.Error) as error:
             raise StoreError(f"the data directory {root} cannot be used: {error}") from None
 
@@ -5151,37 +6872,48 @@ class Store:
         """Close every connection, those in use as soon as they no longer are."""
         with self._lock:
             self._closed = True
+            self._log.close()
             for connection in [self._writer, *self._readers]:
                 connection.close()
 
     @contextlib.contextmanager
     def tx(self) -> Iterator[Tx]:
-        """One writer at a time: all of the block is done, or nothing of it."""
-        with self._lock, self._noticing():
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield Tx(self._writer)
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
+        """One writer at a time: all of the block is done, or nothing of it.
+
+        It is on the disk at the end; meanwhile others write and see it already.
+        """
+        with self._noticing():
+            with self._lock:
+                self._writer.execute("BEGIN IMMEDIATE")
+                try:
+                    tx = Tx(self._writer, self._known)
+                    yield tx
+                    self._writer.execute("COMMIT")
+                    self._known.changes += tx.changed_workers
+                except BaseException:
+                    if self._writer.in_transaction:
+                        self._writer.execute("ROLLBACK")
+                    raise
+            if self.durable:
+                with self.gate.outside():
+                    self._flush_log()
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[Tx]:
-        """Look at the database as it is at this moment; writes are refused."""
-        with self._lock:
-            connection = self._readers.pop() if self._readers else self._connect(writes=False)
+    def read(self) -> Iterator[Look]:
+        """Look at the database as it is at this moment."""
+        try:  # without a lock: who reads waits for nobody
+            connection = self._readers.pop()
+        except IndexError:
+            connection = self._connect(writes=False)
         try:
             connection.execute("BEGIN")
-            yield Tx(connection)
+            yield Look(connection, self._known)
         finally:
             connection.execute("COMMIT")
-            with self._lock:
-                if self._closed:
-                    connection.close()
-                else:
-                    self._readers.append(connection)
+            if self._closed:
+                connection.close()
+            else:
+                self._readers.append(connection)
 
     def blob_path(self, sha256: str) -> Path:
         """Return where the contents with this hash are, or would be."""
@@ -5190,17 +6922,17 @@ class Store:
     def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> int:
         """Store contents as they come and return their size in bytes.
 
-        ``ProtocolError`` 422, and nothing kept, when the hash is another one.
+        ``Damaged``, and nothing kept, when the hash is another one.
         """
         digest, size = hashlib.sha256(), 0
-        with self._placed(self.blob_path(sha256)) as file:
+        with self.placing(self.blob_path(sha256)) as part, open(part, "wb") as file:
             for chunk in chunks:
                 self.need(len(chunk))
                 digest.update(chunk)
                 size += len(chunk)
                 file.write(chunk)
             if digest.hexdigest() != sha256:
-                raise ProtocolError(422, "the contents do not have the hash that they came under")
+                raise Damaged("the contents do not have the hash that they came under")
         return size
 
     def job_directory(self, job: int, name: str) -> Path:
@@ -5208,11 +6940,39 @@ class Store:
         slug = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "job"
         return self.root / "jobs" / f"{job}-{slug}"
 
-    def put_image(self, directory: Path, name: str, data: bytes) -> None:
-        """Write a finished image so that it is there whole or not at all."""
-        self.need(len(data))
-        with self._placed(safe_join(directory, name)) as file:
-            file.write(data)
+    def place(self, job: Job, task: Task) -> Path:
+        """Return where the file of a task is, or would be."""
+        return Path(*place_of(self.job_directory(job.id, job.name), task))
+
+    def state_path(self, job: Job, task: Task) -> Path:
+        """Return where the state of a task is that a stopped render has left, if any."""
+        return self.job_directory(job.id, job.name) / "parts" / f"{task.id}.state"
+
+    @contextlib.contextmanager
+    def incoming(self) -> Iterator[Path]:
+        """Make a directory for what comes in, which goes with all that is left in it."""
+        place = self.root / "incoming" / secrets.token_hex(8)
+        with self._noticing():
+            try:
+                place.mkdir(parents=True)
+                yield place
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def put_image(self, directory: Path, name: str, data: Path | bytes) -> None:
+        """Store a finished image, or the file of one, so that it is there whole or not at all."""
+        with self.placing(safe_join(directory, name)) as part:
+            if isinstance(data, Path):
+                _link(data, part)
+            else:
+                self.need(len(data))
+                part.write_bytes(data)
+
+    def move_image(self, made: Path, directory: Path, name: str) -> None:
+        """Bring an image that ``placing`` made elsewhere in the directory to where it belongs."""
+        with self._noticing():
+            made.replace(safe_join(directory, name))
+            self._flush(directory)
 
     def put_log(self, directory: Path, name: str, text: bytes) -> str:
         """Keep the renderer's text of one attempt; return its name below ``directory``."""
@@ -5220,6 +6980,18 @@ class Store:
             self._make(directory / "logs")
             safe_join(directory / "logs", name).write_bytes(text)
         return f"logs/{name}"
+
+    @contextlib.contextmanager
+    def placing(self, path: Path) -> Iterator[Path]:
+        """Name a file to write: it is at ``path`` whole, and durable, or not at all."""
+        with self._noticing():
+            self._make(path.parent)
+            with placed(path) as part:
+                yield part
+                if self.durable:
+                    with open(part, "r+b") as file, self.gate.outside():
+                        os.fsync(file.fileno())
+            self._flush(path.parent)
 
     def need(self, size: int) -> None:
         """Raise ``NoRoom`` when not so many bytes are free."""
@@ -5232,8 +7004,8 @@ class Store:
             self.need(LEFT_FREE if self.notice else 0)
             if not self.notice:
                 return False
-            with self._placed(self.root / "probe") as file:
-                file.write(bytes(1 << 20))
+            with self.placing(self.root / "probe") as part:
+                part.write_bytes(bytes(1 << 20))
             (self.root / "probe").unlink()
             with self.tx() as tx:
                 tx.set_meta("probe", "")
@@ -5258,6 +7030,7 @@ class Store:
             raise self._no_room() from error
 
     def _no_room(self) -> NoRoom:
+        """Note that the disk is full: while there is a notice, nothing is leased."""
         if not self.notice:
             self.notice = ("the coordinator's disk is full or cannot be written. Nothing is lost: "
                            "make room there ('povfarm.py delete JOB' deletes a job's images) and "
@@ -5294,8 +7067,7 @@ class Store:
 
     @classmethod
     def _copy_database(cls, root: Path, to: Path) -> None:
-        if cls._version(root) != len(MIGRATIONS):
-            raise StoreError(f"{root / 'farm.db'} is of another version of povfarm: use that one")
+        _check_version(root, cls._version(root))
         with contextlib.closing(sqlite3.connect(root / "farm.db", timeout=30)) as source, \
                 contextlib.closing(sqlite3.connect(to / "farm.db")) as copy:
             source.backup(copy)
@@ -5326,7 +7098,7 @@ class Store:
         """
         with self.read() as tx:
             kept = {*map(self.blob_path, tx.stored_blobs()), *self._images(tx)}
-            jobs, newest = {str(row["id"]) for row in tx.jobs(0, -1)}, tx.newest_job()
+            jobs, newest = {str(job.id) for job in tx.jobs(0, -1)}, tx.newest_job()
             states = {f"{task}.state" for task in tx.states()}
         idle = [path for path in (self.root / "blobs").glob("*/*") if path not in kept]
         idle += [path for path in (self.root / "jobs").glob("*/parts/*")
@@ -5335,30 +7107,23 @@ class Store:
         for path in idle:
             with contextlib.suppress(OSError):
                 path.unlink()
+        shutil.rmtree(self.root / "incoming", ignore_errors=True)
         for path in (self.root / "jobs").iterdir():
             number = path.name.partition("-")[0]
             if number.isdecimal() and int(number) <= newest and number not in jobs:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _images(self, tx: Tx) -> list[Path]:
-        images = [Path(*place_of(self.job_directory(row["job"], row["job_name"]), row))
-                  for row in tx.done_tasks()]
-        return images + [
-            self.job_directory(row["job"], row["job_name"]) / "parts"
-            / kept_name(row, row["attempt"]) for row in tx.kept_images()]
+    def _images(self, tx: Look) -> list[Path]:
+        places = {job.id: self.job_directory(job.id, job.name) for job in tx.jobs(0, -1)}
+        images = [Path(*place_of(places[task.job], task)) for task in tx.done_tasks()]
+        return images + [places[kept.job] / "parts" / kept_name(tx.task(kept.task), kept.id)
+                         for kept in tx.kept_images()]
 
-    @contextlib.contextmanager
-    def _placed(self, path: Path) -> Iterator[BinaryIO]:
-        """Write a file that is there whole, and outlives a power cut, or not at all."""
-        with self._noticing():
-            self._make(path.parent)
-            with placed(path) as part, open(part, "wb") as file:
-                yield file
-                file.flush()
-                if self.durable:
-                    os.fsync(file.fileno())
-            if self.durable:
-                sync_directory(path.parent)
+    def _flush(self, directory: Path) -> None:
+        if self.durable:
+            with self.gate.outside():
+                self._flushes.setdefault(directory, SharedFlush(
+                    functools.partial(sync_directory, directory)))()
 
     def _make(self, directory: Path) -> None:
         if not directory.is_dir():
@@ -5374,7 +7139,8 @@ class Store:
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys = ON")
         if writes:
-            level = "PRAGMA synchronous = FULL" if self.durable else "PRAGMA synchronous = OFF"
+            # NORMAL flushes what a checkpoint needs; what a transaction needs is flushed in `tx`.
+            level = "PRAGMA synchronous = NORMAL" if self.durable else "PRAGMA synchronous = OFF"
             connection.execute(level)
         else:
             connection.execute("PRAGMA query_only = ON")
@@ -5393,21 +7159,27 @@ class Store:
         with contextlib.closing(sqlite3.connect(uri, timeout=30, uri=True)) as connection:
             return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
-    def _migrate(self) -> None:
-        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+    def _set_up(self, new: bool) -> None:
         self._writer.execute("PRAGMA journal_mode = WAL")
-        for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        if new:
             self._writer.executescript(
-                f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
-            )
+                f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
 
-def place_of(directory: Path, task: Row) -> tuple[Path, str]:
+def _check_version(root: Path, version: int) -> None:
+    """Refuse the database of another version: it is neither read nor changed."""
+    if version != SCHEMA_VERSION:
+        age = "a newer" if version > SCHEMA_VERSION else "an older"
+        raise StoreError(f"{root / 'farm.db'} was written by {age} povfarm: use that version, or "
+                         "another --data")
+
+
+def place_of(directory: Path, task: Task) -> tuple[Path, str]:
     """Return the directory and the name of a task's file: parts have their own until joined."""
-    if not task["parent"]:
-        return directory, task["name"]
-    suffix = PurePosixPath(task["name"]).suffix if task["kind"] == TaskKind.SLICE else ".zip"
-    return directory / "parts", f"{task['id']}{suffix}"
+    if not task.is_part:
+        return directory, task.name
+    suffix = PurePosixPath(task.name).suffix if task.kind is TaskKind.SLICE else ".zip"
+    return directory / "parts", f"{task.id}{suffix}"
 
 
 def _is_part(name: str) -> bool:
@@ -5432,614 +7204,369 @@ def _link(source: Path, to: Path) -> None:
         shutil.copy2(source, to)
 
 
-def kept_name(task: Row, attempt: int) -> str:
+def kept_name(task: Task, attempt: int) -> str:
     """Return the name in ``parts`` of an image that waits to be compared."""
-    return f"{task['id']}.{attempt}{PurePosixPath(task['name']).suffix}"
+    return f"{task.id}.{attempt}{PurePosixPath(task.name).suffix}"
 
 
-class Tx:
-    """One transaction: every statement that the farm runs, by name."""
+class Look:
+    """One look at the database: every question that the farm asks it, by name."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, known: _Known) -> None:
         self._db = connection
+        self._known = known
+        self._changes = known.changes  # before the database is looked at
+
+    def _do(self, sql: str, /, **values: Any) -> sqlite3.Cursor:
+        return self._db.execute(sql, values)
+
+    def _all(self, kind: type[_Record], sql: str, /, **values: Any) -> list[_Record]:
+        return list(_records(kind, self._db.execute(sql, values)))
+
+    def _one(self, kind: type[_Record], sql: str, /, **values: Any) -> _Record | None:
+        return next(iter(self._all(kind, sql, **values)), None)
 
     # --- the farm itself
 
     def meta(self, key: str) -> str:
         """Return a value of the farm itself, or an empty text."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = :key", {"key": key}).fetchone()
+        row = self._do("SELECT value FROM meta WHERE key = :key", key=key).fetchone()
         return row["value"] if row else ""
 
-    def set_meta(self, key: str, value: str) -> None:
-        """Set a value of the farm itself."""
-        self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (:key, :value)",
-                         {"key": key, "value": value})
-
-    def add_event(self, now: float, what: str, text: str, job: int | None = None,
-                  frame: int | None = None, worker: int | None = None) -> None:
-        """Append to the story of the farm."""
-        self._db.execute(
-            """INSERT INTO event (time, job, frame, worker, what, text)
-               VALUES (:now, :job, :frame, :worker, :what, :text)""",
-            {"now": now, "job": job, "frame": frame, "worker": worker, "what": what, "text": text})
-
-    def events(self, after: int, limit: int) -> list[Row]:
+    def events(self, after: int, limit: int) -> list[Event]:
         """Return events with a higher id, oldest first."""
-        return self._db.execute(
-            "SELECT * FROM event WHERE id > :after ORDER BY id LIMIT :limit",
-            {"after": after, "limit": limit}).fetchall()
+        return self._all(Event, "SELECT * FROM event WHERE id > :after ORDER BY id LIMIT :limit",
+                         after=after, limit=limit)
 
     def last_event(self) -> int:
         """Return the id of the newest event, 0 when there is none."""
-        return int(self._db.execute("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
+        return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
 
     def first_event(self, job: int) -> int:
         """Return the id of the event with which a job began."""
-        return int(self._db.execute("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
-                                    {"job": job}).fetchone()[0])
-
-    def drop_events(self, before: int) -> None:
-        """Forget old events."""
-        self._db.execute("DELETE FROM event WHERE id < :before", {"before": before})
+        return int(self._do("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
+                            job=job).fetchone()[0])
 
     # --- workers
 
-    def add_worker(self, info: WorkerInfo, token: str, state: WorkerState, code: str,
-                   address: str, now: float) -> int:
-        """Add a worker and return its id; ``token`` is the hash of its secret."""
-        cursor = self._db.execute(
-            """INSERT INTO worker (name, token, state, code, cores, memory, system, engines, tags,
-                                   address, joined)
-               VALUES (:name, :token, :state, :code, :cores, :memory, :system, :engines, :tags,
-                       :address, :now)""",
-            {"name": info.name, "token": token, "state": state.value, "code": code,
-             "cores": info.cores, "memory": info.memory, "system": info.system,
-             "engines": json.dumps(dict(info.engines)), "tags": json.dumps(info.tags),
-             "address": address, "now": now})
-        return int(cursor.lastrowid or 0)
+    def worker(self, worker: int) -> Member:
+        """Return a worker that is known, or was removed."""
+        return present(self.find_worker(worker))
 
-    def set_worker_info(self, worker: int, info: WorkerInfo, address: str) -> None:
-        """Replace what a worker says of itself."""
-        self._db.execute(
-            """UPDATE worker SET name = :name, cores = :cores, memory = :memory, system = :system,
-                                 engines = :engines, tags = :tags, address = :address,
-                                 aside = ''
-               WHERE id = :id""",
-            {"id": worker, "name": info.name, "cores": info.cores, "memory": info.memory,
-             "system": info.system, "engines": json.dumps(dict(info.engines)),
-             "tags": json.dumps(info.tags), "address": address})
-
-    def worker(self, worker: int) -> Row | None:
+    def find_worker(self, worker: int) -> Member | None:
         """Return one worker."""
-        return cast("Row | None", self._db.execute(
-            "SELECT * FROM worker WHERE id = :id", {"id": worker}).fetchone())
+        return self._one(Member, "SELECT * FROM worker WHERE id = :id", id=worker)
 
-    def worker_by_token(self, token: str) -> Row | None:
-        """Return the worker whose secret has this hash."""
-        return cast("Row | None", self._db.execute(
-            "SELECT * FROM worker WHERE token = :token", {"token": token}).fetchone())
+    def was_removed(self, token: str) -> bool:
+        """Tell whether a worker that was removed had the secret with this hash."""
+        return self._do("""
+            SELECT 1 FROM worker WHERE state = 'removed'
+              AND token = 'removed ' || id || ' ' || :token""", token=token).fetchone() is not None
 
-    def workers(self) -> list[Row]:
+    def workers(self) -> list[Member]:
         """Return every worker that was not removed."""
-        return self._db.execute(
-            "SELECT * FROM worker WHERE state != 'removed' ORDER BY id").fetchall()
+        return list(self._members().values())
 
-    def set_worker_state(self, worker: int, state: WorkerState) -> bool:
-        """Admit or remove a worker, and forget its secret then; False when there is none."""
-        return self._db.execute(
-            """UPDATE worker SET state = :state,
-                 token = CASE WHEN :state = 'removed' THEN 'removed ' || id ELSE token END
-               WHERE id = :id AND state != 'removed'""",
-            {"id": worker, "state": state.value}).rowcount == 1
+    def worker_by_token(self, token: str) -> Member | None:
+        """Return the worker whose secret has this hash."""
+        return self._members().get(token)
 
-    def set_aside(self, worker: int, why: str) -> None:
-        """Note why the pictures of a worker are not trusted."""
-        self._db.execute("UPDATE worker SET aside = :why WHERE id = :id",
-                         {"id": worker, "why": why})
+    def _members(self) -> Mapping[str, Member]:
+        """Return the workers that were not removed, by the hashes of their secrets."""
+        changes, members = self._known.members
+        if changes != self._changes:
+            members = {row.token: row for row in self._all(Member, """
+                SELECT * FROM worker WHERE state != 'removed' ORDER BY id""")}
+            if self._changes >= 0:
+                self._known.members = self._changes, members
+        return members
 
     # --- files
 
-    def add_blob(self, sha256: str, size: int, now: float) -> None:
-        """Record contents that are on disk already."""
-        self._db.execute(
-            "INSERT OR IGNORE INTO blob (sha256, size, stored) VALUES (:sha256, :size, :now)",
-            {"sha256": sha256, "size": size, "now": now})
-
     def stored_blobs(self) -> list[str]:
         """Return the hash of everything that is stored."""
-        return [row["sha256"] for row in self._db.execute("SELECT sha256 FROM blob")]
+        return [row["sha256"] for row in self._do("SELECT sha256 FROM blob")]
 
     def is_stored(self, sha256: str) -> bool:
         """Tell whether these contents are recorded."""
-        return self._db.execute("SELECT 1 FROM blob WHERE sha256 = :sha256",
-                                {"sha256": sha256}).fetchone() is not None
+        return self._do("SELECT 1 FROM blob WHERE sha256 = :sha256",
+                        sha256=sha256).fetchone() is not None
 
     def blob_wanted(self, sha256: str) -> bool:
         """Tell whether a manifest names these contents."""
-        return self._db.execute("SELECT 1 FROM manifest_blob WHERE sha256 = :sha256 LIMIT 1",
-                                {"sha256": sha256}).fetchone() is not None
-
-    def add_manifest(self, manifest: Manifest) -> None:
-        """Record a manifest, once however many jobs use it."""
-        self._db.execute("INSERT OR IGNORE INTO manifest (key, wire) VALUES (:key, :wire)",
-                         {"key": manifest.key, "wire": json.dumps(manifest.to_wire())})
-        self._db.executemany(
-            "INSERT OR IGNORE INTO manifest_blob (manifest, sha256) VALUES (:key, :sha256)",
-            [{"key": manifest.key, "sha256": file.sha256} for file in manifest.files])
+        return self._do("SELECT 1 FROM manifest_blob WHERE sha256 = :sha256 LIMIT 1",
+                        sha256=sha256).fetchone() is not None
 
     def manifest(self, key: str) -> str:
         """Return a manifest's JSON text, or an empty text."""
-        row = self._db.execute("SELECT wire FROM manifest WHERE key = :key",
-                               {"key": key}).fetchone()
+        row = self._do("SELECT wire FROM manifest WHERE key = :key", key=key).fetchone()
         return row["wire"] if row else ""
+
+    def extent(self, job: int) -> tuple[int, int, int]:
+        """Return how many files a job's project has (each content once), their bytes, and the
+        number of the files that its scene wrote."""
+        files, size, written = self._do("""
+            SELECT COUNT(*), TOTAL(blob.size),
+                   (SELECT COUNT(*) FROM written WHERE written.job = :job)
+            FROM job JOIN manifest_blob ON manifest_blob.manifest = job.manifest
+            LEFT JOIN blob ON blob.sha256 = manifest_blob.sha256 WHERE job.id = :job""",
+            job=job).fetchone()
+        return files, int(size), written
 
     def missing_blobs(self, manifest: str) -> list[str]:
         """Return the hashes that a manifest names and that are not stored."""
-        return [row["sha256"] for row in self._db.execute(
-            """SELECT sha256 FROM manifest_blob WHERE manifest = :key
-               AND sha256 NOT IN (SELECT sha256 FROM blob) ORDER BY sha256""", {"key": manifest})]
+        return [row["sha256"] for row in self._do("""
+            SELECT sha256 FROM manifest_blob WHERE manifest = :key
+            AND sha256 NOT IN (SELECT sha256 FROM blob) ORDER BY sha256""", key=manifest)]
 
-    def drop_manifests(self) -> None:
-        """Forget the manifests that no job uses."""
-        self._db.execute("DELETE FROM manifest WHERE key NOT IN (SELECT manifest FROM job)")
+    def missing_files(self) -> dict[int, set[str]]:
+        """Return what ``missing_blobs`` does for each job that waits."""
+        return {row["id"]: set(self.missing_blobs(row["manifest"])) for row in self._do("""
+            SELECT id, manifest FROM job WHERE state = 'waiting'""").fetchall()}
 
     def unused_blobs(self, before: float) -> list[str]:
         """Return the hashes that nobody names and that are older than ``before``."""
-        return [row["sha256"] for row in self._db.execute(
-            """SELECT sha256 FROM blob WHERE stored < :before
-               AND sha256 NOT IN (SELECT sha256 FROM manifest_blob)
-               AND sha256 NOT IN (SELECT sha256 FROM written)""", {"before": before})]
+        return [row["sha256"] for row in self._do("""
+            SELECT sha256 FROM blob WHERE stored < :before
+            AND sha256 NOT IN (SELECT sha256 FROM manifest_blob)
+            AND sha256 NOT IN (SELECT sha256 FROM written)""", before=before)]
 
-    def add_written(self, job: int, path: str, frame: int, sha256: str, size: int) -> None:
-        """Record a file that a scene wrote, unless that of a later frame is there."""
-        self._db.execute(
-            """INSERT INTO written (job, path, frame, sha256, size)
-               VALUES (:job, :path, :frame, :sha256, :size)
-               ON CONFLICT (job, path) DO UPDATE SET
-                 frame = excluded.frame, sha256 = excluded.sha256, size = excluded.size
-               WHERE excluded.frame >= written.frame""",
-            {"job": job, "path": path, "frame": frame, "sha256": sha256, "size": size})
-
-    def written(self, job: int) -> list[Row]:
+    def written(self, job: int) -> list[Written]:
         """Return the files that the scene of a job wrote."""
-        return self._db.execute(
-            "SELECT path, frame, sha256, size FROM written WHERE job = :job ORDER BY path",
-            {"job": job}).fetchall()
-
-    def drop_blob(self, sha256: str) -> None:
-        """Forget contents, before their file is deleted."""
-        self._db.execute("DELETE FROM blob WHERE sha256 = :sha256", {"sha256": sha256})
+        return self._all(Written, """
+            SELECT path, frame, sha256, size FROM written WHERE job = :job ORDER BY path""",
+            job=job)
 
     # --- jobs
 
-    def add_job(self, name: str, owner: str, pov: PovJob, manifest: str, options: JobOptions,
-                now: float) -> int:
-        """Add a waiting job without tasks and return its id."""
-        cursor = self._db.execute(
-            """INSERT INTO job (name, state, owner, pov, manifest, priority, max_workers,
-                                retry_limit, in_order, slices, radiosity, povray, verify,
-                                frame_timeout, created)
-               VALUES (:name, 'waiting', :owner, :pov, :manifest, :priority, :max_workers,
-                       :retry_limit, :in_order, :slices, :radiosity, :povray, :verify,
-                       :frame_timeout, :now)""",
-            {**vars(options), "name": name, "owner": owner, "pov": json.dumps(pov.to_wire()),
-             "manifest": manifest, "now": now})
-        return int(cursor.lastrowid or 0)
+    def job(self, job: int) -> Job:
+        """Return one job; ``NotFound`` when there is none."""
+        found = self.find_job(job)
+        if found is None:
+            raise NotFound(f"there is no job {job}")
+        return found
 
-    def add_tasks(self, job: int, tasks: Iterable[tuple[int, str]]) -> None:
-        """Add queued tasks, given as frame and file name, and count them."""
-        rows = [{"job": job, "frame": frame, "name": name} for frame, name in tasks]
-        self._db.executemany(
-            "INSERT INTO task (job, frame, name, state) VALUES (:job, :frame, :name, 'queued')",
-            rows)
-        self._db.execute("UPDATE job SET queued = queued + :count WHERE id = :job",
-                         {"job": job, "count": len(rows)})
+    def find_job(self, job: int) -> Job | None:
+        """Return one job, None when there is none."""
+        return self._one(Job, "SELECT * FROM job WHERE id = :id", id=job)
 
-    def job(self, job: int) -> Row | None:
-        """Return one job."""
-        return cast("Row | None", self._db.execute(
-            "SELECT * FROM job WHERE id = :id", {"id": job}).fetchone())
-
-    def jobs(self, after: int, limit: int) -> list[Row]:
+    def jobs(self, after: int, limit: int) -> list[Job]:
         """Return jobs, the newest first; ``after`` is the last id already seen, or 0."""
-        return self._db.execute(
-            """SELECT * FROM job WHERE (:after = 0 OR id < :after)
-               ORDER BY id DESC LIMIT :limit""", {"after": after, "limit": limit}).fetchall()
+        return self._all(Job, """
+            SELECT * FROM job WHERE (:after = 0 OR id < :after)
+            ORDER BY id DESC LIMIT :limit""", after=after, limit=limit)
 
     def newest_job(self) -> int:
         """Return the highest number that a job ever had; numbers are not used again."""
-        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'job'").fetchone()
+        row = self._do("SELECT seq FROM sqlite_sequence WHERE name = 'job'").fetchone()
         return int(row["seq"]) if row else 0
 
-    def waiting_jobs(self) -> list[Row]:
-        """Return the jobs whose files have not all come."""
-        return self._db.execute("SELECT * FROM job WHERE state = 'waiting'").fetchall()
+    def leasable_jobs(self, over: bool = False) -> Iterator[Job]:
+        """Yield active jobs that have something to give out, in the order in which they are served.
 
-    def leasable_jobs(self) -> list[Row]:
-        """Return active jobs in the order in which they may be served.
-
-        Higher priority first; among equals the one with the fewest runs under
-        way, so that each gets its share; then the oldest.
+        Frames, slices or passes that wait for a worker, or rows that are not cut; when it is
+        looked ``over``, also what others render. Higher priority first; among equals the one
+        with the fewest runs under way, so that each gets its share; then the oldest.
         """
-        return self._db.execute(
-            """SELECT job.*, (SELECT COUNT(*) FROM lease
-                              WHERE lease.job = job.id AND lease.ended IS NULL) AS runs
-               FROM job WHERE state = 'active' AND queued + leased > 0
-               ORDER BY priority DESC, runs, id""").fetchall()
+        yield from _records(Job, self._do("""
+            SELECT * FROM job INDEXED BY job_turn
+            WHERE state = 'active' AND queued + leased > 0 AND (queued > 0 OR :over
+              OR EXISTS (SELECT 1 FROM task INDEXED BY task_part
+                         WHERE task.job = job.id AND state = 'queued' AND parent IS NOT NULL)
+              OR EXISTS (SELECT 1 FROM task INDEXED BY task_cut
+                         WHERE task.job = job.id AND state = 'leased' AND cut IS NOT NULL
+                         AND cut < bottom))
+            ORDER BY priority DESC, runs, id""", over=over))
 
-    def set_job_state(self, job: int, frm: JobState, to: JobState, reason: str,
-                      finished: float | None) -> bool:
-        """Move a job from one state to another; False when it was in neither."""
-        return self._db.execute(
-            """UPDATE job SET state = :to, reason = :reason, finished = :finished
-               WHERE id = :id AND state = :frm""",
-            {"id": job, "frm": frm.value, "to": to.value, "reason": reason,
-             "finished": finished}).rowcount == 1
+    def open_tasks(self) -> int:
+        """Return how many frames the active jobs have that are not finished."""
+        return int(self._do("""
+            SELECT TOTAL(queued + leased) FROM job INDEXED BY job_turn
+            WHERE state = 'active'""").fetchone()[0])
 
-    def set_job_started(self, job: int, now: float) -> None:
-        """Note when the first task of a job was given out."""
-        self._db.execute("UPDATE job SET started = :now WHERE id = :id AND started IS NULL",
-                         {"id": job, "now": now})
+    def left_rows(self) -> set[int]:
+        """Return the numbers of jobs that are not there but of which there may be rows."""
+        return {int(row["key"][5:]) for row in self._do("""
+            SELECT key FROM meta WHERE key > 'rows ' AND key < 'rows:'""")}
 
-    def set_job_engines(self, job: int, engines: str) -> None:
-        """Note what the worker has that begins a job, as JSON text."""
-        self._db.execute("UPDATE job SET engines = :engines WHERE id = :id",
-                         {"id": job, "engines": engines})
-
-    def set_job_options(self, job: int, options: JobOptions) -> None:
-        """Change how a job is treated."""
-        self._db.execute(
-            """UPDATE job SET priority = :priority, max_workers = :max_workers,
-                              retry_limit = :retry_limit, in_order = :in_order,
-                              slices = :slices, radiosity = :radiosity, povray = :povray,
-                              verify = :verify, frame_timeout = :frame_timeout
-               WHERE id = :id""", {**vars(options), "id": job})
-
-    def add_job_cost(self, job: int, cost: Cost) -> None:
-        """Add what a finished task cost."""
-        self._db.execute("UPDATE job SET cpu = cpu + :cpu, wall = wall + :wall WHERE id = :id",
-                         {"id": job, "cpu": cost.cpu, "wall": cost.wall})
-
-    def drop_job(self, job: int) -> None:
-        """Forget a job with its tasks, leases, attempts and ticket."""
-        self._db.execute("DELETE FROM job WHERE id = :id", {"id": job})
-        self._db.execute("DELETE FROM meta WHERE key LIKE 'ticket %' AND value = :id",
-                         {"id": str(job)})
-
-    def count_task(self, job: int, frm: TaskState, to: TaskState) -> None:
-        """Keep the job's counters equal to its rows when one task changes."""
-        self._db.execute(
-            """UPDATE job SET
-                 queued = queued + (:to = 'queued') - (:frm = 'queued'),
-                 leased = leased + (:to = 'leased') - (:frm = 'leased'),
-                 done = done + (:to = 'done') - (:frm = 'done'),
-                 failed = failed + (:to = 'failed') - (:frm = 'failed'),
-                 cancelled = cancelled + (:to = 'cancelled') - (:frm = 'cancelled')
-               WHERE id = :id""", {"id": job, "frm": frm.value, "to": to.value})
+    def half_cancelled(self) -> set[int]:
+        """Return the cancelled jobs of which frames still wait or are out."""
+        return {row["id"] for row in self._do("""
+            SELECT id FROM job WHERE state = 'cancelled' AND queued + leased > 0""")}
 
     # --- tasks
 
-    def task(self, task: int) -> Row | None:
-        """Return one task."""
-        return cast("Row | None", self._db.execute(
-            "SELECT * FROM task WHERE id = :id", {"id": task}).fetchone())
+    def task(self, task: int) -> Task:
+        """Return a task that something in the database belongs to."""
+        return present(self.find_task(task))
 
-    def task_of_frame(self, job: int, frame: int) -> Row | None:
+    def find_task(self, task: int) -> Task | None:
+        """Return one task, None when it is gone."""
+        return self._one(Task, "SELECT * FROM task WHERE id = :id", id=task)
+
+    def task_of_frame(self, job: int, frame: int) -> Task | None:
         """Return the task of one frame."""
-        return cast("Row | None", self._db.execute(
-            "SELECT * FROM task WHERE job = :job AND frame = :frame AND slice = 0",
-            {"job": job, "frame": frame}).fetchone())
+        return self._one(Task, """
+            SELECT * FROM task WHERE job = :job AND frame = :frame AND slice = 0""",
+            job=job, frame=frame)
 
-    def tasks(self, job: int, after: int = -1, limit: int = -1) -> list[Row]:
+    def tasks(self, job: int, after: int = -1, limit: int = -1) -> list[Task]:
         """Return a job's frames; ``after`` is the last one already seen."""
-        return self._db.execute(
-            """SELECT * FROM task WHERE job = :job AND frame > :after AND slice = 0
-               ORDER BY frame LIMIT :limit""",
-            {"job": job, "after": after, "limit": limit}).fetchall()
+        return self._all(Task, """
+            SELECT * FROM task WHERE job = :job AND frame > :after AND slice = 0
+            ORDER BY frame LIMIT :limit""", job=job, after=after, limit=limit)
 
-    def tasks_in(self, job: int, state: TaskState) -> list[Row]:
+    def tasks_in(self, job: int, state: TaskState) -> list[Task]:
         """Return the frames of a job that are in one state."""
-        return self._db.execute(
-            """SELECT * FROM task WHERE job = :job AND state = :state AND slice = 0
-               ORDER BY frame""", {"job": job, "state": state.value}).fetchall()
+        return self._all(Task, """
+            SELECT * FROM task WHERE job = :job AND state = :state AND slice = 0
+            ORDER BY frame""", job=job, state=state.value)
 
-    def next_tasks(self, job: int, worker: int, limit: int) -> list[Row]:
+    def next_tasks(self, job: int, worker: int, limit: int) -> list[Task]:
         """Return queued whole frames that this worker has not failed or rendered yet."""
-        return self._db.execute(
-            """SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
-               AND cut IS NULL AND NOT EXISTS (
-                 SELECT 1 FROM attempt WHERE attempt.task = task.id
-                 AND attempt.worker = :worker AND attempt.state = 'failed')
-               AND NOT EXISTS (
-                 SELECT 1 FROM attempt WHERE attempt.task = task.id
-                 AND attempt.worker = :worker AND attempt.state = 'kept')
-               ORDER BY frame LIMIT :limit""",
-            {"job": job, "worker": worker, "limit": limit}).fetchall()
+        return self._all(Task, """
+            SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
+            AND cut IS NULL AND NOT EXISTS (
+              SELECT 1 FROM attempt WHERE attempt.task = task.id
+              AND attempt.worker = :worker AND attempt.state = 'failed')
+            AND NOT EXISTS (
+              SELECT 1 FROM attempt WHERE attempt.task = task.id
+              AND attempt.worker = :worker AND attempt.state = 'kept')
+            ORDER BY frame LIMIT :limit""", job=job, worker=worker, limit=limit)
 
-    def newest_task_of(self, job: int) -> Row | None:
+    def newest_task_of(self, job: int) -> Task | None:
         """Return the frame of one job that was finished last."""
-        return cast("Row | None", self._db.execute(
-            """SELECT * FROM task INDEXED BY task_done
-               WHERE job = :job AND state = 'done' AND parent IS NULL
-               ORDER BY finished DESC, id DESC LIMIT 1""", {"job": job}).fetchone())
+        return self._one(Task, """
+            SELECT * FROM task INDEXED BY task_done
+            WHERE job = :job AND state = 'done' AND parent IS NULL
+            ORDER BY finished DESC, id DESC LIMIT 1""", job=job)
 
-    def neighbours(self, job: int, frame: int) -> list[Row]:
+    def neighbours(self, job: int, frame: int) -> list[Task]:
         """Return the finished frames that are the nearest before and after a frame."""
-        return self._db.execute(
-            """SELECT * FROM task WHERE job = :job AND slice = 0 AND frame IN (
-                 (SELECT MAX(frame) FROM task WHERE job = :job AND state = 'done'
-                  AND slice = 0 AND frame < :frame),
-                 (SELECT MIN(frame) FROM task WHERE job = :job AND state = 'done'
-                  AND slice = 0 AND frame > :frame))""", {"job": job, "frame": frame}).fetchall()
-
-    # --- slices of frames, and the passes that slices share
-
-    def add_part(self, frame: Row, kind: TaskKind, top: int, bottom: int) -> Row:
-        """Add a queued slice or pass below a frame and return it."""
-        passes, slices = self._db.execute(
-            """SELECT MIN(slice) - 1, MAX(slice) + 1 FROM task
-               WHERE job = :job AND frame = :frame""",
-            {"job": frame["job"], "frame": frame["frame"]}).fetchone()
-        number = passes if kind is TaskKind.PASS else slices
-        cursor = self._db.execute(
-            """INSERT INTO task (job, frame, slice, name, state, parent, kind, top, bottom)
-               VALUES (:job, :frame, :number, :name, 'queued', :id, :kind, :top, :bottom)""",
-            {**dict(frame), "number": number, "kind": kind.value, "top": top, "bottom": bottom})
-        return cast(Row, self.task(int(cursor.lastrowid or 0)))
-
-    def parts(self, frame: int, kind: TaskKind | None = None) -> list[Row]:
-        """Return the slices and the passes of a frame, or those of one kind, by their rows."""
-        return self._db.execute(
-            """SELECT * FROM task WHERE parent = :frame AND kind = COALESCE(:kind, kind)
-               ORDER BY top, slice""",
-            {"frame": frame, "kind": kind and kind.value}).fetchall()
-
-    def slice_states(self, frame: int) -> set[TaskState]:
-        """Return the states in which slices of a frame are."""
-        return {TaskState(row["state"]) for row in self._db.execute(
-            "SELECT DISTINCT state FROM task WHERE parent = :frame AND kind = 'slice'",
-            {"frame": frame})}
-
-    def queued_parts(self, job: int) -> list[Row]:
-        """Return the slices and passes of a job that wait for a worker."""
-        return self._db.execute(
-            """SELECT * FROM task INDEXED BY task_part
-               WHERE job = :job AND state = 'queued' AND parent IS NOT NULL
-               ORDER BY frame, top""", {"job": job}).fetchall()
-
-    def frames_to_cut(self, job: int) -> list[Row]:
-        """Return the frames of which some rows are given out as slices, or will be."""
-        return self._db.execute(
-            """SELECT * FROM task INDEXED BY task_cut
-               WHERE job = :job AND state IN ('queued', 'leased') AND cut IS NOT NULL
-               ORDER BY frame""", {"job": job}).fetchall()
-
-    def has_rows(self, job: int) -> bool:
-        """Tell whether slices or passes of a job wait for a worker, or rows that are not cut."""
-        return self._db.execute(
-            """SELECT 1 FROM task INDEXED BY task_part
-               WHERE job = :job AND state = 'queued' AND parent IS NOT NULL
-               UNION ALL SELECT 1 FROM task INDEXED BY task_cut
-               WHERE job = :job AND state = 'leased' AND cut IS NOT NULL AND cut < bottom
-               LIMIT 1""", {"job": job}).fetchone() is not None
-
-    def frames_to_join(self) -> list[Row]:
-        """Return the sliced frames that are not done although every slice of them is."""
-        return self._db.execute(
-            """SELECT * FROM task INDEXED BY task_cut WHERE cut IS NOT NULL AND cut = bottom
-               AND state IN ('leased', 'failed') AND NOT EXISTS (
-                 SELECT 1 FROM task AS part WHERE part.parent = task.id
-                 AND part.kind = 'slice' AND part.state != 'done')""").fetchall()
-
-    def set_cut(self, frame: int, cut: int, bottom: int) -> None:
-        """Note how many rows of a frame are given out as slices, of how many."""
-        self._db.execute("UPDATE task SET cut = :cut, bottom = :bottom WHERE id = :id",
-                         {"id": frame, "cut": cut, "bottom": bottom})
-
-    def drop_parts(self, frame: int) -> None:
-        """Make a sliced frame a whole one again."""
-        self._db.execute("DELETE FROM task WHERE parent = :id", {"id": frame})
-        self._db.execute("UPDATE task SET cut = NULL, bottom = 0 WHERE id = :id", {"id": frame})
-
-    def set_bottom(self, task: int, bottom: int) -> None:
-        """Let a slice end sooner."""
-        self._db.execute("UPDATE task SET bottom = :bottom WHERE id = :id",
-                         {"id": task, "bottom": bottom})
+        return self._all(Task, """
+            SELECT * FROM task WHERE job = :job AND slice = 0 AND frame IN (
+              (SELECT MAX(frame) FROM task WHERE job = :job AND state = 'done'
+               AND slice = 0 AND frame < :frame),
+              (SELECT MIN(frame) FROM task WHERE job = :job AND state = 'done'
+               AND slice = 0 AND frame > :frame))""", job=job, frame=frame)
 
     def states(self) -> list[int]:
         """Return the tasks of which the state of a stopped render is kept."""
-        return [row["id"] for row in self._db.execute("SELECT id FROM task WHERE state_of != ''")]
-
-    def set_state_of(self, task: int, version: str) -> None:
-        """Note which POV-Ray left a state to go on from; empty for none."""
-        self._db.execute("UPDATE task SET state_of = :version WHERE id = :id",
-                         {"id": task, "version": version})
-
-    def move_attempts(self, task: int, to: int) -> None:
-        """Make attempts at a whole frame attempts at its first slice."""
-        self._db.execute("UPDATE attempt SET task = :to WHERE task = :task AND state = 'live'",
-                         {"task": task, "to": to})
-
-    def slice_costs(self, job: int) -> list[Row]:
-        """Return rows and seconds of the slices that were finished last, by worker."""
-        return self._db.execute(
-            """SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall,
-                      MIN(parse) AS parse
-               FROM (SELECT * FROM task INDEXED BY task_slice
-                     WHERE job = :job AND kind = 'slice' AND state = 'done' AND wall > 0
-                     ORDER BY finished DESC LIMIT 64)
-               GROUP BY worker""", {"job": job}).fetchall()
+        return [row["id"] for row in self._do("SELECT id FROM task WHERE state_of != ''")]
 
     def recent_walls(self, job: int) -> list[float]:
         """Return how long the frames took that a job finished last, in seconds."""
-        return [row["wall"] for row in self._db.execute(
-            """SELECT wall FROM task INDEXED BY task_done
-               WHERE job = :job AND state = 'done' AND parent IS NULL
-               ORDER BY finished DESC LIMIT 99""", {"job": job}) if row["wall"]]
+        return [row["wall"] for row in self._do("""
+            SELECT wall FROM task INDEXED BY task_done
+            WHERE job = :job AND state = 'done' AND parent IS NULL
+            ORDER BY finished DESC LIMIT 99""", job=job) if row["wall"]]
 
-    def set_task_state(self, task: int, frm: TaskState, to: TaskState) -> bool:
-        """Move a task from one state to another; False when it was not there."""
-        return self._db.execute(
-            "UPDATE task SET state = :to WHERE id = :id AND state = :frm",
-            {"id": task, "frm": frm.value, "to": to.value}).rowcount == 1
+    # --- slices of frames, and the passes that slices share
 
-    def set_task_result(self, task: int, worker: int, sha256: str, size: int, cost: Cost,
-                        now: float) -> None:
-        """Record the accepted image of a task."""
-        self._db.execute(
-            """UPDATE task SET worker = :worker, sha256 = :sha256, size = :size, cpu = :cpu,
-                               wall = :wall, memory = :memory, parse = :parse, finished = :now,
-                               state_of = ''
-               WHERE id = :id""",
-            {**vars(cost), "id": task, "worker": worker, "sha256": sha256, "size": size,
-             "now": now})
+    def parts(self, frame: int, kind: TaskKind | None = None) -> list[Task]:
+        """Return the slices and the passes of a frame, or those of one kind, by their rows."""
+        return self._all(Task, """
+            SELECT * FROM task WHERE parent = :frame AND kind = COALESCE(:kind, kind)
+            ORDER BY top, slice""", frame=frame, kind=kind and kind.value)
 
-    def set_tries(self, task: int, tries: int) -> None:
-        """Set how often a task has failed."""
-        self._db.execute("UPDATE task SET tries = :tries WHERE id = :id",
-                         {"id": task, "tries": tries})
+    def slice_states(self, frame: int) -> set[TaskState]:
+        """Return the states in which slices of a frame are."""
+        return {TaskState(row["state"]) for row in self._do("""
+            SELECT DISTINCT state FROM task WHERE parent = :frame AND kind = 'slice'""",
+            frame=frame)}
 
-    # --- leases and attempts
+    def queued_parts(self, job: int) -> list[Task]:
+        """Return the slices and passes of a job that wait for a worker."""
+        return self._all(Task, """
+            SELECT * FROM task INDEXED BY task_part
+            WHERE job = :job AND state = 'queued' AND parent IS NOT NULL
+            ORDER BY frame, top""", job=job)
 
-    def add_lease(self, lease: str, worker: int, job: int, tasks: Iterable[int],
-                  now: float) -> None:
-        """Add a live lease with one live attempt for each of its tasks."""
-        self._db.execute(
-            """INSERT INTO lease (id, worker, job, granted)
-               VALUES (:lease, :worker, :job, :now)""",
-            {"lease": lease, "worker": worker, "job": job, "now": now})
-        self._db.executemany(
-            """INSERT INTO attempt (task, lease, worker, state, started, given)
-               SELECT id, :lease, :worker, 'live', :now, bottom * (parent IS NOT NULL)
-               FROM task WHERE id = :task""",
-            [{"task": task, "lease": lease, "worker": worker, "now": now} for task in tasks])
+    def frames_with_parts(self, job: int) -> list[Task]:
+        """Return the frames of a job that have slices or passes."""
+        return self._all(Task, """
+            SELECT * FROM task WHERE id IN (
+              SELECT parent FROM task WHERE job = :job AND parent IS NOT NULL)
+            ORDER BY frame""", job=job)
 
-    def lease(self, lease: str) -> Row | None:
-        """Return one lease."""
-        return cast("Row | None", self._db.execute(
-            "SELECT * FROM lease WHERE id = :id", {"id": lease}).fetchone())
+    def frames_to_cut(self, job: int) -> list[Task]:
+        """Return the frames of which some rows are given out as slices, or will be."""
+        return self._all(Task, """
+            SELECT * FROM task INDEXED BY task_cut
+            WHERE job = :job AND state IN ('queued', 'leased') AND cut IS NOT NULL
+            ORDER BY frame""", job=job)
 
-    def live_leases(self) -> list[Row]:
-        """Return every lease that has not ended."""
-        return self._db.execute(
-            "SELECT * FROM lease WHERE ended IS NULL ORDER BY granted").fetchall()
+    def frames_to_join(self) -> list[Task]:
+        """Return the sliced frames that are not done although every slice of them is."""
+        return self._all(Task, """
+            SELECT * FROM task INDEXED BY task_cut WHERE cut IS NOT NULL AND cut = bottom
+            AND state IN ('leased', 'failed') AND job IN (SELECT id FROM job) AND NOT EXISTS (
+              SELECT 1 FROM task AS part WHERE part.parent = task.id
+              AND part.kind = 'slice' AND part.state != 'done')""")
 
-    def job_workers(self, job: int) -> set[int]:
-        """Return the workers that hold a live lease of a job."""
-        return {row["worker"] for row in self._db.execute(
-            "SELECT DISTINCT worker FROM lease WHERE job = :job AND ended IS NULL",
-            {"job": job})}
+    def slice_costs(self, job: int) -> list[tuple[int, float, float]]:
+        """Return how fast the slices were that were finished last: worker, rows a second and
+        the least seconds before the first row."""
+        return [(row["worker"], row["rows"] / max(row["wall"], 0.01), row["parse"] or 0.0)
+                for row in self._do("""
+            SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall,
+                   MIN(parse) AS parse
+            FROM (SELECT * FROM task INDEXED BY task_slice
+                  WHERE job = :job AND kind = 'slice' AND state = 'done' AND wall > 0
+                  ORDER BY finished DESC LIMIT 64)
+            GROUP BY worker""", job=job)]
 
-    def end_lease(self, lease: str, why: str, now: float) -> None:
-        """End a lease; its attempts are ended by their own statements."""
-        self._db.execute(
-            "UPDATE lease SET ended = :now, why = :why WHERE id = :id AND ended IS NULL",
-            {"id": lease, "why": why, "now": now})
+    # --- attempts
 
-    def attempt(self, task: int, lease: str) -> Row | None:
+    def attempt(self, task: int, lease: str) -> Attempt | None:
         """Return the attempt of a task under a lease, also when the task became a slice since."""
-        return cast("Row | None", self._db.execute(
-            """SELECT attempt.* FROM attempt JOIN task ON task.id = attempt.task
-               WHERE :task IN (task.id, task.parent) AND lease = :lease""",
-            {"task": task, "lease": lease}).fetchone())
+        return self._one(Attempt, """
+            SELECT * FROM try WHERE lease = :lease AND task IN (
+              SELECT :task UNION ALL SELECT id FROM task WHERE parent = :task)""",
+            task=task, lease=lease)
 
-    def attempts(self, frame: int) -> list[Row]:
-        """Return every attempt of a frame and its slices, oldest first, with the worker's name."""
-        return self._db.execute(
-            """SELECT attempt.*, worker.name AS worker_name, task.kind AS kind, task.top AS top,
-                      task.bottom AS bottom
-               FROM attempt JOIN worker ON worker.id = attempt.worker
-               JOIN task ON task.id = attempt.task
-               WHERE :frame IN (task.id, task.parent) ORDER BY attempt.id""",
-            {"frame": frame}).fetchall()
+    def attempts(self, frame: int) -> list[Attempt]:
+        """Return every attempt of a frame and its slices, oldest first."""
+        return self._all(Attempt, "SELECT * FROM try WHERE :frame IN (task, parent) ORDER BY id",
+                         frame=frame)
 
-    def live_attempts_of_task(self, task: int) -> list[Row]:
-        """Return the attempts of a task that are under way."""
-        return self._db.execute(
-            "SELECT * FROM attempt WHERE task = :task AND state = 'live' ORDER BY id",
-            {"task": task}).fetchall()
+    def live_attempts(self) -> list[Attempt]:
+        """Return every attempt that is under way, the oldest lease first."""
+        return self._all(Attempt, """
+            SELECT try.* FROM try JOIN lease ON lease.id = try.lease
+            WHERE try.state = 'live' AND lease.ended IS NULL AND try.job IN (SELECT id FROM job)
+            ORDER BY lease.granted, try.id""")
 
-    def live_attempts_of_lease(self, lease: str) -> list[Row]:
-        """Return the attempts under a lease that are under way."""
-        return self._db.execute(
-            "SELECT * FROM attempt WHERE lease = :lease AND state = 'live' ORDER BY id",
-            {"lease": lease}).fetchall()
-
-    def live_attempts_of_job(self, job: int) -> list[Row]:
-        """Return the attempts of a job's tasks that are under way, oldest lease first."""
-        return self._db.execute(
-            """SELECT attempt.*, task.frame AS frame, task.kind AS kind, task.top AS top,
-                      task.bottom AS bottom
-               FROM task CROSS JOIN attempt ON attempt.task = task.id
-               WHERE task.job = :job AND task.state = 'leased' AND attempt.state = 'live'
-               ORDER BY attempt.started, task.frame DESC""", {"job": job}).fetchall()
-
-    def live_attempts_at_parts(self, job: int) -> list[Row]:
-        """Return those of a job's attempts under way that are at slices or passes: mostly few."""
-        return self._db.execute(
-            """SELECT attempt.*, task.kind AS kind, task.top AS top, task.bottom AS bottom
-               FROM task INDEXED BY task_part CROSS JOIN attempt ON attempt.task = task.id
-               WHERE task.job = :job AND task.state = 'leased' AND task.parent IS NOT NULL
-               AND attempt.state = 'live' ORDER BY attempt.started""", {"job": job}).fetchall()
-
-    def cut_attempts(self) -> list[Row]:
-        """Return the attempts under way at slices that had more rows when they were given out."""
-        return self._db.execute(
-            """SELECT attempt.lease AS lease, attempt.given AS given, task.*, job.pov AS pov
-               FROM attempt CROSS JOIN task ON task.id = attempt.task
-               JOIN job ON job.id = task.job
-               WHERE attempt.state = 'live' AND task.kind = 'slice'
-               AND attempt.given != task.bottom""").fetchall()
-
-    def attempts_of_lease(self, lease: str) -> list[Row]:
-        """Return every attempt under a lease, with the frame, in the order of frames."""
-        return self._db.execute(
-            """SELECT attempt.*, task.frame AS frame, task.job AS job
-               FROM attempt JOIN task ON task.id = attempt.task
-               WHERE attempt.lease = :lease ORDER BY task.frame""", {"lease": lease}).fetchall()
-
-    def end_attempt(self, attempt: int, state: AttemptState, now: float, message: str = "",
-                    log: str = "") -> None:
-        """End a live attempt with its result."""
-        self._db.execute(
-            """UPDATE attempt SET state = :state, ended = :now, message = :message, log = :log
-               WHERE id = :id""",
-            {"id": attempt, "state": state.value, "now": now, "message": message, "log": log})
+    def attempts_of_lease(self, lease: str) -> list[Attempt]:
+        """Return every attempt under a lease in the order of frames."""
+        return self._all(Attempt, "SELECT * FROM try WHERE lease = :lease ORDER BY frame",
+                         lease=lease)
 
     def failed_workers(self, task: int) -> set[int]:
         """Return the workers that failed a task."""
-        return {row["worker"] for row in self._db.execute(
-            "SELECT DISTINCT worker FROM attempt WHERE task = :task AND state = 'failed'",
-            {"task": task})}
+        return {row["worker"] for row in self._do("""
+            SELECT DISTINCT worker FROM attempt WHERE task = :task AND state = 'failed'""",
+            task=task)}
 
-    def kept(self, task: int) -> list[Row]:
+    def kept(self, task: int) -> list[Attempt]:
         """Return the attempts of a task whose images wait to be compared, the oldest first."""
-        return self._db.execute(
-            """SELECT attempt.*, worker.name AS worker_name
-               FROM attempt JOIN worker ON worker.id = attempt.worker
-               WHERE task = :task AND attempt.state = 'kept' ORDER BY attempt.id""",
-            {"task": task}).fetchall()
-
-    def forget_failures(self, task: int) -> None:
-        """Let every worker try a task again."""
-        self._db.execute(
-            "UPDATE attempt SET state = 'released' WHERE task = :task AND state = 'failed'",
-            {"task": task})
+        return self._all(Attempt, """
+            SELECT * FROM try WHERE task = :task AND state = 'kept' ORDER BY id""", task=task)
 
     def failures(self, job: int, worker: int) -> int:
         """Return how many attempts of a job failed on one worker."""
         # CROSS JOIN: from the failures, which are few, to their tasks.
-        return int(self._db.execute(
-            """SELECT COUNT(*) FROM attempt CROSS JOIN task ON task.id = attempt.task
-               WHERE attempt.worker = :worker AND attempt.state = 'failed' AND task.job = :job""",
-            {"job": job, "worker": worker}).fetchone()[0])
+        return int(self._do("""
+            SELECT COUNT(*) FROM attempt CROSS JOIN task ON task.id = attempt.task
+            WHERE attempt.worker = :worker AND attempt.state = 'failed' AND task.job = :job""",
+            job=job, worker=worker).fetchone()[0])
 
     def has_done(self, job: int, worker: int) -> bool:
         """Tell whether one worker rendered a frame of a job."""
-        return self._db.execute(
-            """SELECT 1 FROM attempt CROSS JOIN task ON task.id = attempt.task
-               WHERE attempt.worker = :worker AND attempt.state = 'done' AND task.job = :job
-               LIMIT 1""", {"job": job, "worker": worker}).fetchone() is not None
+        return self._do("""
+            SELECT 1 FROM attempt CROSS JOIN task ON task.id = attempt.task
+            WHERE attempt.worker = :worker AND attempt.state = 'done' AND task.job = :job
+            LIMIT 1""", job=job, worker=worker).fetchone() is not None
 
     def recent_attempts(self, worker: int, limit: int) -> list[str]:
         """Return how a worker's last attempts ended, the newest first.
@@ -6047,103 +7574,389 @@ class Tx:
         Failures count only in jobs of which some frame was rendered: where
         none was, the scene is to blame.
         """
-        return [row["state"] for row in self._db.execute(
-            """SELECT attempt.state AS state FROM attempt JOIN task ON task.id = attempt.task
-               WHERE attempt.worker = :worker AND (attempt.state IN ('done', 'kept') OR (
-                   attempt.state = 'failed' AND EXISTS (
-                       SELECT 1 FROM job WHERE job.id = task.job AND job.done > 0)))
-               ORDER BY attempt.id DESC LIMIT :limit""", {"worker": worker, "limit": limit})]
+        return [row["state"] for row in self._do("""
+            SELECT attempt.state AS state FROM attempt JOIN task ON task.id = attempt.task
+            WHERE attempt.worker = :worker AND (attempt.state IN ('done', 'kept') OR (
+                attempt.state = 'failed' AND EXISTS (
+                    SELECT 1 FROM job WHERE job.id = task.job AND job.done > 0)))
+            ORDER BY attempt.id DESC LIMIT :limit""", worker=worker, limit=limit)]
 
-    def first_failure(self, job: int) -> Row | None:
-        """Return the newest failed attempt of a job with its frame, to show to a person."""
-        return cast("Row | None", self._db.execute(
-            """SELECT attempt.*, task.frame AS frame
-               FROM attempt CROSS JOIN task ON task.id = attempt.task
-               WHERE task.job = :job AND attempt.state = 'failed'
-               ORDER BY attempt.id DESC LIMIT 1""", {"job": job}).fetchone())
+    def first_failure(self, job: int) -> Attempt | None:
+        """Return the last try of the first frame that failed, to show to a person.
 
-    # --- invariants
+        While none has failed for good it is the newest of the tries that failed.
+        """
+        return self._one(Attempt, """
+            SELECT * FROM try WHERE id = COALESCE((
+              SELECT attempt.id FROM task CROSS JOIN attempt ON attempt.task = task.id
+              WHERE task.job = :job AND task.state = 'failed' AND attempt.state = 'failed'
+              ORDER BY task.frame, task.slice, attempt.id DESC LIMIT 1), (
+              SELECT attempt.id FROM attempt CROSS JOIN task ON task.id = attempt.task
+              WHERE task.job = :job AND attempt.state = 'failed'
+              ORDER BY attempt.id DESC LIMIT 1))""", job=job)
 
-    def wrong_counters(self) -> list[int]:
-        """Return the jobs whose counters differ from their rows."""
-        return [row["id"] for row in self._db.execute(
-            """SELECT job.id AS id FROM job
-               LEFT JOIN task ON task.job = job.id AND task.slice = 0 GROUP BY job.id
-               HAVING queued != COALESCE(SUM(task.state = 'queued'), 0)
-                   OR leased != COALESCE(SUM(task.state = 'leased'), 0)
-                   OR done != COALESCE(SUM(task.state = 'done'), 0)
-                   OR failed != COALESCE(SUM(task.state = 'failed'), 0)
-                   OR cancelled != COALESCE(SUM(task.state = 'cancelled'), 0)""")]
+    # --- files that are kept
 
-    def tasks_out_of_step(self) -> list[int]:
-        """Return tasks that are leased without a live attempt, or the other way round."""
-        return [row["id"] for row in self._db.execute(
-            """SELECT id FROM task WHERE cut IS NULL AND (state = 'leased') != EXISTS (
-                 SELECT 1 FROM attempt WHERE attempt.task = task.id AND attempt.state = 'live')""")]
-
-    def parts_out_of_step(self) -> list[int]:
-        """Return frames in work whose slices leave a gap, overlap or say another state."""
-        return [row["id"] for row in self._db.execute(
-            """SELECT frame.id AS id FROM task AS frame JOIN task AS part
-                 ON part.parent = frame.id AND part.kind = 'slice'
-               WHERE frame.state IN ('queued', 'leased', 'failed') GROUP BY frame.id
-               HAVING SUM(part.bottom - part.top) != frame.cut - frame.top
-                   OR (frame.state = 'queued' AND SUM(part.state IN ('leased', 'done')) > 0)""")]
-
-    def leases_out_of_step(self) -> list[str]:
-        """Return live leases without a live attempt or of a removed worker, and the reverse."""
-        return [row["id"] for row in self._db.execute(
-            """SELECT lease.id AS id FROM lease JOIN worker ON worker.id = lease.worker
-               WHERE (lease.ended IS NULL) != EXISTS (
-                   SELECT 1 FROM attempt
-                   WHERE attempt.lease = lease.id AND attempt.state = 'live')
-               OR (lease.ended IS NULL AND worker.state != 'admitted')""")]
-
-    def done_tasks(self) -> list[Row]:
-        """Return every finished task whose file is kept, with its job's name.
+    def done_tasks(self) -> list[Task]:
+        """Return every finished task whose file is kept.
 
         Slices are kept until their frame is put together, passes until it is done,
         or for all frames that share them.
         """
-        return self._db.execute(
-            """SELECT task.*, job.name AS job_name FROM task JOIN job ON job.id = task.job
-               LEFT JOIN task AS frame ON frame.id = task.parent
-               WHERE task.state = 'done' AND (COALESCE(frame.state, '') != 'done'
-                 OR (task.kind = 'pass' AND job.radiosity = 'animation'))""").fetchall()
+        return self._all(Task, """
+            SELECT task.* FROM task JOIN job ON job.id = task.job
+            LEFT JOIN task AS frame ON frame.id = task.parent
+            WHERE task.state = 'done' AND (COALESCE(frame.state, '') != 'done'
+              OR (task.kind = 'pass'
+                  AND json_extract(job.options_json, '$.radiosity') = 'animation'))""")
 
-    def kept_images(self) -> list[Row]:
-        """Return every task of which an image waits to be compared, with attempt and job."""
-        return self._db.execute(
-            """SELECT task.*, attempt.id AS attempt, job.name AS job_name
-               FROM attempt JOIN task ON task.id = attempt.task JOIN job ON job.id = task.job
-               WHERE attempt.state = 'kept' AND task.state != 'done'""").fetchall()
-
-    def twice_accepted(self) -> list[int]:
-        """Return tasks of which more than one attempt was accepted."""
-        return [row["task"] for row in self._db.execute(
-            """SELECT task FROM attempt WHERE state = 'done'
-               GROUP BY task HAVING COUNT(*) > 1""")]
-
-    def live_blobs(self) -> list[str]:
-        """Return the hashes that jobs in work need, and of what scenes wrote."""
-        return [row["sha256"] for row in self._db.execute(
-            """SELECT manifest_blob.sha256 AS sha256
-               FROM job JOIN manifest_blob ON manifest_blob.manifest = job.manifest
-               WHERE job.state = 'active' UNION SELECT sha256 FROM written""")]
+    def kept_images(self) -> list[Attempt]:
+        """Return every attempt whose image waits to be compared."""
+        return self._all(Attempt, """
+            SELECT try.* FROM try JOIN task ON task.id = try.task
+            WHERE try.state = 'kept' AND task.state != 'done'
+            AND try.job IN (SELECT id FROM job)""")
 
 
-# === 10. SCHEDULER ===========================================================
-# The only writer of states. Every change of a task goes through _move, which
-# holds it to TRANSITIONS, counts it, and lets it ripple to the job, in one
-# transaction. Knows nothing of HTTP; what it keeps in memory (deadlines,
-# progress, who was seen) may be lost with the process without harm.
+class Tx(Look):
+    """One transaction: every statement that changes something, by name."""
+
+    @property
+    def changed_workers(self) -> bool:
+        """True when what is known of the workers is no more what the database has."""
+        return self._changes < 0
+
+    # --- the farm itself
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Set a value of the farm itself."""
+        self._do("INSERT OR REPLACE INTO meta (key, value) VALUES (:key, :value)",
+                 key=key, value=value)
+
+    def add_event(self, now: float, what: str, text: str, job: int | None = None,
+                  frame: int | None = None, worker: int | None = None) -> None:
+        """Append to the story of the farm."""
+        self._do("""
+            INSERT INTO event (time, job, frame, worker, what, text)
+            VALUES (:now, :job, :frame, :worker, :what, :text)""",
+            now=now, job=job, frame=frame, worker=worker, what=what, text=text)
+
+    def drop_events(self, before: int) -> None:
+        """Forget old events."""
+        self._do("DELETE FROM event WHERE id < :before", before=before)
+
+    # --- workers
+
+    def add_worker(self, info: WorkerInfo, token: str, state: WorkerState, code: str,
+                   address: str, now: float) -> int:
+        """Add a worker and return its id; ``token`` is the hash of its secret."""
+        self._changes = -1
+        cursor = self._do("""
+            INSERT INTO worker (name, token, state, code, cores, memory, system,
+                                engines_json, tags_json, address, joined)
+            VALUES (:name, :token, :state, :code, :cores, :memory, :system, :engines, :tags,
+                    :address, :now)""",
+            name=info.name, token=token, state=state.value, code=code, cores=info.cores,
+            memory=info.memory, system=info.system, engines=json.dumps(dict(info.engines)),
+            tags=json.dumps(info.tags), address=address, now=now)
+        return int(cursor.lastrowid or 0)
+
+    def set_worker_info(self, worker: int, info: WorkerInfo, address: str) -> None:
+        """Replace what a worker says of itself."""
+        self._changes = -1
+        self._do("""
+            UPDATE worker SET name = :name, cores = :cores, memory = :memory, system = :system,
+                              engines_json = :engines, tags_json = :tags,
+                              address = :address, aside = ''
+            WHERE id = :id""",
+            id=worker, name=info.name, cores=info.cores, memory=info.memory, system=info.system,
+            engines=json.dumps(dict(info.engines)), tags=json.dumps(info.tags), address=address)
+
+    def set_worker_state(self, worker: int, state: WorkerState) -> bool:
+        """Admit or remove a worker, and forget its secret then; False when there is none."""
+        self._changes = -1
+        return self._do("""
+            UPDATE worker SET state = :state,
+              token = CASE WHEN :state = 'removed' THEN 'removed ' || id || ' ' || token
+                           ELSE token END
+            WHERE id = :id AND state != 'removed'""", id=worker, state=state.value).rowcount == 1
+
+    def set_aside(self, worker: int, why: str) -> None:
+        """Note why the pictures of a worker are not trusted."""
+        self._changes = -1
+        self._do("UPDATE worker SET aside = :why WHERE id = :id", id=worker, why=why)
+
+    # --- files
+
+    def add_blob(self, sha256: str, size: int, now: float) -> None:
+        """Record contents that are on disk already."""
+        self._do("INSERT OR IGNORE INTO blob (sha256, size, stored) VALUES (:sha256, :size, :now)",
+                 sha256=sha256, size=size, now=now)
+
+    def drop_blob(self, sha256: str) -> None:
+        """Forget contents, before their file is deleted."""
+        self._do("DELETE FROM blob WHERE sha256 = :sha256", sha256=sha256)
+
+    def add_manifest(self, manifest: Manifest) -> None:
+        """Record a manifest, once however many jobs use it."""
+        self._do("INSERT OR IGNORE INTO manifest (key, wire) VALUES (:key, :wire)",
+                 key=manifest.key, wire=json.dumps(manifest.to_wire()))
+        self._db.executemany(
+            "INSERT OR IGNORE INTO manifest_blob (manifest, sha256) VALUES (:key, :sha256)",
+            [{"key": manifest.key, "sha256": file.sha256} for file in manifest.files])
+
+    def drop_manifests(self) -> None:
+        """Forget the manifests that no job uses."""
+        self._do("DELETE FROM manifest WHERE key NOT IN (SELECT manifest FROM job)")
+
+    def add_written(self, job: int, path: str, frame: int, sha256: str, size: int) -> None:
+        """Record a file that a scene wrote, unless that of a later frame is there."""
+        self._do("""
+            INSERT INTO written (job, path, frame, sha256, size)
+            VALUES (:job, :path, :frame, :sha256, :size)
+            ON CONFLICT (job, path) DO UPDATE SET
+              frame = excluded.frame, sha256 = excluded.sha256, size = excluded.size
+            WHERE excluded.frame >= written.frame""",
+            job=job, path=path, frame=frame, sha256=sha256, size=size)
+
+    # --- jobs
+
+    def reserve_job(self) -> int:
+        """Return a number for a job, to add tasks under; its rows are left ones until it is added.
+
+        Tasks and leases do not refer to the row of their job, which therefore comes and goes
+        in one transaction, however many they are.
+        """
+        job = self.newest_job() + 1
+        self._do("DELETE FROM sqlite_sequence WHERE name = 'job'")
+        self._do("INSERT INTO sqlite_sequence (name, seq) VALUES ('job', :job)", job=job)
+        self.set_meta(f"rows {job}", "")
+        return job
+
+    def add_job(self, job: int, name: str, owner: str, pov: PovJob, manifest: str,
+                options: JobOptions, now: float) -> None:
+        """Add a waiting job of which all tasks are there."""
+        self._do("""
+            INSERT INTO job (id, name, state, owner, pov_json, manifest, priority, options_json,
+                             created, queued)
+            VALUES (:job, :name, 'waiting', :owner, :pov, :manifest, :priority, :options, :now,
+                    (SELECT COUNT(*) FROM task WHERE job = :job))""",
+            job=job, name=name, owner=owner, pov=json.dumps(pov.to_wire()), manifest=manifest,
+            priority=options.priority, options=json.dumps(vars(options)), now=now)
+        self._do("DELETE FROM meta WHERE key = :key", key=f"rows {job}")
+
+    def add_tasks(self, job: int, tasks: Iterable[tuple[int, str]]) -> None:
+        """Add queued tasks, given as frame and file name, for a job that is not there yet."""
+        self._db.executemany(
+            "INSERT INTO task (job, frame, name, state) VALUES (?, ?, ?, 'queued')",
+            ((job, frame, name) for frame, name in tasks))
+
+    def set_job_state(self, job: int, frm: JobState, to: JobState, reason: str,
+                      finished: float | None) -> bool:
+        """Move a job from one state to another; False when it was in neither."""
+        return self._do("""
+            UPDATE job SET state = :to, reason = :reason, finished = :finished
+            WHERE id = :id AND state = :frm""",
+            id=job, frm=frm.value, to=to.value, reason=reason, finished=finished).rowcount == 1
+
+    def set_job_started(self, job: int, now: float) -> None:
+        """Note when the first task of a job was given out."""
+        self._do("UPDATE job SET started = :now WHERE id = :id AND started IS NULL",
+                 id=job, now=now)
+
+    def set_job_engines(self, job: int, engines: str) -> None:
+        """Note what the worker has that begins a job, as JSON text."""
+        self._do("UPDATE job SET engines_json = :engines WHERE id = :id", id=job, engines=engines)
+
+    def set_job_options(self, job: int, options: JobOptions) -> None:
+        """Change how a job is treated."""
+        self._do("UPDATE job SET priority = :priority, options_json = :options WHERE id = :id",
+                 priority=options.priority, options=json.dumps(vars(options)), id=job)
+
+    def add_job_cost(self, job: int, cost: Cost) -> None:
+        """Add what a finished task cost."""
+        self._do("UPDATE job SET cpu = cpu + :cpu, wall = wall + :wall WHERE id = :id",
+                 id=job, cpu=cost.cpu, wall=cost.wall)
+
+    def count_task(self, job: int, frm: TaskState, to: TaskState, number: int = 1) -> None:
+        """Keep the job's counters equal to its rows when so many tasks change."""
+        self._do("""
+            UPDATE job SET
+              queued = queued + :number * ((:to = 'queued') - (:frm = 'queued')),
+              leased = leased + :number * ((:to = 'leased') - (:frm = 'leased')),
+              done = done + :number * ((:to = 'done') - (:frm = 'done')),
+              failed = failed + :number * ((:to = 'failed') - (:frm = 'failed')),
+              cancelled = cancelled + :number * ((:to = 'cancelled') - (:frm = 'cancelled'))
+            WHERE id = :id""", id=job, frm=frm.value, to=to.value, number=number)
+
+    def drop_job(self, job: int) -> None:
+        """Forget a job with its ticket; its rows are left."""
+        self._do("DELETE FROM job WHERE id = :id", id=job)
+        self._do("DELETE FROM meta WHERE key LIKE 'ticket %' AND value = :id", id=str(job))
+        self.set_meta(f"rows {job}", "")
+
+    def drop_rows(self, job: int, limit: int) -> None:
+        """Forget so many of the tasks and leases that were left, with their attempts."""
+        parameters = {"job": job, "limit": limit, "key": f"rows {job}"}
+        tasks = self._db.execute(
+            """DELETE FROM task WHERE id IN (
+                 SELECT id FROM task WHERE job = :job LIMIT :limit)""", parameters).rowcount
+        if tasks < limit and self._db.execute(
+                """DELETE FROM lease WHERE id IN (
+                     SELECT id FROM lease WHERE job = :job LIMIT :limit)""",
+                parameters).rowcount < limit:
+            self._db.execute("DELETE FROM meta WHERE key = :key", parameters)
+
+    def move_frames(self, job: int, frm: TaskState, to: TaskState, why: str, now: float,
+                    after: int, limit: int) -> tuple[int, int, int]:
+        """Move those without parts of the next so many frames at once, but do not count them.
+
+        They come ``after`` a frame, in order; return how many there were and were moved, and the
+        last one. Those that somebody renders stay; what is queued again may be tried by everybody.
+        """
+        parameters = {"job": job, "frm": frm.value, "to": to.value, "why": why, "now": now,
+                      "after": after, "limit": limit}
+        number, last = self._db.execute(
+            """SELECT COUNT(*), COALESCE(MAX(frame), :after) FROM (
+                 SELECT frame FROM task WHERE job = :job AND state = :frm AND slice = 0
+                 AND frame > :after ORDER BY frame LIMIT :limit)""", parameters).fetchone()
+        self._do("CREATE TEMP TABLE IF NOT EXISTS moved (id INTEGER PRIMARY KEY)")
+        self._do("DELETE FROM moved")
+        self._db.execute(
+            """INSERT INTO moved (id) SELECT id FROM task WHERE job = :job AND state = :frm
+               AND slice = 0 AND frame > :after AND frame <= :last AND cut IS NULL
+               AND NOT EXISTS (SELECT 1 FROM task AS part WHERE part.parent = task.id)
+               AND NOT EXISTS (SELECT 1 FROM attempt
+                               WHERE attempt.task = task.id AND attempt.state = 'live')""",
+            {**parameters, "last": last})
+        self._db.execute(
+            """INSERT INTO event (time, job, frame, what, text)
+               SELECT :now, job, frame, :to, :why FROM task WHERE id IN (SELECT id FROM moved)
+               ORDER BY frame""", parameters)
+        if to is TaskState.QUEUED:
+            self._do("""
+                UPDATE attempt SET state = 'released' WHERE state = 'failed'
+                AND task IN (SELECT id FROM moved)""")
+        moved = self._db.execute(
+            """UPDATE task SET state = :to, tries = tries * (:to != 'queued')
+               WHERE id IN (SELECT id FROM moved)""", parameters).rowcount
+        return number, moved, last
+
+    # --- tasks
+
+    def set_task_state(self, task: int, frm: TaskState, to: TaskState) -> bool:
+        """Move a task from one state to another; False when it was not there."""
+        return self._do("UPDATE task SET state = :to WHERE id = :id AND state = :frm",
+                        id=task, frm=frm.value, to=to.value).rowcount == 1
+
+    def set_task_result(self, task: int, worker: int, sha256: str, size: int, cost: Cost,
+                        now: float) -> None:
+        """Record the accepted image of a task."""
+        self._do("""
+            UPDATE task SET worker = :worker, sha256 = :sha256, size = :size, cpu = :cpu,
+                            wall = :wall, memory = :memory, parse = :parse, finished = :now,
+                            state_of = ''
+            WHERE id = :id""",
+            id=task, worker=worker, sha256=sha256, size=size, now=now, **vars(cost))
+
+    def set_tries(self, task: int, tries: int) -> None:
+        """Set how often a task has failed."""
+        self._do("UPDATE task SET tries = :tries WHERE id = :id", id=task, tries=tries)
+
+    def set_state_of(self, task: int, version: str) -> None:
+        """Note which POV-Ray left a state to go on from; empty for none."""
+        self._do("UPDATE task SET state_of = :version WHERE id = :id", id=task, version=version)
+
+    def add_part(self, frame: Task, kind: TaskKind, top: int, bottom: int) -> Task:
+        """Add a queued slice or pass below a frame and return it."""
+        passes, slices = self._do("""
+            SELECT MIN(slice) - 1, MAX(slice) + 1 FROM task
+            WHERE job = :job AND frame = :frame""", job=frame.job, frame=frame.frame).fetchone()
+        number = passes if kind is TaskKind.PASS else slices
+        cursor = self._do("""
+            INSERT INTO task (job, frame, slice, name, state, parent, kind, top, bottom)
+            VALUES (:job, :frame, :number, :name, 'queued', :id, :kind, :top, :bottom)""",
+            id=frame.id, job=frame.job, frame=frame.frame, name=frame.name, number=number,
+            kind=kind.value, top=top, bottom=bottom)
+        return self.task(int(cursor.lastrowid or 0))
+
+    def set_cut(self, frame: int, cut: int, bottom: int) -> None:
+        """Note how many rows of a frame are given out as slices, of how many."""
+        self._do("UPDATE task SET cut = :cut, bottom = :bottom WHERE id = :id",
+                 id=frame, cut=cut, bottom=bottom)
+
+    def set_bottom(self, task: int, bottom: int) -> None:
+        """Let a slice end sooner."""
+        self._do("UPDATE task SET bottom = :bottom WHERE id = :id", id=task, bottom=bottom)
+
+    def drop_parts(self, frame: int) -> None:
+        """Make a sliced frame a whole one again."""
+        self._do("DELETE FROM task WHERE parent = :id", id=frame)
+        self._do("UPDATE task SET cut = NULL, bottom = 0 WHERE id = :id", id=frame)
+
+    # --- leases and attempts
+
+    def add_lease(self, lease: str, worker: int, job: int, tasks: Iterable[int],
+                  now: float) -> None:
+        """Add a live lease with one live attempt for each of its tasks."""
+        self._do("""
+            INSERT INTO lease (id, worker, job, granted)
+            VALUES (:lease, :worker, :job, :now)""", lease=lease, worker=worker, job=job, now=now)
+        self._do("UPDATE job SET runs = runs + 1 WHERE id = :job", job=job)
+        self._db.executemany(
+            """INSERT INTO attempt (task, lease, worker, state, started, given)
+               SELECT id, :lease, :worker, 'live', :now, bottom * (parent IS NOT NULL)
+               FROM task WHERE id = :task""",
+            [{"task": task, "lease": lease, "worker": worker, "now": now} for task in tasks])
+
+    def end_lease(self, lease: str, job: int, why: str, now: float) -> None:
+        """End a live lease; its attempts are ended by their own statements."""
+        self._do("UPDATE lease SET ended = :now, why = :why WHERE id = :id",
+                 id=lease, why=why, now=now)
+        self._do("UPDATE job SET runs = runs - 1 WHERE id = :job", job=job)
+
+    def end_attempt(self, task: int, lease: str, state: AttemptState, now: float,
+                    message: str = "", log: str = "") -> None:
+        """End an attempt with its result."""
+        self._do("""
+            UPDATE attempt SET state = :state, ended = :now, message = :message, log = :log
+            WHERE task = :task AND lease = :lease""",
+            task=task, lease=lease, state=state.value, now=now, message=message, log=log)
+
+    def end_attempts(self, lease: str, state: AttemptState, now: float, message: str) -> None:
+        """End all live attempts under a lease alike."""
+        self._do("""
+            UPDATE attempt SET state = :state, ended = :now, message = :message
+            WHERE lease = :lease AND state = 'live'""",
+            lease=lease, state=state.value, now=now, message=message)
+
+    def move_attempts(self, task: int, to: int) -> None:
+        """Make attempts at a whole frame attempts at its first slice."""
+        self._do("UPDATE attempt SET task = :to WHERE task = :task AND state = 'live'",
+                 task=task, to=to)
+
+    def forget_failures(self, task: int) -> None:
+        """Let every worker try a task again."""
+        self._do("UPDATE attempt SET state = 'released' WHERE task = :task AND state = 'failed'",
+                 task=task)
+
+
+# === 11. SCHEDULER ===========================================================
+# The only writer of states, in four rooms. _States: every change of a task or a
+# job is held to the tables of MODEL, counted, and ripples, in one transaction.
+# _Crew: who is there. _Dealing: who gets what. _Deliveries: what came of it.
+# Scheduler is the door to them, and steers jobs. What is in memory (leases that
+# live, who was heard of, who waits) may be lost with the process without harm.
 
 KEEP_BLOBS = 24 * 3600.0  # seconds that contents nobody names any more are kept
 KEEP_EVENTS = 10_000
 LOOK_AGAIN = 1.0  # seconds after which an idle worker looks at what others render
 RECENT = 8.0  # seconds over which the speed of a task is taken
 SICK_PAUSE = 600.0  # seconds until a sick worker gets one task, to see whether it is well
+STEP = 2000  # frames that one transaction changes at most, so that others have their turn,
+STEP_PAUSE = 0.02  # and the seconds that they get for it
 LEAST_FREE = 100 << 20  # bytes without which no job is taken: its images need some
+ANY_STATE = "any"  # left by a POV-Ray of unknown version
 
 
 @dataclass(frozen=True)
@@ -6167,192 +7980,469 @@ class Guest(NamedTuple):
     """
 
     silence: float
-    takes: Callable[[Tx, Row], bool]
+    takes: Callable[[Look, Job], bool]
 
 
-class Cut(NamedTuple):
-    """What became of the task of a lease of which others render the lower rows.
+class Grant:
+    """A lease that lives: what one worker holds of one job, and how far it is.
 
-    ``given`` is the task that its worker knows of, ``task`` the slice that it still
-    makes of it, down to the row ``bottom``; ``scale`` turns progress in the one
-    into progress in the other.
+    It was ``granted`` and last ``heard`` of by the monotonic clock; its ``portions`` are found by
+    the tasks that were given. ``cut`` is the task of which others render the lower rows, and the
+    row before which it may end; ``told`` is the row that a beat was answered with.
     """
 
-    given: int
-    task: int
-    bottom: int
-    scale: float
+    def __init__(self, lease: str, worker: int, job: Job, now: float) -> None:
+        self.id, self.worker, self.job = lease, worker, job.id
+        self.region, self.height = job.region, job.pov.options.height
+        self.granted = self.heard = now
+        self.portions: dict[int, Portion] = {}
+        self.cut: tuple[int, int] | None = None
+        self.told = 0
 
 
-class Verdict(NamedTuple):
-    """What becomes of the image of a frame that is compared, or looks wrong.
+class Portion:
+    """A task of a grant, for as long as its worker is at it.
 
-    ``keep`` says why it waits for another worker's, else it is accepted and
-    ``doubt`` tells of it; ``odd`` is the worker of whose image two others differ.
+    ``given`` is the task that the worker knows of, and ``task`` the one that it makes: of a frame
+    that was divided since, the first slice. It was given the rows from ``top`` to before ``end``;
+    others render those from ``bottom`` on. ``notes`` are the last parts of what was given that
+    were rendered, and when each was heard of.
     """
 
-    keep: str = ""
-    doubt: str = ""
-    odd: Row | None = None
+    def __init__(self, grant: Grant, row: Task | Attempt, task: int, given: int, end: int) -> None:
+        self.grant, self.task, self.given = grant, task, given
+        self.kind, self.top = row.kind, row.top
+        self.bottom, self.end = row.bottom or grant.height, end or grant.height
+        self.notes: tuple[tuple[float, float], ...] = ()
+        grant.portions[given] = self
+
+    def note(self, part: float, now: float) -> None:
+        """Note how much of what was given is rendered, 0 to 1; forget what is long past."""
+        notes = self.notes
+        if not notes or notes[-1][0] != part:
+            notes = (*notes, (part, now))
+            while len(notes) > 2 and notes[1][1] < now - RECENT:
+                notes = notes[1:]
+            self.notes = notes
+
+    def parts(self) -> list[tuple[float, float]]:
+        """Return the parts of what is left to it that were rendered, and when each was heard of."""
+        first, last = max(self.top, self.grant.region.top), self.grant.region.bottom
+        scale = (min(self.end, last) - first) / (min(self.bottom, last) - first)
+        return [(min(part * scale, 1.0), heard) for part, heard in self.notes]
 
 
-class Scheduler:
-    """The rules of the farm over a ``Store``; every method is thread-safe.
+class Grants:
+    """All leases that live, also by job, by worker and by task; the oldest first."""
 
-    ``lease_time`` is how many seconds a lease lives without a beat. It is
-    measured by the clock's ``monotonic``, so a jump of the wall clock moves
-    nothing; leases found in the database at the start get the full time.
+    def __init__(self, grants: Iterable[Grant] = ()) -> None:
+        self._all: dict[str, Grant] = {}
+        self._groups: dict[tuple[str, int], dict[str, Grant]] = {}  # by job, and by worker
+        self._tasks: dict[int, tuple[Portion, ...]] = {}
+        for grant in grants:
+            self.add(grant)
+
+    def __iter__(self) -> Iterator[Grant]:
+        """Yield those that there are at this moment."""
+        return iter(list(self._all.values()))
+
+    def get(self, lease: str) -> Grant | None:
+        """Return one by its id."""
+        return self._all.get(lease)
+
+    def of_job(self, job: int) -> list[Grant]:
+        """Return those of a job."""
+        return list(self._groups.get(("job", job), {}).values())
+
+    def of_worker(self, worker: int) -> list[Grant]:
+        """Return those of a worker."""
+        return list(self._groups.get(("worker", worker), {}).values())
+
+    def at(self, task: int) -> tuple[Portion, ...]:
+        """Return who is at a task."""
+        return self._tasks.get(task, ())
+
+    def progress(self, task: int) -> float:
+        """Return how much of a task is rendered, 0 to 1, as last heard."""
+        return max((part for portion in self.at(task) for part, _ in portion.parts()[-1:]),
+                   default=0.0)
+
+    def add(self, grant: Grant) -> None:
+        """Hold one more."""
+        self._all[grant.id] = grant
+        for key in (("job", grant.job), ("worker", grant.worker)):
+            self._groups.setdefault(key, {})[grant.id] = grant
+        for portion in grant.portions.values():
+            self._tasks[portion.task] = (*self.at(portion.task), portion)
+
+    def remove(self, grant: Grant, *portions: Portion) -> None:
+        """Forget a grant, or some portions of it, and with its last the grant."""
+        for portion in portions or tuple(grant.portions.values()):
+            others = tuple(one for one in self._tasks.pop(portion.task) if one is not portion)
+            if others:
+                self._tasks[portion.task] = others
+            del grant.portions[portion.given]
+        if not grant.portions:
+            del self._all[grant.id]
+            for key in (("job", grant.job), ("worker", grant.worker)):
+                del self._groups[key][grant.id]
+                if not self._groups[key]:
+                    del self._groups[key]
+
+    def divide(self, task: int, upper: Task) -> None:
+        """Let those who are at a task make of it what is above: a slice that ends sooner."""
+        for portion in self._tasks.pop(task):
+            portion.task, portion.kind, portion.bottom = upper.id, upper.kind, upper.bottom
+            self._tasks[upper.id] = (*self.at(upper.id), portion)
+
+    def refill(self, grants: Iterable[Grant]) -> None:
+        """Hold these and no others, from one moment to the next."""
+        vars(self).update(vars(Grants(grants)))
+
+
+@dataclass
+class Presence:
+    """A worker, as far as only this process knows of it.
+
+    It was last ``seen`` by the monotonic clock, None since it has left; ``departures`` count that,
+    so that a request which it has left open gives it nothing. It keeps ``slots`` runs going.
+    When it is sick, ``trial`` is when it last got a task to try, or became sick. ``well`` is True
+    where it is known that it did not fail what it did last. Its open requests wait at ``bells``.
     """
 
-    def __init__(self, store: Store, clock: Clock, lease_time: float = 30.0) -> None:
-        self.store = store
-        self.clock = clock
-        self.lease_time = lease_time
-        self._changed = threading.Condition()
-        self._version = 0
-        self._closed = False
-        self._delivery = threading.Lock()
-        self._joining = threading.Lock()
-        # By task and lease: the last parts of what was given that were rendered, and when each was
-        # heard of.
-        self._progress: dict[int, dict[str, list[tuple[float, float]]]] = {}
-        self._cuts: dict[str, Cut] = {}  # by lease
-        self._told: dict[str, int] = {}  # by lease, the row that a beat was answered with
-        self._seen: dict[int, float] = {}
-        self._slots: dict[int, int] = {}
-        self._left: dict[int, int] = {}
-        self._trials: dict[int, float] = {}  # when sick workers got a task to try, or became sick
-        self._deadlines: dict[str, float] = {}
-        self._granted: dict[str, float] = {}
-        self._owners: dict[str, int] = {}
-        self._guests: dict[int, Guest] = {}
-        self._missing: dict[int, set[str]] = {}
-        self._recall()
-        self._seen.update(dict.fromkeys(self._owners.values(), clock.monotonic()))
+    seen: float | None = None
+    slots: int = 1
+    departures: int = 0
+    trial: float | None = None
+    well: bool = False
+    guest: Guest | None = None
+    bells: dict[_Bell, None] = field(default_factory=dict)
+
+
+class _Bell(threading.Condition):
+    """What one request waits on that is held open, so that only those wake whom it concerns."""
+
+    rung = False
+    looked = 0  # which offer of work it has seen
+
+    def ring(self) -> None:
+        with self:
+            self.rung = True
+            self.notify_all()
+
+    def heard(self) -> bool:
+        with self:
+            rung, self.rung = self.rung, False
+        return rung
+
+
+class _Waiting:
+    """The requests that are held open, in lines, those first that have waited longest."""
+
+    def __init__(self, clock: Clock, gate: Gate) -> None:
+        self.work: dict[_Bell, None] = {}
+        self.events: dict[_Bell, None] = {}
+        self.offers = 0  # how often there was work for those who wait
+        self.closed = False
+        self._all: dict[_Bell, None] = {}
+        self._clock, self._gate = clock, gate
+        self._changing = threading.Lock()
+
+    @contextlib.contextmanager
+    def bell(self, *lines: dict[_Bell, None]) -> Iterator[_Bell]:
+        """Stand in these lines."""
+        bell, lines = _Bell(), (*lines, self._all)
+        with self._changing:
+            for line in lines:
+                line[bell] = None
+        try:
+            yield bell
+        finally:
+            with self._changing:
+                for line in lines:
+                    del line[bell]
+            if bell.rung and any(line is self.work for line in lines):
+                self.call(1)
+
+    def wait(self, bell: _Bell, seconds: float) -> None:
+        with self._gate.outside(), bell:
+            if not bell.rung:
+                self._clock.wait(bell, seconds)
+
+    def ring(self, line: Mapping[_Bell, None]) -> None:
+        with self._changing:
+            bells = list(line)
+        for bell in bells:
+            bell.ring()
+
+    def call(self, number: float) -> None:
+        """Call so many more of those who have not looked since there was work."""
+        with self._changing:
+            fresh = (bell for bell in self.work if bell.looked < self.offers and not bell.rung)
+            bells = list(itertools.islice(fresh, int(min(number, len(self.work)))))
+        self.ring(dict.fromkeys(bells))
+
+    def close(self) -> None:
+        """Answer everybody who waits, now and from now on."""
+        self.closed = True
+        self.ring(self._all)
+
+
+class _News:
+    """Whom a transaction concerns: some workers, and as many others as may find ``work``.
+
+    ``cuts`` are the grants of whose task others got the lower rows, with what beats tell of it.
+    """
+
+    def __init__(self) -> None:
+        self.workers: set[int] = set()
+        self.work = 0.0
+        self.cuts: dict[Grant, tuple[int, int]] = {}
+
+
+class _States:
+    """Every change of a task or a job, and what lives of it in memory.
+
+    Memory is changed within the transaction that changes the database; when it
+    fails, all of memory is learned from the database again.
+    """
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self.store, self.clock = store, clock
+        self.grants, self.waiting = Grants(), _Waiting(clock, store.gate)
+        self.missing: dict[int, set[str]] = {}  # by job that waits: the files
+        self.presences: dict[int, Presence] = {}
+        self.news = _News()  # of the transaction under way
+        self.recall()
+
+    def presence(self, worker: int) -> Presence:
+        return self.presences.get(worker) or self.presences.setdefault(worker, Presence())
+
+    @contextlib.contextmanager
+    def tx(self) -> Iterator[Tx]:
+        """A transaction, which tells whom it concerns when it is on the disk.
+
+        When it fails, what was noted in memory did not happen either.
+        """
+        news = _News()
+        try:
+            with self.store.tx() as tx:
+                self.news = news
+                yield tx
+        except BaseException:
+            self.recall()
+            raise
+        for grant, cut in news.cuts.items():
+            grant.cut = min(grant.cut or cut, cut)  # of two the one that came later
+        self.waiting.ring(self.waiting.events)
+        for worker in {*news.workers, *(grant.worker for grant in news.cuts)}:
+            self.waiting.ring(self.presence(worker).bells)
+        self.offer(news.work)
+
+    def offer(self, work: float) -> None:
+        """Call so many of those who wait for work, if there is some."""
+        if work and self.waiting.work:
+            with self.store.read() as look:
+                if not any(look.leasable_jobs()):
+                    return
+            self.waiting.offers += 1
+            self.waiting.call(work)
+
+    def recall(self) -> None:
+        """Learn from the database which leases live and which files are missing."""
+        now, found = self.clock.monotonic(), dict[str, Grant]()
+        with self.store.tx() as tx:  # not read(): no lease may be given in between
+            self.missing = tx.missing_files()
+            for row in tx.live_attempts():
+                old, new = self.grants.get(row.lease), found.get(row.lease)
+                grant = new or Grant(row.lease, row.worker, tx.job(row.job), now)
+                found[row.lease] = grant
+                whole = row.kind is TaskKind.SLICE and not row.given  # a frame, divided since
+                given = (row.parent or 0) if whole else row.task
+                portion = Portion(grant, row, row.task, given, row.given)
+                if portion.bottom < portion.end:
+                    grant.cut = given, portion.bottom
+                if old is not None:
+                    grant.granted, grant.heard, grant.told = old.granted, old.heard, old.told
+                    portion.notes = old.portions[given].notes if given in old.portions else ()
+            self.grants.refill(found.values())
+        for presence in list(self.presences.values()):
+            presence.well = False
+
+    def shown(self, look: Look, worker: int, lease: str, task: int) -> tuple[Attempt, Task, Job]:
+        """Return what a worker shows that it was given; ``StaleLease`` when it was not."""
+        attempt = look.attempt(task, lease)
+        job = look.find_job(attempt.job) if attempt else None
+        if attempt is None or job is None or attempt.worker != worker:
+            raise StaleLease("this task is not in a lease of yours")
+        return attempt, look.task(attempt.task), job  # of a divided frame, the first slice
+
+    def tell(self, tx: Tx, what: str, text: str, job: int | None = None,
+             frame: int | None = None, worker: int | None = None) -> None:
+        """Add to the story of the farm."""
+        tx.add_event(self.clock.time(), what, text, job, frame, worker)
 
     # --- jobs
 
-    def submit(self, name: str, owner: str, pov: PovJob, manifest: Manifest,
-               options: JobOptions, ticket: str = "") -> tuple[int, list[str]]:
-        """Add a job; return its id and the hashes of the files that are missing.
+    def move_job(self, tx: Tx, job: Job, to: JobState, reason: str) -> None:
+        """Change the state of a job; ``IllegalTransition`` when the table does not allow it."""
+        frm, finished = job.state, self.clock.time() if to in FINISHED else None
+        if (frm, to) not in JOB_TRANSITIONS or not tx.set_job_state(
+                job.id, frm, to, reason, finished):
+            raise IllegalTransition(f"job {job.id} is {frm.value}: it cannot become {to.value}")
+        self.news.work += math.inf if to is JobState.ACTIVE else 0
+        self.tell(tx, f"job {to.value}", reason, job.id)
 
-        The same ``ticket`` again, as when an answer was lost, adds no second job.
-        Raises ``UserError`` when the command line asks for no frame, when two
-        frames would have the same name, or for slices that cannot be, and
-        ``NoRoom`` when the disk is as good as full.
+    def start(self, tx: Tx, job: Job) -> None:
+        """Make a job active, or let it wait for its files."""
+        missing = tx.missing_blobs(job.manifest)
+        if missing:
+            self.missing[job.id] = set(missing)
+        self.move_job(tx, job, JobState.WAITING if missing else JobState.ACTIVE, "")
+
+    def activate(self, tx: Tx, job: int) -> None:
+        """Make a job active, if it waits, as its last file is here."""
+        row = tx.find_job(job)
+        if row is not None and row.state is JobState.WAITING:
+            self.move_job(tx, row, JobState.ACTIVE, "")
+        self.missing.pop(job, None)
+
+    def add_blob(self, tx: Tx, sha256: str, size: int) -> None:
+        if not self.store.blob_path(sha256).is_file():
+            raise TryAgain("the file was tidied away just now: send it again")
+        tx.add_blob(sha256, size, self.clock.time())
+
+    def _settle(self, tx: Tx, job: int, after_failure: bool) -> None:
+        """Let the states of its tasks become that of the job."""
+        row = tx.job(job)
+        self.news.work += bool(row.options.max_workers or row.options.in_order)  # held others up
+        to, reason = job_state(row.state, row.counts), ""
+        if to is row.state is JobState.ACTIVE and after_failure:
+            reason = pause_reason(row.done, row.failed)
+            to = JobState.PAUSED if reason else to
+        if to is not row.state and row.state is not JobState.CANCELLED:
+            self.move_job(tx, row, to, reason)
+
+    # --- tasks
+
+    def move(self, tx: Tx, task: Task, to: TaskState, why: str) -> None:
+        """Change the state of a task; ``IllegalTransition`` when the table does not allow it."""
+        frm = task.state
+        if (frm, to) not in TRANSITIONS or not tx.set_task_state(task.id, frm, to):
+            raise IllegalTransition(f"frame {task.frame} cannot go from {frm.value} to {to.value}")
+        part = f"{task.kind} " if task.parent else ""
+        self.tell(tx, part + to.value, why, task.job, task.frame)
+        if to is not TaskState.LEASED:
+            self.news.work += math.inf if task.parent else to is TaskState.QUEUED
+        if task.parent:
+            self.settle_frame(tx, task.parent, why)
+            return
+        tx.count_task(task.job, frm, to)
+        if to is not TaskState.LEASED:
+            self._settle(tx, task.job, to is TaskState.FAILED)
+
+    def move_frames(self, tx: Tx, job: int, frm: TaskState, to: TaskState, why: str,
+                    after: int = -1) -> tuple[int, int]:
+        """Move the next step of those frames that are like each other.
+
+        They come ``after`` a frame; return how many were looked at, and the last.
         """
-        plan = plan_frames(pov.options)
-        _check_slices(pov, options)
-        options = _check_verify(pov, options)
-        tasks = [(frame, PurePosixPath(plan.output_name(frame)).name) for frame in plan.frames]
-        if len({file for _, file in tasks}) < len(tasks):
-            raise UserError("two frames of this job would have the same file name")
-        for _, file in (tasks[0], tasks[-1]):
-            safe_join(Path(), file)
-            if len(file.encode()) > 200:  # its logs have longer names
-                raise UserError(f"the file name {file[:40]}... is too long")
+        if (frm, to) not in TRANSITIONS:
+            raise IllegalTransition(f"frames cannot go from {frm.value} to {to.value}")
+        number, moved, last = tx.move_frames(job, frm, to, why, self.clock.time(), after, STEP)
+        tx.count_task(job, frm, to, moved)
+        self.news.work += moved if to is TaskState.QUEUED else 0
+        return number, last
+
+    def settle_frame(self, tx: Tx, frame: int, why: str) -> None:
+        """Let the states of its slices become that of a frame."""
+        row, slices = tx.task(frame), tx.slice_states(frame)
+        to = frame_state(slices, row.state)
+        if slices and row.state is not TaskState.DONE and to is not row.state:
+            self.move(tx, row, to, why)
+            if to in (TaskState.FAILED, TaskState.CANCELLED):
+                self.cancel_parts(tx, row)
+
+    def cancel_parts(self, tx: Tx, frame: Task) -> None:
+        """End what is under way of a frame that is settled otherwise."""
+        for part in tx.parts(frame.id):
+            self.end_others(tx, part.id, "the frame is settled")
+            if part.state in (TaskState.QUEUED, TaskState.LEASED):
+                self.move(tx, part, TaskState.CANCELLED, "the frame is settled")
+
+    def cancel(self, tx: Tx, job: Job) -> None:
+        """Cancel a job, and as much of its tasks as is done in one step."""
+        self.move_job(tx, job, JobState.CANCELLED, "")
+        for frame in tx.frames_with_parts(job.id):
+            if frame.state in (TaskState.QUEUED, TaskState.LEASED):
+                self.move(tx, frame, TaskState.CANCELLED, "job cancelled")
+                self.cancel_parts(tx, frame)
+        self.cancel_step(tx, job.id)
+
+    def cancel_step(self, tx: Tx, job: int) -> None:
+        """Cancel the next step of those tasks of a job that are open, leased ones first."""
+        tasks = 0
+        for grant in self.grants.of_job(job):
+            if tasks < STEP:
+                tasks += len(grant.portions)
+                self._end(tx, grant, AttemptState.RELEASED, "job cancelled")
+        for frm in (TaskState.LEASED, TaskState.QUEUED):
+            self.move_frames(tx, job, frm, TaskState.CANCELLED, "job cancelled")
+
+    # --- leases
+
+    def end_attempt(self, tx: Tx, task: int, lease: str, state: AttemptState, message: str = "",
+                    log_name: str = "") -> None:
+        """End a try of a task, and with the last one its lease."""
         now = self.clock.time()
-        with self._tx() as tx:
-            known = tx.meta(f"ticket {ticket}")
-            if ticket and known:
-                return int(known), tx.missing_blobs(manifest.key)
-            tx.add_manifest(manifest)
-            job = tx.add_job(name, owner, pov, manifest.key, options, now)
-            tx.add_tasks(job, tasks)
-            if ticket:
-                tx.set_meta(f"ticket {ticket}", str(job))
-            tx.add_event(now, "submitted", f"{len(tasks)} frames", job)
-            missing = tx.missing_blobs(manifest.key)
-            sizes = {file.sha256: file.size for file in manifest.files}
-            _check_room(self.store.root, sum(sizes[sha256] for sha256 in missing))
-            self._missing[job] = set(missing)
-            if not missing:
-                self._activate(tx, job)
-        self._wake()
-        return job, missing
+        tx.end_attempt(task, lease, state, now, message, log_name)
+        for portion in self.grants.at(task):
+            grant = portion.grant
+            if grant.id == lease:
+                self.grants.remove(grant, portion)
+                if not grant.portions:
+                    tx.end_lease(lease, grant.job, "finished", now)
+                if state is AttemptState.LOST:  # else its worker has told it
+                    self.news.workers.add(grant.worker)
 
-    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
-        """Store contents that a job asked for; the last one starts the job.
+    def end_others(self, tx: Tx, task: int, why: str) -> None:
+        """End all tries of a task: what they make is not wanted any more."""
+        for portion in self.grants.at(task):
+            self.end_attempt(tx, task, portion.grant.id, AttemptState.LOST, why)
 
-        ``ProtocolError`` 404 for contents that nobody asked for.
-        """
-        with self.store.read() as tx:
-            if not tx.blob_wanted(sha256):
-                raise ProtocolError(404, "no job asked for a file with this hash")
-        size = self.store.put_blob(sha256, chunks)
-        with self._tx() as tx:
-            self._add_blob(tx, sha256, size)
-            for job, missing in list(self._missing.items()):
-                missing.discard(sha256)
-                if not missing:
-                    self._activate(tx, job)
-        self._wake()
+    def end_lease(self, tx: Tx, grant: Grant, state: AttemptState, why: str) -> None:
+        """Take back what is left of a lease."""
+        tasks = [portion.task for portion in grant.portions.values()]
+        self._end(tx, grant, state, why)
+        for task in map(tx.task, tasks):
+            if task.state is TaskState.LEASED and not self.grants.at(task.id):
+                self.move(tx, task, TaskState.QUEUED, why)
 
-    def pause(self, job: int) -> None:
-        """Give out no more of a job; what is being rendered is finished."""
-        with self._tx() as tx:
-            self._move_job(tx, self._job(tx, job), JobState.PAUSED, PAUSED_BY_HAND)
-        self._wake()
+    def take_leases(self, tx: Tx, worker: int, why: str) -> None:
+        """Take back all leases of a worker, which may not come again."""
+        self.news.work = math.inf  # also what others failed and this one might have rendered
+        for grant in self.grants.of_worker(worker):
+            self.end_lease(tx, grant, AttemptState.RELEASED, why)
 
-    def resume(self, job: int) -> None:
-        """Go on with a paused job."""
-        with self._tx() as tx:
-            row = self._job(tx, job)
-            if row["state"] != JobState.PAUSED:
-                raise IllegalTransition(f"job {job} is {row['state']}: only a paused job resumes")
-            self._start(tx, row)
-        self._wake()
+    def _end(self, tx: Tx, grant: Grant, state: AttemptState, why: str) -> None:
+        now = self.clock.time()
+        tx.end_attempts(grant.id, state, now, why)
+        tx.end_lease(grant.id, grant.job, why, now)
+        self.forget(grant)
 
-    def cancel(self, job: int) -> None:
-        """End a job; finished images stay, workers are told to stop."""
-        with self._tx() as tx:
-            row = self._job(tx, job)
-            self._move_job(tx, row, JobState.CANCELLED, "")
-            self._cancel_tasks(tx, row)
-        self._wake()
+    def forget(self, grant: Grant) -> None:
+        self.grants.remove(grant)
+        self.news.workers.add(grant.worker)
 
-    def retry(self, job: int) -> int:
-        """Queue the failed and cancelled tasks of a job again; return how many."""
-        with self._tx() as tx:
-            row = self._job(tx, job)
-            failed = [*tx.tasks_in(job, TaskState.FAILED), *tx.tasks_in(job, TaskState.CANCELLED)]
-            for frame in failed:
-                for task in (*tx.parts(frame["id"]), frame):
-                    tx.forget_failures(task["id"])
-                    tx.set_tries(task["id"], 0)
-                    if task["state"] in (TaskState.FAILED, TaskState.CANCELLED):
-                        self._move(tx, task, TaskState.QUEUED, "tried again by hand")
-                self._settle_frame(tx, frame["id"], "")
-            row = self._job(tx, job)
-            if failed and row["state"] != JobState.ACTIVE:
-                self._start(tx, row)
-        self._wake()
-        return len(failed)
 
-    def change(self, job: int, changes: Mapping[str, Any]) -> None:
-        """Set any of the ``JobOptions`` of a job."""
-        with self._tx() as tx:
-            row = self._job(tx, job)
-            options = self._options(row).changed(changes)
-            _check_slices(pov_of(row["pov"]), options)
-            tx.set_job_options(job, _check_verify(pov_of(row["pov"]), options))
-            text = ", ".join(f"{name} = {value}" for name, value in changes.items())
-            tx.add_event(self.clock.time(), "changed", text, job)
-        self._wake()
+class _Crew:
+    """Who is there: joins, beats and leaves, and whose silence has lasted for too long."""
 
-    def delete(self, job: int) -> None:
-        """Forget a job and delete its images and logs."""
-        with self._delivery, self._tx() as tx:
-            row = self._job(tx, job)
-            self._cancel_tasks(tx, row)
-            tx.drop_job(job)
-            tx.drop_manifests()
-            tx.add_event(self.clock.time(), "deleted", row["name"], job)
-        self._missing.pop(job, None)
-        shutil.rmtree(self.store.job_directory(row["id"], row["name"]), ignore_errors=True)
-        self._wake()
-
-    # --- workers
+    def __init__(self, states: _States, lease_time: float) -> None:
+        self.states, self.clock = states, states.clock
+        self.lease_time = lease_time
+        for grant in states.grants:
+            self._see(grant.worker)
 
     def join(self, info: WorkerInfo, token: str, address: str, admitted: bool) -> tuple[int, str]:
         """Add a worker whose secret hashes to ``token``; return its id and its code.
@@ -6363,140 +8453,60 @@ class Scheduler:
         """
         state = WorkerState.ADMITTED if admitted else WorkerState.PENDING
         code = "".join(secrets.choice("ABCDEFGHJKLMNPQRSTUVWXYZ23456789") for _ in range(6))
-        now = self.clock.time()
-        with self._tx() as tx:
+        with self.states.tx() as tx:
             known = tx.worker_by_token(token)
             if known is not None:
                 if admitted:
-                    tx.set_worker_state(known["id"], state)
-                return known["id"], known["code"]
-            worker = tx.add_worker(info, token, state, code, address, now)
-            tx.add_event(now, "joined" if admitted else "asks to join", info.name, worker=worker)
-        self._seen[worker] = self.clock.monotonic()
-        self._wake()
+                    tx.set_worker_state(known.id, state)
+                return known.id, known.code
+            worker = tx.add_worker(info, token, state, code, address, self.clock.time())
+            self.states.tell(tx, "joined" if admitted else "asks to join", info.name, worker=worker)
+        self._see(worker)
         return worker, code
 
     def rejoin(self, worker: int, info: WorkerInfo, address: str) -> None:
         """Take what a known worker says of itself when it comes again."""
-        with self._tx() as tx:
+        with self.states.tx() as tx:
             tx.set_worker_info(worker, info, address)
-        self._trials[worker] = -math.inf  # perhaps it comes again because it was mended
-        self._seen[worker] = self.clock.monotonic()
-        self._wake()
+        self._see(worker).trial = -math.inf  # perhaps it comes again because it was mended
 
     def admit(self, code: str) -> str:
         """Admit the pending worker with this code and return its name."""
-        with self._tx() as tx:
+        with self.states.tx() as tx:
             for row in tx.workers():
-                if row["state"] == WorkerState.PENDING and hmac.compare_digest(
-                        row["code"].encode(), code.strip().upper().encode()):
-                    tx.set_worker_state(row["id"], WorkerState.ADMITTED)
-                    tx.add_event(self.clock.time(), "admitted", row["name"], worker=row["id"])
-                    break
-            else:
-                raise UserError(f"no worker waits with the code '{code}'")
-        self._wake()
-        return str(row["name"])
+                if row.state is WorkerState.PENDING and hmac.compare_digest(
+                        row.code.encode(), code.strip().upper().encode()):
+                    tx.set_worker_state(row.id, WorkerState.ADMITTED)
+                    self.states.tell(tx, "admitted", row.name, worker=row.id)
+                    self._dismiss(row.id)  # its open request is answered, which tells it
+                    return row.name
+            raise UserError(f"no worker waits with the code '{code}'")
 
-    def remove_worker(self, worker: int) -> None:
+    def remove(self, worker: int) -> None:
         """Take a worker's leases back and forget its secret."""
-        with self._tx() as tx:
-            row = tx.worker(worker)
+        with self.states.tx() as tx:
+            row = tx.find_worker(worker)
             if row is None or not tx.set_worker_state(worker, WorkerState.REMOVED):
                 raise UserError(f"there is no worker {worker}")
-            self._take_leases(tx, worker, "worker removed")
-            tx.add_event(self.clock.time(), "removed", row["name"], worker=worker)
-        self._left[worker] = self._left.get(worker, 0) + 1
-        self._seen.pop(worker, None)
-        self._wake()
+            self.states.tell(tx, "removed", row.name, worker=worker)
+            self._dismiss(worker)
+            self.states.take_leases(tx, worker, "worker removed")
+        self.states.presence(worker).seen = None
 
-    def receive(self, worker: int, guest: Guest) -> None:
-        """Treat a worker as one of another system, until the coordinator ends."""
-        self._guests[worker] = guest
-        for lease, owner in list(self._owners.items()):
-            if owner == worker:  # since before the coordinator started
-                self._deadlines[lease] = self.clock.monotonic() + self._silence(worker)
+    def leave(self, worker: int) -> None:
+        """Hand back every lease of a worker that stops; it may come again."""
+        with self.states.tx() as tx:
+            self._dismiss(worker)
+            self.states.take_leases(tx, worker, "worker stopped")
+        self.states.presence(worker).seen = None
 
-    def live_workers(self) -> set[int]:
-        """Return the workers that were heard of within the time that a lease lives."""
-        now = self.clock.monotonic()
-        return {worker for worker, seen in list(self._seen.items())
-                if seen >= now - self._silence(worker)}
-
-    def seen(self, worker: int) -> float | None:
-        """Return how many seconds ago a worker was heard of, None when never."""
-        at = self._seen.get(worker)
-        return None if at is None else self.clock.monotonic() - at
-
-    def progress(self, task: int) -> float:
-        """Return how much of a task is rendered, 0 to 1, as last heard."""
-        return max((self._notes(task, lease)[-1][0]
-                    for lease in list(self._progress.get(task, {}))), default=0.0)
-
-    def sickness(self, tx: Tx, worker: Row) -> str:
-        """Return what is wrong with a worker's work: wrong pictures, or nothing but failures.
-
-        While all fail nobody is sick: then the scenes are to blame.
-        """
-        if worker["aside"]:
-            return str(worker["aside"])
-        sick = self._only_fails(tx, worker["id"]) and self._some_succeed(tx)
-        return "its last six tasks failed, and others' did not" if sick else ""
-
-    def _only_fails(self, tx: Tx, worker: int) -> bool:
-        return tx.recent_attempts(worker, 6) == ["failed"] * 6
-
-    def _some_succeed(self, tx: Tx) -> bool:
-        return any(set(tx.recent_attempts(worker, 6)) - {"failed"}
-                   for worker in self.live_workers())
-
-    def waiting_for(self, tx: Tx, job: Row) -> str:
-        """Return why workers get no frame of a job that has some, when POV-Ray is the reason."""
-        if job["state"] != JobState.ACTIVE or not job["queued"]:
-            return ""
-        live = self.live_workers()
-        unfit = [json.loads(row["engines"]) for row in tx.workers() if row["id"] in live
-                 and row["state"] == WorkerState.ADMITTED and not self._fits(job, row)]
-        if not unfit:
-            return ""
-        wanted = job["povray"]
-        if wanted == "auto":
-            wanted = json.loads(job["engines"]).get("povray", "")
-        theirs = {engines.get("povray", "") for engines in unfit} - {wanted}
-        return (f"{'1 worker waits' if len(unfit) == 1 else f'{len(unfit)} workers wait'}: this "
-                f"job's frames are rendered with POV-Ray {wanted}, theirs is "
-                f"{' and '.join(sorted(theirs)) or 'the same with other include files'} "
-                f"('povfarm.py set {job['id']} povray=any' lets every worker render)")
-
-    # --- leases
-
-    def lease(self, worker: int, offer: Offer, wait: float,
-              alive: Callable[[], bool]) -> list[LeaseSpec]:
-        """Give out work: waits up to ``wait`` seconds when there is none.
-
-        ``alive`` tells whether the worker still listens: one that was killed
-        while it waited gets nothing.
-        """
-        end, looked = self.clock.monotonic() + wait, -math.inf
-        stays = self._left.get(worker, 0)
-        while True:
-            with self._changed:
-                version = self._version
-            if stays != self._left.get(worker, 0) or not alive():
-                return []
-            now = self._seen[worker] = self.clock.monotonic()
-            self._slots[worker] = offer.slots
-            # Many may be idle, and are woken by whatever happens: what is under way becomes a
-            # straggler, or worth dividing, by the passing of time.
-            over = now - looked >= LOOK_AGAIN
-            looked = now if over else looked
-            leases = self._grant(worker, offer, over, stays)
-            if any(lease.tasks[0].kind is TaskKind.SLICE for lease in leases):
-                self._tell_cuts()
-            left = end - self.clock.monotonic()
-            if leases or left <= 0 or self._closed:
-                return leases
-            self._wait(version, min(left, LOOK_AGAIN if self._deadlines else self.lease_time / 3))
+    def release(self, worker: int, lease: str) -> None:
+        """Take back a lease that its worker hands in unfinished."""
+        with self.states.tx() as tx:
+            for grant in self._held(worker, [lease]):
+                self.states.end_lease(tx, grant, AttemptState.RELEASED, "handed back")
+                return
+            raise StaleLease("this lease is not yours")
 
     def beat(self, worker: int, progress: Mapping[str, Mapping[int, float]],
              wait: float) -> tuple[list[str], dict[int, int]]:
@@ -6506,50 +8516,637 @@ class Scheduler:
         before which it may end. Answers after ``wait`` seconds, or at once when
         there is such news.
         """
-        end = self.clock.monotonic() + min(wait, self.lease_time / 3)
-        stays = self._left.get(worker, 0)
-        for lease, tasks in progress.items():
-            for task, part in tasks.items() if self._owners.get(lease) == worker else ():
-                self._note(task, lease, part)
-        while True:
-            with self._changed:
-                version = self._version
-            now = self.clock.monotonic()
-            if stays == self._left.get(worker, 0):
-                self._seen[worker] = now
-            ended = []
-            for lease in progress:
-                if self._owners.get(lease) != worker:
-                    ended.append(lease)
-                    continue
-                self._deadlines[lease] = now + self._silence(worker)
-            left = end - now
-            cuts = {lease: cut for lease, cut in list(self._cuts.items()) if lease in progress}
-            news = [lease for lease, cut in cuts.items() if self._told.get(lease) != cut.bottom]
-            if ended or news or left <= 0 or self._closed:
-                self._told.update({lease: cut.bottom for lease, cut in cuts.items()})
-                return ended, {cut.given: cut.bottom for cut in cuts.values()}
-            self._wait(version, left)
+        now, presence = self.clock.monotonic(), self.states.presence(worker)
+        end, stays = now + min(wait, self.lease_time / 3), presence.departures
+        for grant in self._held(worker, progress):
+            for task, part in progress[grant.id].items():
+                if task in grant.portions:
+                    grant.portions[task].note(part, now)
+        with self.states.waiting.bell(presence.bells) as bell:
+            while True:
+                bell.heard()
+                now, held = self.clock.monotonic(), self._held(worker, progress)
+                if stays == presence.departures:
+                    presence.seen = now
+                for grant in held:  # one that was taken back since is in nobody's hands
+                    grant.heard = now
+                cuts = {grant: grant.cut for grant in held if grant.cut}
+                news = any(grant.told != row for grant, (_, row) in cuts.items())
+                left = end - now
+                if len(held) < len(progress) or news or left <= 0 or self.states.waiting.closed:
+                    for grant, (_, row) in cuts.items():
+                        grant.told = row
+                    alive = {grant.id for grant in held}
+                    return [lease for lease in progress if lease not in alive], dict(cuts.values())
+                self.states.waiting.wait(bell, left)
 
-    def leave(self, worker: int) -> None:
-        """Hand back every lease of a worker that stops; it may come again."""
-        self._left[worker] = self._left.get(worker, 0) + 1
-        with self._tx() as tx:
-            self._take_leases(tx, worker, "worker stopped")
-        self._seen.pop(worker, None)
-        self._wake()
+    def expire(self) -> None:
+        """Take back every lease whose worker has been silent for too long."""
+        now = self.clock.monotonic()
+        late = [grant.id for grant in self.states.grants
+                if grant.heard + self.silence(grant.worker) < now]
+        if late:
+            with self.states.tx() as tx:
+                for grant in filter(None, map(self.states.grants.get, late)):
+                    self.states.end_lease(tx, grant, AttemptState.EXPIRED, "worker silent")
 
-    def release(self, worker: int, lease: str) -> None:
-        """Take back a lease that its worker hands in unfinished."""
-        with self._tx() as tx:
-            row = tx.lease(lease)
-            if row is None or row["worker"] != worker:
-                raise StaleLease("this lease is not yours")
-            self._end_lease(tx, row, AttemptState.RELEASED, "handed back")
-        self._wake()
+    def receive(self, worker: int, guest: Guest) -> None:
+        """Treat a worker as one of another system, until the coordinator ends."""
+        self.states.presence(worker).guest = guest
 
-    def finish(self, worker: int, lease: str, task: int, image: bytes, log_text: bytes,
-               cost: Cost, bottom: int = 0, written: Mapping[str, bytes] = {}) -> bool:
+    def silence(self, worker: int) -> float:
+        """Return the seconds without a beat after which a worker's leases run out."""
+        guest = self.states.presence(worker).guest
+        return self.lease_time if guest is None else max(guest.silence, self.lease_time)
+
+    def live_workers(self) -> set[int]:
+        """Return the workers that were heard of within the time that a lease lives."""
+        now = self.clock.monotonic()
+        return {worker for worker, presence in list(self.states.presences.items())
+                if presence.seen is not None and presence.seen >= now - (
+                    self.silence(worker) if presence.guest else self.lease_time)}
+
+    def seen(self, worker: int) -> float | None:
+        """Return how many seconds ago a worker was heard of, None when never."""
+        at = self.states.presence(worker).seen
+        return None if at is None else self.clock.monotonic() - at
+
+    def muster(self, look: Look) -> Muster:
+        """Return who is there at this moment."""
+        return Muster(self.states, look, self.live_workers())
+
+    def _held(self, worker: int, leases: Iterable[str]) -> list[Grant]:
+        found = map(self.states.grants.get, leases)
+        return [grant for grant in found if grant is not None and grant.worker == worker]
+
+    def _see(self, worker: int) -> Presence:
+        presence = self.states.presence(worker)
+        presence.seen = self.clock.monotonic()
+        return presence
+
+    def _dismiss(self, worker: int) -> None:
+        """Give a worker nothing any more for a request that it has left open."""
+        self.states.presence(worker).departures += 1
+        self.states.news.workers.add(worker)
+
+
+class Muster:
+    """Who is there at one moment, and what they are good for: each is looked up once."""
+
+    def __init__(self, states: _States, look: Look, live: set[int]) -> None:
+        self.live = live
+        self._states, self._look = states, look
+        self._sick: dict[int, bool] = {}
+        self._fitting: dict[tuple[int, bool, str], bool] = {}
+        self._helping: dict[tuple[int, bool], set[int]] = {}
+        self._elected: dict[tuple[int, str], Collection[str]] = {}
+
+    @functools.cached_property
+    def crew(self) -> list[Member]:
+        """The workers that are there and may work."""
+        return [row for row in self._look.workers()
+                if row.id in self.live and row.state is WorkerState.ADMITTED]
+
+    def sickness(self, worker: Member) -> str:
+        """Say what makes a worker sick: wrong pictures, or nothing but failures; else nothing.
+
+        While all fail nobody is sick: then the scenes are to blame.
+        """
+        if worker.aside:
+            return worker.aside
+        sick = self._only_fails(worker.id) and self._some_succeed
+        return "its last six tasks failed, and others' did not" if sick else ""
+
+    def _only_fails(self, worker: int) -> bool:
+        presence = self._states.presence(worker)
+        if worker not in self._sick:
+            record = [] if presence.well else self._look.recent_attempts(worker, 6)
+            presence.well |= record[:1] != ["failed"]
+            self._sick[worker] = record == ["failed"] * 6
+        return self._sick[worker]
+
+    @functools.cached_property
+    def _some_succeed(self) -> bool:
+        return any(set(self._look.recent_attempts(worker, 6)) - {"failed"} for worker in self.live)
+
+    def suits(self, job: Job, worker: Member) -> bool:
+        """Tell whether a worker makes the pictures of a job as those that are there are made."""
+        guest = self._states.presence(worker.id).guest
+        return (guest is None or guest.takes(self._look, job)) and self._fits(job, worker)
+
+    def _fits(self, job: Job, worker: Member) -> bool:
+        wanted, least, begun = job.options.povray, job.pov.needs[0], has_begun(job)
+        key = job.id, begun, worker.engines_json
+        if key not in self._fitting:
+            fits = engine_fits(wanted, job.engines if begun else {}, worker.engines, least)
+            self._fitting[key] = fits and (
+                begun or wanted != "auto" or not worker.engines
+                or worker.engines_json in self._prevailing(job))
+        return self._fitting[key]
+
+    def _prevailing(self, job: Job) -> Collection[str]:
+        """Return the engines (JSON) that may begin a job: a job's version is that of most cores.
+
+        Of the workers that are there and can; of those that have failed in the job only
+        where there are no others.
+        """
+        least = job.pov.needs[0]
+        key = job.id if job.started else 0, least
+        if key not in self._elected:
+            crew = [row for row in self.crew if not row.aside and row.engines
+                    and engine_fits("any", {}, row.engines, least)]
+            good = [row for row in crew
+                    if job.started and not self._look.failures(job.id, row.id)]
+            cores: collections.Counter[str] = collections.Counter()
+            for row in good or crew:
+                cores[row.engines_json] += row.cores
+            votes = {mine: sum(number for theirs, number in cores.items() if engine_fits(
+                "auto", engines_of(mine), engines_of(theirs), least)) for mine in cores}
+            self._elected[key] = {mine for mine, number in votes.items()
+                                  if number == max(votes.values())}
+        return self._elected[key]
+
+    def is_hopeless(self, job: Job, worker: int) -> bool:
+        """Tell whether a worker has failed in a job again and again, and done nothing of it."""
+        return self._look.failures(job.id, worker) >= 3 and not self._look.has_done(job.id, worker)
+
+    def helpers(self, job: Job, part: bool = False) -> set[int]:
+        """Return the workers that a frame of a job may wait for, or ``part`` of a frame.
+
+        Those that fail all of the job count when there are no others: then
+        the scene is to blame, and the job has to find that out.
+        """
+        if (job.id, part) not in self._helping:
+            well = {row.id for row in self.crew if not self.sickness(row) and self.suits(job, row)
+                    and not (part and self._states.presence(row.id).guest)}
+            hopeful = {worker for worker in well if not self.is_hopeless(job, worker)}
+            self._helping[job.id, part] = hopeful or well
+        return self._helping[job.id, part]
+
+    def waiting_for(self, job: Job) -> str:
+        """Return why workers get no frame of a job that has some, in a sentence, or nothing."""
+        missing = len(self._states.missing.get(job.id, ()))
+        if job.state is JobState.WAITING:
+            return f"{missing} of its files {'is' if missing == 1 else 'are'} still to come"
+        if job.state is not JobState.ACTIVE or not job.queued:
+            return ""
+        since, word = job.pov.needs
+        versions = [row.engines.get("povray", "") for row in self.crew
+                    if not self._states.presence(row.id).guest]
+        if since and all(version and release(version) < release(since) for version in versions):
+            return (f"{word} needs POV-Ray {since}, which no worker here has: start one with it "
+                    "('povfarm.py work --povray PROGRAM')")
+        unfit = [row for row in self.crew if not row.aside and not self._fits(job, row)]
+        if unfit:
+            return self._why_unfit(job, unfit)
+        if job.leased or any(self.suits(job, row) and not self.sickness(row) for row in self.crew):
+            return ""
+        pending = [row for row in self._look.workers() if row.id in self.live]
+        if self.crew:
+            why = ("the workers that are there cannot render it: 'povfarm.py workers' shows what "
+                   "is wrong with them")
+        elif pending:
+            why = (f"{_waiting(pending)} to be let in: 'povfarm.py workers' shows the codes, "
+                   "'povfarm.py admit CODE' lets one in")
+        else:
+            why = "no worker is there: start one with 'povfarm.py work'"
+        return why
+
+    def _why_unfit(self, job: Job, unfit: Sequence[Member]) -> str:
+        wanted = job.options.povray
+        if wanted == "auto":
+            began = [job.engines_json] if has_begun(job) else self._prevailing(job)
+            wanted = engines_of(min(began, default="{}")).get("povray", "")
+        theirs = {row.engines.get("povray", "") for row in unfit} - {wanted}
+        way = ("" if job.pov.needs[0] else
+               f" ('povfarm.py set {job.id} povray=any' lets every worker render)")
+        return (f"{_waiting(unfit)}: this job's frames are rendered with POV-Ray {wanted}, theirs "
+                f"is {' and '.join(sorted(theirs)) or 'the same with other include files'}{way}")
+
+
+def has_begun(job: Job) -> bool:
+    """Tell whether something is there of what the worker rendered that began a job."""
+    there = job.done or job.leased or job.options.verify  # of which one may be kept
+    return bool(there and job.engines)
+
+
+def _waiting(workers: Sequence[Member]) -> str:
+    return "1 worker waits" if len(workers) == 1 else f"{len(workers)} workers wait"
+
+
+class _Dealing:
+    """Who gets what: answers those who ask for work, as soon as there is some for them."""
+
+    def __init__(self, states: _States, crew: _Crew) -> None:
+        self._states, self._crew = states, crew
+
+    def lease(self, worker: int, offer: Offer, wait: float,
+              alive: Callable[[], bool]) -> list[LeaseSpec]:
+        """Give out work: waits up to ``wait`` seconds when there is none.
+
+        ``alive`` tells whether the worker still listens: one that was killed
+        while it waited gets nothing.
+        """
+        clock, waiting = self._states.clock, self._states.waiting
+        end, looked = clock.monotonic() + wait, -math.inf
+        presence = self._states.presence(worker)
+        stays = presence.departures
+        with waiting.bell(waiting.work, presence.bells) as bell:
+            while True:
+                called, bell.looked = bell.heard(), waiting.offers
+                if stays != presence.departures or not alive():
+                    bell.rung = called  # another may take what it was called for
+                    return []
+                now = presence.seen = clock.monotonic()
+                presence.slots = offer.slots
+                # What is under way becomes a straggler, or worth dividing, by the passing of time;
+                # where many wait it is enough that some of them look.
+                pause = LOOK_AGAIN * max(len(waiting.work) / 10, 1)
+                over = now - looked >= pause
+                looked = now if over else looked
+                leases = self._deal(worker, offer, over, stays)
+                left = end - clock.monotonic()
+                if leases or left <= 0 or waiting.closed:
+                    bell.rung |= called and not leases
+                    return leases
+                if called:
+                    waiting.call(1)
+                waiting.wait(bell, min(left, pause if any(self._states.grants) else math.inf,
+                                       self._crew.lease_time * 5 / 6))
+
+    def _deal(self, worker: int, offer: Offer, over: bool, stays: int) -> list[LeaseSpec]:
+        """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
+        with self._states.store.read() as look:
+            if self._states.store.notice or not any(look.leasable_jobs(over)):
+                return []
+        with self._states.tx() as tx:
+            row = tx.worker(worker)
+            # Who leaves after this look hands back what it is given.
+            if (row.state is not WorkerState.ADMITTED or row.aside
+                    or stays != self._states.presence(worker).departures):
+                return []
+            return _Deal(self._states, self._crew.muster(tx), tx, row, offer).leases()
+
+
+class _Deal:
+    """One request for work, in the transaction in which it is answered.
+
+    The pickers are asked in turn, each for all jobs: what is queued goes before
+    what others are at.
+    """
+
+    def __init__(self, states: _States, muster: Muster, tx: Tx, worker: Member,
+                 offer: Offer) -> None:
+        self._states, self._grants = states, states.grants
+        self._muster, self._tx = muster, tx
+        self._worker, self._presence = worker, states.presence(worker.id)
+        self._offer, self._idle = offer, offer.idle  # cores
+        self._now = states.clock.monotonic()
+        self._sick = bool(muster.sickness(worker))
+        self._speeds: dict[int, tuple[dict[int, float], SliceCost | None]] = {}
+
+    def leases(self) -> list[LeaseSpec]:
+        """Return what the worker is given; when it is sick, one task now and then."""
+        want = self._offer.want
+        if self._sick:
+            trial = self._presence.trial = self._presence.trial or self._now
+            want = int(self._now - trial >= SICK_PAUSE)
+        leases: list[LeaseSpec] = []
+        while len(leases) < want:
+            job, tasks = self._found()
+            if job is None:
+                break
+            leases.append(self._give(job, tasks))
+            self._idle -= leases[-1].threads
+        if leases or not self._sick:
+            self._presence.trial = self._now if self._sick else None
+        return leases
+
+    def _found(self) -> tuple[Job | None, list[Task]]:
+        """Find what the worker gets next, and the job that it is of."""
+        pickers: Sequence[Callable[[Job], list[Task]]] = (
+            self._queued, self._divided, self._straggler)
+        if self._presence.guest:
+            pickers = (self._whole, self._straggler)
+        for pick in pickers:
+            for job in self._tx.leasable_jobs(over=pick is not pickers[0]):
+                tasks = pick(job) if self._may_work(job) else []
+                if tasks:
+                    return job, tasks[:1] if self._sick else tasks
+        return None, []
+
+    def _may_work(self, job: Job) -> bool:
+        """Tell whether the worker may have something of a job."""
+        options, mine = job.options, self._worker.id
+        if self._offer.job not in (0, job.id) or not self._muster.suits(job, self._worker):
+            return False
+        if options.max_workers:
+            others = {grant.worker for grant in self._grants.of_job(job.id)} - {mine}
+            if len(others) >= options.max_workers:
+                return False
+        if (options.in_order and job.leased) or not self._has_room(job):
+            return False
+        return (self._sick or not self._muster.is_hopeless(job, mine)
+                or mine in self._muster.helpers(job))
+
+    def _has_room(self, job: Job) -> bool:
+        """Tell whether the worker may have another slice or pass beside those that it has."""
+        slices = job.options.slices
+        parts = [portion for grant in self._grants.of_worker(self._worker.id)
+                 for portion in grant.portions.values()
+                 if grant.job == job.id and portion.kind is not TaskKind.FRAME]
+        # One pass has all cores of a worker, and one slice that the farm has cut by itself; the
+        # next may begin when it is nearly done.
+        mine = [self._left(portion) for portion in parts
+                if portion.kind is TaskKind.PASS or slices == "auto"]
+        if len(mine) > 1 or any(left > 2 * START for left in mine):
+            return False
+        if slices.isdecimal() and parts:  # a fair share: others come in a moment
+            share = int(slices) * (job.queued + job.leased) / len(self._muster.helpers(job, True))
+            return len(parts) < share
+        return True
+
+    # --- what is queued
+
+    def _queued(self, job: Job) -> list[Task]:
+        """Find what is queued: all of a job in order, a slice or pass, or neighbouring frames."""
+        if job.options.in_order:
+            queued = self._tx.tasks_in(job.id, TaskState.QUEUED)
+            failed = self._tx.failed_workers(queued[0].id) if queued else set()
+            waits = self._worker.id in failed and self._muster.helpers(job) - failed
+            return [] if waits else queued
+        part = self._part(job)
+        if part is not None:
+            return [part]
+        return self._frames(job) if self._may_begin(job) else []
+
+    def _whole(self, job: Job) -> list[Task]:
+        """Find frames for a guest, unless others had better slice them."""
+        whole = unsliceable(job.pov, False, job.options.slices)
+        tasks = self._frames(job) if whole or not self._wants_slices(job) else []
+        # It fails with all frames at once: those of which one is bad are tried one by one.
+        return list(itertools.takewhile(lambda task: not task.tries, tasks)) or tasks[:1]
+
+    def _frames(self, job: Job) -> list[Task]:
+        """Find queued neighbours, for one run."""
+        slots = self._offer.slots + sum(self._states.presence(other).slots
+                                        for other in self._muster.live - {self._worker.id})
+        size = lease_size(job.queued, slots, job.mean_cost, job.runs)
+        tasks = self._tx.next_tasks(job.id, self._worker.id, size)
+        if not tasks and job.queued:
+            return [task for task in self._tx.tasks_in(job.id, TaskState.QUEUED)
+                    if task.cut is None and self._may_try(job, task)][:1]
+        step = job.pov.plan.frames.step
+        for index in range(1, len(tasks)):
+            if tasks[index].frame != tasks[index - 1].frame + step:
+                return tasks[:index]
+        return tasks
+
+    def _may_try(self, job: Job, task: Task) -> bool:
+        """What a worker failed or had its turn at goes back to it only when nobody else is left."""
+        done, mine = self._had_turn(task.id), self._worker.id
+        return mine not in done or not self._muster.helpers(job, task.is_part) - done - {mine}
+
+    def _had_turn(self, task: int) -> set[int]:
+        return self._tx.failed_workers(task) | {row.worker for row in self._tx.kept(task)}
+
+    # --- slices and passes
+
+    def _part(self, job: Job) -> Task | None:
+        """Find a slice or a pass, or cut one off a frame."""
+        if unsliceable(job.pov, job.options.in_order, job.options.slices):
+            return None
+        if job.options.radiosity == "animation" and self._shared(job):
+            first = self._first(job)
+            if not self._tx.parts(first.id, TaskKind.PASS):
+                self._add_passes(job, first)
+        for part in self._tx.queued_parts(job.id):
+            if self._is_ready(part) and self._may_try(job, part):
+                return part
+        for frame in self._tx.frames_to_cut(job.id):
+            if frame.uncut and self._is_ready(frame):
+                return self._cut(job, frame)
+        if self._wants_slices(job) and self._may_begin(job):
+            for frame in self._tx.next_tasks(job.id, self._worker.id, 1):
+                if not frame.state_of:  # what is begun is gone on with, and divided if it drags
+                    return self._begin_slices(job, frame)
+        return None
+
+    def _may_begin(self, job: Job) -> bool:
+        """Tell whether what all frames share is there."""
+        return job.options.radiosity != "animation" or self._is_ready(self._first(job))
+
+    def _is_ready(self, task: Task) -> bool:
+        """Tell whether the pass of a task's frame, if it has one, is over; for good or ill."""
+        return task.kind is TaskKind.PASS or not any(
+            part.state in (TaskState.QUEUED, TaskState.LEASED)
+            for part in self._tx.parts(task.parent or task.id, TaskKind.PASS))
+
+    def _first(self, job: Job) -> Task:
+        return self._tx.tasks(job.id, limit=1)[0]
+
+    def _shared(self, job: Job) -> frozenset[str]:
+        return shared_by(job.pov, job.options.radiosity)
+
+    def _add_passes(self, job: Job, frame: Task) -> None:
+        workers = len(self._muster.helpers(job, True))
+        for top, bottom in pass_rows(job.region, self._shared(job), workers):
+            self._tx.add_part(frame, TaskKind.PASS, top, bottom)
+
+    def _wants_slices(self, job: Job) -> bool:
+        """Tell whether the next whole frame should be sliced at once.
+
+        By itself only where there are fewer frames than workers.
+        """
+        if job.options.slices != "auto":
+            return job.options.slices not in ("off", "1")
+        few = job.queued < len(self._muster.live)  # soon found out, and mostly enough
+        return (few and worth_slicing(job.region, job.mean_cost)
+                and job.queued < len(self._muster.helpers(job, True)))
+
+    def _begin_slices(self, job: Job, frame: Task) -> Task:
+        self._tx.set_cut(frame.id, 0, job.pov.options.height)
+        if job.options.radiosity != "animation" and self._shared(job):
+            self._add_passes(job, frame)
+            return self._tx.parts(frame.id)[0]
+        return self._cut(job, self._tx.task(frame.id))
+
+    def _cut(self, job: Job, frame: Task) -> Task:
+        """Cut the next slice off a frame."""
+        (speeds, cost), mine = self._speeds_of(job), self._worker.id
+        here = self._muster.helpers(job, True) | {mine}
+        share = speeds[mine] / sum(speeds[helper] for helper in here)
+        if cost is not None:
+            cost = cost._replace(row=1 / speeds[mine])
+        top = frame.cut or 0
+        bottom = slice_end(top, frame.bottom, job.region, job.options.slices, share, cost)
+        self._tx.set_cut(frame.id, bottom, frame.bottom)
+        return self._tx.add_part(frame, TaskKind.SLICE, top, bottom)
+
+    def _speeds_of(self, job: Job) -> tuple[dict[int, float], SliceCost | None]:
+        """Return the rows a second of each worker, and what is known of the cost of slices."""
+        if job.id not in self._speeds:
+            cores = {row.id: row.cores for row in self._tx.workers()}
+            self._speeds[job.id] = slice_speeds(self._tx.slice_costs(job.id), cores)
+        return self._speeds[job.id]
+
+    # --- what others are at
+
+    def _left(self, portion: Portion, job: Job | None = None) -> float:
+        """Return the seconds that a portion will still take as it looks.
+
+        Before any of it was heard, a slice of ``job`` takes as long as others did.
+        """
+        usual = math.inf
+        if job is not None and portion.kind is TaskKind.SLICE:
+            speeds, cost = self._speeds_of(job)
+            if cost is not None:
+                usual = (portion.bottom - portion.top) / speeds[portion.grant.worker] + cost.parse
+        return time_left(portion.parts(), portion.grant.granted + START, self._now, usual)
+
+    def _divided(self, job: Job) -> list[Task]:
+        """Divide what is unrendered of the task that will take longest, if that is worth it."""
+        if (job.options.slices != "auto" or unsliceable(job.pov, job.options.in_order)
+                or "radiosity" in job.pov.uses):  # with that, a render cannot be stopped midway
+            return []
+        lefts = []
+        for grant in self._grants.of_job(job.id):
+            for portion in grant.portions.values():
+                if self._may_divide(job, portion):  # where two are at it, who is sooner counts
+                    lefts.append(min(((self._left(one, job), one)
+                                      for one in self._grants.at(portion.task)),
+                                     key=operator.itemgetter(0)))
+        worst, found = max((left for left in lefts if left[0] < math.inf),
+                           key=operator.itemgetter(0), default=(0.0, None))
+        speeds, cost = self._speeds_of(job)
+        if found is None or worst <= 3 * (START + (cost.parse if cost else 1.0)):
+            return []
+        theirs, mine = speeds[found.grant.worker], speeds[self._worker.id]
+        return self._lower_part(job, found, theirs / (theirs + mine))
+
+    def _may_divide(self, job: Job, portion: Portion) -> bool:
+        at = self._grants.at(portion.task)
+        alone = len(at) == len(portion.grant.portions) == 1
+        return all(one.grant.worker != self._worker.id for one in at) and (
+            portion.kind is TaskKind.SLICE
+            or (portion.kind is TaskKind.FRAME and alone and not self._shared(job)))
+
+    def _lower_part(self, job: Job, portion: Portion, share: float) -> list[Task]:
+        """Make a slice of its own of what is below a task's ``share`` of its unrendered rows."""
+        tx, task, options = self._tx, self._tx.task(portion.task), job.pov.options
+        bottom = task.bottom or options.height
+        size = slice_block(options) if task.is_part else block_size(options)
+        progress = self._grants.progress(task.id)
+        middle = split_row(task.top, bottom, job.region, size, progress, share)
+        if middle is None:
+            return []
+        if task.is_part:
+            frame, upper = tx.task(task.parent or 0), replace(task, bottom=middle)
+            tx.set_bottom(task.id, middle)
+        else:
+            tx.set_cut(task.id, options.height, options.height)
+            frame = tx.task(task.id)
+            upper = tx.add_part(frame, TaskKind.SLICE, 0, middle)
+            tx.move_attempts(task.id, upper.id)
+        self._grants.divide(task.id, upper)
+        for one in self._grants.at(upper.id):
+            self._states.news.cuts[one.grant] = one.given, middle
+        if upper.state is TaskState.QUEUED:
+            self._states.move(tx, upper, TaskState.LEASED, "the rest goes to another worker")
+        return [tx.add_part(frame, TaskKind.SLICE, middle, bottom)]
+
+    def _straggler(self, job: Job) -> list[Task]:
+        """Find a task to lease a second time: of the oldest lease the frame it comes to last."""
+        if job.queued or job.options.in_order:
+            return []
+        portions = [portion for grant in self._grants.of_job(job.id)
+                    for portion in reversed(grant.portions.values())]
+        mine = self._worker.id
+        if any(one.grant.worker == mine and one.kind is TaskKind.SLICE for one in portions):
+            return []  # it would slow its own slice down, of which nobody has another copy
+        _, cost = self._speeds_of(job)
+        frame_cost = job.mean_cost.wall if job.mean_cost else math.inf
+        for one in portions:
+            mean = frame_cost
+            if one.kind is TaskKind.SLICE and cost is not None:
+                mean = cost.row * (one.bottom - one.top) + cost.parse + START
+            if (self._now - one.grant.granted > max(1.5 * mean, 5.0)
+                    and len(self._grants.at(one.task)) == 1
+                    and (one.kind is TaskKind.FRAME or not self._presence.guest)
+                    and mine not in self._had_turn(one.task) | {one.grant.worker}):
+                return [self._tx.task(one.task)]
+        return []
+
+    # --- giving
+
+    def _give(self, job: Job, tasks: Sequence[Task]) -> LeaseSpec:
+        tx, worker = self._tx, self._worker
+        lease, now = secrets.token_hex(16), self._states.clock.time()
+        tx.add_lease(lease, worker.id, job.id, [task.id for task in tasks], now)
+        tx.set_job_started(job.id, now)
+        if not has_begun(job):
+            tx.set_job_engines(job.id, worker.engines_json)
+        grant = Grant(lease, worker.id, job, self._now)
+        for task in tasks:
+            Portion(grant, task, task.id, task.id, task.bottom)
+            if task.state is TaskState.QUEUED:
+                self._states.move(tx, task, TaskState.LEASED, worker.name)
+        self._grants.add(grant)
+        mine = {worker.engines.get("povray") or ANY_STATE, ANY_STATE}
+        specs = tuple(
+            TaskSpec(task.id, task.frame, task.name, task.kind, task.top,
+                     task.bottom if task.is_part else 0, task.state_of in mine)
+            for task in tasks)
+        return LeaseSpec(
+            lease, job.id, job.name, self._threads(job, tasks[0]), specs, job.manifest, job.pov,
+            job.options.in_order, self._passes(job, tasks[0]),
+            job.options.frame_timeout or frame_timeout(tx.recent_walls(job.id)))
+
+    def _passes(self, job: Job, task: Task) -> tuple[int, ...]:
+        """Return the passes whose results a task reads."""
+        if not self._shared(job) or task.kind is TaskKind.PASS:
+            return ()
+        frame = task.parent
+        if job.options.radiosity == "animation":
+            frame = self._first(job).id
+        return tuple(part.id for part in self._tx.parts(frame or 0, TaskKind.PASS)
+                     if part.state is TaskState.DONE)
+
+    def _threads(self, job: Job, task: Task) -> int:
+        """Return the threads of one run: more than one only where frames run out.
+
+        A still has whole machines to itself, and so has a slice; the last
+        frames of an animation share what is idle, unless their pixels depend
+        on the threads.
+        """
+        frames = sum(job.counts.values())
+        if frames > 1 and not job.pov.thread_safe and not task.is_part:
+            return 1
+        runs = 1 if job.options.in_order else max(job.queued, 1)
+        if task.is_part:
+            alone = job.options.slices == "auto" or task.kind is TaskKind.PASS
+            runs = 1 if alone else len(self._tx.queued_parts(job.id)) + 1
+        threads = max(self._idle // runs, 1)
+        return max(min(threads, int(job.pov.values.get("Work_Threads", threads))), 1)
+
+
+class _Deliveries:
+    """Takes in what workers have made: pictures, failures, states; puts slices together."""
+
+    def __init__(self, states: _States, crew: _Crew) -> None:
+        self.states, self.crew = states, crew
+        # Of two images of one frame only the accepted one is on disk: they take turns, by frame.
+        self._turns = [threading.Lock() for _ in range(32)]
+        self._joining = threading.Lock()
+
+    def check_lease(self, worker: int, lease: str, task: int) -> None:
+        """Raise ``StaleLease`` for a task that a worker was not given under this lease."""
+        with self.states.store.read() as look:
+            self.states.shown(look, worker, lease, task)
+
+    def finish(self, worker: int, lease: str, task: int, image: Path | bytes, log_text: bytes,
+               cost: Cost, bottom: int = 0,
+               written: Mapping[str, Path | bytes | None] = {}) -> bool:
         """Accept the image of a task; False when another was accepted before.
 
         The image is checked whole first: ``ImageError`` when it is not the
@@ -6557,106 +9154,32 @@ class Scheduler:
         of a task that is still unfinished is taken. Of a slice comes the strip
         of its rows, which may reach further down, to ``bottom``, when its worker
         rendered on while others began with what is below. ``written`` are the
-        files that the scene wrote itself: of each, the last frame's stays.
+        files that the scene wrote itself: of each, the last frame's stays. None
+        stands for one that was left where it was written.
         """
-        with self.store.read() as tx:
-            _, row, job = self._attempt(tx, worker, lease, task)
-        pov = pov_of(job["pov"])
-        if row["kind"] != TaskKind.PASS:
-            least = row["bottom"] or pov.options.height
+        with self.states.store.read() as look:
+            _, row, job = self.states.shown(look, worker, lease, task)
+        options = job.pov.options
+        if row.kind is not TaskKind.PASS:
+            least = row.bottom or options.height
             bottom = bottom or least
-            if not least <= bottom <= pov.options.height:
+            if not least <= bottom <= options.height:
                 raise ImageError("the picture does not hold the rows that were asked for")
-            check_image(image, pov.options.extension, pov.options.width, bottom - row["top"])
-        elif not image:
+            with self.aside(image):
+                check_image(image, options.extension, options.width, bottom - row.top)
+        elif not next(file_blocks(image), b""):
             raise ImageError("nothing came of what the slices should share")
-        with self._delivery:
-            accepted = None
-            while accepted is None:
-                accepted = self._take(worker, lease, task, image, log_text, cost, bottom, written)
-        self.join_frames()
-        self._wake()
+        delivery = _Delivery(self, (worker, lease, task), image, log_text, cost, bottom, written)
+        with self.turn(row):
+            accepted = delivery.take()
+        if delivery.task.is_part:
+            self.join_frames()
         return accepted
 
-    def _take(self, worker: int, lease: str, task: int, image: bytes, log_text: bytes, cost: Cost,
-              bottom: int, written: Mapping[str, bytes]) -> bool | None:
-        """Store an image and accept it; None when its task was divided while it was written."""
-        with self.store.read() as tx:
-            attempt, row, job = self._attempt(tx, worker, lease, task)
-            if attempt["state"] == AttemptState.KEPT or cast(Row, tx.worker(worker))["aside"]:
-                return False
-            verdict, kept = self._judge(tx, job, row, worker, image), tx.kept(row["id"])
-            pieces = self._pieces(tx, row, image, pov_of(job["pov"]).options.extension, bottom)
-            slices = tx.parts(row["id"], TaskKind.SLICE)  # of which nobody has any more use
-        directory = self.store.job_directory(job["id"], job["name"])
-        log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
-        if verdict.keep:
-            self.store.put_image(directory / "parts", kept_name(row, attempt["id"]), image)
-            pieces, kept = [], []
-        for piece, data in pieces:
-            self.store.put_image(*place_of(directory, piece), data)
-        files = self._put_written(written)
-        with self._tx() as tx:
-            if any(cast(Row, tx.task(piece["id"]))["bottom"] != piece["bottom"]
-                   for piece in (row, *(piece for piece, _ in pieces))):
-                return None
-            if verdict.keep:
-                self._keep(tx, attempt, verdict.keep, log_name, cost)
-                accepted = True
-            else:
-                accepted = self._accept(tx, attempt, pieces, log_name, cost)
-                self._conclude(tx, row, verdict)
-            for path, (sha256, size) in files.items() if accepted else ():
-                self._add_blob(tx, sha256, size)
-                tx.add_written(job["id"], path, row["frame"], sha256, size)
-        for old in kept:
-            (directory / "parts" / kept_name(row, old["id"])).unlink(missing_ok=True)
-        for part in slices if accepted else ():
-            Path(*place_of(directory, part)).unlink(missing_ok=True)
-        for piece, _ in pieces:
-            if piece["state_of"]:
-                (directory / "parts" / f"{piece['id']}.state").unlink(missing_ok=True)
-        return accepted
-
-    def _put_written(self, written: Mapping[str, bytes]) -> dict[str, tuple[str, int]]:
-        """Store files that are not stored yet; return hash and size of each."""
-        files = {}
-        for path, data in written.items():
-            sha256 = hashlib.sha256(data).hexdigest()
-            if not self.store.blob_path(sha256).is_file():
-                self.store.put_blob(sha256, [data])
-            files[path] = sha256, len(data)
-        return files
-
-    def part_path(self, tx: Tx, task: Row, suffix: str = "") -> Path:
-        """Return where the file of a slice or pass is, or the state of a task by its suffix."""
-        job = self._job(tx, task["job"])
-        directory = self.store.job_directory(job["id"], job["name"])
-        place, name = place_of(directory, task)
-        return directory / "parts" / f"{task['id']}{suffix}" if suffix else place / name
-
-    def keep_state(self, worker: int, lease: str, task: int, state: bytes) -> None:
-        """Keep what a worker that stops leaves of an unfinished task, for others to go on from."""
-        with self._delivery:
-            with self.store.read() as tx:
-                _, row, _ = self._attempt(tx, worker, lease, task)
-                engines = cast(Row, tx.worker(worker))["engines"]
-                path = self.part_path(tx, row, ".state")
-            if row["state"] in (TaskState.LEASED, TaskState.QUEUED):
-                self.store.put_image(path.parent, path.name, state)
-                with self._tx() as tx:
-                    tx.set_state_of(row["id"], json.loads(engines).get("povray", ""))
-
-    def join_frames(self) -> None:
-        """Put together every frame of which all slices are there."""
-        with self._joining:
-            with self.store.read() as tx:
-                frames = [(frame, self._job(tx, frame["job"]), tx.parts(frame["id"]))
-                          for frame in tx.frames_to_join()]
-            for frame, job, parts in frames:
-                with contextlib.suppress(NoRoom):  # then it is done as soon as there is room
-                    self._join_frame(frame, job, parts)
-                    self._wake()
+    def aside(self, image: Path | bytes) -> ContextManager[None]:
+        """Let others in while an image is computed with that is not small."""
+        small = isinstance(image, bytes) and len(image) <= BUFFER
+        return contextlib.nullcontext() if small else self.states.store.gate.outside()
 
     def fail(self, worker: int, lease: str, task: int, message: str, log_text: bytes,
              scene: bool) -> None:
@@ -6665,34 +9188,541 @@ class Scheduler:
         ``scene`` says that the scene itself is wrong: then it is not worth
         more than one try on each worker.
         """
-        with self._delivery:
-            with self.store.read() as tx:
-                attempt, row, job = self._attempt(tx, worker, lease, task)
-            directory = self.store.job_directory(job["id"], job["name"])
-            log_name = self.store.put_log(directory, f"{row['name']}.{attempt['id']}.txt", log_text)
-            with self._tx() as tx:
-                tx.set_state_of(row["id"], "")  # perhaps it was the state that was wrong
-                self._fail(tx, self._attempt(tx, worker, lease, task), message, log_name, scene)
-        self._wake()
+        states = self.states
+        with states.store.read() as look:
+            attempt, row, job = states.shown(look, worker, lease, task)
+        with self.turn(row):
+            log_name = states.store.put_log(states.store.job_directory(job.id, job.name),
+                                            f"{row.name}.{attempt.id}.txt", log_text)
+            with states.tx() as tx:
+                tx.set_state_of(row.id, "")  # perhaps it was the state that was wrong
+                attempt, row, job = states.shown(tx, worker, lease, task)
+                if attempt.state is not AttemptState.LIVE:
+                    return
+                states.end_attempt(tx, row.id, lease, AttemptState.FAILED, message, log_name)
+                states.presence(worker).well = False
+                if row.state is TaskState.LEASED and not states.grants.at(row.id):
+                    tx.set_tries(row.id, row.tries + 1)
+                    used_up = self._used_up(tx, row, job, scene)
+                    states.move(tx, row, TaskState.FAILED if used_up else TaskState.QUEUED, message)
+
+    def _used_up(self, tx: Tx, task: Task, job: Job, scene: bool) -> bool:
+        """Tell whether a task that has failed is not tried again.
+
+        Where the ``scene`` is to blame, one try on each worker that could do it is enough.
+        """
+        if not scene:
+            return task.tries + 1 >= job.options.retry_limit
+        failed = tx.failed_workers(task.id)
+        return (len(failed) >= job.options.retry_limit
+                or not self.crew.muster(tx).helpers(job, task.is_part) - failed)
+
+    def keep_state(self, worker: int, lease: str, task: int, state: Path | bytes) -> None:
+        """Keep what a worker that stops leaves of an unfinished task, for others to go on from."""
+        with self.states.store.read() as look:
+            _, row, _ = self.states.shown(look, worker, lease, task)
+        with self.turn(row):
+            with self.states.store.read() as look:
+                _, row, job = self.states.shown(look, worker, lease, task)
+                engines = look.worker(worker).engines
+            if row.state in (TaskState.LEASED, TaskState.QUEUED):
+                self._put_state(job, row, state, engines.get("povray") or ANY_STATE)
+
+    def begin_from(self, job: int, frame: int, state: bytes) -> None:
+        """Let a frame that nobody has begun be gone on with from what a POV-Ray left of it."""
+        with self.states.store.read() as look:
+            row = look.job(job), present(look.task_of_frame(job, frame))
+        self._put_state(*row, state, ANY_STATE)
+
+    def _put_state(self, job: Job, task: Task, state: Path | bytes, version: str) -> None:
+        path = self.states.store.state_path(job, task)
+        self.states.store.put_image(path.parent, path.name, state)
+        with self.states.tx() as tx:
+            tx.set_state_of(task.id, version)
+
+    def states_of(self, job: int) -> dict[int, Path]:
+        """Return what stopped renders have left of the whole frames of a job, by frame."""
+        with self.states.store.read() as look:
+            tasks = [task for task in map(look.task, look.states())
+                     if task.job == job and task.kind is TaskKind.FRAME]
+            paths = {task.frame: self.states.store.state_path(look.job(job), task)
+                     for task in tasks}
+        return {frame: path for frame, path in paths.items() if path.is_file()}
+
+    def turn(self, task: Task) -> threading.Lock:
+        return self._turns[task.frame % len(self._turns)]
+
+    def wait_for_all(self) -> None:
+        """Wait until whoever has begun to store something has ended."""
+        for turn in self._turns:
+            with turn:
+                pass
+
+    def join_frames(self) -> None:
+        """Put together every frame of which all slices are there."""
+        with self.states.store.read() as look:
+            if not look.frames_to_join():
+                return
+        with self._joining:
+            with self.states.store.read() as look:
+                frames = [(frame, look.job(frame.job), look.parts(frame.id))
+                          for frame in look.frames_to_join()]
+            for frame, job, parts in frames:
+                with contextlib.suppress(NoRoom):  # then it is done as soon as there is room
+                    self._join_frame(frame, job, parts)
+
+    def _join_frame(self, frame: Task, job: Job, parts: Sequence[Task]) -> None:
+        store = self.states.store
+        directory = store.job_directory(job.id, job.name)
+        places, problem = [Path(*place_of(directory, part)) for part in parts
+                           if part.kind is TaskKind.SLICE], ""
+        whole = directory / "parts" / f"{frame.id}{Path(frame.name).suffix}"
+        try:
+            store.need(sum(place.stat().st_size for place in places))
+            with store.gate.outside(), store.placing(whole) as part:
+                join_rows(places, whole.suffix, part)
+            made = sha256_file(whole), whole.stat().st_size
+        except (OSError, ImageError) as error:
+            problem = f"the slices could not be put together: {error}"
+        with self.turn(frame):  # meanwhile all of it may have come whole, or the job be gone
+            with store.read() as look:
+                if not _is_open(look.find_task(frame.id)):
+                    whole.unlink(missing_ok=True)
+                    return
+            if not problem:
+                store.move_image(whole, *place_of(directory, frame))
+            with self.states.tx() as tx:
+                row = tx.find_task(frame.id)
+                if row is None or not _is_open(row):
+                    return
+                if problem:  # then `retry` renders all of it again
+                    tx.drop_parts(frame.id)
+                    if row.state is not TaskState.FAILED:
+                        self.states.move(tx, row, TaskState.FAILED, problem)
+                else:
+                    self._joined(tx, row, parts, *made)
+        for place in places:
+            place.unlink(missing_ok=True)
+
+    def _joined(self, tx: Tx, frame: Task, parts: Sequence[Task], sha256: str, size: int) -> None:
+        # A pass that failed has cost nothing that is known.
+        cost = Cost(sum(part.cpu or 0.0 for part in parts),
+                    sum(part.wall or 0.0 for part in parts),
+                    max(part.memory or 0 for part in parts))
+        slices = [part for part in parts if part.kind is TaskKind.SLICE]
+        last = max(slices, key=lambda part: part.finished or 0.0)
+        tx.set_task_result(frame.id, last.worker or 0, sha256, size, cost,
+                           self.states.clock.time())
+        text = f"put together from {len(slices)} slices" if slices[1:] else "rendered in one piece"
+        self.states.move(tx, frame, TaskState.DONE, text)
+
+
+class _Delivery:
+    """An image on its way to its place: prepared, stored, settled, cleaned up after.
+
+    ``pieces`` are the unfinished tasks that it settles, ``stale`` the files of
+    which nobody has any more use then.
+    """
+
+    def __init__(self, room: _Deliveries, shown: tuple[int, str, int], image: Path | bytes,
+                 log_text: bytes, cost: Cost, bottom: int,
+                 written: Mapping[str, Path | bytes | None]) -> None:
+        self._room, self._states, self._store = room, room.states, room.states.store
+        self._shown, self._worker = shown, shown[0]
+        self._image, self._bottom = image, bottom
+        self._log_text, self._cost, self._written = log_text, cost, written
+
+    def take(self) -> bool:
+        """Store the image and accept it; False when it is not wanted."""
+        while self._prepare():
+            stored = self._store_all()
+            with self._states.tx() as tx:
+                self._states.shown(tx, *self._shown)  # the job may have been deleted meanwhile
+                if any(tx.task(piece.id).bottom != piece.bottom
+                       for piece in (self.task, *self.pieces)):
+                    continue  # it was divided meanwhile
+                accepted = self._settle(tx, stored)
+            for path in self.stale if accepted else ():
+                path.unlink(missing_ok=True)
+            return accepted
+        return False
+
+    def _prepare(self) -> bool:
+        """Look what the image is for; False when nobody wants it."""
+        with self._store.read() as look:
+            self.attempt, self.task, self.job = self._states.shown(look, *self._shown)
+            self.directory = self._store.job_directory(self.job.id, self.job.name)
+            if self.attempt.state is AttemptState.KEPT or look.worker(self._worker).aside:
+                return False
+            kept = look.kept(self.task.id)
+            self.verdict, self.odd = self._compared(look, kept)
+            self.pieces, self.stale = [], []
+            if not self.verdict.keep:
+                self.pieces = self._settled(look)
+                self.stale = [self.directory / "parts" / kept_name(self.task, row.id)
+                              for row in kept]
+                self.stale += [Path(*place_of(self.directory, part))
+                               for part in look.parts(self.task.id, TaskKind.SLICE)]
+                self.stale += [self._store.state_path(self.job, piece) for piece in self.pieces
+                               if piece.state_of]
+        return True
+
+    def _settled(self, look: Look) -> list[Task]:
+        """Return the unfinished tasks of which all rows are in the image."""
+        tasks = [self.task]
+        if self.task.kind is TaskKind.SLICE and self._bottom > self.task.bottom:
+            tasks += [part for part in look.parts(self.task.parent or 0, TaskKind.SLICE)
+                      if self.task.top < part.top and part.bottom <= self._bottom]
+        return [task for task in tasks if task.state not in (TaskState.DONE, TaskState.CANCELLED)]
+
+    def _compared(self, look: Look, kept: Sequence[Attempt]) -> tuple[Verdict, Attempt | None]:
+        """Say whether the image is to be accepted at once, and whose two others differ from."""
+        task, job = self.task, self.job
+        if (task.kind is not TaskKind.FRAME or task.cut is not None or job.options.in_order
+                or task.state not in (TaskState.QUEUED, TaskState.LEASED)):
+            return Verdict(), None
+        extension = PurePosixPath(task.name).suffix
+        if not is_chosen(job.id, task.frame, job.options.verify):
+            odd = not kept and self._is_odd(look, extension)
+            return VERDICTS["odd" if odd else "same", True], None
+        with self._room.aside(self._image):
+            same = [same_pixels(self.directory / "parts" / kept_name(task, row.id), self._image,
+                                extension) for row in kept]
+        by = [row.worker for row in kept]
+        others = self._room.crew.muster(look).helpers(job) - {self._worker, *by}
+        how = compared(by, same, self._worker)
+        others_left = bool(others) and (how != "differs" or len(set(by)) < 2)
+        odd_ones = [row for row, alike in zip(kept, same) if not alike and how == "same"]
+        return VERDICTS[how, others_left], odd_ones[0] if odd_ones else None
+
+    def _is_odd(self, look: Look, extension: str) -> bool:
+        """Tell whether the image is black and those of its neighbours are not."""
+        near = [self.directory / row.name for row in look.neighbours(self.job.id, self.task.frame)]
+        return (bool(near) and is_black(self._image, extension)
+                and not any(is_black(path, extension) for path in near
+                            if path.is_file()))  # a person may have deleted it
+
+    def _store_all(self) -> list[tuple[int, str, int]]:
+        """Store the log, the image, and the files that the scene wrote.
+
+        Return the task, the hash and the size of each piece.
+        """
+        self.log_name = self._store.put_log(
+            self.directory, f"{self.task.name}.{self.attempt.id}.txt", self._log_text)
+        if self.verdict.keep:
+            self._store.put_image(self.directory / "parts", kept_name(self.task, self.attempt.id),
+                                  self._image)
+        self.files: dict[str, tuple[str, int]] = {}
+        for path, data in self._written.items():
+            self.files[path] = ("", 0) if data is None else self._put_blob(data)
+        return [self._put(piece) for piece in self.pieces]
+
+    def _put_blob(self, data: Path | bytes) -> tuple[str, int]:
+        sha256 = sha256_file(data)
+        stored = self._store.blob_path(sha256)
+        if not stored.is_file():
+            self._store.put_blob(sha256, file_blocks(data))
+        return sha256, stored.stat().st_size
+
+    def _put(self, piece: Task) -> tuple[int, str, int]:
+        place, name = place_of(self.directory, piece)
+        if piece.kind is not TaskKind.SLICE or (
+                piece.top == self.task.top and piece.bottom >= self._bottom):
+            self._store.put_image(place, name, self._image)
+        else:
+            with self._room.aside(self._image), self._store.placing(place / name) as part:
+                crop_rows(self._image, Path(name).suffix, piece.top - self.task.top,
+                          piece.bottom - piece.top, part)
+        return piece.id, sha256_file(place / name), (place / name).stat().st_size
+
+    def _settle(self, tx: Tx, stored: Sequence[tuple[int, str, int]]) -> bool:
+        """Note in the database what became of the image; True when it is taken."""
+        if self.verdict.keep:
+            self._keep(tx)
+            accepted = True
+        else:
+            accepted = self._accept(tx, stored)
+            self._conclude(tx)
+        for path, (sha256, size) in self.files.items() if accepted else ():
+            if sha256:
+                self._states.add_blob(tx, sha256, size)
+            tx.add_written(self.job.id, path, self.task.frame, sha256, size)
+        return accepted
+
+    def _keep(self, tx: Tx) -> None:
+        """Let another worker render a frame whose image is kept beside the finished ones."""
+        task, why = tx.task(self.task.id), self.verdict.keep
+        tx.add_job_cost(task.job, self._cost)
+        self._end(tx, AttemptState.KEPT, why)
+        if task.state is TaskState.LEASED and not self._states.grants.at(task.id):
+            self._states.move(tx, task, TaskState.QUEUED, why)
+
+    def _accept(self, tx: Tx, stored: Sequence[tuple[int, str, int]]) -> bool:
+        accepted = False
+        for piece, sha256, size in stored:
+            task = tx.task(piece)
+            if task.state in (TaskState.DONE, TaskState.CANCELLED):
+                continue
+            mine = task.id == self.task.id
+            spent = self._cost if mine else Cost()
+            tx.set_task_result(task.id, self._worker, sha256, size, spent,
+                               self._states.clock.time())
+            tx.add_job_cost(task.job, spent)
+            if mine:
+                accepted = True
+                self._end(tx, AttemptState.DONE)
+            self._states.end_others(tx, task.id, "another was first")
+            self._states.move(tx, task, TaskState.DONE, "")
+            self._states.cancel_parts(tx, task)
+        if not accepted and self.attempt.state is AttemptState.LIVE:
+            self._end(tx, AttemptState.LOST, "another was first")
+        return accepted
+
+    def _end(self, tx: Tx, state: AttemptState, message: str = "") -> None:
+        self._states.end_attempt(tx, self.task.id, self.attempt.lease, state, message,
+                                 self.log_name)
+
+    def _conclude(self, tx: Tx) -> None:
+        """Tell of a doubt, and set the worker aside whose picture is the odd one."""
+        task, worker = self.task, self.odd.worker if self.odd else 0
+        if self.verdict.doubt:
+            self._states.tell(tx, "doubtful", self.verdict.doubt, task.job, task.frame)
+        if worker:
+            tx.set_aside(worker, f"its picture of frame {task.frame} of job {task.job} differs "
+                                 "from that of two others")
+            self._states.tell(
+                tx, "set aside", f"{tx.worker(worker).name} made another picture of frame "
+                f"{task.frame} than two others: look at its other frames of this job",
+                task.job, worker=worker)
+            self._states.take_leases(tx, worker, "worker set aside")
+
+
+def _is_open(frame: Task | None) -> bool:
+    """Tell whether the picture of a sliced frame is still wanted."""
+    return frame is not None and frame.state in (TaskState.LEASED, TaskState.FAILED)
+
+
+class Scheduler:
+    """The farm's rules over a ``Store``: jobs, and the doors of the rooms; all thread-safe.
+
+    ``lease_time`` is how many seconds a lease lives without a beat. It is
+    measured by the clock's ``monotonic``, so a jump of the wall clock moves
+    nothing; leases found in the database at the start get the full time.
+    """
+
+    def __init__(self, store: Store, clock: Clock, lease_time: float = 30.0) -> None:
+        self.store = store
+        self.clock = clock
+        self.lease_time = lease_time
+        self._states = states = _States(store, clock)
+        self._crew = crew = _Crew(states, lease_time)
+        self._deliveries = deliveries = _Deliveries(states, crew)
+        self._coming: set[int] = set()  # jobs that are being submitted
+        self._stepping = threading.Lock()
+        self.grants = states.grants
+        self.join, self.rejoin, self.admit = crew.join, crew.rejoin, crew.admit
+        self.leave, self.remove_worker, self.receive = crew.leave, crew.remove, crew.receive
+        self.beat, self.release = crew.beat, crew.release
+        self.live_workers, self.seen = crew.live_workers, crew.seen
+        self.muster = crew.muster
+        self.lease = _Dealing(states, crew).lease
+        self.check_lease, self.finish = deliveries.check_lease, deliveries.finish
+        self.fail = deliveries.fail
+        self.keep_state, self.begin_from = deliveries.keep_state, deliveries.begin_from
+        self.states_of = deliveries.states_of
+        self.progress = states.grants.progress
+        self.close = states.waiting.close
+
+    # --- jobs
+
+    def submit(self, name: str, owner: str, pov: PovJob, manifest: Manifest,
+               options: JobOptions, ticket: str = "",
+               frames: str = "") -> tuple[int, list[str]]:
+        """Add a job; return its id and the hashes of the files that are missing.
+
+        ``frames`` are those of an animation to render, for ``FramePlan.chosen``. The
+        same ``ticket`` again, as when an answer was lost, adds no second job.
+        Raises ``UserError`` when the command line asks for no frame, when two
+        frames would have the same name, or for slices that cannot be, and
+        ``NoRoom`` when the disk is as good as full.
+        """
+        plan = pov.plan
+        options = _check_options(pov, options)
+        chosen = plan.chosen(frames)
+        for file in (_picture_name(plan, chosen[0]), _picture_name(plan, chosen[-1])):
+            safe_join(Path(), file)
+            if len(file.encode()) > 200:  # its logs have longer names
+                raise UserError(f"the file name {file[:40]}... is too long")
+        with self.store.read() as look:
+            known = look.meta(f"ticket {ticket}") if ticket else ""
+            if known:
+                return int(known), look.missing_blobs(manifest.key)
+        with self._adding(plan, chosen) as (tx, job):
+            known = tx.meta(f"ticket {ticket}")
+            if ticket and known:  # the same request was under way
+                return int(known), tx.missing_blobs(manifest.key)
+            tx.add_manifest(manifest)
+            tx.add_job(job, name, owner, pov, manifest.key, options, self.clock.time())
+            if ticket:
+                tx.set_meta(f"ticket {ticket}", str(job))
+            self._states.tell(tx, "submitted", counted(len(chosen), "frame"), job)
+            missing = tx.missing_blobs(manifest.key)
+            sizes = {file.sha256: file.size for file in manifest.files}
+            _check_room(self.store.root, sum(sizes[sha256] for sha256 in missing))
+            self._states.missing[job] = set(missing)
+            if not missing:
+                self._states.activate(tx, job)
+        return job, missing
+
+    @contextlib.contextmanager
+    def _adding(self, plan: FramePlan, chosen: Sequence[int]) -> Iterator[tuple[Tx, int]]:
+        """Add frames in steps, the last of which adds the job; else they are rows without one."""
+        steps = [chosen[start:start + STEP] for start in range(0, len(chosen), STEP)]
+        with self.store.tx() as tx:
+            job = tx.reserve_job()
+            self._coming.add(job)
+        try:
+            for step in steps[:-1]:
+                with self.store.tx() as tx:
+                    tx.add_tasks(job, ((frame, _picture_name(plan, frame)) for frame in step))
+                self._rest()
+            with self._states.tx() as tx:
+                tx.add_tasks(job, ((frame, _picture_name(plan, frame)) for frame in steps[-1]))
+                yield tx, job
+        finally:
+            self._coming.discard(job)
+
+    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
+        """Store contents that a job asked for; the last one starts the job.
+
+        ``NotFound`` for contents that nobody asked for.
+        """
+        with self.store.read() as look:
+            if not look.blob_wanted(sha256):
+                raise NotFound("no job asked for a file with this hash")
+        size = self.store.put_blob(sha256, chunks)
+        with self._states.tx() as tx:
+            self._states.add_blob(tx, sha256, size)
+            for job, missing in list(self._states.missing.items()):
+                missing.discard(sha256)
+                if not missing:
+                    self._states.activate(tx, job)
+
+    def pause(self, job: int) -> None:
+        """Give out no more of a job; what is being rendered is finished."""
+        with self._states.tx() as tx:
+            self._states.move_job(tx, tx.job(job), JobState.PAUSED, PAUSED_BY_HAND)
+
+    def resume(self, job: int) -> None:
+        """Go on with a paused job."""
+        with self._states.tx() as tx:
+            row = tx.job(job)
+            if row.state is not JobState.PAUSED:
+                raise IllegalTransition(f"job {job} is {row.state}: only a paused job resumes")
+            self._states.start(tx, row)
+
+    def cancel(self, job: int) -> None:
+        """End a job; finished images stay, workers are told to stop."""
+        with self._states.tx() as tx:
+            self._states.cancel(tx, tx.job(job))
+        self._work_off()
+
+    def retry(self, job: int) -> int:
+        """Queue the failed and cancelled tasks of a job again; return how many."""
+        count, begun = 0, False
+        after = {TaskState.FAILED: -1, TaskState.CANCELLED: -1}
+        while after:
+            with self._states.tx() as tx:
+                row = tx.job(job)
+                if begun and row.state is JobState.CANCELLED:  # by hand, since the last step
+                    break
+                count += 0 if begun else self._retry_parts(tx, row)
+                for frm, frame in list(after.items()):
+                    number, after[frm] = self._states.move_frames(
+                        tx, job, frm, TaskState.QUEUED, "tried again by hand", frame)
+                    count += number
+                    if number < STEP:
+                        del after[frm]
+                row = tx.job(job)
+                if count and row.state not in (JobState.ACTIVE, JobState.WAITING):
+                    self._states.start(tx, row)
+            begun = True
+            if after:
+                self._rest()
+        return count
+
+    def _retry_parts(self, tx: Tx, job: Job) -> int:
+        """Queue again what is missing of sliced frames; return how many frames that were."""
+        bad = (TaskState.FAILED, TaskState.CANCELLED)
+        frames = [frame for frame in tx.frames_with_parts(job.id) if frame.state in bad]
+        for frame in frames:
+            for task in (*tx.parts(frame.id), frame):
+                tx.forget_failures(task.id)
+                tx.set_tries(task.id, 0)
+                if task.state in bad:
+                    self._states.move(tx, task, TaskState.QUEUED, "tried again by hand")
+            self._states.settle_frame(tx, frame.id, "")
+        return len(frames)
+
+    def change(self, job: int, changes: Mapping[str, Any]) -> None:
+        """Set any of the ``JobOptions`` of a job."""
+        with self._states.tx() as tx:
+            row = tx.job(job)
+            options = row.options.changed(changes)
+            tx.set_job_options(job, _check_options(row.pov, options))
+            text = ", ".join(f"{name} = {value}" for name, value in changes.items())
+            self._states.tell(tx, "changed", text, job)
+            self._states.news.work = math.inf
+
+    def delete(self, job: int) -> None:
+        """Forget a job and delete its images and logs."""
+        with self._states.tx() as tx:
+            row = tx.job(job)
+            for grant in self.grants.of_job(job):
+                self._states.forget(grant)
+            self._states.missing.pop(job, None)
+            tx.drop_job(job)
+            tx.drop_rows(job, STEP)
+            tx.drop_manifests()
+            self._states.tell(tx, "deleted", row.name, job)
+        self._deliveries.wait_for_all()
+        with self.store.gate.outside():
+            shutil.rmtree(self.store.job_directory(row.id, row.name), ignore_errors=True)
+        self._work_off()
+
+    def _work_off(self, wait: bool = True) -> None:
+        """Do in steps what is too much for one transaction, also what a killed coordinator left."""
+        if not self._stepping.acquire(blocking=wait):
+            return
+        try:
+            while True:
+                with self.store.read() as look:
+                    if not look.half_cancelled() | look.left_rows() - self._coming:
+                        return
+                self._rest()
+                with self._states.tx() as tx:
+                    for job in [*tx.half_cancelled()][:1]:
+                        self._states.cancel_step(tx, job)
+                    for job in [*tx.left_rows() - self._coming][:1]:
+                        tx.drop_rows(job, STEP)
+        finally:
+            self._stepping.release()
+
+    def _rest(self) -> None:
+        """Let others have their turn."""
+        self._states.waiting.wait(_Bell(), STEP_PAUSE)
+
+    # --- keeping house
 
     def expire(self) -> None:
         """Take back every lease whose worker has been silent for too long."""
-        self.join_frames()  # what was complete when the coordinator was killed
-        now = self.clock.monotonic()
-        late = [lease for lease, deadline in list(self._deadlines.items()) if deadline < now]
-        if not late:
-            return
-        with self._tx() as tx:
-            for lease in late:
-                row = tx.lease(lease)
-                if row is not None:
-                    self._end_lease(tx, row, AttemptState.EXPIRED, "worker silent")
-                self._forget_lease(lease)
-        self._wake()
+        self._deliveries.join_frames()  # what was complete when the coordinator was killed
+        self._work_off(wait=False)
+        self._crew.expire()
 
     def tidy(self) -> None:
-        """Delete contents that nobody names any more, and old events."""
-        with self._tx() as tx:
+        """Delete old blobs, which nobody has named for ``KEEP_BLOBS`` seconds, and old events."""
+        with self._states.tx() as tx:
             tx.drop_manifests()
             unused = tx.unused_blobs(self.clock.time() - KEEP_BLOBS)
             for sha256 in unused:
@@ -6706,881 +9736,34 @@ class Scheduler:
     def look_for_room(self) -> None:
         """Give out nothing while the disk takes nothing, and go on when it does."""
         if self.store.look_for_room():
-            self._wake()
+            self._states.offer(math.inf)
 
-    # --- waiting
-
-    def wait_events(self, after: int, wait: float, limit: int) -> list[Row]:
+    def wait_events(self, after: int, wait: float, limit: int) -> list[Event]:
         """Return the first events after an id, waiting up to ``wait`` seconds for one."""
-        end = self.clock.monotonic() + wait
-        while True:
-            with self._changed:
-                version = self._version
-            with self.store.read() as tx:
-                events = tx.events(after, limit)
-            left = end - self.clock.monotonic()
-            if events or left <= 0 or self._closed:
-                return events
-            self._wait(version, left)
-
-    def close(self) -> None:
-        """Answer everybody who waits, now and from now on."""
-        self._closed = True
-        self._wake()
-
-    def check_invariants(self) -> list[str]:
-        """Return what is wrong with the farm's data, in words: nothing, always."""
-        with self.store.read() as tx:
-            problems = [f"job {job}: counters differ from its tasks" for job in tx.wrong_counters()]
-            problems += [f"task {task}: leased and not in work, or the reverse"
-                         for task in tx.tasks_out_of_step()]
-            problems += [f"lease {lease}: live and empty, or the reverse"
-                         for lease in tx.leases_out_of_step()]
-            problems += [f"task {task}: two accepted results" for task in tx.twice_accepted()]
-            problems += [f"frame {task}: its slices do not make it up"
-                         for task in tx.parts_out_of_step()]
-            problems += [f"lease {row['id']}: live and not known to the scheduler"
-                         for row in tx.live_leases() if row["id"] not in self._deadlines]
-            problems += [f"job {row['id']}: {row['state']} does not fit its tasks"
-                         for row in tx.jobs(0, -1) if self._state(row) != row["state"]]
-            blobs, stored = tx.live_blobs(), set(tx.stored_blobs())
-            done = tx.done_tasks()
-        problems += [f"blob {sha256}: needed and not stored" for sha256 in blobs
-                     if sha256 not in stored or not self.store.blob_path(sha256).is_file()]
-        for row in done:
-            directory = self.store.job_directory(row["job"], row["job_name"])
-            place, name = place_of(directory, row)
-            path = place / name
-            if path.parent != place or not path.is_file() or sha256_file(path) != row["sha256"]:
-                problems.append(f"task {row['id']}: {path} is missing or not what was accepted")
-        return problems
-
-    # --- inside
-
-    @contextlib.contextmanager
-    def _tx(self) -> Iterator[Tx]:
-        """A transaction; when it fails, what was noted in memory did not happen either."""
-        try:
-            with self.store.tx() as tx:
-                yield tx
-        except BaseException:
-            self._recall()
-            raise
-
-    def _recall(self) -> None:
-        """Learn from the database which leases live and which files are missing."""
-        now = self.clock.monotonic()
-        with self.store.tx() as tx:  # not read(): no lease may be given in between
-            leases = {row["id"]: row["worker"] for row in tx.live_leases()}
-            self._missing = {
-                job["id"]: set(tx.missing_blobs(job["manifest"])) for job in tx.waiting_jobs()
-            }
-            self._deadlines = {lease: self._deadlines.get(lease, now + self._silence(worker))
-                               for lease, worker in leases.items()}
-            self._granted = {lease: self._granted.get(lease, now) for lease in leases}
-            self._owners = leases
-            self._told = {lease: row for lease, row in self._told.items() if lease in leases}
-            self._recall_cuts(tx)
-
-    def _tell_cuts(self) -> None:
-        """Let beats tell whose rows were given to others: only when that is in the database."""
-        before = self._cuts
-        with self.store.tx() as tx:
-            self._recall_cuts(tx)
-        if self._cuts != before:
-            self._wake()
-
-    def _recall_cuts(self, tx: Tx) -> None:
-        """Learn from the database of which tasks under way others render the lower rows."""
-        cuts = {}
-        for row in tx.cut_attempts():
-            options = pov_of(row["pov"]).options
-            region = region_of(options)
-            before, now = (min(bottom, region.bottom) - max(row["top"], region.top)
-                           for bottom in (row["given"] or options.height, row["bottom"]))
-            given = row["id"] if row["given"] else row["parent"]
-            cuts[row["lease"]] = Cut(given, row["id"], row["bottom"], before / now)
-        with self._changed:  # no progress is noted in between
-            for lease, cut in cuts.items():
-                notes = self._progress.get(cut.given, {}).pop(lease, None)
-                if notes:
-                    self._progress.setdefault(cut.task, {})[lease] = notes
-            self._cuts = cuts
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._version += 1
-            self._changed.notify_all()
-
-    def _wait(self, version: int, seconds: float) -> None:
-        with self._changed:
-            if self._version == version:
-                self.clock.wait(self._changed, seconds)
-
-    def _job(self, tx: Tx, job: int) -> Row:
-        row = tx.job(job)
-        if row is None:
-            raise ProtocolError(404, f"there is no job {job}")
-        return row
-
-    def _options(self, job: Row) -> JobOptions:
-        options = {name: job[name] for name in vars(JobOptions())}
-        return JobOptions(**{**options, "in_order": bool(job["in_order"])})
-
-    def _attempt(self, tx: Tx, worker: int, lease: str, task: int) -> tuple[Row, Row, Row]:
-        attempt = tx.attempt(task, lease)
-        if attempt is None or attempt["worker"] != worker:
-            raise StaleLease("this task is not in a lease of yours")
-        row = tx.task(attempt["task"])  # of a frame that was divided since, the first slice
-        assert row is not None  # the attempt's foreign key
-        return attempt, row, self._job(tx, row["job"])
-
-    def _add_blob(self, tx: Tx, sha256: str, size: int) -> None:
-        if not self.store.blob_path(sha256).is_file():
-            raise ProtocolError(503, "the file was tidied away just now: send it again")
-        tx.add_blob(sha256, size, self.clock.time())
-
-    def _start(self, tx: Tx, job: Row) -> None:
-        """Make a job active, or let it wait for its files."""
-        missing = tx.missing_blobs(job["manifest"])
-        if missing:
-            self._missing[job["id"]] = set(missing)
-        self._move_job(tx, job, JobState.WAITING if missing else JobState.ACTIVE, "")
-
-    def _activate(self, tx: Tx, job: int) -> None:
-        row = tx.job(job)
-        if row is not None and row["state"] == JobState.WAITING:
-            self._move_job(tx, row, JobState.ACTIVE, "")
-        self._missing.pop(job, None)
-
-    def _move(self, tx: Tx, task: Row, to: TaskState, why: str) -> None:
-        frm = TaskState(task["state"])
-        if (frm, to) not in TRANSITIONS or not tx.set_task_state(task["id"], frm, to):
-            raise IllegalTransition(
-                f"frame {task['frame']} cannot go from {frm.value} to {to.value}")
-        part = f"{task['kind']} " if task["parent"] else ""
-        tx.add_event(self.clock.time(), part + to.value, why, task["job"], task["frame"])
-        if to is not TaskState.LEASED:
-            self._progress.pop(task["id"], None)
-        if task["parent"]:
-            self._settle_frame(tx, task["parent"], why)
-            return
-        tx.count_task(task["job"], frm, to)
-        if to is not TaskState.LEASED:
-            self._settle(tx, task["job"], to is TaskState.FAILED)
-
-    def _settle_frame(self, tx: Tx, frame: int, why: str) -> None:
-        row = cast(Row, tx.task(frame))
-        slices = tx.slice_states(frame)
-        frm = TaskState(row["state"])
-        to = frame_state(slices, frm)
-        if not slices or frm is TaskState.DONE or to is frm:
-            return
-        self._move(tx, row, to, why)
-        if to in (TaskState.FAILED, TaskState.CANCELLED):
-            self._cancel_parts(tx, row)
-
-    def _cancel_parts(self, tx: Tx, frame: Row) -> None:
-        """End what is under way of a frame that is settled otherwise."""
-        for part in tx.parts(frame["id"]):
-            for attempt in tx.live_attempts_of_task(part["id"]):
-                self._end_attempt(tx, attempt, AttemptState.LOST, "the frame is settled", "")
-            if part["state"] in (TaskState.QUEUED, TaskState.LEASED):
-                self._move(tx, part, TaskState.CANCELLED, "the frame is settled")
-
-    def _move_job(self, tx: Tx, job: Row, to: JobState, reason: str) -> None:
-        frm = JobState(job["state"])
-        now = self.clock.time()
-        finished = now if to in FINISHED else None
-        if (frm, to) not in JOB_TRANSITIONS or not tx.set_job_state(
-                job["id"], frm, to, reason, finished):
-            raise IllegalTransition(f"job {job['id']} is {frm.value}: it cannot become {to.value}")
-        tx.add_event(now, f"job {to.value}", reason, job["id"])
-
-    def _settle(self, tx: Tx, job: int, after_failure: bool) -> None:
-        row = self._job(tx, job)
-        frm = JobState(row["state"])
-        to, reason = self._state(row), ""
-        if to is frm is JobState.ACTIVE and after_failure:
-            reason = pause_reason(row["done"], row["failed"])
-            to = JobState.PAUSED if reason else to
-        if to is not frm and frm is not JobState.CANCELLED:
-            self._move_job(tx, row, to, reason)
-
-    def _state(self, job: Row) -> JobState:
-        return job_state(JobState(job["state"]), {state: job[state.value] for state in TaskState})
-
-    def _cancel_tasks(self, tx: Tx, job: Row) -> None:
-        for lease in tx.live_leases():
-            if lease["job"] == job["id"]:
-                self._end_lease(tx, lease, AttemptState.RELEASED, "job cancelled",
-                                TaskState.CANCELLED)
-        for frame in tx.frames_to_cut(job["id"]):
-            self._move(tx, frame, TaskState.CANCELLED, "job cancelled")
-            self._cancel_parts(tx, frame)
-        for task in tx.tasks_in(job["id"], TaskState.QUEUED):
-            self._move(tx, task, TaskState.CANCELLED, "job cancelled")
-
-    def _pieces(self, tx: Tx, row: Row, image: bytes, extension: str,
-                bottom: int) -> list[tuple[Row, bytes]]:
-        """Return the unfinished tasks that an image settles, each with its own rows of it."""
-        wanted = [row]
-        if row["kind"] == TaskKind.SLICE and bottom > row["bottom"]:
-            wanted += [part for part in tx.parts(row["parent"], TaskKind.SLICE)
-                       if row["top"] < part["top"] and part["bottom"] <= bottom]
-        pieces = []
-        for part in wanted:
-            if part["state"] in (TaskState.DONE, TaskState.CANCELLED):
-                continue
-            data = image
-            if part["kind"] == TaskKind.SLICE and (
-                    part["top"] > row["top"] or part["bottom"] < bottom):
-                data = crop_rows(image, extension, part["top"] - row["top"],
-                                 part["bottom"] - part["top"])
-            pieces.append((part, data))
-        return pieces
-
-    def _judge(self, tx: Tx, job: Row, task: Row, worker: int, image: bytes) -> Verdict:
-        """Say whether the image of a frame is to be accepted at once."""
-        if (task["kind"] != TaskKind.FRAME or task["cut"] is not None or job["in_order"]
-                or task["state"] not in (TaskState.QUEUED, TaskState.LEASED)):
-            return Verdict()
-        kept = tx.kept(task["id"])
-        directory = self.store.job_directory(job["id"], job["name"])
-        extension = PurePosixPath(task["name"]).suffix
-        if not is_chosen(job["id"], task["frame"], job["verify"]):
-            near = [directory / row["name"] for row in tx.neighbours(job["id"], task["frame"])]
-            odd = (near and not kept and is_black(image, extension)
-                   and not any(is_black(path.read_bytes(), extension) for path in near
-                               if path.is_file()))  # a person may have deleted it
-            return Verdict(keep="black, unlike its neighbours: rendered once more" if odd else "")
-        done = {row["worker"] for row in kept}
-        others = self._helpers(tx, job) - {worker} - done
-        if not kept:
-            return (Verdict(keep="rendered, and waits for another worker to check it") if others
-                    else Verdict(doubt="not verified: there is no other worker"))
-        same = [same_pixels((directory / "parts" / kept_name(task, row["id"])).read_bytes(), image,
-                            extension) for row in kept]
-        if not any(same):
-            return (Verdict(keep="two workers made different pictures: a third decides")
-                    if others and len(done) < 2 else
-                    Verdict(doubt="not verified: all its pictures differ, and the last was taken"))
-        if done == {worker}:
-            return (Verdict(keep="rendered, and waits for another worker to check it") if others
-                    else Verdict(doubt="not verified: one worker rendered it twice"))
-        odd_ones = [row for row, alike in zip(kept, same) if not alike]
-        return Verdict(odd=odd_ones[0] if odd_ones else None)
-
-    def _keep(self, tx: Tx, attempt: Row, why: str, log_name: str, cost: Cost) -> None:
-        """Let another worker render a frame whose image is kept beside the finished ones."""
-        task = cast(Row, tx.task(attempt["task"]))
-        tx.add_job_cost(task["job"], cost)
-        self._end_attempt(tx, attempt, AttemptState.KEPT, why, log_name)
-        if task["state"] == TaskState.LEASED and not tx.live_attempts_of_task(task["id"]):
-            self._move(tx, task, TaskState.QUEUED, why)
-
-    def _conclude(self, tx: Tx, task: Row, verdict: Verdict) -> None:
-        """Tell of a doubt, and set the worker aside whose picture is the odd one."""
-        now = self.clock.time()
-        if verdict.doubt:
-            tx.add_event(now, "doubtful", verdict.doubt, task["job"], task["frame"])
-        if verdict.odd is None:
-            return
-        worker = verdict.odd["worker"]
-        tx.set_aside(worker, f"its picture of frame {task['frame']} of job {task['job']} differs "
-                             "from that of two others")
-        tx.add_event(now, "set aside", f"{verdict.odd['worker_name']} made another picture of "
-                     f"frame {task['frame']} than two others: look at its other frames of this job",
-                     task["job"], worker=worker)
-        self._take_leases(tx, worker, "worker set aside")
-
-    def _accept(self, tx: Tx, attempt: Row, pieces: Sequence[tuple[Row, bytes]], log_name: str,
-                cost: Cost) -> bool:
-        accepted = False
-        for piece, data in pieces:
-            task = tx.task(piece["id"])
-            if task is None or task["state"] in (TaskState.DONE, TaskState.CANCELLED):
-                continue
-            mine = task["id"] == attempt["task"]
-            spent = cost if mine else Cost()
-            tx.set_task_result(task["id"], attempt["worker"], hashlib.sha256(data).hexdigest(),
-                               len(data), spent, self.clock.time())
-            tx.add_job_cost(task["job"], spent)
-            if mine:
-                accepted = True
-                self._end_attempt(tx, attempt, AttemptState.DONE, "", log_name)
-            for other in tx.live_attempts_of_task(task["id"]):
-                self._end_attempt(tx, other, AttemptState.LOST, "another was first", "")
-            self._move(tx, task, TaskState.DONE, "")
-            self._cancel_parts(tx, task)
-        if not accepted and attempt["state"] == AttemptState.LIVE:
-            self._end_attempt(tx, attempt, AttemptState.LOST, "another was first", log_name)
-        return accepted
-
-    def _join_frame(self, frame: Row, job: Row, parts: Sequence[Row]) -> None:
-        directory = self.store.job_directory(job["id"], job["name"])
-        slices = [part for part in parts if part["kind"] == TaskKind.SLICE]
-        places = [Path(*place_of(directory, part)) for part in slices]
-        extension = pov_of(job["pov"]).options.extension
-        try:
-            image, problem = join_rows([place.read_bytes() for place in places], extension), ""
-        except (OSError, ImageError) as error:
-            image, problem = b"", f"the slices could not be put together: {error}"
-        with self._delivery:  # meanwhile all of it may have come in one piece, or the job be gone
-            with self.store.read() as tx:
-                if not _is_open(tx.task(frame["id"])):
-                    return
-            if image:
-                self.store.put_image(*place_of(directory, frame), image)
-            with self._tx() as tx:
-                row = tx.task(frame["id"])
-                if row is None or not _is_open(row):
-                    return
-                if problem:  # then `retry` renders all of it again
-                    tx.drop_parts(frame["id"])
-                    if row["state"] != TaskState.FAILED:
-                        self._move(tx, row, TaskState.FAILED, problem)
-                else:
-                    self._joined(tx, row, parts, image)
-        for place in places:
-            place.unlink(missing_ok=True)
-
-    def _joined(self, tx: Tx, frame: Row, parts: Sequence[Row], image: bytes) -> None:
-        # A pass that failed has cost nothing that is known.
-        cost = Cost(sum(part["cpu"] or 0.0 for part in parts),
-                    sum(part["wall"] or 0.0 for part in parts),
-                    max(part["memory"] or 0 for part in parts))
-        slices = [part for part in parts if part["kind"] == TaskKind.SLICE]
-        last = max(slices, key=operator.itemgetter("finished"))
-        tx.set_task_result(frame["id"], last["worker"], hashlib.sha256(image).hexdigest(),
-                           len(image), cost, self.clock.time())
-        self._move(tx, frame, TaskState.DONE, f"put together from {len(slices)} slices")
-
-    def _fail(self, tx: Tx, tried: tuple[Row, Row, Row], message: str, log_name: str,
-              scene: bool) -> None:
-        attempt, row, job = tried
-        if attempt["state"] != AttemptState.LIVE:
-            return
-        self._end_attempt(tx, attempt, AttemptState.FAILED, message, log_name)
-        if row["state"] == TaskState.LEASED and not tx.live_attempts_of_task(row["id"]):
-            tx.set_tries(row["id"], row["tries"] + 1)
-            used_up = self._used_up(tx, row, job, scene)
-            self._move(tx, row, TaskState.FAILED if used_up else TaskState.QUEUED, message)
-
-    def _end_attempt(self, tx: Tx, attempt: Row, state: AttemptState, message: str,
-                     log_name: str) -> None:
-        tx.end_attempt(attempt["id"], state, self.clock.time(), message, log_name)
-        self._progress.get(attempt["task"], {}).pop(attempt["lease"], None)
-        if not tx.live_attempts_of_lease(attempt["lease"]):
-            tx.end_lease(attempt["lease"], "finished", self.clock.time())
-            self._forget_lease(attempt["lease"])
-
-    def _end_lease(self, tx: Tx, lease: Row, state: AttemptState, why: str,
-                   to: TaskState = TaskState.QUEUED) -> None:
-        for attempt in tx.live_attempts_of_lease(lease["id"]):
-            tx.end_attempt(attempt["id"], state, self.clock.time(), why)
-            self._progress.get(attempt["task"], {}).pop(lease["id"], None)
-            task = tx.task(attempt["task"])
-            if (task is not None and task["state"] == TaskState.LEASED
-                    and not tx.live_attempts_of_task(task["id"])):
-                self._move(tx, task, to, why)
-        tx.end_lease(lease["id"], why, self.clock.time())
-        self._forget_lease(lease["id"])
-
-    def _take_leases(self, tx: Tx, worker: int, why: str) -> None:
-        for lease in tx.live_leases():
-            if lease["worker"] == worker:
-                self._end_lease(tx, lease, AttemptState.RELEASED, why)
-
-    def _forget_lease(self, lease: str) -> None:
-        self._deadlines.pop(lease, None)
-        self._granted.pop(lease, None)
-        self._owners.pop(lease, None)
-        self._told.pop(lease, None)
-
-    def _used_up(self, tx: Tx, task: Row, job: Row, scene: bool) -> bool:
-        failed = tx.failed_workers(task["id"])
-        if scene:
-            helpers = self._helpers(tx, job, bool(task["parent"]))
-            return len(failed) >= job["retry_limit"] or not helpers - failed
-        return bool(task["tries"] + 1 >= job["retry_limit"])
-
-    def _silence(self, worker: int) -> float:
-        """Return the seconds without a beat after which a worker's leases run out."""
-        guest = self._guests.get(worker)
-        return self.lease_time if guest is None else max(guest.silence, self.lease_time)
-
-    def _grant(self, worker: int, offer: Offer, over: bool, stays: int) -> list[LeaseSpec]:
-        """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
-        leases: list[LeaseSpec] = []
-        with self.store.read() as tx:
-            if self.store.notice or not any(over or job["queued"] or tx.has_rows(job["id"])
-                                            for job in tx.leasable_jobs()):
-                return leases
-        with self._tx() as tx:
-            row = tx.worker(worker)
-            # Who leaves after this look hands back what it is given.
-            if (row is None or row["state"] != WorkerState.ADMITTED or row["aside"]
-                    or stays != self._left.get(worker, 0)):
-                return leases
-            if self.sickness(tx, row):
-                return self._try_sick(tx, row, offer)
-            self._trials.pop(worker, None)
-            while len(leases) < offer.want:
-                idle = offer.idle - sum(lease.threads for lease in leases)
-                lease = self._grant_one(tx, row, replace(offer, idle=idle))
-                if lease is None:
-                    break
-                leases.append(lease)
-        return leases
-
-    def _try_sick(self, tx: Tx, worker: Row, offer: Offer) -> list[LeaseSpec]:
-        """Give a sick worker one task now and then: when it succeeds, it is well."""
-        now = self.clock.monotonic()
-        if now - self._trials.setdefault(worker["id"], now) < SICK_PAUSE:
-            return []
-        lease = self._grant_one(tx, worker, offer, sick=True)
-        if lease is None:
-            return []
-        self._trials[worker["id"]] = now
-        return [lease]
-
-    def _grant_one(self, tx: Tx, row: Row, offer: Offer, sick: bool = False) -> LeaseSpec | None:
-        worker = row["id"]
-        jobs = [job for job in tx.leasable_jobs() if offer.job in (0, job["id"])
-                and self._suits(tx, job, row) and self._may_work(tx, job, worker, sick)]
-        waves: Sequence[Sequence[Picker]] = (
-            (self._take_back, self._split_early, self._pick), (self._split,),
-            (self._pick_straggler,))
-        if worker in self._guests:
-            waves = ((self._pick_whole,), (self._pick_straggler,))
-        for wave in waves:
-            for job, pick in itertools.product(jobs, wave):
-                tasks = pick(tx, job, worker, offer)
-                if tasks:
-                    return self._give(tx, job, row, tasks[:1] if sick else tasks, offer.idle)
-        return None
-
-    def _has_begun(self, job: Row) -> bool:
-        """Tell whether something is there of what the worker rendered that began a job."""
-        return bool(job["done"] or job["leased"] or job["verify"])  # of which one may be kept
-
-    def _fits(self, job: Row, worker: Row) -> bool:
-        return _engine_fits(job["povray"], job["engines"] if self._has_begun(job) else "{}",
-                            worker["engines"])
-
-    def _suits(self, tx: Tx, job: Row, worker: Row) -> bool:
-        guest = self._guests.get(worker["id"])
-        return (guest is None or guest.takes(tx, job)) and self._fits(job, worker)
-
-    def _may_work(self, tx: Tx, job: Row, worker: int, sick: bool) -> bool:
-        if job["max_workers"]:
-            workers = tx.job_workers(job["id"]) - {worker}
-            if len(workers) >= job["max_workers"]:
-                return False
-        if job["in_order"] and job["leased"]:
-            return False
-        # One pass has all cores of a worker, and one slice that the farm has cut by itself; the
-        # next may begin when it is nearly done.
-        alone = (TaskKind.PASS, TaskKind.SLICE)[:1 + (job["slices"] == "auto")]
-        parts = [attempt for attempt in tx.live_attempts_at_parts(job["id"])
-                 if attempt["worker"] == worker]
-        mine = [self._left_of(attempt) for attempt in parts if attempt["kind"] in alone]
-        if len(mine) > 1 or any(left > 2 * START for left in mine):
-            return False
-        if job["slices"].isdecimal() and parts:  # a fair share: others come in a moment
-            slices = int(job["slices"]) * (job["queued"] + job["leased"])
-            if len(parts) >= slices / len(self._helpers(tx, job, True)):
-                return False
-        return (sick or not self._is_hopeless(tx, job, worker)
-                or worker in self._helpers(tx, job))
-
-    def _is_hopeless(self, tx: Tx, job: Row, worker: int) -> bool:
-        return tx.failures(job["id"], worker) >= 3 and not tx.has_done(job["id"], worker)
-
-    def _helpers(self, tx: Tx, job: Row, part: bool = False) -> set[int]:
-        """Return the workers that a frame of a job may wait for, or ``part`` of a frame.
-
-        Those that fail all of the job count when there are no others: then
-        the scene is to blame, and the job has to find that out.
-        """
-        live, some_succeed = self.live_workers(), self._some_succeed(tx)
-        well = {row["id"] for row in tx.workers()
-                if row["id"] in live and row["state"] == WorkerState.ADMITTED
-                and not row["aside"] and self._suits(tx, job, row)
-                and not (part and row["id"] in self._guests)
-                and not (some_succeed and self._only_fails(tx, row["id"]))}
-        return {worker for worker in well if not self._is_hopeless(tx, job, worker)} or well
-
-    def _pick(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
-        """Find what is queued: all of a job in order, a slice or pass, or neighbouring frames."""
-        if job["in_order"]:
-            queued = tx.tasks_in(job["id"], TaskState.QUEUED)
-            failed = tx.failed_workers(queued[0]["id"]) if queued else set()
-            return [] if worker in failed and self._helpers(tx, job) - failed else queued
-        part = self._pick_part(tx, job, worker)
-        if part is not None:
-            return [part]
-        return self._pick_frames(tx, job, worker, offer) if self._may_begin(tx, job) else []
-
-    def _pick_whole(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
-        """Find frames for a guest, unless others had better slice them."""
-        sliced = not unsliceable(pov_of(job["pov"]), False) and self._wants_slices(tx, job)
-        tasks = [] if sliced else self._pick_frames(tx, job, worker, offer)
-        # It fails with all frames at once: those of which one is bad are tried one by one.
-        return list(itertools.takewhile(lambda task: not task["tries"], tasks)) or tasks[:1]
-
-    def _pick_frames(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
-        """Find queued neighbours, for one run."""
-        others = self.live_workers() - {worker}
-        slots = offer.slots + sum(self._slots.get(other, 1) for other in others)
-        size = lease_size(job["queued"], slots, _mean_cost(job), job["runs"])
-        tasks = tx.next_tasks(job["id"], worker, size)
-        if not tasks and job["queued"]:
-            return [task for task in tx.tasks_in(job["id"], TaskState.QUEUED)
-                    if task["cut"] is None and self._may_try(tx, job, worker, task)][:1]
-        step = plan_frames(pov_of(job["pov"]).options).frames.step
-        for index in range(1, len(tasks)):
-            if tasks[index]["frame"] != tasks[index - 1]["frame"] + step:
-                return tasks[:index]
-        return tasks
-
-    def _may_try(self, tx: Tx, job: Row, worker: int, task: Row) -> bool:
-        """What a worker failed or had its turn at goes back to it only when nobody else is left."""
-        done = tx.failed_workers(task["id"]) | {row["worker"] for row in tx.kept(task["id"])}
-        helpers = self._helpers(tx, job, bool(task["parent"]))
-        return worker not in done or not helpers - done - {worker}
-
-    def _pick_part(self, tx: Tx, job: Row, worker: int) -> Row | None:
-        """Find a slice or a pass for a worker, or cut one off a frame."""
-        if unsliceable(pov_of(job["pov"]), bool(job["in_order"])):
-            return None
-        if job["radiosity"] == "animation" and self._shared(job):
-            first = self._first(tx, job)
-            if not tx.parts(first["id"], TaskKind.PASS):
-                self._add_passes(tx, job, first)
-        for part in tx.queued_parts(job["id"]):
-            if self._is_ready(tx, part) and self._may_try(tx, job, worker, part):
-                return part
-        for frame in tx.frames_to_cut(job["id"]):
-            if frame["cut"] < frame["bottom"] and self._is_ready(tx, frame):
-                return self._cut(tx, job, worker, frame)
-        if self._wants_slices(tx, job) and self._may_begin(tx, job):
-            for frame in tx.next_tasks(job["id"], worker, 1):
-                if not frame["state_of"]:  # what is begun is gone on with, and divided if it drags
-                    return self._begin_slices(tx, job, worker, frame)
-        return None
-
-    def _may_begin(self, tx: Tx, job: Row) -> bool:
-        """Tell whether what all frames share is there."""
-        return job["radiosity"] != "animation" or self._is_ready(tx, self._first(tx, job))
-
-    def _is_ready(self, tx: Tx, task: Row) -> bool:
-        """Tell whether the pass of a task's frame, if it has one, is over; for good or ill."""
-        return task["kind"] == TaskKind.PASS or not any(
-            part["state"] in (TaskState.QUEUED, TaskState.LEASED)
-            for part in tx.parts(task["parent"] or task["id"], TaskKind.PASS))
-
-    def _first(self, tx: Tx, job: Row) -> Row:
-        return tx.tasks(job["id"], limit=1)[0]
-
-    def _shared(self, job: Row) -> frozenset[str]:
-        """Return what the runs of a job share that passes render first."""
-        pov = pov_of(job["pov"])
-        shared = sharable(pov.uses, pov.values)
-        if job["radiosity"] == "animation":
-            return shared & {"radiosity"}  # photons may move from frame to frame
-        return shared if job["radiosity"] == "share" else shared - {"radiosity"}
-
-    def _add_passes(self, tx: Tx, job: Row, frame: Row) -> None:
-        region = region_of(pov_of(job["pov"]).options)
-        for top, bottom in pass_rows(region, self._shared(job), len(self._helpers(tx, job, True))):
-            tx.add_part(frame, TaskKind.PASS, top, bottom)
-
-    def _wants_slices(self, tx: Tx, job: Row) -> bool:
-        """Tell whether the next whole frame should be sliced at once.
-
-        By itself only where there are fewer frames than workers, and where a
-        frame is not small or known to cost less than cutting it up is worth.
-        """
-        if job["slices"] != "auto":
-            return bool(job["slices"] not in ("off", "1"))
-        region, cost = region_of(pov_of(job["pov"]).options), _mean_cost(job)
-        cheap = cost is not None and cost.wall < 8 * START
-        small = region.bottom - region.top <= max(8 * GRAIN, region.block)
-        few = job["queued"] < len(self.live_workers())  # soon found out, and mostly enough
-        return few and not (cheap or small) and job["queued"] < len(self._helpers(tx, job, True))
-
-    def _begin_slices(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
-        height = pov_of(job["pov"]).options.height
-        tx.set_cut(frame["id"], 0, height)
-        if job["radiosity"] != "animation" and self._shared(job):
-            self._add_passes(tx, job, frame)
-            return tx.parts(frame["id"])[0]
-        return self._cut(tx, job, worker, cast(Row, tx.task(frame["id"])))
-
-    def _speeds(self, tx: Tx, job: Row) -> tuple[dict[int, float], SliceCost | None]:
-        """Return rows a second by worker, and what a row and a slice cost on average.
-
-        By cores where nothing is measured yet, and then only worth comparing.
-        """
-        costs = tx.slice_costs(job["id"])
-        cores = {row["id"]: row["cores"] for row in tx.workers()}
-        speeds = {row["worker"]: row["rows"] / max(row["wall"], 0.01) for row in costs
-                  if row["worker"] in cores}
-        known = sum(cores[worker] for worker in speeds)
-        per_core = sum(speeds.values()) / known if known else 1.0
-        guesses = {worker: speeds.get(worker, per_core * cores[worker]) for worker in cores}
-        if not speeds:
-            return guesses, None
-        # A slice whose first rows are cheap looks as if it had been parsed for long.
-        parse = sorted(row["parse"] or 0.0 for row in costs)[len(costs) // 2]
-        return guesses, SliceCost(len(speeds) / max(sum(speeds.values()), 1e-6), parse)
-
-    def _cut(self, tx: Tx, job: Row, worker: int, frame: Row) -> Row:
-        """Cut the next slice off a frame."""
-        speeds, cost = self._speeds(tx, job)
-        here = self._helpers(tx, job, True) | {worker}
-        share = speeds[worker] / max(sum(speeds[helper] for helper in here), 1e-6)
-        if cost is not None:
-            cost = cost._replace(row=1 / max(speeds[worker], 1e-6))
-        bottom = next_cut(frame["cut"], frame["bottom"], region_of(pov_of(job["pov"]).options),
-                          job["slices"], share, cost)
-        tx.set_cut(frame["id"], bottom, frame["bottom"])
-        return tx.add_part(frame, TaskKind.SLICE, frame["cut"], bottom)
-
-    def _note(self, given: int, lease: str, part: float) -> None:
-        with self._changed:
-            cut = self._cuts.get(lease)
-            task = cut.task if cut and cut.given == given else given
-            notes = self._progress.setdefault(task, {}).setdefault(lease, [])
-            now = self.clock.monotonic()
-            if not notes or notes[-1][0] != part:
-                notes.append((part, now))
-                while len(notes) > 2 and notes[1][1] < now - RECENT:
-                    notes.pop(0)
-
-    def _notes(self, task: int, lease: str) -> list[tuple[float, float]]:
-        """Return which parts of a task were rendered as was heard of a lease, and when."""
-        notes = list(self._progress.get(task, {}).get(lease, [])) or [(0.0, 0.0)]
-        cut = self._cuts.get(lease)
-        scale = cut.scale if cut and cut.task == task else 1.0
-        return [(min(part * scale, 1.0), heard) for part, heard in notes]
-
-    def _left_of(self, attempt: Row, speeds: Mapping[int, float] = {},
-                 cost: SliceCost | None = None) -> float:
-        """Return the seconds that an attempt will still take as it looks.
-
-        Before any of it was heard, a slice takes as long as others did, with ``speeds`` in rows
-        a second by worker and their ``cost``; for ever when that is over or not known.
-        """
-        notes = self._notes(attempt["task"], attempt["lease"])
-        part, heard = notes[-1]
-        # Rows are rather like those just above them than like all of the picture.
-        before, then = notes[0] if len(notes) > 1 else (
-            0.0, self._granted.get(attempt["lease"], heard) + START)
-        if part <= before:
-            if attempt["kind"] != TaskKind.SLICE or cost is None:
-                return math.inf
-            rows = (attempt["bottom"] - attempt["top"]) / max(speeds[attempt["worker"]], 1e-6)
-            left = then + rows + cost.parse - self.clock.monotonic()
-            return left if left > 0 else math.inf
-        # POV-Ray tells of whole blocks, rows of them at once where they are short. One that takes
-        # longer than those before it is dearer, and so may be what comes below it.
-        step = (part - before) / max(len(notes) - 1, 1)
-        spent = self.clock.monotonic() - heard
-        usual = max(heard - then, 0.0) * step / (part - before)
-        return max(max(usual, spent) * (1 - part) / step - spent, 0.0)
-
-    def _take_back(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
-        """Take a slice from a worker that got it ahead of time, and is held up by another."""
-        if not offer.idle or job["slices"] != "auto":
-            return []
-        attempts = [attempt for attempt in tx.live_attempts_at_parts(job["id"])
-                    if attempt["kind"] == TaskKind.SLICE and attempt["worker"] != worker]
-        held_up = {attempt["worker"] for attempt in attempts
-                   if 3 * START < self._left_of(attempt) < math.inf}
-        for attempt in attempts:
-            if attempt["worker"] in held_up and not self.progress(attempt["task"]):
-                lease = cast(Row, tx.lease(attempt["lease"]))
-                self._end_lease(tx, lease, AttemptState.RELEASED, "given to an idle worker")
-                self._wake()  # its beat
-                return [cast(Row, tx.task(attempt["task"]))]
-        return []
-
-    def _split_early(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
-        """Divide a task that looks as if it would outlast all the rows that are not cut yet."""
-        rows: int = sum(frame["bottom"] - frame["cut"] for frame in tx.frames_to_cut(job["id"]))
-        if not rows or job["queued"]:
-            return []
-        here, (speeds, _) = self._helpers(tx, job, True) | {worker}, self._speeds(tx, job)
-        lefts = [left for left in map(self._left_of, tx.live_attempts_of_job(job["id"]))
-                 if left < math.inf]
-        rest = rows / max(sum(speeds[worker] for worker in here), 1e-6) + sum(lefts) / len(here)
-        return self._split(tx, job, worker, offer, 1.2 * rest, 8)
-
-    def _split(self, tx: Tx, job: Row, worker: int, offer: Offer, least: float = 0.0,
-               worth: int = 3) -> list[Row]:
-        """Divide what is unrendered of the task that will take longest.
-
-        It takes more than ``least`` seconds, and ``worth`` times what dividing it costs.
-        """
-        pov = pov_of(job["pov"])
-        if (job["slices"] != "auto" or unsliceable(pov, bool(job["in_order"]))
-                or "radiosity" in pov.uses):  # a render with radiosity cannot be stopped midway
-            return []
-        speeds, cost = self._speeds(tx, job)
-        overhead = START + (cost.parse if cost else 1.0)
-        attempts = tx.live_attempts_of_job(job["id"])
-        mine = {attempt["task"] for attempt in attempts if attempt["worker"] == worker}
-        counts = collections.Counter(attempt[key] for attempt in attempts
-                                     for key in ("task", "lease"))
-        soonest: dict[int, tuple[float, Row]] = {}  # by task: who will be the first to end it
-        for attempt in attempts:
-            alone = counts[attempt["task"]] == counts[attempt["lease"]] == 1
-            if attempt["task"] not in mine and (
-                    attempt["kind"] == TaskKind.SLICE
-                    or (attempt["kind"] == TaskKind.FRAME and alone and not self._shared(job))):
-                left = self._left_of(attempt, speeds, cost), attempt
-                soonest[attempt["task"]] = min(
-                    left, soonest.get(attempt["task"], left), key=operator.itemgetter(0))
-        lefts = [left for left in soonest.values() if left[0] < math.inf]
-        worst, found = max(lefts, key=operator.itemgetter(0), default=(0.0, None))
-        if found is None or worst <= max(worth * overhead, least):
-            return []
-        share = speeds[found["worker"]] / max(speeds[found["worker"]] + speeds[worker], 1e-6)
-        return self._part(tx, found, pov.options, share)
-
-    def _part(self, tx: Tx, attempt: Row, options: PovOptions, share: float) -> list[Row]:
-        """Make a slice of its own of what is below a task's ``share`` of its unrendered rows."""
-        task, height = cast(Row, tx.task(attempt["task"])), options.height
-        bottom = task["bottom"] or height
-        size = slice_block(options) if task["parent"] else block_size(options)
-        region = region_of(options)
-        middle = split_row(task["top"], bottom, region, size, self.progress(task["id"]), share)
-        if middle is None:
-            return []
-        if task["kind"] == TaskKind.SLICE:
-            frame = cast(Row, tx.task(task["parent"]))
-            tx.set_bottom(task["id"], middle)
-        else:
-            tx.set_cut(task["id"], height, height)
-            frame = cast(Row, tx.task(task["id"]))
-            first = tx.add_part(frame, TaskKind.SLICE, 0, middle)
-            tx.move_attempts(task["id"], first["id"])
-            self._move(tx, first, TaskState.LEASED, "the rest goes to another worker")
-        return [tx.add_part(frame, TaskKind.SLICE, middle, bottom)]
-
-    def _pick_straggler(self, tx: Tx, job: Row, worker: int, offer: Offer) -> list[Row]:
-        """Find a task to lease a second time: of the oldest lease the frame it comes to last."""
-        if job["queued"] or job["in_order"]:
-            return []
-        _, cost = self._speeds(tx, job)
-        mean_cost = _mean_cost(job)
-        frame_cost = mean_cost.wall if mean_cost else math.inf
-        attempts = tx.live_attempts_of_job(job["id"])
-        if any(attempt["worker"] == worker and attempt["kind"] == TaskKind.SLICE
-               for attempt in attempts):
-            return []  # it would slow its own slice down, of which nobody has another copy
-        counts = collections.Counter(attempt["task"] for attempt in attempts)
-        now = self.clock.monotonic()
-        for attempt in attempts:
-            mean = frame_cost
-            if attempt["kind"] == TaskKind.SLICE and cost is not None:
-                mean = cost.row * (attempt["bottom"] - attempt["top"]) + cost.parse + START
-            if now - self._granted.get(attempt["lease"], now) <= max(1.5 * mean, 5.0):
-                continue
-            done = tx.failed_workers(attempt["task"]) | {
-                attempt["worker"], *(row["worker"] for row in tx.kept(attempt["task"]))}
-            if attempt["kind"] != TaskKind.FRAME and worker in self._guests:
-                continue
-            if counts[attempt["task"]] == 1 and worker not in done:
-                task = tx.task(attempt["task"])
-                return [task] if task is not None else []
-        return []
-
-    def _give(self, tx: Tx, job: Row, worker: Row, tasks: Sequence[Row], idle: int) -> LeaseSpec:
-        pov = pov_of(job["pov"])
-        lease = secrets.token_hex(16)
-        now = self.clock.time()
-        tx.add_lease(lease, worker["id"], job["id"], [task["id"] for task in tasks], now)
-        tx.set_job_started(job["id"], now)
-        if not self._has_begun(job) or job["engines"] == "{}":
-            tx.set_job_engines(job["id"], worker["engines"])
-        for task in tasks:
-            if task["state"] == TaskState.QUEUED:
-                self._move(tx, task, TaskState.LEASED, worker["name"])
-        self._granted[lease] = self.clock.monotonic()
-        self._deadlines[lease] = self._granted[lease] + self._silence(worker["id"])
-        self._owners[lease] = worker["id"]
-        version = json.loads(worker["engines"]).get("povray", "")
-        specs = tuple(
-            TaskSpec(task["id"], task["frame"], task["name"], TaskKind(task["kind"]), task["top"],
-                     task["bottom"] if task["parent"] else 0,
-                     version != "" and task["state_of"] == version)
-            for task in tasks)
-        return LeaseSpec(
-            lease, job["id"], job["name"], self._threads(tx, job, tasks[0], idle), specs,
-            job["manifest"], pov, bool(job["in_order"]), self._passes(tx, job, tasks[0]),
-            job["frame_timeout"] or frame_timeout(tx.recent_walls(job["id"])))
-
-    def _passes(self, tx: Tx, job: Row, task: Row) -> tuple[int, ...]:
-        """Return the passes whose results a task reads."""
-        if not self._shared(job) or task["kind"] == TaskKind.PASS:
-            return ()
-        frame = task["parent"]
-        if job["radiosity"] == "animation":
-            frame = self._first(tx, job)["id"]
-        return tuple(part["id"] for part in tx.parts(frame or 0, TaskKind.PASS)
-                     if part["state"] == TaskState.DONE)
-
-    def _threads(self, tx: Tx, job: Row, task: Row, idle: int) -> int:
-        """Return the threads of one run: more than one only where frames run out.
-
-        A still has whole machines to itself, and so has a slice; the last
-        frames of an animation share what is idle, unless their pixels depend
-        on the threads.
-        """
-        pov = pov_of(job["pov"])
-        frames = sum(job[state.value] for state in TaskState)
-        if frames > 1 and not pov.thread_safe and not task["parent"]:
-            return 1
-        runs = 1 if job["in_order"] else max(job["queued"], 1)
-        if task["parent"]:
-            alone = job["slices"] == "auto" or task["kind"] == TaskKind.PASS
-            runs = 1 if alone else len(tx.queued_parts(job["id"])) + 1
-        threads = max(idle // runs, 1)
-        return max(min(threads, int(pov.values.get("Work_Threads", threads))), 1)
-
-
-Picker = Callable[[Tx, Row, int, Offer], list[Row]]
-
-
-@functools.lru_cache(maxsize=1024)
-def _engine_fits(wanted: str, first: str, engines: str) -> bool:
-    """Tell it of what is in the database as JSON text: the same for most workers."""
-    return engine_fits(wanted, json.loads(first), json.loads(engines))
-
-
-def _mean_cost(job: Row) -> Cost | None:
-    """Return what a frame of a job cost on average, None before the first is done."""
-    return Cost(job["cpu"] / job["done"], job["wall"] / job["done"]) if job["done"] else None
-
-
-def _is_open(frame: Row | None) -> bool:
-    """Tell whether the picture of a sliced frame is still wanted."""
-    return frame is not None and frame["state"] in (TaskState.LEASED, TaskState.FAILED)
-
-
-def _check_slices(pov: PovJob, options: JobOptions) -> None:
-    """Refuse a number of slices where there can be none."""
-    problem = unsliceable(pov, options.in_order)
+        end, waiting = self.clock.monotonic() + wait, self._states.waiting
+        with waiting.bell(waiting.events) as bell:
+            while True:
+                bell.heard()
+                with self.store.read() as look:
+                    events = look.events(after, limit)
+                left = end - self.clock.monotonic()
+                if events or left <= 0 or waiting.closed:
+                    return events
+                waiting.wait(bell, left)
+
+
+def _picture_name(plan: FramePlan, frame: int) -> str:
+    return plan.output_name(frame).rpartition("/")[2]
+
+
+def _check_options(pov: PovJob, options: JobOptions) -> JobOptions:
+    """Refuse what a job cannot be made to do; frames that are compared stay whole."""
+    problem = unrenderable(pov, options.povray)
+    if problem:
+        raise UserError(problem)
+    problem = unsliceable(pov, options.in_order, options.slices)
     if problem and options.slices.isdecimal() and options.slices != "1":
         raise UserError(f"this job cannot be sliced: {problem}")
-
-
-def _check_verify(pov: PovJob, options: JobOptions) -> JobOptions:
-    """Refuse to compare what cannot be; frames that are compared stay whole."""
     if not options.verify:
         return options
     problem = unverifiable(pov, options)
@@ -7597,7 +9780,7 @@ def _check_room(place: Path, size: int) -> None:
                      f"needs {format_size(least)} or more: make room there, then submit it again")
 
 
-# === 11. API =================================================================
+# === 12. API =================================================================
 # Who may come in, and the farm's own JSON under /api/v1. Decodes, calls
 # SCHEDULER, encodes; decides nothing. docs/api.md describes every route.
 
@@ -7606,6 +9789,7 @@ MAX_LISTED = 1000  # jobs or frames in one answer
 MAX_EVENTS = 1000
 MAX_COST = 1e9  # seconds
 MAX_IMAGE = 1 << 30  # bytes
+MAX_LOG = 16 << 20  # bytes
 MAX_BLOB = 1 << 40  # bytes
 SESSION_TIME = 12 * 3600.0  # seconds that a login in a browser lasts
 FREE_TRIES = 5  # wrong keys from an address before they are answered more and more slowly,
@@ -7632,6 +9816,7 @@ class Access:
         # the same way, has no zero byte.
         self.guest_key = hmac.new(farm_key.encode(), b"\0guests", "sha256").hexdigest()[:32]
         self._clock = clock
+        # With --private a stranger sees nothing of the farm, and may only ask to join.
         self._stranger = Identity(frozenset() if private else frozenset({"reader"}))
         self._lock = threading.Condition()
         self._codes: dict[str, float] = {}  # when they end, by their hashes
@@ -7641,9 +9826,8 @@ class Access:
 
     def identify(self, request: Request) -> Identity:
         """Return the sender of a request; a stranger may at most read."""
-        if "guest" in request.params or request.path == "/httpov.php":
-            shown = request.params.get("guest", request.query.get("cgroup", ""))
-            return self._by_guest_key(shown, request)
+        if request.secret is not None:
+            return self._by_guest_key(request.secret, request)
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and token:
             return self._by_token(token.strip(), request.remote)
@@ -7711,10 +9895,16 @@ class Access:
             return _ADMIN
         with self._store.read() as tx:
             row = tx.worker_by_token(_secret_hash(token))
+            removed = row is None and tx.was_removed(_secret_hash(token))
+        if removed:
+            raise ProtocolError(401, "this worker was removed from the farm: to let it work again, "
+                                "start it with the farm's --key ('serve' prints it on the "
+                                "coordinator), or without, and admit it")
         if row is None:
             self.slow_down(remote)
-            raise ProtocolError(401, "this key is not the farm's")
-        return Identity(_WORKER_ROLES[WorkerState(row["state"])], row["id"], row["name"])
+            raise ProtocolError(401, "this key is not the farm's: 'serve' prints the right one, "
+                                "for --key, on the coordinator")
+        return Identity(_WORKER_ROLES[WorkerState(row.state)], row.id, row.name)
 
     def _by_guest_key(self, key: str, request: Request) -> Identity:
         self._check_patience(request.remote)
@@ -7768,12 +9958,174 @@ _WORKER_ROLES: Mapping[WorkerState, frozenset[str]] = {
 }
 
 
+class Views:
+    """What is told of jobs, frames and workers, to programs and on the pages."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._farm = scheduler
+        self._store = scheduler.store
+
+    def job(self, tx: Look, job: Job, whole: bool = False) -> dict[str, Any]:
+        """Return a job as people want to see it; ``whole`` adds the newest failure."""
+        counts = {state.value: number for state, number in job.counts.items()}
+        total = sum(counts.values())
+        frames = {portion.task: self._farm.progress(portion.task)
+                  for grant in self._farm.grants.of_job(job.id)
+                  for portion in list(grant.portions.values()) if portion.kind is TaskKind.FRAME}
+        slices = [view for frame in tx.frames_to_cut(job.id)
+                  for view in self._slices(tx, frame, {})]
+        part = sum(frames.values()) + sum(view["share"] * view["progress"] for view in slices)
+        end = job.finished or self._farm.clock.time()
+        spent = end - job.started if job.started else 0.0
+        work = job.done + part
+        rate = work / spent if spent > 0 else 0.0
+        left = job.queued + job.leased - part
+        view = {**vars(job.options), "slicing": job.options.slices, **{
+            name: getattr(job, name) for name in (
+                "id", "name", "state", "reason", "owner", "created", "started", "finished", "cpu",
+                "wall")}}
+        view.update(
+            progress=work / total if total else 0.0, elapsed=spent,
+            rate=rate, eta=left / rate if rate and left else None,
+            frames={"total": total, **counts},
+            slices={"total": len(slices), **{
+                name: sum(view["state"] == name for view in slices) for name in counts}},
+            waiting_for=self._farm.muster(tx).waiting_for(job),
+        )
+        if whole:
+            options, failure = job.pov.options, tx.first_failure(job.id)
+            files, size, written = tx.extent(job.id)
+            view.update(
+                files=files, size=size, written=written,
+                directory=f"jobs/{self._store.job_directory(job.id, job.name).name}",
+                pov=json.loads(job.pov_json), engine=job.engines.get("povray", ""),
+                notice=self._store.notice, width=options.width, height=options.height,
+                extension=options.extension,
+                failure=failure and {
+                    "frame": failure.frame,
+                    "message": failure.message + self._cure(tx, job)})
+        return view
+
+    def _cure(self, tx: Look, job: Job) -> str:
+        """Return what may help a job of which frames fail and others are done."""
+        if job.options.in_order or not tx.written(job.id):
+            return ""
+        return " (if frames read what others write, submit it with --in-order)"
+
+    def frame(self, tx: Look, task: Task, workers: Mapping[int, str]) -> dict[str, Any]:
+        """Return a frame as people want to see it, with its slices while there are any."""
+        view = {name: getattr(task, name) for name in (
+            "frame", "name", "state", "tries", "finished", "size", "sha256", "cpu", "wall",
+            "memory")}
+        view["progress"] = (1.0 if task.state == TaskState.DONE else self._farm.progress(task.id))
+        view["worker"] = workers.get(task.worker or 0, "")
+        if task.cut is not None and task.state != TaskState.DONE:
+            view["slices"] = self._slices(tx, task, workers)
+            view["progress"] = sum(part["share"] * part["progress"] for part in view["slices"])
+        return view
+
+    def _slices(self, tx: Look, frame: Task, workers: Mapping[int, str]) -> list[dict[str, Any]]:
+        """Return the slices of a frame from top to bottom; ``share`` is of the frame's rows."""
+        return [{
+            "id": part.id, "top": part.top, "bottom": part.bottom,
+            "state": part.state, "worker": workers.get(part.worker or 0, ""),
+            "share": (part.bottom - part.top) / frame.bottom,
+            "progress": 1.0 if part.state == TaskState.DONE
+            else self._farm.progress(part.id),
+        } for part in tx.parts(frame.id) if part.kind == TaskKind.SLICE]
+
+    def workers(self, tx: Look) -> list[dict[str, Any]]:
+        """Return every worker with what it does and how long ago it was heard of."""
+        muster, views = self._farm.muster(tx), []
+        for row in tx.workers():
+            view = {name: getattr(row, name) for name in (
+                "id", "name", "cores", "memory", "system", "address", "joined")}
+            runs = len(self._farm.grants.of_worker(row.id))
+            view.update(engines=row.engines, tags=json.loads(row.tags_json), runs=runs,
+                        seen=self._farm.seen(row.id))
+            if row.state == WorkerState.PENDING:
+                view.update(state="pending", code=row.code)
+            elif row.id not in muster.live:
+                view["state"] = "gone"
+            elif sickness := muster.sickness(row):
+                view.update(state="sick", reason=sickness)
+            else:
+                view["state"] = "working" if runs else "idle"
+            views.append(view)
+        return views
+
+    def log(self, tx: Look, job: Job, task: Task, plain: bool) -> str:
+        """Return what POV-Ray printed of a frame, ``plain`` without lines between the attempts."""
+        attempts = tx.attempts(task.id)
+        names = {attempt.worker: tx.worker(attempt.worker).name for attempt in attempts}
+        if plain:
+            attempts = [attempt for attempt in attempts if attempt.kind != TaskKind.PASS
+                        and attempt.state == AttemptState.DONE] or attempts[-1:]
+            attempts.sort(key=lambda attempt: int(attempt.top))
+        directory = self._store.job_directory(job.id, job.name)
+        errors = [attempt.message for attempt in attempts if attempt.state == "failed"]
+        done = task.state == TaskState.DONE
+        parts = [f"{error}\n\n" for error in errors[-1:] if not (done or plain)]
+        for attempt in attempts:
+            ended = attempt.state + (f": {attempt.message}" if attempt.message else "")
+            rows = (f", rows {attempt.top} to {attempt.bottom - 1}"
+                    if attempt.kind == TaskKind.SLICE else "")
+            what = f"frame {task.frame}{rows}"
+            parts += [] if plain else [f"--- {what} on {names[attempt.worker]}: {ended}\n"]
+            if attempt.log:
+                with contextlib.suppress(OSError):
+                    parts.append((directory / attempt.log).read_text("utf-8", "replace"))
+        return "".join(parts)
+
+    def figures(self, tx: Look) -> str:
+        """Return counters in Prometheus' text format."""
+        jobs, workers = tx.jobs(0, -1), tx.workers()
+        lines = ["# TYPE povfarm_frames gauge"]
+        lines += [f'povfarm_frames{{state="{state}"}} {sum(job.counts[state] for job in jobs)}'
+                  for state in TaskState]
+        lines += ["# TYPE povfarm_jobs gauge"]
+        lines += [f'povfarm_jobs{{state="{state}"}} {sum(job.state is state for job in jobs)}'
+                  for state in JobState]
+        lines += ["# TYPE povfarm_workers gauge", f"povfarm_workers {len(workers)}",
+                  "# TYPE povfarm_workers_live gauge",
+                  f"povfarm_workers_live {len(self._farm.live_workers())}",
+                  "# TYPE povfarm_cpu_seconds counter",
+                  f"povfarm_cpu_seconds {sum(job.cpu for job in jobs):.3f}"]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Wish(Wired):
+    """A worker's request for work, as an ``Offer``."""
+
+    want: int
+    slots: int
+    idle: int
+
+
+@dataclass(frozen=True)
+class Failure(Wired):
+    """What a worker tells of a failed task."""
+
+    message: str
+    scene: bool
+    log: str
+
+
+@dataclass(frozen=True)
+class Code(Wired):
+    """What a worker shows that asks to be admitted."""
+
+    code: str
+
+
 class Api:
     """The routes of /api/v1. ``routes`` is set once the router has them all."""
 
     def __init__(self, scheduler: Scheduler, access: Access, name: str,
                  admit_private: bool) -> None:
         self.routes: Sequence[BoundRoute] = ()
+        self.views = Views(scheduler)
         self._farm = scheduler
         self._store = scheduler.store
         self._access = access
@@ -7799,23 +10151,23 @@ class Api:
         """Query: limit, after (the last id already seen)."""
         with self._store.read() as tx:
             rows = tx.jobs(_query_number(request, "after", 0), _query_limit(request, 100))
-            return json_response({"jobs": [self.job_view(tx, row) for row in rows]})
+            return json_response({"jobs": [self.views.job(tx, row) for row in rows]})
 
     @route("GET", "/api/v1/jobs/<job:int>", role="reader", summary="One job")
     def job(self, request: Request) -> Response:
         """One job with its counters, rate and, when frames failed, the newest failure."""
         with self._store.read() as tx:
-            return json_response(self.job_view(tx, self._job(tx, request), whole=True))
+            return json_response(self.views.job(tx, tx.job(request.params["job"]), whole=True))
 
     @route("GET", "/api/v1/jobs/<job:int>/frames", role="reader", summary="The frames of a job")
     def frames(self, request: Request) -> Response:
         """Query: limit, after (the last frame number already seen)."""
         with self._store.read() as tx:
-            job = self._job(tx, request)
-            names = {row["id"]: row["name"] for row in tx.workers()}
-            rows = tx.tasks(job["id"], _query_number(request, "after", -1),
+            job = tx.job(request.params["job"])
+            names = {row.id: row.name for row in tx.workers()}
+            rows = tx.tasks(job.id, _query_number(request, "after", -1),
                             _query_limit(request, MAX_LISTED))
-            return json_response({"frames": [self.frame_view(tx, row, names) for row in rows]})
+            return json_response({"frames": [self.views.frame(tx, row, names) for row in rows]})
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image", role="reader",
            summary="A finished image")
@@ -7823,50 +10175,50 @@ class Api:
         """The image as POV-Ray wrote it; takes Range and If-None-Match."""
         with self._store.read() as tx:
             job, task = self._frame(tx, request)
-        if task["state"] != TaskState.DONE:
-            raise ProtocolError(404, f"frame {task['frame']} is {task['state']}")
-        path = safe_join(self._store.job_directory(job["id"], job["name"]), task["name"])
-        return file_response(path, _MIME[path.suffix], request, task["sha256"])
+        if task.state != TaskState.DONE:
+            raise ProtocolError(404, f"frame {task.frame} is {task.state}")
+        path = safe_join(self._store.job_directory(job.id, job.name), task.name)
+        return file_response(path, _MIME[path.suffix], request, task.sha256 or "")
 
     @route("GET", "/api/v1/jobs/<job:int>/slices/<task:int>/image", role="reader",
            summary="A finished slice")
     def slice_image(self, request: Request) -> Response:
         """The rows of a slice as a picture of their own, until its frame is put together."""
         with self._store.read() as tx:
-            job, task = self._job(tx, request), tx.task(request.params["task"])
-            if (task is None or task["job"] != job["id"] or task["kind"] != TaskKind.SLICE
-                    or task["state"] != TaskState.DONE):
+            job, task = tx.job(request.params["job"]), tx.find_task(request.params["task"])
+            if (task is None or task.job != job.id or task.kind != TaskKind.SLICE
+                    or task.state != TaskState.DONE):
                 raise ProtocolError(404, "there is no such slice, or it is not finished")
-            path = self._farm.part_path(tx, task)
-        return file_response(path, _MIME[path.suffix], request, task["sha256"])
+            path = self._store.place(job, task)
+        return file_response(path, _MIME[path.suffix], request, task.sha256 or "")
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/log", role="reader",
            summary="What POV-Ray printed")
     def log(self, request: Request) -> Response:
-        """The text of every attempt at one frame, the oldest first, as plain text."""
+        """The text of every attempt at one frame, the oldest first, as plain text.
+
+        Of a frame that has failed, and has no image, the last error comes before
+        them. With ``plain`` only the texts that count: of what was accepted, or
+        of the last attempt, without the lines between them.
+        """
+        plain = "plain" in request.query
         with self._store.read() as tx:
             job, task = self._frame(tx, request)
-            attempts = tx.attempts(task["id"])
-        directory = self._store.job_directory(job["id"], job["name"])
-        parts = []
-        for attempt in attempts:
-            ended = attempt["state"] + (f": {attempt['message']}" if attempt["message"] else "")
-            rows = (f", rows {attempt['top']} to {attempt['bottom'] - 1}"
-                    if attempt["kind"] == TaskKind.SLICE else "")
-            what = f"frame {task['frame']}{rows}"
-            parts.append(f"--- {what} on {attempt['worker_name']}: {ended}\n")
-            if attempt["log"]:
-                with contextlib.suppress(OSError):
-                    parts.append((directory / attempt["log"]).read_text("utf-8", "replace"))
-        return text_response("".join(parts))
+            return text_response(self.views.log(tx, job, task, plain))
 
     @route("GET", "/api/v1/jobs/<job:int>/files", role="reader",
            summary="The files that the scene wrote")
     def written(self, request: Request) -> Response:
-        """Path, SHA-256, size, and the frame that wrote it last, of each file."""
+        """Path, SHA-256, size, and the frame that wrote it last, of each file.
+
+        One that is larger than a run may leave, or has a name that is not brought back,
+        has an empty SHA-256: it was not. ``appended`` tells that the scene may append to it.
+        """
         with self._store.read() as tx:
-            job = self._job(tx, request)
-            return json_response({"files": [dict(row) for row in tx.written(job["id"])]})
+            job = tx.job(request.params["job"])
+            pov = job.pov
+            return json_response({"files": [{**vars(row), "appended": pov.appends_to(row.path)}
+                                            for row in tx.written(job.id)]})
 
     @route("GET", "/api/v1/jobs/<job:int>/files/<hash>", role="reader",
            summary="A file that the scene wrote")
@@ -7874,8 +10226,8 @@ class Api:
         """The contents with this hash."""
         sha256 = _sha256(request)
         with self._store.read() as tx:
-            job = self._job(tx, request)
-            if all(row["sha256"] != sha256 for row in tx.written(job["id"])):
+            job = tx.job(request.params["job"])
+            if all(row.sha256 != sha256 for row in tx.written(job.id)):
                 raise ProtocolError(404, "the scene wrote no file with this hash")
         return file_response(self._store.blob_path(sha256), "application/octet-stream", request,
                              sha256)
@@ -7885,11 +10237,11 @@ class Api:
     def archive(self, request: Request) -> Response:
         """A zip of them and of the files that the scene wrote, made while it is sent."""
         with self._store.read() as tx:
-            job = self._job(tx, request)
-            done, written = tx.tasks_in(job["id"], TaskState.DONE), tx.written(job["id"])
-        directory = self._store.job_directory(job["id"], job["name"])
-        images = {row["name"]: safe_join(directory, row["name"]) for row in done}
-        files = {row["path"]: self._store.blob_path(row["sha256"]) for row in written}
+            job = tx.job(request.params["job"])
+            done, written = tx.tasks_in(job.id, TaskState.DONE), tx.written(job.id)
+        directory = self._store.job_directory(job.id, job.name)
+        images = {row.name: safe_join(directory, row.name) for row in done}
+        files = {row.path: self._store.blob_path(row.sha256) for row in written if row.sha256}
         response = stream_response(zip_stream({**files, **images}.items()), "application/zip")
         name = urllib.parse.quote(f"{directory.name}.zip")
         response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
@@ -7899,7 +10251,7 @@ class Api:
     def workers(self, request: Request) -> Response:
         """Every worker with what it does: working, idle, gone, sick or pending."""
         with self._store.read() as tx:
-            return json_response({"workers": self.worker_views(tx)})
+            return json_response({"workers": self.views.workers(tx)})
 
     @route("GET", "/api/v1/events", role="reader", summary="What happens, as it happens")
     def events(self, request: Request) -> Response:
@@ -7913,7 +10265,7 @@ class Api:
         if "wait" in request.query:
             events = self._farm.wait_events(after, _seconds(request.query["wait"]), MAX_EVENTS)
             return json_response({
-                "events": [dict(event) for event in events], "more": len(events) == MAX_EVENTS})
+                "events": list(map(vars, events)), "more": len(events) == MAX_EVENTS})
         known = re.fullmatch("[0-9]{1,15}", request.headers.get("last-event-id", ""))
         return stream_response(self._event_stream(int(known[0]) if known else after),
                                "text/event-stream")
@@ -7927,29 +10279,17 @@ class Api:
     def metrics(self, request: Request) -> Response:
         """Counters in Prometheus' text format."""
         with self._store.read() as tx:
-            jobs = tx.jobs(0, -1)
-            workers = tx.workers()
-        lines = ["# TYPE povfarm_frames gauge"]
-        lines += [f'povfarm_frames{{state="{state.value}"}} {sum(job[state.value] for job in jobs)}'
-                  for state in TaskState]
-        lines += ["# TYPE povfarm_jobs gauge"]
-        lines += [f'povfarm_jobs{{state="{state.value}"}} '
-                  f'{sum(job["state"] == state for job in jobs)}' for state in JobState]
-        lines += ["# TYPE povfarm_workers gauge", f"povfarm_workers {len(workers)}",
-                  "# TYPE povfarm_workers_live gauge",
-                  f"povfarm_workers_live {len(self._farm.live_workers())}",
-                  "# TYPE povfarm_cpu_seconds counter",
-                  f"povfarm_cpu_seconds {sum(job['cpu'] for job in jobs):.3f}"]
-        return text_response("\n".join(lines) + "\n")
+            return text_response(self.views.figures(tx))
 
     # --- steering
 
     @route("POST", "/api/v1/jobs", role="user", max_body=64 << 20, summary="Submit a job")
     def submit(self, request: Request) -> Response:
-        """Body: name, pov, manifest, options, ticket. Answers the id and the hashes still missing.
+        """Body: name, pov, manifest, options, ticket, frames. Answers id and missing hashes.
 
-        Everything that happens to the job comes after the event ``event``. The
-        same ticket, any text, sent again is answered with the same job.
+        ``frames``, such as ``1-10,50``, are those of the animation to render, all without it.
+        Everything that happens to the job comes after the event ``event``. The same ticket, any
+        text, sent again is answered with the same job.
         """
         wire = request.json()
         job, missing = self._farm.submit(
@@ -7958,6 +10298,7 @@ class Api:
             Manifest.from_wire(want(wire, "manifest", dict)),
             JobOptions().changed(want(wire, "options", dict)),
             want({"ticket": "", **wire}, "ticket", str)[:100],
+            want({"frames": "", **wire}, "frames", str),
         )
         with self._store.read() as tx:
             event = tx.first_event(job) - 1
@@ -7968,7 +10309,7 @@ class Api:
     def put_blob(self, request: Request) -> Response:
         """Body: the contents; 422 when they have another hash, 404 when no job asked for them."""
         self._farm.put_blob(_sha256(request), request.body.blocks())
-        return empty_response()
+        return Response(204)
 
     @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", summary="Steer a job")
     def steer(self, request: Request) -> Response:
@@ -7992,18 +10333,19 @@ class Api:
     def delete(self, request: Request) -> Response:
         """Delete a job with its images and logs."""
         self._farm.delete(request.params["job"])
-        return empty_response()
+        return Response(204)
 
-    @route("POST", "/api/v1/workers/admit", role="admin", summary="Admit a pending worker")
+    @route("POST", "/api/v1/workers/admit", role="admin", takes=Code,
+           summary="Admit a pending worker")
     def admit(self, request: Request) -> Response:
         """Body: code, as the worker shows it."""
-        return json_response({"name": self._farm.admit(want(request.json(), "code", str))})
+        return json_response({"name": self._farm.admit(Code.fields_of(request.json())["code"])})
 
     @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
     def remove_worker(self, request: Request) -> Response:
         """Take its work back and let it in no more."""
         self._farm.remove_worker(request.params["worker"])
-        return empty_response()
+        return Response(204)
 
     @route("POST", "/api/v1/login", role="admin", summary="Make a login link")
     def login_link(self, request: Request) -> Response:
@@ -8012,7 +10354,8 @@ class Api:
 
     # --- working
 
-    @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, summary="Join as a worker")
+    @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, takes=WorkerInfo,
+           summary="Join as a worker")
     def join(self, request: Request) -> Response:
         """Body: name, cores, memory, system, engines, tags, ticket. Answers the worker's token.
 
@@ -8038,7 +10381,7 @@ class Api:
         return json_response(
             {"id": worker, "token": token, "admitted": admitted, "code": code}, 201)
 
-    @route("POST", "/api/v1/lease", role="pending", summary="Ask for work")
+    @route("POST", "/api/v1/lease", role="pending", takes=Wish, summary="Ask for work")
     def lease(self, request: Request) -> Response:
         """Body: want, slots, idle, wait. Held open until there is something to render.
 
@@ -8046,17 +10389,13 @@ class Api:
         is not admitted yet.
         """
         wire = request.json()
-        offer = Offer(*(min(max(want(wire, name, int), 0), 1000)
-                        for name in ("want", "slots", "idle")))
+        offer = Offer(*(min(max(number, 0), 1000) for number in Wish.fields_of(wire).values()))
         worker = request.identity.worker
         leases = self._farm.lease(worker, offer, _seconds(wire.get("wait", 0)), request.alive)
         with self._store.read() as tx:
-            open_tasks = sum(job["queued"] + job["leased"] for job in tx.leasable_jobs())
-            row = tx.worker(worker)
-        return json_response({
-            "leases": [lease.to_wire() for lease in leases], "open": open_tasks,
-            "pending": row is not None and row["state"] == WorkerState.PENDING,
-        })
+            return json_response({
+                "leases": [lease.to_wire() for lease in leases], "open": tx.open_tasks(),
+                "pending": tx.worker(worker).state is WorkerState.PENDING})
 
     @route("POST", "/api/v1/beat", role="worker", summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
@@ -8079,13 +10418,13 @@ class Api:
     def leave(self, request: Request) -> Response:
         """Hand back every lease of this worker."""
         self._farm.leave(request.identity.worker)
-        return empty_response()
+        return Response(204)
 
     @route("POST", "/api/v1/leases/<lease>/release", role="worker", summary="Hand back a lease")
     def release(self, request: Request) -> Response:
         """What of the lease is unfinished is given to others."""
         self._farm.release(request.identity.worker, request.params["lease"])
-        return empty_response()
+        return Response(204)
 
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>", role="worker", max_body=MAX_IMAGE,
            summary="Deliver an image")
@@ -8098,53 +10437,47 @@ class Api:
         ``accepted`` is False when another worker was first. 503 when the body is
         not what the header X-SHA256 says.
         """
-        size, files = _query_number(request, "log", 0), _query_number(request, "files", 0)
-        data = _whole_body(request)
-        end = max(len(data) - files, 0)
+        packed, bottom = _query_number(request, "files", 0), _query_number(request, "bottom", 0)
         cost = Cost(_seconds(request.query.get("cpu", "0"), MAX_COST),
                     _seconds(request.query.get("wall", "0"), MAX_COST),
                     _query_number(request, "memory", 0),
                     _seconds(request.query.get("parse", "0"), MAX_COST))
-        try:
-            accepted = self._farm.finish(
-                request.identity.worker, request.params["lease"], request.params["task"],
-                data[size:end], data[:size], cost, _query_number(request, "bottom", 0),
-                unpack_files(data[end:]) if files else {})
-        except ImageError as error:
-            raise ProtocolError(422, str(error)) from None
+        with self._delivered(request, _query_number(request, "log", 0)) as (mine, text, image):
+            files = _cut_off(image, packed) if packed and isinstance(image, Path) else {}
+            accepted = self._farm.finish(*mine, image, text, cost, bottom, files)
         return json_response({"accepted": accepted})
 
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>/state", role="worker",
            max_body=MAX_IMAGE, summary="Leave a state to go on from")
     def keep_state(self, request: Request) -> Response:
         """Body: what POV-Ray left of an unfinished task when it was stopped."""
-        self._farm.keep_state(request.identity.worker, request.params["lease"],
-                              request.params["task"], _whole_body(request))
-        return empty_response()
+        with self._delivered(request) as (mine, _, state):
+            self._farm.keep_state(*mine, state)
+        return Response(204)
 
     @route("GET", "/api/v1/tasks/<task:int>/<what>", role="worker",
            summary="What a pass or a stopped render left")
     def part(self, request: Request) -> Response:
         """``result`` of a pass that is done, or the ``state`` of an unfinished task."""
-        suffix = {"result": "", "state": ".state"}.get(request.params["what"])
+        place = {"result": self._store.place, "state": self._store.state_path}.get(
+            request.params["what"])
         with self._store.read() as tx:
-            task = tx.task(request.params["task"])
-            if task is None or suffix is None:
+            task = tx.find_task(request.params["task"])
+            if task is None or place is None:
                 raise ProtocolError(404, f"there is no task {request.params['task']}")
-            path = self._farm.part_path(tx, task, suffix)
+            path = place(tx.job(task.job), task)
         return file_response(path, "application/octet-stream", request,
-                             "" if suffix else task["sha256"] or "")
+                             "" if place == self._store.state_path else task.sha256 or "")
 
     @route("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail", role="worker",
-           max_body=16 << 20, summary="Tell of a failed task")
+           max_body=MAX_LOG, takes=Failure, summary="Tell of a failed task")
     def fail(self, request: Request) -> Response:
         """Body: message, scene (true when the scene is to blame), log."""
-        wire = request.json()
+        told = Failure(**Failure.fields_of(request.json()))
         self._farm.fail(
             request.identity.worker, request.params["lease"], request.params["task"],
-            want(wire, "message", str)[:1000], want(wire, "log", str).encode(),
-            want(wire, "scene", bool))
-        return empty_response()
+            told.message[:1000], told.log.encode(), told.scene)
+        return Response(204)
 
     @route("GET", "/api/v1/manifests/<key>", role="worker", summary="The files of a project")
     def manifest(self, request: Request) -> Response:
@@ -8162,94 +10495,12 @@ class Api:
         return file_response(self._store.blob_path(sha256), "application/octet-stream", request,
                              sha256)
 
-    # --- views, which the pages use too
-
-    def job_view(self, tx: Tx, job: Row, whole: bool = False) -> dict[str, Any]:
-        """Return a job as people want to see it; ``whole`` adds the newest failure."""
-        counts = {state.value: job[state.value] for state in TaskState}
-        total = sum(counts.values())
-        live = tx.live_attempts_of_job(job["id"]) if job["leased"] else []
-        frames = {attempt["task"]: self._farm.progress(attempt["task"]) for attempt in live
-                  if attempt["kind"] == TaskKind.FRAME}
-        slices = [view for frame in tx.frames_to_cut(job["id"])
-                  for view in self._slice_views(tx, frame, {})]
-        part = sum(frames.values()) + sum(view["share"] * view["progress"] for view in slices)
-        end = job["finished"] or self._farm.clock.time()
-        spent = end - job["started"] if job["started"] else 0.0
-        work = job["done"] + part
-        rate = work / spent if spent > 0 else 0.0
-        left = job["queued"] + job["leased"] - part
-        view = {name: job[name] for name in (
-            "id", "name", "state", "reason", "owner", "priority", "max_workers", "retry_limit",
-            "created", "started", "finished", "cpu", "wall")}
-        view.update(
-            in_order=bool(job["in_order"]), progress=work / total if total else 0.0, elapsed=spent,
-            rate=rate, eta=left / rate if rate and left else None,
-            frames={"total": total, **counts},
-            slices={"total": len(slices), **{
-                name: sum(view["state"] == name for view in slices) for name in counts}},
-            slicing=job["slices"], radiosity=job["radiosity"], povray=job["povray"],
-            verify=job["verify"], frame_timeout=job["frame_timeout"],
-            waiting_for=self._farm.waiting_for(tx, job),
-        )
-        if whole:
-            options, failure = pov_of(job["pov"]).options, tx.first_failure(job["id"])
-            view.update(
-                notice=self._store.notice, width=options.width, height=options.height,
-                extension=options.extension,
-                failure=failure and {"frame": failure["frame"], "message": failure["message"]})
-        return view
-
-    def frame_view(self, tx: Tx, task: Row, workers: Mapping[int, str]) -> dict[str, Any]:
-        """Return a frame as people want to see it, with its slices while there are any."""
-        view = {name: task[name] for name in (
-            "frame", "name", "state", "tries", "finished", "size", "sha256", "cpu", "wall",
-            "memory")}
-        view["progress"] = (
-            1.0 if task["state"] == TaskState.DONE else self._farm.progress(task["id"]))
-        view["worker"] = workers.get(task["worker"], "")
-        if task["cut"] is not None and task["state"] != TaskState.DONE:
-            view["slices"] = self._slice_views(tx, task, workers)
-            view["progress"] = sum(part["share"] * part["progress"] for part in view["slices"])
-        return view
-
-    def _slice_views(self, tx: Tx, frame: Row, workers: Mapping[int, str]) -> list[dict[str, Any]]:
-        """Return the slices of a frame from top to bottom; ``share`` is of the frame's rows."""
-        return [{
-            "id": part["id"], "top": part["top"], "bottom": part["bottom"],
-            "state": part["state"], "worker": workers.get(part["worker"], ""),
-            "share": (part["bottom"] - part["top"]) / frame["bottom"],
-            "progress": 1.0 if part["state"] == TaskState.DONE
-            else self._farm.progress(part["id"]),
-        } for part in tx.parts(frame["id"]) if part["kind"] == TaskKind.SLICE]
-
-    def worker_views(self, tx: Tx) -> list[dict[str, Any]]:
-        """Return every worker with what it does and how long ago it was heard of."""
-        live = self._farm.live_workers()
-        runs = collections.Counter(lease["worker"] for lease in tx.live_leases())
-        views = []
-        for row in tx.workers():
-            view = {name: row[name] for name in (
-                "id", "name", "cores", "memory", "system", "address", "joined")}
-            view.update(engines=json.loads(row["engines"]), tags=json.loads(row["tags"]),
-                        runs=runs[row["id"]], seen=self._farm.seen(row["id"]))
-            if row["state"] == WorkerState.PENDING:
-                view.update(state="pending", code=row["code"])
-            elif row["id"] not in live:
-                view["state"] = "gone"
-            elif sickness := self._farm.sickness(tx, row):
-                view.update(state="sick", reason=sickness)
-            else:
-                view["state"] = "working" if runs[row["id"]] else "idle"
-            views.append(view)
-        return views
-
     # --- inside
 
     def _make_room(self) -> None:
         """Forget a worker that asked to join and left, when too many wait to be admitted."""
         with self._store.read() as tx:
-            waiting = [row["id"] for row in tx.workers() if row["state"] == WorkerState.PENDING]
+            waiting = [row.id for row in tx.workers() if row.state == WorkerState.PENDING]
         if len(waiting) >= MAX_PENDING:
             gone = [worker for worker in waiting if worker not in self._farm.live_workers()]
             if not gone:
@@ -8261,21 +10512,42 @@ class Api:
         self._farm.rejoin(worker, info, request.remote)
         with self._store.read() as tx:
             row = tx.worker(worker)
-        return json_response({
-            "id": worker, "admitted": "worker" in request.identity.roles,
-            "code": row["code"] if row else "", "token": ""})
+        return json_response({"id": worker, "admitted": "worker" in request.identity.roles,
+                              "code": row.code, "token": ""})
 
-    def _job(self, tx: Tx, request: Request) -> Row:
-        row = tx.job(request.params["job"])
-        if row is None:
-            raise ProtocolError(404, f"there is no job {request.params['job']}")
-        return row
+    @contextlib.contextmanager
+    def _delivered(self, request: Request, log_size: int = 0
+                   ) -> Iterator[tuple[tuple[int, str, int], bytes, Path | bytes]]:
+        """Give worker, lease and task, the text that a body begins with, and a file of the rest.
 
-    def _frame(self, tx: Tx, request: Request) -> tuple[Row, Row]:
-        job = self._job(tx, request)
-        task = tx.task_of_frame(job["id"], request.params["frame"])
+        Or the rest itself, where it is little. Whether the worker may deliver is looked at first.
+        """
+        mine = request.identity.worker, request.params["lease"], request.params["task"]
+        self._farm.check_lease(*mine)
+        if log_size > MAX_LOG:
+            raise ProtocolError(413, f"the log is larger than {format_size(MAX_LOG)}")
+        if 0 < (request.body.length or 0) <= BUFFER and "files" not in request.query:
+            data = request.body.read()
+            _check_hash(request, hashlib.sha256(data))
+            yield mine, data[:max(log_size, 0)], data[max(log_size, 0):]
+            return
+        text, digest = bytearray(), hashlib.sha256()
+        with self._store.incoming() as place:
+            with open(place / "image", "wb") as file:
+                for block in request.body.blocks():
+                    self._store.need(len(block))
+                    digest.update(block)
+                    head = max(log_size - len(text), 0)
+                    text += block[:head]
+                    file.write(block[head:])
+            _check_hash(request, digest)
+            yield mine, bytes(text), place / "image"
+
+    def _frame(self, tx: Look, request: Request) -> tuple[Job, Task]:
+        job = tx.job(request.params["job"])
+        task = tx.task_of_frame(job.id, request.params["frame"])
         if task is None:
-            raise ProtocolError(404, f"job {job['id']} has no frame {request.params['frame']}")
+            raise ProtocolError(404, f"job {job.id} has no frame {request.params['frame']}")
         return job, task
 
     def _event_stream(self, after: int) -> Iterator[bytes]:
@@ -8283,8 +10555,8 @@ class Api:
         while True:
             events = self._farm.wait_events(after, 1.0, MAX_EVENTS)
             for event in events:
-                after = event["id"]
-                data = json.dumps(dict(event))
+                after = event.id
+                data = json.dumps(vars(event))
                 yield f"id: {after}\nevent: change\ndata: {data}\n\n".encode()
             if not events:
                 yield b""
@@ -8304,10 +10576,12 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
         ]
         path = re.sub(r"<(\w+)(?::\w+)?>", r"{\1}", tag.pattern)
         paths.setdefault(path, {})[tag.method.lower()] = {
-            "summary": tag.summary, "description": " ".join(bound.doc.split()),
+            "summary": tag.summary, "description": " ".join((bound.handler.__doc__ or "").split()),
             "operationId": bound.handler.__name__, "parameters": parameters,
             "x-role": tag.role, "responses": {"default": {"description": "see docs/api.md"}},
             "security": [] if tag.role in ("anyone", "reader") else [{"key": []}],
+            **({"requestBody": {"required": True, "content": {
+                "application/json": {"schema": schema_of(tag.takes)}}}} if tag.takes else {}),
         }
     return {
         "openapi": "3.0.3", "info": {"title": "povfarm", "version": VERSION}, "paths": paths,
@@ -8329,13 +10603,20 @@ def _is_private(remote: str) -> bool:
     return any(address in network for network in _PRIVATE)
 
 
-def _whole_body(request: Request) -> bytes:
-    """Return a body; one that was damaged on its way shall be sent again."""
-    data = request.body.read()
-    named = request.headers.get("x-sha256")
-    if named is not None and hashlib.sha256(data).hexdigest() != named:
+def _check_hash(request: Request, digest: hashlib._Hash) -> None:
+    """Raise ``ProtocolError`` 503 for a body that was damaged on its way, to get it again."""
+    if request.headers.get("x-sha256", digest.hexdigest()) != digest.hexdigest():
         raise ProtocolError(503, "the body was damaged on its way: send it again")
-    return data
+
+
+def _cut_off(image: Path, size: int) -> dict[str, Path | None]:
+    """Return the files that are packed in so many bytes at the end of an image; cut these off."""
+    packed = image.with_name("packed")
+    with open(image, "r+b") as file, open(packed, "wb") as target:
+        start = file.seek(max(image.stat().st_size - max(size, 0), 0))
+        shutil.copyfileobj(file, target, BUFFER)
+        file.truncate(start)
+    return unpack_files(packed, image.with_name("files"))
 
 
 def _query_number(request: Request, name: str, default: int) -> int:
@@ -8373,7 +10654,7 @@ def _sha256(request: Request) -> str:
     return value
 
 
-# === 12. HTTPOV ==============================================================
+# === 13. HTTPOV ==============================================================
 # The dialect of HTTPov's clients, versions 1.2 and 2.2: decodes what they ask
 # at /httpov.php, calls SCHEDULER, encodes its answers as key=value lines, whose
 # order is the protocol's. A client, HOST:CID, is a worker; a batch is a lease
@@ -8408,15 +10689,17 @@ class Httpov:
         self._guest = Guest(CLIENT_SILENCE, self._takes)
         self._portable: dict[str, bool] = {}  # by manifest: whether clients can unpack it
         with self._store.read() as tx:
-            known = [row["id"] for row in tx.workers() if row["token"].startswith(_CLIENT_TOKEN)]
+            known = [row.id for row in tx.workers() if row.token.startswith(_CLIENT_TOKEN)]
         for worker in known:
             scheduler.receive(worker, self._guest)
 
-    @route("GET", "/httpov.php", role="guest", summary="What an HTTPov client asks")
-    @route("GET", "/<guest>/httpov.php", role="guest", summary="What an HTTPov client asks")
-    @route("POST", "/httpov.php", role="guest", max_body=MAX_IMAGE,
+    @route("GET", "/httpov.php", role="guest", secret="cgroup",
+           summary="What an HTTPov client asks")
+    @route("GET", "/<guest>/httpov.php", role="guest", secret="guest",
+           summary="What an HTTPov client asks")
+    @route("POST", "/httpov.php", role="guest", secret="cgroup", max_body=MAX_IMAGE,
            summary="What an HTTPov client rendered")
-    @route("POST", "/<guest>/httpov.php", role="guest", max_body=MAX_IMAGE,
+    @route("POST", "/<guest>/httpov.php", role="guest", secret="guest", max_body=MAX_IMAGE,
            summary="What an HTTPov client rendered")
     def command(self, request: Request) -> Response:
         """Query: command, client, version; job and batch where there is one; cgroup."""
@@ -8442,17 +10725,18 @@ class Httpov:
         return answer
 
     @route("GET", "/jobs/<name>.zip", role="anyone", summary="A job for HTTPov clients")
-    @route("GET", "/<guest>/jobs/<name>.zip", role="guest", summary="A job for HTTPov clients")
+    @route("GET", "/<guest>/jobs/<name>.zip", role="guest", secret="guest",
+           summary="A job for HTTPov clients")
     def archive(self, request: Request) -> Response:
         """The project in one directory, with a pov.ini that renders the job's frames."""
         name = request.params["name"]
         number = re.match("[0-9]{1,18}(?=-)", name)
         with self._store.read() as tx:
-            job = tx.job(int(number[0])) if number else None
+            job = tx.find_job(int(number[0])) if number else None
             if job is None or not hmac.compare_digest(name.encode(), self._name(job).encode()):
                 job = None
             elif self._takes(tx, job):
-                manifest = Manifest.from_wire(json.loads(tx.manifest(job["manifest"])))
+                manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
                 return stream_response(zip_stream(self._entries(job, manifest)), "application/zip")
         if job is None:
             self._access.slow_down(request.remote)
@@ -8466,12 +10750,11 @@ class Httpov:
         if lease is None:
             return ["command=sleep"]
         with self._store.read() as tx:
-            job = cast(Row, tx.job(lease[1]))
-        plan = plan_frames(pov_of(job["pov"]).options)
+            job = tx.job(lease[1])
+        plan = job.pov.plan
         # Clients take from the number of frames only how many digits a frame's number has.
         frames = plan.final_frame + plan.cyclic if plan.animation else 1
-        return ["command=getbatch", f"job={job['id']}", f"name={self._name(job)}",
-                f"frames={frames}"]
+        return ["command=getbatch", f"job={job.id}", f"name={self._name(job)}", f"frames={frames}"]
 
     def _getbatch(self, request: Request, worker: int) -> list[str]:
         job = request.query["job"]
@@ -8480,7 +10763,7 @@ class Httpov:
         if lease is None:
             return ["command=getjob"]
         with self._store.read() as tx:
-            frames = [attempt["frame"] for attempt in tx.attempts_of_lease(lease[0])]
+            frames = [attempt.frame for attempt in tx.attempts_of_lease(lease[0])]
         return ["command=render", f"batch={lease[0]}", f"startframe={frames[0]}",
                 f"stopframe={frames[-1]}"]
 
@@ -8498,21 +10781,22 @@ class Httpov:
 
     def _postbatch(self, request: Request, worker: int) -> list[str]:
         attempts = self._attempts(request, worker)
-        if all(attempt["state"] in (AttemptState.DONE, AttemptState.KEPT) for attempt in attempts):
+        if all(attempt.state in (AttemptState.DONE, AttemptState.KEPT) for attempt in attempts):
             return ["status=error"]
-        images, text, problem = _images(request)
-        wall = (self._farm.clock.time() - attempts[0]["started"]) / len(attempts)
-        cost, good = Cost(max(wall, 0.0), max(wall, 0.0)), True
-        for attempt in attempts:
-            missing = problem or f"frame {attempt['frame']} is not in what the client sent"
-            try:
-                if attempt["frame"] not in images:
-                    raise ImageError(missing)
-                self._farm.finish(worker, attempt["lease"], attempt["task"],
-                                  images[attempt["frame"]], text, cost)
-            except ImageError as error:
-                self._fail(worker, attempt, str(error), text)
-                good = False
+        with self._store.incoming() as place:
+            images, text, problem = self._images(request, place)
+            wall = (self._farm.clock.time() - attempts[0].started) / len(attempts)
+            cost, good = Cost(max(wall, 0.0), max(wall, 0.0)), True
+            for attempt in attempts:
+                missing = problem or f"frame {attempt.frame} is not in what the client sent"
+                try:
+                    if attempt.frame not in images:
+                        raise ImageError(missing)
+                    self._farm.finish(worker, attempt.lease, attempt.task,
+                                      images[attempt.frame], text, cost)
+                except ImageError as error:
+                    self._fail(worker, attempt, str(error), text)
+                    good = False
         return ["status=ok" if good else "status=error"]
 
     # --- inside
@@ -8525,8 +10809,8 @@ class Httpov:
                 row = (tx.worker(self._workers[client]) if client in self._workers
                        else tx.worker_by_token(_CLIENT_TOKEN + client))
             if row is not None:
-                self._workers[client] = row["id"]
-                return None if row["state"] == WorkerState.REMOVED else int(row["id"])
+                self._workers[client] = row.id
+                return None if row.state == WorkerState.REMOVED else int(row.id)
             info = WorkerInfo(client.replace(":", "-"), 1, 0, "HTTPov", {})
             worker, _ = self._farm.join(info, _CLIENT_TOKEN + client, request.remote, True)
             self._farm.receive(worker, self._guest)
@@ -8539,45 +10823,66 @@ class Httpov:
         What it has not delivered yet comes first: the answer to an earlier
         request was lost, or it only knows of the job so far.
         """
-        with self._store.read() as tx:
-            for lease in tx.live_leases():
-                if lease["worker"] == worker and job in (0, lease["job"]):
-                    self._farm.beat(worker, {lease["id"]: {}}, 0.0)
-                    return lease["id"], lease["job"]
+        for grant in self._farm.grants.of_worker(worker):
+            if job in (0, grant.job):
+                self._farm.beat(worker, {grant.id: {}}, 0.0)
+                return grant.id, grant.job
         leases = self._farm.lease(worker, Offer(1, 1, 1, job), 0.0, request.alive)
         return (leases[0].id, leases[0].job) if leases else None
 
-    def _attempts(self, request: Request, worker: int) -> list[Row]:
+    def _images(self, request: Request, place: Path) -> tuple[dict[int, Path], bytes, str]:
+        """Return the pictures of an upload by their frames, the log, and what is wrong with it."""
+        images, text = {}, b""
+        try:
+            with open(place / "zip", "wb") as file:
+                for block in _uploaded(request):
+                    self._store.need(len(block))
+                    file.write(block)
+            files = unpack_files(place / "zip", place / "files", MAX_IMAGE)
+        except UserError as error:
+            return {}, b"", f"{error}"
+        for name, path in files.items():
+            number = re.search(r"_([0-9]{1,9})\.png$", name)
+            if number and path:
+                images[int(number[1])] = path
+            elif name.endswith("batchreport.txt") and path:
+                with open(path, "rb") as report:
+                    text = report.read(MAX_LOG)
+        return images, text, ""
+
+    def _attempts(self, request: Request, worker: int) -> list[Attempt]:
         with self._store.read() as tx:
             return [attempt for attempt in tx.attempts_of_lease(request.query["batch"])
-                    if attempt["worker"] == worker]
+                    if attempt.worker == worker]
 
-    def _fail(self, worker: int, attempt: Row, message: str, text: bytes = b"") -> None:
-        if attempt["state"] == AttemptState.LIVE:
-            self._farm.fail(worker, attempt["lease"], attempt["task"], message, text, False)
+    def _fail(self, worker: int, attempt: Attempt, message: str, text: bytes = b"") -> None:
+        if attempt.state == AttemptState.LIVE:
+            self._farm.fail(worker, attempt.lease, attempt.task, message, text, False)
 
-    def _name(self, job: Row) -> str:
+    def _name(self, job: Job) -> str:
         """Return what clients call a job: nobody can guess it who was not told."""
-        seal = hmac.new(self._access.guest_key.encode(), b"job %d" % job["id"], "sha256")
-        place = self._store.job_directory(job["id"], job["name"])
+        seal = hmac.new(self._access.guest_key.encode(), b"job %d" % job.id, "sha256")
+        place = self._store.job_directory(job.id, job.name)
         return f"{place.name}-{seal.hexdigest()[:24]}"
 
-    def _takes(self, tx: Tx, job: Row) -> bool:
+    def _takes(self, tx: Look, job: Job) -> bool:
         """Tell whether clients make the same pictures of a job as our workers."""
-        key = job["manifest"]
+        key = job.manifest
         if key not in self._portable:
             files = Manifest.from_wire(json.loads(tx.manifest(key))).files
             self._portable[key] = all(
                 file.path.isascii() and file.after_frame is None for file in files)
-        return (self._portable[key] and not job["in_order"] and job["radiosity"] != "animation"
-                and job["slices"] in ("auto", "off", "1") and _renders_alike(job["pov"]))
+        options = job.options
+        return (self._portable[key] and not options.in_order and options.radiosity != "animation"
+                and options.slices in ("auto", "off", "1") and _renders_alike(job.pov_json))
 
-    def _entries(self, job: Row, manifest: Manifest) -> Iterator[tuple[str, Path | bytes]]:
+    def _entries(self, job: Job, manifest: Manifest) -> Iterator[tuple[str, Path | bytes]]:
         """Yield what is in a job's archive: first of all the directories."""
-        pov, top = pov_of(job["pov"]), self._name(job)
+        pov, top = job.pov, self._name(job)
         files = {f"{top}/{file.path}": self._store.blob_path(file.sha256)
                  for file in manifest.files if file.path.lower() not in _OWN_INI}
-        places = [f"{top}/{place}/" for place in pov.library if place not in (STANDARD, ".")]
+        places = [f"{top}/{place}/" for place in (*pov.library, *manifest.directories)
+                  if place not in (STANDARD, ".")]
         folders = {f"{parent}/" for path in (*files, *(f"{place}x" for place in places))
                    for parent in PurePosixPath(path).parents if parent.name}
         yield from ((folder, b"") for folder in sorted({f"{top}/", *folders}))
@@ -8589,10 +10894,10 @@ class Httpov:
 def _renders_alike(text: str) -> bool:
     """Tell whether a command line, as JSON text, gives the same pictures from ``client_ini``."""
     pov = pov_of(text)
-    plan = plan_frames(pov.options)
+    plan = pov.plan
     with contextlib.suppress(UserError):  # of names that are not ASCII
         return (bool(client_ini(pov)) and plan.extension == ".png" and plan.frames.step == 1
-                and set(pov.uses) <= {"radiosity", "photons"}
+                and set(pov.uses) <= {"radiosity", "photons"} and not pov.options.stochastic
                 and pov.run_dir == "." and pov.library[:1] == (STANDARD,)
                 and not (plan.animation and plan.initial_frame == plan.final_frame))
     return False
@@ -8607,7 +10912,7 @@ def client_ini(pov: PovJob) -> str:
     take "Possible Parse Error", of a scene without assumed_gamma, for an error.
     ``UserError`` for names that an INI file cannot hold.
     """
-    plan = plan_frames(pov.options)
+    plan = pov.plan
     values = {key: value for key, value in pov.values.items()
               if key not in ("Output_File_Name", "Clock")}
     values.update({
@@ -8630,49 +10935,67 @@ def _lines(*lines: str) -> Response:
     return text_response("".join(f"{line}\n" for line in lines))
 
 
-def _images(request: Request) -> tuple[dict[int, bytes], bytes, str]:
-    """Return the pictures of an upload by their frames, the log, and what is wrong with it."""
-    try:
-        files = unpack_files(_uploaded(request), MAX_IMAGE)
-    except UserError as error:
-        return {}, b"", f"{error}"
-    images, text = {}, b""
-    for path, data in files.items():
-        number = re.search(r"_([0-9]{1,9})\.png$", path)
-        if number:
-            images[int(number[1])] = data
-        elif path.endswith("batchreport.txt"):
-            text = data
-    return images, text, ""
-
-
-def _uploaded(request: Request) -> bytes:
-    """Return the file of a form; ``UserError`` when there is none."""
+def _uploaded(request: Request) -> Iterator[bytes]:
+    """Yield the file of a form as it comes; ``UserError`` when there is none."""
     kind = re.fullmatch(r'multipart/form-data *; *boundary="?([^";]{1,200})"?',
                         request.headers.get("content-type", ""))
     if kind is not None:
-        edge = b"\r\n--" + kind[1].encode()
-        for part in (b"\r\n" + request.body.read()).split(edge)[1:-1]:
-            head, _, data = part.partition(b"\r\n\r\n")
-            if b'name="filedata"' in head:
-                return data
+        edge, form = b"\r\n--" + kind[1].encode(), _Form(request.body.blocks())
+        for _ in form.until(edge):
+            pass
+        while b'name="filedata"' not in form.head():
+            for _ in form.until(edge):
+                pass
+        yield from form.until(edge)
+        return
     raise UserError("the client sent no file")
 
 
-# === 13. SHEEPIT =============================================================
-# The dialect of SheepIt's clients: decodes their requests below /server,
-# calls SCHEDULER, encodes its answers as XML.
+class _Form:
+    """A form that is read as it comes; ``UserError`` where it ends too early."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._data = b"\r\n"  # read and not yet used
+
+    def until(self, mark: bytes) -> Iterator[bytes]:
+        """Yield what comes before a mark, and pass over that."""
+        while (at := self._data.find(mark)) < 0:
+            whole = max(len(self._data) - len(mark) + 1, 0)
+            yield self._data[:whole]
+            self._data = self._data[whole:] + self._next()
+        yield self._data[:at]
+        self._data = self._data[at + len(mark):]
+
+    def head(self) -> bytes:
+        """Return the head of a part, which has to be short."""
+        while b"\r\n\r\n" not in self._data:
+            if len(self._data) > BUFFER:
+                raise UserError("the client sent no file")
+            self._data += self._next()
+        head, _, self._data = self._data.partition(b"\r\n\r\n")
+        return head
+
+    def _next(self) -> bytes:
+        block = next(self._blocks, b"")
+        if not block:
+            raise UserError("the client sent no file")
+        return block
 
 
-# === 14. RENDERONLINE ========================================================
-# The dialect of RenderOnline's clients and machines: decodes their JSON, calls
-# SCHEDULER, encodes its answers.
+# === 14. SHEEPIT =============================================================
+# Empty: the place for a dialect of SheepIt's clients (XML below /server), which
+# would decode, call SCHEDULER and encode, as HTTPOV does.
 
 
-# === 15. PAGES ===============================================================
-# The status page: plain HTML that loads itself again, and the forms on it. Every
-# text is escaped unless it is Html, which only ``element`` makes. Reads through
-# API's views, changes things through API and SCHEDULER, decides nothing.
+# === 15. RENDERONLINE ========================================================
+# Empty: the place for a dialect of RenderOnline's clients and machines (JSON).
+
+
+# === 16. PAGES ===============================================================
+# The status page: plain HTML that reloads, and the forms on it. Every text is
+# escaped unless it is Html, which only ``element`` makes. Reads the store and
+# shows API's views of it, changes things through API and SCHEDULER, decides nothing.
 
 # Not "no-referrer": with that, browsers send "Origin: null" with our own forms.
 PAGE_HEADERS: Mapping[str, str] = {
@@ -8709,11 +11032,13 @@ def element(tag: str, /, *children: Node, **attributes: str | int | None) -> Htm
 class Pages:
     """What people see: the farm, a job, a frame, and the forms that steer them."""
 
-    def __init__(self, api: Api, scheduler: Scheduler, access: Access, pin: str = "") -> None:
+    def __init__(self, api: Api, scheduler: Scheduler, access: Access, pin: str = "",
+                 typed: Callable[[str], str] = "povfarm.py {}".format) -> None:
         self._api = api
         self._farm = scheduler
         self._access = access
         self._pin = pin  # of the certificate that is shown
+        self._typed = typed  # how commands are written, see with_commands
 
     @route("GET", "/", role="reader", summary="The status page")
     def home(self, request: Request) -> Response:
@@ -8721,11 +11046,11 @@ class Pages:
         before = _query_digits(request, "before")
         with self._farm.store.read() as tx:
             rows = tx.jobs(before, JOBS_SHOWN)
-            older = rows[-1]["id"] if len(rows) == JOBS_SHOWN else None
-            shown = {row["id"] for row in rows}
-            rows += [row for row in tx.leasable_jobs() if row["id"] not in shown and not before]
+            older = rows[-1].id if len(rows) == JOBS_SHOWN else None
+            shown = {row.id for row in rows}
+            rows += [row for row in tx.leasable_jobs() if row.id not in shown and not before]
             views = [self._view(tx, row) for row in rows]
-            workers = self._api.worker_views(tx)
+            workers = self._api.views.workers(tx)
             events = tx.events(tx.last_event() - EVENTS_READ, EVENTS_READ)
         live = [worker for worker in workers if worker["state"] in ("working", "idle")]
         active = any(view["state"] == JobState.ACTIVE for view in views)
@@ -8744,14 +11069,14 @@ class Pages:
     def job(self, request: Request) -> Response:
         """A job with its frames. Query: from (a frame), to see the frames of its cell."""
         with self._farm.store.read() as tx:
-            row = self._row(tx, request)
+            row = tx.job(request.params["job"])
             view = self._view(tx, row)
-            tasks = tx.tasks(row["id"])
+            tasks = tx.tasks(row.id)
             size = -(-len(tasks) // CELLS_SHOWN)
             first = _query_digits(request, "from")
-            chosen = [self._api.frame_view(tx, task, {}) for index, task in enumerate(tasks)
-                      if size == 1 or tasks[index - index % size]["frame"] == first]
-            growing = [self._api.frame_view(tx, task, {}) for task in tx.frames_to_cut(row["id"])]
+            chosen = [self._api.views.frame(tx, task, {}) for index, task in enumerate(tasks)
+                      if size == 1 or tasks[index - index % size].frame == first]
+            growing = [self._api.views.frame(tx, task, {}) for task in tx.frames_to_cut(row.id)]
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
             request, _title([view], view["name"]),
@@ -8768,30 +11093,30 @@ class Pages:
         """A frame's image, its numbers, and what POV-Ray printed."""
         number = request.params["frame"]
         with self._farm.store.read() as tx:
-            row = self._row(tx, request)
-            task = tx.task_of_frame(row["id"], number)
+            row = tx.job(request.params["job"])
+            task = tx.task_of_frame(row.id, number)
             if task is None:
-                raise ProtocolError(404, f"job {row['id']} has no frame {number}")
-            step = plan_frames(pov_of(row["pov"]).options).frames.step
-            near = [to for to in (number - step, number + step)
-                    if tx.task_of_frame(row["id"], to) is not None]
-            names = {worker["id"]: worker["name"] for worker in tx.workers()}
-            view, address = self._view(tx, row), f"/jobs/{row['id']}"
-            frame = self._api.frame_view(tx, task, names)
+                raise ProtocolError(404, f"job {row.id} has no frame {number}")
+            step = row.pov.plan.frames.step
+            neighbours = [to for to in (number - step, number + step)
+                    if tx.task_of_frame(row.id, to) is not None]
+            names = {worker.id: worker.name for worker in tx.workers()}
+            view, address = self._view(tx, row), f"/jobs/{row.id}"
+            frame = self._api.views.frame(tx, task, names)
             failures = [] if frame["state"] == TaskState.DONE else [
-                attempt["message"] for attempt in tx.attempts(task["id"])
-                if attempt["state"] == AttemptState.FAILED]
+                attempt.message for attempt in tx.attempts(task.id)
+                if attempt.state == AttemptState.FAILED]
         text = cast(bytes, self._api.log(request).body).decode()[-LOG_SHOWN:]
         return self._page(
-            request, f"Frame {number} · {row['name']}",
-            element("h1", element("a", row["name"], href=address)),
+            request, f"Frame {number} · {row.name}",
+            element("h1", element("a", row.name, href=address)),
             element("p", f"{_frame_name(view, number)} ", _badge(frame["state"]), class_="lead"),
             _picture(view, task, "large") if frame["state"] == TaskState.DONE else
             _growing(view, frame) if "slices" in frame else None,
             [element("p", words, class_="notice failed") for words in failures[-1:]],
             _frame_facts(frame),
             element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
-                            for to in near], class_="links"),
+                            for to in neighbours], class_="links"),
             _section("What POV-Ray printed", element("pre", text or "Nothing yet.", tabindex=0),
                      id="log"),
             reload=5 if frame["state"] in ("queued", "leased") else 0)
@@ -8853,7 +11178,7 @@ class Pages:
         if refusal.status == 401:
             title, words = "Log in first", [
                 "On the computer where the farm runs, type ",
-                element("code", "python povfarm.py login"),
+                element("code", "povfarm.py login"),
                 ". Open the link that it prints in this browser."]
         return self._page(
             request, title, element("h1", title), element("p", words, class_="lead"),
@@ -8874,30 +11199,25 @@ class Pages:
             element("link", rel="icon", href="/favicon.svg"),
             element("link", rel="stylesheet", href=_STYLE_ADDRESS))
         user = self._form(request, "/logout", "Log out") if "user" in request.identity.roles else \
-            element("span", "Just looking. To steer: ", element(
-                "code", "python povfarm.py login")) if request.identity.roles else None
+            element("span", "Read-only. To make changes: ", element(
+                "code", "povfarm.py login")) if request.identity.roles else None
         mark = element("img", src="/favicon.svg", alt="", width=28, height=28)
-        switch = element("a", "Load this page again and again" if still else
-                         "Stop loading this page again",
+        switch = element("a", "Reload this page automatically" if still else
+                         "Stop reloading this page",
                          href=_same_page(request, **({} if still else {"still": "1"})))
         page = element("html", head, element(
             "body", element("header", element("a", mark, self._api.name, href="/"), user),
             element("main", element("p", notice, class_="notice failed") if notice else None, body),
             element("footer", switch if reload else None,
                     element("span", f"povfarm {VERSION}"))), lang="en")
-        response = html_response(f"<!DOCTYPE html>{page}", status)
+        text = with_commands(page, lambda name: html.escape(self._typed(name)))
+        response = text_response(f"<!DOCTYPE html>{text}", status, "text/html")
         response.headers.update(PAGE_HEADERS)
         return response
 
-    def _row(self, tx: Tx, request: Request) -> Row:
-        row = tx.job(request.params["job"])
-        if row is None:
-            raise ProtocolError(404, f"there is no job {request.params['job']}")
-        return row
-
-    def _view(self, tx: Tx, job: Row) -> View:
+    def _view(self, tx: Look, job: Job) -> View:
         """Return API's view of a job, and the frame that was finished last as ``newest``."""
-        return {**self._api.job_view(tx, job, whole=True), "newest": tx.newest_task_of(job["id"])}
+        return {**self._api.views.job(tx, job, whole=True), "newest": tx.newest_task_of(job.id)}
 
     def _with_cookie(self, request: Request, value: str, more: str) -> Response:
         response = redirect("/")
@@ -8915,7 +11235,7 @@ class Pages:
         code = worker["code"]
         how = self._form(request, f"/workers/{code}/admit", "Admit", "good") \
             if "admin" in request.identity.roles else element(
-                "span", "To let it in: ", element("code", f"python povfarm.py admit {code}"))
+                "span", "To let it in: ", element("code", f"povfarm.py admit {code}"))
         return element("div", element("p", element("strong", worker["name"]), " asks to join. "
                                       "Does it show the code ", element("strong", code), "?"),
                        how, class_="notice")
@@ -8930,22 +11250,22 @@ class Pages:
                 worker["runs"], worker["engines"].get("povray", ""),
                 "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
             element("td", self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
-                                      "Let it in no more")) if admin else None)
+                                      "Remove it from the farm")) if admin else None)
             for worker in sorted(workers, key=lambda worker: _WORKER_ORDER.index(worker["state"]))]
         table = element("table", element("thead", element(
             "tr", [element("th", head, scope="col") for head in heads],
             element("td") if admin else None)), element("tbody", rows))
         host = request.headers.get("host", "")
         if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
-            host = "HOST:2271"
+            host = f"HOST:{PORT}"
         here = re.match(r"localhost|127\.|\[::1\]", host)
         server = f"https://{host} --pin {self._pin}" if self._pin else f"http://{host}"
         return _section(
             "Workers", element("div", table, class_="scroll") if workers else None,
             element("p", "Any computer with Python and POV-Ray can help. "
                     f"{'On this one, type' if here else 'Type there'}:"),
-            element("pre", f"python povfarm.py work --server {server}"),
-            element("p", "On another one leave --server out: it looks for the farm by itself."))
+            element("pre", f"povfarm.py work --server {server}"),
+            element("p", "On another computer you can leave --server out: it finds the farm."))
 
     def _asked(self, request: Request, word: str, address: str, label: str) -> Html:
         """Return a link to the same page with a form in its place; that page does not reload."""
@@ -8996,10 +11316,10 @@ _EVENT_WORDS: Mapping[str, str] = {
     "job failed": "ended with failed frames", "job paused": "is paused",
     "job cancelled": "was cancelled", "job waiting": "waits for its files", "done": "is done",
     "queued": "is queued again", "cancelled": "was cancelled", "changed": "was changed",
-    "removed": "was removed", "doubtful": "is doubtful", "set aside": "has odd pictures",
+    "removed": "was removed", "doubtful": "is doubtful", "set aside": "had a worker set aside",
     "admitted": "was let in", "deleted": "was deleted",
 }
-_PART_WORDS: Mapping[str, str] = {"slice": ", a slice of it,", "pass": ", what its slices share,"}
+_KIND_WORDS: Mapping[str, str] = {"slice": ", a slice of it,", "pass": ", what its slices share,"}
 
 
 def _markup(node: Node) -> str:
@@ -9115,14 +11435,14 @@ def _warnings(view: View) -> Node:
     ]
 
 
-def _picture(view: View, task: Row | None, kind: str = "") -> Html:
+def _picture(view: View, task: Task | None, kind: str = "") -> Html:
     """Return the image of a finished task, or a box that says why there is none."""
     content, address = element("span", "No image" if _ended(view) else "No image yet"), ""
-    if task is not None and task["state"] == TaskState.DONE:
-        suffix = PurePosixPath(task["name"]).suffix.lower()
-        address = f"/api/v1/jobs/{view['id']}/frames/{task['frame']}/image"
+    if task is not None and task.state == TaskState.DONE:
+        suffix = PurePosixPath(task.name).suffix.lower()
+        address = f"/api/v1/jobs/{view['id']}/frames/{task.frame}/image"
         content = element(
-            "img", src=address, alt=f"frame {task['frame']} of {view['name']}",
+            "img", src=address, alt=f"frame {task.frame} of {view['name']}",
             width=view["width"], height=view["height"]) if suffix in BROWSER_TYPES else element(
             "span", f"{suffix[1:].upper()} image: a browser cannot show it")
     return element("div", element("a", content, href=address) if kind and address else content,
@@ -9170,53 +11490,55 @@ def _no_jobs() -> Html:
     return element(
         "section", element("img", src="/favicon.svg", alt="", width=120, height=120),
         element("p", "Give the farm a scene. In the directory where it is, type:"),
-        element("pre", "python povfarm.py submit scene.pov +W640 +H480"), class_="empty")
+        element("pre", "povfarm.py submit scene.pov +W640 +H480"), class_="empty")
 
 
-def _story(events: Sequence[Row], views: Sequence[View], now: float) -> Node:
+def _story(events: Sequence[Event], views: Sequence[View], now: float) -> Node:
     """Return the newest events in words; frames with the same fate share a line."""
     known = {view["id"]: view for view in views}
-    lines: dict[Any, list[Row]] = {}
+    lines: dict[Any, list[Event]] = {}
     for event in reversed(events):
-        if not event["what"].endswith(TaskState.LEASED.value):
-            same = (event["job"], event["what"], event["text"])
-            lines.setdefault(event["id"] if event["frame"] is None else same, []).append(event)
+        if not event.what.endswith(TaskState.LEASED.value):
+            same = (event.job, event.what, event.text)
+            lines.setdefault(event.id if event.frame is None else same, []).append(event)
     items = [element("li", _event_line(line[0], len(line) - 1, known), " ", element(
-        "time", _ago(now - line[0]["time"]))) for line in itertools.islice(lines.values(), 14)]
+        "time", _ago(now - line[0].time))) for line in itertools.islice(lines.values(), 14)]
     return _section("What happened", element("ul", items, class_="story")) if items else None
 
 
-def _event_line(event: Row, more: int, views: Mapping[int, View]) -> Node:
-    job, text = event["job"], event["text"]
-    kind, _, what = event["what"].rpartition(" ")
-    part = _PART_WORDS.get(kind)
-    what = what if part else event["what"]
+def _event_line(event: Event, more: int, views: Mapping[int, View]) -> Node:
+    job, text = event.job, event.text
+    kind, _, what = event.what.rpartition(" ")
+    part = _KIND_WORDS.get(kind)
+    what = what if part else event.what
     words = f" {_EVENT_WORDS.get(what, what)}"
     if job is None or what == "deleted":
         return [element("strong", text), words]
     view = views.get(job)
-    whole = event["frame"] is None or (view is not None and view["frames"]["total"] == 1)
+    whole = event.frame is None or (view is not None and view["frames"]["total"] == 1)
     return [element("a", view["name"], href=f"/jobs/{job}") if view else f"job {job}",
-            None if whole else f" frame {event['frame']}", part, words,
-            f", and {more:,} before it" if more else None, f": {text}" if text else None]
+            None if whole else f" frame {event.frame}", part, words,
+            f", like {more:,} other{'s' * (more > 1)} before it" if more else None,
+            f": {text}" if text else None]
 
 
 def _job_links(view: View) -> Html:
-    address, shown = f"/jobs/{view['id']}", view["failure"] or view["newest"]
+    address, failure, newest = f"/jobs/{view['id']}", view["failure"], view["newest"]
+    frame = failure["frame"] if failure else newest.frame if newest else None
     return element(
         "nav", element("a", "All images (zip)", href=f"/api/v1{address}/archive.zip")
         if view["frames"]["done"] else None,
-        element("a", f"{_frame_name(view, shown['frame'])}: log",
-                href=f"{address}/frames/{shown['frame']}#log") if shown else None, class_="links")
+        None if frame is None else element("a", f"{_frame_name(view, frame)}: log",
+                                           href=f"{address}/frames/{frame}#log"), class_="links")
 
 
-def _storyboard(view: View, tasks: Sequence[Row]) -> Node:
+def _storyboard(view: View, tasks: Sequence[Task]) -> Node:
     """Return eight images from all over an animation, the same ones at every look."""
     if len(tasks) < 8 or not view["frames"]["done"] or view["extension"] not in BROWSER_TYPES:
         return None
     return _section("Storyboard", element("div", [
-        element("a", _picture(view, task), f"Frame {task['frame']}",
-                href=f"/jobs/{view['id']}/frames/{task['frame']}")
+        element("a", _picture(view, task), f"Frame {task.frame}",
+                href=f"/jobs/{view['id']}/frames/{task.frame}")
         for task in (tasks[part * len(tasks) // 8] for part in range(8))], class_="cards board"))
 
 
@@ -9229,19 +11551,20 @@ def _cell(job: int, frame: View) -> Html:
                    href=f"/jobs/{job}/frames/{number}{'#log' if state == 'failed' else ''}")
 
 
-def _block(job: int, tasks: Sequence[Row]) -> Html:
+def _block(job: int, tasks: Sequence[Task]) -> Html:
     """Return one cell for several frames, in the state that a person should look at first."""
-    counts = collections.Counter(task["state"] for task in tasks)
-    states = [state for state in ("failed", "leased", "cancelled", "queued", "done")
+    counts = collections.Counter(task.state for task in tasks)
+    states = [state for state in map(TaskState, ("failed", "leased", "cancelled", "queued", "done"))
               if counts[state]]
-    tenth = f" p{10 * counts['done'] // len(tasks)}" if states[0] in ("leased", "queued") else ""
-    first, told = tasks[0]["frame"], ", ".join(
+    done = counts[TaskState.DONE]
+    tenth = f" p{10 * done // len(tasks)}" if states[0] in ("leased", "queued") else ""
+    first, states_said = tasks[0].frame, ", ".join(
         f"{counts[state]} {_STATE_WORDS[state]}" for state in states)
     return element("a", first, class_=states[0] + tenth, href=f"/jobs/{job}?from={first}#part",
-                   title=f"frames {first} to {tasks[-1]['frame']}: {told}")
+                   title=f"frames {first} to {tasks[-1].frame}: {states_said}")
 
 
-def _frames(view: View, tasks: Sequence[Row], chosen: Sequence[View], size: int) -> Html:
+def _frames(view: View, tasks: Sequence[Task], chosen: Sequence[View], size: int) -> Html:
     """Return a cell for each frame, or for each ``size`` frames and then for each chosen one."""
     job, frames = view["id"], view["frames"]
     legend = [element("li", element("span", _STATE_WORDS[state][0], class_=state),
@@ -9257,10 +11580,9 @@ def _frames(view: View, tasks: Sequence[Row], chosen: Sequence[View], size: int)
         element("div", [_cell(job, frame) for frame in chosen], class_="grid", id="part"))
 
 
-def _options(view: View, row: Row) -> Html:
-    pov = json.loads(row["pov"])
-    options = [f"{name}={value}" for name, value in sorted(pov["values"].items())]
-    options += [f"Declare={declare}" for declare in pov["declares"]]
+def _options(view: View, row: Job) -> Html:
+    options = [f"{name}={value}" for name, value in sorted(row.pov.values.items())]
+    options += [f"Declare={declare}" for declare in row.pov.declares]
     return _section("Options", _facts({
         "job": str(view["id"]), "submitted by": view["owner"], "priority": str(view["priority"]),
         "most workers": str(view["max_workers"] or "no limit"),
@@ -9392,8 +11714,8 @@ td, time, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-wei
 _STYLE_ADDRESS = f"/style.css?{hashlib.sha256(STYLE.encode()).hexdigest()[:12]}"
 
 
-# === 16. COORDINATOR =========================================================
-# Puts sections 9 to 15 together: one data directory, one port, one beacon, and
+# === 17. COORDINATOR =========================================================
+# Puts sections 10 to 16 together: one data directory, one port, one beacon, and
 # a thread that keeps house. Decides nothing about jobs.
 
 HOUSEKEEPING = 1.0  # seconds between two looks for leases that have run out
@@ -9403,19 +11725,22 @@ TIDYING = 3600.0  # seconds between two clean-ups of what nobody needs
 class Coordinator:
     """A farm that serves: made, then ``start``ed, then ``stop``ped.
 
-    ``port`` 0 picks a free port; ``url`` tells which. ``discovery_port`` None
-    answers no probes. ``hosts`` are names that this computer has beside its
-    own. ``tls`` are the PEM files of a certificate and its key; ``pin`` is then
-    the certificate's SHA-256. ``httpov`` lets HTTPov's clients in. Raises
-    ``UserError`` for a port in use or a bad certificate and ``StoreError`` for a
-    data directory that cannot be used or that another povfarm holds.
+    ``port`` 0 picks a free port; ``url`` tells which; with None only this process
+    is served. ``discovery_port`` None answers no probes. ``hosts`` are names that
+    this computer has beside its own. ``tls`` are the PEM files of a certificate and
+    its key; ``pin`` is then the certificate's SHA-256. ``httpov`` lets HTTPov's
+    clients in. ``typed`` tells how commands are typed on this computer, see
+    ``with_commands``. Raises ``UserError`` for a port in use or a bad certificate
+    and ``StoreError`` for a data directory that cannot be used or that another
+    povfarm holds.
     """
 
-    def __init__(self, data: Path, *, bind: str = "", port: int = 0, name: str = "",
+    def __init__(self, data: Path, *, bind: str = "", port: int | None = 0, name: str = "",
                  discovery_port: int | None = None, admit_private: bool = False,
                  private: bool = False, hosts: Collection[str] = (),
                  tls: tuple[Path, Path] | None = None, durable: bool = True,
                  lease_time: float = 30.0, httpov: bool = False,
+                 typed: Callable[[str], str] = "povfarm.py {}".format,
                  clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.data = data
@@ -9432,12 +11757,14 @@ class Coordinator:
         self.scheduler = Scheduler(self.store, self.clock, lease_time)
         self.access = Access(self.store, self.key, private, self.clock)
         self.api = Api(self.scheduler, self.access, self.name, admit_private)
-        pages = Pages(self.api, self.scheduler, self.access, self.pin)
+        pages = Pages(self.api, self.scheduler, self.access, self.pin, typed)
         dialects = [Httpov(self.scheduler, self.access)] if httpov else []
         self.router = Router(self.api, pages, *dialects, authenticate=self.access.identify,
-                             hosts=_own_names(hosts), error_page=pages.error_page)
+                             hosts=_own_names(hosts), error_page=pages.error_page,
+                             gate=self.store.gate)
         self.api.routes = self.router.routes
-        self.server = Server(self.router, bind or "0.0.0.0", port, context)
+        self.server: Server | Inside = Inside(self.router) if port is None else Server(
+            self.router, bind or "0.0.0.0", port, context)
         host = "127.0.0.1" if bind in ("", "0.0.0.0", "::") else bind
         host = f"[{host}]" if ":" in host else host
         self.url = f"{'https' if tls else 'http'}://{host}:{self.port}"
@@ -9583,26 +11910,33 @@ def _hold(data: Path) -> BinaryIO:
     return file
 
 
-# === 17. ENGINES =============================================================
-# What a renderer is: how it is found, the command line and the files that make
-# it render the tasks of a lease, and how to read what it prints. Starts nothing.
+# === 18. ENGINES =============================================================
+# What a renderer is: how it is found, the command line and the files that make it
+# render the tasks of a lease, and how to read what it prints and what it leaves of a
+# frame that it has not finished. Starts nothing.
 
 
 @dataclass(frozen=True)
 class Run:
     """One start of a renderer: ``frames`` are the numbers that it will render, in order.
 
-    ``tree`` is the project's directory, ``place`` the run's own empty
-    directory, where it runs and writes: relative names are looked for there
-    first and then, by library paths, in the project, so that runs at the same
-    time cannot meet. (POV-Ray 3.7 looks for every file that it reads in its
-    current directory first and then in the library paths, in order.)
+    ``tree`` is the project's directory, ``own`` the run's own empty directory,
+    the only one where it writes. Its directories are those of the tree, and
+    ``place`` is the one in which it is started: relative names, ``../`` too, are
+    looked for there first and then, by library paths, in the project, so that
+    runs at the same time cannot meet. (POV-Ray 3.7 looks for every file that it
+    reads in its current directory first and then in the library paths, in order.)
     """
 
     lease: LeaseSpec
     tree: Path
-    place: Path
+    own: Path
     frames: tuple[int, ...]
+
+    @functools.cached_property
+    def place(self) -> Path:
+        """The directory, of its own, in which it is started."""
+        return self.own / self.lease.pov.run_dir
 
     @property
     def output_file(self) -> str:
@@ -9611,38 +11945,57 @@ class Run:
         It ends in the type's own extension, which POV-Ray takes off again
         once, so that dots in the name stay.
         """
-        options = self.lease.pov.options
-        stem = PurePosixPath(plan_frames(options).stem).name
-        return (stem if _is_plain(stem) else "image") + options.extension
+        return (self._stem or "image") + self.lease.pov.plan.extension
+
+    @property
+    def _stem(self) -> str:
+        """How the names of the images begin; nothing where POV-Ray would not write such ones.
+
+        A name that is nothing but an extension stands for the scene's.
+        """
+        stem = self.lease.pov.plan.stem.rpartition("/")[2]
+        return stem if _is_plain(stem) else ""
 
     def made(self, frame: int) -> Path:
         """Return the image that the run makes of a frame: where the scene expects it."""
-        plan = plan_frames(self.lease.pov.options)
+        plan = self.lease.pov.plan
         name = PurePosixPath(plan.output_name(frame))
         inside = not name.is_absolute() and ".." not in name.parts and _is_plain(str(name.parent))
-        stem = PurePosixPath(plan.stem).name
-        number = "" if _is_plain(stem) else name.name[len(stem):]
-        return self.place / (name.parent if inside else "") / (
-            f"image{number}" if number else name.name)
+        number = name.name[len(plan.stem.rpartition("/")[2]):]
+        return self.place / (name.parent if inside else "") / f"{self._stem or 'image'}{number}"
 
     @property
     def state(self) -> Path:
         """Where POV-Ray keeps what is finished of the first frame, and looks for it to go on."""
         return self.made(self.frames[0]).with_suffix(".pov-state")
 
+    @property
+    def text_files(self) -> dict[str, Path]:
+        """The files of POV-Ray's streams by their keys: a part of each, called by the first frame.
+
+        POV-Ray puts them beside the image.
+        """
+        folder, values = self.made(self.frames[0]).parent, self.lease.pov.values
+        return {key: folder / f"{values[key]}.{self.frames[0]:07d}.part"
+                for key in TEXT_FILES if key in values}
+
     def scene_files(self) -> dict[str, tuple[int, int]]:
-        """Return the files in its place that may be the scene's: time in ns and size, by name."""
-        own = {self.made(frame) for frame in self.frames}
-        found = {}
-        for folder, _, names in os.walk(self.place):
-            for path in (Path(folder, name) for name in names):
-                name = path.relative_to(self.place).as_posix()
-                if path in own or _OWN_FILES.fullmatch(path.name) or not may_be_written(name):
+        """Return the files of its own that may be the scene's: time in ns and size, by name.
+
+        Names begin at ``place``, so that those of files above it begin with ``../``.
+        """
+        images = {str(self.made(frame)) for frame in self.frames}
+        found, place = {}, str(self.place)
+        for folder, _, names in os.walk(self.own):
+            for name in names:
+                path = os.path.join(folder, name)  # noqa: PTH118 - this is done for every frame
+                if path in images or _OWN_FILES.fullmatch(name):
                     continue
                 with contextlib.suppress(OSError):  # POV-Ray may have deleted it just now
-                    about = path.lstat()
+                    about = os.lstat(path)
                     if stat.S_ISREG(about.st_mode):
-                        found[name] = about.st_mtime_ns, about.st_size
+                        known = os.path.relpath(path, place).replace(os.sep, "/")
+                        found[known] = about.st_mtime_ns, about.st_size
         return found
 
     @property
@@ -9666,8 +12019,8 @@ class Run:
 class Command:
     """What to start: a program, its environment, and files and links to make first.
 
-    ``reads`` is all that it may read besides its own directory and the
-    system's programs and libraries.
+    ``reads`` is what it has to read besides its own directory, the project, and
+    the system's programs and libraries.
     """
 
     argv: tuple[str, ...]
@@ -9685,6 +12038,14 @@ class Engine:
     version: str
     library: tuple[str, ...]
 
+    @property
+    def guess(self) -> str:
+        """The version as far as the files beside the program tell it; nothing when in doubt."""
+        prefix = install_prefix(self.program)
+        found = {match[1] for path in (prefix.glob("share/povray-*") if prefix else ())
+                 if (match := re.fullmatch(r"povray-(\d+\.\d+)", path.name))}
+        return self.version or (found.pop() if len(found) == 1 else "")
+
     def command(self, run: Run) -> Command:
         """Return how to render a run.
 
@@ -9698,13 +12059,17 @@ class Engine:
             "POVINI": _INI, "HOME": str(run.place), "PATH": os.defpath, "LANG": "C.UTF-8",
             "POV_TEMP_DIR": ".",  # for the pixels of a big image, else they lie in /tmp
         }
-        values = self.values(run)
+        values, links = self.values(run), dict[Path, Path]()
         scene = values["Input_File_Name"]
-        links = {} if _is_plain(scene) else {run.place / _SCENE: self._scene(run, scene)}
-        values["Input_File_Name"] = scene if _is_plain(scene) else _SCENE
+        if not _is_plain(scene):
+            found = [path / scene for path in self.library_of(run) if (path / scene).is_file()]
+            if not found:
+                raise RenderFailed(f"the scene {scene} is not in the project")
+            links[run.place / _SCENE] = found[0]
+            values["Input_File_Name"] = _SCENE
         library = []
         for number, path in enumerate(self.library_of(run)):
-            inside = path == run.tree or run.tree in path.parents
+            inside = {run.tree, run.own} & {path, *path.parents}
             library.append(f"{LINK}{number}" if inside else str(path))
             if inside:
                 links[run.place / library[-1]] = path
@@ -9712,7 +12077,7 @@ class Engine:
         files = {run.place / ".povray" / version / "povray.conf": _CONF
                  for version in ("3.7", "3.8")}
         files[run.place / _INI] = text
-        return Command((self.program,), environment, files, links, (str(run.tree), *self.parts()))
+        return Command((self.program,), environment, files, links, self.parts())
 
     def parts(self) -> tuple[str, ...]:
         """Return the files of POV-Ray, which need not lie where the system's are.
@@ -9720,13 +12085,7 @@ class Engine:
         Beside ``bin`` that is where ``make install`` puts the rest; never the
         whole directory, which may be somebody's home.
         """
-        path = Path(self.program).resolve()
-        home = path.parent.parent
-        found = [parent.parent for parent in path.parents if parent.name == "Cellar"]  # Homebrew
-        if path.parent.name == "bin":
-            found += [home / "lib", home / "lib64", home / "etc/povray",
-                      *home.glob("share/povray*")]
-        return (str(path), *map(str, found), *self.library)
+        return (*_parts(self.program), *self.library)
 
     def that_says(self, text: str) -> Engine:
         """Return the same with its version, from what ``--version`` prints.
@@ -9737,7 +12096,7 @@ class Engine:
         if match is None:
             raise UserError(f"{self.program} is not POV-Ray 3.7 or newer: asked for its version, "
                             f"it says {text.partition(chr(10))[0]!r}")
-        return replace(self, version=match[1])
+        return replace(self, version=match[1], library=standard_library(match[1], self.program))
 
     def told(self) -> dict[str, str]:
         """Return what makes two workers' pictures alike: the version, and the include files.
@@ -9761,22 +12120,34 @@ class Engine:
         costs time, shows nothing without a display, and would be in the state.
         """
         values = dict(run.lease.pov.values)
+        if values.get("All_Console") == "Off":  # but we read the other streams
+            del values["All_Console"]
+            values.update({"Debug_Console": "Off", "Warning_Console": "Off"})
         output = run.made(run.frames[0]).relative_to(run.place).parent / run.output_file
+        if "Create_Continue_Trace_Log" in values:  # what a run leaves unfinished is gone on with
+            values["Create_Continue_Trace_Log"] = "On"
+        if (run.lease.pov.options.stochastic and release(self.version) >= (3, 8)
+                and values.get("Stochastic_Seed", "0") == "0"):  # which is the clock's
+            # The same when the job is begun again, or gone on with.
+            name = run.lease.pov.plan.stem.rpartition("/")[2]
+            values["Stochastic_Seed"] = str(zlib.crc32(name.encode()) % (2**31 - 1) + 1)
         values.update({
             "Work_Threads": str(run.lease.threads), "Output_To_File": "On", "Display": "Off",
             "Pause_When_Done": "Off", "Verbose": "On", "Preview_Start_Size": "1",
+            "Statistic_Console": "On",
             "Continue_Trace": "On" if run.state.is_file() else "Off",
             "Output_File_Name": output.as_posix(),
+            **{key: path.name for key, path in run.text_files.items()},
         })
-        task = run.lease.tasks[0]
-        shared = sharable(run.lease.pov.uses, run.lease.pov.values)
+        task, pov = run.lease.tasks[0], run.lease.pov
         if task.kind is not TaskKind.FRAME:
-            values.update(slice_values(run.lease.pov.options, task.top, task.bottom))
+            values.update(slice_values(pov.options, task.top, task.bottom))
         if task.kind is TaskKind.PASS:
-            values.update(RADIOSITY_PASS if "radiosity" in shared else {"Antialias": "Off"})
+            shared = "radiosity" in sharable(pov.uses, pov.values)
+            values.update(RADIOSITY_PASS if shared else {"Antialias": "Off"})
         elif (run.place / SAMPLE_FILE).is_file():
             values.update(RADIOSITY_USE)
-        if plan_frames(run.lease.pov.options).animation:
+        if pov.plan.animation:
             values["Subset_Start_Frame"] = str(run.frames[0])
             values["Subset_End_Frame"] = str(run.frames[-1])
         return values
@@ -9797,18 +12168,16 @@ class Engine:
                 for name, text in texts.items()}
 
     def library_of(self, run: Run) -> list[Path]:
-        """Return the directories that a run reads from, after its own: the project's first."""
+        """Return the directories that a run reads from, after its own: the project's first.
+
+        In front of each of these is what the run itself has written there.
+        """
         paths = [run.tree / run.lease.pov.run_dir]
         for entry in run.lease.pov.library:
             mine = [Path(path) for path in self.library]
-            paths += mine if entry == STANDARD else [run.tree / entry]
+            written = [run.own / entry] if (run.own / entry).is_dir() else []
+            paths += mine if entry == STANDARD else [*written, run.tree / entry]
         return paths
-
-    def _scene(self, run: Run, scene: str) -> Path:
-        found = [path / scene for path in self.library_of(run) if (path / scene).is_file()]
-        if not found:
-            raise RenderFailed(f"the scene {scene} is not in the project")
-        return found[0]
 
 
 @dataclass(frozen=True)
@@ -9828,6 +12197,15 @@ class WindowsEngine(Engine):
         text += f"All_File={_LOG}\n"
         argv = (self.program, "/NR", "/RENDER", str(run.place / _INI), "/EXIT")
         return Command(argv, dict(os.environ), {run.place / _INI: text}, {})
+
+
+@functools.lru_cache(maxsize=16)
+def _parts(program: str) -> tuple[str, ...]:
+    path = Path(program).resolve()
+    found = [parent.parent for parent in path.parents if parent.name == "Cellar"]  # Homebrew
+    if home := install_prefix(program):
+        found += [home / "lib", home / "lib64", home / "etc/povray", *home.glob("share/povray*")]
+    return (str(path), *map(str, found))
 
 
 LINK = "_povfarm"  # begins the names of the links to a project's directories
@@ -9859,45 +12237,50 @@ def locate_engine(program: str) -> Engine:
     Its version is not known yet: see ``probed``. Raises ``UserError``
     with what to install when there is none.
     """
-    path = shutil.which(program or "povray") or (None if program else _windows_program())
+    path = shutil.which(program or "povray")
+    root = "" if program else os.environ.get("PROGRAMFILES", "")
+    if root and path is None:
+        found = sorted(Path(root).glob("POV-Ray/*/bin/pvengine*.exe"))
+        path = str(found[-1]) if found else None
     if path is None:
         if program:
             raise UserError(f"there is no program '{program}': give the path of POV-Ray")
-        raise UserError(f"POV-Ray is not installed here: {_INSTALL.get(sys.platform, _DOWNLOAD)}")
+        hint = _INSTALL.get(sys.platform, "get it from povray.org")
+        raise UserError(f"POV-Ray is not installed here: {hint}")
     if Path(path).name.lower().startswith("pvengine"):
-        return WindowsEngine(path, "3.7", _windows_library(Path(path)))
-    return Engine(path, "", standard_library())
+        home = Path(path).parent.parent  # such as POV-Ray/v3.7
+        named = re.search(r"\d+\.\d+", home.name)
+        return WindowsEngine(path, named[0] if named else OLDEST, (str(home / "include"),))
+    path = os.path.abspath(path)  # noqa: PTH100 - a link stays one; runs are elsewhere
+    engine = Engine(path, "", ())
+    return replace(engine, library=standard_library(engine.guess, path))
 
 
-_DOWNLOAD = "get it from povray.org"
+
 _INSTALL: Mapping[str, str] = {
     "linux": "sudo apt-get install povray (or your system's package of that name)",
     "darwin": "brew install povray",
 }
 
 
-def standard_library() -> tuple[str, ...]:
-    """Return the include directories of this machine's own POV-Ray, best from its INI file."""
-    for ini in SYSTEM_INI:
+def standard_library(version: str = OLDEST, program: str = "") -> tuple[str, ...]:
+    """Return the include directories of a POV-Ray of this machine, best from its INI file."""
+    for ini in system_ini(version or OLDEST, program):
         with contextlib.suppress(OSError):
             text = ini.read_text(encoding="utf-8", errors="replace")
             found = re.findall(r'(?im)^\s*Library_Path\s*=\s*"?([^";\n]+)', text)
             if found:
                 return tuple(path.strip() for path in found)
-    places = ("/usr", "/usr/local", "/opt/homebrew")
+    prefix = install_prefix(program)
+    places = [prefix] if prefix else []
+    places += [Path("/usr"), Path("/usr/local"), Path("/opt/homebrew")]
+    name = "povray-{}.{}*".format(*release(version), 0) if version else "povray-3.*"
     found = [str(path) for place in places
-             for path in sorted(Path(place).glob("share/povray-3.*/include"))[-1:]]
-    return tuple(found)
+             for path in sorted(place.glob(f"share/{name}/include"))[-1:]]
+    return tuple(dict.fromkeys(found))
 
 
-def _windows_program() -> str | None:
-    root = os.environ.get("PROGRAMFILES", "")
-    found = sorted(Path(root).glob("POV-Ray/*/bin/pvengine*.exe")) if root else []
-    return str(found[-1]) if found else None
 
-
-def _windows_library(program: Path) -> tuple[str, ...]:
-    return (str(program.parent.parent / "include"),)
 
 
 # --- what the slices of a frame share
@@ -9910,7 +12293,7 @@ RADIOSITY_PASS: Mapping[str, str] = {
 RADIOSITY_USE: Mapping[str, str] = {
     "Radiosity_From_File": "On", "Radiosity_File_Name": SAMPLE_FILE,
 }
-_SCENE_SUFFIXES = (".pov", ".inc", ".mac", ".mcr")
+
 
 
 def has_samples(data: bytes) -> bool:
@@ -9931,7 +12314,7 @@ def shared_texts(
     files = {scene: next(path / scene for path in folders if (path / scene).is_file())}
     for folder in folders if photons else ():
         for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in _SCENE_SUFFIXES and path.is_file():
+            if path.suffix.lower() in (".pov", ".inc", ".mac", ".mcr") and path.is_file():
                 files.setdefault(path.relative_to(folder).as_posix(), path)
     texts: dict[str, bytes] = {}
     for name, path in files.items():
@@ -9960,7 +12343,7 @@ def copy_state(source: BinaryIO, target: BinaryIO | None, region: Region, block:
     ``block`` is the Render_Block_Size of the run. POV-Ray believes its state
     file: with one of a larger picture it crashes, with one of another block
     size it paints what is wrong. So what is no block of this region is left
-    out, a message cut off at the end included. Without pixels the copy is of
+    out, a message end off at the end included. Without pixels the copy is of
     no use, as always with radiosity: its pretrace is in the file too, but the
     samples are not (POV-Ray/povray issue 138).
     """
@@ -10019,7 +12402,7 @@ def _state_messages(source: BinaryIO, pixels: int) -> Iterator[tuple[bytes, dict
 # --- reading what POV-Ray prints
 
 KEPT_LINES = 2000  # of what is printed for a frame: at its beginning and at its end
-_OUR_LINK = re.compile(rf"\b{LINK}\d+/")
+_OUR_LINK = re.compile(rf"\b({LINK}\d+)\b(/?)")
 _FRAME = re.compile(r"Rendering frame (\d+) of \d+")
 _PERCENT = re.compile(r"(?:Rendered|pretrace:) .*\((\d+)%\)")
 _SCENE_ERROR = re.compile(r"(?<!Possible )Parse Error|Cannot parse input|Fatal error in parser")
@@ -10034,9 +12417,10 @@ class PovText:
     ``feed`` takes a line; afterwards ``index`` is the place of the frame in
     the run (a still has one, 0), ``percent`` 0 to 100, ``traced`` whether the
     frame's last statistics have come, ``text`` what was printed since the
-    frame began, and ``before`` what was printed in the frame before it. The
-    names of our links are taken out of every line. ``done`` is the percent
-    that a run which goes on began with: POV-Ray counts only what it adds.
+    frame began, and ``before`` what was printed in the frame before it, both
+    without status lines, and with the names in ``links`` in place of our links'.
+    ``done`` is the percent that a run which goes on began with: POV-Ray counts
+    only what it adds.
     """
 
     def __init__(self, done: int = 0) -> None:
@@ -10045,10 +12429,12 @@ class PovText:
         self.traced = False
         self.before = ""
         self.lines: list[str] = []
+        self.links: Mapping[str, str] = {}
+        self.mine: Collection[str] = ()  # links to what the run has of a library directory
+        self._status = False  # was printed last: an empty line ends it
 
     def feed(self, line: str) -> bool:
         """Take a line; True when it says that the next frame of the run has begun."""
-        line = _OUR_LINK.sub("", line)
         match = _FRAME.match(line)
         begun = match is not None and int(match[1]) - 1 > self.index
         if match is not None:
@@ -10058,20 +12444,40 @@ class PovText:
                 self.done = self.percent = 0
                 self.before = self.text
                 self.lines = []
-        progress = _PERCENT.search(line)
-        if progress is not None:
-            self.percent = min(self.done + int(progress[1]), 100)
-        elif line.strip():
+        if line.endswith("\r"):
+            self._status = True
+            progress = _PERCENT.search(line)
+            if progress is not None:
+                self.percent = min(self.done + int(progress[1]), 100)
+        elif line or not self._status:
             self.lines.append(line)
             if len(self.lines) > 3 * KEPT_LINES:  # a scene can print without end
                 self.lines[KEPT_LINES:-KEPT_LINES] = ["(povfarm left out what came here)"]
             self.traced = self.traced or "Trace Time:" in line
+        else:
+            self._status = False
         return begun
 
     @property
     def text(self) -> str:
         """What was printed since the frame began."""
-        return "\n".join(self.lines) + "\n"
+        return self.with_names("\n".join(self.lines) + "\n")
+
+    def with_names(self, text: str) -> str:
+        """Return a text with what our links stand for in place of them."""
+        return "".join(map(self._with_names, messages_of(text)))
+
+    def _with_names(self, message: str) -> str:
+        if LINK not in message:
+            return message
+        if message.strip() in self.mine:  # it is in the library path, in front of that directory
+            return ""
+        named = _OUR_LINK.sub(self._name, message.replace("\n", ""))
+        return _wrapped(named) if named.strip() else ""  # our own directory, in the library path
+
+    def _name(self, link: re.Match[str]) -> str:
+        name = self.links.get(link[1], ".")
+        return name + link[2] if name != "." else ""
 
     @property
     def scene_is_wrong(self) -> bool:
@@ -10080,13 +12486,7 @@ class PovText:
 
     def error(self) -> str:
         """Return POV-Ray's own words for what went wrong, in one line; or nothing."""
-        whole: list[str] = []
-        for line in self.lines:
-            # The console wraps at 80 columns: what goes on starts with a blank.
-            if line.startswith(" ") and whole:
-                whole[-1] += " " + line.strip()
-            else:
-                whole.append(line.strip())
+        whole = [message.replace("\n", "").strip() for message in messages_of(self.text)]
         errors = [line for line in whole if _ERROR.search(line) and not _HARMLESS.search(line)]
         best = [line for line in errors if line.startswith("File ")] or errors
         if best and "Cannot open file" in best[0]:
@@ -10095,7 +12495,59 @@ class PovText:
         return best[0] if best else ""
 
 
-# === 18. CLIENT ==============================================================
+_REMARKS = re.compile(
+    # From where the options end to the statistics, or an error: in parsing, and in rendering.
+    r"^(?:Information Output Options\n(?:  \w+ Streams? to [^\n]*\n)*"
+    r"|Render Options\n(?: [^\n]*\n)*)(.*?)(?=^-{70,}\n(?:Parser|Render) Statistics\b"
+    r"|^(?:File '[^\n]*' line \d+: )?Parse Error|^Fatal error in|^Render failed|\Z)",
+    re.MULTILINE | re.DOTALL)
+_PHASE = re.compile(r"==== \[.*\] =+$")
+_WIDTH = 80  # where POV-Ray breaks lines, best at a blank, with which the next line begins
+
+
+def messages_of(text: str) -> list[str]:
+    """Take a text apart where it was not POV-Ray that broke the lines."""
+    found: list[str] = re.findall(
+        rf".*\n(?:(?: (?! )|(?<=[^\n]{{{_WIDTH}}}\n)(?!File |  )).*\n)*", text)
+    return found
+
+
+def _wrapped(line: str) -> str:
+    """Break a line as POV-Ray does (TextStreamBuffer::lineflush)."""
+    lines = []
+    while len(line) > _WIDTH:
+        least = _WIDTH - _WIDTH // 4
+        end = next((at for at in range(_WIDTH, least, -1) if line[at].isspace()), _WIDTH)
+        lines.append(line[:end])
+        line = line[end:]
+    return "\n".join([*lines, line, ""])
+
+
+def remarks_in(text: str) -> list[str]:
+    """Return what #debug, #warning and POV-Ray's own warnings say in the text of a frame.
+
+    They are messages as they were printed. Credits, options, statistics, and
+    the error that ends a render are left out.
+    """
+    return [message for message in messages_of("".join(_REMARKS.findall(text)))
+            if not _PHASE.match(message)]
+
+
+_APPENDED = "\n{0}\n={1}Appending to stream output file{2}=\n{0}\n\n".format(
+    "=" * 78, " " * 23, " " * 22)
+
+
+def joined_texts(key: str, parts: Sequence[str], append: bool) -> str:
+    """Put the parts of a text file together as one POV-Ray writes it for all the frames.
+
+    That is with a mark before each frame but the first; with ``append`` before
+    the first, too; and never in what #debug prints (RenderFrontend::CreateScene).
+    """
+    mark = "" if key == "Debug_File" else _APPENDED
+    return mark * append + mark.join(part.removeprefix(_APPENDED) for part in parts)
+
+
+# === 19. CLIENT ==============================================================
 # How everything outside the coordinator talks to it: one request, tried again
 # while the coordinator cannot be reached, over connections that stay open.
 # Knows HTTP and JSON, nothing of the routes. It is http.client below and not
@@ -10106,6 +12558,7 @@ REPLY_LIMIT = 64 << 20  # bytes of an answer that is kept in memory
 DOWNLOAD_LIMIT = 16 << 30
 _TRY_LATER = (429, 502, 503, 504)
 _FIRST_DELAY, _LONGEST_DELAY = 0.1, 30.0  # seconds between tries
+_TELL_FIRST, _TELL_AGAIN = 3.0, 60.0  # seconds without an answer after which a person is told
 _CONNECT_SECONDS = 10.0
 _SILENCE = 30.0  # seconds after which a connection counts as dead
 _STOP_LOOK = 0.5  # seconds after which a wait for an answer looks whether it should stop
@@ -10127,14 +12580,26 @@ class RequestRefused(FarmError):
 
 @dataclass(frozen=True)
 class Call:
-    """A request as it is sent: ``target`` is encoded, a ``Path`` is sent from the file."""
+    """A request as it is sent: ``target`` is encoded, each ``Path`` is sent from the file."""
 
     method: str
     target: str
     headers: Mapping[str, str]
-    body: bytes | Path
+    body: tuple[Path | bytes, ...]
     timeout: float
     stop: threading.Event
+
+    def open_body(self, held: contextlib.ExitStack) -> tuple[list[BinaryIO], int]:
+        """Return the parts of the body, open until ``held`` closes them, and the size of all."""
+        parts: list[BinaryIO] = []
+        try:
+            for part in self.body:
+                parts.append(io.BytesIO(part) if isinstance(part, bytes) else part.open("rb"))
+                held.enter_context(parts[-1])
+        except OSError as error:
+            raise FarmError(
+                f"{error.filename} cannot be read: {error.strerror or error}") from error
+        return parts, sum(file.seek(0, os.SEEK_END) - file.seek(0) for file in parts)
 
 
 @dataclass(frozen=True)
@@ -10249,23 +12714,22 @@ class Transport:
         It may have answered before the end, so that is no error yet.
         """
         sock.settimeout(call.timeout)
-        try:
-            if isinstance(call.body, bytes):
-                send_all(sock, self._head(call, len(call.body)) + call.body)
-                return True
-            try:
-                file = call.body.open("rb")
-            except OSError as error:
-                raise FarmError(
-                    f"{call.body} cannot be read: {error.strerror or error}") from error
-            with file:
-                size = os.fstat(file.fileno()).st_size
-                send_all(sock, self._head(call, size))
-                if size and sock.sendfile(file, 0, size) != size:
-                    raise OSError(f"{call.body.name} became shorter while it was sent")
+        with contextlib.ExitStack() as held, contextlib.suppress(ConnectionError):
+            parts, left = call.open_body(held)
+            data = self._head(call, left)
+            for part in parts:
+                if isinstance(part, io.BytesIO):
+                    data += part.getvalue()
+                    left -= len(part.getvalue())
+                    continue
+                send_all(sock, data)
+                data = b""
+                left -= sock.sendfile(part, 0, left) if left else 0
+            send_all(sock, data)
+            if left:
+                raise OSError("what was to be sent became shorter meanwhile")
             return True
-        except ConnectionError:
-            return False
+        return False
 
     def _head(self, call: Call, size: int) -> bytes:
         fields = {"Host": self._authority, "User-Agent": f"povfarm/{VERSION}", **call.headers}
@@ -10318,6 +12782,47 @@ class Transport:
         return secured
 
 
+class Within(Transport):
+    """Hands calls to a coordinator in this process."""
+
+    def __init__(self, inside: Inside) -> None:
+        self._inside = inside
+        self._threads = concurrent.futures.ThreadPoolExecutor(64, "call")
+
+    def exchange(self, call: Call) -> Answer:
+        """Return the answer to ``call``."""
+        try:
+            answered = self._threads.submit(self._ask, call)
+        except RuntimeError:  # the client was closed, or the program ends
+            raise ServerGone("the coordinator has stopped") from None
+        while not concurrent.futures.wait([answered], _STOP_LOOK).done:
+            if call.stop.is_set():  # it may be one that is held open
+                raise ServerGone("stopped before the coordinator had answered")
+        response = answered.result()
+        if response is None:
+            raise ServerGone("the coordinator has stopped")
+        if isinstance(response.body, FileSlice):
+            response.body.file.seek(response.body.start)
+            read = response.body.file.read  # to the end: no client asks for a part
+        else:
+            read = io.BytesIO(response.body if isinstance(response.body, bytes)
+                              else b"".join(response.body)).read
+        return Answer(response.status, {name.lower(): value for name, value
+                                        in response.headers.items()}, read, response.close)
+
+    def _ask(self, call: Call) -> Response | None:
+        with contextlib.ExitStack() as held:
+            parts, size = call.open_body(held)
+            blocks = (iter(functools.partial(part.read, BUFFER), b"") for part in parts)
+            body = BodyReader(itertools.chain(*blocks, [b""]), size)
+            return self._inside.answer(call.method, call.target, call.headers, body,
+                                       lambda: not call.stop.is_set())
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._threads.shutdown(wait=False)
+
+
 class Client:
     """Talks to one coordinator; may be used by several threads at once.
 
@@ -10331,19 +12836,30 @@ class Client:
                  transport: Transport | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self.token = token
-        self.fingerprint = fingerprint
         self._retry_for = retry_for
         self._clock = clock or Clock()
-        self._transport = transport or Transport(base_url, fingerprint)
+        self.transport = transport or Transport(base_url, fingerprint)
         self._hurried = 0.0
+        self._stop = threading.Event()
+        self._longest = _LONGEST_DELAY
+        self._tell: Callable[[str], None] = log.info
 
-    def request(self, method: str, path: str, *, body: bytes | Path = b"", json: Any = None,
+    def keep_trying(self, tell: Callable[[str], None], stop: threading.Event,
+                    longest: float = 5.0) -> None:
+        """From now on, try for as long as it takes or until ``stop``, every ``longest`` seconds.
+
+        For somebody who waits: it is told now and then that there is no answer.
+        """
+        self._retry_for, self._longest, self._tell, self._stop = math.inf, longest, tell, stop
+
+    def request(self, method: str, path: str, *,
+                body: Path | bytes | tuple[Path | bytes, ...] = b"", json: Any = None,
                 headers: Mapping[str, str] | None = None, timeout: float = _SILENCE,
                 retry_for: float | None = None, stop: threading.Event | None = None) -> Reply:
         """Return the answer to one request, which is repeated until there is one.
 
-        ``path`` starts with a slash and is encoded already; a ``body`` that is a
-        ``Path`` is streamed from that file. ``timeout`` is the
+        ``path`` starts with a slash and is encoded already; a ``body``, or a part of
+        one, that is a ``Path`` is streamed from that file. ``timeout`` is the
         silence after which a connection counts as dead, ``retry_for`` how long
         to try, both in seconds; ``stop`` ends both soon. Raises
         ``RequestRefused`` for every status from 300, ``ServerGone`` without one.
@@ -10352,9 +12868,10 @@ class Client:
         if json is not None:
             body = _to_json(json)
             fields["Content-Type"] = "application/json"
-        if method == "PUT" and isinstance(body, bytes):
-            fields["X-SHA256"] = hashlib.sha256(body).hexdigest()
-        call = Call(method, path, fields, body, timeout, stop or threading.Event())
+        parts = body if isinstance(body, tuple) else (body,)
+        if method == "PUT" and not isinstance(body, Path):  # of a project's file it is in ``path``
+            fields["X-SHA256"] = sha256_file(*parts)
+        call = Call(method, path, fields, parts, timeout, stop or self._stop)
         return self._persist(call, retry_for, _in_memory)
 
     def download(self, path: str, to: Path, sha256: str | None = None, *,
@@ -10365,8 +12882,12 @@ class Client:
         Raises as ``request`` does, and ``FarmError`` when the hash differs, it
         has more than ``limit`` bytes, or ``to`` cannot be written.
         """
-        call = Call("GET", path, {}, b"", _SILENCE, stop or threading.Event())
+        call = Call("GET", path, {}, (), _SILENCE, stop or self._stop)
         self._persist(call, retry_for, functools.partial(_save, to, sha256, limit))
+
+    def get(self, path: str, **how: Any) -> Any:
+        """Return the JSON that is at ``path``; ``how`` is as for ``request``."""
+        return self.request("GET", path, **how).json()
 
     def hurry(self) -> None:
         """Try at once what waits to be tried again: there may be a coordinator again."""
@@ -10374,7 +12895,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
-        self._transport.close()
+        self.transport.close()
 
     def _persist(self, call: Call, retry_for: float | None,
                  consume: Callable[[Answer], bytes]) -> Reply:
@@ -10382,13 +12903,15 @@ class Client:
         if self.token:
             call = replace(call, headers={**call.headers, "Authorization": f"Bearer {self.token}"})
         patience = self._retry_for if retry_for is None else retry_for
-        deadline = self._clock.monotonic() + patience
-        longest = _FIRST_DELAY
+        start = self._clock.monotonic()
+        longest, deadline, tell = _FIRST_DELAY, start + patience, start + _TELL_FIRST
         while not call.stop.is_set():
             delay = longest * random.uniform(0.5, 1)  # or all workers would come back at once
             try:
-                with contextlib.closing(self._transport.exchange(call)) as answer:
+                with contextlib.closing(self.transport.exchange(call)) as answer:
                     _raise_refusal(answer)
+                    if tell > start + _TELL_FIRST:
+                        self._tell(f"{self.base_url} answers again")
                     return Reply(answer.status, answer.headers, consume(answer))
             except RequestRefused as error:
                 if error.status not in _TRY_LATER:
@@ -10397,12 +12920,15 @@ class Client:
                 delay = max(delay, min(error.later, _LONGEST_DELAY))
             except ServerGone as error:
                 failure = error
+            if call.stop.is_set():
+                break
             if self._clock.monotonic() + delay > deadline:
                 raise failure
-            level = logging.INFO if longest == _FIRST_DELAY else logging.DEBUG
-            log.log(level, "%s (trying again)", failure)
+            if self._clock.monotonic() >= tell:
+                tell = self._clock.monotonic() + _TELL_AGAIN
+                self._tell(f"{failure} (trying again until it answers)")
             hurried = self._pause(call, delay)
-            longest = _FIRST_DELAY if hurried else min(longest * 2, _LONGEST_DELAY)
+            longest = _FIRST_DELAY if hurried else min(longest * 2, self._longest)
         raise ServerGone(f"stopped before {self.base_url} had answered")
 
     def _pause(self, call: Call, seconds: float) -> bool:
@@ -10425,14 +12951,14 @@ def _split_url(base_url: str) -> urllib.parse.SplitResult:
     except ValueError:
         good = False
     if not good or url.query or url.fragment:
-        raise UserError(f"'{base_url}' is not an address: write http://NAME:2271")
+        raise UserError(f"'{base_url}' is not an address: write http://NAME:{PORT}")
     return url
 
 
 def _gone(base_url: str, error: Exception) -> ServerGone:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return ServerGone(
-        f"{base_url} does not answer ({reason}): is 'povfarm.py serve' running there?"
+        f"{base_url} does not answer ({reason}): is 'serve' running there?"
     )
 
 
@@ -10486,19 +13012,16 @@ def _save(to: Path, sha256: str | None, limit: int, answer: Answer) -> bytes:
     named = re.fullmatch('"([0-9a-f]{64})"', answer.headers.get("etag", ""))
     wanted = sha256 or (named and named[1])
     digest = hashlib.sha256()
-    try:
-        with placed(to) as part, part.open("wb") as file:
-            for block in _pieces(answer, limit, to.name):
-                digest.update(block)
-                file.write(block)
-            if wanted and digest.hexdigest() != wanted:
-                raise ServerGone(f"{to.name} arrived with other contents than it should have")
-    except OSError as error:
-        raise FarmError(f"{to} cannot be written: {error.strerror or error}") from error
+    with writing(to), placed(to) as part, part.open("wb") as file:
+        for block in _pieces(answer, limit, to.name):
+            digest.update(block)
+            file.write(block)
+        if wanted and digest.hexdigest() != wanted:
+            raise ServerGone(f"{to.name} arrived with other contents than it should have")
     return b""
 
 
-# === 19. PROCESS =============================================================
+# === 20. PROCESS =============================================================
 # Starts, watches, measures and ends renderers. On POSIX a launcher, forked
 # before there are threads, starts them: fork is safe there, it can wait for
 # them with wait4, and when the worker dies in whatever way, it ends them all.
@@ -10518,13 +13041,14 @@ class Bounds:
     """What a renderer may use of this machine; 0 and None leave it free.
 
     It may read its own directory, the system's programs and libraries and
-    ``reads``, and write only in its own directory; it gets no network and
-    starts no programs. ``memory`` and ``file_size`` are bytes.
+    ``reads``, and write only in its own directory, ``writes``; it gets no
+    network and starts no programs. ``memory`` and ``file_size`` are bytes.
     """
 
     reads: tuple[str, ...] | None = None
     memory: int = 0
     file_size: int = 0
+    writes: str = "."
 
 
 class Process:
@@ -10537,16 +13061,16 @@ class Process:
         self._ended: concurrent.futures.Future[Ended] = concurrent.futures.Future()
 
     def lines(self) -> Iterator[str]:
-        """Yield what the process prints, parted at line feeds and carriage returns.
+        """Yield what the process prints, line by line.
 
-        A progress line comes as soon as it is written, not when it is ended.
+        A status line, which ends with a carriage return, keeps it.
         """
         rest = ""
         while True:
             data = self._output.read1(BUFFER)
             if not data:
                 break
-            *whole, rest = re.split(r"[\r\n]", rest + data.decode("utf-8", "replace"))
+            *whole, rest = re.split(r"(?<=\r)|\n", rest + data.decode("utf-8", "replace"))
             yield from whole
             if len(rest) > BUFFER:
                 yield rest
@@ -10617,7 +13141,7 @@ class Launcher:
         number = next(self._ids)
         process = Process(os.fdopen(reading, "rb"), functools.partial(self._kill, number))
         request = {"id": number, "argv": argv, "cwd": str(cwd), "env": dict(environment),
-                   "bounds": asdict(bounds)}
+                   "bounds": vars(bounds)}
         with self._lock:
             self._processes[number] = process
             try:
@@ -10769,7 +13293,7 @@ def _become(request: dict[str, Any], output: int, kernel: _Kernel | None) -> Non
     bounds = Bounds(**request["bounds"])
     _limit(bounds)
     if bounds.reads is not None and kernel is not None:
-        kernel.confine((request["argv"][0], *_SYSTEM), bounds.reads)
+        kernel.confine((request["argv"][0], *_SYSTEM), bounds.reads, bounds.writes)
     os.execve(request["argv"][0], request["argv"], request["env"])
 
 
@@ -10804,6 +13328,23 @@ def landlock_abi() -> int:
     return max(int(ctypes.CDLL(None).syscall(444, None, ctypes.c_long(0), 1)), 0)
 
 
+def all_but(hidden: Collection[Path], top: Path = Path("/")) -> list[str]:
+    """Return places that together hold everything below ``top`` but what is ``hidden``.
+
+    Landlock knows no exceptions: what lies beside the hidden places, all the way
+    down to them, is named instead. Links are left out, for they may lead to a
+    hidden place; where they lead is named by itself.
+    """
+    if top in hidden or top.is_symlink():
+        return []
+    below = [path for path in hidden if top in path.parents]
+    if not below:
+        return [str(top)]
+    with contextlib.suppress(OSError):
+        return [path for inside in sorted(top.iterdir()) for path in all_but(below, inside)]
+    return []
+
+
 # Where programs and what they need lie on every Linux that we know of.
 _SYSTEM = (
     "/usr", "/bin", "/lib", "/lib64", "/nix/store", "/gnu/store", "/etc/povray",
@@ -10823,10 +13364,11 @@ class _Kernel:
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._abi = landlock_abi()
-        calls = _CALLS.get(os.uname().machine)
+        machine = os.uname().machine
         # A 32-bit program on such a machine has other numbers.
         usable = sys.maxsize > 1 << 32 and self._libc.prctl(21) >= 0  # PR_GET_SECCOMP
-        self._filter = _filter(*calls) if calls and usable else b""
+        self._filter = _filter(_MACHINES[machine][0], _calls_of(machine)) if (
+            machine in _MACHINES and usable) else b""
 
     def end_with(self, parent: int) -> None:
         """Never outlive the process that forked this one, be it gone already."""
@@ -10834,11 +13376,11 @@ class _Kernel:
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def confine(self, runs: Sequence[str], reads: Sequence[str]) -> None:
+    def confine(self, runs: Sequence[str], reads: Sequence[str], writes: str) -> None:
         """Give up, for this process and for good, what a renderer does not need.
 
         It may run and read what is in ``runs``, read what is in ``reads``,
-        and write in the current directory.
+        and write in ``writes``.
         """
         self._call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         if self._abi:
@@ -10850,7 +13392,7 @@ class _Kernel:
                 self._allow(rules, path, _RUN, handled)
             for path in reads:
                 self._allow(rules, path, _READ, handled)
-            self._allow(rules, ".", _WRITE, handled)
+            self._allow(rules, writes, _WRITE, handled)
             self._call("syscall", 446, rules, 0)
         if self._filter:
             code = self._filter.replace(struct.pack("=I", _ITSELF), struct.pack("=I", os.getpid()))
@@ -10875,43 +13417,83 @@ class _Kernel:
         return result
 
 
-def _filter(machine: int, clone: int, kill: int, tgkill: int, refused: Sequence[int]) -> bytes:
+def _filter(machine: int, calls: Mapping[str, int]) -> bytes:
     """Return a program for seccomp(2), in the instructions of its struct sock_filter."""
-    load, equal, at_least, has_bits, done = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, refuse, missing = 0x7FFF0000, 0x50000 | errno.EACCES, 0x50000 | errno.ENOSYS
-    code = [(load, 0, 0, 4), (equal, 1, 0, machine), (done, 0, 0, refuse), (load, 0, 0, 0),
-            # x86-64 has a second set of numbers from here on
-            (at_least, 0, 1, 1 << 30), (done, 0, 0, refuse),
-            # the C library takes clone, whose flags can be looked at, instead of clone3
-            (equal, 0, 1, 435), (done, 0, 0, missing)]
-    for number in refused:
-        code += [(equal, 0, 1, number), (done, 0, 0, refuse)]
-    # Threads, no processes (CLONE_THREAD); signals to itself alone.
-    for number, test, value in ((clone, has_bits, 0x10000), (kill, equal, _ITSELF),
-                                (tgkill, equal, _ITSELF)):
-        code += [(equal, 0, 4, number), (load, 0, 0, 16), (test, 0, 1, value),
-                 (done, 0, 0, allow), (done, 0, 0, refuse)]
-    code.append((done, 0, 0, allow))
+    code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, machine), _REFUSE, (_LOAD, 0, 0, 0),
+            (_AT_LEAST, 0, 1, 1 << 30), _REFUSE]  # x86-64 has a second set of numbers there
+    for name, number in calls.items():
+        test = _TESTS.get(name, (_ALLOW,))
+        code += [(_EQUAL, 0, len(test), number), *test]
+    # The C library has another way where it finds that a newer call, as clone3, is missing.
+    code += [(_AT_LEAST, 0, 1, 435), _MISSING, _REFUSE]
     return b"".join(struct.pack("=HBBI", *line) for line in code)
 
 
+_LOAD, _AND, _EQUAL, _AT_LEAST, _HAS_BITS, _DONE = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _REFUSE = (_DONE, 0, 0, 0x7FFF0000), (_DONE, 0, 0, 0x50000 | errno.EACCES)
+_MISSING = (_DONE, 0, 0, 0x50000 | errno.ENOSYS)
 _ITSELF = 0x5E1F5E1F  # stands for the number of the process in the filter
-# System calls by machine: AUDIT_ARCH, clone, kill, tgkill, and those that are refused:
-# socket io_uring_setup, fork vfork, tkill rt_sigqueueinfo rt_tgsigqueueinfo
-# pidfd_send_signal pidfd_open ptrace process_vm_readv process_vm_writev shmat; what changes
-# files and is unknown to Landlock: truncate, chmod, chown, utime and setxattr in all of their
-# forms; and what no renderer needs: bpf perf_event_open userfaultfd keyctl add_key
-# request_key unshare setns.
-_CALLS: Mapping[str, tuple[int, int, int, int, tuple[int, ...]]] = {
-    "x86_64": (0xC000003E, 56, 62, 234, (
-        41, 425, 57, 58, 200, 129, 297, 424, 434, 101, 310, 311, 30,
-        76, 90, 91, 268, 452, 92, 94, 93, 260, 132, 235, 261, 280,
-        188, 189, 190, 197, 198, 199, 463, 466, 321, 298, 323, 250, 248, 249, 272, 308)),
-    "aarch64": (0xC00000B7, 220, 129, 131, (
-        198, 425, 130, 138, 240, 424, 434, 117, 270, 271, 196,
-        45, 52, 53, 452, 55, 54, 88, 5, 6, 7, 14, 15, 16, 463, 466,
-        280, 241, 282, 219, 217, 218, 97, 268)),
+
+
+def _one_of(argument: int, *values: int) -> list[tuple[int, int, int, int]]:
+    """Return what allows a call whose argument of that number, from 0, has one of the values."""
+    tests = [(_EQUAL, len(values) - at, 0, value) for at, value in enumerate(values)]
+    return [(_LOAD, 0, 0, 16 + 8 * argument), *tests, _REFUSE, _ALLOW]
+
+
+# What is looked at besides the number of a call.
+_TESTS: Mapping[str, Sequence[tuple[int, int, int, int]]] = {
+    # Threads, no processes: CLONE_THREAD.
+    "clone": [(_LOAD, 0, 0, 16), (_HAS_BITS, 0, 1, 0x10000), _ALLOW, _REFUSE],
+    "kill": _one_of(0, _ITSELF), "tgkill": _one_of(0, _ITSELF),
+    "prlimit64": _one_of(0, 0, _ITSELF),
+    "prctl": _one_of(0, 15, 16),  # the names of threads
+    # Copies and flags of descriptors, locks; not who gets signals of them.
+    "fcntl": _one_of(1, 0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030),
+    # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX
+    "ioctl": _one_of(1, 0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+    # No memory that is shared and belongs to no file: no limit counts it.
+    "mmap": [(_LOAD, 0, 0, 40), (_AND, 0, 0, 0x21), (_EQUAL, 0, 1, 0x21), _REFUSE, _ALLOW],
 }
+# The system calls that a renderer may make, with their numbers on x86-64 and ARM64 (- where
+# there is none of that name). Everything else is refused: a call that only a newer kernel knows,
+# too. None of these reaches another process, a network, or what files are apart from contents.
+_CALLS = """
+read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -,
+lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214, rt_sigaction 13 134,
+rt_sigprocmask 14 135, rt_sigreturn 15 139, ioctl 16 29, pread64 17 67, pwrite64 18 68,
+readv 19 65, writev 20 66, access 21 -, pipe 22 -, select 23 -, sched_yield 24 124,
+mremap 25 216, msync 26 227, mincore 27 232, madvise 28 233, dup 32 23, dup2 33 -, pause 34 -,
+nanosleep 35 101, getitimer 36 102, alarm 37 -, setitimer 38 103, getpid 39 172,
+sendfile 40 71, clone 56 220, execve 59 221, exit 60 93, kill 62 129, uname 63 160,
+fcntl 72 25, flock 73 32, fsync 74 82, fdatasync 75 83, ftruncate 77 46, getdents 78 -,
+getcwd 79 17, chdir 80 49, fchdir 81 50, rename 82 -, mkdir 83 -, rmdir 84 -, creat 85 -,
+unlink 87 -, readlink 89 -, umask 95 166, gettimeofday 96 169, getrlimit 97 163,
+getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102 174, getgid 104 176,
+geteuid 107 175, getegid 108 177, getppid 110 173, getpgrp 111 -, getgroups 115 158,
+getresuid 118 148, getresgid 120 150, rt_sigpending 127 136, rt_sigtimedwait 128 137,
+rt_sigsuspend 130 133, sigaltstack 131 132, statfs 137 43, fstatfs 138 44,
+sched_get_priority_max 146 125, sched_get_priority_min 147 126, prctl 157 167,
+arch_prctl 158 -, gettid 186 178, readahead 187 213, time 201 -, futex 202 98,
+sched_getaffinity 204 123, getdents64 217 61, set_tid_address 218 96, restart_syscall 219 128,
+fadvise64 221 223, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115,
+exit_group 231 94, epoll_wait 232 -, epoll_ctl 233 21, tgkill 234 131, openat 257 56,
+mkdirat 258 34, newfstatat 262 79, unlinkat 263 35, renameat 264 38, readlinkat 267 78,
+faccessat 269 48, pselect6 270 72, ppoll 271 73, set_robust_list 273 99,
+sync_file_range 277 84, epoll_pwait 281 22, fallocate 285 47, eventfd2 290 19,
+epoll_create1 291 20, dup3 292 24, pipe2 293 59, preadv 295 69, pwritev 296 70,
+prlimit64 302 261, getcpu 309 168, renameat2 316 276, getrandom 318 278, membarrier 324 283,
+copy_file_range 326 285, preadv2 327 286, pwritev2 328 287, statx 332 291, rseq 334 293,
+close_range 436 436, openat2 437 437, faccessat2 439 439
+"""
+_MACHINES = {"x86_64": (0xC000003E, 1), "aarch64": (0xC00000B7, 2)}  # AUDIT_ARCH; column
+
+
+def _calls_of(machine: str) -> dict[str, int]:
+    """Return the numbers of the calls that a renderer may make on a machine, by name."""
+    rows = (row.split() for row in _CALLS.split(","))
+    column = _MACHINES[machine][1]
+    return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
 
 
 def _ignore_signal(number: int, frame: Any) -> None:
@@ -11015,7 +13597,7 @@ def _proc_stat(pid: int) -> list[str] | None:
     return text.rpartition(")")[2].split()
 
 
-# === 20. WORKER ==============================================================
+# === 21. WORKER ==============================================================
 # Asks for leases, fetches projects, renders, and delivers each frame as soon
 # as it is there; keeps the cores busy and the leases alive. Decides nothing
 # about jobs: what the coordinator says is done.
@@ -11027,13 +13609,21 @@ HANG_TIME = 600.0  # seconds without a sign of life after which a renderer is en
 DISK_RESERVE = 200 * 1000**2  # bytes of disk that no run may come to by writing
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
 SLICE_BEAT_WAIT = 0.5  # the same while the rows of a picture are shared out by how far all are
-MOST_RUNS = 12  # a core: more than it takes to keep it busy with frames that hardly compute
+MOST_RUNS = 16  # a core: as many as it takes to keep it busy with frames that hardly compute
 PIXEL_SIZE = 36  # bytes that POV-Ray 3.7 writes for a pixel at most: 20 in its state, and the image
 GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to blame
 MOST_WAITING = 100  # finished frames on their way, beyond which no more work is asked for
 MAX_SHARED = 1 << 30  # bytes of samples and photons that a pass may leave
 OFFER_TIME = 600.0  # seconds that a frame is offered to a coordinator that makes mistakes with it
 START_SLEEP, FRAME_SLEEP = 0.3, 0.22  # seconds that POV-Ray 3.7 sleeps: at its start, per frame
+
+
+def nearly_full(place: Path) -> bool:
+    """Tell whether what runs write may fill the disk of a place; not when the place is gone."""
+    try:
+        return shutil.disk_usage(place).free < DISK_RESERVE
+    except OSError:  # a worker that ends deletes it
+        return False
 
 
 class Pace:
@@ -11073,7 +13663,7 @@ class Pace:
         return sum(run.threads * (self.duty(run.job) or run.duty_so_far()) for run in runs)
 
     def room(self, runs: Sequence[RunState], free_memory: int) -> int:
-        """Return how many more runs to start now.
+        """Return how many more runs to start now: how many POV-Rays run at once is decided here.
 
         Runs that sleep at random leave cores idle by chance even where their
         load adds up to the cores, so it may go beyond them by its standard
@@ -11083,18 +13673,15 @@ class Pace:
             # Two a core: half of a start is sleep, whatever the scene.
             return 2 * self.cores
         duties = [self.duty(run.job) or run.duty_so_far() for run in runs]
-        load = sum(run.threads * duty for run, duty in zip(runs, duties))
-        spread = sum(duty * (1 - duty) for duty in duties)
+        load, spread = self.load(runs), sum(duty * (1 - duty) for duty in duties)
         duty, more = min(duties), 0
         while load + (more + 0.5) * duty <= self.cores + math.sqrt(
                 spread + (more + 1) * duty * (1 - duty)):
             more += 1
-        memory = max((self._memory.get(run.job, 0) for run in runs), default=0)
+        memory = max(self._memory.get(run.job, 0) for run in runs)
         unknown = any(self.duty(run.job) is None for run in runs)
         more = min(more, (4 if unknown else MOST_RUNS) * self.cores - len(runs))
-        if memory:
-            more = min(more, int(0.8 * free_memory / memory))
-        return max(more, 0)
+        return max(min(more, int(0.8 * free_memory / memory)) if memory else more, 0)
 
 
 class RunState:
@@ -11108,8 +13695,10 @@ class RunState:
         self.began = self.started  # with the task under way
         self.clock = clock
         self.process: Process | None = None
+        self.measure: _Measure | None = None  # until its last frame was delivered
         self.text = PovText()
-        self.place: Path | None = None  # its own directory
+        self.own: Path | None = None  # its own directory
+        self.reads: tuple[str, ...] = ()  # what it may read of the project
         self.stopped = threading.Event()
         self.fills_disk = False
         self.overdue = ""  # why it was ended before it was finished
@@ -11126,6 +13715,7 @@ class RunState:
         self.look_again = 0.0  # when to read the state next
         self.scene_files: dict[str, tuple[int, int]] = {}  # as they were at the last look
         self.told: dict[str, str] = {}  # the hash of each that was delivered
+        self.given: dict[str, Old] = {}  # files to go on with
 
     def duty_so_far(self) -> float:
         """Guess the duty of a run under way; a half while it is starting."""
@@ -11184,7 +13774,7 @@ class RunState:
 
     def written(self) -> int:
         """Return the bytes in its own directory."""
-        return _bytes_in(self.place) if self.place else 0
+        return _bytes_in(self.own) if self.own else 0
 
     def stop(self) -> None:
         """End the renderer, at once unless it is writing the image that it has finished."""
@@ -11200,18 +13790,109 @@ class RunState:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A finished frame on its way to the coordinator.
+    """A finished frame on its way to the coordinator: its files are deleted when it is there.
 
-    Its file ``image`` ends with ``files`` bytes of a zip of what the scene wrote.
+    ``packed`` is, if there is such a file, a zip of what the scene wrote.
     """
 
     run: RunState
     task: TaskSpec
     image: Path
-    files: int
+    packed: Path
     bottom: int
     text: str
     cost: Cost
+
+
+class Old(NamedTuple):
+    """A file as it was given to a run: its bytes and their hash."""
+
+    size: int
+    sha256: str
+
+
+_NOTHING = Old(0, hashlib.sha256().hexdigest())
+
+
+def _copy_rest(source: Path, to: Path, old: Old | None) -> bool:
+    """Copy what was added to a file since it was as it was, or all of it; tell which."""
+    with open(source, "rb") as file, open(to, "wb") as target:
+        added = old is not None and hashlib.sha256(file.read(old.size)).hexdigest() == old.sha256
+        file.seek(old.size if old and added else 0)
+        shutil.copyfileobj(file, target)
+    return added
+
+
+class Tree(NamedTuple):
+    """A project as a run finds it: its directory, and what the run's own has of it.
+
+    ``directories`` are made there, for scenes that write in them, and ``links``
+    in the run's current directory. ``reads`` is what the renderer may read of the project.
+    """
+
+    path: Path
+    directories: Collection[str]
+    links: Mapping[str, Path]
+    reads: tuple[str, ...]
+
+
+class Kept(NamedTuple):
+    """A copy of what a scene wrote: of the run with that first frame.
+
+    It is ``added`` where it goes to the end of what is there.
+    """
+
+    first: int
+    copy: Path
+    added: bool
+
+
+class InPlace:
+    """The project of a render on one computer, read where it is, instead of a ``Cache``.
+
+    What its scenes write does not go by the coordinator: ``keep`` copies it below
+    ``root``, ``take`` gives it to who puts it in its place.
+    """
+
+    def __init__(self, root: Path, tree: Tree) -> None:
+        self.root = root
+        self._tree = tree
+        self._lock = threading.Lock()
+        self._kept: dict[int, dict[str, Kept]] = collections.defaultdict(dict)  # by job and name
+        root.mkdir(parents=True)
+
+    @contextlib.contextmanager
+    def project(self, key: str, last_frame: int,
+                stop: threading.Event | None = None) -> Iterator[Tree]:
+        """Give the file system as it is; of use to the one job that it was made for."""
+        yield self._tree
+
+    def empty(self) -> None:
+        """Delete nothing: what is here is not ours."""
+
+    def keep(self, run: Run, names: Iterable[str], given: Mapping[str, Old]) -> None:
+        """Copy what a run has written; of two runs the later frames' stays.
+
+        Of a file that was given to the run, and to which it has only added, the copy is the rest.
+        """
+        with self._lock:
+            kept = self._kept[run.lease.job]
+            for name in names:
+                before = kept.get(name) or Kept(-1, self.root / secrets.token_hex(8), False)
+                if before.first <= run.frames[0]:
+                    old = given.get(name) or (_NOTHING if run.lease.pov.appends_to(name) else None)
+                    added = _copy_rest(run.place / name, before.copy, old)
+                    kept[name] = Kept(run.frames[0], before.copy, added)
+
+    def written(self, job: int) -> list[str]:
+        """Return the names of what was written since the last time."""
+        with self._lock:
+            return sorted(self._kept[job])
+
+    def take(self, job: int) -> dict[str, Kept]:
+        """Return the copies of what was written since the last time, by names from ``place`` on."""
+        with self._lock:
+            return self._kept.pop(job, {})
 
 
 class Cache:
@@ -11236,8 +13917,8 @@ class Cache:
 
     @contextlib.contextmanager
     def project(self, key: str, last_frame: int,
-                stop: threading.Event | None = None) -> Iterator[tuple[Path, Manifest]]:
-        """Give a project's directory, with every file that frames up to ``last_frame`` need.
+                stop: threading.Event | None = None) -> Iterator[Tree]:
+        """Give a project, with every file that frames up to ``last_frame`` need.
 
         Files that another project of the cache has are taken from there.
         ``stop`` ends the fetching with ``ServerGone``.
@@ -11251,7 +13932,9 @@ class Cache:
             with coming:
                 manifest = self._manifest(key, stop)
                 self._fill(key, manifest, last_frame, stop)
-            yield self.root / key / "tree", manifest
+            tree = self.root / key / "tree"
+            folders = {str(PurePosixPath(file.path).parent) for file in manifest.files}
+            yield Tree(tree, {*folders, *manifest.directories}, {}, (str(tree),))
         finally:
             with self._lock:
                 self._using[key] -= 1
@@ -11294,6 +13977,8 @@ class Cache:
               stop: threading.Event | None) -> None:
         tree = self.root / key / "tree"
         tree.mkdir(exist_ok=True)
+        for directory in manifest.directories:
+            safe_join(tree, directory).mkdir(parents=True, exist_ok=True)
         ready = self._ready.setdefault(key, set())
         for file in manifest.files:
             if file.path in ready or (file.after_frame is not None
@@ -11311,11 +13996,10 @@ class Cache:
 
     def _copy(self, key: str, wanted: FileEntry, to: Path) -> bool:
         for other in self.root.iterdir():
-            if other.name == key or not (other / "manifest.json").is_file():
-                continue
             source = safe_join(other / "tree", wanted.path)
             with contextlib.suppress(OSError):  # it may be deleted, or come, just now
-                if source.stat().st_size == wanted.size:
+                if (other.name != key and (other / "manifest.json").is_file()
+                        and source.stat().st_size == wanted.size):
                     shutil.copyfile(source, to)
                     if _holds(to, wanted):
                         return True
@@ -11332,10 +14016,9 @@ def _bytes_in(directory: Path) -> int:
 
 
 def _holds(path: Path, file: FileEntry) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         return path.stat().st_size == file.size and sha256_file(path) == file.sha256
-    except OSError:
-        return False
+    return False
 
 
 class Worker:
@@ -11343,12 +14026,14 @@ class Worker:
 
     ``stop`` once lets the frames under way finish and hands the rest back, with
     what is done of those that take longer than a minute; twice ends everything
-    at once. ``until_idle`` ends when there is nothing left.
+    at once. ``until_idle`` ends when there is nothing left. ``admitted`` is called when
+    the coordinator lets a worker in that waits for it.
     """
 
     def __init__(self, client: Client, engine: Engine, launcher: Launcher | WindowsLauncher,
-                 cache: Cache, cores: int, until_idle: bool = False,
-                 clock: Clock | None = None, bounds: Bounds = Bounds(())) -> None:
+                 cache: Cache | InPlace, cores: int, until_idle: bool = False,
+                 clock: Clock | None = None, bounds: Bounds = Bounds(()),
+                 admitted: Callable[[], Any] | None = None) -> None:
         self.client = client
         self.engine = engine
         self.cache = cache
@@ -11356,6 +14041,7 @@ class Worker:
         self.bounds = bounds
         self.rendered = 0
         self._launcher = launcher
+        self._admitted = admitted
         self._clock = clock or Clock()
         self._pace = Pace(cores)
         self._runs: set[RunState] = set()  # that use the machine
@@ -11366,6 +14052,7 @@ class Worker:
         self._outbox = Path()
         self._stopping = threading.Event()
         self._ending = threading.Event()
+        self._patience = PATIENCE
         self._trouble = ""  # why nothing more is asked for
         self._rest = (0.0, 0)  # until when, unless more is free than then
         self._idle = False
@@ -11402,10 +14089,14 @@ class Worker:
             with contextlib.suppress(FarmError):
                 self.client.request("POST", "/api/v1/leave", json={}, retry_for=0, timeout=5)
 
-    def stop(self) -> None:
-        """Finish the frames under way and hand back the rest; a second call ends at once."""
+    def stop(self, patience: float = PATIENCE) -> None:
+        """Finish the frames under way and hand back the rest; a second call ends at once.
+
+        Of frames that will take longer than ``patience`` seconds what is done is handed in.
+        """
         if self._stopping.is_set():
             self._ending.set()
+        self._patience = patience
         self._stopping.set()
         with self._changed:
             self._stop_long()
@@ -11414,7 +14105,7 @@ class Worker:
     def _stop_long(self) -> None:
         """Stop the runs that are not waited for, in whatever they are."""
         for run in self._runs:
-            if self._ending.is_set() or run.process is None or run.left() > PATIENCE:
+            if self._ending.is_set() or run.process is None or run.left() > self._patience:
                 run.stop()
 
     def _finish_all(self) -> None:
@@ -11484,6 +14175,9 @@ class Worker:
         offer = {"want": room, "slots": len(runs) + room, "idle": max(idle, 0), "wait": wait}
         reply = self.client.request("POST", "/api/v1/lease", json=offer, timeout=wait + 30,
                                     retry_for=math.inf, stop=self._stopping).json()
+        if self._admitted is not None and not reply["pending"]:
+            self._admitted()
+            self._admitted = None
         for wire in reply["leases"]:
             run = RunState(LeaseSpec.from_wire(wire), self._clock)
             with self._changed:
@@ -11529,7 +14223,7 @@ class Worker:
                 run.overdue = run.overdue or run.too_long()
                 if run.overdue:
                     run.kill()
-            if shutil.disk_usage(self.cache.root).free < DISK_RESERVE:
+            if nearly_full(self.cache.root):
                 largest = max(runs, key=RunState.written)
                 if largest.written() > DISK_RESERVE:
                     largest.fills_disk = True
@@ -11544,6 +14238,9 @@ class Worker:
             self._render(run)
             if run.open and not run.stopped.is_set() and not self._stopping.is_set():
                 message, scene = _why_it_failed(run, self.bounds)
+                if scene and "Cannot find file '" in run.text.text and not isinstance(
+                        self.cache, InPlace):
+                    message = f"{message.rstrip('.')}: it did not come with the project"
         except ServerGone:
             pass  # the frame is not to blame: it is handed back
         except (FarmError, OSError) as error:
@@ -11588,23 +14285,26 @@ class Worker:
                 self.client.request("POST", f"{lease}/release", json={}, retry_for=30)
 
     def _render(self, run: RunState) -> None:
-        frames = self._frames(run.lease)
-        place = run.place = self._directory()
+        lease = run.lease
+        frames = tuple(task.frame for task in lease.tasks)
+        if lease.in_order:
+            frames = tuple(frame for frame in lease.pov.plan.frames if frame <= frames[-1])
+        own = run.own = self._directory()
         try:
-            with self.cache.project(
-                    run.lease.manifest, frames[-1], run.stopped) as (tree, manifest):
-                plan = Run(run.lease, tree, place, frames)
-                _make_directories(plan, manifest)
-                self._get_shared(run, place)
-                if run.task.state:
+            with self.cache.project(lease.manifest, frames[-1], run.stopped) as tree:
+                plan, run.reads = Run(lease, tree.path, own, frames), tree.reads
+                _check_system_files(lease.pov)
+                run.given = _make_directories(plan, tree)
+                self._get_shared(run, plan.place)
+                if run.task.state and run.task.frame == frames[0]:  # not so where it is in order
                     self._get_state(run, plan)
-                measure = _Measure(run, self._clock)
+                measure = run.measure = _Measure(run, self._clock)
                 while self._watch(run, plan, measure):
                     plan = self._shortened(run, plan)
                 if run.open and self._stopping.is_set():
                     self._hand_in(run, replace(plan, frames=(run.task.frame,)))
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(own, ignore_errors=True)
 
     def _get_shared(self, run: RunState, place: Path) -> None:
         """Get what the passes of a frame have rendered, and put it together."""
@@ -11612,13 +14312,15 @@ class Worker:
             path = place / "pass.zip"
             self.client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300,
                                  stop=run.stopped)
-            files = unpack_files(path.read_bytes(), MAX_SHARED)
-            if has_samples(files.get(SAMPLE_FILE, b"")):
-                with open(place / SAMPLE_FILE, "ab") as target:
-                    target.write(files[SAMPLE_FILE])
-            if PHOTON_FILE in files:  # every pass has shot them all
-                (place / PHOTON_FILE).write_bytes(files[PHOTON_FILE])
+            files = unpack_files(path, place / "pass.files", MAX_SHARED)
+            samples, photons = files.get(SAMPLE_FILE), files.get(PHOTON_FILE)
+            if samples and has_samples(samples.read_bytes()):
+                with open(place / SAMPLE_FILE, "ab") as target, open(samples, "rb") as source:
+                    shutil.copyfileobj(source, target, BUFFER)
+            if photons and photons.stat().st_size:  # every pass has shot them all
+                photons.replace(place / PHOTON_FILE)
             path.unlink()
+            shutil.rmtree(place / "pass.files")
 
     # --- stopped renders
 
@@ -11665,13 +14367,13 @@ class Worker:
         start = self._clock.monotonic()
         if start < run.look_again:
             return False
+        finished = False
         with contextlib.suppress(OSError), open(
                 replace(plan, frames=(run.task.frame,)).state, "rb") as state:
             finished = copy_state(state, None, region, plan.block).rows >= rows
             now = self._clock.monotonic()
             run.look_again = now + 10 * (now - start)  # it may be hundreds of megabytes
-            return finished
-        return False
+        return finished
 
     def _shortened(self, run: RunState, plan: Run) -> Run:
         """Return the run that makes the picture of what is finished down to where others began."""
@@ -11689,12 +14391,6 @@ class Worker:
             self._begin_from(run, shorter, old)
         return shorter
 
-    def _frames(self, lease: LeaseSpec) -> tuple[int, ...]:
-        last = lease.tasks[-1].frame
-        if not lease.in_order:
-            return tuple(task.frame for task in lease.tasks)
-        return tuple(frame for frame in plan_frames(lease.pov.options).frames if frame <= last)
-
     def _watch(self, run: RunState, plan: Run, measure: _Measure) -> bool:
         """Render; True when it was ended because others render what is left."""
         process = self._start(run, plan)
@@ -11708,13 +14404,18 @@ class Worker:
                 run.began = self._clock.monotonic()
                 if self._stopping.is_set() or run.stopped.is_set():
                     process.kill()
-            elif not cut and self._is_cut(run, plan):
+            elif run.bottoms and not cut and self._is_cut(run, plan):
                 cut = True
                 process.kill()
             measure.tracing(run.text.percent / 100)
             if run.text.traced and run.text.index == len(plan.frames) - 1 and run.open:
                 self._finish_early(run, plan, measure)
         ended = run.ended = process.wait()
+        if isinstance(self.cache, InPlace):
+            for path in filter(is_file, plan.text_files.values()):
+                text = path.read_text("utf-8", "surrogateescape")
+                path.write_text(run.text.with_names(text), "utf-8", "surrogateescape")
+            self.cache.keep(plan, self._written(run, plan), run.given)
         with self._changed:
             self._watched.discard(run)
         run.fills_disk |= ended.code == -_FILE_TOO_LARGE
@@ -11725,7 +14426,6 @@ class Worker:
             # More than the last only where the renderer does not tell of its frames.
             for index in range(run.text.index, len(plan.frames)):
                 self._finish(run, plan, index, run.text.text, cost)
-        self._measured(run, measure, len(plan.frames))
         return cut and bool(run.open) and not run.stopped.is_set()
 
     def _start(self, run: RunState, plan: Run) -> Process | None:
@@ -11743,10 +14443,18 @@ class Worker:
             return None
         run.free, run.crowd = free_room(plan.place), len(self._runs)
         run.scene_files = plan.scene_files()
+        _create_ini_of(plan)  # it counts as written, and is delivered
         bounds = replace(
-            self.bounds, reads=None if self.bounds.reads is None else command.reads,
+            self.bounds, writes=str(plan.own),
+            reads=None if self.bounds.reads is None else (*run.reads, *command.reads),
             # What one scene writes must not fill the disk.
             file_size=shutil.disk_usage(plan.place).free // 2)
+        home = plan.tree / plan.lease.pov.run_dir
+        mine = {link: plan.tree / to.relative_to(plan.own) for link, to in command.links.items()
+                if plan.own in to.parents}  # what the run writes there is called as what is there
+        run.text.links = {link.name: min(os.path.relpath(to, home), str(to), key=len)
+                          for link, to in {**command.links, **mine}.items()}
+        run.text.mine = {link.name for link in mine}
         run.process = self._launcher.start(command.argv, plan.place, command.environment, bounds)
         run.began = self._clock.monotonic()
         with self._changed:
@@ -11756,25 +14464,20 @@ class Worker:
 
     def _finish_early(self, run: RunState, plan: Run, measure: _Measure) -> None:
         """Deliver the last frame before POV-Ray, which sleeps at its end, has ended."""
-        options = run.lease.pov.options
-        path = plan.made(plan.frames[-1])
+        if plan.scene_files() != run.scene_files:
+            return  # POV-Ray closes some of them, such as radiosity samples, when it ends
+        options, path = run.lease.pov.options, plan.made(plan.frames[-1])
         until = self._clock.monotonic() + START_SLEEP
         while run.open and self._clock.monotonic() < until:
             try:
-                check_image(path.read_bytes(), options.extension, options.width, options.height)
-            except (OSError, ImageError):
+                check_image(path, options.extension, options.width, options.height)
+            except ImageError:
                 time.sleep(0.01)
                 continue
             self._finish(run, plan, run.text.index, run.text.text, measure.frame())
-            self._measured(run, measure, len(plan.frames))
             with self._changed:
                 self._runs.discard(run)
                 self._changed.notify_all()
-
-    def _measured(self, run: RunState, measure: _Measure, frames: int) -> None:
-        if measure.frames == frames and not measure.told:
-            measure.told = True
-            self._pace.measured(run.job, frames, measure.cpu, measure.wall, run.threads)
 
     # --- delivering
 
@@ -11787,56 +14490,64 @@ class Worker:
             image = self._kept(run, plan, task, bottom)
         except FileNotFoundError:
             return
-        size, problem = self._add_written(run, plan, image)
+        packed = image.with_name(f"{image.name}.zip")
+        self._pack_written(run, plan, packed)
         with self._changed:
             del run.open[task.frame]
             run.undelivered += 1
-        self._deliveries.put(Delivery(run, task, image, size, bottom, text + problem, cost))
+        self._deliveries.put(Delivery(run, task, image, packed, bottom, text, cost))
 
     def _kept(self, run: RunState, plan: Run, task: TaskSpec, bottom: int) -> Path:
         """Move what was made of a task to where it outlives the run; return the file."""
         made, kept = plan.made(task.frame), self._outbox / f"{run.started}-{task.id}"
+        made.stat()  # it ended well
         if task.kind is TaskKind.SLICE:
-            data = made.read_bytes()
             try:
-                data = crop_rows(data, run.lease.pov.options.extension, task.top, bottom - task.top)
+                crop_rows(made, run.lease.pov.options.extension, task.top, bottom - task.top, kept)
             except ImageError as error:
                 log.warning("%s: %s", task.name, error)  # the coordinator will find it, too
-            kept.write_bytes(data)
+                shutil.copyfile(made, kept)
         elif task.kind is TaskKind.PASS:
-            made.stat()  # it ended well
-            kept.write_bytes(_packed(plan.place))
+            paths = [plan.place / name for name in (SAMPLE_FILE, PHOTON_FILE)]
+            pack_files({path.name: path for path in paths if path.is_file()}, kept)
         elif run.lease.in_order:  # a later frame may read it
             shutil.copyfile(made, kept)
         else:
             made.rename(kept)
         return kept
 
-    def _add_written(self, run: RunState, plan: Run, image: Path) -> tuple[int, str]:
-        """Append to an image what the scene has written since the last one; the size, a problem.
+    def _pack_written(self, run: RunState, plan: Run, packed: Path) -> None:
+        """Pack what the scene has written since the last image, if there is something.
 
         The next frame may be writing the same file already: then its own look comes later.
         """
-        before, run.scene_files = run.scene_files, plan.scene_files()
-        changed = {name: size for name, (time, size) in run.scene_files.items()
-                   if before.get(name) != (time, size)}
-        if not changed or run.task.kind is TaskKind.PASS:
-            return 0, ""
-        if len(changed) > MAX_WRITTEN or sum(changed.values()) > MAX_WRITTEN_SIZE:
-            return 0, ("povfarm: the scene's own files are not brought back: there may be "
-                       f"{MAX_WRITTEN}, of {format_size(MAX_WRITTEN_SIZE)} together\n")
-        files = {}
-        for name in changed:
+        if isinstance(self.cache, InPlace):
+            if run.lease.in_order:  # else all that the run wrote is kept when it has ended
+                self.cache.keep(plan, self._written(run, plan), run.given)
+            return
+        left: list[str] = []
+        files: dict[str, Path] = {}
+        number, size = 0, 0
+        for name, more in sorted(self._written(run, plan).items()):
+            if not (number < MAX_WRITTEN and size + more <= MAX_WRITTEN_SIZE
+                    and may_be_written(name)):
+                left.append(name)
+                continue
+            number, size = number + 1, size + more
             with contextlib.suppress(OSError):
-                files[name] = (plan.place / name).read_bytes()
-                sha256 = hashlib.sha256(files[name]).hexdigest()
-                if run.told.get(name) == sha256:
-                    del files[name]
-                run.told[name] = sha256
-        packed = pack_files(files) if files else b""
-        with open(image, "ab") as file:
-            file.write(packed)
-        return len(packed), ""
+                sha256 = sha256_file(plan.place / name)
+                if run.told.get(name) != sha256:
+                    files[name], run.told[name] = plan.place / name, sha256
+        if files or left:
+            pack_files(files, packed, left)
+
+    def _written(self, run: RunState, plan: Run) -> dict[str, int]:
+        """Return the sizes of what the scene has written since the last look, by name."""
+        before, run.scene_files = run.scene_files, plan.scene_files()
+        if run.task.kind is TaskKind.PASS:
+            return {}
+        return {name: size for name, (time, size) in run.scene_files.items()
+                if before.get(name) != (time, size)}
 
     def _deliver_all(self) -> None:
         while True:
@@ -11846,18 +14557,31 @@ class Worker:
             except (FarmError, OSError) as error:
                 log.warning("frame %d was not taken: %s", delivery.task.frame, error)
             finally:
-                with contextlib.suppress(OSError):  # a disk may have become read-only
-                    delivery.image.unlink()
+                for path in (delivery.image, delivery.packed):
+                    with contextlib.suppress(OSError):  # a disk may have become read-only
+                        path.unlink()
                 self._deliveries.task_done()
+                self._measured(delivery.run)
                 self._let_go(delivery.run, 1)
+
+    def _measured(self, run: RunState) -> None:
+        """Learn from a run when the coordinator knows what it cost, too: it gives by that."""
+        with self._changed:
+            measure, frames = run.measure, len(run.lease.tasks)
+            if measure and measure.frames == frames:
+                run.measure = None
+                self._pace.measured(run.job, frames, measure.cpu, measure.wall, run.threads)
 
     def _deliver(self, delivery: Delivery) -> None:
         """Offer a frame until it is taken or refused: it is kept for as long as that takes."""
         text, cost = delivery.text.encode(), delivery.cost
         path = f"/api/v1/leases/{delivery.run.lease.id}/tasks/{delivery.task.id}"
-        query = (f"log={len(text)}&files={delivery.files}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}"
+        body: tuple[Path | bytes, ...] = (text, delivery.image)
+        size = 0
+        if delivery.packed.is_file():
+            body, size = (*body, delivery.packed), delivery.packed.stat().st_size
+        query = (f"log={len(text)}&files={size}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}"
                  f"&parse={cost.parse:.3f}&memory={cost.memory}&bottom={delivery.bottom}")
-        body = text + delivery.image.read_bytes()
         start = self._clock.monotonic()
         while True:
             try:
@@ -11867,16 +14591,15 @@ class Worker:
                 return
             except RequestRefused as error:
                 if error.status == 422:
-                    refused = str(error)
-                    break
+                    self.client.request(
+                        "POST", f"{path}/fail", retry_for=300,
+                        json={"message": str(error), "scene": False, "log": delivery.text})
+                    return
                 late = error.status != 507 and self._clock.monotonic() > start + OFFER_TIME
                 if error.status < 500 or late:
                     raise
                 self._in_trouble(str(error))
             self._ending.wait(random.uniform(5, 10))
-        self.client.request(
-            "POST", f"{path}/fail", retry_for=300,
-            json={"message": refused, "scene": False, "log": delivery.text})
 
 
 class _Measure:
@@ -11886,7 +14609,6 @@ class _Measure:
         self.frames = 0
         self.cpu = 0.0
         self.wall = 0.0
-        self.told = False
         self._run = run
         self._clock = clock
         self._start = clock.monotonic()
@@ -11917,25 +14639,13 @@ class _Measure:
 def _sweep(cache: Path) -> None:
     """Delete what workers left that were killed: their runs, and files that came by half."""
     for path in cache.parent.glob("run-*-*"):
-        if _is_orphan(path.name.split("-")[1]):
+        if is_orphan(path.name.split("-")[1]):
             shutil.rmtree(path, ignore_errors=True)
-    for path in cache.rglob(".[0-9]*.*.part"):
-        if _is_orphan(path.name.split(".")[1]):
-            with contextlib.suppress(OSError):
-                path.unlink()
+    for place in (cache, cache.parent / "workers"):
+        sweep_parts(place.rglob(PARTS))
 
 
-def _is_orphan(owner: str) -> bool:
-    """Tell whether the process with this number, which made something, is no more."""
-    if not owner.isdecimal() or int(owner) == os.getpid():  # in a container, of the one before us
-        return True
-    return not is_running(int(owner))
 
-
-def _packed(place: Path) -> bytes:
-    """Return what a pass has made for the slices, as a zip file."""
-    paths = [place / name for name in (SAMPLE_FILE, PHOTON_FILE)]
-    return pack_files({path.name: path.read_bytes() for path in paths if path.is_file()})
 
 
 _FILE_TOO_LARGE = 25  # SIGXFSZ, which Windows does not have
@@ -11958,31 +14668,68 @@ def _why_it_failed(run: RunState, bounds: Bounds) -> tuple[str, bool]:
     return error, run.text.scene_is_wrong
 
 
-def _make_directories(run: Run, manifest: Manifest) -> None:
+def _check_system_files(pov: PovJob) -> None:
+    """Raise ``RenderFailed`` when the scene would read other files of the system's than it should.
+
+    Nothing is told of other files, whatever they are asked for.
+    """
+    for word, sha256, path in (f"{use}  ".split(" ", 2) for use in pov.uses):
+        local = Path(path.strip())
+        if word == "system_file" and not (
+                is_shared(local) and is_file(local) and sha256_file(local) == sha256):
+            raise RenderFailed(f"the scene reads {local}, and this computer has not the same file "
+                               "there: install it here, or copy it into the project")
+
+
+def _create_ini_of(run: Run) -> None:
+    """Write the INI file that the command line asked for (Create_Ini) where it was submitted."""
+    for word, _, rest in (use.partition(" ") for use in run.lease.pov.uses):
+        name, _, text = rest.partition("\n")
+        path = Path(os.path.normpath(run.place / name))
+        if word == "create_ini" and run.own in path.parents and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
     """Give the run's own directory what POV-Ray wants to find in it and nowhere else.
 
     The project's directories, for scenes that write there, and the files of
-    ``load_file``, which it does not look for in library paths.
+    ``load_file``, ``append`` and radiosity samples, which it does not look for in library paths:
+    these are returned, by name.
     """
-    home = PurePosixPath(run.lease.pov.run_dir)
-    (run.tree / home).mkdir(parents=True, exist_ok=True)
-    for file in manifest.files:
-        parent = PurePosixPath(file.path).parent
-        if home in (parent, *parent.parents):
-            (run.place / parent.relative_to(home)).mkdir(parents=True, exist_ok=True)
-    for use in run.lease.pov.uses:
-        word, _, name = use.partition(" ")
-        if word == "load_file":
-            shutil.copyfile(safe_join(run.tree / home, name), safe_join(run.place, name))
-    run.made(run.frames[0]).parent.mkdir(parents=True, exist_ok=True)
+    pov = run.lease.pov
+    home = run.tree / pov.run_dir
+    own = (run.own / directory for directory in tree.directories)
+    for directory in (home, run.place, *own, run.made(run.frames[0]).parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    names = [name for word, _, name in (use.partition(" ") for use in pov.uses)
+             if word in ("load_file", "append")]
+    samples = pov.values.get("Radiosity_File_Name", "object.rca")  # which may be written only
+    read = [samples] if pov.values.get("Radiosity_From_File") == "On" else []
+    given = {}
+    for name, source in [*tree.links.items(), *((name, home / name) for name in (*names, samples))]:
+        path, link = Path(os.path.normpath(run.place / name)), name in tree.links
+        if run.own not in path.parents or path.is_symlink() or not (
+                link or is_directory(source.parent)):
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            path.symlink_to(source)
+        elif name in (*names, *read) and is_file(source):
+            shutil.copyfile(source, path)
+            given[name] = Old(path.stat().st_size, sha256_file(path))
+    return given
 
 
-# === 21. CLI =================================================================
+# === 22. CLI =================================================================
 # What a person types. One small function per command, the only place that
 # prints, and the only one that sees both towers. Results go to stdout,
 # progress and errors to stderr.
 
 Options = argparse.Namespace
+_Tools = Tuple[Union[Launcher, WindowsLauncher], Engine]  # what a worker renders with
+_WHICH_FARM = ("data", "server", "discovery-port")  # what tells it is put behind commands
 CommandFunction = Callable[[Options], int]
 
 
@@ -11990,21 +14737,25 @@ CommandFunction = Callable[[Options], int]
 class command:  # noqa: N801 - it is used as a decorator
     """Tags a function as a command, or as several; ``main`` collects the tags.
 
-    ``arguments`` is how the help shows what follows the name; ``pov`` says that
-    everything that does not start with ``--`` is POV-Ray's command line.
+    ``arguments`` is how the help shows what follows the name, and tells how many words
+    that is; POV-Ray's are all that do not start with ``--``. ``groups`` are those of SETTINGS.
     """
 
     name: str
     arguments: str
     summary: str
-    pov: bool = False
-    count: tuple[int, int] = (0, 0)
     groups: tuple[str, ...] = ()
 
     def __call__(self, function: CommandFunction) -> CommandFunction:
         """Tag ``function``, and return it as it was."""
         vars(function).setdefault("commands", []).insert(0, self)
         return function
+
+    def takes(self, count: int) -> bool:
+        """Tell whether so many words may follow the name."""
+        least = len(re.sub(r"\[.*\]|\.\.\.", "", self.arguments).split())
+        open_end = "..." in self.arguments or "POVRAY" in self.arguments
+        return least <= count and (open_end or count <= len(self.arguments.split()))
 
     def settings(self) -> list[Setting]:
         """Return the options that the command takes."""
@@ -12020,89 +14771,157 @@ class Draft:
     pov: PovJob
     project: Project
     plan: FramePlan
+    frames: Sequence[int]  # of the plan, those to render
     directory: Path
     options: JobOptions
     keeps_files: bool
+    collect: functools.partial[Project]  # the project again, with files that were missed
+    scratch: Path  # a directory of ours
+    owners: _Owners | None = None
+    states: Mapping[int, Path] = field(default_factory=dict)  # of frames that are begun
+    place: InPlace | None = None  # of a render without others
+    to_stdout: bool = False
+    append: bool = False
+    creates: tuple[str, str] = ("", "")
+
+    @property
+    def may_depend(self) -> bool:
+        """Whether frames may read what others write, which is seen when they have written it."""
+        return bool(self.project.reads) and self.plan.animation and not self.options.in_order
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """POV-Ray's text files by their keys."""
+        return {key: name for key, name in self.pov.values.items() if key in TEXT_FILES}
+
+    def read_by_others(self, names: Iterable[str]) -> str:
+        """Return the first of the names of what frames wrote that others may have read."""
+        return next((name for name in names if self.project.may_read(name)), "")
 
     def destination(self, frame: int) -> Path:
         """Return where POV-Ray would have put the image of a frame."""
         return self.directory / self.plan.output_name(frame)
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether images that are there are to be left alone (+C)."""
+        return self.pov.values.get("Continue_Trace") == "On"
+
+    def state(self, frame: int) -> Path:
+        """Return where POV-Ray would have put what is done of a frame that it was stopped in."""
+        return self.destination(frame).with_suffix(".pov-state")
+
+    @property
+    def chosen(self) -> str:
+        """The frames to render, as text; none when they are all."""
+        return self.plan.listed(self.frames) if len(self.frames) < len(self.plan.frames) else ""
+
+    def appended_to(self, names: Iterable[str]) -> dict[str, Path]:
+        """Return those of the names of written files that are here, with what was added to."""
+        return {name: self.directory / name for name in names
+                if self.pov.appends_to(name) and f"append {name}" not in self.pov.uses
+                and is_file(self.directory / name)} if self.keeps_files else {}
+
+    def ordered(self) -> Draft:
+        """Return the same job with its frames rendered in order."""
+        values = self.pov.values
+        if self.chosen:  # begins with the first of them, as with +SF
+            values = {**values, "Subset_Start_Frame": str(self.frames[0])}
+        return replace(self, pov=replace(self.pov, values=values),
+                       options=replace(self.options, in_order=True))
+
+    def over(self, project: Project) -> Draft:
+        """Return the same job over the files of a project."""
+        values = {**self.pov.values, **project.values, "Input_File_Name": project.scene}
+        noted = {use for use in self.pov.uses
+                 if use.startswith(("povray ", "append ", "create_ini "))}
+        if project.scene != self.pov.values["Input_File_Name"]:
+            # The images are named after the scene as it is called here.
+            values["Output_File_Name"] = self.plan.stem + self.plan.extension
+        # Files that go along and whose computed names the scene may append to.
+        begins = tuple(use.removeprefix("appends ") for use in project.uses
+                       if use.startswith("appends ") and use != "appends ")
+        names = (os.path.relpath(file.path, project.run_dir).replace(os.sep, "/")
+                 for file in project.manifest.files) if begins else ()
+        noted |= {f"append {name}" for name in names if name.startswith(begins)}
+        pov = replace(self.pov, values=values, library=project.library,
+                      run_dir=project.run_dir, uses=tuple(sorted(project.uses | noted)))
+        return replace(self, pov=pov, project=project)
+
 
 @command("render", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]",
-         "render here and now, with every core; --lan lets other computers help",
-         pov=True, groups=("job",))
+         "render here and now, with every core; --lan lets other computers help", ("job",))
 def render(options: Options) -> int:
     """The whole farm for one job: coordinator, worker, job, images in their places."""
     launcher = make_launcher()  # before the first thread
     with contextlib.ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="povfarm-")))
+        scratch = stack.enter_context(_scratch())
         stack.callback(launcher.close)
         engine = locate_engine(options.povray)
-        ask = functools.partial(probed, engine, launcher)
-        engine = ask() if options.lan else engine  # others are to have the same
-        probe = _Background(ask)
-        draft = _draft(options, scratch)
-        _check_destination(draft)
+        probe = _Background(functools.partial(probed, engine, launcher))
+        ours = _Renderer(options, probe.join() if options.lan else engine, probe.join)
+        draft = _draft(options, scratch, ours)
+        _check_destination(draft, options)
+        _create_ini(draft)
+        draft = _left_to_do(draft, options)
+        if not draft.frames:
+            return _all_there(draft, options)
         coordinator = _private_farm(options, scratch, draft)
         coordinator.start()
         stack.callback(coordinator.stop)
-        client = Client(coordinator.url, coordinator.key)
-        worker = _join(client, engine, launcher, scratch / "cache", options, None,
-                       coordinator.store.blob_path)
-        stack.callback(worker.stop)
-        stack.callback(worker.stop)
+        client = _client_of(coordinator)
+        worker = stack.enter_context(_joined(
+            client, (launcher, ours.engine or engine), options, scratch,
+            draft.place or coordinator.store.blob_path))
         job, event = _submit(client, draft, coordinator.scheduler)
-        directory = coordinator.store.job_directory(job, draft.name)
-        needs = (probe, _Background(worker.run))
-        return _follow(client, job, event, draft, options, directory, needs)
+        here = _Here(coordinator, worker, (probe, _Background(worker.run)))
+        return _Follower(client, draft, options, here).follow(job, event)
 
 
 @command("serve", "", "start a coordinator: it holds the jobs, the page and the images")
 def serve(options: Options) -> int:
     """Coordinate until stopped."""
     with contextlib.ExitStack() as stack:
-        launcher = engine = None
-        if options.work:
-            launcher = make_launcher(options.nice)  # before the first thread
-            stack.callback(launcher.close)
-            engine = probed(locate_engine(options.povray), launcher)
+        tools = stack.enter_context(_tools(options)) if options.work else None
         coordinator = Coordinator(
             options.data, bind=options.bind, port=options.port, name=options.name,
             discovery_port=None if options.no_discovery else options.discovery_port,
             admit_private=options.open, private=options.private, hosts=options.host.split(","),
-            tls=_tls_files(options), lease_time=options.lease_time, httpov=options.httpov)
+            tls=_tls_files(options), lease_time=options.lease_time, httpov=options.httpov,
+            typed=_command_typed)
         coordinator.start()
         stack.callback(coordinator.stop)
-        _greet(coordinator, options.bind in ("", "0.0.0.0", "::"), options.httpov)
-        if launcher is not None and engine is not None:
-            client = Client(coordinator.url, coordinator.key, fingerprint=coordinator.pin)
-            worker = _join(client, engine, launcher, options.data / "cache", options,
-                           options.data / "workers", coordinator.store.blob_path)
-            stack.callback(worker.stop)
-            stack.callback(worker.stop)
+        _greet(coordinator, options, tools and tools[1])
+        if tools:
+            worker = stack.enter_context(_joined(
+                _client_of(coordinator), tools, options, options.data, coordinator.store.blob_path))
             threading.Thread(target=_work_here, args=(worker,), daemon=True).start()
-        _until_signal()
+        stop = threading.Event()
+        _Signals(stop.set)
+        while not stop.wait(1):  # a signal that reaches another thread wakes nobody here
+            pass
         return 130
 
 
 @command("work", "", "start a worker: it finds the coordinator and renders until stopped")
 def work(options: Options) -> int:
     """Render for a coordinator; the first Ctrl-C finishes the frames under way."""
-    with contextlib.closing(make_launcher(options.nice)) as launcher:
-        engine = probed(locate_engine(options.povray), launcher)
+    with contextlib.ExitStack() as stack:
+        tools = stack.enter_context(_tools(options))
         stop = threading.Event()
         signals = _Signals(stop.set)
-        client = _find_coordinator(options, stop, waits=True)
+        client = _find_coordinator(options, stop)
         if client is None:
             return 130
-        free = _why_unconfined(options)
-        if free and not client.token and not options.unconfined:
+        free = "" if landlock_abi() else "this system cannot confine them (it has no Landlock)"
+        if options.unconfined:
+            free = "--unconfined was given"
+        elif free and not client.token:
             raise UserError(f"nobody vouches for the scenes of this farm, and {free}: give the "
                             "farm's --key, or say --unconfined to let them do what you can do")
         try:
-            worker = _join(client, engine, launcher, options.data / "cache", options,
-                           options.data / "workers", stop=stop)
+            worker = stack.enter_context(
+                _joined(client, tools, options, options.data, stop=stop))
         except ServerGone:
             if not signals.count:
                 raise
@@ -12112,203 +14931,252 @@ def work(options: Options) -> int:
             return 130
         threading.Thread(target=listen_for_hints, name="hints", daemon=True,
                          args=(worker.client.hurry, options.discovery_port)).start()
-        _say(f"working for {client.base_url} with POV-Ray {engine.version} "
-             f"(Ctrl-C finishes what is under way, twice stops at once)")
         if free:
             _say(f"scenes can read and write whatever you can: {free}")
         _Background(worker.run).join()
-        _say(f"rendered {worker.rendered} frame{'s' * (worker.rendered != 1)}")
+        _say(f"rendered {counted(worker.rendered, 'frame')}")
         return 130 if signals.count else 0
 
 
 @command("submit", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]",
-         "queue a job and print its number", pov=True, groups=("talk", "job"))
+         "queue a job and print its number", ("talk", "job"))
 def submit(options: Options) -> int:
     """Send a project to a coordinator that runs already."""
+    if "output" in options.typed and not options.wait:
+        raise UserError("--output needs --wait, which puts the images there; without it, get them "
+                        "later: povfarm.py fetch JOB --output DIR")
     client = _coordinator(options)
-    with tempfile.TemporaryDirectory(prefix="povfarm-") as scratch:
-        draft = _draft(options, Path(scratch))
-        if options.output is not None:
-            draft = replace(draft, directory=options.output, plan=_flat(draft.plan))
+    with _scratch() as scratch:
+        draft = replace(_draft(options, scratch, _Renderer(options, _engine_here())),
+                        keeps_files=False)
+        if options.wait and options.output is not None:
+            owners = _Owners(options.output, options.data)
+            draft = _left_to_do(
+                replace(draft, directory=options.output, plan=_flat(draft.plan), keeps_files=True,
+                        owners=owners), options)
+            if not draft.frames:
+                return _all_there(draft, options)
+            owners.check(map(draft.plan.output_name, draft.frames))
             options.output.mkdir(parents=True, exist_ok=True)
+        elif draft.goes_on:
+            _say("+C does nothing here: with --wait --output DIR, images that are in DIR are not "
+                 "rendered again")
         job, event = _submit(client, draft)
-        if not options.json or not options.wait:
-            print(json.dumps({"id": job}) if options.json else job, flush=True)
-        if options.wait:
-            draft = replace(draft, keeps_files=options.output is not None)
-            return _follow(client, job, event, draft, options)
+        try:
+            if not options.json or not options.wait:
+                print(json.dumps({"id": job}) if options.json else job, flush=True)
+            if options.wait:
+                return _Follower(client, draft, options).follow(job, event)
+        except KeyboardInterrupt:
+            raise Stopped(_goes_on(job, options)) from None
+        view = client.get(f"/api/v1/jobs/{job}")
+        if view["waiting_for"]:
+            _say(f"job {job} waits: {view['waiting_for']}")
     return 0
 
 
-@command("status", "[JOB]", "show the jobs, or one job", count=(0, 1), groups=("talk",))
+@command("status", "[JOB ...]", "show the jobs, or all about one", ("talk",))
 def status(options: Options) -> int:
     """Print jobs; with --watch again after every change."""
-    path = f"/api/v1/jobs/{_job_number(options.rest[0])}" if options.rest else "/api/v1/jobs"
     client = _coordinator(options)
+    if options.watch:
+        client.keep_trying(_say, threading.Event())
+    named = [job["id"] for text in options.rest for job in _jobs(client, text, newest=True)]
     while True:
-        farm = client.request("GET", "/api/v1/farm").json()
+        farm = client.get("/api/v1/farm")
         if farm["notice"]:
             _say(farm["notice"])
-        reply = client.request("GET", path).json()
-        jobs = [reply] if options.rest else reply["jobs"]
-        _show(options, reply if options.rest else jobs, _job_table(jobs))
+        jobs = ([client.get(f"/api/v1/jobs/{job}") for job in named]
+                or client.get("/api/v1/jobs")["jobs"])
+        if _is_one(options.rest):
+            _show(options, jobs[0], _job_facts(jobs[0], None if options.server else options.data))
+        else:
+            _show(options, jobs, _job_table(jobs))
         if not options.watch:
             return 0
         client.request("GET", f"/api/v1/events?after={farm['event']}&wait=30", timeout=60)
 
 
-@command("workers", "[remove NAME|ID]", "show the workers, or let one in no more", count=(0, 2),
-         groups=("talk",))
+@command("workers", "[remove NAME|ID]", "show the workers, or remove one", ("talk",))
 def workers(options: Options) -> int:
     """Print the workers and what they do."""
     client = _coordinator(options)
-    views = client.request("GET", "/api/v1/workers").json()["workers"]
+    views = client.get("/api/v1/workers")["workers"]
     if options.rest:
-        return _remove_worker(client, views, options.rest)
-    rows = [("id", "name", "state", "cores", "runs", "POV-Ray", "address")]
-    rows += [(str(view["id"]), view["name"],
-              view["state"] + (f" (code {view['code']})" if "code" in view else "")
-              + (f": {view['reason']}" if "reason" in view else ""),
-              str(view["cores"]), str(view["runs"]), view["engines"].get("povray", ""),
-              view["address"]) for view in views]
-    _show(options, views, _table(rows) if views else
-          "no worker has joined: start one with 'povfarm.py work'")
+        return _remove_worker(client, views, options)
+    rows: list[Sequence[str] | str] = [
+        ("id", "name", "state", "cores", "runs", "POV-Ray", "address")]
+    for view in views:
+        code = f" (code {view['code']})" if "code" in view else ""
+        rows.append((str(view["id"]), view["name"], view["state"] + code, str(view["cores"]),
+                     str(view["runs"]), view["engines"].get("povray", ""), view["address"]))
+        rows += [view["reason"]] if "reason" in view else []
+    _show(options, views, _table(rows, 1) if views else
+          _typed("no worker has joined: start one with 'povfarm.py work'"))
     return 0
 
 
-def _remove_worker(client: Client, views: Sequence[dict[str, Any]], rest: Sequence[str]) -> int:
+def _remove_worker(client: Client, views: Sequence[dict[str, Any]], options: Options) -> int:
+    rest = options.rest
     if rest[0] != "remove" or len(rest) != 2:
-        raise UserError("usage: povfarm.py workers [remove NAME|ID]")
+        raise UserError(_usage(_command("workers")[0]))
     found = [view for view in views if rest[1] == str(view["id"])] or [
         view for view in views if rest[1] == view["name"]]
     if len(found) != 1:
         raise UserError(f"there {'is no worker' if not found else 'are several workers'} called "
                         f"'{rest[1]}': take the id from 'povfarm.py workers'")
     client.request("DELETE", f"/api/v1/workers/{found[0]['id']}")
-    _say(f"{found[0]['name']} is removed; its frames go to others. A worker that has the farm key "
-         "can come again: to keep it out, make a new key (see the manual)")
+    _tell(options, {"id": found[0]["id"], "name": found[0]["name"], "state": "removed"},
+          f"{found[0]['name']} is removed; its frames go to others. A worker that has the farm key "
+          "can come again: to keep it out, make a new key (see the manual)")
     return 0
 
 
-@command("logs", "JOB FRAME", "show what POV-Ray printed for a frame", count=(2, 2),
-         groups=("talk",))
+@command("logs", "JOB [FRAME]", "show what POV-Ray printed for a frame, the error first",
+         ("talk",))
 def logs(options: Options) -> int:
-    """Print the text of every attempt at a frame."""
-    job, frame = (_job_number(text) for text in options.rest)
-    reply = _coordinator(options).request("GET", f"/api/v1/jobs/{job}/frames/{frame}/log")
+    """Print the text of every attempt at a frame; without one, of the frame that failed."""
+    client, (word, *frames) = _coordinator(options), options.rest
+    job, *others = _jobs(client, word, newest=True)
+    if others:
+        raise UserError(f"'{word}' are {1 + len(others)} jobs: name one")
+    frame = frames[0] if frames else _frame_to_see(client, job["id"])
+    if not re.fullmatch(r"[0-9]{1,15}", frame):
+        raise UserError(f"'{frame}' is not the number of a frame")
+    reply = client.request("GET", f"/api/v1/jobs/{job['id']}/frames/{frame}/log")
     text = reply.body.decode("utf-8", "replace")
-    _show(options, {"log": text}, text.removesuffix("\n"))
+    _show(options, {"job": job["id"], "frame": int(frame), "log": text}, text.removesuffix("\n"))
     return 0
 
 
-@command("fetch", "JOB", "get the finished images of a job", count=(1, 1), groups=("talk",))
+def _frame_to_see(client: Client, job: int) -> str:
+    """Return the only frame of a job, or the first that failed."""
+    view = client.get(f"/api/v1/jobs/{job}")
+    if view["failure"] and view["frames"]["total"] > 1:
+        return str(view["failure"]["frame"])
+    frames = client.get(f"/api/v1/jobs/{job}/frames?limit=2")["frames"]
+    if len(frames) > 1:
+        raise UserError(f"job {job} has {view['frames']['total']} frames, and none failed: name "
+                        f"one, such as 'povfarm.py logs {job} {frames[0]['frame']}'")
+    return str(frames[0]["frame"])
+
+
+@command("fetch", "JOB ...", "get the finished images of a job", ("talk",))
 def fetch(options: Options) -> int:
     """Copy finished images that are not here yet into --output or NAME-frames."""
-    job = _job_number(options.rest[0])
-    ffmpeg = _ffmpeg() if options.video else ""
+    _check_films(options)
     client = _coordinator(options)
-    view = client.request("GET", f"/api/v1/jobs/{job}").json()
-    directory = options.output or Path(f"{_file_name(view['name'])}-frames")
-    directory.mkdir(parents=True, exist_ok=True)
-    frames, fetched = [], []
-    for frame in _finished_frames(client, job):
-        path = safe_join(directory, frame["name"])
+    client.keep_trying(_say, threading.Event())
+    jobs = [job for word in options.rest for job in _jobs(client, word, newest=True)]
+    if len(jobs) > 1 and (options.apng or options.video):
+        raise UserError("a film is made of one job: name one")
+    try:
+        told = [_fetch_job(client, job, options) for job in jobs]
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; get the rest with: {_again(options)}") from None
+    if options.json:
+        print(json.dumps(told[0] if _is_one(options.rest) else told))
+    return 0
+
+
+def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Get what is new of a job and make its films; return what ``fetch --json`` prints of it."""
+    job, total = view["id"], view["frames"]["total"]
+    directory = options.output or _own_directory(view, options.data)
+    done = list(_finished_frames(client, job))
+    owners = _Owners(directory, options.data)
+    owners.begin(view)
+    owners.claim(
+        [file["name"] for file in done] + [file["path"] for file in _written(client, job)])
+    frames = [safe_join(directory, frame["name"]) for frame in done]
+    fetched = []
+    for frame, path in zip(done, frames):
         fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", path,
                           frame["sha256"])
-        frames.append(path)
     if not options.json:
-        print(f"{len(fetched)} new of {len(frames)} finished images in {directory}", flush=True)
+        print(f"{len(fetched)} new of {counted(len(frames), 'finished image')} in {directory}"
+              if frames else
+              f"job {job} ({view['name']}) is {view['state']}: none of its images is finished",
+              flush=True)
     fetched += _fetch_written(client, job, directory)
-    missing = view["frames"]["total"] - len(frames)
-    if missing and (options.apng or options.video):
-        raise FarmError(f"{missing} of {view['frames']['total']} frames are not finished: there "
-                        "can be a film when all are")
-    if options.apng:
-        _make_apng(frames, options.apng, options.fps)
-    if options.video:
-        _make_video(ffmpeg, frames, options.video, options.fps)
-    films = [str(film) for film in (options.apng, options.video) if film]
-    if options.json:
-        print(json.dumps({"files": fetched, "films": films}))
-    return 0
+    if total > len(frames) and (options.apng or options.video):
+        raise FarmError(f"{total - len(frames)} of {total} frames are not finished: there can be "
+                        "a film when all are")
+    return {"job": job, "directory": str(directory), "files": fetched,
+            "films": _make_films(frames, options)}
 
 
-@command("pause", "JOB", "give out no more of a job", count=(1, 1), groups=("talk",))
-@command("resume", "JOB", "go on with a paused job", count=(1, 1), groups=("talk",))
-@command("cancel", "JOB", "end a job; its finished images stay", count=(1, 1), groups=("talk",))
-@command("retry", "JOB", "render the failed and cancelled frames again", count=(1, 1),
-         groups=("talk",))
+@command("pause", "JOB ...", "hand out no more of a job", ("talk",))
+@command("resume", "JOB ...", "go on with a paused job", ("talk",))
+@command("cancel", "JOB ...", "end a job; its finished images stay", ("talk",))
+@command("retry", "JOB ...", "render the failed and cancelled frames again", ("talk",))
 def steer(options: Options) -> int:
-    """Pause, resume, cancel or retry a job."""
-    job = _job_number(options.rest[0])
-    path = f"/api/v1/jobs/{job}/{options.command}"
-    view = _coordinator(options).request("POST", path, json={}).json()
-    _say(f"job {job} ({view['name']}) is {view['state']}")
-    return 0
+    """Pause, resume, cancel or retry jobs."""
+    return _ask_each(options, options.rest, "POST", f"/{options.command}", {})
 
 
-@command("delete", "JOB", "delete a job and its images from the farm", count=(1, 1),
-         groups=("talk",))
+@command("delete", "JOB ...", "delete a job and its images from the farm", ("talk",))
 def delete(options: Options) -> int:
-    """Delete a job."""
-    job = _job_number(options.rest[0])
-    _coordinator(options).request("DELETE", f"/api/v1/jobs/{job}")
-    _say(f"job {job} is deleted")
-    return 0
+    """Delete jobs."""
+    return _ask_each(options, options.rest, "DELETE")
 
 
-@command("set", "JOB KEY=VALUE ...",
-         "change priority, max_workers, povray and other options of a job", count=(2, 9),
-         groups=("talk",))
+@command("set", "JOB ... [KEY=VALUE ...]",
+         "change how a job is treated, such as --retries 5 or retries=5", ("talk",))
 def set_option(options: Options) -> int:
-    """Change how a job is treated."""
-    job = _job_number(options.rest[0])
-    changes: dict[str, Any] = {}
-    for item in options.rest[1:]:
+    """Change the options of jobs, which are called and written as ``submit`` has them."""
+    names = {key: name for name, row in JOB_OPTIONS.items() for key in (name, row.name)}
+    changes = {name: getattr(options, row.name.replace("-", "_"))
+               for name, row in JOB_OPTIONS.items() if row.name in options.typed}
+    jobs = []
+    for item in options.rest:
         name, equals, text = item.partition("=")
+        option = names.get(name) or names.get(name.replace("_", "-"))
         if not equals:
-            raise UserError(f"'{item}' is not KEY=VALUE, such as priority=5")
-        known = {"true": True, "on": True, "false": False, "off": False}
-        whole = re.fullmatch(r"-?\d{1,15}", text)
-        name = name.replace("-", "_")
-        value = known.get(text.lower(), text) if name == "in_order" else text
-        changes[name] = int(text) if whole else value
-    _coordinator(options).request("PATCH", f"/api/v1/jobs/{job}", json=changes)
-    _say(f"job {job}: {', '.join(options.rest[1:])}")
-    return 0
+            jobs.append(item)
+        elif option is None:
+            known = ", ".join(row.name for row in JOB_OPTIONS.values())
+            raise UserError(f"'{name}' cannot be set: there are {known}")
+        else:
+            changes[option] = JOB_OPTIONS[option].parse(text, name)
+    if not jobs or not changes:
+        raise UserError(_usage(_command("set")[0]))
+    said = _options_of(changes)
+    return _ask_each(options, jobs, "PATCH", body=changes, said=f": {said}")
 
 
-@command("admit", "CODE", "let a worker in that shows this code", count=(1, 1), groups=("talk",))
+@command("admit", "CODE", "admit the worker that shows this code", ("talk",))
 def admit(options: Options) -> int:
     """Admit a pending worker."""
-    reply = _coordinator(options).request(
-        "POST", "/api/v1/workers/admit", json={"code": options.rest[0]})
-    _say(f"{reply.json()['name']} may work now")
+    worker = _coordinator(options).request(
+        "POST", "/api/v1/workers/admit", json={"code": options.rest[0]}).json()
+    _tell(options, worker, f"{worker['name']} may work now")
     return 0
 
 
-@command("login", "", "print a link that lets one browser steer the farm", groups=("talk",))
+@command("login", "", "print a link that lets one browser control the farm", ("talk",))
 def login(options: Options) -> int:
     """Print a login link, good once."""
     client = _coordinator(options)
-    print(client.base_url + client.request("POST", "/api/v1/login", json={}).json()["path"])
+    url = client.base_url + client.request("POST", "/api/v1/login", json={}).json()["path"]
+    _show(options, {"url": url}, url)
     return 0
 
 
-@command("backup", "DIRECTORY", "copy all that a coordinator keeps, also while it runs",
-         count=(1, 1))
+@command("backup", "DIRECTORY", "copy all data of a coordinator, even while it runs")
 def backup(options: Options) -> int:
     """Copy a data directory; ``serve --data`` starts from the copy."""
     to = Path(options.rest[0]).expanduser()
     missing = Store.backup(options.data, to)
-    _say(f"the farm is copied: 'povfarm.py serve --data {shlex.quote(str(to))}' starts from there")
+    _tell(options, {"directory": str(to), "missing": missing}, "the farm is copied: "
+          f"'povfarm.py serve --data {_shell_word(str(to))}' starts from there")
     if missing:
-        raise FarmError(f"{len(missing)} files are missing in the farm and in the copy, such as "
+        raise FarmError(f"the farm and the copy lack {counted(len(missing), 'file')}, such as "
                         f"{missing[0]}")
     return 0
 
 
-@command("discover", "", "show the coordinators on this network", groups=("talk",))
+@command("discover", "", "show the coordinators on this network", ("talk",))
 def discover_command(options: Options) -> int:
     """Print every coordinator that answers within a second and a half."""
     key = _known_key(options)
@@ -12318,14 +15186,14 @@ def discover_command(options: Options) -> int:
     views = [{"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
               "yours": farm.farm_id in proven} for farm in found]
     rows = [("name", "address", "")]
-    rows += [(farm.name, farm.url, "has your key" if farm.farm_id in proven else "")
-             for farm in found]
+    rows += [(farm.name, farm.url, "has your key" if view["yours"] else "")
+             for farm, view in zip(found, views)]
     _show(options, views, _table(rows) if found else
-          "no coordinator answers: start one with 'povfarm.py serve'")
+          _typed("no coordinator answers: start one with 'povfarm.py serve'"))
     return 0 if found or options.json else 1
 
 
-@command("doctor", "", "check whether this computer is fit for rendering")
+@command("doctor", "", "check whether this computer is ready to render")
 def doctor(options: Options) -> int:
     """Look at everything that the farm needs, and say what is missing."""
     with contextlib.closing(make_launcher()) as launcher:
@@ -12334,7 +15202,7 @@ def doctor(options: Options) -> int:
             "POV-Ray": _check_povray(options.povray, launcher),
             "confinement": _check_confinement(options.povray, launcher),
             "disk": _check_disk(options.data),
-            "TCP port 2271": _check_port(socket.SOCK_STREAM, 2271),
+            f"TCP port {PORT}": _check_port(socket.SOCK_STREAM, PORT),
             "UDP port 2269": _check_port(socket.SOCK_DGRAM, 2269),
         }
     _show(options, [{"check": name, "good": good, "text": text}
@@ -12343,7 +15211,7 @@ def doctor(options: Options) -> int:
     return 0 if all(good for good, _ in checks.values()) else 1
 
 
-@command("help", "[COMMAND]", "show this, or the options of a command", count=(0, 1))
+@command("help", "[COMMAND]", "show this, or the options of a command")
 def help_command(options: Options) -> int:
     """Print the help."""
     print(_command_help(_command(options.rest[0])[0]) if options.rest else _help())
@@ -12352,6 +15220,7 @@ def help_command(options: Options) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped."""
+    _hold_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that it has not got
     try:
@@ -12375,6 +15244,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _hold_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, lest another file takes its place."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
+
+
 # --- the command line
 
 def _commands() -> dict[str, tuple[command, CommandFunction]]:
@@ -12395,24 +15273,35 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"povfarm {VERSION}")
         return 0
-    for number in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, number) and threading.current_thread() is threading.main_thread():
-            signal.signal(getattr(signal, number), signal.default_int_handler)
+    if threading.current_thread() is threading.main_thread():
+        for number in _stop_signals()[1:]:
+            signal.signal(number, signal.default_int_handler)
     tag, function = _command(arguments[0])
     if "--help" in arguments:
         print(_command_help(tag))
         return 0
     options = _parse(tag, arguments[1:])
-    level = logging.INFO if options.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="povfarm: %(message)s")
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING,
+                        format="%(message)s", handlers=[_Log()])
     return function(options)
 
 
-def _parse(tag: command, arguments: list[str]) -> Options:
-    """Part our options from the rest, which for POV-Ray commands is POV-Ray's."""
+def _parse(tag: command, arguments: Sequence[str]) -> Options:
+    """Return every option and, as ``rest``, what is none of ours: POV-Ray's command line."""
+    given, rest = _given(tag, arguments)
+    values = configured_defaults(os.environ, given.get("data", ""))
+    values.update({name: setting(name).parse(text, f"--{name}") for name, text in given.items()})
+    if not tag.takes(len(rest)):
+        raise UserError(_usage(tag))
+    return Options(**{name.replace("-", "_"): value for name, value in values.items()},
+                   rest=rest, command=tag.name,
+                   typed=given)  # neither from the environment nor from the file
+
+
+def _given(tag: command, arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Separate the options of a command, as texts by their names, from the rest."""
     rows = {f"--{row.name}": row for row in tag.settings()}
-    options = Options(**{name.replace("-", "_"): value
-                         for name, value in configured_defaults(os.environ).items()})
+    given: dict[str, str] = {}
     rest: list[str] = []
     items = iter(arguments)
     for item in items:
@@ -12429,101 +15318,378 @@ def _parse(tag: command, arguments: list[str]) -> Options:
             value = text if equals else "on" if row.is_flag else next(items, None)
             if value is None:
                 raise UserError(f"{name} needs a value")
-            setattr(options, row.name.replace("-", "_"), row.parse(value, name))
-    least, most = tag.count
-    if not tag.pov and not least <= len(rest) <= most:
-        raise UserError(f"usage: povfarm.py {tag.name} {tag.arguments}".rstrip())
-    options.rest = rest
-    options.command = tag.name
-    return options
+            given[row.name] = value
+    return given, rest
+
+
+def program_typed(script: str, started: Sequence[str], windows: bool = os.name == "nt") -> str:
+    """Return what to type to start ``script`` again, which was started by the words ``started``.
+
+    They are an interpreter with its options and the script, whoever wrote the interpreter:
+    the person, or the script's first line.
+    """
+    path, interpreter, words = Path(script), Path(started[0]), list(started)
+    found = shutil.which(path.name)
+    if interpreter.is_absolute() and shutil.which(interpreter.name) == started[0]:
+        words[0] = interpreter.name
+    elif windows and interpreter.is_absolute() and shutil.which("py"):
+        words[0] = "py"  # which starts the interpreter by its whole name
+    if found and Path(found).parent.resolve() == path.parent.resolve():
+        words = [path.name]
+    elif not windows and path.name != script and os.access(path, os.X_OK) and (
+            path.suffix != ".py" or words[0] == "python3"):
+        words = [script]
+    return " ".join(_shell_word(word, windows) for word in words)
+
+
+def _shell_word(word: str, windows: bool = os.name == "nt") -> str:
+    """Return a word as a shell takes it, if it can be in double quotes: messages have single."""
+    if windows:
+        return subprocess.list2cmdline([word])
+    plain = shlex.quote(word)
+    return plain if plain == word or re.search(r'["$`\\!]', word) else f'"{word}"'
+
+
+@functools.cache
+def _program() -> str:
+    """Return how povfarm was started; its plain name where it is a part of another program."""
+    script = sys.argv[0]
+    if Path(script).stem != "povfarm" and Path(script).resolve() != Path(__file__).resolve():
+        return "povfarm.py"
+    # Python 3.9 does not tell the words.
+    words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])
+    return program_typed(script, words[:len(words) - len(sys.argv) + 1])
+
+
+def _command_typed(name: str) -> str:
+    """Return a command as it is typed here, with the options that name the farm which is meant."""
+    tag, _ = _commands().get(name, (None, None))
+    words = [_program(), *filter(None, [name])]
+    mine, given = _commands().get("".join(sys.argv[1:2])), {}
+    with contextlib.suppress(UserError):  # which is told elsewhere
+        given = _given(mine[0], sys.argv[2:])[0] if mine else {}
+    for row in tag.settings() if tag else ():
+        text = given.get(row.name) or os.environ.get(row.variable)
+        if row.name in _WHICH_FARM and text:
+            words += [f"--{row.name}", _shell_word(str(row.parse(text, f"--{row.name}")))]
+    return " ".join(words)
+
+
+def _typed(text: str) -> str:
+    return with_commands(text, _command_typed)
+
+
+def _usage(tag: command) -> str:
+    return f"usage: povfarm.py {tag.name} {tag.arguments}".rstrip()
 
 
 def _help() -> str:
-    rows = [(f"  {name}", tag.summary) for name, (tag, _) in _commands().items()]
+    rows = [_beside(f"  {name:<10}", tag.summary) for name, (tag, _) in _commands().items()]
+    program = _program()
     return "\n".join([
         f"povfarm {VERSION}: the render farm for POV-Ray, in one file", "",
-        "usage: povfarm.py COMMAND [--OPTIONS] [POVRAY ARGUMENTS]", "", _table(rows), "",
-        "  povfarm.py render camera2.ini +W640 +H480    what povray does, sooner",
-        "  povfarm.py serve                             on one computer,",
-        "  povfarm.py work                              on every other one,",
-        "  povfarm.py submit camera2.ini +W640 +H480    and render on all of them", "",
+        f"usage: {program} COMMAND [--OPTIONS] [POVRAY ARGUMENTS]", "", *rows, "",
+        f"  {program} render camera2.ini +W640 +H480    what povray does, sooner",
+        f"  {program} serve                             on one computer,",
+        f"  {program} work                              on every other one,",
+        f"  {program} submit camera2.ini +W640 +H480    and render on all of them", "",
         "What starts with -- is povfarm's; everything else is POV-Ray's own command line.",
-        "'povfarm.py help COMMAND' shows a command's options; docs/manual.md has it all."])
+        f"'{program} help COMMAND' shows a command's options; docs/manual.md has it all."])
 
 
 def _command_help(tag: command) -> str:
-    lines = [f"usage: povfarm.py {tag.name} [--OPTIONS] {tag.arguments}".rstrip(), "",
-             tag.summary, ""]
-    rows = []
+    lines = [f"usage: {_program()} {tag.name} [--OPTIONS] {tag.arguments}".rstrip(), "",
+             _beside("", tag.summary), ""]
     for row in tag.settings():
-        metavar = row.metavar and f" {row.metavar}"
-        plain = row.default not in (None, "", False)
-        default = f" (by itself {row.default:g})" if isinstance(row.default, float) else (
-            f" (by itself {row.default})" if plain and row.name != "cache-size" else "")
-        rows.append((f"  --{row.name}{metavar}", row.help + default))
-    return "\n".join([*lines, _table(rows), "",
-                      "Each option is also an environment variable, such as "
-                      f"{tag.settings()[0].variable if rows else 'POVFARM_DATA'}."])
+        default = "" if row.is_flag else row.shown_default
+        lines.append(_beside(f"  --{f'{row.name} {row.metavar}':<24}  ",
+                             row.help + (f" (default {default})" if default else "")))
+    return "\n".join([*lines, "", "Each option is also an environment variable, such as "
+                      "POVFARM_DATA."])
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+COLUMNS = 80  # that tables keep to, in a terminal and in a pipe
+
+
+def _table(rows: Sequence[Sequence[str] | str], flexible: int | None = None) -> str:
+    """Lay out rows of cells; a row that is a text goes below the others, from the second column.
+
+    Where it would be wider than ``COLUMNS``, cells of the column ``flexible`` are shortened.
+    """
+    cells = [row for row in rows if not isinstance(row, str)]
+    widths = [max(map(_columns, column)) for column in zip(*cells)]
+    if flexible is not None:
+        others = sum(widths) - widths[flexible] + 2 * (len(widths) - 1)
+        widths[flexible] = min(widths[flexible], max(COLUMNS - others, 8))
+    lines = []
+    for row in rows:
+        if isinstance(row, str):
+            lines.append(_beside(" " * (widths[0] + 2), row))
+        else:
+            texts = [_shortened(text, width) for text, width in zip(row, widths)]
+            lines.append("  ".join(text + " " * (width - _columns(text))
+                                   for text, width in zip(texts, widths)).rstrip())
+    return "\n".join(lines)
+
+
+def _beside(label: str, text: str) -> str:
+    """Return a text to the right of a label, broken so that it keeps to ``COLUMNS``.
+
+    A command between quotes is only broken where a line does not hold it.
+    """
+    room, lines = COLUMNS - _columns(label), [""]
+    phrases = re.findall(r"'[^']*'\S*|\S+", _typed(text))
+    for word in itertools.chain.from_iterable(
+            [phrase] if _columns(phrase) <= room else phrase.split() for phrase in phrases):
+        if lines[-1] and _columns(f"{lines[-1]} {word}") > room:
+            lines.append("")
+        lines[-1] += f" {word}" if lines[-1] else word
+        while _columns(lines[-1]) > room:
+            head = _cut(lines[-1], room)
+            lines[-1:] = [head, lines[-1][len(head):]]
+    return label + ("\n" + " " * _columns(label)).join(lines)
+
+
+def _columns(text: str) -> int:
+    """Return how wide a terminal shows a text: letters of East Asia take two columns."""
+    return sum(map(_column, text))
+
+
+def _column(letter: str) -> int:
+    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):  # drawn over the letter before
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+
+
+def _cut(text: str, width: int) -> str:
+    """Return what of the beginning of a text fits into so many columns."""
+    return text[:sum(end <= width for end in itertools.accumulate(map(_column, text)))]
+
+
+def _shortened(text: str, width: int) -> str:
+    """Return a text in one line, without its middle where it is wider."""
+    text = re.sub(r"\s", " ", text)
+    if _columns(text) <= width:
+        return text
+    head = _cut(text, (width - 2) // 2)
+    return f"{head}...{_cut(text[::-1], width - 3 - _columns(head))[::-1]}"
 
 
 # Names and messages come from others: none of them is to steer the terminal.
-_CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\r"}
+_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {*b"\t\n\r"}, "?")
 
 
 def _show(options: Options, data: Any, text: str) -> None:
     print(json.dumps(data) if options.json else text.translate(_CONTROLS), flush=True)
 
 
+def _tell(options: Options, data: Any, text: str) -> None:
+    """Say what was done, to people or to programs."""
+    if options.json:
+        print(json.dumps(data))
+    else:
+        _say(text)
+
+
 def _say(text: str) -> None:
-    print(f"povfarm: {text.translate(_CONTROLS)}", file=sys.stderr, flush=True)
+    _write(f"povfarm: {_typed(text)}\n", sys.stderr)
+
+
+def _write(text: str, file: Any) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be closed, and nobody there to read it
+        print(text.translate(_CONTROLS), end="", file=file, flush=True)
+
+
+class _Log(logging.Handler):
+    """What other sections log is said as CLI says things."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say a record."""
+        _say(self.format(record))
+
+
+@contextlib.contextmanager
+def _scratch(place: Path | None = None, prefix: str = "povfarm-") -> Iterator[Path]:
+    """Give a directory that is deleted at the end, in ``place`` or where temporary files belong.
+
+    If this process is killed, the next one deletes it: a lock, unlike the number
+    of a process, tells of every living one, those of containers too. Nothing is
+    in its file before it is held.
+    """
+    place = place or Path(tempfile.gettempdir())
+    for old in place.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            if not hasattr(os, "getuid") or old.lstat().st_uid == os.getuid():
+                with open(old / "lock", "rb") as lock:
+                    held = lock.read(1)
+                    hold_file(lock)
+                if held:
+                    shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as scratch, open(
+            Path(scratch, "lock"), "wb", buffering=0) as lock:
+        hold_file(lock)
+        lock.write(b"held")
+        yield Path(scratch)
 
 
 # --- jobs
 
-def _draft(options: Options, scratch: Path) -> Draft:
+class _Renderer:
+    """The POV-Ray that a command line is for: ``engine``, whose version ``ask`` finds out.
+
+    Without ``ask`` others render, and the words of every version are taken.
+    """
+
+    def __init__(self, options: Options, engine: Engine | None,
+                 ask: Callable[[], Engine] | None = None) -> None:
+        self.engine = engine
+        self._ask = ask
+        self._version = engine.guess if engine else ""
+        if not ask and release(options.povray_version):
+            self._version = options.povray_version
+
+    def read(self, arguments: Sequence[str], cwd: Path) -> PovOptions:
+        """Read POV-Ray's command line; POV-Ray is asked only where its version matters."""
+        if self._ask and not self._version:
+            self._know(self._ask())
+        pov = self._read(arguments, cwd)
+        if self._ask and self.engine and not self.engine.version and (
+                pov.needs[0] or pov.stochastic):
+            self._know(self._ask())
+        elif release(pov.needs[0]) > release(self._version or OLDEST):
+            self._version = pov.needs[0]  # whose own INI file comes first
+        else:
+            return pov
+        return self._read(arguments, cwd)
+
+    def library(self, pov: PovOptions) -> tuple[str, ...]:
+        """Return the include directories here of the POV-Ray that a command line needs."""
+        fits = self.engine and release(self.engine.guess or OLDEST) >= release(pov.needs[0])
+        return self.engine.library if self.engine and fits else ()
+
+    @property
+    def version(self) -> str:
+        """The version of the only POV-Ray that may render, if that is known."""
+        return self.engine.version if self._ask and self.engine else ""
+
+    def _know(self, engine: Engine) -> None:
+        self.engine, self._version = engine, engine.version
+
+    def _read(self, arguments: Sequence[str], cwd: Path) -> PovOptions:
+        program = self.engine.program if self.engine else ""
+        version = self._version or OLDEST
+        inis = system_ini(version, program)
+        if self._ask is None:  # what the POV-Ray here says is better than nothing
+            inis += system_ini(OLDEST, program)
+        return read_command_line(arguments, cwd, os.environ, inis, version,
+                                 strict=bool(self.version))
+
+
+def _engine_here() -> Engine | None:
+    with contextlib.suppress(UserError):
+        return locate_engine("")
+    return None
+
+
+def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
     """Read the command line and the project; nothing is started or changed."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current directory was deleted: go to another one first") from None
+    if any("\ud800" <= letter <= "\udfff" for letter in str(here)):
+        raise UserError(f"the name of the directory {str(here)!r} is not UTF-8: rename it")
     arguments, cwd, named = _whole_project(options.rest, here, scratch)
     if not arguments:
         raise UserError(f"what shall be rendered? For example: povfarm.py {options.command} "
                         "scene.pov +W640 +H480")
-    pov = read_command_line(arguments, cwd, os.environ)
+    pov = renderer.read(arguments, cwd)
     plan = plan_frames(pov)
-    outputs = {plan.output_name(frame) for frame in plan.frames}
-    project = collect_project(
-        pov.scene, pov.library, cwd, options.root, outputs, plan.frames,
-        [Path(path) for path in standard_library()],
-        ini_dirs=[(cwd / name).parent for name in pov.ini_files])
-    uses = tuple(sorted(project.uses))
-    for warning in (*pov.warnings, *project.warnings):
+    if pov.to_stdout and (options.json or options.command == "submit"):
+        raise UserError("+O- is for 'render' alone, without --json: name a file with +O")
+    frames = plan.chosen(options.frames)
+    collect, project, place = _collected(options, pov, cwd, {
+        plan.output_name(frame) for frame in frames}, frames, renderer.library(pov), scratch)
+    lost = [f"{key}={name} is not written: povfarm keeps the logs"
+            for key, name in pov.texts.items() if place is None]
+    for warning in (*pov.warnings, *lost, *project.warnings):
         _say(warning)
     in_order = options.in_order
-    if in_order is None and "own-output" in uses and plan.animation:
-        in_order = True
-        _say("the scene reads images that its frames write: they are rendered in order on one "
-             "computer (if they need not be, add --in-order=no)")
-    values = {**pov.values, "Input_File_Name": project.scene}
-    if project.scene != pov.scene:
-        # The images are named after the scene as it is called here.
-        values["Output_File_Name"] = plan.stem + plan.extension
-    job = PovJob(values, pov.declares, project.library, project.run_dir, uses)
+    if in_order is None and plan.animation:
+        in_order = _is_in_order(project, pov.values, options)
+    if pov.stochastic and options.slices not in ("auto", "off", "1"):
+        _say("stochastic anti-aliasing (+AM3) draws other pixels in slices: the picture will not "
+             "be quite that of a whole frame")
     limits = JobOptions().changed({
-        "priority": options.priority, "max_workers": options.max_workers or 0,
-        "retry_limit": options.retries, "in_order": bool(in_order),
-        "slices": options.slices, "radiosity": options.radiosity,
-        "povray": options.povray_version, "verify": options.verify,
-        "frame_timeout": options.frame_timeout})
+        **{name: getattr(options, row.name.replace("-", "_")) for name, row in JOB_OPTIONS.items()},
+        "in_order": False, **({"slices": "off"} if pov.texts and place else {})})
     name = options.name or named or PurePosixPath(pov.scene).stem
-    if named:
-        plan, directory = _flat(plan), here / f"{named}-frames"
-    else:
-        directory = cwd
-    return Draft(name, job, project, plan, directory, limits, pov.to_file)
+    plan, directory = (_flat(plan), here / f"{named}-frames") if named else (plan, cwd)
+    noted = [f"povray {' '.join(pov.needs)}"] * bool(pov.needs[0])
+    if options.command == "submit" and pov.creates[0]:
+        noted.append("create_ini {}\n{}".format(*pov.creates))
+    values = {**pov.values, **(pov.texts if place else {})}
+    if place and PurePosixPath(samples := values.get("Radiosity_File_Name", "")).is_absolute():
+        values["Radiosity_File_Name"] = os.path.relpath(samples, cwd)  # it is written with the rest
+    job = PovJob(values, pov.declares, pov.library, ".", tuple(noted))
+    draft = Draft(name, job, project, plan, frames, directory, limits,
+                  pov.to_file and not pov.to_stdout, collect, scratch, place=place,
+                  to_stdout=pov.to_stdout, append=pov.append, creates=pov.creates).over(project)
+    for version in (options.povray_version, renderer.version):
+        if problem := unrenderable(draft.pov, version):
+            raise UserError(problem)
+    return draft.ordered() if in_order else draft
+
+
+def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
+               frames: Sequence[int], library: Iterable[str],
+               scratch: Path) -> tuple[functools.partial[Project], Project, InPlace | None]:
+    """Read which files a scene needs, and where they are when it is rendered in their place."""
+    standard = [Path(path) for path in library]
+    ini_dirs = [(cwd / name).parent for name in pov.ini_files]
+    collect = functools.partial(
+        collect_project, pov.scene, pov.library, cwd, options.root, outputs, frames, standard, {},
+        ini_dirs, values=pov.values, by_file=pov.by_file,
+        ceiling=scratch if scratch in cwd.parents else None,
+        made=lambda path: _Owners(path, options.data).noted())
+    if options.command != "render" or options.lan:
+        return collect, collect(), None
+    project, links, directories = scan_in_place(
+        pov.scene, pov.library, cwd, outputs, standard, ini_dirs, not options.unconfined)
+    tree = Tree(Path(cwd.anchor), directories, links, _readable_places(options, cwd))
+    return collect, project, InPlace(scratch / "cache", tree)
+
+
+def _readable_places(options: Options, cwd: Path) -> tuple[str, ...]:
+    """Return what scenes of a render in place may read: all but what is private.
+
+    A hidden place that a person names, or stands in, is not hidden from the scene; fonts are not
+    secret, nor is what POV-Ray itself keeps in a home.
+    """
+    hidden = private_places(options.data)
+    home = Path.home().resolve()
+    typed = [cwd, *((cwd / item).parent for item in options.rest if item[:1] not in "+-"),
+             *(cwd / item[2:] for item in options.rest if item[:2] in ("+L", "-L"))]
+    open_ = [path for path in map(real_path, typed)
+             if any(place in path.parents or place == path for place in hidden)]
+    fonts = [home / ".fonts", home / ".local/share/fonts", home / ".povray"]
+    return (*all_but(hidden), *map(str, fonts), *map(str, open_))
+
+
+def _is_in_order(project: Project, values: Mapping[str, str], options: Options) -> bool:
+    """Tell whether the frames of an animation need each other's files, and say so.
+
+    Where the names are not written out, what is written decides (``_better``),
+    if somebody waits for that.
+    """
+    samples = all(values.get(key) == "On" for key in ("Radiosity_From_File", "Radiosity_To_File"))
+    certain = samples or "own-output" in project.uses
+    waits = options.command == "render" or options.wait
+    if not (certain or (project.reads and not waits)):
+        return False
+    _say(f"the scene {'reads' if certain else 'may read'} files that its frames write: they are "
+         "rendered in order on one computer (if they need not be, add --in-order=no)")
+    return True
 
 
 def _whole_project(arguments: Sequence[str], here: Path,
@@ -12533,17 +15699,18 @@ def _whole_project(arguments: Sequence[str], here: Path,
     Returns the arguments, the directory that they are meant in, and the name
     of the project, empty when there is none.
     """
+    alone = len([item for item in arguments if item[:1] not in ("+", "-")]) == 1
     for index, item in enumerate(arguments):
-        path = here / item
-        # An option may be longer than the name of a directory can be.
-        whole = os.path.isdir(path)  # noqa: PTH112 - which just says no then
-        if item.startswith(("+", "-")) or not (whole or item.lower().endswith(".zip")):
+        place = here / item
+        whole = is_directory(place)  # which just says no to an option that is too long for a name
+        if whole and item.endswith("/") and not alone:
+            continue  # POV-Ray's way to name a library directory
+        if not item or item[0] in "+-" or not (whole or item.lower().endswith(".zip")):
             continue
-        if whole:
-            place, name = path, path.resolve().name
-        else:
-            place, name = scratch / "project", path.stem
-            read_zip(path, place)
+        name = real_path(place).name if whole else place.stem
+        if not whole:
+            place = scratch / "project"
+            read_zip(here / item, place)
         found = find_project(place)
         return ([*arguments[:index], quoted(found.name), *arguments[index + 1:]], found.parent,
                 name)
@@ -12552,18 +15719,109 @@ def _whole_project(arguments: Sequence[str], here: Path,
 
 def _flat(plan: FramePlan) -> FramePlan:
     """Return a plan whose files have no directory."""
-    return replace(plan, stem=PurePosixPath(plan.stem).name)
+    return replace(plan, stem=plan.stem.rpartition("/")[2])
 
 
-def _check_destination(draft: Draft) -> None:
-    """Fail before anything is rendered where the images could not be written."""
+def _check_destination(draft: Draft, options: Options) -> None:
+    """Fail before anything is rendered where images, films or the log could not be written."""
+    log = options.log
+    if log is not None and (not _is_writable(log.parent) or log.is_dir()):
+        raise UserError(f"the log cannot be written to {log}: name another file with --log")
+    if options.apng or options.video:
+        if not draft.keeps_files:
+            raise UserError("a film is made of image files, and Output_To_File is off")
+        try:
+            _check_films(options, _images_of(draft, options))
+        except FarmError as error:
+            raise UserError(str(error)) from None
     directory = draft.destination(draft.plan.frames[0]).parent
-    if draft.directory.name.endswith("-frames") and draft.directory == directory:
-        directory.mkdir(exist_ok=True)
+    if draft.directory.name.endswith("-frames") and draft.directory == directory and (
+            not directory.is_dir()):
+        directory.mkdir()
+        _Owners(directory, options.data).claim([])  # it belongs to no project
     if draft.keeps_files and not directory.is_dir():
         raise UserError(f"the directory {directory} for the images is not there: make it first")
+    sweep_parts(directory.glob(PARTS), 60)  # another computer's processes may write here, too
     if draft.keeps_files and not _is_writable(directory):
         raise UserError(f"the images cannot be written into {directory}: choose another with +O")
+
+
+def _create_ini(draft: Draft) -> None:
+    """Write the INI file that the command line asks for, before it renders, as POV-Ray does."""
+    name, text = draft.creates
+    if name:
+        (draft.directory / name).write_text(text, encoding="utf-8")
+
+
+def _images_of(draft: Draft, options: Options) -> list[Path]:
+    """Return where all images that were asked for are in the end."""
+    return [draft.destination(frame) for frame in draft.plan.chosen(options.frames)]
+
+
+def _left_to_do(draft: Draft, options: Options) -> Draft:
+    """Return what +C leaves to render: frames without a whole image, and from where to continue.
+
+    What is done it sees by the images themselves (``_is_there``) and by state files (``_states``).
+
+    Frames that need others are rendered again with them; those in place that
+    need nothing but their images only from the first that is missing on.
+    """
+    if not (draft.goes_on and draft.keeps_files):
+        return draft
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        there = list(pool.map(functools.partial(_is_there, draft), draft.frames))
+    left = [frame for frame, whole in zip(draft.frames, there) if not whole]
+    values = draft.pov.values
+    in_order = draft.options.in_order or (draft.may_depend and options.in_order is None)
+    if left and in_order:
+        images_only = "own-output" in draft.pov.uses and not (
+            "own-files" in draft.pov.uses or draft.project.reads or options.in_order)
+        if draft.place is None or not images_only:
+            if any(there):
+                _say("frames need files that earlier ones write: all are rendered again, in spite "
+                     "of +C")
+            return draft
+        left = [frame for frame in draft.frames if frame >= left[0]]
+        values = {**values, "Subset_Start_Frame": str(left[0])}
+    if left and len(left) < len(draft.frames):
+        _say(f"{len(draft.frames) - len(left)} of {len(draft.frames)} images are there already")
+    states = {} if in_order or options.command != "render" else _states(draft, left)
+    return replace(draft, frames=left, states=states, pov=replace(draft.pov, values=values))
+
+
+def _is_there(draft: Draft, frame: int) -> bool:
+    """Tell whether the whole image of a frame is in its place."""
+    wanted, path = draft.pov.options, draft.destination(frame)
+    try:
+        if is_file(path):
+            check_image(path, draft.plan.extension, wanted.width, wanted.height)
+            return True
+    except ImageError as error:
+        _say(f"{path} is rendered again: {error}")
+    return False
+
+
+def _states(draft: Draft, frames: Iterable[int]) -> dict[int, Path]:
+    """Return the files in which POV-Ray left something of these frames."""
+    found, options = {}, draft.pov.options
+    for frame in frames:
+        with contextlib.suppress(OSError), open(draft.state(frame), "rb") as file:
+            if copy_state(file, None, region_of(options), block_size(options)).pixels:
+                found[frame] = draft.state(frame)
+            else:
+                _say(f"{draft.state(frame)} is of no use for this picture")
+    if found:
+        _say(f"going on with what is done of {', '.join(path.name for path in found.values())}")
+    return found
+
+
+def _all_there(draft: Draft, options: Options) -> int:
+    """Say that nothing is left to render, and make the films that were asked for."""
+    films = _make_films(_images_of(draft, options), options) if options.command == "render" else []
+    where = draft.destination(draft.plan.frames[0]).parent
+    _show(options, {"job": None, "files": [], "films": films, "seconds": 0.0},
+          f"nothing is left to render: all images are in {where} already")
+    return 0
 
 
 def _is_writable(directory: Path) -> bool:
@@ -12580,132 +15838,542 @@ def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tupl
     Returns the job's number and that of the last event before it. A ``farm``
     in this process is handed the files; nothing is sent.
     """
-    reply = client.request("POST", "/api/v1/jobs", json={
-        "name": draft.name, "pov": draft.pov.to_wire(),
-        "manifest": draft.project.manifest.to_wire(), "options": vars(draft.options),
-        "ticket": secrets.token_hex(16),
-    }, timeout=120).json()
-    files = {file.sha256: draft.project.sources[file.path]
-             for file in draft.project.manifest.files}
-    try:
-        for sha256 in reply["missing"]:
+    for _ in range(TRIES_TO_SEND):
+        reply = client.request("POST", "/api/v1/jobs", json={
+            "name": draft.name, "pov": draft.pov.to_wire(),
+            "manifest": draft.project.manifest.to_wire(), "options": vars(draft.options),
+            "ticket": secrets.token_hex(16), "frames": draft.chosen,
+        }, timeout=120).json()
+        sent = False
+        try:
+            changed = _send_files(client, draft.project, reply["missing"], farm)
+            sent = not changed
+        finally:
+            if not sent:  # it would wait for ever for its files, which is worse than no job
+                with contextlib.suppress(FarmError):
+                    client.request("DELETE", f"/api/v1/jobs/{reply['id']}", retry_for=0)
+        if sent:
+            if farm and not draft.options.in_order:
+                for frame, state in draft.states.items():
+                    farm.begin_from(reply["id"], frame, state.read_bytes())
+            return reply["id"], reply["event"]
+        project, left = draft.project.as_it_is_now(draft.scratch, changed)
+        draft = replace(draft, project=project)
+        if left:
+            _say("these files change while they are sent, and are left out as the scene does not "
+                 f"name them: {', '.join(left[:5])}{', ...' * (len(left) > 5)}")
+    raise FarmError("the project's files change faster than they can be sent: try again when they "
+                    "hold still")
+
+
+TRIES_TO_SEND = 20  # of a project whose files change meanwhile
+
+
+def _send_files(client: Client, project: Project, missing: Iterable[str],
+                farm: Scheduler | None) -> str:
+    """Send what the farm does not have; return the hash of a file that it has no more, if any."""
+    sources = {file.sha256: project.sources[file.path] for file in project.manifest.files}
+    for sha256 in missing:
+        source = sources[sha256]
+        try:
             if farm is not None:
-                farm.put_blob(sha256, file_blocks(files[sha256]))
+                farm.put_blob(sha256, file_blocks(source))
             else:
-                client.request("PUT", f"/api/v1/blobs/{sha256}", body=files[sha256])
-    except BaseException:
-        # A job that would wait for ever for its files is worse than none.
-        with contextlib.suppress(FarmError):
-            client.request("DELETE", f"/api/v1/jobs/{reply['id']}", retry_for=0)
-        raise
-    return reply["id"], reply["event"]
+                client.request("PUT", f"/api/v1/blobs/{sha256}", body=source)
+        except (FarmError, OSError):
+            if isinstance(source, Path) and not _has_hash(source, sha256):
+                return sha256
+            raise
+    return ""
+
+
+def _has_hash(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_file(path) == sha256
+    except OSError:
+        return False
 
 
 def _link_or_copy(source: Path, to: Path) -> None:
     try:
         os.link(source, to)
     except OSError:  # another file system, or one without links
-        shutil.copyfile(source, to)
+        shutil.copy(source, to)
 
 
 def _put_image(image: Path, to: Path) -> None:
-    """Put an image that is on this computer in its place, whole or not at all."""
-    try:
-        with placed(to) as part:
-            _link_or_copy(image, part)
-    except OSError as error:
-        raise FarmError(f"{to} cannot be written: {error.strerror or error}") from error
+    """Put an image that is on this computer in its place, whole or not at all.
 
-
-def _follow(client: Client, job: int, event: int, draft: Draft, options: Options,
-            near: Path | None = None, needs: Sequence[_Background] = ()) -> int:
-    """Show a job's progress and put its images in their places until it is finished.
-
-    They are in the directory ``near`` where the coordinator is this process,
-    which ends with what one of the ``needs`` of its only worker has raised.
+    Of a link POV-Ray follows only one that leads to nothing yet.
     """
-    bar = ProgressBar(draft.name, sys.stderr)
-    started = time.monotonic()
-    stop = threading.Event()
-    _Signals(stop.set)
-    files: list[str] = []
-    seen, ended, notice = event, False, ""
-    have: set[int] = set()
-    while not ended:
-        for need in needs:
-            need.check()
+    with writing(to), placed(to if to.exists() else _end_of(to)) as part:
+        _link_or_copy(image, part)
+
+
+def _end_of(path: Path) -> Path:
+    """Return the file that a path leads to, there or not; ``OSError`` if that is in a circle."""
+    end = real_path(path)
+    if end.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return end
+
+
+def _give_up(client: Client, job: int, state: str) -> None:
+    """Cancel a job of which something may still be delivered; delete one that has ended."""
+    if state == JobState.ACTIVE.value:
         try:
-            if bar.due():
-                view = client.request("GET", f"/api/v1/jobs/{job}", stop=stop).json()
-                if view["notice"] not in ("", notice):
-                    bar.close()
-                    _say(view["notice"])
-                notice = view["notice"]
-                bar.show(view)
-            reply = client.request("GET", f"/api/v1/events?after={seen}&wait={bar.pause}",
-                                   stop=stop)
-        except ServerGone:
-            if not stop.is_set():
+            client.request("POST", f"/api/v1/jobs/{job}/cancel")
+            return
+        except RequestRefused as error:  # it has ended since it was looked at
+            if error.status != 409:
                 raise
-        if stop.is_set():
-            raise KeyboardInterrupt
-        events = [event for event in reply.json()["events"] if event["job"] == job]
-        seen = max([seen, *(event["id"] for event in reply.json()["events"])])
-        done = {event["frame"] for event in events if event["what"] == TaskState.DONE.value}
-        for frame in sorted(done - have if draft.keeps_files else ()):
-            to = draft.destination(frame)
-            if near is None:
-                client.download(f"/api/v1/jobs/{job}/frames/{frame}/image", to)
+    client.request("DELETE", f"/api/v1/jobs/{job}")
+
+
+def _goes_on(job: int, options: Options) -> str:
+    """Return how to come by the images of a job that nobody waits for any more."""
+    words = [f"--{name}={options.typed[name]}" for name in ("key", "pin") if name in options.typed]
+    words += ["--output", str(options.output)] if options.output else []
+    return (f"job {job} goes on; get its images with: povfarm.py fetch "
+            + " ".join(map(_shell_word, [str(job), *words])))
+
+
+class _Here(NamedTuple):
+    """The farm of a render in this process, and what must not fail while its job is waited for."""
+
+    farm: Coordinator
+    worker: Worker
+    needs: Sequence[_Background]  # the last one is the worker
+
+
+_NO_FILE, _NO_PHOTONS = r"Cannot find file '(.+?)',", r"Could not load photon map \((.+?)\)"
+
+
+class _Follower:
+    """Waits for a job, shows its progress, and puts its images in their places as they are done."""
+
+    def __init__(self, client: Client, draft: Draft, options: Options,
+                 here: _Here | None = None) -> None:
+        self._client = client
+        self._draft = draft
+        self._options = options
+        self._here = here
+        self._stop = threading.Event()
+        self._bar = ProgressBar(draft.name, sys.stderr)
+        self._seen: set[str] = set()  # what POV-Ray said and was shown
+        self._notice = ""
+
+    def follow(self, job: int, event: int) -> int:
+        """Wait for a job, whose events come after that one; return the command's exit code.
+
+        One that cannot end as POV-Ray would is given up and begun again (``_better``).
+        """
+        started, signals = time.monotonic(), _Signals(self._stop.set)
+        self._client.keep_trying(self._bar.say, self._stop)
+        try:
+            view = self._watch(job, event)
+            while better := self._better(view):
+                view = self._watch(*self._begin_again(view, *better))
+            self._put_images()
+            self._tell(to_the_end=True)
+            if self._draft.to_stdout and self._near:
+                self._pipe(self._near)
+            written = self._bring_written()
+            log = self._options.log or (self._keep_log(view) if self._here else None)
+            for name in self._missed(view)[:1]:
+                view["failure"]["message"] += f"; {self._draft.project.explain(name)[1]}"
+        except FarmError as error:
+            self._bar.close()
+            if self._stop.is_set() and self._here:
+                signals.release()
+                raise Stopped(self._kept(self._here)) from None
+            if self._stop.is_set():
+                raise Stopped(_goes_on(self._job, self._options)) from None
+            if self._here or getattr(error, "status", 0) == 404:
+                raise
+            raise FarmError(f"{error}; {_goes_on(self._job, self._options)}") from None
+        return _conclude(view, self._files, written, self._draft, time.monotonic() - started,
+                         self._options, log)
+
+    def _begin_again(self, view: Mapping[str, Any], draft: Draft, why: str) -> tuple[int, int]:
+        """Submit a job anew, as a better one."""
+        self._draft = draft
+        _give_up(self._client, self._job, view["state"])
+        job, event = _submit(self._client, draft, self._here and self._here.farm.scheduler)
+        _say(why if self._options.command == "render" else f"{why}: this is job {job} now")
+        return job, event
+
+    def _watch(self, job: int, event: int) -> dict[str, Any]:
+        """Show what happens after an event until the job has ended, or has to begin again."""
+        self._job, self._route = job, f"/api/v1/jobs/{job}"
+        # The directory of the images where the coordinator is this process.
+        self._near = self._here and self._here.farm.store.job_directory(job, self._draft.name)
+        self._files: list[str] = []  # the images that are in their places
+        self._over = False  # as the farm said when it was asked last
+        self._done: set[int] = set()
+        self._put: set[int] = set()
+        self._failed: set[int] = set()
+        self._untold = list(self._draft.frames)[::-1]  # the next one last
+        if self._options.log is not None:
+            self._options.log.write_bytes(b"")
+        if self._draft.owners:
+            self._draft.owners.begin(self._client.get(self._route))
+        ended = False
+        while not ended:
+            self._check_needs()
+            if self._bar.due():
+                self._show()
+            told = self._client.get(f"/api/v1/events?after={event}&wait={self._bar.pause}")
+            event = max([event, *(each["id"] for each in told["events"])])
+            ended = self._note([each for each in told["events"] if each["job"] == job],
+                               told["more"])
+            if not ended:
+                self._stop.wait(0.05)  # what happens in a moment is told in one answer
+        self._bar.close()
+        self._check_needs()
+        # The farm keeps its newest events only: some may have gone while it could not be reached.
+        self._done |= {frame["frame"] for frame in _finished_frames(self._client, job)}
+        return dict(self._client.get(self._route))
+
+    def _note(self, events: Sequence[Mapping[str, Any]], more: bool) -> bool:
+        """Take what has happened to the job; tell whether that was all."""
+        done = len(self._done)
+        for frames, state in ((self._done, TaskState.DONE), (self._failed, TaskState.FAILED)):
+            frames |= {event["frame"] for event in events if event["what"] == state.value}
+        if not self._draft.may_depend:
+            self._put_images()
+            self._tell()
+        elif len(self._done) > done and self._draft.read_by_others(self._names_written()):
+            return True  # the sooner it is begun again
+        return not more and (self._over or any(
+            event["what"] in _JOB_ENDS and event["text"] != PAUSED_BY_HAND for event in events))
+
+    def _check_needs(self) -> None:
+        for need in self._here.needs if self._here else ():
+            need.check()
+
+    def _show(self) -> None:
+        view = self._client.get(self._route)
+        notice = str(view["notice"] or view["waiting_for"])
+        if notice not in ("", self._notice):
+            self._bar.say(notice)
+        self._notice = notice
+        self._over = f"job {view['state']}" in _JOB_ENDS and view["reason"] != PAUSED_BY_HAND
+        self._bar.show(view)
+
+    def _put_images(self) -> None:
+        """Put the images in their places that are done and not there yet."""
+        for frame in sorted(self._done - self._put if self._draft.keeps_files else ()):
+            to = self._draft.destination(frame)
+            if self._draft.owners:
+                self._draft.owners.claim([to.name])
+            if self._near is None:
+                self._client.download(f"{self._route}/frames/{frame}/image", to)
             else:
-                _put_image(near / to.name, to)
-            files.append(str(to))
-        have |= done
-        ended = not reply.json()["more"] and any(
-            event["what"] in _JOB_ENDS and event["text"] != PAUSED_BY_HAND for event in events)
-        if not ended:
-            stop.wait(0.05)  # what happens in a moment is told in one answer
-    bar.close()
-    for need in needs:
-        need.check()
-    written = _fetch_written(client, job, draft.directory) if draft.keeps_files or near else []
-    view = client.request("GET", f"/api/v1/jobs/{job}").json()
-    return _conclude(view, files, written, draft, time.monotonic() - started, options)
+                _put_image(self._near / to.name, to)
+                self._draft.state(frame).unlink(missing_ok=True)
+            self._files.append(str(to))
+        self._put |= self._done
+
+    def _tell(self, to_the_end: bool = False) -> None:
+        """Show what POV-Ray said of the frames, in their order: up to the first that is not done.
+
+        ``to_the_end`` passes over those, and tells of those that failed, too.
+        """
+        while self._untold and (to_the_end or self._untold[-1] in self._done):
+            frame = self._untold.pop()
+            if frame in self._done or frame in self._failed:
+                self._show_text(self._log_of(frame, "?plain"))
+
+    def _show_text(self, text: bytes) -> None:
+        """Put all that POV-Ray said of a frame into --log, and show what is new in it."""
+        if self._options.log is not None:
+            with open(self._options.log, "ab") as file:
+                file.write(text)
+        said = text.decode("utf-8", "replace")
+        if not self._options.verbose:
+            new = [message for message in remarks_in(said) if message not in self._seen]
+            self._seen.update(new)
+            said = "".join(new)
+        if said:
+            self._bar.close()
+            _write(said, sys.stderr)
+
+    def _log_of(self, frame: int, query: str = "") -> bytes:
+        """Return what POV-Ray printed for a frame."""
+        return self._client.request("GET", f"{self._route}/frames/{frame}/log{query}").body
+
+    def _pipe(self, near: Path) -> None:
+        """Write the images to stdout, in the order of frames, up to the first that is not there."""
+        for frame in itertools.takewhile(self._done.__contains__, self._draft.frames):
+            with open(near / self._draft.destination(frame).name, "rb") as image:
+                shutil.copyfileobj(image, sys.stdout.buffer)
+
+    def _kept(self, here: _Here) -> str:
+        """Stop, and put what a render has made in its place; return how to go on."""
+        here.worker.stop(patience=0)  # which hands in what is done of the frames under way
+        with contextlib.suppress(FarmError):
+            here.needs[-1].join()
+        draft = self._draft
+        if not draft.keeps_files:
+            return "stopped"
+        self._client = _client_of(here.farm)  # which was not told to stop
+        if not draft.may_depend:
+            self._done |= {frame["frame"] for frame in _finished_frames(self._client, self._job)}
+            self._put_images()
+        states = {} if draft.options.in_order else here.farm.scheduler.states_of(self._job)
+        for frame in draft.frames:
+            if frame in states:
+                _put_image(states[frame], draft.state(frame))
+            elif frame not in draft.states:
+                draft.state(frame).unlink(missing_ok=True)  # of an earlier render
+        if not draft.may_depend:
+            self._bring_written()
+        again = _again(self._options, *([] if draft.goes_on else ["+C"]))
+        return (f"stopped; {len(self._files)} of {len(draft.frames)} images are in their places. "
+                f"Go on with: {again}")
+
+    def _better(self, view: Mapping[str, Any]) -> tuple[Draft, str] | None:
+        """Return what to begin the job again as, and why; None when it is as good as it gets.
+
+        ``view`` is the job's as it has ended, done or failed, before what its scene
+        wrote is brought here. What is returned differs from the draft in what was
+        wrong, so that no job is begun again twice for the same reason.
+        """
+        draft = self._draft
+        missed = [name for name in self._missed(view) if draft.project.explain(name)[0]]
+        if missed:
+            also = [*draft.collect.keywords.get("also", ()), *missed]
+            collect = functools.partial(draft.collect, also=also)
+            project = collect()
+            if project.manifest.key != draft.project.manifest.key:
+                return replace(draft, collect=collect).over(project), (
+                    f"POV-Ray missed '{missed[0]}', which is here and is sent now")
+        names, why = self._names_written(), ""
+        old = draft.appended_to(names)
+        read = draft.read_by_others(names)
+        if self._options.in_order is None and draft.plan.animation and not draft.options.in_order \
+                and (read or ((names or draft.may_depend) and self._fails_later(view))):
+            about = f"write {read}, which others may read" if read else (
+                "fail, perhaps for want of a file that others write")
+            draft, why = draft.ordered(), (
+                f"frames {about}: they are rendered again, in order (if they need not be, add "
+                "--in-order=no)")
+        loads = [f"load_file {name}" for name in self._missed(view, _NO_PHOTONS)
+                 if is_file(draft.directory / name)]
+        if draft.place and loads and loads[0] not in draft.pov.uses:
+            draft = replace(draft, pov=replace(draft.pov, uses=(*draft.pov.uses, *loads)))
+            why = why or ("POV-Ray looked for photons elsewhere: the scene is rendered again, "
+                          "with them")
+        if old:
+            project = draft.project if draft.place else with_files(draft.project, old)
+            uses = (*draft.pov.uses, *(f"append {name}" for name in old))
+            draft = replace(draft, project=project, pov=replace(draft.pov, uses=uses))
+            why = why or (f"the scene may append to {next(iter(old))}, which is here already: it "
+                          "is rendered again, with that")
+        return (draft, why) if why else None
+
+    def _missed(self, view: Mapping[str, Any], words: str = _NO_FILE) -> list[str]:
+        """Return the names that POV-Ray did not find for the frame that failed."""
+        if view["failure"] is None:
+            return []
+        text = self._log_of(view["failure"]["frame"]).decode("utf-8", "replace")
+        # It breaks lines at 80 columns: at blanks where there are any.
+        whole = (re.sub(r"\r?\n ", between, text) for between in (" ", ""))
+        return list(dict.fromkeys(
+            name for text in whole for name in re.findall(words, text)))
+
+    def _fails_later(self, view: Mapping[str, Any]) -> bool:
+        """Tell whether frames failed, but not the first, which may be under way in a pause."""
+        return bool(view["frames"]["failed"]) and (
+            self._client.get(f"{self._route}/frames?after=-1")["frames"][0]["state"]
+            != TaskState.FAILED.value)
+
+    def _keep_log(self, view: Mapping[str, Any]) -> Path | None:
+        """Keep what POV-Ray printed for a frame that failed, beside where its image would be.
+
+        A file of that name is overwritten only if it is such a log, too.
+        """
+        failure = view["failure"]
+        if failure is None or view["state"] == JobState.DONE.value:
+            return None
+        text, image = self._log_of(failure["frame"]), self._draft.destination(failure["frame"])
+        with contextlib.suppress(OSError):
+            for number in itertools.count(1):
+                log = image.with_name(f"{image.stem}{f'-{number}' if number > 1 else ''}.log")
+                if not log.exists() or b"--- frame " in log.read_bytes():
+                    log.write_bytes(text)
+                    return log
+        return None
+
+    def _names_written(self) -> list[str]:
+        if self._draft.place is not None:
+            return self._draft.place.written(self._job)
+        return [file["path"] for file in _written(self._client, self._job)]
+
+    def _bring_written(self) -> list[str]:
+        """Put what the scene wrote in its place; return where that is."""
+        draft = self._draft
+        if draft.place is not None:
+            copies = _whole_texts(draft.place.take(self._job), draft, draft.place.root)
+            return _bring(copies, draft, private_places(self._options.data))
+        return (_fetch_written(self._client, self._job, draft.directory, draft.owners)
+                if draft.keeps_files or self._options.command == "render" else [])
+
+
+def _again(options: Options, *more: str) -> str:
+    """Return the command that was typed, with more words, as messages have it."""
+    words = [f"--{name}={text}" for name, text in options.typed.items() if name not in _WHICH_FARM]
+    words += ["--"] * any(word.startswith("--") for word in options.rest) + options.rest
+    return f"povfarm.py {options.command} " + " ".join(map(_shell_word, (*words, *more)))
 
 
 _JOB_ENDS = frozenset(f"job {state}" for state in ("done", "failed", "cancelled", "paused"))
 
 
 def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft: Draft,
-              seconds: float, options: Options) -> int:
-    """Say how a job ended, and return the exit code."""
-    counts = view["frames"]
+              seconds: float, options: Options, log: Path | None = None) -> int:
+    """Say how a job ended, make the films of its images, and return the exit code."""
+    counts, films = view["frames"], []
+    done = view["state"] == JobState.DONE.value
+    if done and options.command == "render":
+        films = _make_films(_images_of(draft, options), options)
     if options.json:
-        print(json.dumps({"job": view, "files": files + written, "seconds": round(seconds, 3)}))
-    if view["state"] == JobState.DONE.value:
-        where = f" in {Path(files[0]).parent}" if files else ""
-        frames = f"{counts['total']} frames" if counts["total"] > 1 else "1 image"
-        if not draft.keeps_files and options.command == "render":
-            where = "; no file is kept, as Output_To_File is off"
-        more = f" and {len(written)} other file{'s' * (len(written) > 1)}" if written else ""
-        if not options.json:
-            print(f"{frames}{more}{where}, {format_duration(seconds)}")
+        print(json.dumps({"job": view, "files": files + written, "films": films,
+                          "seconds": round(seconds, 3)}))
+    elif done:
+        print(f"{_made(counts['total'], files, written, draft, options)}, "
+              f"{format_duration(seconds)}", file=sys.stderr if draft.to_stdout else sys.stdout)
+    if done:
         return 0
-    failure = view["failure"]
-    failed = counts["failed"] and counts["total"] > 1
-    text = f"{counts['failed']} of {counts['total']} frames failed" if failed else ""
+    failure, many = view["failure"], counts["total"] > 1
+    texts = [f"{counts['failed']} of {counts['total']} frames failed"] * bool(
+        counts["failed"] and many)
     if failure:
-        where = f" (frame {failure['frame']})" if counts["total"] > 1 else ""
-        text = f"{text + ': ' if text else ''}{failure['message']}{where}"
-    raise FarmError(text or f"the job is {view['state']}: {view['reason']}")
+        texts.append(failure["message"] + (f" (frame {failure['frame']})" if many else "")
+                     + (f"\nall that POV-Ray printed is in {log}" if log else ""))
+    raise FarmError(": ".join(texts) or f"the job is {view['state']}: {view['reason']}")
 
 
-def _fetch_written(client: Client, job: int, directory: Path) -> list[str]:
+def _made(total: int, files: Sequence[str], written: Sequence[str], draft: Draft,
+          options: Options) -> str:
+    """Return what a job of so many frames has made, and where that is."""
+    made = counted(total, "frame")
+    where = f" in {Path(files[0]).parent}" if files else ""
+    if total == 1:
+        made, where = f"1 image{f': {files[0]}' if files else ''}", ""
+    if draft.to_stdout:
+        where = " on stdout"
+    elif not draft.keeps_files and options.command == "render":
+        where = "; no file is kept, as Output_To_File is off"
+    return made + (f" and {counted(len(written), 'other file')}" if written else "") + where
+
+
+def _written(client: Client, job: int) -> list[dict[str, Any]]:
+    """Return the files that the scene wrote."""
+    return list(client.get(f"/api/v1/jobs/{job}/files")["files"])
+
+
+def _whole_texts(copies: dict[str, Kept], draft: Draft, root: Path) -> dict[str, Kept]:
+    """Put the parts of each of POV-Ray's text files together: they are the runs', by frames."""
+    folder = draft.destination(draft.frames[0]).parent
+    for key, name in draft.texts.items():
+        part = re.compile(re.escape(name) + r"\.\d{7}\.part")
+        found = sorted((PurePosixPath(path).name, path) for path in copies
+                       if part.fullmatch(PurePosixPath(path).name))
+        if not found:
+            continue
+        texts = [copies.pop(path).copy.read_text("utf-8", "surrogateescape") for _, path in found]
+        whole = root / secrets.token_hex(8)
+        whole.write_text(joined_texts(key, texts, draft.append), "utf-8", "surrogateescape")
+        copies[os.path.relpath(folder / name, draft.directory)] = Kept(0, whole, draft.append)
+    return copies
+
+
+def _bring(copies: Mapping[str, Kept], draft: Draft, private: Collection[Path]) -> list[str]:
+    """Put what a scene wrote in place where POV-Ray would have left it; return where that is."""
+    put, refused, denied = [], [], []
+    for name, kept in sorted(copies.items()):
+        to = Path(os.path.normpath(draft.directory / name))
+        target = real_path(to)  # POV-Ray writes into what a link leads to
+        if _may_leave(target, real_path(draft.directory), private):
+            try:
+                with writing(to):
+                    _leave(kept, target)
+                put.append(str(to))
+            except FarmError as error:  # which is told when all others are there
+                denied.append(str(error))
+        else:
+            refused.append(name)
+    _say_left(refused, "a scene replaces no program, INI file or hidden file, and leaves nothing "
+              "in hidden or home directories")
+    if denied:
+        raise FarmError("; ".join(denied[:5]))
+    return put
+
+
+def _leave(kept: Kept, target: Path) -> None:
+    """Put what a scene wrote in its place: as POV-Ray does into what is there, or at its end.
+
+    Others may write at the end as well, meanwhile.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_file(target):
+        with open(kept.copy, "rb") as source, open(target, "ab" if kept.added else "wb") as file:
+            shutil.copyfileobj(source, file)
+    else:
+        _put_image(kept.copy, target)
+
+
+def _say_left(names: Sequence[str], why: str) -> None:
+    if names:
+        _say(f"{counted(len(names), 'file')} that the scene wrote stayed behind, since {why}: "
+             f"{', '.join(names[:5])}")
+
+
+def _may_leave(to: Path, base: Path, private: Collection[Path]) -> bool:
+    """Tell whether a scene that runs in ``base`` may leave a file there."""
+    home, where = real_path(Path.home()), real_path(to.parent)
+    hidden = to.name.startswith(".")
+    if to.exists() and (hidden or to.suffix.lower() == ".ini" or os.access(to, os.X_OK)):
+        return False
+    if where in (home, *home.parents) and (hidden or where != base):
+        return False
+    return not any(place in (where, *where.parents) and place not in (base, *base.parents)
+                   for place in private)
+
+
+def _fetch_written(client: Client, job: int, directory: Path,
+                   owners: _Owners | None = None) -> list[str]:
     """Get the files that the scene wrote and that are not there already; return where they are."""
-    fetched = []
-    for file in client.request("GET", f"/api/v1/jobs/{job}/files").json()["files"]:
+    fetched, written = [], _written(client, job)
+    files = [file for file in written if file["sha256"]]
+    if owners:
+        owners.claim([file["path"] for file in files])
+    _say_left([file["path"] for file in written if not file["sha256"]],
+              f"a frame brings back {MAX_WRITTEN} at most, of {format_size(MAX_WRITTEN_SIZE)}, and "
+              "none with a dot in front of its name or outside of the project")
+    for file in files:
         path = safe_join(directory, file["path"])
-        fetched += _fetch(client, f"/api/v1/jobs/{job}/files/{file['sha256']}", path,
-                          file["sha256"])
+        get = _fetch_appended if file["appended"] and is_file(path) else _fetch
+        fetched += get(client, f"/api/v1/jobs/{job}/files/{file['sha256']}", path, file["sha256"])
+    return fetched
+
+
+def _fetch_appended(client: Client, route: str, to: Path, sha256: str) -> list[str]:
+    """Get a file that a scene appended to, in place of its beginning; beside any other text."""
+    if sha256_file(to) == sha256:
+        return []
+    beside = to.with_name(f"{to.stem}-{sha256[:8]}{to.suffix}")
+    fetched = _fetch(client, route, beside, sha256)
+    old, new = to.read_bytes(), beside.read_bytes()
+    if new.startswith(old):
+        with open(to, "ab") as file:
+            file.write(new[len(old):])
+        beside.unlink()
+        return [str(to)]
+    if fetched:
+        _say(f"{to} holds what this job's does not: that is in {beside}")
     return fetched
 
 
@@ -12718,20 +16386,178 @@ def _fetch(client: Client, route: str, to: Path, sha256: str) -> list[str]:
     return [str(to)]
 
 
+def _own_directory(job: Mapping[str, Any], data: Path) -> Path:
+    """Return where a job's images go: the directory that it has here already, or a new one."""
+    name = _file_name(job["name"])
+    places = [Path(f"{name}-frames"), Path(f"{name}-{job['id']}-frames")]
+    owners = [_Owners(place, data) for place in places]
+    for each in owners:
+        each.begin(job)
+    fit = ([place for place, each in zip(places, owners) if each.known()]
+           or [place for place, each in zip(places, owners) if each.nobody()])
+    if not fit:
+        raise UserError(f"{places[0]} and {places[1]} have other images: name a directory with "
+                        "--output")
+    return fit[0]
+
+
+class _Owners:
+    """Whose the images in a directory are, so that no job replaces another one's.
+
+    For each directory, a file below ``data`` has a line for each image: number
+    and time of the job, which tell it from those of other farms, too, and the
+    name. It is not beside the images, where nothing is that POV-Ray would not write.
+    """
+
+    def __init__(self, directory: Path, data: Path) -> None:
+        self._directory = directory
+        place = hashlib.sha256(os.fsencode(real_path(directory))).hexdigest()[:16]
+        self._notes = data / "fetched" / place
+        self._read = 0
+        self._owners: dict[str, str] = {}
+        self._job = ""
+        self._ours: set[str] = set()
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Go on for a job, which may replace the images of those that it was before."""
+        self._job = f"{job['id']} {job['created']}"
+        self._ours.add(self._job)
+
+    def known(self) -> bool:
+        """Tell whether the job has been here before."""
+        self._look()
+        return self._job in self._owners.values()
+
+    def noted(self) -> bool:
+        """Tell whether the directory was made for images, or a job's were put there."""
+        return self._notes.exists()
+
+    def nobody(self) -> bool:
+        """Tell whether no job has been here, and nothing is."""
+        self._look()
+        return not self._owners and not (
+            self._directory.exists() and any(self._directory.iterdir()))
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ``UserError`` when one of these files is here and another job's."""
+        self._look()
+        for name in names if self._owners else ():
+            owner = self._owners.get(name, "")
+            if owner and owner not in self._ours and is_file(self._directory / name):
+                number = owner.partition(" ")[0]
+                raise UserError(f"{self._directory / name} is of job {number}: name "
+                                "another directory with --output, or delete what is there")
+
+    def claim(self, names: Sequence[str]) -> None:
+        """Note that files here are the job's; ``UserError`` when one is another's."""
+        self.check(names)
+        new = [name for name in names if self._owners.get(name) != self._job]
+        if new or not self.known():
+            self._notes.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._notes, "ab") as file:
+                file.writelines(os.fsencode(f"{self._job} {name}\n") for name in new or [""])
+
+    def _look(self) -> None:
+        """Read what was noted since the last look, by others as well."""
+        with contextlib.suppress(FileNotFoundError), open(self._notes, "rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if match := re.match(r"(\d+ \S+) (.*)\n", os.fsdecode(line)):
+                    self._owners[match[2]] = match[1]
+            self._read = file.tell()
+
+
 def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:
     after = -1
     while True:
-        frames = client.request("GET", f"/api/v1/jobs/{job}/frames?after={after}").json()["frames"]
+        frames = client.get(f"/api/v1/jobs/{job}/frames?after={after}")["frames"]
         if not frames:
             return
         yield from (frame for frame in frames if frame["state"] == TaskState.DONE.value)
         after = frames[-1]["frame"]
 
 
-def _job_number(text: str) -> int:
-    if not re.fullmatch(r"\d{1,15}", text):
-        raise UserError(f"'{text}' is not a number: 'povfarm.py status' shows the jobs")
-    return int(text)
+def _jobs(client: Client, text: str, newest: bool = False) -> list[dict[str, Any]]:
+    """Return the jobs that one word of a command line means, the newest first; one at least.
+
+    The word is a number, a range such as 5-7 (of which some may be missing),
+    ``last``, or a name. Of several jobs of one name it is the ``newest``, or
+    nobody knows which. ``UserError`` when there is none.
+    """
+    numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    if numbers:
+        low, high = int(numbers[1]), int(numbers[2] or numbers[1])
+        listed = _listed(client, high + 1, max(high - low + 1, 1))
+        found = list(itertools.takewhile(lambda job: job["id"] >= low, listed))
+    else:
+        found = list(itertools.islice(_listed(client, limit=1), text == "last"))
+    if found:
+        return found
+    found = [job for job in _listed(client) if job["name"] == text]
+    if not found:
+        raise UserError(f"there is no job {text if numbers else repr(text)}: "
+                        "'povfarm.py status' shows the jobs")
+    if len(found) > 1:
+        numbers_of = ", ".join(str(job["id"]) for job in found)
+        called = f"{len(found)} jobs are called '{text}' ({numbers_of})"
+        if not newest:
+            raise UserError(f"{called}: give the number of the one that you mean")
+        _say(f"{called}: this is the newest")
+    return found[:1]
+
+
+def _listed(client: Client, after: int = 0, limit: int = 100) -> Iterator[dict[str, Any]]:
+    """Yield the jobs, the newest first; with ``after`` those of a lower number."""
+    while True:
+        page = client.get(f"/api/v1/jobs?after={after}&limit={min(limit, 100)}")["jobs"]
+        yield from page
+        if not page:
+            return
+        after = page[-1]["id"]
+
+
+def _is_one(words: Sequence[str]) -> bool:
+    """Tell whether words mean one job at most, so that its JSON is no list."""
+    return len(words) == 1 and not re.fullmatch(r"\d+-\d+", words[0])
+
+
+def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "",
+              body: Any = None, said: str = "") -> int:
+    """Ask the same of every job that is named; one that cannot do it does not stop the others.
+
+    ``said`` is told of those that can, in place of the state that they have then.
+    Returns the exit code: 1 when some failed, 2 when the words name no job at all.
+    """
+    told: list[dict[str, Any]] = []
+    for each in _answers(_coordinator(options), words, method, path, body):
+        told.append(each)
+        if "error" in each or not options.json:
+            _say(each.get("error") or f"job {each['job']} ({each['name']})"
+                 + (said or f" is {each['state']}"))
+    if options.json:
+        print(json.dumps(told))
+    return 2 if not any("name" in each for each in told) else int(
+        any("error" in each for each in told))
+
+
+def _answers(client: Client, words: Sequence[str], method: str, path: str,
+             body: Any) -> Iterator[dict[str, Any]]:
+    """Yield what became of each job that was asked something."""
+    for word in words:
+        jobs = []
+        try:
+            jobs = _jobs(client, word)
+        except UserError as error:
+            yield {"job": word, "error": str(error)}
+        for job in jobs:
+            told = {"job": job["id"], "name": job["name"]}
+            try:
+                reply = client.request(method, f"/api/v1/jobs/{job['id']}{path}", json=body)
+                yield {**told, "state": reply.json()["state"] if reply.body else "deleted"}
+            except RequestRefused as error:
+                if error.status not in (400, 404, 409):  # the others would hear the same
+                    raise
+                yield {**told, "error": str(error)}
 
 
 def _file_name(text: str) -> str:
@@ -12740,27 +16566,68 @@ def _file_name(text: str) -> str:
 
 def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
     if not jobs:
-        return "no jobs: queue one with 'povfarm.py submit'"
-    rows = [("job", "name", "state", "frames", "", "rate", "left")]
+        return _typed("no jobs: queue one with 'povfarm.py submit'")
+    rows: list[Sequence[str] | str] = [("job", "name", "state", "frames", "", "rate", "left")]
     for job in jobs:
-        frames = job["frames"]
-        failed = f", {frames['failed']} failed" if frames["failed"] else ""
         left = format_duration(job["eta"]) if job["eta"] is not None else ""
         rows.append((
             str(job["id"]), job["name"], job["state"],
-            f"{frames['done']}/{frames['total']}{failed}{_slices_of(job)}",
-            f"{100 * job['progress']:.0f} %",
-            f"{3600 * job['rate']:.0f}/h" if left else "",
-            left))
-        rows += [("", job[why], "", "", "", "", "") for why in ("reason", "waiting_for")
-                 if job[why]]
-    return _table(rows)
+            f"{job['frames']['done']}/{job['frames']['total']}", f"{100 * job['progress']:.0f} %",
+            f"{3600 * job['rate']:.0f}/h" if left else "", left))
+        failed = f"{job['frames']['failed']} failed" if job["frames"]["failed"] else ""
+        rows += filter(None, (", ".join(filter(None, (failed, _slices_of(job)))), job["reason"],
+                              job["waiting_for"]))
+    return _table(rows, 1)
+
+
+def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
+    """Return all about a job, a line for each fact; ``data`` may be the coordinator's."""
+    frames, failure, pov = job["frames"], job["failure"], job["pov"]
+    place = data / job["directory"] if data else None
+    states = (f"{frames[state]} {word}" for state, word in (
+        ("leased", "in work"), ("failed", "failed"), ("cancelled", "cancelled")) if frames[state])
+    facts = {
+        "job": str(job["id"]), "name": job["name"], "state": job["state"],
+        "reason": job["reason"], "waiting": job["waiting_for"],
+        "frames": ", ".join([f"{frames['done']} of {frames['total']} done", *states]),
+        "slices": _slices_of(job), "progress": f"{100 * job['progress']:.0f} %",
+        "rate": f"{3600 * job['rate']:.1f} frames an hour" if job["eta"] else "",
+        "left": format_duration(job["eta"]) if job["eta"] else "",
+        "owner": job["owner"], "submitted": _date(job["created"]),
+        "started": _date(job["started"]), "finished": _date(job["finished"]),
+        "took": format_duration(job["elapsed"]) if job["started"] else "",
+        "CPU time": format_duration(job["cpu"]) if job["cpu"] else "",
+        "size": f"{job['width']} x {job['height']} pixels, {job['extension']}",
+        "POV-Ray": " ".join(filter(None, [job["engine"], f"({job['povray']})"])),
+        "options": _options_of({**job, "slices": job["slicing"]}),
+        "command": " ".join([f"{name}={value}" for name, value in sorted(pov["values"].items())]
+                            + [f"Declare={declare}" for declare in pov["declares"]]),
+        "files": f"{job['files']}, {format_size(job['size'])}",
+        "written": f"{counted(job['written'], 'file')} of the scene's own" if job["written"]
+        else "",
+        "images": str(place) if place and place.is_dir() else "",
+        "get them": f"'povfarm.py fetch {job['id']}'",
+        **({"failure": failure["message"], "its log":
+            f"'povfarm.py logs {job['id']} {failure['frame']}'"}
+           if failure and job["state"] != JobState.DONE.value else {})}
+    return "\n".join(_beside(f"{name:<11}", text) for name, text in facts.items() if text)
+
+
+def _options_of(values: Mapping[str, Any]) -> str:
+    """Return options of a job as ``set`` takes them, from values as ``JobOptions`` calls them."""
+    words = {True: "yes", False: "no"}
+    return " ".join(f"{row.name}={words[values[name]] if row.is_flag else values[name]}"
+                    for name, row in JOB_OPTIONS.items() if name in values)
+
+
+def _date(seconds: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else ""
 
 
 def _slices_of(job: Mapping[str, Any]) -> str:
     """Return how many slices of the frames in work are there, for a line about a job."""
     slices = job["slices"]
-    return f", {slices['done']}/{slices['total']} slices" if slices["total"] else ""
+    return f"{slices['done']}/{slices['total']} slices" if slices["total"] else ""
 
 
 class ProgressBar:
@@ -12783,31 +16650,34 @@ class ProgressBar:
         self._last = time.monotonic()
         line = self.line(job)
         if self._terminal:
-            line = line[:shutil.get_terminal_size().columns - 1]  # a second row would stay
-            self._file.write("\r" + line.ljust(self._width))
-            self._width = len(line)
+            line = _cut(line, shutil.get_terminal_size().columns - 1)  # a second row would stay
+            _write("\r" + line + " " * (self._width - _columns(line)), self._file)
+            self._width = _columns(line)
         elif job["progress"] > 0:
-            self._file.write(line + "\n")
-        self._file.flush()
+            _write(line + "\n", self._file)
 
     def line(self, job: Mapping[str, Any]) -> str:
         """Return the line for a job."""
         frames, part = job["frames"], job["progress"]
         filled = int(24 * part)
-        text = f"{self._name} "
-        text += f"[{'#' * filled}{'.' * (24 - filled)}] " if self._terminal else ""
-        text += f"{frames['done']}/{frames['total']} frames{_slices_of(job)} {100 * part:3.0f} %"
+        bar = f"[{'#' * filled}{'.' * (24 - filled)}] " if self._terminal else ""
+        done = filter(None, [f"{frames['done']}/{frames['total']} frames", _slices_of(job)])
+        text = f"{_shortened(self._name, 30)} {bar}{', '.join(done)} {100 * part:3.0f} %"
         if frames["failed"]:
             text += f", {frames['failed']} failed"
         if job["eta"] is not None and part > 0:
             text += f", {job['rate']:.2f}/s, {format_duration(job['eta'])} left"
         return text
 
+    def say(self, text: str) -> None:
+        """Print a message where the line is, which comes again below it."""
+        self.close()
+        _say(text)
+
     def close(self) -> None:
         """Take the line away."""
         if self._terminal and self._width:
-            self._file.write("\r" + " " * self._width + "\r")
-            self._file.flush()
+            _write("\r" + " " * self._width + "\r", self._file)
 
 
 # --- films
@@ -12821,20 +16691,37 @@ def _ffmpeg() -> str:
     return program
 
 
-def _make_apng(frames: Sequence[Path], to: Path, rate: Fraction) -> None:
-    if any(frame.suffix != ".png" for frame in frames):
-        raise FarmError(f"an animated PNG is made of PNG images, these are {frames[0].suffix}: "
+def _check_films(options: Options, frames: Sequence[Path] = ()) -> None:
+    """Fail where the films that were asked for cannot be made of these images."""
+    suffix = frames[0].suffix if frames else ""
+    if options.video:
+        _ffmpeg()
+    if options.apng and suffix not in ("", ".png"):
+        raise FarmError(f"an animated PNG is made of PNG images, these are {suffix}: "
                         "--video takes them")
-    images = (frame.read_bytes() for frame in frames)
-    with _film(to) as part, open(part, "wb") as file:
-        file.writelines(animated_png(images, len(frames), 1 / rate))
+    if options.video and suffix == ".hdr":
+        raise FarmError("ffmpeg makes no film of .hdr images: render PNG or EXR for it")
+    for film in filter(None, (options.apng, options.video)):
+        if not _is_writable(film.parent) or film.is_dir():
+            raise FarmError(f"{film} cannot be written: name another file")
+        if os.path.realpath(film) in map(os.path.realpath, frames):
+            raise FarmError(f"{film} is one of the images: give the film another name")
+
+
+def _make_films(frames: Sequence[Path], options: Options) -> list[str]:
+    """Make the films that were asked for; return where they are."""
+    _check_films(options, frames)
+    if options.apng:
+        with _film(options.apng) as part, open(part, "wb") as file:
+            file.writelines(animated_png(frames, len(frames), 1 / options.fps))
+    if options.video:
+        _make_video(_ffmpeg(), frames, options.video, options.fps)
+    return [str(film) for film in (options.apng, options.video) if film]
 
 
 def _make_video(ffmpeg: str, frames: Sequence[Path], to: Path, rate: Fraction) -> None:
     """Let ffmpeg read the frames under plain numbers: it takes a % in a name for a pattern."""
     kind = frames[0].suffix
-    if kind == ".hdr":
-        raise FarmError("ffmpeg makes no film of .hdr images: render PNG or EXR for it")
     # EXR is the only other type whose values are amounts of light, which ffmpeg would show dark.
     light = ["-apply_trc", "iec61966_2_1"] if kind == ".exr" else []
     with _film(to) as part:
@@ -12849,21 +16736,19 @@ def _make_video(ffmpeg: str, frames: Sequence[Path], to: Path, rate: Fraction) -
              "-i", f"%d{kind}", *([] if to.suffix == ".gif" else look), part.name],
             cwd=part.parent, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         if done.returncode:
-            said = done.stderr.decode("utf-8", "replace").split("\n")
-            last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
-            raise FarmError(f"ffmpeg ended with exit code {done.returncode} and said: {last}")
+            last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2].strip()
+            raise FarmError(
+                f"ffmpeg ended with exit code {done.returncode} and said: {last or 'nothing'}")
 
 
 @contextlib.contextmanager
 def _film(to: Path) -> Iterator[Path]:
     """Give a file in an empty directory, which takes its place when it is whole."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".povfarm-", dir=to.parent) as scratch:
-            part = Path(scratch, f"film{to.suffix}")
-            yield part
-            os.replace(part, to)
-    except OSError as error:
-        raise FarmError(f"{to} cannot be written: {error.strerror}") from None
+    with writing(to), _scratch(to.parent, ".povfarm-") as scratch:
+        part = scratch / "film" / f"film{to.suffix}"
+        part.parent.mkdir()
+        yield part
+        os.replace(part, to)
     _say(f"made {to}")
 
 
@@ -12872,99 +16757,142 @@ def _film(to: Path) -> Iterator[Path]:
 def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
     data = scratch / "farm"
     if not options.lan:
-        return Coordinator(data, bind="127.0.0.1", name=draft.name, durable=False)
+        return Coordinator(data, port=None, name=draft.name, durable=False)
     # Workers that know this user's farm key may help without being asked for.
     data.mkdir()
     atomic_write(data / "farm.key", farm_key(options.data).encode(), 0o600)
-    coordinator = Coordinator(data, name=draft.name, durable=False,
+    coordinator = Coordinator(data, name=draft.name, durable=False, typed=_command_typed,
                               discovery_port=options.discovery_port)
-    _say(f"others help with: povfarm.py work --server http://{_lan_address()}:{coordinator.port} "
-         f"--key {coordinator.key}")
+    _say(f"others help with: povfarm.py work --server http://{own_addresses()[0]}:"
+         f"{coordinator.port} --key {coordinator.key}")
     return coordinator
 
 
-def _join(client: Client, engine: Engine, launcher: Launcher | WindowsLauncher, cache: Path,
-          options: Options, tokens: Path | None,
-          near: Callable[[str], Path] | None = None,
-          stop: threading.Event | None = None) -> Worker:
+def _client_of(farm: Coordinator) -> Client:
+    """Return a client of a farm in this process."""
+    inside = Within(farm.server) if isinstance(farm.server, Inside) else None
+    return Client(farm.url, farm.key, fingerprint=farm.pin, transport=inside)
+
+
+@contextlib.contextmanager
+def _tools(options: Options) -> Iterator[_Tools]:
+    """Be the only worker of this name over a data directory, or refuse; give what renders."""
+    place = options.data / "workers"
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / f"{_file_name(_worker_name(options))}.lock", "ab") as lock:
+        try:
+            hold_file(lock)
+        except OSError:
+            raise FarmError("a worker runs on this computer already, and uses all of its cores: "
+                            "another one beside it needs a --worker-name of its own") from None
+        with contextlib.closing(make_launcher(options.nice)) as launcher:  # before any thread
+            yield launcher, probed(locate_engine(options.povray), launcher)
+
+
+@contextlib.contextmanager
+def _joined(client: Client, tools: _Tools, options: Options, home: Path,
+            near: InPlace | Callable[[str], Path] | None = None,
+            stop: threading.Event | None = None) -> Iterator[Worker]:
     """Join a farm as a worker, as the one that this computer was before if it can.
 
-    That is known by the files in ``tokens``; ``near`` is for the ``Cache``. It
-    waits for the coordinator, until ``stop``.
+    That is known by the files in ``home``, where projects are kept as well; ``near`` is for
+    the ``Cache``, or takes its place. It waits for the coordinator, until ``stop``.
     """
+    launcher, engine = tools
     cores = options.cores or _cores()
     info = {
-        "name": options.worker_name or socket.gethostname(),
+        "name": _worker_name(options),
         "cores": cores, "memory": total_memory(),
         "system": f"{platform.system()} {platform.release()}",
         "engines": engine.told() if engine.version else {},
         "tags": [tag for tag in options.tags.split(",") if tag],
         "ticket": secrets.token_urlsafe(32),
     }
-    token = _Token(tokens, str(info["name"]), client.base_url)
-    info["name"] = token.name
-    own = Client(client.base_url, retry_for=math.inf, fingerprint=client.fingerprint)
-    # What it kept may be of no use any more, or of a time when it came without the key.
-    kept = token.read()
-    for secret in (kept, client.token) if kept else (client.token,):
-        own.token = secret
+    own = Client(client.base_url, retry_for=math.inf, transport=client.transport)
+    if options.command == "work":
+        own.keep_trying(_news(), threading.Event(), longest=30.0)
+    token = _Token(home / "workers", str(info["name"]), client.base_url)
+    reply = _admission(own, client.token, token, info, stop)
+    begin = functools.partial(_begin_work, own, engine, options)
+    if not reply["admitted"]:
+        _say(f"waiting to be let in: the status page at {own.base_url} shows the code "
+             f"{reply['code']}, or type there: povfarm.py admit --server {own.base_url} "
+             f"{reply['code']}")
+    elif options.command == "work":
+        begin()
+    projects = near if isinstance(near, InPlace) else Cache(
+        home / "cache", options.cache_size, own, near)
+    bounds = Bounds(None if options.unconfined else (), memory=options.memory or total_memory())
+    worker = Worker(own, engine, launcher, projects, cores, options.until_idle, bounds=bounds,
+                    admitted=None if reply["admitted"] else begin)
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        worker.stop()  # at once
+
+
+def _admission(own: Client, key: str, token: _Token, info: Mapping[str, Any],
+               stop: threading.Event | None) -> dict[str, Any]:
+    """Ask a coordinator to be its worker; ``own`` is known to it from then on."""
+    reply: dict[str, Any] = {}
+    # What was kept may be of no use any more, or of a time when it came without the key.
+    for own.token in dict.fromkeys((token.read() or key, key)):
         try:
             reply = own.request("POST", "/api/v1/workers", json=info, stop=stop).json()
         except RequestRefused as error:
-            if error.status != 401 or secret == client.token:
+            if error.status != 401 or own.token == key:
                 raise
         else:
-            if reply["admitted"] or not client.token:
+            if reply["admitted"] or not key:
                 break
     if reply["token"]:
         own.token = reply["token"]
-        token.write(reply["token"])
-    if not reply["admitted"]:
-        _say(f"waiting to be admitted: the status page at {client.base_url} shows the code "
-             f"{reply['code']}, or type there: povfarm.py admit {reply['code']}")
-    projects = Cache(cache, options.cache_size, own, near)
-    bounds = Bounds(None if options.unconfined else (), options.memory or total_memory())
-    return Worker(own, engine, launcher, projects, cores, options.until_idle, bounds=bounds)
+        token.write(own.token)
+    return reply
 
 
-def _why_unconfined(options: Options) -> str:
-    """Return why this computer does not confine renders, nothing when it does."""
-    if options.unconfined:
-        return "--unconfined was given"
-    return "" if landlock_abi() else "this system cannot confine them (it has no Landlock)"
+def _begin_work(client: Client, engine: Engine, options: Options) -> None:
+    """Say for whom a worker works that was let in, and remember it for the next time."""
+    _say(f"working for {client.base_url} with POV-Ray {engine.version} "
+         "(Ctrl-C finishes what is under way, twice stops at once)")
+    with contextlib.suppress(FarmError, OSError):
+        farm = client.get("/api/v1/farm", retry_for=0)
+        known = {name: farm[name] for name in ("name", "farm_id")}
+        atomic_write(options.data / "workers" / "farm.json", json.dumps(known).encode())
+
+
+def _last_farm(options: Options) -> tuple[str, str]:
+    """Return name and farm_id of the farm that this computer worked for last; empty ones."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        farm = json.loads((options.data / "workers" / "farm.json").read_bytes())
+        return str(farm["name"]), str(farm["farm_id"])
+    return "", ""
+
+
+def _worker_name(options: Options) -> str:
+    return str(options.worker_name or socket.gethostname())
 
 
 class _Token:
-    """A worker's secret on disk, held by one process at a time under one name."""
+    """A worker's secret on disk: one for each name and farm."""
 
-    def __init__(self, directory: Path | None, name: str, url: str) -> None:
-        self.name = name
-        self._path: Path | None = None
-        if directory is None:
-            return
+    def __init__(self, directory: Path, name: str, url: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         farm = hashlib.sha256(url.encode()).hexdigest()[:12]
-        for number in itertools.count(1):
-            self.name = name if number == 1 else f"{name}-{number}"
-            self._path = directory / f"{_file_name(self.name)}-{farm}"
-            self._lock = open(self._path, "ab")  # noqa: SIM115 - held until the end
-            try:
-                hold_file(self._lock)
-                return
-            except OSError:
-                self._lock.close()  # another worker of this computer has that name
+        self._path = directory / f"{_file_name(name)}-{farm}"
+        self._path.touch(0o600)
 
     def read(self) -> str:
         """Return the secret, empty when there is none."""
-        return self._path.read_text(encoding="ascii").strip() if self._path else ""
+        return self._path.read_text(encoding="ascii").strip()
 
     def write(self, token: str) -> None:
-        """Keep a secret; in the same file, which is locked, and where a full disk has room."""
-        if self._path is not None:
-            self._path.chmod(0o600)
-            with open(self._path, "r+", encoding="ascii") as file:
-                file.write(token)
-                file.truncate()
+        """Keep a secret; in the same file, where a full disk has room."""
+        self._path.chmod(0o600)
+        with open(self._path, "r+", encoding="ascii") as file:
+            file.write(token)
+            file.truncate()
 
 
 def _work_here(worker: Worker) -> None:
@@ -12989,32 +16917,32 @@ def _tls_files(options: Options) -> tuple[Path, Path] | None:
     return own_certificate(options.data, options.host.split(",")) if options.tls else None
 
 
-def _greet(coordinator: Coordinator, everywhere: bool, httpov: bool) -> None:
-    address = coordinator.url
-    if everywhere:
-        address = f"{address.partition(':')[0]}://{_lan_address()}:{coordinator.port}"
+def _greet(coordinator: Coordinator, options: Options, engine: Engine | None) -> None:
+    """Say where a farm is, and what to type to use it."""
+    address, more = coordinator.url, []
+    if options.bind in ("", "0.0.0.0", "::"):
+        scheme = address.partition(":")[0]
+        address, *more = [f"{scheme}://{own}:{coordinator.port}" for own in own_addresses()]
+    alone = urllib.parse.urlsplit(address).hostname in ("127.0.0.1", "::1", "localhost")
     pin = f" --pin {coordinator.pin}" if coordinator.pin else ""
     login_link = f"{coordinator.url}/login/{coordinator.access.login_code()}"
-    print("\n".join([
-        f"povfarm '{coordinator.name}' is at {address}",
+    lines = [
+        f"povfarm '{coordinator.name}' is at {address}" + (
+            ", which only this computer can reach" if alone else
+            f" (on other networks: {', '.join(more)})" if more else ""),
         f"  steer it in a browser here:  {login_link}",
-        "  start workers elsewhere:     "
-        f"python povfarm.py work --server {address} --key {coordinator.key}{pin}",
+        f"  start workers {'here:         ' if alone else 'elsewhere:    '} "
+        f"povfarm.py work --server {address} --key {coordinator.key}{pin}",
         *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"
            f"HP_GROUP=\"%s\"\\n' {address.removeprefix('http://')} {coordinator.access.guest_key} "
-           ">> ~/.httpovclient/prefs"] if httpov else []),
-        "  queue a job here:            python povfarm.py submit scene.pov +W640 +H480",
-        "Ctrl-C stops it; nothing is lost."]), flush=True)
-
-
-def _lan_address() -> str:
-    """Return the address by which others on the LAN reach this machine, or loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # documentation address: nothing is sent
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
+           ">> ~/.httpovclient/prefs"] if options.httpov else []),
+        "  queue a job here:            povfarm.py submit scene.pov +W640 +H480",
+        f"This computer renders, too (cores: {options.cores or _cores()}, POV-Ray "
+        f"{engine.version})."
+        if engine else "This computer renders nothing itself. To make it, type in another "
+        "terminal:\n                               povfarm.py work",
+        "Ctrl-C stops it; nothing is lost."]
+    print(_typed("\n".join(lines)), flush=True)
 
 
 def _known_key(options: Options) -> str:
@@ -13027,36 +16955,92 @@ def _known_key(options: Options) -> str:
 
 
 def _coordinator(options: Options) -> Client:
-    client = _find_coordinator(options, threading.Event(), waits=False)
+    client = _find_coordinator(options)
     assert client is not None  # only a wait that was stopped finds none
     return client
 
 
-def _find_coordinator(options: Options, stop: threading.Event, waits: bool) -> Client | None:
-    """Return a client for the coordinator that is meant; None when stopped while waiting."""
+def _find_coordinator(options: Options, stop: threading.Event | None = None) -> Client | None:
+    """Return a client for the coordinator that is meant.
+
+    With ``stop`` it is waited for; None when that comes first.
+    """
     key = _known_key(options)
-    patience = 20.0 if waits else 1.0
+    patience = 20.0 if stop else 1.0
     if options.server:
         url = _server_url(options.server, bool(options.pin))
-        return _check_coordinator(_client(options, url, key, "", patience), options)
+        client = _client(options, url, key, "", patience)
+        if stop:
+            client.keep_trying(_news(), stop)
+        try:
+            return _check_coordinator(client, options)
+        except ServerGone:
+            if stop:  # only then it is given up
+                return None
+            raise
     name = "" if options.command == "submit" else options.name  # there it is the job's
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, FarmError):
         note = json.loads((options.data / "coordinator.json").read_text(encoding="utf-8"))
         if name in ("", note["name"]):
             client = _client(options, note["url"], key, note["pin"], patience)
             return _check_coordinator(client, options, retry_for=0)
-    found = _discover(options, key, name, waiting=False)
-    if not found and waits:
-        _say("no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
-        only = options.key.encode() if options.key else None
-        while not found and not stop.is_set():
-            wait_for_coordinator(only, stop, options.discovery_port, name or None)
-            found = _discover(options, key, name, waiting=True)
-    if stop.is_set():
+    farm = (look_out(_LookOut(options, key).look, stop, options.discovery_port) if stop
+            else _choose(_discover(options, key, name), options, name))
+    if farm is None:
         return None
-    farm = _choose(found)
     return _client(options, farm.url, key if farm.verified or options.key else "", farm.pin,
                    patience)
+
+
+def _news() -> Callable[[str], None]:
+    """Return what says a text unless it has said the same just before."""
+    return functools.lru_cache(maxsize=1)(_say)
+
+
+class _LookOut:
+    """How a worker finds its coordinator: whoever else appears, it waits, and says for what."""
+
+    def __init__(self, options: Options, key: str) -> None:
+        self._options = options
+        self._key = key
+        self._last_name, self._last_id = _last_farm(options)
+        self._until = time.monotonic() + LAST_FARM_PATIENCE
+        self._say = _news()
+
+    def look(self) -> Found | None:
+        """Return the coordinator to work for, if it is there now."""
+        chosen = self._choose()
+        if isinstance(chosen, Found):
+            return chosen
+        self._say(chosen)
+        return None
+
+    def _choose(self) -> Found | str:
+        """Return the coordinator to work for, or what is waited for."""
+        named = self._options.name
+        try:
+            found = _discover(self._options, self._key, named)
+        except FarmError as error:
+            return f"{error}. Waiting for the farm of the key that was given"
+        if not found:
+            others = _others_than(named, self._options)
+            return f"{others}. Waiting for '{named}'" if others else (
+                "no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
+        for farm in found:
+            if farm.farm_id == self._last_id:
+                return farm
+        others = ", ".join(map(str, found))
+        if len(found) > 1:
+            return (f"there are several coordinators: {others}. Waiting until one is alone; "
+                    "--name or --server chooses one")
+        if (named or self._options.key or not self._last_id
+                or time.monotonic() > self._until):
+            return found[0]
+        return (f"waiting a minute for {self._last_name}, for which this computer worked last, "
+                f"before it works for {others} instead (--name or --server chooses at once)")
+
+
+LAST_FARM_PATIENCE = 60.0  # seconds that a worker waits for the farm that it knows, not another
 
 
 def _client(options: Options, url: str, key: str, pin: str, patience: float) -> Client:
@@ -13071,43 +17055,45 @@ def _server_url(text: str, tls: bool) -> str:
     bare = "//" not in text
     url = f"{'https' if tls else 'http'}://{text}" if bare else text
     parts = urllib.parse.urlsplit(url)
-    if (bare or parts.scheme == "http") and not re.search(r":\d+$", parts.netloc):
-        url = parts._replace(netloc=f"{parts.netloc}:2271").geturl()
+    if parts.scheme in ("http", "https") and not re.search(r":\d+$", parts.netloc):
+        url = parts._replace(netloc=f"{parts.netloc}:{PORT}").geturl()
     return url
 
 
-def _discover(options: Options, key: str, name: str, waiting: bool) -> list[Found]:
+def _discover(options: Options, key: str, name: str) -> list[Found]:
     """Return the coordinators that answer; those that hold our key, if any does.
 
     A key that was typed must be right; one that only lies here may be that of
-    another farm, one of this computer. Who is ``waiting`` already is not stopped
-    by somebody else's answer.
+    another farm, one of this computer.
     """
     found = discover(1.5, key.encode(), options.discovery_port, name or None) if key else []
     others = [] if found else discover(1.5, None, options.discovery_port, name or None)
-    if not others or not options.key:
-        return found or others
-    refusal = (f"{others[0].name} at {others[0].url} has another key than the one given: "
-               "copy the worker command that 'serve' prints there")
-    if not waiting:
-        raise FarmError(refusal)
-    log.warning("%s", refusal)
-    return []
+    if others and options.key:
+        raise FarmError(f"{others[0].name} at {others[0].url} has another key than the one given: "
+                        "copy the worker command that 'serve' prints there")
+    return found or others
 
 
-def _choose(found: Sequence[Found]) -> Found:
+def _others_than(name: str, options: Options) -> str:
+    """Return in words which farms answer instead of the one that is meant, if any do."""
+    others = ", ".join(map(str, discover(1.5, None, options.discovery_port) if name else []))
+    return f"no farm called '{name}' answers here; there is {others}" if others else ""
+
+
+def _choose(found: Sequence[Found], options: Options, name: str) -> Found:
+    if not found and (others := _others_than(name, options)):
+        raise UserError(f"{others}: choose one with --name or --server")
     if not found:
         raise FarmError("no coordinator answers on this network: start one with "
                         "'povfarm.py serve', or name it with --server URL")
     if len(found) > 1:
-        names = ", ".join(f"{farm.name} ({farm.url})" for farm in found)
         raise UserError("there are several coordinators, choose one with --name or --server: "
-                        + names)
+                        + ", ".join(map(str, found)))
     return found[0]
 
 
 def _check_coordinator(client: Client, options: Options, retry_for: float | None = None) -> Client:
-    """Fail now, in one line, when there is no coordinator or the key is wrong."""
+    """Fail, in one line, when there is no coordinator within that time or the key is wrong."""
     ask = functools.partial(client.request, "GET", "/api/v1/farm", timeout=10, retry_for=retry_for)
     key = client.token
     try:
@@ -13127,6 +17113,9 @@ def _check_coordinator(client: Client, options: Options, retry_for: float | None
 class _Signals:
     """Calls ``action`` for every Ctrl-C or SIGTERM, and counts them.
 
+    What a second Ctrl-C does is the action's: ``work`` has ``Worker.stop``, which then
+    ends at once; ``render`` lets it end the program (``release``); others ignore it.
+
     Not by an exception, which would be lost where it hits a ``__del__``, nor
     in the handler itself, which runs in the middle of anything, locks too.
     """
@@ -13134,9 +17123,16 @@ class _Signals:
     def __init__(self, action: Callable[[], Any]) -> None:
         self.action = action
         self.count = 0
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._handle)
+        for name in _stop_signals():
+            signal.signal(name, self._handle)
+
+    def release(self) -> None:
+        """Let the next one end the program at once; a terminal that is closed may say so twice."""
+        for name in _stop_signals():
+            signal.signal(name, signal.SIG_IGN if name == getattr(signal, "SIGHUP", 0)
+                          else signal.default_int_handler)
+        if self.count > 1:
+            raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: Any) -> None:
         self.count += 1
@@ -13148,37 +17144,36 @@ class _Signals:
         self.action()
 
 
+def _stop_signals() -> list[int]:
+    """Return the signals that ask to stop; nohup lets SIGHUP be ignored, which stays so."""
+    numbers = [getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in numbers[:2 if ignored else 3] if number]
+
+
 class _Background:
-    """A function in a thread whose exception comes out of ``join``."""
+    """A function in a thread whose result or exception comes out of ``join``."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        self._future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         threading.Thread(target=self._run, args=(function,), daemon=True).start()
 
     def _run(self, function: Callable[[], Any]) -> None:
         try:
-            function()
-            self._future.set_result(None)
+            self._future.set_result(function())
         except BaseException as error:
             self._future.set_exception(error)
 
-    def join(self) -> None:
+    def join(self) -> Any:
         """Wait for the end; signals are handled while waiting."""
         while not self._future.done():
             concurrent.futures.wait([self._future], timeout=1.0)
-        self.check()
+        return self._future.result()
 
     def check(self) -> None:
         """Raise what the function has raised, if it has."""
         if self._future.done():
             self._future.result()
-
-
-def _until_signal() -> None:
-    stop = threading.Event()
-    _Signals(stop.set)
-    while not stop.wait(1):  # a signal that reaches another thread wakes nobody here
-        pass
 
 
 # --- doctor
@@ -13216,9 +17211,8 @@ def _check_confinement(program: str, launcher: Launcher | WindowsLauncher) -> tu
     """Start a program that tries everything, and POV-Ray, as renders are started."""
     if sys.platform != "linux":
         return True, "not on this system: work only for farms whose people you trust"
-    with tempfile.TemporaryDirectory(prefix="povfarm-") as scratch, socket.create_server(
-            ("127.0.0.1", 0)) as server:
-        private, place = Path(scratch, "private"), Path(scratch, "run")
+    with _scratch() as scratch, socket.create_server(("127.0.0.1", 0)) as server:
+        private, place = scratch / "private", scratch / "run"
         private.touch()
         place.mkdir()
         try:

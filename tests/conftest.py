@@ -1,50 +1,101 @@
-"""What every test may use: the module under test, the real POV-Ray, and figures for its end."""
+"""What every test may use, how the tests are shared out, and the figures for their end."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = Path("/usr/share/doc/povray/examples")
+from helpers.base import EXAMPLES, TRIED, need, tried, wait_until
+from helpers.farm import renderers
 
-sys.path.insert(0, str(ROOT))
-
-REQUIRED = set(filter(None, os.environ.get("POVFARM_TEST_REQUIRE", "").split(",")))
-
-
-TRIED: Dict[str, Dict[str, int]] = {}
+# Who renders waits more than he computes, so there are more workers than cores.
+WORKERS_MORE_THAN_CORES = 2
+SLOW = re.compile(r"(/usr/bin/)?povray|.*/(povfarm\.py|chromium|chromium-browser|ffmpeg)")
+UNDER_WAY: List[pytest.Item] = []
 
 
-def tried(what: str, number: int = 1, **wrong: int) -> None:
-    """Add to the figures that are printed when the tests have run: ``let_in=0`` and the like."""
-    figures = TRIED.setdefault(what, {"tried": 0})
-    for name, more in {"tried": number, **wrong}.items():
-        figures[name] = figures.get(name, 0) + more
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the one option of ours."""
+    parser.addoption("--long", action="store_true", help="some tests are wider, and take longer")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many run at once with ``-n auto``."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (cores or 1) + WORKERS_MORE_THAN_CORES
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """With ``-n``, keep together what ``pytest_collection_modifyitems`` puts together."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
+    """What renders is slow; and with ``-n``, what a module makes once is made in one process."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        if "povray" in names or "examples" in names:
+            item.add_marker("slow")
+    if hasattr(config, "workerinput"):
+        for item in items:
+            makers = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+            if any(maker[-1].scope == "module" for maker in makers):
+                item.add_marker(pytest.mark.xdist_group(item.path.name))
+        # The small ones come last and fill the gaps.
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Know whether the test that runs may start a program that is slow to start."""
+    UNDER_WAY[:] = [item]
+    yield
+    UNDER_WAY.clear()
+
+
+PROCESS = os.getpid()
+
+
+def _refuse_slow_programs(event: str, args: Tuple[Any, ...]) -> None:
+    # A launcher that was forked meanwhile goes on with what was under way then.
+    if event in ("subprocess.Popen", "os.exec", "os.posix_spawn") and UNDER_WAY and (
+            os.getpid() == PROCESS):
+        words = [os.fsdecode(word) for word in args[1]]
+        if not UNDER_WAY[0].get_closest_marker("slow") and any(SLOW.fullmatch(word) for word in words):
+            raise AssertionError(f"only tests that are marked as slow start {words[:4]}")
+
+
+sys.addaudithook(_refuse_slow_programs)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Give the figures of a process of ``-n`` to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = TRIED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add the figures of a process of ``-n``."""
+    for what, figures in getattr(node, "workeroutput", {}).get("tried", {}).items():
+        tried(what, **{"number" if name == "tried" else name: n for name, n in figures.items()})
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what was tried against the farm, and how much of it came to something."""
-    for what, figures in TRIED.items():
+    for what, figures in sorted(TRIED.items()):
         terminalreporter.write_line(f"{what}: " + ", ".join(
             f"{number:,} {name.replace('_', ' ')}" for name, number in figures.items()))
-
-
-def need(name: str, present: bool, why: str) -> None:
-    """Skip the test when something is missing here, or fail where it must be there."""
-    if present:
-        return
-    if name in REQUIRED:
-        pytest.fail(f"{name} is required here: {why}")
-    pytest.skip(why)
 
 
 @pytest.fixture(scope="session")
@@ -63,43 +114,8 @@ def examples() -> Path:
     return EXAMPLES
 
 
-def run_povray(args: List[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """Run plain POV-Ray as a person would, without a display window."""
-    return subprocess.run(
-        ["povray", *args, "-D"], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, errors="replace", timeout=600, check=False,
-    )
-
-
-class SlowLink:
-    """A socket through which little goes at a time, and that only after most of the timeout.
-
-    No time passes for that.
-    """
-
-    def __init__(self) -> None:
-        self.arrived = b""
-        self.timeout = 0.0
-
-    def settimeout(self, seconds: float) -> None:
-        """Set the timeout, as of a socket."""
-        self.timeout = seconds
-
-    def send(self, data: Any) -> int:
-        """Take at most 1000 bytes, as a socket may."""
-        self.arrived += bytes(data[:1000])
-        return min(len(data), 1000)
-
-    def sendall(self, data: Any) -> None:
-        """Send in no more time than the timeout for all of it, as Python's sockets do."""
-        self.send(data)
-        if len(data) > 1000:
-            raise socket.timeout("timed out")
-
-
-def pixels_of(path: Path) -> Tuple[int, bytes]:
-    """The width of a PPM picture, and its pixels: three bytes or three pairs of bytes each."""
-    data = path.read_bytes()
-    header = re.match(rb"P6\s+(?:#.*\n)*(\d+)\s+\d+\s+\d+\s", data)
-    assert header, data[:50]
-    return int(header[1]), data[header.end() :]
+@pytest.fixture
+def no_process_is_left(tmp_path: Path) -> Iterator[None]:
+    """Whatever a test does, no POV-Ray that it caused may outlive it."""
+    yield
+    wait_until(lambda: not renderers(tmp_path), "a POV-Ray was left behind")

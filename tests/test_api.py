@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import re
 import threading
+import tracemalloc
 import zipfile
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Optional, Tuple
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 import pytest
-from farm_in_a_box import (  # noqa: F401 - the fixture
+
+import povfarm
+from helpers.farm_in_a_box import (
     KEY,
     SCENE,
     FakeClock,
@@ -20,13 +24,13 @@ from farm_in_a_box import (  # noqa: F401 - the fixture
     Reply,
     farm_fixture,
     manifest,
-    png,
     pov_job,
     sha256,
 )
-
-import povfarm
+from helpers.pictures import png
 from povfarm import BodyReader, JobState, LeaseSpec, ProtocolError, Request, TaskState
+
+__all__ = ["farm_fixture"]
 
 WORKER = {"name": "anna", "cores": 4, "memory": 1 << 33, "system": "Linux 6",
           "engines": {"povray": "3.7.0.10"}, "tags": ["fast"]}
@@ -467,10 +471,18 @@ def test_the_archive_of_a_job_in_work_has_what_is_finished(farm: Farm) -> None:
         deliver(farm, token, lease)
 
 
+def zip_of(files: Mapping[str, bytes]) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, contents in files.items():
+            archive.writestr(name, contents)
+    return data.getvalue()
+
+
 def test_files_that_the_scene_wrote_come_with_an_image(farm: Farm) -> None:
     token, lease = working(farm)
     files = {"a.txt": b"text", "sub/\u00fc.csv": b"1,2"}
-    packed = povfarm.pack_files(files)
+    packed = zip_of(files)
     path = f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}?log=3&files={len(packed)}"
     reply = farm.ask("PUT", path, key=token, body=b"log" + png(lease.tasks[0].id) + packed)
     assert reply.status == 200 and reply.json() == {"accepted": True}
@@ -489,8 +501,7 @@ def test_files_that_the_scene_wrote_come_with_an_image(farm: Farm) -> None:
 def test_files_that_no_scene_may_write_refuse_the_delivery(farm: Farm) -> None:
     token, lease = working(farm)
     image = png(lease.tasks[0].id)
-    for packed in (povfarm.pack_files({"../up.txt": b"x"}), b"no zip",
-                   povfarm.pack_files({".profile": b"x"})):
+    for packed in (zip_of({"../up.txt": b"x"}), b"no zip", zip_of({".profile": b"x"})):
         path = f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}?files={len(packed)}"
         assert farm.ask("PUT", path, key=token, body=image + packed).status == 400
     assert farm.states(1)[0] == "leased" and farm.ask("GET", "/api/v1/jobs/1/files").json() == {
@@ -615,6 +626,56 @@ def test_a_worker_that_shows_the_lease_of_another_is_told_that_it_is_gone(farm: 
         reply = farm.ask("POST", target, key=other, json_body=body)
         assert reply.status == 410 and is_refusal(reply)
     assert farm.states(1)[0] == "leased"
+
+
+def ask_in_blocks(farm: Farm, method: str, target: str, headers: Mapping[str, str],
+                  blocks: Iterator[bytes], size: Optional[int]) -> povfarm.Response:
+    """A request whose body comes a little at a time."""
+    path, _, query = target.partition("?")
+    body = BodyReader(itertools.chain(blocks, [b""]), size)
+    return farm.router.handle(Request(method, path, dict(parse_qsl(query)), headers, body))
+
+
+def test_a_lease_is_looked_at_before_the_body(farm: Farm) -> None:
+    _, lease = working(farm)
+    other = {"authorization": f"Bearer {join(farm, 'bert')['token']}"}
+
+    def blocks() -> Iterator[bytes]:
+        raise AssertionError("the body is read")
+        yield b""
+
+    for what in ("", "/state"):
+        answer = ask_in_blocks(farm, "PUT", f"/api/v1/leases/{lease.id}/tasks/1{what}", other,
+                               blocks(), 1000)
+        assert answer.status == 410
+    assert not list(farm.root.glob("incoming/*"))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["length", "chunks"])
+def test_a_delivery_is_never_whole_in_memory(known: bool, farm: Farm) -> None:
+    width, height, mark = 4000, 1000, 1 << 16
+    farm.submit(1, values={"Width": f"{width}", "Height": f"{height}", "Output_File_Type": "P"})
+    token = join(farm)["token"]
+    reply = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()
+    lease = LeaseSpec.from_wire(reply["leases"][0])
+    text, head = b"log", b"P6\n%d %d\n255\n" % (width, height)
+    packed = zip_of({"a.txt": bytes(20_000_000)})  # not compressed
+    rest, sizes = 3 * width * height, (len(text) + len(head), len(packed))
+    blocks = itertools.chain([text + head], itertools.repeat(bytes(mark), rest // mark),
+                             [bytes(rest % mark)], [packed[at:at + mark]
+                                                    for at in range(0, len(packed), mark)])
+    tracemalloc.start()
+    answer = ask_in_blocks(
+        farm, "PUT", f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}"
+        f"?log={len(text)}&files={len(packed)}", {"authorization": f"Bearer {token}"}, blocks,
+        sum(sizes) + rest if known else None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert answer.body == b'{"accepted":true}' and peak < 2_000_000, peak
+    image = farm.root / "jobs" / "1-ball" / "out.ppm"
+    assert image.stat().st_size == len(head) + rest and not list(farm.root.glob("incoming/*"))
+    file, = farm.ask("GET", "/api/v1/jobs/1/files").json()["files"]
+    assert (file["path"], file["size"]) == ("a.txt", 20_000_000)
 
 
 @pytest.mark.parametrize("image", [b"", b"no picture", png()[:-4], png(width=9)])
@@ -892,6 +953,22 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
                   if parameter["in"] == "path"}
         assert listed == set(re.findall(r"{(\w+)}", path))
         assert operation["summary"] and operation["description"] and operation["responses"]
+    bodies = {path: sorted(operation["requestBody"]["content"]["application/json"]["schema"]["required"])
+              for (_, path), operation in described.items() if "requestBody" in operation}
+    assert bodies == {
+        "/api/v1/workers": sorted(WORKER), "/api/v1/lease": ["idle", "slots", "want"],
+        "/api/v1/workers/admit": ["code"],
+        "/api/v1/leases/{lease}/tasks/{task}/fail": ["log", "message", "scene"]}
+
+
+def test_a_job_has_the_frames_that_were_chosen(farm: Farm) -> None:
+    body = {"name": "ball", "pov": pov_job(9).to_wire(), "options": {}, "frames": "7,2-3",
+            "manifest": manifest({"scene.pov": SCENE}).to_wire()}
+    job = farm.ask("POST", "/api/v1/jobs", json_body=body).json()["id"]
+    assert [task.frame for task in farm.tasks(job)] == [2, 3, 7]
+    reply = farm.ask("POST", "/api/v1/jobs", json_body={**body, "frames": "10"})
+    assert reply.status == 400 and "'10' names no frames" in reply.json()["error"]
+    assert farm.ask("POST", "/api/v1/jobs", json_body={**body, "frames": 2}).status == 400
 
 
 def test_a_job_that_is_submitted_again_with_its_ticket_is_one_job(farm: Farm) -> None:

@@ -1,16 +1,19 @@
-"""A short run of tests/chaos.py."""
+"""A short run of tests/tools/chaos.py."""
 
 from __future__ import annotations
 
 import re
 from typing import List
 
-import chaos
-from conftest import need, tried
+import pytest
+
+from helpers.base import need, tried
+from tools import chaos
 
 
-def test_a_farm_to_which_everything_happens_finishes_all_of_its_jobs(povray: str) -> None:
-    text = chaos.chaos(8, seed=1)
+def test_a_farm_to_which_everything_happens_finishes_all_of_its_jobs(
+        povray: str, pytestconfig: pytest.Config) -> None:
+    text = chaos.chaos(60 if pytestconfig.getoption("long") else 8, seed=1)
     done = re.fullmatch(r"\d+ jobs .* 0 wrong or lost; (\d+) faults: .*; not tried here: (.*)", text)
     assert done, text
     tried(f"faults in a whole farm (not tried here: {done[2]})", int(done[1]), lost_or_wrong=0)

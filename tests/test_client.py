@@ -14,12 +14,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import pytest
-from conftest import SlowLink, need
 
 import povfarm
+from helpers.base import need
+from helpers.clocks import Frozen, Pauses
+from helpers.sockets import SlowLink
 from povfarm import (
     Answer,
     Call,
@@ -57,6 +59,10 @@ class Farm:
     def blob(self, request: Request) -> Response:
         return povfarm.text_response(hashlib.sha256(request.body.read()).hexdigest())
 
+    @route("PUT", "/told", role="anyone")
+    def told(self, request: Request) -> Response:
+        return povfarm.text_response(request.headers["x-sha256"])
+
     @route("PUT", "/small", role="anyone", max_body=10)
     def small(self, request: Request) -> Response:
         return povfarm.text_response(request.body.read().decode())
@@ -82,7 +88,7 @@ class Farm:
         self.entered.set()
         while request.alive():
             threading.Event().wait(0.005)
-        return povfarm.empty_response()
+        return Response(204)
 
 
 def start(farm: Farm, port: int = 0, tls: Optional[ssl.SSLContext] = None, host: str = "127.0.0.1",
@@ -106,32 +112,6 @@ def url(server: Server) -> str:
 
 def client(server: Server, **options: Any) -> Client:
     return Client(url(server), retry_for=0, **options)
-
-
-class Frozen(povfarm.Clock):
-    """A clock that only moves when somebody waits."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class Pauses(threading.Event):
-    """A stop event that never takes time: waiting moves the clock, and may do something."""
-
-    def __init__(self, clock: Frozen, then: Callable[[int], object] = lambda count: None) -> None:
-        super().__init__()
-        self.clock = clock
-        self.then = then
-        self.waits: List[float] = []
-
-    def wait(self, timeout: Optional[float] = None) -> bool:
-        self.waits.append(timeout or 0)
-        self.clock.now += timeout or 0
-        self.then(len(self.waits))
-        return self.is_set()
 
 
 class Scripted(Transport):
@@ -202,7 +182,7 @@ def test_one_connection_serves_many_requests() -> None:
     assert server.connections == first and len(first) == 1
     one.close()
     with server.changed:
-        assert server.changed.wait_for(lambda: not server.connections, 10)
+        assert server.changed.wait_for(lambda: not server.connections, 60)
     server.stop()
 
 
@@ -262,6 +242,20 @@ def test_pauses_double_up_to_half_a_minute_and_vary() -> None:
         assert longest / 2 <= wait <= longest
     assert len({wait / 2**n for n, wait in enumerate(waits[:8])}) > 1
     assert 270 < sum(waits) <= 300
+
+
+def test_who_waits_for_an_answer_is_told_now_and_then_what_for() -> None:
+    gone = ServerGone("no answer")
+    one, transport, pauses = scripted(*[gone] * 40, 200)
+    told: List[Tuple[float, str]] = []
+    one.keep_trying(lambda text: told.append((transport.clock.now, text)), pauses)
+    start = transport.clock.now
+    assert one.request("GET", "/x").status == 200
+    assert max(transport.gaps) <= 5.001
+    assert 3 <= told[0][0] - start < 8 and "no answer (trying again" in told[0][1]
+    between = [later - time for (time, _), (later, _) in zip(told, told[1:-1])]
+    assert between and all(60 <= pause < 65 for pause in between)
+    assert told[-1][1] == "http://farm:2271 answers again"
 
 
 def test_news_of_a_coordinator_ends_a_pause_and_the_next_are_short_again() -> None:
@@ -380,7 +374,7 @@ def test_a_connection_that_was_closed_while_idle_costs_no_pause(tmp_path: Path) 
     for _ in range(2):
         assert one.request("POST", "/echo", json=1).json()["json"] == 1
         with server.changed:
-            assert server.changed.wait_for(lambda: not server.connections, 10)
+            assert server.changed.wait_for(lambda: not server.connections, 60)
         assert one.request("PUT", "/blob", body=tmp_path / "file").body.decode() == SHA256
     server.stop()
 
@@ -510,10 +504,24 @@ def test_a_file_is_uploaded(size: int, server: Server, tmp_path: Path) -> None:
     assert reply.body.decode() == hashlib.sha256(DATA[:size]).hexdigest()
 
 
+@pytest.mark.parametrize("size", [0, 1, 300_000])
+def test_a_body_of_several_parts_is_one(size: int, server: Server, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_bytes(DATA[:size])
+    whole = b"text" + DATA[:size] + DATA[:size] + b"end"
+    one = client(server)
+    for _ in range(2):
+        reply = one.request("PUT", "/blob", body=(b"text", tmp_path / "one", b"", tmp_path / "two",
+                                                  b"end"))
+        assert reply.body.decode() == hashlib.sha256(whole).hexdigest()
+        reply = one.request("PUT", "/told", body=(b"text", tmp_path / "one"))
+        assert reply.body.decode() == hashlib.sha256(b"text" + DATA[:size]).hexdigest()
+
+
 def test_a_large_picture_takes_as_long_as_it_takes_while_it_moves() -> None:
     """Else it would be sent again and again, and never arrive."""
     transport, link = Transport("http://127.0.0.1"), SlowLink()
-    call = Call("PUT", "/blob", {}, DATA, 30.0, threading.Event())
+    call = Call("PUT", "/blob", {}, (DATA,), 30.0, threading.Event())
     assert transport._send(link, call)  # type: ignore[arg-type]
     assert link.arrived.endswith(b"\r\n\r\n" + DATA) and link.timeout == 30
 
@@ -537,7 +545,7 @@ def test_of_connections_that_are_dead_only_one_is_waited_for(server: Server) -> 
     transport._idle += [ours for ours, _ in pairs]
     pauses = Pauses(Frozen())
     one = Client(transport._base_url, transport=transport, clock=pauses.clock)
-    assert one.request("GET", "/echo", timeout=0.1, stop=pauses).status == 200
+    assert one.request("GET", "/echo", timeout=1, stop=pauses).status == 200
     assert len(pauses.waits) == 1 and [ours.fileno() for ours, _ in pairs] == [-1] * 3
     one.close()
     for _, other in pairs:

@@ -6,6 +6,7 @@ what succeeds when it is free proves something when it is refused.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,17 +16,17 @@ import struct
 import subprocess
 import sys
 import threading
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import pytest
-from conftest import ROOT, need, tried
-from test_engines import make_run
-from test_farm import SMALL, Farm, environment, pixels, project, run
 
 import povfarm
+from helpers.base import ROOT, need, tried
+from helpers.farm import SMALL, Farm, environment, project, run
+from helpers.pictures import pixels, png
+from helpers.runs import HEAD, MARK, make_run
 from povfarm import (
     Bounds,
     Engine,
@@ -34,11 +35,6 @@ from povfarm import (
     make_launcher,
     standard_library,
 )
-
-HEAD = """#version 3.7; global_settings { assumed_gamma 1 }
-camera { location -5*z } light_source { -9*z, 1 } plane { z, 1 pigment { rgb 1 } }
-"""
-MARK = "the-private-words"
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +50,15 @@ def launcher() -> Iterator[Launcher]:
 # --- what the kernel refuses, to a program that tries everything
 
 TRIES = """
-import os, socket, sys
-out = sys.argv[1]
+import ctypes, fcntl, mmap, os, resource, socket, sys
+out, other = sys.argv[1], int(sys.argv[3])
 sock = os.path.join(out, "sock")
+C = ctypes.CDLL(None, use_errno=True)
+def call(name, *arguments):
+    got = getattr(C, name)(*arguments)
+    if got < 0:
+        raise OSError(ctypes.get_errno(), name)
+    return got
 tries = {
     "a file read": lambda: open(out + "/private"),
     "a file written": lambda: open(out + "/private", "w"),
@@ -90,6 +92,26 @@ tries = {
     "a device": lambda: open("/dev/zero"),
     "a file of another run": lambda: open("../run2/scene", "w"),
     "the project changed": lambda: open("../tree/scene.pov", "w"),
+    "memory that no limit counts": lambda: mmap.mmap(-1, 4096),
+    "memory as a file": lambda: os.memfd_create("x"),
+    "another program's limits": lambda: resource.prlimit(other, resource.RLIMIT_CORE),
+    "another program's priority": lambda: os.setpriority(
+        os.PRIO_PROCESS, other, os.getpriority(os.PRIO_PROCESS, other)),
+    "another program's processors": lambda: os.sched_setaffinity(
+        other, os.sched_getaffinity(other)),
+    "another program's scheduling": lambda: os.sched_setscheduler(
+        other, os.SCHED_OTHER, os.sched_param(0)),
+    "signals of a file to another program": lambda: fcntl.fcntl(1, fcntl.F_SETOWN, other),
+    "another signal of a file": lambda: fcntl.fcntl(1, 10, 9),
+    "a lease of a file": lambda: fcntl.fcntl(os.open("../tree", os.O_RDONLY), 1026, 1),
+    "two sockets": lambda: socket.socketpair(),
+    "a queue of System V": lambda: call("msgctl", call("msgget", 0, 0o1600), 0, None),
+    "memory of System V": lambda: call("shmctl", call("shmget", 0, 4096, 0o1600), 0, None),
+    "semaphores of System V": lambda: call("semctl", call("semget", 0, 1, 0o1600), 0, 0),
+    "a life after its worker": lambda: call("prctl", 1, 0),
+    "looks by other programs": lambda: call("prctl", 4, 1),
+    "news of files": lambda: call("inotify_init1", 0),
+    "a name space": lambda: call("unshare", 0x200),
 }
 for name, attempt in tries.items():
     try:
@@ -104,6 +126,8 @@ allowed = {
     "project": lambda: open("../tree/scene.pov").read(),
     "itself": lambda: os.kill(os.getpid(), 0),
     "threads": lambda: __import__("threading").Thread(target=print).start(),
+    "its own limits": lambda: resource.prlimit(os.getpid(), resource.RLIMIT_CORE),
+    "memory": lambda: mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS),
 }
 for name, attempt in allowed.items():
     attempt()
@@ -146,9 +170,89 @@ def test_every_attempt_gets_through_without_confinement(
 def test_no_attempt_gets_through_confinement(launcher: Launcher, tmp_path: Path) -> None:
     done = attempts(launcher, tmp_path, True)
     tried("attempts of a confined program", len(done), achieved=sum(done.values()))
-    assert len(done) > 29 and [name for name, achieved in done.items() if achieved] == []
+    assert len(done) > 45 and [name for name, achieved in done.items() if achieved] == []
     assert (tmp_path / "out" / "private").read_text() == MARK
     assert sorted((tmp_path / "run").iterdir()) == []
+
+
+# Every number up to those of calls to come, with arguments that are good for nothing.
+EVERYTHING = """
+import ctypes, sys
+C = ctypes.CDLL(None, use_errno=True)
+for number in map(int, sys.argv[1:]):
+    C.syscall(number, *[ctypes.c_long(-1)] * 6)
+    print(number, ctypes.get_errno(), flush=True)
+print("end", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.uname().machine not in povfarm._MACHINES, reason="has no filter")
+def test_every_system_call_that_is_not_listed_is_refused(
+        launcher: Launcher, tmp_path: Path) -> None:
+    listed = set(povfarm._calls_of(os.uname().machine).values())
+    # 335 and 336, uretprobe and uprobe, a kernel takes past all filters, and ends who calls them.
+    others = [number for number in range(600) if number not in listed | {335, 336}]
+    # The same call by the other numbers of x86-64.
+    others += [1 << 30 | number for number in (0, 1, 41)]
+    argv = [sys.executable, "-I", "-S", "-c", EVERYTHING, *map(str, others)]
+    lines = list(launcher.start(argv, tmp_path, {}, Bounds(python_reads())).lines())
+    assert lines[-1:] == ["end"], lines[-3:]
+    answers = dict(map(int, line.split()) for line in lines[:-1])
+    got_in = [number for number, error in answers.items()
+              if error != (errno.ENOSYS if 435 <= number < 1 << 30 else errno.EACCES)]
+    tried("system calls that are not listed", len(answers), let_in=len(got_in))
+    assert len(answers) > 400 and got_in == []
+
+
+def run_filter(code: bytes, machine: int, number: int, arguments: Sequence[int] = ()) -> int:
+    """Return what a filter answers, as the kernel would read it (seccomp(2), bpf(4))."""
+    data = struct.pack("=IIQ6Q", number, machine, 0, *(*arguments, 0, 0, 0, 0, 0, 0)[:6])
+    lines, at, register = list(struct.iter_unpack("=HBBI", code)), 0, 0
+    while True:
+        (operation, yes, no, value), at = lines[at], at + 1
+        if operation == 0x20:
+            register, = struct.unpack_from("=I", data, value)
+        elif operation == 0x54:
+            register &= value
+        elif operation == 0x06:
+            return int(value)
+        else:
+            true = {0x15: register == value, 0x35: register >= value,
+                    0x45: bool(register & value)}[operation]
+            at += yes if true else no
+
+
+ALLOWED, REFUSED, MISSING = 0x7FFF0000, 0x50000 | errno.EACCES, 0x50000 | errno.ENOSYS
+ITSELF = povfarm._ITSELF
+ARGUMENTS = [  # those of a call that are let through, and those that are not
+    ("clone", [(0x10F00,)], [(17,), (0x4111,)]),
+    ("kill", [(ITSELF, 9)], [(1, 9), (0,), ((1 << 32) - 1,)]),
+    ("tgkill", [(ITSELF, 5, 6)], [(1, 1, 9)]),
+    ("prlimit64", [(0, 7), (ITSELF, 7)], [(1, 7)]),
+    ("prctl", [(15,), (16,)], [(1,), (4,), (22,), (38,)]),
+    ("fcntl", [(3, 2), (3, 1030), (3, 6)], [(3, 8), (3, 10), (3, 15), (3, 1024), (3, 1026)]),
+    ("ioctl", [(1, 0x5401), (1, 0x5413)], [(1, 0x5412), (1, 0x541C), (1, 0x8901)]),
+    ("mmap", [(0, 1, 3, 0x22), (0, 1, 3, 2), (0, 1, 1, 1)],
+     [(0, 1, 3, 0x21), (0, 1, 3, 0x23), (0, 1, 3, 0x10021)]),
+]
+
+
+@pytest.mark.parametrize("machine", povfarm._MACHINES)
+def test_the_filter_allows_what_is_listed_on_each_machine(machine: str) -> None:
+    audit, calls = povfarm._MACHINES[machine][0], povfarm._calls_of(machine)
+    code = povfarm._filter(audit, calls)
+    looked_at = {name for name, _, _ in ARGUMENTS}
+    assert looked_at == set(povfarm._TESTS) and len(set(calls.values())) == len(calls)
+    for name, good, bad in ARGUMENTS:
+        assert {run_filter(code, audit, calls[name], each) for each in good} == {ALLOWED}, name
+        assert {run_filter(code, audit, calls[name], each) for each in bad} == {REFUSED}, name
+    for number in range(600):
+        if number not in {calls[name] for name in looked_at}:
+            expected = (ALLOWED if number in calls.values() else
+                        MISSING if number >= 435 else REFUSED)
+            assert run_filter(code, audit, number) == expected
+    assert run_filter(code, audit, 1 << 30 | calls["read"]) == REFUSED
+    assert run_filter(code, 0x40000003, calls["read"]) == REFUSED  # 32 bits
 
 
 def test_a_render_that_the_kernel_does_not_confine_is_not_started(
@@ -253,7 +357,7 @@ def run_scene(launcher: Launcher, place: Path, evil: Evil, confined: bool,
                        ("out/words.txt", f'"{MARK}"')):
         (place / name).write_text(text)
     shutil.copyfile(Path(standard_library()[-1]) / "timrom.ttf", place / "out" / "font.ttf")
-    (place / "out" / "map.png").write_bytes(tiny_png())
+    (place / "out" / "map.png").write_bytes(png(7, 2, 2))
     (place / "out" / "map.ph").write_bytes(photons)
     (place / "out" / "cloud.df3").write_bytes(struct.pack(">3H", 2, 2, 2) + bytes(range(8)))
     (place / "tree" / "link").symlink_to(place / "out")
@@ -266,7 +370,7 @@ def run_scene(launcher: Launcher, place: Path, evil: Evil, confined: bool,
     for path, target in command.links.items():
         path.symlink_to(target)
     process = launcher.start(command.argv, run.place, command.environment,
-                             Bounds(command.reads if confined else None))
+                             Bounds((str(run.tree), *command.reads) if confined else None))
     text = "\n".join(process.lines())
     code = process.wait().code
     after = snapshot(place)
@@ -278,15 +382,6 @@ def snapshot(place: Path) -> Dict[str, bytes]:
     """Return every file that is not the run's own."""
     return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*")
             if path.is_file() and "run" not in path.relative_to(place).parts}
-
-
-def tiny_png() -> bytes:
-    """Return a PNG of 2 by 2 grey pixels."""
-    parts = ((b"IHDR", struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 0)),
-             (b"IDAT", zlib.compress(b"\0\1\2\0\3\4")), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in parts)
 
 
 @pytest.fixture(scope="module")
@@ -371,13 +466,14 @@ EAT_SPHERES = HEAD + "union { #while (1) sphere { 0, 1 } #end }"
 
 
 def test_render_says_what_a_hostile_scene_may_not(povray: str, tmp_path: Path) -> None:
-    (tmp_path / "private.inc").write_text(f'#debug "{MARK}\\n"')
-    place = project(tmp_path, READ_PRIVATE % tmp_path)
+    (tmp_path / ".private").mkdir()
+    (tmp_path / ".private" / "private.inc").write_text(f'#debug "{MARK}\\n"')
+    place = project(tmp_path, READ_PRIVATE % (tmp_path / ".private"))
     free = run(tmp_path, "render", "scene.pov", *SMALL, "--unconfined", cwd=place)
     assert free.returncode == 0 and (place / "scene.png").exists()
     (place / "scene.png").unlink()
     confined = run(tmp_path, "render", "scene.pov", *SMALL, cwd=place)
-    assert confined.returncode == 1 and "private.inc" in confined.stderr
+    assert confined.returncode == 1 and "/.private/" in confined.stderr
     assert MARK not in confined.stderr and not (place / "scene.png").exists()
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import socket
@@ -18,38 +19,17 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
-from conftest import need
 
 import povfarm
-from povfarm import Beacon, Found, discover, wait_for_coordinator
+from helpers.base import need
+from helpers.sockets import KEY, beacon, shared_socket
+from povfarm import Beacon, Found, discover, look_out
 
-KEY = b"the farm key"
 ROUND = 0.25  # seconds, with the first probe and a second one
-
-
-@contextlib.contextmanager
-def beacon(name: str = "studio", farm_id: str = "f1", port: int = 0, key: bytes = KEY,
-           url_port: int = 2271, pin: str = "") -> Iterator[Beacon]:
-    one = Beacon(name, farm_id, url_port, key, port=port, pin=pin)
-    one.start()
-    try:
-        yield one
-    finally:
-        one.stop()
 
 
 def probe(**fields: Any) -> bytes:
     return json.dumps({"povfarm": "probe", "version": 1, "nonce": "ab" * 16, **fields}).encode()
-
-
-def shared_socket(port: int = 0) -> socket.socket:
-    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    for name in ("SO_REUSEADDR", "SO_REUSEPORT"):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.SOL_SOCKET, getattr(socket, name), 1)
-    sock.bind(("", port))
-    sock.settimeout(10)
-    return sock
 
 
 @contextlib.contextmanager
@@ -215,7 +195,7 @@ def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue(
         options = argparse.Namespace(key=KEY.decode(), server="", data=Path("nowhere"), name="",
                                      command="work", discovery_port=port, pin="")
         worker = threading.Thread(
-            target=lambda: found.append(povfarm._find_coordinator(options, stop, waits=True)))
+            target=lambda: found.append(povfarm._find_coordinator(options, stop)))
         worker.start()
         try:
             hint = povfarm._packet("hint")  # the rogue's: it lets them look sooner, no more
@@ -305,10 +285,13 @@ class Waiter(threading.Thread):
         super().__init__(daemon=True)
         self.port = port
         self.stop = threading.Event()
-        self.found: Optional[List[Found]] = None
+        self.found: Optional[Found] = None
+
+    def look(self) -> Optional[Found]:
+        return next(iter(discover(0.8, KEY, self.port)), None)
 
     def run(self) -> None:
-        self.found = wait_for_coordinator(KEY, self.stop, self.port, pause=3600)
+        self.found = look_out(self.look, self.stop, self.port, pause=3600)
 
 
 def wait_for_three_probes(sock: socket.socket) -> None:
@@ -324,7 +307,7 @@ def test_a_waiting_worker_is_woken_by_a_coordinator_that_starts() -> None:
         wait_for_three_probes(observer)  # it found nobody: only a hint can help now
         with beacon(port=waiter.port):
             waiter.join(10)
-            assert [one.name for one in waiter.found or []] == ["studio"]
+            assert waiter.found and waiter.found.name == "studio"
 
 
 def test_a_waiting_worker_can_be_stopped() -> None:
@@ -334,15 +317,16 @@ def test_a_waiting_worker_can_be_stopped() -> None:
         wait_for_three_probes(observer)
         waiter.stop.set()
         waiter.join(10)
-        assert waiter.found == []
+        assert waiter.found is None and not waiter.is_alive()
 
 
 def test_a_worker_that_cannot_have_the_port_for_hints_finds_its_coordinator_all_the_same() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
         taken.bind(("", 0))
         with beacon(port=taken.getsockname()[1] - 1) as one:
-            stop = threading.Event()
-            assert [two.name for two in wait_for_coordinator(KEY, stop, one.port)] == ["studio"]
+            waiter = Waiter(one.port)
+            waiter.run()
+            assert waiter.found and waiter.found.name == "studio"
 
 
 def test_a_worker_hears_of_coordinators_that_start_and_of_nothing_else() -> None:
@@ -430,8 +414,8 @@ sys.stdin.read()
 
 WAIT = """
 import threading, povfarm
-found = povfarm.wait_for_coordinator(b"the farm key", threading.Event(), pause=3600)
-print([one.name for one in found])
+look = lambda: next(iter(povfarm.discover(0.8, b"the farm key")), None)
+print(povfarm.look_out(look, threading.Event(), pause=3600).name)
 """
 
 # Asks the true coordinator what it is asked, and passes on what that answers.
@@ -459,6 +443,7 @@ def run(command: List[str]) -> str:
                           timeout=20).stdout.strip()
 
 
+@pytest.mark.slow
 def test_workers_find_coordinators_on_other_hosts_without_a_default_route(lan: Lan) -> None:
     with process(*lan.python(1, SCRIPT, "one", "2269")), \
             process(*lan.python(3, SCRIPT, "three", "2269")):
@@ -468,11 +453,46 @@ def test_workers_find_coordinators_on_other_hosts_without_a_default_route(lan: L
         assert run(lan.python(2, LIST, "another key")) == "[]"
 
 
+@pytest.mark.slow
+def test_serve_prints_an_address_that_others_can_use_without_a_router(
+        lan: Lan, tmp_path: Path) -> None:
+    """Also where a host is on two networks, of which one is not up."""
+    ip("-n", lan.hosts[0], "link", "add", "eth1", "type", "veth", "peer", "name", "eth2")
+    ip("-n", lan.hosts[0], "addr", "add", "10.88.0.1/24", "dev", "eth1")
+    command = ["ip", "netns", "exec", lan.hosts[0], sys.executable, povfarm.__file__, "serve",
+               "--port", "0", "--data", str(tmp_path / "farm"), "--no-discovery"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serve:
+        try:
+            assert serve.stdout is not None
+            said = [serve.stdout.readline() for _ in range(3)]
+            port = int(re.findall(r"is at http://10\.77\.0\.1:(\d+)\n", said[0])[0])
+            assert f"elsewhere:     {sys.executable} {povfarm.__file__} work --server " \
+                f"http://10.77.0.1:{port} --key" in said[2]
+            assert run(lan.python(2, FETCH, f"http://10.77.0.1:{port}")) == "200"
+        finally:
+            serve.terminate()
+            serve.wait(20)
+    for name in ("eth1", "eth2"):
+        ip("-n", lan.hosts[0], "link", "set", name, "up")
+    assert run(lan.python(1, "import povfarm; print(*povfarm.own_addresses())")) == (
+        "10.77.0.1 10.88.0.1")
+    alone = "import povfarm; print(*povfarm.own_addresses())"
+    assert run(["unshare", "--net", sys.executable, "-c", alone]) == "127.0.0.1"
+
+
+FETCH = """
+import sys, urllib.request
+print(urllib.request.urlopen(sys.argv[1] + "/api/v1/farm").status)
+"""
+
+
+@pytest.mark.slow
 def test_a_worker_that_waits_is_woken_by_a_coordinator_on_another_host(lan: Lan) -> None:
     with process(*lan.python(1, LATE)):
-        assert run(lan.python(2, WAIT)) == "['late']"
+        assert run(lan.python(2, WAIT)) == "late"
 
 
+@pytest.mark.slow
 def test_a_host_that_passes_on_true_answers_is_not_believed(lan: Lan) -> None:
     with process(*lan.python(1, SCRIPT, "true", "2280")), process(*lan.python(3, RELAY)):
         assert run(lan.python(2, LIST, "the farm key")) == "[]"

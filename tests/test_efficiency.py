@@ -1,6 +1,6 @@
 """How well unequal workers share one picture: the real scheduler on a clock of its own.
 
-The renderer is a model of POV-Ray as tests/standin.py is one, with the same costs: it sleeps at
+The renderer is a model of POV-Ray as tests/helpers/standin.py is one, with the same costs: it sleeps at
 its start, parses, renders block after block, and may be ended where others go on. bench.py
 --slices measures the same with real processes in real time.
 """
@@ -8,14 +8,19 @@ its start, parses, renders block after block, and may be ended where others go o
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import pytest
-from bench import HEIGHT, IDEAL, PARSE, PROFILES, TEAMS
-from farm_in_a_box import FakeClock, Farm, png
 
+from helpers.base import ROOT
+from helpers.farm_in_a_box import FakeClock, Farm
+from helpers.pictures import png
 from povfarm import SLICE_BEAT_WAIT, Cost, LeaseSpec, slice_block
+from tools import bench, load
+from tools.bench import HEIGHT, IDEAL, PARSE, PROFILES, TEAMS
 
 STEP = 0.05  # seconds between two looks at everything
 SLEEP = 0.3  # seconds of a start
@@ -123,6 +128,7 @@ class Team:
                 renders.remove(render)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", list(PROFILES))
 @pytest.mark.parametrize("team", list(TEAMS))
 def test_a_team_comes_near_to_the_ideal(profile: str, team: str, tmp_path: Path) -> None:
@@ -133,3 +139,62 @@ def test_a_team_comes_near_to_the_ideal(profile: str, team: str, tmp_path: Path)
              for seed in range(3)]
     assert sum(found) / len(found) >= least, found
     assert min(found) >= least - 0.05, found
+
+
+# --- figures that cannot be
+
+CASE = bench.Case("case", "directory", ("a.ini",), frames=2, least=1.0)
+IMAGES = {"1.png": 1, "2.png": 2}
+
+
+@pytest.mark.parametrize("povray, render, why", [
+    ((10, 9), (6, IMAGES), ""),
+    ((10, 0), (6, IMAGES), "no CPU seconds"),
+    ((10, 500), (9, IMAGES), "more than the cores have"),
+    ((10, 10), (0.1, IMAGES), "faster than the processor"),
+    ((10, 9), (11, IMAGES), "slower than promised"),
+    ((10, 9), (6, {"1.png": 1}), "pictures differ"),
+])
+def test_the_bench_fails_for_a_figure_that_cannot_be(
+        povray: Tuple[float, float], render: Tuple[float, Dict[str, int]], why: str,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def timed(command: List[str], case: bench.Case) -> Tuple[float, float, Dict[str, int]]:
+        return (*povray, IMAGES) if "render" not in command else (render[0], 0, render[1])
+
+    monkeypatch.setattr(bench, "timed", timed)
+    monkeypatch.setattr(bench.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(bench.shutil, "which", lambda _: None)
+    assert bench.table([bench.measure(CASE, 1)]) == (why == "")
+    assert why in capsys.readouterr().err
+
+
+LEAVES_ONE = """
+import os, time
+if os.fork() == 0 and os.fork() == 0:
+    while time.process_time() < 0.5:
+        pass
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="adopts orphans")
+def test_what_a_program_leaves_running_is_counted_and_waited_for() -> None:
+    code = ("from tools import bench; import subprocess, sys; bench.adopt_orphans(); "
+            "print(bench.ended(subprocess.Popen([sys.executable, '-c', sys.argv[1]]), ()))")
+    done = subprocess.run([sys.executable, "-c", code, LEAVES_ONE], check=True, text=True,
+                          cwd=ROOT / "tests", stdout=subprocess.PIPE)
+    assert 0.5 < float(done.stdout) < 5
+
+
+@pytest.mark.parametrize("part, good", [(0.95, True), (1.1, False), (0.5, False)])
+def test_the_bench_of_slices_fails_for_more_than_the_ideal_and_less_than_promised(
+        part: float, good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "efficiency", lambda *_: part)
+    assert bench.table(bench.slices(["flat"])) == good
+
+
+def test_the_load_of_strangers_who_are_gone_tells_nothing() -> None:
+    figures = {"connections": 9, "held": 9, "lease_seconds_alone": 0.01, "memory": 40e6,
+               "lease_seconds_median": 0.02, "memory_before": 30e6}
+    assert load.is_good(figures)
+    for name in ("held", "lease_seconds_median", "memory", "memory_before"):
+        assert not load.is_good({**figures, name: 0}), name

@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict, Iterator
 
 import pytest
-from conftest import run_povray
 
+from helpers.base import run_povray
+from helpers.runs import make_run
 from povfarm import (
     LINK,
-    STANDARD,
     Engine,
-    LeaseSpec,
-    PovJob,
     PovText,
     Run,
-    TaskSpec,
     UserError,
     WindowsEngine,
     locate_engine,
-    plan_frames,
     standard_library,
 )
 
 LIBRARY = ("/usr/share/povray-3.7/include",)
-
-
-def make_run(place: Path, frames: Tuple[int, ...] = (3, 4), threads: int = 1,
-             run_dir: str = ".", **values: str) -> Run:
-    """Return a run of a small animation."""
-    wanted: Dict[str, str] = {
-        "Input_File_Name": "scene.pov", "Width": "32", "Height": "24", "Output_File_Type": "N",
-        "Initial_Frame": "1", "Final_Frame": "9", **values}
-    pov = PovJob(wanted, ("x=1",), (STANDARD, "_lib1"), run_dir)
-    plan = plan_frames(pov.options)
-    tasks = tuple(TaskSpec(n, n, Path(plan.output_name(n)).name) for n in frames)
-    lease = LeaseSpec("ab", 1, "job", threads, tasks, "0" * 64, pov, False)
-    return Run(lease, place / "tree", place / "run", frames)
 
 
 def ini(command: Any) -> Dict[str, str]:
@@ -185,20 +169,21 @@ def test_pvengine_is_recognised_by_its_name(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_counts_from_what_is_done() -> None:
     text = PovText(done=40)
     assert text.percent == 40
-    text.feed("Rendered 10 of 100 pixels (10%)")
+    text.feed("Rendered 10 of 100 pixels (10%)\r")
     assert text.percent == 50
-    text.feed("Rendered 61 of 100 pixels (61%)")
+    text.feed("Rendered 61 of 100 pixels (61%)\r")
     assert text.percent == 100
     text.feed("Rendering frame 2 of 2 (#2)")
-    text.feed("Rendered 10 of 100 pixels (10%)")
+    text.feed("Rendered 10 of 100 pixels (10%)\r")
     assert text.percent == 10
 
 
 def test_the_text_of_a_real_animation_is_followed(tmp_path: Path, povray: str) -> None:
     (tmp_path / "s.pov").write_text("#version 3.7; camera { location -z } #debug \"hello\\n\"")
-    shown = run_povray(["s.pov", "+KFF3", "+SF2", "+W64", "+H48", "+V"], tmp_path).stderr
+    shown = subprocess.run(["povray", "-D", "s.pov", "+KFF3", "+SF2", "+W64", "+H48", "+V"],
+                           cwd=tmp_path, stderr=subprocess.PIPE, check=True).stderr.decode()
     text, begun, percents = PovText(), [], []
-    for line in shown.replace("\r", "\n").split("\n"):
+    for line in re.split(r"(?<=\r)|\n", shown):
         if text.feed(line):
             begun.append(text.index)
         percents.append(text.percent)

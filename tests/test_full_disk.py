@@ -8,23 +8,20 @@ import shutil
 import sqlite3
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Sequence
 
 import pytest
-from farm_in_a_box import (  # noqa: F401 - the fixture
-    SCENE,
-    Farm,
-    farm_fixture,
-    manifest,
-    png,
-    pov_job,
-    sha256,
-)
-from test_farm import Farm as RealFarm
-from test_farm import project, run, wait_until
 
 import povfarm
+from helpers import slices
+from helpers.base import wait_until
+from helpers.farm import Farm as RealFarm
+from helpers.farm import project, run
+from helpers.farm_in_a_box import SCENE, Farm, farm_fixture, manifest, pov_job, sha256
+from helpers.pictures import png
 from povfarm import JobOptions, NoRoom
+
+__all__ = ["farm_fixture"]
 
 
 @pytest.fixture
@@ -99,6 +96,7 @@ def test_a_worker_whose_disk_is_full_waits_and_the_scene_is_not_blamed(
         farm.close()
 
 
+@pytest.mark.slow
 def test_a_data_directory_that_cannot_be_written_is_told_in_one_line(
         small_disk: Path, tmp_path: Path) -> None:
     povfarm.Coordinator(small_disk / "farm", bind="127.0.0.1").stop()
@@ -251,6 +249,32 @@ def test_every_way_to_run_out_of_room_is_told_alike(
     assert farm.store.notice == ""
     assert deliver(farm, "anna", lease).status == 200
     assert farm.problems() == [] and farm.leftovers() == []
+    farm.close()
+
+
+def test_a_disk_that_fills_up_while_slices_are_put_together_leaves_no_half_of_a_picture(
+        small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    farm = Farm(small_disk / "farm")
+    worker, job = farm.worker(), slices.submit(farm, slices=3)
+    join = povfarm.join_rows
+
+    def filled(strips: Sequence[Path], extension: str, to: Path) -> None:
+        fill(small_disk, 0)
+        join(strips, extension, to)
+
+    monkeypatch.setattr(povfarm, "join_rows", filled)
+    slices.work(farm, worker)
+    assert farm.store.notice and farm.state(job) == "active"
+    assert slices.states(farm, job) == ["done"] * 3
+    directory = farm.store.job_directory(job, "ball")
+    assert list(directory.glob("*.png")) == [] == list(directory.rglob("*.part"))
+    assert len(slices.part_files(farm, job)) == 3
+    (small_disk / "ballast").unlink()
+    monkeypatch.undo()
+    farm.scheduler.look_for_room()
+    farm.scheduler.expire()
+    assert farm.state(job) == "done" and len(slices.picture(farm, job)) == slices.HEIGHT
+    assert farm.problems() == []
     farm.close()
 
 

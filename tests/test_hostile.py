@@ -13,16 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-import fuzz
-import load
 import pytest
-from conftest import need, run_povray, tried
-from farm_in_a_box import manifest, png
-from test_discovery import KEY, beacon
-from test_http import until_closed
-from test_pages import Recorder, chromium
 
 import povfarm
+from helpers.base import need, run_povray, tried
+from helpers.farm_in_a_box import manifest
+from helpers.pages import Recorder, chromium
+from helpers.pictures import png
+from helpers.sockets import KEY, beacon, until_closed
 from povfarm import (
     Coordinator,
     Cost,
@@ -33,6 +31,7 @@ from povfarm import (
     Response,
     WorkerInfo,
 )
+from tools import fuzz, load
 
 # --- names in a real browser
 
@@ -69,9 +68,9 @@ class Stage(Recorder):
         super().__init__(router)
         frames = [f"<iframe src='{page}'></iframe>" for page in pages]
         self.own: Dict[str, Response] = {
-            "/stage": povfarm.html_response(FRAMES + "".join(frames)),
-            "/taken": povfarm.html_response(hostile("taken")),
-            "/policy": povfarm.html_response(hostile("policy")),
+            "/stage": povfarm.text_response(FRAMES + "".join(frames), mime="text/html"),
+            "/taken": povfarm.text_response(hostile("taken"), mime="text/html"),
+            "/policy": povfarm.text_response(hostile("policy"), mime="text/html"),
         }
         self.own["/policy"].headers["Content-Security-Policy"] = \
             povfarm.PAGE_HEADERS["Content-Security-Policy"].replace("frame-ancestors 'none'", "")
@@ -147,17 +146,19 @@ def test_no_name_and_no_message_runs_in_a_real_browser(povray: str, tmp_path: Pa
 
 # --- many who come and say little; the long form is load.py
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other addresses of loopback, and /proc")
 def test_a_worker_is_served_beside_hundreds_of_idle_and_slow_strangers(tmp_path: Path) -> None:
     figures = load.measure(tmp_path, 300, tls=False, rounds=5)
     assert figures["held"] == 300
-    assert figures["lease_seconds_most"] < 1 and figures["memory"] < 300e6
+    assert load.is_good(figures), figures
     # Were it a thread for each: 300 more than the 20 MB or so that Python itself takes.
     assert figures["memory"] - figures["memory_before"] < 10e6
 
 
 # --- broken input: what is known to be tricky, and changes at random; the long form is fuzz.py
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_input_changed_at_random_is_refused_or_good(name: str) -> None:
     told: List[str] = []
@@ -232,6 +233,7 @@ def many_entries(count: int) -> bytes:
     return bytes(local + central + b"PK\5\6" + end)
 
 
+@pytest.mark.slow
 def test_a_zip_of_more_files_than_a_project_may_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "few.zip").write_bytes(many_entries(3))
     povfarm.read_zip(tmp_path / "few.zip", tmp_path / "few")

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import SlowLink, need, tried
 
 import povfarm
+from helpers.base import need, tried, wait_until
+from helpers.sockets import SlowLink, until_closed
 from povfarm import BodyReader, Identity, Limits, Request, Response, Router, Server, route
 
 ROLES = ("reader", "user", "pending", "worker", "admin")
@@ -50,7 +51,7 @@ class Pages:
 
     @route("GET", "/jobs/new", role="anyone")
     def new(self, request: Request) -> Response:
-        return povfarm.html_response("<p>new")
+        return povfarm.text_response("<p>new", mime="text/html")
 
     @route("GET", "/tree/<n:int>/<rest:path>", role="anyone")
     def tree(self, request: Request) -> Response:
@@ -117,7 +118,7 @@ class Pages:
         while request.alive():
             self.ended.wait(0.005)
         self.ended.set()
-        return povfarm.empty_response()
+        return Response(204)
 
 
 class Doors:
@@ -217,7 +218,7 @@ def test_routes_are_told_for_a_document() -> None:
     told = {(one.route.method, one.route.pattern): one for one in routes}
     assert len(told) == len(routes)
     assert told["GET", "/"].route.summary == "the start"
-    assert told["GET", "/"].doc == "Answer with what was asked."
+    assert told["GET", "/"].handler.__doc__ == "Answer with what was asked."
     assert told["GET", "/worker"].route.role == "worker"
 
 
@@ -298,7 +299,7 @@ def test_a_host_name_must_be_ours(host: Optional[str], status: int) -> None:
 
 def test_a_browser_gets_errors_as_pages_and_a_program_as_json() -> None:
     def page(request: Request, refusal: povfarm.ProtocolError) -> Response:
-        return povfarm.html_response(f"<p>{request.path}: {refusal}", refusal.status)
+        return povfarm.text_response(f"<p>{request.path}: {refusal}", refusal.status, "text/html")
 
     router = Router(Pages(), Doors(), authenticate=stranger, error_page=page)
     for path, status, header in (("/nothing", 404, ""), ("/json", 405, "Allow"), ("/fail", 500, ""),
@@ -374,16 +375,7 @@ def serving(pages: Pages, tls: Optional[ssl.SSLContext] = None, host: str = "127
 
 
 def connect(server: Server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), 10)
-
-
-def until_closed(sock: socket.socket) -> bytes:
-    data = b""
-    while True:
-        block = sock.recv(65536)
-        if not block:
-            return data
-        data += block
+    return socket.create_connection(("127.0.0.1", server.port), 60)
 
 
 def exchange(server: Server, *pieces: bytes) -> bytes:
@@ -399,7 +391,7 @@ def statuses(answers: bytes) -> List[int]:
 
 
 def client(server: Server) -> http.client.HTTPConnection:
-    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    return http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
 
 
 HOST = b"Host: farm\r\n"
@@ -613,7 +605,7 @@ class Endless(socket.socket):
 
 def test_a_client_that_sends_without_end_lets_others_have_their_turn() -> None:
     with serving(Pages()) as server, Endless() as sock, \
-            contextlib.closing(povfarm._Connection(server, sock, "127.0.0.1")) as connection:
+            contextlib.closing(povfarm._Connection(sock, ("127.0.0.1", 1), server)) as connection:
         sock.connect(("127.0.0.1", server.port))
         sock.data = b"\r\n" * 30_000  # these are between requests
         for turn in range(1, 5):
@@ -623,6 +615,7 @@ def test_a_client_that_sends_without_end_lets_others_have_their_turn() -> None:
             assert not connection.fill() and sock.reads == turn
 
 
+@pytest.mark.slow
 def test_empty_lines_without_end_hold_up_nobody() -> None:
     with serving(Pages(), head_seconds=0.3) as server, connect(server) as sock:
         flood = threading.Thread(target=send_until_closed, args=(sock, b"\r\n" * 1_000_000))
@@ -754,7 +747,7 @@ def test_events_end_when_the_client_goes() -> None:
 @pytest.mark.parametrize("path", ["/events", "/poll"])
 def test_what_waits_ends_when_the_server_stops(path: str) -> None:
     pages = Pages()
-    with serving(pages, stop_seconds=10) as server, connect(server) as idle, \
+    with serving(pages, stop_seconds=60) as server, connect(server) as idle, \
             connect(server) as sock:
         sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         if path == "/events":
@@ -763,7 +756,7 @@ def test_what_waits_ends_when_the_server_stops(path: str) -> None:
             assert pages.entered.wait(10)
         began = time.monotonic()
         server.stop()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30  # it did not wait for them as long as it may
         assert pages.ended.wait(10)
         assert idle.recv(1) == b""
         until_closed(sock)
@@ -805,7 +798,7 @@ def test_ipv6_is_served_and_ipv4_clients_of_it_keep_their_address() -> None:
         pytest.skip("this machine has no IPv6")
     with serving(Pages(), host="::") as server:
         assert b'"remote":"127.0.0.1"' in exchange(server, GOOD)
-        with socket.create_connection(("::1", server.port), 10) as sock:
+        with socket.create_connection(("::1", server.port), 60) as sock:
             sock.sendall(GOOD)
             assert b'"remote":"::1"' in until_closed(sock)
 
@@ -817,6 +810,7 @@ def test_the_connection_that_is_idle_for_longest_makes_room() -> None:
         for sock in (first, second, first):  # the first has asked last
             sock.sendall(keep)
             assert statuses(sock.recv(1000)) == [200]
+            wait_until(lambda: len(server._held) == 2, "an answered connection is not idle")
         with connect(server) as third:
             third.sendall(keep)
             assert statuses(third.recv(1000)) == [200]
@@ -851,20 +845,20 @@ def test_strangers_leave_threads_for_those_who_were_let_in() -> None:
 
             for number in range(2):
                 ask("/wait", ("reader", "pending")[number])
-                assert doors.entered.acquire(timeout=10)
+                assert doors.entered.acquire(timeout=60)
             assert statuses(ask("/wait", "reader").recv(1000)) == [503]
             assert statuses(ask("/nothing", "reader").recv(1000)) == [404], "it costs nothing"
             for _ in range(5):  # those who were let in are not counted
                 ask("/wait", "worker")
-                assert doors.entered.acquire(timeout=10)
+                assert doors.entered.acquire(timeout=60)
             if sys.platform == "linux":  # elsewhere 127.0.0.2 is no address
                 ask("/wait", "reader", "127.0.0.2")
-                assert doors.entered.acquire(timeout=10)
+                assert doors.entered.acquire(timeout=60)
                 assert statuses(ask("/wait", "reader", "127.0.0.3").recv(1000)) == [503]
             doors.over.set()
         with server.changed:
-            assert server.changed.wait_for(lambda: not server.connections, 10)
-        assert not server._strangers
+            assert server.changed.wait_for(lambda: not server.connections, 60)
+        assert not server.strangers
     finally:
         server.stop()
 
@@ -880,7 +874,7 @@ class Slow:
     def wait(self, request: Request) -> Response:
         self.entered.release()
         self.over.wait(30)
-        return povfarm.empty_response()
+        return Response(204)
 
 
 def test_more_requests_than_threads_take_their_turn() -> None:
@@ -892,7 +886,7 @@ def test_more_requests_than_threads_take_their_turn() -> None:
             socks = [stack.enter_context(connect(server)) for _ in range(6)]
             for sock in socks:
                 sock.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert all(doors.entered.acquire(timeout=10) for _ in range(2))
+            assert all(doors.entered.acquire(timeout=60) for _ in range(2))
             assert not doors.entered.acquire(timeout=0.05)
             doors.over.set()
             assert [statuses(sock.recv(1000)) for sock in socks] == [[204]] * 6
@@ -927,7 +921,7 @@ def test_tls_serves_files_and_sees_who_has_gone(certificate: ssl.SSLContext,
             plain.sendall(b"and more of it")
             assert plain.recv(1) == b""
         connection = http.client.HTTPSConnection(
-            "127.0.0.1", server.port, timeout=10, context=trusting)
+            "127.0.0.1", server.port, timeout=60, context=trusting)
         for _ in range(2):
             connection.request("GET", "/file/a.png")
             assert connection.getresponse().read() == data
@@ -951,7 +945,7 @@ def test_a_slow_handshake_holds_up_nobody(certificate: ssl.SSLContext) -> None:
         noisy.sendall(os.urandom(300))
         half.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # a record's beginning
         connection = http.client.HTTPSConnection(
-            "127.0.0.1", server.port, timeout=10, context=trusting)
+            "127.0.0.1", server.port, timeout=60, context=trusting)
         connection.request("GET", "/")
         assert connection.getresponse().status == 200
         connection.close()
@@ -973,6 +967,7 @@ def test_a_large_answer_takes_as_long_as_it_takes_while_it_moves() -> None:
     """Over a wireless network, a page of thousands of frames may take minutes."""
     data = os.urandom(300_000)
     connection: Any = object.__new__(povfarm._Connection)
-    connection.sock = link = SlowLink()
-    connection._send(Response(200, {}, data), "GET", False, False)
+    connection.connection, connection.command, connection.close_connection = SlowLink(), "GET", False
+    connection._send(Response(200, {}, data))
+    link = connection.connection
     assert link.arrived.endswith(b"\r\n\r\n" + data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
-from conftest import ROOT, need, run_povray
-from farm_in_a_box import KEY, SCENE, Farm, manifest, png, pov_job
 
 import povfarm
+from helpers.base import ROOT, need, run_povray
+from helpers.farm_in_a_box import KEY, SCENE, Farm, manifest, pov_job
+from helpers.invariants import broken
+from helpers.pictures import png
 from povfarm import Coordinator, Httpov, JobOptions, PovJob, Router
 
 WHO = "client=anna:17&version=1.2"
@@ -157,9 +160,11 @@ def test_one_command_makes_both_clients_join(
     prefs = tmp_path / ".httpovclient" / "prefs"
     prefs.write_text('HP_SERVER="old"\nHP_POV="mine"\n')
     try:
-        povfarm._greet(farm, False, False)
+        options = argparse.Namespace(bind="127.0.0.1", httpov=False)
+        povfarm._greet(farm, options, None)
         assert "HTTPov" not in capsys.readouterr().out
-        povfarm._greet(farm, False, True)
+        options.httpov = True
+        povfarm._greet(farm, options, None)
         command = re.search("HTTPov clients join: +(.*)", capsys.readouterr().out)
         assert command and farm.key not in command[1]
         for _ in range(2):
@@ -277,7 +282,7 @@ def test_a_whole_job_and_then_there_is_none(farm: OldFarm) -> None:
         assert farm.post(batch["batch"], frames(frame)) == "status=ok\n"
     assert farm.get(f"getbatch&job={job}") == "command=getjob\n"
     assert farm.get("getjob") == "command=sleep\n"
-    assert farm.state(job) == "done" and farm.job(job)["wall"] == 60
+    assert farm.state(job) == "done" and farm.job(job).wall == 60
 
 
 def test_a_second_upload_changes_nothing(farm: OldFarm) -> None:
@@ -318,7 +323,7 @@ def test_an_upload_that_is_wrong_costs_a_try(data: bytes, words: str, farm: OldF
     job = farm.submit(2)
     batch = farm.batch(job)["batch"]
     assert farm.upload(batch, data) == "status=error\n"
-    assert farm.states(job) == ["queued", "queued"] and farm.task(job, 1)["tries"] == 1
+    assert farm.states(job) == ["queued", "queued"] and farm.task(job, 1).tries == 1
     failure = farm.ask("GET", f"/api/v1/jobs/{job}").json()["failure"]
     assert failure["frame"] == 1 and words in failure["message"]
     assert not list(farm.root.rglob("N_*"))
@@ -330,7 +335,7 @@ def test_a_wrong_upload_that_is_late_leaves_no_trace(farm: OldFarm) -> None:
     farm.clock.advance(131)
     farm.scheduler.expire()
     assert farm.post(batch, {"N_1.png": b"", "batchreport.txt": b"hm"}) == "status=error\n"
-    assert farm.task(job, 1)["tries"] == 0 and not list(farm.root.rglob("logs/*"))
+    assert farm.task(job, 1).tries == 0 and not list(farm.root.rglob("logs/*"))
 
 
 def test_the_file_is_found_among_other_fields(farm: OldFarm) -> None:
@@ -432,7 +437,7 @@ def test_frames_that_failed_together_are_tried_one_by_one(farm: OldFarm) -> None
     first, last = int(batch["startframe"]), int(batch["stopframe"])
     assert last > first + 1
     assert farm.get(f"abortbatch&job={job}&batch={batch['batch']}") == "status=error\n"
-    assert {farm.task(job, frame)["tries"] for frame in range(first, last + 1)} == {1}
+    assert {farm.task(job, frame).tries for frame in range(first, last + 1)} == {1}
     for cid in range(20, 20 + last - first + 1):  # a client that is started again is another one
         one = farm.batch(job, f"client=anna:{cid}&version=1.2")
         assert one["startframe"] == one["stopframe"] == str(first + cid - 20)
@@ -510,7 +515,7 @@ def test_clients_get_no_slices_and_leave_frames_to_be_sliced(farm: OldFarm) -> N
     ours = [farm.worker(name) for name in ("anna", "berta", "carla", "dora")]
     for worker in ours:
         farm.lease(worker)
-    assert {task["parent"] is None for task in farm.tasks(job)} == {True}
+    assert {task.parent is None for task in farm.tasks(job)} == {True}
     assert farm.get("getjob") == "command=sleep\n"
     farm.clock.advance(31)  # ours are gone: better whole than not at all
     farm.scheduler.expire()
@@ -595,7 +600,7 @@ def test_frames_has_as_many_digits_as_the_names_that_povray_gives(
         values: Dict[str, str], frames_line: str, farm: OldFarm) -> None:
     job = farm.submit(1, values=values)
     assert fields(farm.get("getjob"))["frames"] == frames_line
-    digits = re.sub(r"out|\.png", "", farm.tasks(job)[0]["name"])
+    digits = re.sub(r"out|\.png", "", farm.tasks(job)[0].name)
     assert len(digits) == len(frames_line)
 
 
@@ -734,8 +739,8 @@ def test_a_clients_pictures_are_those_of_plain_povray(
                   else BashClient(address, farm.access.guest_key, place))
         client.work()
         with farm.store.read() as tx:
-            assert [row["state"] for row in tx.tasks(1)] == ["done"] * number
-        assert farm.scheduler.check_invariants() == []
+            assert [row.state for row in tx.tasks(1)] == ["done"] * number
+        assert broken(farm.scheduler) == []
     finally:
         farm.stop()
     made = {path.name: path for path in (tmp_path / "data" / "jobs").rglob("*.png")}

@@ -1,6 +1,6 @@
 """Slices put together are the whole picture: what docs/povray.md says under "Slices".
 
-The wide form, with many scenes of POV-Ray's own, is `python tests/identity.py`.
+The wide form, with many scenes of POV-Ray's own, is `python tests/tools/identity.py`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
 import pytest
-from conftest import run_povray
-from identity import compared, cuts, difference, options_of, render, rows_of, together
 
+from helpers.base import run_povray
 from povfarm import slice_values
+from tools.identity import compared, cuts, difference, options_of, render, rows_of, together
 
 # Fine detail all over, so that a pixel which is sampled otherwise shows.
 START = """#version 3.7; global_settings {{ assumed_gamma 1 {setting} }}

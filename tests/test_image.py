@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 import pytest
-from conftest import need, run_povray, tried
 
 import povfarm
+from helpers.base import need, run_povray, tried
+from helpers.pictures import chunk, crop_rows, join_rows, png_apart, png_file, png_rows
 
+NOISE = """#version 3.7; global_settings { assumed_gamma 1 }
+plane { z, 1 pigment { cells scale 0.001 } finish { emission 1 diffuse 0 } }
+"""
 SCENE = """#version 3.7; global_settings { assumed_gamma 1 }
 camera { location -z*3 look_at 0 } light_source { <2, 3, -5> 1 }
 sphere { 0, 1 pigment { checker rgb x rgb <0.2, 1, 0.4> scale 0.3 } }
@@ -159,16 +163,8 @@ def test_damage_never_ends_in_another_error(pictures: Dict[str, bytes], kind: st
             accepted(data[:at] + bytes([byte]) + data[at + 1:], extension, *size)
 
 
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
 HEAD = struct.pack(">IIBBBBB", 8, 4, 8, 2, 0, 0, 0)
 ROWS = b"".join(bytes([row]) + bytes(24) for row in range(4))  # filters None, Sub, Up, Average
-
-
-def png(*chunks: bytes) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 GOOD, END, SOFT = chunk(b"IDAT", zlib.compress(ROWS)), chunk(b"IEND", b""), chunk(b"tEXt", b"a\0b")
@@ -197,19 +193,19 @@ BAD_PNGS = {
 
 @pytest.mark.parametrize("what", BAD_PNGS)
 def test_a_png_made_wrong_is_refused(what: str) -> None:
-    refused(png(*BAD_PNGS[what]), ".png", 8, 4)
+    refused(png_file(*BAD_PNGS[what]), ".png", 8, 4)
     tried("pictures made wrong")
 
 
 def test_a_png_in_many_small_pieces_is_accepted() -> None:
     pieces = [chunk(b"IDAT", DATA[at:at + 1]) for at in range(len(DATA))]
-    assert accepted(png(chunk(b"IHDR", HEAD), SOFT, *pieces, SOFT, END), ".png", 8, 4)
+    assert accepted(png_file(chunk(b"IHDR", HEAD), SOFT, *pieces, SOFT, END), ".png", 8, 4)
 
 
 def test_a_png_that_inflates_without_end_costs_no_memory() -> None:
     bomb = zlib.compressobj(9)
     body = b"".join(bomb.compress(bytes(1 << 20)) for _ in range(100)) + bomb.flush()
-    data = png(chunk(b"IHDR", HEAD), chunk(b"IDAT", body), END)
+    data = png_file(chunk(b"IHDR", HEAD), chunk(b"IDAT", body), END)
     tracemalloc.start()
     assert "more pixels" in refused(data, ".png", 8, 4)
     assert tracemalloc.get_traced_memory()[1] < 4_000_000
@@ -252,12 +248,13 @@ def test_a_lying_header_costs_neither_time_nor_memory(what: str) -> None:
     assert time.process_time() - before < 2
 
 
+@pytest.mark.slow
 def test_a_png_of_very_many_pieces_costs_no_memory() -> None:
-    data = png(chunk(b"IHDR", HEAD), GOOD + chunk(b"IDAT", b"") * 30_000, END)
+    data = png_file(chunk(b"IHDR", HEAD), GOOD + chunk(b"IDAT", b"") * 30_000, END)
     tracemalloc.start()
     assert accepted(data, ".png", 8, 4) and povfarm.is_black(data, ".png")
     assert tracemalloc.get_traced_memory()[1] < 600_000
-    povfarm.join_rows([povfarm.crop_rows(data, ".png", 0, 2), data], ".png")
+    join_rows([crop_rows(data, ".png", 0, 2), data], ".png")
     assert tracemalloc.get_traced_memory()[1] < 600_000
     tracemalloc.stop()
 
@@ -265,7 +262,7 @@ def test_a_png_of_very_many_pieces_costs_no_memory() -> None:
 def test_a_large_png_is_checked_fast() -> None:
     row = b"\1" + bytes(range(250)) * 48
     head = struct.pack(">IIBBBBB", 4000, 3000, 8, 2, 0, 0, 0)
-    data = png(chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(row * 3000, 1)), END)
+    data = png_file(chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(row * 3000, 1)), END)
     before = time.process_time()
     povfarm.check_image(data, ".png", 4000, 3000)
     assert time.process_time() - before < 0.5
@@ -280,7 +277,7 @@ def test_every_output_type_has_a_name_and_a_check(tmp_path: Path) -> None:
 # Rows cut out and joined again.
 
 def strips_of(data: bytes, extension: str, edges: Sequence[int]) -> List[bytes]:
-    return [povfarm.crop_rows(data, extension, top, end - top)
+    return [crop_rows(data, extension, top, end - top)
             for top, end in zip(edges, edges[1:])]
 
 
@@ -290,35 +287,6 @@ def undated(data: bytes) -> bytes:
     if data[-18:] == b"TRUEVISION-XFILE.\0":
         data = data[:-154] + data[-142:]
     return data
-
-
-def png_apart(data: bytes) -> Tuple[List[Tuple[bytes, bytes]], bytes]:
-    """The chunks but for IDAT, and what IDAT unpacks to."""
-    chunks, at = [], 8
-    while at < len(data):
-        length, kind = struct.unpack_from(">I4s", data, at)
-        chunks.append((kind, data[at + 8:at + 8 + length]))
-        at += 12 + length
-    packed = b"".join(body for kind, body in chunks if kind == b"IDAT")
-    return [each for each in chunks if each[0] != b"IDAT"], zlib.decompress(packed)
-
-
-def png_rows(data: bytes) -> List[bytes]:
-    """Each row's own bytes, unfiltered as section 9 of the PNG specification says."""
-    chunks, filtered = png_apart(data)
-    width, height, depth, color = struct.unpack_from(">IIBB", chunks[0][1])
-    step = {0: 1, 2: 3, 4: 2, 6: 4}[color] * depth // 8
-    rows, above = [], [0] * (width * step)
-    for start in range(0, height * (1 + len(above)), 1 + len(above)):
-        row: List[int] = []
-        for at, value in enumerate(filtered[start + 1:start + 1 + len(above)]):
-            a, b = row[at - step] if at >= step else 0, above[at]
-            c = above[at - step] if at >= step else 0
-            near = sorted((a, b, c), key=lambda near, p=a + b - c: abs(p - near))[0]  # type: ignore
-            row.append((value + [0, a, b, (a + b) // 2, near][filtered[start]]) % 256)
-        rows.append(bytes(row))
-        above = row
-    return rows
 
 
 def exr_rows(data: bytes, height: int) -> List[bytes]:
@@ -365,7 +333,7 @@ def test_strips_of_a_picture_join_to_the_same_file(pictures: Dict[str, bytes], k
         strips = strips_of(data, extension, edges)
         for strip, top, end in zip(strips, edges, edges[1:]):
             povfarm.check_image(strip, extension, width, end - top)
-        joined = povfarm.join_rows(strips, extension)
+        joined = join_rows(strips, extension)
         if extension == ".exr":  # another zlib could pack the rows otherwise
             assert [exr_rows(strip, end - top)
                     for strip, top, end in zip(strips, edges, edges[1:])] == [
@@ -386,7 +354,7 @@ def test_strips_of_a_png_join_to_its_pixels_and_notes(
         for strip, top, end in zip(strips, edges, edges[1:]):
             povfarm.check_image(strip, ".png", width, end - top)
             assert png_rows(strip) == png_rows(data)[top:end]
-        joined = povfarm.join_rows(strips, ".png")
+        joined = join_rows(strips, ".png")
         assert png_rows(joined) == png_rows(data)
         assert png_apart(joined)[0] == png_apart(data)[0]
         assert len(joined) < len(data) + 40 * len(edges) + 0.1 * len(data)
@@ -394,7 +362,7 @@ def test_strips_of_a_png_join_to_its_pixels_and_notes(
 
 def test_exr_rows_that_do_not_get_smaller_are_stored(pictures: Dict[str, bytes]) -> None:
     data = pictures["+FE +W1 +H1"]
-    joined = povfarm.join_rows([data, data], ".exr")
+    joined = join_rows([data, data], ".exr")
     assert exr_rows(joined, 2) == exr_rows(data, 1) * 2
     assert len(joined) == len(data) + 6  # of three channels, two bytes each
 
@@ -403,9 +371,9 @@ def test_a_strip_can_be_cut_again(pictures: Dict[str, bytes]) -> None:
     for kind in ROW_KINDS:
         extension = WRITTEN[kind][0]
         if size_of(kind)[1] == 29:
-            strip = povfarm.crop_rows(pictures[kind], extension, 7, 20)
-            once = povfarm.crop_rows(pictures[kind], extension, 11, 9)
-            assert povfarm.crop_rows(strip, extension, 4, 9) == once
+            strip = crop_rows(pictures[kind], extension, 7, 20)
+            once = crop_rows(pictures[kind], extension, 11, 9)
+            assert crop_rows(strip, extension, 4, 9) == once
 
 
 # Switches, and the rows of each slice.
@@ -450,9 +418,9 @@ def test_slices_that_povray_rendered_join_to_its_whole_picture(
 ) -> None:
     extension = povfarm.IMAGE_TYPES[kind[2]].extension
     slices = [rendered[f"{kind} +SR{top + 1} +ER{end}"] for top, end in PARTS]
-    strips = [povfarm.crop_rows(data, extension, top, end - top)
+    strips = [crop_rows(data, extension, top, end - top)
               for data, (top, end) in zip(slices, PARTS)]
-    assert same_picture(povfarm.join_rows(strips, extension), rendered[f"{kind} "], extension)
+    assert same_picture(join_rows(strips, extension), rendered[f"{kind} "], extension)
 
 
 @pytest.mark.parametrize("kind", SLICED)
@@ -460,10 +428,10 @@ def test_slices_of_a_users_own_region_keep_the_rows_around_it(
     rendered: Dict[str, bytes], kind: str
 ) -> None:
     extension = povfarm.IMAGE_TYPES[kind[2]].extension
-    upper = povfarm.crop_rows(rendered[f"{kind} +SR21 +ER40 +SC5 +EC40"], extension, 0, 40)
-    lower = povfarm.crop_rows(rendered[f"{kind} +SR41 +ER60 +SC5 +EC40"], extension, 40, 31)
+    upper = crop_rows(rendered[f"{kind} +SR21 +ER40 +SC5 +EC40"], extension, 0, 40)
+    lower = crop_rows(rendered[f"{kind} +SR41 +ER60 +SC5 +EC40"], extension, 40, 31)
     whole = rendered[f"{kind} +SR21 +ER60 +SC5 +EC40"]
-    assert same_picture(povfarm.join_rows([upper, lower], extension), whole, extension)
+    assert same_picture(join_rows([upper, lower], extension), whole, extension)
 
 
 def filtered_png(filters: Sequence[int], color: int, depth: int, width: int = 9) -> bytes:
@@ -473,7 +441,7 @@ def filtered_png(filters: Sequence[int], color: int, depth: int, width: int = 9)
     rows = b"".join(bytes([each]) + bytes(noise.randrange(256) for _ in range(size))
                     for each in filters)
     head = struct.pack(">IIBBBBB", width, len(filters), depth, color, 0, 0, 0)
-    return png(chunk(b"IHDR", head), chunk(b"gAMA", b"\0\0\xb1\x8f"),
+    return png_file(chunk(b"IHDR", head), chunk(b"gAMA", b"\0\0\xb1\x8f"),
                chunk(b"IDAT", zlib.compress(rows)), chunk(b"tEXt", b"after\0pixels"), END)
 
 
@@ -485,7 +453,7 @@ def test_every_row_filter_can_begin_a_strip(color: int, depth: int) -> None:
         rows = png_rows(data)
         strips = strips_of(data, ".png", range(len(filters) + 1))
         assert [png_rows(strip) for strip in strips] == [[row] for row in rows]
-        joined = povfarm.join_rows(strips, ".png")
+        joined = join_rows(strips, ".png")
         assert png_rows(joined) == rows
         assert png_apart(joined)[0] == png_apart(data)[0]
 
@@ -493,9 +461,9 @@ def test_every_row_filter_can_begin_a_strip(color: int, depth: int) -> None:
 def test_strips_that_others_made_join_whatever_filter_they_begin_with() -> None:
     strips = [filtered_png([first, 4, 3], 2, 8) for first in range(5)]
     rows = [row for strip in strips for row in png_rows(strip)]
-    joined = povfarm.join_rows(strips, ".png")
+    joined = join_rows(strips, ".png")
     assert png_rows(joined) == rows
-    assert png_rows(povfarm.join_rows([strips[4], joined, strips[3]], ".png")) == (
+    assert png_rows(join_rows([strips[4], joined, strips[3]], ".png")) == (
         png_rows(strips[4]) + rows + png_rows(strips[3]))
 
 
@@ -504,7 +472,8 @@ def test_strips_that_only_seem_to_end_at_a_whole_byte_make_no_broken_picture() -
     stored = struct.pack("<BHH", 1, len(rows), len(rows) ^ 65535) + rows  # the last block
     data = b"\x78\x9c" + stored + struct.pack(">I", zlib.adler32(rows))
     head = struct.pack(">IIBBBBB", len(rows) - 1, 1, 8, 0, 0, 0, 0)
-    strip = png(chunk(b"IHDR", head), chunk(b"IDAT", data[:-6]), chunk(b"IDAT", data[-6:]), END)
+    strip = png_file(chunk(b"IHDR", head), *(chunk(b"IDAT", each) for each in (
+        data[:2], data[2:-6], data[-6:])), END)
     povfarm.check_image(strip, ".png", len(rows) - 1, 1)
     not_joined([strip, strip], ".png")
 
@@ -513,34 +482,64 @@ def test_strips_that_only_seem_to_end_at_a_whole_byte_make_no_broken_picture() -
 def test_a_packed_strip_is_copied_only_when_no_row_above_matters(kind: int) -> None:
     deflate = zlib.compressobj(6, zlib.DEFLATED, -15)
     rows = bytes([kind, 9, 8, 7, 6])
-    data = b"\x78\x9c" + deflate.compress(rows) + deflate.flush(zlib.Z_SYNC_FLUSH)
+    data = deflate.compress(rows) + deflate.flush(zlib.Z_SYNC_FLUSH)
     end = b"\3\0" + struct.pack(">I", zlib.adler32(rows))
     head = struct.pack(">IIBBBBB", 4, 1, 8, 0, 0, 0, 0)
-    strip = png(chunk(b"IHDR", head), chunk(b"IDAT", data), chunk(b"IDAT", end), END)
-    assert png_rows(povfarm.join_rows([strip, strip], ".png")) == png_rows(strip) * 2
+    strip = png_file(chunk(b"IHDR", head), *(chunk(b"IDAT", each) for each in (
+        b"\x78\x9c", data, end)), END)
+    assert (2 * chunk(b"IDAT", data) in join_rows([strip, strip], ".png")) == (kind < 2)
+    assert png_rows(join_rows([strip, strip], ".png")) == png_rows(strip) * 2
 
 
 def test_joining_copies_packed_rows() -> None:
     """A picture of 4000 x 3000 is joined faster than zlib could pack it again."""
     row = bytes([0]) + random.Random(1).randbytes(12000)
-    data = png(chunk(b"IHDR", struct.pack(">IIBBBBB", 4000, 750, 8, 2, 0, 0, 0)),
+    data = png_file(chunk(b"IHDR", struct.pack(">IIBBBBB", 4000, 750, 8, 2, 0, 0, 0)),
                chunk(b"IDAT", zlib.compress(row * 750, 1)), END)
-    strip = povfarm.crop_rows(data, ".png", 0, 750)
+    strip = crop_rows(data, ".png", 0, 750)
     packing, joining = [], []
     for _ in range(3):  # the garbage of other tests may be collected meanwhile
         before = time.process_time()
         zlib.compress(row * 750, 6)
         packing.append(time.process_time() - before)
         before = time.process_time()
-        whole = povfarm.join_rows([strip] * 4, ".png")
+        whole = join_rows([strip] * 4, ".png")
         joining.append(time.process_time() - before)
         povfarm.check_image(whole, ".png", 4000, 3000)
     assert min(joining) < min(packing)
 
 
+WIDE = ["+FN", "+FN16 +UA", "+FP", "+FC", "+FB", "+FH", "+FE"]
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_joining_needs_no_more_memory_for_a_larger_picture(
+        povray: str, tmp_path: Path, kind: str) -> None:
+    """Eight times as many rows, cut into as many strips that begin anywhere."""
+    extension, made = povfarm.IMAGE_TYPES[kind[2]].extension, tmp_path / "made"
+    (tmp_path / "s.pov").write_text(NOISE)
+    done = run_povray(["+Is.pov", f"+Oone{extension}", "+W1500", "+H9", "-A", *kind.split()],
+                      tmp_path)
+    assert done.returncode == 0, done.stderr
+    peaks = []
+    for times in (8, 64):
+        povfarm.join_rows([tmp_path / f"one{extension}"] * times, extension, made)
+        strips = [tmp_path / f"{number}{extension}" for number in range(4)]
+        for number, strip in enumerate(strips):
+            povfarm.crop_rows(made, extension, 2 * times * number, 2 * times + 3, strip)
+        tracemalloc.start()
+        povfarm.join_rows(strips, extension, made)
+        assert not povfarm.is_black(made, extension)
+        assert povfarm.same_pixels(made, made, extension)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert made.stat().st_size > 4 * povfarm.BUFFER
+    assert peaks[1] < 1.2 * peaks[0] + 50_000
+
+
 def not_joined(strips: Sequence[bytes], extension: str) -> str:
     with pytest.raises(povfarm.ImageError) as error:
-        povfarm.join_rows(strips, extension)
+        join_rows(strips, extension)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -554,6 +553,8 @@ def test_strips_of_another_kind_are_not_joined(pictures: Dict[str, bytes]) -> No
                 assert "strip 2 does not fit the first" in not_joined(pair, WRITTEN[one][0])
     assert "no strips" in not_joined([], ".png")
     assert "cannot be cut and joined" in not_joined([pictures["+FJ +W37 +H29"]], ".jpg")
+    with pytest.raises(povfarm.ImageError, match=r"away\.png cannot be read"):
+        povfarm.join_rows([Path("away.png")], ".png", Path("made.png"))
     gamma = filtered_png([0], 2, 8).replace(chunk(b"gAMA", b"\0\0\xb1\x8f"), b"")
     assert "gamma" in not_joined([filtered_png([0], 2, 8), gamma], ".png")
 
@@ -563,7 +564,7 @@ def test_rows_that_are_not_there_are_refused(pictures: Dict[str, bytes], kind: s
     data, extension, (_, height) = pictures[kind], WRITTEN[kind][0], size_of(kind)
     for top, rows in [(-1, 1), (0, 0), (0, height + 1), (height, 1), (0, -1)]:
         with pytest.raises(povfarm.ImageError, match=f"of {height} rows has no rows"):
-            povfarm.crop_rows(data, extension, top, rows)
+            crop_rows(data, extension, top, rows)
 
 
 @pytest.mark.parametrize("kind", ROW_KINDS)
@@ -573,21 +574,21 @@ def test_what_passes_the_check_can_be_cut_and_joined(pictures: Dict[str, bytes],
         damaged = data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
         if accepted(damaged, extension, width, height):
             edges = sorted({0, height // 2, height})
-            povfarm.join_rows(strips_of(damaged, extension, edges), extension)
+            join_rows(strips_of(damaged, extension, edges), extension)
 
 
 @pytest.mark.parametrize("kind", ROW_KINDS)
 def test_a_strip_cut_off_or_too_long_is_refused(pictures: Dict[str, bytes], kind: str) -> None:
     extension, (width, height) = WRITTEN[kind][0], size_of(kind)
     rows = max(1, height - 4)
-    strip = povfarm.crop_rows(pictures[kind], extension, height - rows, rows)
+    strip = crop_rows(pictures[kind], extension, height - rows, rows)
     assert [n for n in range(len(strip)) if accepted(strip[:n], extension, width, rows)] == []
     assert "after its end" in refused(strip + b"\0", extension, width, rows)
     assert f"not {width} x {rows + 1}" in refused(strip, extension, width, rows + 1)
 
 
 def test_a_png_strip_with_any_bit_flipped_is_refused(pictures: Dict[str, bytes]) -> None:
-    strip = povfarm.crop_rows(pictures["+FN16 +UA +W37 +H29"], ".png", 8, 5)
+    strip = crop_rows(pictures["+FN16 +UA +W37 +H29"], ".png", 8, 5)
     for at in range(len(strip)):
         damaged = strip[:at] + bytes([strip[at] ^ 1 << at % 8]) + strip[at + 1:]
         assert not accepted(damaged, ".png", 37, 5), at
@@ -612,7 +613,7 @@ def frames_of(animation: bytes) -> Tuple[List[List[bytes]], List[Tuple[bytes, by
         packed[-1] += {b"IDAT": body, b"fdAT": body[4:]}.get(kind, b"")
         at += 12 + length
     assert packed[0] == b""
-    pngs = [png(head, chunk(b"IDAT", each), END) for each in packed[1:]]
+    pngs = [png_file(head, chunk(b"IDAT", each), END) for each in packed[1:]]
     return [png_rows(each) for each in pngs], [each for each in chunks if each[0] != b"fdAT"]
 
 
@@ -660,7 +661,7 @@ def test_frames_that_do_not_fit_are_told_by_their_number() -> None:
     with pytest.raises(povfarm.ImageError):
         animated([good, good[:-20]])
     with pytest.raises(povfarm.ImageError, match="no pixels"):
-        animated([png(chunk(b"IHDR", HEAD), END)])
+        animated([png_file(chunk(b"IHDR", HEAD), END)])
 
 
 def test_a_long_animation_needs_the_memory_of_a_frame() -> None:

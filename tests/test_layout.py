@@ -4,52 +4,38 @@ from __future__ import annotations
 
 import ast
 import builtins
-import inspect
+import functools
+import itertools
 import re
 import symtable
 import sys
-from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
+from typing import Dict, Iterator, List, Set, Tuple
 
 import pytest
 
 import povfarm
+from helpers.base import ROOT
+from helpers.source import (
+    BANNER,
+    BANNERS,
+    FUNCTIONS,
+    LINES,
+    NODES,
+    OWNER,
+    PATH,
+    SECTIONS,
+    SOURCE,
+    TOP,
+    TREE,
+    names_bound,
+    section_at,
+)
 
-PATH = Path(povfarm.__file__)
-SOURCE = PATH.read_text(encoding="utf-8")
-LINES = SOURCE.splitlines()
-TREE = ast.parse(SOURCE)
-NODES = list(ast.walk(TREE))
-BANNER = re.compile(r"# === (\d+)\. ([A-Z]+) =+")
-BANNERS = [(number, match) for number, line in enumerate(LINES, 1)
-           for match in [BANNER.fullmatch(line)] if match]
-SECTIONS = [match[2] for _, match in BANNERS]
 COORDINATOR = {"STORE", "SCHEDULER", "API", "HTTPOV", "SHEEPIT", "RENDERONLINE", "PAGES",
                "COORDINATOR"}
 WORKER = {"ENGINES", "CLIENT", "PROCESS", "WORKER"}
 # Tables may be long: what is counted is code.
 LONGEST = 60
-FUNCTIONS = [node for node in NODES if isinstance(node, ast.FunctionDef)]
-
-
-def section_at(line: int) -> str:
-    """The section of a line, empty above the first banner."""
-    return next((match[2] for number, match in reversed(BANNERS) if number <= line), "")
-
-
-def names_bound(node: ast.stmt) -> Iterator[str]:
-    """The names that a statement at the top of the file binds."""
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        yield node.name
-    elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        for name in ast.walk(ast.Tuple(targets, ast.Store())):
-            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
-                yield name.id
-    elif isinstance(node, (ast.If, ast.Try, ast.For, ast.With)):
-        for inner in ast.iter_child_nodes(node):
-            if isinstance(inner, ast.stmt):
-                yield from names_bound(inner)
 
 
 def quoted_types(node: ast.AST) -> Iterator[ast.AST]:
@@ -91,11 +77,6 @@ def used_by(node: ast.stmt, tables: Dict[Tuple[str, int], symtable.SymbolTable])
     return names.union(globals_in(inside), *(loaded(part) for part in around))
 
 
-OWNER: Dict[str, str] = {name: section_at(node.lineno) for node in TREE.body
-                         for name in names_bound(node)}
-TOP = [node for node in TREE.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
-
-
 def public(tree: ast.AST, prefix: str = "") -> Iterator[Tuple[str, ast.AST]]:
     """Every public function, class and method with its full name."""
     for node in ast.iter_child_nodes(tree):
@@ -111,7 +92,24 @@ def test_the_banners_are_those_of_the_index() -> None:
     index = re.findall(r"^ {4,5}(\d+)\. ([A-Z]+) +\S", povfarm.__doc__ or "", re.MULTILINE)
     assert [(match[1], match[2]) for _, match in BANNERS] == index
     assert [int(number) for number, _ in index] == list(range(1, len(index) + 1))
-    assert len(index) == 21
+    assert len(index) == 22
+
+
+def test_the_papers_have_the_same_sections_in_the_same_towers() -> None:
+    design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (?:([\d-]+) \| ([A-Z, ]+)|\| \*\*(\w+)\*\*) \|", design, re.MULTILINE)
+    told: List[Tuple[str, str]] = []
+    towers: Dict[str, Set[str]] = {}
+    for numbers, names, tower in table:
+        if tower:
+            towers[tower] = set()
+            continue
+        first, _, last = numbers.partition("-")
+        told += zip(map(str, range(int(first), int(last or first) + 1)), names.split(", "))
+        list(towers.values())[-1].update(names.split(", "))
+    assert told == [(match[1], match[2]) for _, match in BANNERS]
+    assert list(towers) == ["base", "coordinator", "worker", "roof"]
+    assert (towers["coordinator"], towers["worker"]) == (COORDINATOR, WORKER)
 
 
 def test_banners_look_like_banners() -> None:
@@ -133,6 +131,7 @@ def test_nothing_lies_above_the_first_section() -> None:
 
 # --- who may use whom
 
+@functools.cache
 def used_in_sections() -> List[Tuple[str, str, str]]:
     """Who uses (its section and line), which name, and the section that owns the name."""
     tables = {(table.get_name(), table.get_lineno()): table
@@ -141,35 +140,32 @@ def used_in_sections() -> List[Tuple[str, str, str]]:
             for node in TOP for name in sorted(used_by(node, tables)) if name in OWNER]
 
 
-USES = used_in_sections()
-
-
 def test_a_section_uses_only_sections_above_it() -> None:
-    assert [(section, use, owner) for section, use, owner in USES
+    assert [(section, use, owner) for section, use, owner in used_in_sections()
             if owner and SECTIONS.index(owner) > SECTIONS.index(section)] == []
 
 
 def test_the_towers_never_use_each_other() -> None:
-    assert [(section, use, owner) for section, use, owner in USES
+    assert [(section, use, owner) for section, use, owner in used_in_sections()
             if (section in WORKER and owner in COORDINATOR)
             or (section in COORDINATOR and owner in WORKER)] == []
-    assert set(SECTIONS[8:16]) == COORDINATOR and set(SECTIONS[16:20]) == WORKER
+    assert set(SECTIONS[9:17]) == COORDINATOR and set(SECTIONS[17:21]) == WORKER
 
 
 def test_only_the_roof_uses_both_towers() -> None:
-    both = {section for section in SECTIONS for tower in [{owner for user, _, owner in USES
+    both = {section for section in SECTIONS for tower in [{owner for user, _, owner in used_in_sections()
                                                            if user == section}]
             if tower & COORDINATOR and tower & WORKER}
     assert both == {"CLI"}
 
 
 def test_private_names_stay_in_their_section() -> None:
-    assert [(section, use, owner) for section, use, owner in USES
+    assert [(section, use, owner) for section, use, owner in used_in_sections()
             if " uses _" in use and owner != section] == []
 
 
 def test_private_helpers_are_used() -> None:
-    used = {use.rpartition(" ")[2] for _, use, _ in USES}
+    used = {use.rpartition(" ")[2] for _, use, _ in used_in_sections()}
     assert [name for name in OWNER if name.startswith("_") and name not in used] == []
 
 
@@ -182,11 +178,51 @@ def test_only_the_store_speaks_sql() -> None:
 
 def test_only_the_scheduler_writes_states() -> None:
     writers = ("set_task_state", "set_job_state", "set_task_result", "count_task", "add_lease",
-               "end_lease", "end_attempt", "set_tries", "add_tasks", "add_job", "drop_job",
-               "forget_failures", "set_worker_state")
+               "end_lease", "end_attempt", "end_attempts", "set_tries", "add_tasks", "add_job", "drop_job",
+               "reserve_job", "drop_rows", "move_frames", "forget_failures", "set_worker_state")
     for number, line in enumerate(LINES, 1):
         if re.search(rf"\.({'|'.join(writers)})\(", line):
             assert section_at(number) == "SCHEDULER", f"line {number}: {line}"
+
+
+# What the banners say that a section does not do: it does not even name these.
+_NETWORK = {"socket", "ssl", "http", "urllib", "ProtocolError"}
+NEVER_NAMED: Dict[str, Set[str]] = {
+    "POV": {"subprocess", "sqlite3", "threading", *_NETWORK},  # starts nothing
+    "PROJECT": {"subprocess", "sqlite3", "threading", *_NETWORK},  # starts nothing
+    "MODEL": {"open", "os", "shutil", "sqlite3", "time", "threading", "subprocess",
+              *_NETWORK},  # pure
+    "DISCOVERY": {"http", "ssl", "urllib", "ProtocolError"},  # nothing of HTTP
+    "STORE": {"subprocess", *_NETWORK},  # no network
+    "SCHEDULER": {"subprocess", "sqlite3", *_NETWORK},  # nothing of HTTP
+    "ENGINES": {"subprocess", "Launcher", "socket"},  # starts nothing
+}
+
+
+@pytest.mark.parametrize("section", NEVER_NAMED)
+def test_a_section_does_not_do_what_its_banner_denies(section: str) -> None:
+    assert section in SECTIONS
+    assert [f"line {node.lineno}: {node.id}" for node in NODES if isinstance(node, ast.Name)
+            and node.id in NEVER_NAMED[section] and section_at(node.lineno) == section] == []
+
+
+def test_an_empty_section_says_that_it_is_empty() -> None:
+    used = set(OWNER.values())
+    for number, match in BANNERS:
+        end = next((other for other, _ in BANNERS if other > number), len(LINES))
+        head = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), LINES[number:end]))
+        assert ("Empty" in head) == (match[2] not in used), match[2]
+
+
+def test_the_client_knows_no_routes() -> None:
+    assert [number for number, line in enumerate(LINES, 1)
+            if "/api/" in line and section_at(number) == "CLIENT"] == []
+
+
+def test_the_settings_feed_the_command_line_the_environment_and_the_file() -> None:
+    """The rest of its banner, the help and the manual, is in test_manual and test_settings."""
+    users = {section for section, use, _ in used_in_sections() if use.endswith((" uses SETTINGS", " uses setting"))}
+    assert {"SETTINGS", "CLI", "MODEL"} == users
 
 
 # --- what every name has
@@ -273,15 +309,6 @@ def imported() -> Dict[str, str]:
             assert node.level == 0
             found.update((alias.asname or alias.name, node.module or "") for alias in node.names)
     return found
-
-
-@pytest.mark.parametrize("function", [
-    povfarm.Access._by_token, povfarm.Access.check_form, povfarm.Scheduler.admit,
-    povfarm.Transport._secure, povfarm._read_answer], ids=lambda function: function.__qualname__)
-def test_secrets_are_compared_in_constant_time(function: Callable[..., Any]) -> None:
-    source = inspect.getsource(function)
-    assert source.count("compare_digest(") == 1
-    assert not re.search(r"(token|key|code|mac|_fingerprint|seen)\W* [!=]= ", source)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 does not tell what it has")

@@ -7,9 +7,9 @@ import json
 from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import pytest
-from farm_in_a_box import pov_job
 
 import povfarm
+from helpers.farm_in_a_box import pov_job
 from povfarm import (
     JOB_TRANSITIONS,
     STANDARD,
@@ -131,6 +131,15 @@ def test_leases_shrink_to_single_frames_at_the_end(cost: Cost) -> None:
 
 def test_cheap_frames_share_the_start_of_a_process() -> None:
     assert lease_size(100, 4, Cost(0.02, 0.02)) >= 8
+
+
+def test_cheap_frames_go_to_those_who_have_none_yet() -> None:
+    queued, runs, sizes = 117, 7, []
+    while queued and runs < 32:
+        sizes.append(lease_size(queued, 32, Cost(0.02, 0.3), runs))
+        queued, runs = queued - sizes[-1], runs + 1
+    assert queued < 12 and max(sizes) == sizes[0] == 5
+    assert [lease_size(8, 32, Cost(0.02, 0.3), runs) for runs in (30, 36)] == [1, 1]
 
 
 def test_no_slots_are_as_one() -> None:
@@ -278,3 +287,23 @@ def test_a_pov_job_tells_size_and_names_like_its_options() -> None:
     options = JOB.options
     assert (options.width, options.scene) == (64, "a b.pov")
     assert povfarm.plan_frames(options).output_name(3) == "a b3.png"
+
+
+def test_the_schema_of_a_record_is_what_it_is_read_by() -> None:
+    texts = {"type": "object", "additionalProperties": {"type": "string"}}
+    worker = povfarm.schema_of(povfarm.WorkerInfo)
+    assert worker["properties"] == {
+        "name": {"type": "string"}, "cores": {"type": "integer"}, "memory": {"type": "integer"},
+        "system": {"type": "string"}, "engines": texts,
+        "tags": {"type": "array", "items": {"type": "string"}}}
+    wire = {"name": "a", "cores": 1, "memory": 1, "system": "", "engines": {}, "tags": []}
+    assert povfarm.WorkerInfo.from_wire(wire).to_wire() == wire
+    assert sorted(worker["required"]) == sorted(wire)
+    for name in wire:
+        for odd in ({**wire, name: None}, {key: wire[key] for key in wire if key != name}):
+            with pytest.raises(povfarm.UserError, match=f"'{name}' is missing or not a"):
+                povfarm.WorkerInfo.from_wire(odd)
+    lease = povfarm.schema_of(povfarm.LeaseSpec)["properties"]
+    assert lease["pov"] == povfarm.schema_of(povfarm.PovJob)
+    assert lease["tasks"]["items"]["properties"]["kind"] == {
+        "type": "string", "enum": ["frame", "slice", "pass"]}

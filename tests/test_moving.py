@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Iterator, Optional, Tuple
 
 import pytest
-from conftest import pixels_of, run_povray
 
+from helpers.base import run_povray
+from helpers.pictures import pixels_of
 from povfarm import (
     STANDARD,
     Engine,

@@ -14,17 +14,13 @@ from typing import Any, Callable, Iterator, List
 from urllib.parse import parse_qsl
 
 import pytest
-from farm_in_a_box import HEIGHT, WIDTH, Farm, Reply, png
 
 import povfarm
+from helpers.base import wait_until
+from helpers.clocks import Pauses, Skipping
+from helpers.farm_in_a_box import Farm, Reply
+from helpers.pictures import HEIGHT, WIDTH, png
 from povfarm import Answer, Cache, Call, Client, Command, ServerGone, Transport, Worker
-
-
-def wait_until(true: Callable[[], Any], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it does not come about"
-        time.sleep(0.01)
 
 
 class Wire(Transport):
@@ -40,7 +36,7 @@ class Wire(Transport):
         if self.away(call):
             raise ServerGone("no answer")
         path, _, query = call.target.partition("?")
-        body = call.body if isinstance(call.body, bytes) else call.body.read_bytes()
+        body = b"".join(part if isinstance(part, bytes) else part.read_bytes() for part in call.body)
         headers = {name.lower(): value for name, value in call.headers.items()}
         reply = Reply(self.farm.router.handle(povfarm.Request(
             call.method, path, dict(parse_qsl(query, keep_blank_values=True)),
@@ -64,34 +60,12 @@ class Copier(povfarm.Engine):
         return Command(("/bin/sh", "-c", "\n".join(steps)), {"PATH": os.defpath}, {}, {})
 
 
-class Clock(povfarm.Clock):
-    """A clock of which a test can leave out hours."""
-
-    skipped = 0.0
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self.skipped
-
-
-class Pauses(threading.Event):
-    """A stop that leaves out the time for which somebody would wait."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self.clock = clock
-
-    def wait(self, timeout: Any = None) -> bool:
-        self.clock.skipped += timeout
-        time.sleep(0.0005)
-        return self.is_set()
-
-
 class Room:
     """A farm in this process and a worker with three cores."""
 
     def __init__(self, tmp_path: Path) -> None:
         (tmp_path / "picture.png").write_bytes(png(7, WIDTH, HEIGHT))
-        self.clock = Clock()
+        self.clock = Skipping()
         self.place = tmp_path / "worker"
         self.farm = Farm(tmp_path / "data", povfarm.Clock())  # type: ignore[arg-type]
         self.farm.worker("anna")
@@ -110,7 +84,7 @@ class Room:
         return sorted(self.place.glob("run-*-out-*/*"))
 
     def attempts(self, job: int) -> List[Any]:
-        return [self.farm.attempts(task["id"]) for task in self.farm.tasks(job)]
+        return [self.farm.attempts(task.id) for task in self.farm.tasks(job)]
 
     def end(self) -> None:
         self.worker.stop()
@@ -144,7 +118,7 @@ def test_frames_that_were_finished_while_nobody_answered_are_delivered_after_an_
         return bool(tries) and room.clock.skipped < 3600
 
     room.wire.away = away
-    room.worker._ending = Pauses(room.clock)
+    room.worker._ending = Pauses(room.clock, lambda _: time.sleep(0.0005))
     room.start()
     wait_until(lambda: room.farm.state(job) == "done")
     assert room.clock.skipped >= 3600 and 100 < tries.count("PUT") < 1000
@@ -195,7 +169,7 @@ def test_a_frame_with_which_the_coordinator_makes_mistakes_is_given_up_in_the_en
         room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     room.farm.submit(frames=1)
     monkeypatch.setattr(room.farm.store, "put_image", lambda *_: 1 / 0)
-    room.worker._ending = Pauses(room.clock)
+    room.worker._ending = Pauses(room.clock, lambda _: time.sleep(0.0005))
     room.start()
     wait_until(lambda: "was not taken" in caplog.text and room.waiting() == [])
     assert room.clock.skipped > povfarm.OFFER_TIME / 2
@@ -232,7 +206,7 @@ def test_a_worker_whose_disk_is_full_hands_its_frames_back_and_waits(
     monkeypatch.setattr(Copier, "command", original)
     full.clear()
     wait_until(lambda: room.farm.state(job) == "done")
-    assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+    assert {task.tries for task in room.farm.tasks(job)} == {0}
     room.end()
 
 
@@ -258,7 +232,7 @@ def test_a_disk_that_was_full_when_the_renderer_began_costs_no_try(
     room.start()
     wait_until(lambda: room.farm.state(job) == "done")
     assert [how for tries in room.attempts(job) for _, how in tries] == ["released", "done"]
-    assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+    assert {task.tries for task in room.farm.tasks(job)} == {0}
     room.end()
 
 
@@ -290,7 +264,7 @@ def test_an_error_that_says_full_costs_no_try(
         wait_until(lambda: set(room.farm.states(job)) == {"queued"} and room.worker._trouble)
     room.clock.skipped += 61
     wait_until(lambda: room.farm.state(job) == "done")
-    assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+    assert {task.tries for task in room.farm.tasks(job)} == {0}
     room.end()
 
 
@@ -309,7 +283,7 @@ def test_a_coordinator_that_cannot_be_reached_is_not_the_scenes_fault(room: Room
     room.wire.away = away
     room.start()
     wait_until(lambda: room.farm.state(job) == "done")
-    assert gone and room.farm.tasks(job)[0]["tries"] == 0
+    assert gone and room.farm.tasks(job)[0].tries == 0
     assert [how for _, how in room.attempts(job)[0]] == ["released", "done"]
     room.end()
 
@@ -321,10 +295,11 @@ def test_an_image_that_is_damaged_on_its_way_is_sent_again(room: Room) -> None:
 
     def damage(call: Call) -> Answer:
         if call.method == "PUT" and len(damaged) < 3:
-            assert isinstance(call.body, bytes)
+            text, image = call.body
+            assert isinstance(text, bytes)
             damaged.append(call)
             # In the log in front of the picture: nothing else would notice it.
-            call = povfarm.replace(call, body=bytes([call.body[0] ^ 4]) + call.body[1:])
+            call = povfarm.replace(call, body=(bytes([text[0] ^ 4]) + text[1:], image))
         return exchange(call)
 
     room.wire.exchange = damage  # type: ignore[method-assign]
@@ -343,7 +318,7 @@ def test_a_mistake_of_the_workers_own_is_told_and_holds_up_nothing(
     wait_until(lambda: room.farm.state(job) == "failed")
     with room.farm.store.read() as tx:
         failure = tx.first_failure(job)
-    assert failure is not None and "division by zero" in failure["message"]
+    assert failure is not None and "division by zero" in failure.message
     wait_until(lambda: not room.worker._runs and not room.worker._held)
     room.end()
 
@@ -356,7 +331,7 @@ def test_a_worker_whose_launcher_was_killed_hands_back_and_ends(room: Room) -> N
     with pytest.raises(povfarm.FarmError, match="start the worker again"):
         room.worker.run()
     assert room.farm.states(job) == ["queued"] * 2
-    assert {task["tries"] for task in room.farm.tasks(job)} == {0}
+    assert {task.tries for task in room.farm.tasks(job)} == {0}
 
 
 def test_what_is_finished_is_delivered_after_the_launcher_was_killed(room: Room) -> None:
@@ -403,7 +378,7 @@ def test_a_renderer_that_takes_too_long_or_does_nothing_is_ended(
     wait_until(lambda: room.farm.state(job) == "failed")
     with room.farm.store.read() as tx:
         failure = tx.first_failure(job)
-    assert failure is not None and re.search(words, failure["message"])
+    assert failure is not None and re.search(words, failure.message)
     assert not room.worker._watched
     room.end()
 
@@ -412,7 +387,6 @@ def test_a_renderer_that_computes_without_a_word_is_left_alone(room: Room) -> No
     """Parsing or photons may take hours, without any progress."""
     job = room.farm.submit(frames=1)
     runs: List[Any] = []
-    original = povfarm.Process.cpu_now
     cpu = [0.0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(povfarm.Process, "cpu_now", lambda _: cpu[0])
@@ -426,8 +400,7 @@ def test_a_renderer_that_computes_without_a_word_is_left_alone(room: Room) -> No
             room.clock.skipped += 0.9 * povfarm.HANG_TIME
         assert room.farm.state(job) == "active" and not runs[0].overdue
         room.clock.skipped += 0.9 * povfarm.HANG_TIME
-        wait_until(lambda: room.farm.states(job) == ["failed"] or room.farm.tasks(job)[0]["tries"])
-    assert povfarm.Process.cpu_now is original
+        wait_until(lambda: room.farm.states(job) == ["failed"] or room.farm.tasks(job)[0].tries)
     room.worker.stop()
     room.worker.stop()
     room.end()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import pytest
-from conftest import EXAMPLES, pixels_of, run_povray
 
 import povfarm
+from helpers.base import EXAMPLES, run_povray
+from helpers.pictures import pixels_of
 from povfarm import (
     STANDARD,
     PovOptions,
@@ -184,7 +184,10 @@ HARD = [
 REFUSED = [
     (case("no scene", "+Q3"), "no scene"),
     (case("unknown switch", "s.pov +ZZ"), "+ZZ"),
-    (case("switch without its value", "s.pov +Q"), "+Q"),
+    (case("switch without its value", "s.pov +Q"), "+Q needs a number right behind it: +Q1"),
+    (case("width without its number", "s.pov +W 640"), "+W needs a number right behind it: +W640, "
+     "without a blank"),
+    (case("name apart from its switch", "s.pov -o out"), "-o needs a value right behind it: -oNAME"),
     (case("switch with a value too many", "s.pov +B5"), "+B5"),
     (case("threshold of one", "s.pov +A1.5"), "+A1.5"),
     (case("threshold of nought", "s.pov +A0"), "+A0"),
@@ -214,7 +217,6 @@ REFUSED = [
     (case("block size", "s.pov +BS2"), "Render_Block_Size"),
     (case("quoted option", ["s.pov", '"Quality=3"']), "Quality=3"),
     (case("path in an INI loses a letter", "s.pov x", "./y.ini", {"y.ini": ""}), "'/y.ini'"),
-    (case("byte order mark", "s.pov x", "\ufeff+Q3"), "+Q3"),
     (case("bad base INI", "s.pov", files={"povray.ini": "Nonsense=1"}), "Nonsense"),
 ]
 
@@ -233,9 +235,9 @@ OUR_OWN = [
     (case("hexadecimal float", "s.pov +K0x10"), "Clock"),
     (case("infinite clock", "s.pov +K1e99"), "Clock"),
     (case("quote is not closed", "s.pov x", 'Output_File_Name="a\n+Q3\n'), "close its quotes"),
-    (case("name in another encoding", "s.pov x", "Output_File_Name=\udcfc\n"), "UTF-8"),
+    (case("name in another encoding", "s.pov x", "Output_File_Name=\udc81\n"), "UTF-8"),
     (case("INI that includes itself", "s.pov x", "x.ini"), "without end"),
-    (case("standard output", "s.pov +O-"), "not to -"),
+    (case("standard error", "s.pov +Ostderr"), "to stderr"),
     (case("reversed frames", "s.pov +KFI5 +KFF3"), "no frames"),
     (case("too many frames", "s.pov +KFF2000000"), "too many"),
     (case("frame number wider than its place", "s.pov +KFF10 +SF100"), "frame 100"),
@@ -255,7 +257,7 @@ class Answer:
 
     code: int
     text: str
-    written: List[str] | None
+    written: str | None
     pictures: List[str]
     gamma: List[bytes]
 
@@ -298,9 +300,9 @@ def ask_povray(args: Sequence[str], work: Path, environ: Dict[str, str]) -> Answ
     asked = work / "asked.ini"
     new = sorted(
         path for path in set(work.parent.rglob("*")) - before
-        if path.suffix in povfarm._EXTENSIONS.values()
+        if path.suffix in {kind.extension for kind in povfarm.IMAGE_TYPES.values()}
     )
-    written = asked.read_text().splitlines() if asked.exists() else None
+    written = asked.read_text() if asked.exists() else None
     gamma = [data[i + 4 : i + 8] for data in map(Path.read_bytes, new)
              for i in [data.find(b"gAMA")] if i > 0]
     text = done.stderr.decode(errors="replace")
@@ -331,34 +333,16 @@ def read(case: Case, work: Path, *more: str) -> PovOptions:
     return read_command_line([*more, *case.args], work, home)
 
 
-def written_by(options: PovOptions) -> List[str]:
-    """The lines that POV-Ray writes for these options: %g of single precision, quoted texts."""
-    lines = []
-    for key, value in options.values.items():
-        kind = povfarm._WRITABLE[key]
-        if kind == "float":
-            lines.append(f"{key}={struct.unpack('f', struct.pack('f', float(value)))[0]:g}")
-        elif kind not in ("gamma", "dither"):
-            lines.append(f'{key}="{value}"' if kind == "text" else f"{key}={value}")
-    for declare in options.declares:
-        name, _, value = declare.partition("=")
-        if not value.startswith('"'):
-            number = re.match(r"[-+.\deE]*", value)
-            assert number
-            lines.append(f"Declare={name}={float(number[0] or 0):g}")
-    return sorted(lines)
-
-
 NOT_KEPT = re.compile(
-    r"(All|Fatal|Render)_Console=|(All|Debug|Fatal|Render|Statistic|Warning)_File="
+    r"(Fatal|Render)_Console=|(All|Debug|Fatal|Render|Statistic|Warning)_File="
     r"|(Create_Ini|Display|Pause_When_Done|Draw_Vistas|Append_File|Real_Time_Raytracing)="
     r"|(Palette|Video_Mode|Preview_\w+|Test_Abort\w*|\w+_Command|\w+_Return|Library_Path)="
 )
 
 
-def kept(written: List[str], options: PovOptions) -> List[str]:
+def kept(written: str, options: PovOptions) -> List[str]:
     """POV-Ray's lines without those that povfarm leaves out by intent."""
-    lines = [line for line in written if not NOT_KEPT.match(line)]
+    lines = [line for line in written.splitlines() if not NOT_KEPT.match(line)]
     if "Work_Threads" not in options.values:
         lines = [line for line in lines if not line.startswith("Work_Threads=")]
     return sorted(lines)
@@ -382,9 +366,9 @@ def same_frames(options: PovOptions, work: Path, answer: Answer) -> None:
 def test_hard_command_line(case: Case, answers: Answers) -> None:
     work, answer = answers[case.name]
     assert answer.written is not None and answer.code == 0, answer.text[-500:]
-    options = read(case, work, *SMALL)
-    assert written_by(options) == kept(answer.written, options)
-    system = any(INCLUDES[0] in line for line in answer.written)  # or another base INI was read
+    options = read(Case("", [*case.args, "-D"], {}, case.env), work, "+GIasked.ini", *SMALL)
+    assert options.creates == ("asked.ini", answer.written)
+    system = INCLUDES[0] in answer.written  # or another base INI was read
     assert real_library(options, INCLUDES if system else []) == answer.library
     same_frames(options, work, answer)
 
@@ -472,8 +456,8 @@ def test_example_ini(
         with pytest.raises(UserError, match=r"^__empty\.ini, line"):
             read_command_line([path.name], work, environ)
         return
-    options = read_command_line([path.name], work, environ)
-    assert written_by(options) == kept(whole.written, options)
+    options = read_command_line(["+GIasked.ini", path.name, "-D"], work, environ)
+    assert options.creates == ("asked.ini", whole.written)
     assert options.ini_files == ("/etc/povray/3.7/povray.ini", path.name)
     same_frames(read_command_line(sparse(path), work, environ), work, small)
 
@@ -487,9 +471,41 @@ def test_left_out_with_a_warning(tmp_path: Path) -> None:
     line = "s.pov +GAall.txt +GIout.ini -D +X +P x Debug_File= Declare=a"
     options = read_command_line(line.split(), work, environ)
     assert not {"All_File", "Create_Ini", "Display", "Palette"} & set(options.values)
-    assert len(options.warnings) == 4
-    for said in ("all.txt", "out.ini", "x.ini, line 1: POV-Ray does not use Buffer", "=a has no"):
+    assert options.texts == {"All_File": "all.txt", "Debug_File": "debug.out"}
+    assert options.creates[0] == "out.ini"
+    assert len(options.warnings) == 2
+    for said in ("x.ini, line 1: POV-Ray does not use Buffer", "=a has no"):
         assert said in " ".join(options.warnings)
+
+
+@pytest.mark.parametrize("args, text, frames, listed", [
+    ("+KFF50", "", [*range(1, 51)], "1-50"),
+    ("+KFF50", "50,1-3, 2 - 5,3,50", [1, 2, 3, 4, 5, 50], "1-5,50"),
+    ("+KFI5 +KFF60", "7", [7], "7"),
+    ("+KFF50 +SF10 +EF20", "10-12,20", [10, 11, 12, 20], "10-12,20"),
+    ("+KFF50 +STP3", "1-9,48-50", [1, 4, 7, 49], "1-7,49"),
+    ("+KFI0 +KFF9", "0", [0], "0"),
+])
+def test_chosen_frames(args: str, text: str, frames: List[int], listed: str,
+                       tmp_path: Path) -> None:
+    plan = plan_frames(read_command_line(["a.pov", *args.split()], tmp_path, {}, ()))
+    assert plan.chosen(text) == frames
+    assert plan.listed(frames) == listed and plan.chosen(listed) == frames
+
+
+@pytest.mark.parametrize("args, text, why", [
+    ("+KFF9", "10", "'10' names no frames of this animation: it has 1 to 9"),
+    ("+KFF9", "1,8-10", "'8-10' names no frames"), ("+KFF9", "0-3", "'0-3' names no frames"),
+    ("+KFF9", "5-3", "'5-3' names no frames"),
+    ("+KFF9 +STP4", "2-4", "it has 1 to 9 in steps of 4"),
+    ("+KFF9 +SF3", "2", "it has 3 to 9"), ("", "1", "this is a still"), ("", "0", "still"),
+    *(("+KFF9", text, "is neither a frame nor a range") for text in (
+        ",", "1,", "a", "-3", "3-", "1..3", "+1", "1-2-3", "1;2", "9" * 20, " ", "²")),
+])
+def test_frames_that_cannot_be_chosen(args: str, text: str, why: str, tmp_path: Path) -> None:
+    plan = plan_frames(read_command_line(["a.pov", *args.split()], tmp_path, {}, ()))
+    with pytest.raises(UserError, match=re.escape(why)):
+        plan.chosen(text)
 
 
 def test_names_beyond_ascii_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -557,7 +573,8 @@ def test_to_ini_is_what_check_ini_takes() -> None:
     "Width=5\nHeight=5\n", "Antialias=on\n", "Antialias=\n", "Clock=1.0\n", "Clock=0x10\n",
     "Output_File_Name=a\n", "Output_File_Name='a'\n", 'Output_File_Name="a"x\n',
     'Output_File_Name="a\n"\n', 'Output_File_Name="a\n', 'Output_File_Name="\u00fc"\n',
-    'All_File="x"\n', 'Create_Ini="x"\n', "Append_File=On\n", "Real_Time_Raytracing=Off\n",
+    'All_File="x/y"\n', 'All_File="on"\n', 'Create_Ini="x"\n', "Append_File=On\n",
+    "Real_Time_Raytracing=Off\n",
     "Palette=g\n", "Declare=a=5\n", 'Library_Path="a"\nWidth=5\n', "Output_File_Type=n\n",
     "Output_File_Type=N16\n", "Width=99999999999\n", "Width=5\x0bPre_Scene_Command=ls\n",
     'Output_File_Name="a\x0bb"\n', "\x00\n", "Buffer_Size=5\n", "'y.ini'\n",

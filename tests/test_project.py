@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import pytest
-from conftest import run_povray, tried
 
 import povfarm
+from helpers.base import run_povray, tried
 
 STANDARD = povfarm.STANDARD
 INSTALLED = Path("/usr/share/povray-3.7")
@@ -51,7 +51,9 @@ def unpack(project: povfarm.Project, tree: Path) -> Path:
     for file in project.manifest.files:
         path = povfarm.safe_join(tree, file.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(project.sources[file.path], path)
+        path.write_bytes(b"".join(povfarm.file_blocks(project.sources[file.path])))
+    for folder in project.manifest.directories:
+        povfarm.safe_join(tree, folder).mkdir(parents=True, exist_ok=True)
     (tree / project.run_dir).mkdir(parents=True, exist_ok=True)
     return tree / project.run_dir
 
@@ -275,7 +277,6 @@ MESSAGES = {
                               "a library path (+L...), but in {cwd}/inc: go there first, or add",
     '#include "/etc/passwd"': "s.pov:3 includes '/etc/passwd', which other computers do not have",
     r'#include "C:\a.inc"': r"includes 'C:\a.inc', which other computers do not have there",
-    '#include "../up.inc"': "s.pov:3 includes '../up.inc', which is outside of the project {cwd}",
     '#include "../not.inc"': "includes '../not.inc', which is neither in {cwd}",
 }
 
@@ -283,7 +284,7 @@ MESSAGES = {
 @pytest.mark.parametrize("text", MESSAGES)
 def test_a_missing_file_is_named_with_its_place(tmp_path: Path, text: str) -> None:
     cwd = tmp_path / "p"
-    make(tmp_path, {"up.inc": "", "p/s.pov": HEAD + text, "p/inc/more.inc": "",
+    make(tmp_path, {"p/s.pov": HEAD + text, "p/inc/more.inc": "",
                     "p/inc/sub.inc": '\n#include "more.inc"'})
     with pytest.raises(povfarm.UserError) as error:
         collect(cwd)
@@ -406,21 +407,22 @@ LAYOUTS = {
         {"p/s.pov": scene("i/a.inc"), "p/i/a.inc": INC, "out.inc": INC}, "i/a.inc|s.pov"),
     "a scene below the current directory": Layout(
         {"p/d/s.pov": scene("i/a.inc"), "p/i/a.inc": INC, "p/x.inc": INC, "p/d/y.inc": INC},
-        "d/s.pov|d/y.inc|i/a.inc", scene="d/s.pov"),
+        "d/s.pov|d/y.inc|i/a.inc|x.inc", scene="d/s.pov"),
     "a root above the current directory": Layout(
         {"p/d/s.pov": scene("../i/a.inc"), "p/i/a.inc": INC}, "d/s.pov|i/a.inc",
         cwd="p/d", root="p", run_dir="d"),
     "a scene elsewhere": Layout(
         {"q/s.pov": scene("a.inc"), "q/b.inc": INC, "p/a.inc": INC, "p/c.inc": INC},
-        "_cwd/a.inc|b.inc|s.pov", scene="../q/s.pov", run_dir="_cwd", new_scene="../s.pov"),
+        "p/a.inc|q/b.inc|q/s.pov", scene="../q/s.pov", run_dir="p"),
     "a scene elsewhere, by its whole path": Layout(
-        {"q/s.pov": scene(), "q/_cwd/x.inc": INC}, "_cwd/x.inc|s.pov", scene="{top}/q/s.pov",
-        run_dir="_cwd_", new_scene="../s.pov"),
+        {"q/s.pov": scene(), "q/_cwd/x.inc": INC}, "_lib1/_cwd/x.inc|_lib1/s.pov",
+        scene="{top}/q/s.pov", new_scene="_lib1/s.pov"),
     "a whole path": Layout(
         {"p/d/s.pov": scene()}, "d/s.pov", scene="{top}/p/d/s.pov", new_scene="d/s.pov"),
     "a library outside": Layout(
         {"p/s.pov": scene("a.inc", "sub/b"), "l/a.inc": scene("c.inc"), "l/sub/b.inc": INC,
-         "l/unused.inc": INC, "m/c.inc": INC}, "_lib1/a.inc|_lib1/sub/b.inc|_lib2/c.inc|s.pov",
+         "l/unused.inc": INC, "m/c.inc": INC},
+        "_lib1/a.inc|_lib1/sub/b.inc|_lib1/unused.inc|_lib2/c.inc|s.pov",
         library=("../l", "../m", STANDARD), new_library=("_lib1", "_lib2", STANDARD)),
     "a library inside": Layout(
         {"p/s.pov": scene("a.inc"), "p/l/a.inc": INC}, "l/a.inc|s.pov",
@@ -430,14 +432,41 @@ LAYOUTS = {
         library=("../l",), run_dir="d", new_library=("l",)),
     "a library that holds the project": Layout(
         {"p/s.pov": scene("a.inc", "p/b.inc"), "a.inc": INC, "p/b.inc": INC},
-        "_lib1/a.inc|_lib1/p/b.inc|b.inc|s.pov", library=("..",), new_library=("_lib1",)),
+        "a.inc|p/b.inc|p/s.pov", library=("..",), run_dir="p", new_library=(".",)),
     "the first place counts": Layout(
-        {"p/s.pov": scene("a.inc"), "l/a.inc": "#error", "p/a.inc": INC}, "a.inc|s.pov",
-        library=("../l",), new_library=("_lib1",)),
+        {"p/s.pov": scene("a.inc"), "l/a.inc": "#error", "p/a.inc": INC},
+        "_lib1/a.inc|a.inc|s.pov", library=("../l",), new_library=("_lib1",)),
     "a scene in the library": Layout(
         {"l/s.pov": scene("a.inc"), "l/a.inc": INC, "p/a.inc": scene("b.inc"), "p/b.inc": INC},
-        "_cwd/a.inc|_cwd/b.inc|a.inc|s.pov", library=("../l",), run_dir="_cwd",
-        new_library=(".",)),
+        "_lib1/a.inc|_lib1/s.pov|a.inc|b.inc", library=("../l",), new_library=("_lib1",)),
+    "an include in the parent": Layout(
+        {"lib.inc": INC, "other.inc": INC, "p/s.pov": scene("../lib.inc")}, "lib.inc|p/s.pov",
+        run_dir="p"),
+    "an include two above": Layout(
+        {"p/i/lib.inc": INC, "p/d/e/s.pov": scene("../../i/lib.inc")}, "d/e/s.pov|i/lib.inc",
+        cwd="p/d/e", run_dir="d/e"),
+    "an include in the parent, in a scene below": Layout(
+        {"lib.inc": INC, "p/d/s.pov": scene("../lib.inc", "i.inc"), "p/i.inc": INC},
+        "lib.inc|p/d/s.pov|p/i.inc", scene="d/s.pov", run_dir="p"),
+    "up through a directory of which nothing is needed": Layout(
+        {"x/y.inc": INC, "lib.inc": INC, "p/s.pov": scene("../x/../lib.inc")},
+        "lib.inc|p/s.pov", run_dir="p"),
+    "from a library up": Layout(
+        {"p/s.pov": scene("../m/c.inc"), "l/a.inc": INC, "x/m/c.inc": INC, "x/l/b.inc": INC},
+        "_lib1/a.inc|_lib2/l/b.inc|_lib2/m/c.inc|s.pov", library=("../l", "../x/l"),
+        new_library=("_lib1", "_lib2/l")),
+    "a whole path into the project": Layout(
+        {"p/s.pov": scene("TOP/p/i/a.inc"), "p/i/a.inc": scene("TOP/l/b.inc"), "l/b.inc": INC},
+        "l/b.inc|p/i/a.inc|p/s.pov", run_dir="p"),
+    "a whole path into a library": Layout(
+        {"p/s.pov": scene("TOP/l/b.inc"), "l/b.inc": INC}, "_lib1/b.inc|s.pov",
+        library=("../l",), new_library=("_lib1",)),
+    "names put together": Layout(
+        {"p/s.pov": "#macro I(A) #include concat(A, \".inc\") #end\n" + scene()
+         + 'I("../t/a") I(".h/b") I("TOP/u/c") #declare D = "../v"; I(concat(D, "/d"))',
+         "t/a.inc": INC, "t/aa.inc": INC, "t/b.inc": INC, "p/.h/b.inc": INC, "p/.i/b.inc": INC,
+         "u/c.inc": INC, "u/d.inc": INC, "v/d.inc": INC, "v/w/e.inc": INC, "x.inc": INC},
+        "p/.h/b.inc|p/s.pov|t/a.inc|t/aa.inc|u/c.inc|v/d.inc|v/w/e.inc", run_dir="p"),
     "a scene without extension": Layout({"p/s.pov": scene()}, "s.pov", scene="s"),
     "a library that is not there": Layout(
         {"p/s.pov": scene()}, "s.pov", library=("nothing", STANDARD)),
@@ -471,7 +500,8 @@ def laid_out(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str,
     """Each layout's project, and how the real POV-Ray fares in a tree of exactly its files."""
     def render(name: str) -> Any:
         case, place = LAYOUTS[name], tmp_path_factory.mktemp("layout")
-        make(place / "from", case.files)
+        make(place / "from", {name: text.replace("TOP", str(place / "from"))
+                              for name, text in case.files.items()})
         cwd = place / "from" / case.cwd
         cwd.mkdir(exist_ok=True)
         project = collect(cwd, case.scene.format(top=place / "from"), case.library,
@@ -590,46 +620,33 @@ def test_a_condition_holds_unless_the_scene_surely_reads_the_file(
         "critters/bug.inc": after, "s.pov": None}
 
 
-def test_old_renders_and_what_is_nobodys_work_stay(tmp_path: Path) -> None:
-    stay = """s01.png s02.png s99.png s3.png s.pov-state .git/config .hidden .bsac~ old.bak ~.swp
-        CVS/Root .svn/x __pycache__/a.pyc Thumbs.db sub/desktop.ini s-frames/s01.png note.pov~
-        sub/s07.png""".split()
-    go = """s.pov s.png.txt s_1.png ss1.png s01.tga maps/s01.png other01.png sa.png
-        frames/x.inc""".split()
-    make(tmp_path, dict.fromkeys(stay + go, ""))
-    project = collect(tmp_path, outputs=["s01.png", "s02.png", "sub/s01.png"], frames=range(1, 3))
+def test_what_is_nobodys_work_stays(tmp_path: Path) -> None:
+    stay = """s01.png s02.png s.pov-state .git/config .hidden CVS/Root .svn/x __pycache__/a.pyc
+        Thumbs.db sub/desktop.ini sub/s01.png made-frames/s01.png""".split()
+    go = """s.pov s.png.txt s_1.png s03.png s3.png s01.tga maps/s01.png other01.png frames/x.inc
+        s-frames/s01.png old.bak note.pov~ sub/s02.png made/x.png""".split()
+    make(tmp_path, dict.fromkeys([*stay, *go], ""))
+    project = collect(tmp_path, outputs=["s01.png", "s02.png", "sub/s01.png"], frames=range(1, 3),
+                      made=lambda path: path.name.startswith("made"))
     assert paths(project) == sorted(go)
 
 
-@pytest.mark.parametrize("scene, outputs, old", [
-    ("camera2.pov", ["camera201.png", "camera230.png"], "camera204.png camera2101.png"),
-    ("a.pov", ["x/b08.tga", "x/b09.tga", "x/b10.tga"], "x/b07.tga x/b11.tga x/b1.tga"),
-    ("a.pov", ["b.png"], "b.png a.png7 a01.png"),
-])
-def test_old_renders_have_other_numbers(
-    tmp_path: Path, scene: str, outputs: List[str], old: str
-) -> None:
-    numbers = range(1, 31) if len(outputs) > 1 else range(1)
-    kept = ["camera.png", "camera1.png", "camerax.png", "x/b.tga", "b1.tga", "bb1.png", "a.png7"]
-    kept += [scene]
-    make(tmp_path, dict.fromkeys([*old.split(), *outputs, *kept], ""))
-    assert paths(collect(tmp_path, scene, outputs=outputs, frames=numbers)) == sorted(kept)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
-def test_links_are_followed_inside_and_not_outside(tmp_path: Path) -> None:
+def test_links_are_followed_where_names_may_lead(tmp_path: Path) -> None:
     root = tmp_path / "p"
     make(tmp_path, {"p/s.pov": '#include "scanned.inc"', "p/a.inc": "A", "p/d/b.inc": "",
-                    "out.inc": "O", "outside/c.inc": ""})
+                    "out.inc": "O", "shared/c.inc": "", ".secret/key": ""})
     for name, target in {"in.inc": "a.inc", "out1.inc": "../out.inc", "scanned.inc": "../out.inc",
-                         "inside": "d", "away": "../outside", "d/loop": "../d", "d/up": "..",
-                         "broken.inc": "nothing"}.items():
+                         "inside": "d", "away": "../shared", "d/loop": "../d", "d/up": "..",
+                         "farther": "../..", "key": "../.secret/key", "secret": "../.secret",
+                         "etc": "/etc", "hosts": "/etc/hosts", "broken.inc": "nothing"}.items():
         (root / name).symlink_to(target)
     os.mkfifo(root / "fifo")
     project = collect(root)
-    assert paths(project) == "a.inc d/b.inc in.inc inside/b.inc s.pov scanned.inc".split()
-    for link in ("away", "out1.inc", "inside/loop", "inside/up"):
-        assert f" {link}" in project.warnings[0]
+    assert paths(project) == ("a.inc away/c.inc d/b.inc in.inc inside/b.inc out1.inc s.pov "
+                              "scanned.inc").split()
+    assert "links that lead out" in project.warnings[0] and "etc, farther, hosts" in (
+        project.warnings[0])
     unpack(project, tmp_path / "tree")
     assert (tmp_path / "tree/scanned.inc").read_text() == "O"
 
@@ -918,10 +935,28 @@ def zipped(*names: str, data: bytes = b"x", **about: Any) -> bytes:
     return packed.getvalue()
 
 
-def test_files_are_packed_and_unpacked() -> None:
+def unpacked(data: bytes, place: Path) -> Dict[str, Optional[bytes]]:
+    """What is in a zip file of what a run left."""
+    (place / "zip").write_bytes(data)
+    files = povfarm.unpack_files(place / "zip", place / "files")
+    return {name: path and path.read_bytes() for name, path in files.items()}
+
+
+def test_files_are_packed_and_unpacked(tmp_path: Path) -> None:
     files = {"a.txt": b"text", "sub/\u00fc b.csv": b"", "big": bytes(10**6)}
-    assert povfarm.unpack_files(povfarm.pack_files(files)) == files
-    assert povfarm.unpack_files(zipped("sub/", "sub/a", "../")) == {"sub/a": b"x"}
+    for number, data in enumerate(files.values()):
+        (tmp_path / f"{number}").write_bytes(data)
+    os.utime(tmp_path / "0", (0, 0))  # before the time of zip files
+    places = {name: tmp_path / f"{number}" for number, name in enumerate(files)}
+    povfarm.pack_files({**places, "gone": tmp_path / "gone"}, tmp_path / "packed", ["b\u00fc"])
+    expected = {**files, ascii("b\u00fc"): None}
+    assert unpacked((tmp_path / "packed").read_bytes(), tmp_path) == expected
+    assert unpacked(zipped("sub/", "sub/a", "../"), made(tmp_path / "more")) == {"sub/a": b"x"}
+
+
+def made(place: Path) -> Path:
+    place.mkdir()
+    return place
 
 
 @pytest.mark.parametrize("data", [
@@ -933,16 +968,122 @@ def test_files_are_packed_and_unpacked() -> None:
     zipped("a", data=b"text", compress_type=14).replace(b"a]", b"a\xff"),
     zipped("a", compress_type=12), zipped("a", compress_type=14),
 ], ids=lambda data: str(len(data)))
-def test_files_that_no_scene_may_write_are_refused(data: bytes) -> None:
+def test_files_that_no_scene_may_write_are_refused(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(povfarm.UserError):
-        povfarm.unpack_files(data)
+        unpacked(data, tmp_path)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_file_that_is_larger_than_it_says_costs_no_memory(method: int) -> None:
+def test_a_file_that_is_larger_than_it_says_costs_no_memory(
+        method: int, tmp_path: Path) -> None:
     data = patched(zip_of(("a", bytes(30_000_000)), method=method), b"PK\1\2", 24, "<I", 10)
     tracemalloc.start()
     with pytest.raises(povfarm.UserError):
-        povfarm.unpack_files(data)
+        unpacked(data, tmp_path)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
+
+
+# --- how far names lead
+
+# By the name in a scene in HOME/p: whether that file goes along. What is typed leads farther.
+REACH = {
+    "i/a.inc": True, ".h/a.inc": True, "../q/a.inc": False, "../.ssh/key.inc": False,
+    "farm/farm.inc": False, ".git/a.inc": False, "link.inc": False, "TOP/home/p/i/a.inc": True,
+    "TOP/a.inc": False, "/etc/hosts": False, "../../a.inc": False, "/proc/self/environ": False,
+}
+
+
+@pytest.mark.parametrize("name", REACH)
+def test_what_a_scene_says_leads_less_far_than_what_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    name = name.replace("TOP", str(tmp_path))
+    make(tmp_path, {f"home/p/{path}": "" for path in (
+        "i/a.inc", ".h/a.inc", "farm/farm.inc", "farm/farm.key", ".git/a.inc")})
+    make(tmp_path, {"home/q/a.inc": "", "home/.ssh/key.inc": "", "a.inc": "",
+                    "home/p/s.pov": f'#if (0) #include "{name}" #end'})
+    (home / "p/link.inc").symlink_to("../.ssh/key.inc")
+    project = collect(home / "p", standard_dirs=[])
+    real = [source.resolve() for source in project.sources.values() if isinstance(source, Path)]
+    assert ((home / "p" / name).resolve() in real) == REACH[next(
+        key for key in REACH if key.replace("TOP", str(tmp_path)) == name)]
+    assert not any(".ssh" in path.parts or "farm.key" in path.parts for path in real)
+    refused = any("it may not be needed" in warning for warning in project.warnings)
+    assert refused != ((home / "p" / name).resolve() in real)
+
+
+def test_a_library_of_an_ini_file_leads_no_farther_than_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    make(tmp_path, {"home/p/a.ini": "Input_File_Name=s.pov\nLibrary_Path=../.ssh\n",
+                    "home/.ssh/id.inc": "", "home/p/s.pov": '#include "id.inc"'})
+    cwd = tmp_path / "home/p"
+    for typed in ([], ["+L../.ssh"]):
+        options = povfarm.read_command_line(["a.ini", *typed], cwd, {}, system=[])
+        assert options.by_file == ({"s.pov"} if typed else {"s.pov", "../.ssh"})
+        if typed:
+            assert paths(collect(cwd, library=options.library, by_file=options.by_file)) == [
+                "_lib1/id.inc", "a.ini", "s.pov"]
+        else:
+            with pytest.raises(povfarm.UserError, match=r"includes 'id\.inc', which is neither"):
+                collect(cwd, library=options.library, by_file=options.by_file)
+
+
+def test_files_of_the_system_stay_where_they_are(tmp_path: Path, povray: str) -> None:
+    path = str(INSTALLED / "include/colors.inc")
+    make(tmp_path, {"s.pov": f'#include "{path}"'})
+    project = collect(tmp_path, standard_dirs=[])
+    assert paths(project) == ["s.pov"] and f"system_file {povfarm.sha256_file(Path(path))} {path}" in (
+        project.uses)
+
+
+def test_what_changed_is_looked_at_again(tmp_path: Path) -> None:
+    make(tmp_path, {"s.pov": '#include "a.inc"', "a.inc": "old", "b.txt": "old", "c.txt": "old"})
+    project = collect(tmp_path)
+    make(tmp_path, {"a.inc": "newer", "b.txt": "newer"})
+    (tmp_path / "scratch").mkdir()
+    now, left = project.as_it_is_now(tmp_path / "scratch", "")
+    assert (paths(now), left) == (["a.inc", "c.txt", "s.pov"], ["b.txt"])
+    make(tmp_path, {"a.inc": "newest"})
+    file = now.manifest.files[0]
+    assert povfarm.hashlib.sha256(b"newer").hexdigest() == file.sha256
+    assert b"".join(povfarm.file_blocks(now.sources["a.inc"])) == b"newer"
+
+
+def test_many_files_take_no_longer_than_their_number(tmp_path: Path) -> None:
+    def seconds(number: int) -> float:
+        place = tmp_path / str(number)
+        make(place, {"s.pov": "".join(f'"d/{i}.inc" "x/y{i}" ' for i in range(number)),
+                     **{f"d/{i}.inc": "" for i in range(number)}})
+        start = time.process_time()
+        assert len(collect(place).manifest.files) == number + 1
+        return time.process_time() - start
+
+    assert seconds(2000) < 40 * seconds(200)
+
+
+# Each is written so often that it is hard for a reader who goes back, or deep into what is nested.
+ENDLESS = {
+    "escaped quotes": ('\\"', ""), "escapes without an end": ('"\\', ""),
+    "names in names": ("concat(", ""), "names in names, and closed": ("concat(", ")"),
+    "calls in calls": ("M(concat(", ""), "macros without an end": ("#macro a(", ""),
+    "arrays of arrays": ("#declare a[ ", ""), "blocks in blocks": ("#if ", '#fopen a "b" read '),
+    "brackets": ("(", ")"), "photons in photons": ("photons {", "}"), "comments": ("/*", "*/"),
+    "written and read": ('#fopen a "b" write ', '#fopen a "b" read '),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_a_hostile_scene_takes_no_longer_than_its_length(what: str, tmp_path: Path) -> None:
+    def seconds(size: int) -> float:
+        first, second = (part and part * (size // len(part)) for part in ENDLESS[what])
+        make(tmp_path, {"s.pov": '#fopen F "o.txt" write\n' + first + second})
+        start = time.process_time()
+        assert paths(collect(tmp_path)) == ["s.pov"]
+        return time.process_time() - start
+
+    assert seconds(100_000) < 40 * seconds(10_000)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Tuple
 
 import pytest
-from conftest import tried
-from farm_in_a_box import FakeClock, manifest, png, pov_job
 
 import povfarm
+from helpers.base import tried
+from helpers.farm_in_a_box import FakeClock, manifest, pov_job
+from helpers.invariants import broken
+from helpers.pictures import png
 from povfarm import (
     BodyReader,
     BoundRoute,
@@ -91,7 +93,7 @@ class House:
 
     def _enter(self, request: Request) -> Response:
         self.entered.append(request.path)
-        return povfarm.empty_response()
+        return Response(204)
 
     def send(self, method: str, path: str, who: str, body: bytes = b"",
              **headers: str) -> Response:
@@ -111,7 +113,7 @@ class House:
         return rows, files
 
     def close(self) -> None:
-        problems = self.scheduler.check_invariants()
+        problems = broken(self.scheduler)
         self.coordinator.stop()
         assert problems == []
 

@@ -10,6 +10,7 @@ from typing import Any, Dict
 import pytest
 
 import povfarm
+from helpers.base import ROOT
 from povfarm import SETTINGS, Setting, UserError, configured_defaults, setting
 
 NAMES = [row.name for row in SETTINGS]
@@ -19,7 +20,7 @@ SAMPLES: Dict[str, Any] = {
     "data": "farm", "root": "scenes", "output": "out", "port": "8080", "discovery-port": "8081",
     "lease-time": "1m30s", "frame-timeout": "1h", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
     "max-workers": "2", "retries": "5", "slices": "7", "povray-version": "3.7", "verify": "25",
-    "radiosity": "off", "apng": "film.png",
+    "radiosity": "off", "apng": "film.png", "log": "log.txt",
     "video": "film.mp4", "fps": "30000/1001",
     "memory": "2G", "tls": "auto", "tls-cert": "cert.pem", "tls-key": "key.pem",
     "pin": "AB:" + "0c" * 31,
@@ -29,7 +30,7 @@ VALUES: Dict[str, Any] = {
     "discovery-port": 8081, "lease-time": 90.0, "frame-timeout": 3600, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "povray-version": "3.7", "verify": 25,
     "radiosity": "off",
-    "apng": Path("film.png"), "video": Path("film.mp4"), "fps": Fraction(30000, 1001),
+    "apng": Path("film.png"), "log": Path("log.txt"), "video": Path("film.mp4"), "fps": Fraction(30000, 1001),
     "memory": 2 * 10**9, "tls": "auto", "tls-cert": Path("cert.pem"), "tls-key": Path("key.pem"),
     "pin": "ab" + "0c" * 31,
 }
@@ -57,16 +58,20 @@ def test_every_option_has_one_name_and_one_explanation() -> None:
 
 def test_every_option_belongs_to_commands_that_there_are() -> None:
     commands = set(re.findall(r'^@command\("([a-z]+)"', SOURCE, re.MULTILINE))
-    groups = set(re.findall(r'"(\w+)"', " ".join(re.findall(r"groups=\(([^)]*)\)", SOURCE))))
+    groups = {group for tag, _ in povfarm._commands().values() for group in tag.groups}
     for row in SETTINGS:
         unknown = set(row.commands.split()) - commands - groups
         assert row.commands and not unknown, f"{row.name}: {unknown}"
 
 
 def test_every_option_does_something() -> None:
+    treatment = set(vars(povfarm.JobOptions()))
     for row in SETTINGS:
         name = row.name.replace("-", "_")
-        assert re.search(rf'options(\.|, "){name}\b', SOURCE), row.name
+        if "set" in row.commands.split():
+            assert {name for name, one in povfarm.JOB_OPTIONS.items() if one is row} <= treatment
+        else:
+            assert re.search(rf'options(\.|, "){name}\b', SOURCE), row.name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,6 +87,33 @@ def test_there_is_no_row_for_an_unknown_name() -> None:
         setting("colour")
 
 
+# --- the manual
+
+MANUAL = (ROOT / "docs" / "manual.md").read_text(encoding="utf-8")
+OPTIONS = re.findall(r"^\| `--.*\|$", MANUAL.partition("## Options, ")[2].partition("\n## ")[0],
+                     re.MULTILINE)
+
+
+def line_of(row: Setting) -> str:
+    """How the manual shows an option."""
+    commands = ", ".join(f"*{name}*" if name in ("talk", "job") else name
+                         for name in row.commands.split())
+    option = f"--{row.name} {row.metavar}".rstrip()
+    return f"| `{option}` | `{row.variable}` | {commands} | {row.shown_default} | {row.help} |"
+
+
+def test_the_table_of_options_is_that_of_the_program() -> None:
+    assert [line_of(row) for row in SETTINGS] == OPTIONS
+
+
+@pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row.name)
+def test_what_is_shown_as_the_default_is_it(row: Setting) -> None:
+    if row.shown_default:
+        assert row.parse(row.shown_default, "here") == row.default
+    else:
+        assert not row.default
+
+
 # --- values
 
 @pytest.mark.parametrize("text, value", [
@@ -95,8 +127,8 @@ def test_flags_are_on_or_off(text: str, value: bool) -> None:
 @pytest.mark.parametrize("name, text", [
     ("private", "maybe"), ("port", "http"), ("port", "-1"), ("port", "65536"), ("port", ""),
     ("port", "²"), ("tls", "yes"), ("pin", "12:34"), ("discovery-port", "1.5"), ("cores", "0"), ("cores", "-2"), ("cores", "many"),
-    ("cores", "³"), ("max-workers", "0"), ("retries", "0"), ("priority", "high"),
-    ("priority", "1.5"), ("lease-time", "soon"), ("lease-time", "0"), ("cache-size", "much"),
+    ("cores", "³"), ("max-workers", "-1"), ("retries", "0"), ("priority", "high"),
+    ("priority", "1.5"), ("priority", "1001"), ("lease-time", "soon"), ("lease-time", "0"), ("cache-size", "much"),
     ("nice", "20"), ("nice", "-1"), ("fps", "0"), ("fps", "-25"), ("fps", "1001"), ("fps", "1/0"),
     ("fps", "fast"), ("fps", "nan"), ("cores", "9" * 5000), ("port", "9" * 5000),
     ("frame-timeout", "9" * 400), ("memory", "9" * 400),
@@ -158,20 +190,45 @@ def test_a_file_saved_by_notepad_is_read(tmp_path: Path) -> None:
     assert configured_defaults({"POVFARM_DATA": str(tmp_path)})["port"] == 7
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"[povfarm]\ncolour = red\n", "colour"),
-    (b"[povfarm]\nport = red\n", "port"),
-    (b"[povfarm]\nopen = perhaps\n", "open"),
-    (b"port = 5\n", "povfarm.ini"),
-    (b"[povfarm]\nport = 1\nport = 2\n", "port"),
-    (b"[povfarm]\nname = \xff\xfe\n", "povfarm.ini"),
+@pytest.mark.parametrize("content, line, says", [
+    (b"[povfarm]\ncolour = red\n", 2, "no option 'colour'"),
+    (b"[povfarm]\nmax_workers = 2\n", 2, "no option 'max_workers'"),
+    (b"# mine\n\n[povfarm]\nname = x\nport = red\n", 5, "port: 'red' is not a port"),
+    (b"[povfarm]\r\nopen = perhaps\r\n", 2, "open: 'perhaps' is neither on nor off"),
+    (b"port = 5\n", 1, "expected the line [povfarm], not 'port = 5'"),
+    (b"[povfarm]\nport = 1\n[render]\ncores = 2\n", 3, "expected the line [povfarm], not '[render]'"),
+    (b"[povfarm\nport = 1\n", 1, "expected the line [povfarm], not '[povfarm'"),
+    (b"[povfarm]\nport = 1\nPort = 2\n", 3, "'port' is set twice"),
+    (b"[povfarm]\nopen\n", 2, "'open' is not NAME = VALUE"),
+    (b"[povfarm]\ndata = /srv\n", 2, "this file is in the data directory"),
 ])
-def test_a_bad_file_is_named_in_one_line(content: bytes, says: str, tmp_path: Path) -> None:
+def test_a_bad_line_of_the_file_is_named(
+        content: bytes, line: int, says: str, tmp_path: Path) -> None:
     (tmp_path / "povfarm.ini").write_bytes(content)
     with pytest.raises(UserError) as caught:
         configured_defaults({"POVFARM_DATA": str(tmp_path)})
     text = str(caught.value)
-    assert str(tmp_path / "povfarm.ini") in text and says in text and "\n" not in text
+    assert text.startswith(f"{tmp_path / 'povfarm.ini'}, line {line}: ") and says in text, text
+    assert "\n" not in text
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "povfarm.ini").write_bytes(b"[povfarm]\nname = \xff\xfe\n")
+    with pytest.raises(UserError, match=r"povfarm\.ini is not UTF-8"):
+        configured_defaults({"POVFARM_DATA": str(tmp_path)})
+
+
+def test_the_file_of_the_data_directory_that_was_typed_is_read(tmp_path: Path) -> None:
+    for name, port in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "povfarm.ini").write_text(f"[povfarm]\n; a farm\nPort = {port}\n")
+    environ = {"POVFARM_DATA": str(tmp_path / "one")}
+    assert configured_defaults(environ)["port"] == 1
+    found = configured_defaults(environ, str(tmp_path / "two"))
+    assert (found["port"], found["data"]) == (2, tmp_path / "two")
+    tag, _ = povfarm._command("serve")
+    assert povfarm._parse(tag, ["--data", str(tmp_path / "two")]).port == 2
+    assert povfarm._parse(tag, ["--data", str(tmp_path / "two"), "--port=3"]).port == 3
 
 
 def test_a_bad_variable_is_named(tmp_path: Path) -> None:

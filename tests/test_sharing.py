@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import re
-import statistics
 import subprocess
 from pathlib import Path
 from typing import Dict, List, Mapping, NamedTuple, Sequence
@@ -13,6 +12,7 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 import pytest
 
 import povfarm
+from helpers.pictures import seams
 
 SHARED = (povfarm.SAMPLE_FILE, povfarm.PHOTON_FILE)
 
@@ -89,18 +89,6 @@ class Scene:
 
     def texts(self, photons: str, samples: bool) -> Dict[str, bytes]:
         return povfarm.shared_texts(self.folders, self.scene.name, photons, samples)
-
-
-def jump(upper: bytes, lower: bytes) -> float:
-    return sum(abs(a - b) for a, b in zip(upper, lower)) / len(upper)
-
-
-def seams(rows: Sequence[bytes], starts: Sequence[int]) -> List[float]:
-    """How much more than its neighbours the step at each start of a slice is."""
-    jumps = {row: jump(rows[row - 1], rows[row]) for row in range(1, len(rows))}
-    return [jumps[at] / statistics.median(
-        jumps[row] for row in range(at - 8, at + 9) if row != at and row in jumps)
-        for at in starts[1:]]
 
 
 def largest_difference(one: Sequence[bytes], other: Sequence[bytes]) -> int:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import random
-import zlib
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
-from farm_in_a_box import Farm, farm_fixture, png, pov_job
-from test_scheduler import Chaos
 
 import povfarm
+from helpers.anything import Chaos
+from helpers.farm_in_a_box import Farm, farm_fixture, pov_job
+from helpers.pictures import png
+from helpers.slices import (
+    HEIGHT,
+    SIZE,
+    WIDTH,
+    hand_in,
+    part_files,
+    parts,
+    picture,
+    spans,
+    states,
+    submit,
+    work,
+)
 from povfarm import Cost, LeaseSpec, Region, SliceCost, TaskKind, TaskState
 
-WIDTH, HEIGHT = 8, 96
-SIZE = {"Width": str(WIDTH), "Height": str(HEIGHT), "Render_Block_Size": "4"}
 BLOCKS = {**SIZE, "Antialias": "On", "Render_Block_Size": "32"}
 
 __all__ = ["farm_fixture"]
@@ -24,78 +35,10 @@ __all__ = ["farm_fixture"]
 
 # --- what these tests do with a farm
 
-def submit(farm: Farm, frames: int = 1, values: Optional[Dict[str, str]] = None,
-           uses: Tuple[str, ...] = (), **options: Any) -> int:
-    return farm.submit(frames, uses=uses, values={**SIZE, **(values or {})}, **options)
-
-
-def hand_in(farm: Farm, worker: int, lease: LeaseSpec, bottom: int = 0, wall: float = 1.0,
-            image: Optional[bytes] = None) -> bool:
-    """Deliver the strip of a slice, down to ``bottom``, in a shade that is the task's own."""
-    task = lease.tasks[0]
-    bottom = bottom or task.bottom or HEIGHT
-    if image is None:
-        image = (b"what a pass made" if task.kind is TaskKind.PASS
-                 else png(task.id, WIDTH, bottom - task.top))
-    return farm.scheduler.finish(worker, lease.id, task.id, image, b"log",
-                                 Cost(wall, wall, 1 << 20), bottom)
-
-
 def beat(farm: Farm, worker: int, lease: LeaseSpec, part: float) -> Dict[int, int]:
     ended, cuts = farm.scheduler.beat(worker, {lease.id: {lease.tasks[0].id: part}}, 0)
     assert not ended
     return cuts
-
-
-def spans(farm: Farm, job: int, frame: int = 1, kind: str = "slice") -> List[Tuple[int, int]]:
-    return [(part["top"], part["bottom"]) for part in parts(farm, job, frame, kind)]
-
-
-def parts(farm: Farm, job: int, frame: int = 1, kind: str = "slice") -> List[Dict[str, Any]]:
-    with farm.store.read() as tx:
-        return [dict(part) for part in tx.parts(number(farm, job, frame)) if part["kind"] == kind]
-
-
-def number(farm: Farm, job: int, frame: int = 1) -> int:
-    rows = farm.tasks(job)
-    return int(next((row for row in rows if row["frame"] == frame), rows[0])["id"])
-
-
-def states(farm: Farm, job: int, frame: int = 1) -> List[str]:
-    return [part["state"] for part in parts(farm, job, frame)]
-
-
-def picture(farm: Farm, job: int, frame: int = 1) -> List[int]:
-    """The shade of every row of a finished frame: the task that it came from."""
-    row = next(row for row in farm.tasks(job) if row["id"] == number(farm, job, frame))
-    assert row["state"] == "done"
-    data = (farm.store.job_directory(job, "ball") / row["name"]).read_bytes()
-    povfarm.check_image(data, ".png", WIDTH, HEIGHT)
-    at, packed = 8, b""
-    while at < len(data):
-        size = int.from_bytes(data[at:at + 4], "big")
-        packed += data[at + 8:at + 8 + size] if data[at + 4:at + 8] == b"IDAT" else b""
-        at += 12 + size
-    rows = zlib.decompress(packed)
-    assert set(rows[::1 + 3 * WIDTH]) == {0}  # no filter: as these tests write them
-    return [rows[at + 1] + 256 * rows[at + 2] for at in range(0, len(rows), 1 + 3 * WIDTH)]
-
-
-def work(farm: Farm, *workers: int) -> List[LeaseSpec]:
-    """Let workers render whatever they get, in turn, until nobody gets anything."""
-    leases: List[LeaseSpec] = []
-    while True:
-        mine = [(worker, lease) for worker in workers for lease in farm.leases(worker)]
-        if not mine:
-            return leases
-        for worker, lease in mine:
-            hand_in(farm, worker, lease)
-            leases.append(lease)
-
-
-def part_files(farm: Farm, job: int) -> List[str]:
-    place = farm.store.job_directory(job, "ball") / "parts"
-    return sorted(path.name for path in place.iterdir()) if place.is_dir() else []
 
 
 @pytest.fixture(name="two")
@@ -126,7 +69,7 @@ def test_a_number_of_slices_are_as_many_and_alike(
     assert picture(farm, job) == [shade for shade, size in zip(shades, rows) for _ in range(size)]
     assert farm.state(job) == "done" and part_files(farm, job) == []
     frame = farm.tasks(job)[0]
-    assert frame["cpu"] == farm.job(job)["cpu"] == len(rows) and frame["memory"] == 1 << 20
+    assert frame.cpu == farm.job(job).cpu == len(rows) and frame.memory == 1 << 20
 
 
 def test_one_worker_does_not_take_all_slices(farm: Farm, two: Tuple[int, int]) -> None:
@@ -180,7 +123,7 @@ def test_what_cannot_be_sliced_is_refused_and_rendered_whole_by_auto(
 def test_other_changes_leave_slices_and_radiosity_alone(farm: Farm) -> None:
     job = submit(farm, slices=3, radiosity="animation")
     farm.scheduler.change(job, {"priority": 5})
-    assert (farm.job(job)["slices"], farm.job(job)["radiosity"]) == ("3", "animation")
+    assert (farm.job(job).options.slices, farm.job(job).options.radiosity) == ("3", "animation")
 
 
 # --- auto
@@ -240,7 +183,7 @@ def test_a_slice_that_fails_goes_to_another_worker(farm: Farm, two: Tuple[int, i
     job = submit(farm, slices=2)
     lease = farm.lease(two[0])
     farm.fail(two[0], lease)
-    assert farm.task(job, 0)["state"] == "queued" and states(farm, job) == ["queued"]
+    assert farm.task(job, 0).state == "queued" and states(farm, job) == ["queued"]
     other = farm.lease(two[0])
     assert other.tasks[0].id != lease.tasks[0].id
     again = farm.lease(two[1])
@@ -327,9 +270,9 @@ def test_a_frame_that_is_put_together_while_its_job_is_deleted_leaves_nothing(
     job = submit(farm, slices=2)
     join = povfarm.join_rows
 
-    def delete_first(strips: Sequence[bytes], extension: str) -> bytes:
+    def delete_first(strips: Sequence[Path], extension: str, to: Path) -> None:
         farm.scheduler.delete(job)
-        return join(strips, extension)
+        join(strips, extension, to)
 
     monkeypatch.setattr(povfarm, "join_rows", delete_first)
     work(farm, *two)
@@ -368,7 +311,7 @@ def test_a_restarted_coordinator_puts_together_what_was_complete(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     farm = Farm(tmp_path)
     worker, job = farm.worker(), submit(farm, slices=3)
-    monkeypatch.setattr(farm.scheduler, "join_frames", lambda: None)
+    monkeypatch.setattr(farm.scheduler._deliveries, "join_frames", lambda: None)
     work(farm, worker)
     assert states(farm, job) == ["done"] * 3 and farm.state(job) == "active"
     again = farm.restarted()
@@ -483,7 +426,7 @@ def test_a_strip_that_reaches_further_down_settles_the_slices_below(
     assert not hand_in(farm, two[0], second)
     hand_in(farm, two[1], third)
     work(farm, *two)
-    last = parts(farm, job)[-1]["id"]
+    last = parts(farm, job)[-1].id
     assert picture(farm, job) == (
         [first.tasks[0].id] * 48 + [third.tasks[0].id] * 24 + [last] * 24)
 
@@ -494,7 +437,7 @@ def test_a_strip_settles_no_pass(farm: Farm, two: Tuple[int, int]) -> None:
         farm.fail(worker, farm.lease(worker))
     first = farm.lease(two[0])
     assert hand_in(farm, two[0], first, bottom=HEIGHT)
-    assert [part["state"] for part in parts(farm, job, kind="pass")] == ["failed", "failed"]
+    assert [part.state for part in parts(farm, job, kind="pass")] == ["failed", "failed"]
     work(farm, *two)
     assert farm.state(job) == "done"
 
@@ -540,11 +483,11 @@ def test_a_picture_that_comes_while_slices_are_put_together_is_the_one_on_disk(
     farm.worker("carl")
     join = povfarm.join_rows
 
-    def meanwhile(strips: Sequence[bytes], extension: str) -> bytes:
+    def meanwhile(strips: Sequence[Path], extension: str, to: Path) -> None:
         monkeypatch.setattr(povfarm, "join_rows", join)
-        monkeypatch.setattr(farm.scheduler, "join_frames", lambda: None)
+        monkeypatch.setattr(farm.scheduler._deliveries, "join_frames", lambda: None)
         assert hand_in(farm, anna, late)
-        return join(strips, extension)
+        join(strips, extension, to)
 
     monkeypatch.setattr(povfarm, "join_rows", meanwhile)
     work(farm, bert)
@@ -572,7 +515,7 @@ def test_a_frame_that_drags_is_divided_when_another_is_idle(farm: Farm) -> None:
     assert spans(farm, job) == [(0, 60), (60, 96)]  # half of what is left, in rows
     assert (rest.tasks[0].top, rest.tasks[0].bottom) == (60, 96)
     assert farm.problems() == []
-    frame, first = lease.tasks[0].id, parts(farm, job)[0]["id"]
+    frame, first = lease.tasks[0].id, parts(farm, job)[0].id
     assert farm.scheduler.progress(first) == pytest.approx(0.25 * 96 / 60)
     assert beat(farm, anna, lease, 0.25) == {frame: 60}
     assert farm.scheduler.progress(first) == pytest.approx(0.25 * 96 / 60)
@@ -608,27 +551,12 @@ def test_a_frame_is_divided_again_and_again(farm: Farm) -> None:
     top = third.tasks[0].top
     assert spans(farm, job) == [(0, top), (top, 60), (60, 96)] and 25 < top < 60
     assert beat(farm, anna, lease, 0.26) == {lease.tasks[0].id: top}
-    first = parts(farm, job)[0]["id"]
+    first = parts(farm, job)[0].id
     assert farm.scheduler.progress(first) == pytest.approx(0.26 * 96 / top)
     assert hand_in(farm, anna, lease, bottom=60)  # it heard of the first cut only
     hand_in(farm, bert, rest)
     assert farm.state(job) == "done" and farm.beat(carl, third) == [third.id]
     assert picture(farm, job) == [lease.tasks[0].id] * 60 + [rest.tasks[0].id] * 36
-
-
-def test_a_slice_that_would_outlast_all_the_rest_is_divided_before_more_is_cut(
-        farm: Farm, two: Tuple[int, int]) -> None:
-    anna, bert = two
-    job = submit(farm, values={"Height": "800"})
-    slow, quick = farm.lease(anna), farm.lease(bert)
-    farm.clock.advance(30)
-    beat(farm, anna, slow, 0.02)
-    hand_in(farm, bert, quick, wall=5)
-    before = spans(farm, job)
-    lease = farm.lease(bert)
-    assert before[0] == (0, slow.tasks[0].bottom)
-    assert lease.tasks[0].bottom == slow.tasks[0].bottom  # of the upper slice, not of what is left
-    assert beat(farm, anna, slow, 0.02) == {slow.tasks[0].id: lease.tasks[0].top}
 
 
 def test_how_long_a_task_takes_is_told_from_its_last_rows(farm: Farm) -> None:
@@ -666,7 +594,7 @@ def test_a_slice_of_which_two_workers_have_copies_is_divided_too(
     job = submit(farm, values={"Height": "800"})
     slow = farm.lease(anna)
     task = slow.tasks[0]
-    while any(part["state"] != "done" for part in parts(farm, job)[1:]) or len(
+    while any(part.state != "done" for part in parts(farm, job)[1:]) or len(
             spans(farm, job)) == 1 or spans(farm, job)[-1][1] < 800:
         hand_in(farm, bert, farm.lease(bert), wall=1)
     farm.clock.advance(60)
@@ -697,7 +625,7 @@ def copied(farm: Farm) -> Tuple[int, int, LeaseSpec, LeaseSpec]:
     first = parts(farm, job)[0]
     while True:  # what is below goes to others, until too little of it is left
         again = farm.lease(bert)
-        if again.tasks[0].id == first["id"]:
+        if again.tasks[0].id == first.id:
             return anna, bert, lease, again
         hand_in(farm, bert, again, wall=0.1)
 
@@ -741,7 +669,7 @@ def test_a_cut_is_told_at_once_when_it_was_made_between_two_beats(farm: Farm) ->
 def test_what_is_refused_and_a_restart_forget_no_cut(tmp_path: Path) -> None:
     farm = Farm(tmp_path)
     anna, bert, lease, job = dragging(farm)
-    rest, first = farm.lease(bert), parts(farm, job)[0]["id"]
+    rest, first = farm.lease(bert), parts(farm, job)[0].id
     with pytest.raises(povfarm.IllegalTransition):
         farm.scheduler.resume(job)
     assert beat(farm, anna, lease, 0.5) == {lease.tasks[0].id: 60}
@@ -763,7 +691,7 @@ def test_nobody_is_told_of_a_cut_that_could_not_be_noted(
         raise povfarm.NoRoom("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(farm.scheduler, "_give", give)
+        patch.setattr(povfarm.Tx, "add_lease", give)
         with pytest.raises(povfarm.NoRoom):
             farm.lease(bert)
     assert told == [{}] and beat(farm, anna, lease, 0.25) == {} and spans(farm, job) == []
@@ -808,33 +736,13 @@ def test_who_renders_a_slice_gets_no_copy_of_another(farm: Farm, two: Tuple[int,
     assert farm.state(job) == "active"
 
 
-def test_a_slice_that_was_got_ahead_of_time_goes_to_an_idle_worker(
-        farm: Farm, two: Tuple[int, int]) -> None:
-    anna, bert = two
-    job = submit(farm, values={"Height": "800"})
-    first, other = farm.lease(anna), farm.lease(bert)
-    farm.clock.advance(10)
-    beat(farm, anna, first, 0.99)
-    ahead = farm.lease(anna, idle=0)
-    top = ahead.tasks[0].top
-    farm.clock.advance(10)  # what is left takes much longer than it looked
-    beat(farm, anna, first, 0.992)
-    farm.clock.advance(10)
-    beat(farm, anna, first, 0.993)
-    hand_in(farm, bert, other)
-    assert farm.lease(bert, idle=0).tasks[0].top > top  # bert is not idle: it, too, looks ahead
-    taken = farm.lease(farm.worker("carl"), idle=1)
-    assert taken.tasks == ahead.tasks and farm.beat(anna, ahead) == [ahead.id]
-    assert farm.state(job) == "active"
-
-
 def test_a_divided_frame_begins_and_ends_where_blocks_and_the_region_do(farm: Farm) -> None:
     values = {**BLOCKS, "Start_Row": "21", "End_Row": "90", "Render_Block_Size": "10"}
     anna, bert, lease, job = dragging(farm, values, 2 / 7)
     rest = farm.lease(bert)
     top = rest.tasks[0].top
     assert (top - 20) % 10 == 0 and spans(farm, job) == [(0, top), (top, 96)]
-    first = parts(farm, job)[0]["id"]
+    first = parts(farm, job)[0].id
     beat(farm, anna, lease, 2 / 7)  # 20 rows of the region's 70
     assert farm.scheduler.progress(first) == pytest.approx(20 / (top - 20))
 
@@ -904,15 +812,12 @@ def test_slices_that_are_gone_fail_the_frame_and_retry_renders_it(
 def test_a_full_disk_while_slices_are_put_together_loses_none(
         farm: Farm, two: Tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     job = submit(farm, slices=2)
-    put = farm.store.put_image
 
-    def full(directory: Path, name: str, data: bytes) -> None:
-        if directory.name != "parts":
-            raise povfarm.NoRoom("the disk is full")
-        put(directory, name, data)
+    def full(made: Path, directory: Path, name: str) -> None:
+        raise povfarm.NoRoom("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(farm.store, "put_image", full)
+        patch.setattr(farm.store, "move_image", full)
         work(farm, *two)
         farm.scheduler.expire()
     assert farm.states(job) == ["leased"] and states(farm, job) == ["done", "done"]
@@ -945,10 +850,10 @@ def test_slices_wait_for_the_passes_and_are_told_of_them(
     hand_in(farm, two[1], other)
     leases = work(farm, *two)
     assert [lease.tasks[0].kind for lease in leases] == [TaskKind.SLICE] * 2
-    passes = tuple(part["id"] for part in parts(farm, job, kind="pass"))
+    passes = tuple(part.id for part in parts(farm, job, kind="pass"))
     assert all(lease.shares == passes for lease in leases)
     assert farm.ask("GET", f"/api/v1/tasks/{passes[0]}/result", key="anna").status in (200, 404)
-    assert farm.state(job) == "done" and farm.tasks(job)[0]["cpu"] == 4
+    assert farm.state(job) == "done" and farm.tasks(job)[0].cpu == 4
 
 
 def test_a_worker_takes_one_pass_at_a_time(farm: Farm, two: Tuple[int, int]) -> None:
@@ -1080,7 +985,7 @@ def test_cuts_cover_every_row_once_and_begin_with_blocks() -> None:
         while cuts[-1] < height:
             share = chance.uniform(0.01, 1)
             cost = chance.choice((None, SliceCost(chance.uniform(0, 1), chance.uniform(0, 9))))
-            cuts.append(povfarm.next_cut(cuts[-1], height, region, slices, share, cost))
+            cuts.append(povfarm.slice_end(cuts[-1], height, region, slices, share, cost))
             assert cuts[-2] < cuts[-1] <= height, (region, cuts)
         assert all(region.top < cut < region.bottom for cut in cuts[1:-1]), (region, cuts)
         assert all((cut - region.top) % region.block == 0 for cut in cuts[1:-1]), (region, cuts)
@@ -1149,13 +1054,13 @@ class SlicedChaos(Chaos):
     def look(self) -> None:
         with self.farm.store.read() as tx:
             rows = tx.done_tasks()
-            jobs = {row["id"]: povfarm.pov_of(row["pov"]).options for row in tx.jobs(0, -1)}
+            jobs = {row.id: row.pov.options for row in tx.jobs(0, -1)}
         for row in rows:
-            if row["kind"] != TaskKind.PASS:
-                place, name = povfarm.place_of(self.farm.store.job_directory(row["job"], "ball"), row)
-                height = row["bottom"] - row["top"] or jobs[row["job"]].height
+            if row.kind != TaskKind.PASS:
+                place, name = povfarm.place_of(self.farm.store.job_directory(row.job, "ball"), row)
+                height = row.bottom - row.top or jobs[row.job].height
                 povfarm.check_image((place / name).read_bytes(), ".png", WIDTH, height)
-        done = {(row["job"], row["frame"]): row["sha256"] for row in rows if not row["parent"]}
+        done = {(row.job, row.frame): row.sha256 for row in rows if not row.parent}
         assert all(done[key] == sha for key, sha in self.done.items() if key[0] in jobs)
         self.done = done
 
@@ -1212,17 +1117,17 @@ class SlicedChaos(Chaos):
         ended, cuts = self.farm.scheduler.beat(worker, {lease.id: {given.id: part}}, 0)
         with self.farm.store.read() as tx:
             attempt = tx.attempt(given.id, lease.id)
-            task = tx.task(attempt["task"]) if attempt else None
-            live = len(tx.live_attempts_of_task(task["id"])) if task else 0
-        if ended or not attempt or not task or attempt["state"] != "live":
+            task = tx.task(attempt.task) if attempt else None
+            live = len(self.farm.scheduler.grants.at(task.id)) if task else 0
+        if ended or not attempt or not task or attempt.state != "live":
             return
         region, height = povfarm.region_of(lease.pov.options), lease.pov.options.height
         rows = [min(bottom, region.bottom) - max(given.top, region.top)
-                for bottom in (given.bottom or height, task["bottom"] or height)]
-        assert cuts == ({given.id: task["bottom"]} if rows[0] > rows[1] else {})
-        progress, mine = self.farm.scheduler.progress(task["id"]), min(part * rows[0] / rows[1], 1)
+                for bottom in (given.bottom or height, task.bottom or height)]
+        assert cuts == ({given.id: task.bottom} if rows[0] > rows[1] else {})
+        progress, mine = self.farm.scheduler.progress(task.id), min(part * rows[0] / rows[1], 1)
         assert progress == pytest.approx(mine) or (live > 1 and progress > mine)
-        self.told.update(dict.fromkeys([lease.id] if cuts else [], task["bottom"]))
+        self.told.update(dict.fromkeys([lease.id] if cuts else [], task.bottom))
         self.told_of_copies += live > 1 and bool(cuts)
 
     def do_keep(self) -> None:
@@ -1256,6 +1161,7 @@ class SlicedChaos(Chaos):
         assert {self.farm.state(job) for job in self.jobs} == {"done"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 9])
 def test_after_anything_at_all_slices_make_up_their_frames(tmp_path: Path, seed: int) -> None:
     chaos = SlicedChaos(Farm(tmp_path), seed)

@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from conftest import pixels_of, run_povray
-from test_farm import (
+
+from helpers.base import run_povray, wait_until
+from helpers.farm import (
     HEAVY,
     STILL,
     Farm,
-    _needs_povray,
-    _no_process_is_left,
-    farm,
+    farm_fixture,
     project,
     renderers,
-    wait_until,
 )
-from test_image import png_rows
-from test_sharing import seams
+from helpers.pictures import rows_of, seams
 
-__all__ = ["_needs_povray", "_no_process_is_left", "farm"]
+__all__ = ["farm_fixture"]
+pytestmark = pytest.mark.usefixtures("povray", "no_process_is_left")
 
 # Something on every row, and edges for anti-aliasing, at once.
 BUSY = STILL.replace("sphere {", "plane { y, -1 pigment { checker rgb 1 rgb 0 } }\nsphere {")
 SIZE = ["+W64", "+H96"]
-LONG = ["+W256", "+H256", "+A0.02", "+R7"]  # for HEAVY: some ten seconds of one core
-
-
-def rows_of(path: Path) -> List[bytes]:
-    """Return the pixels of a picture by rows."""
-    if path.suffix == ".png":
-        return png_rows(path.read_bytes())
-    width, data = pixels_of(path)
-    return [data[at:at + 3 * width] for at in range(0, len(data), 3 * width)]
+# For HEAVY: enough to be stopped in the middle of it on any computer, see `hold`.
+LONG = ["+W128", "+H128", "+A0.02", "+R7"]
+PIXELS = 128 * 128
 
 
 def pictures(farm: Farm, job: int) -> Dict[str, List[bytes]]:
@@ -76,6 +70,23 @@ def attempts_of(farm: Farm, job: int, frame: int = 0) -> List[str]:
     """Return what was tried of a frame, as its log says it: the heading and the text of each."""
     text = farm.client.request("GET", f"/api/v1/jobs/{job}/frames/{frame}/log").body.decode()
     return re.split(r"^--- ", text, flags=re.MULTILINE)[1:]
+
+
+def hold(place: Path, share: float) -> int:
+    """Stop POV-Ray where a share of the picture is finished; return its number.
+
+    Its state file tells how far it is, and a fast one gets no more than some milliseconds
+    between two looks.
+    """
+    pid = int(wait_until(lambda: renderers(place), "nothing is rendered")[0])
+    state = Path(os.readlink(f"/proc/{pid}/cwd")) / "scene.pov-state"
+    end = time.monotonic() + 300
+    while not state.exists() or state.stat().st_size < 20 * share * PIXELS:
+        assert time.monotonic() < end, "it does not get on"
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.002)
+        os.kill(pid, signal.SIGSTOP)
+    return pid
 
 
 def two_workers(farm: Farm) -> None:
@@ -126,8 +137,7 @@ def test_a_render_that_is_stopped_moves_to_another_worker(
         farm: Farm, tmp_path: Path, heavy: Dict[str, List[bytes]], more: str, moves: bool) -> None:
     first = farm.work("--cores", "1", "--worker-name", "anna")
     job = farm.submit(project(tmp_path, HEAVY + more), "scene.pov", *LONG)
-    enough = 0.33 if moves else 0.05
-    wait_until(lambda: frames_of(farm, job)[0]["progress"] > enough, "it does not get on", 120)
+    hold(tmp_path, 0.33 if moves else 0.05)
     first.send_signal(signal.SIGINT)
     assert first.stdout is not None
     while "stopping" not in first.stdout.readline():  # or two signals may be one
@@ -144,7 +154,7 @@ def test_a_render_that_is_stopped_moves_to_another_worker(
     moved, last = attempts_of(farm, job)
     assert "on anna: released" in moved and "on bert: done" in last
     count = re.search(r"^Pixels: +(\d+)", last, re.MULTILINE)
-    assert count and 0 < int(count[1]) < 0.7 * 256 * 256  # the rest came from where it was stopped
+    assert count and 0 < int(count[1]) < 0.7 * PIXELS  # the rest came from where it was stopped
     farm.check()
 
 
@@ -152,12 +162,14 @@ def test_a_frame_under_way_is_divided_when_a_second_worker_comes(
         farm: Farm, tmp_path: Path, heavy: Dict[str, List[bytes]]) -> None:
     farm.work("--cores", "1", "--worker-name", "anna")
     job = farm.submit(project(tmp_path, HEAVY), "scene.pov", *LONG)
-    wait_until(lambda: frames_of(farm, job)[0]["progress"] > 0.05, "it does not begin", 60)
+    slow = hold(tmp_path, 0.2)
     farm.work("--cores", "1", "--worker-name", "bert")
+    wait_until(lambda: len(renderers(tmp_path)) == 2, "the rest is not given to bert", 120)
+    os.kill(slow, signal.SIGCONT)
     farm.finished(job, 300)
     tried = attempts_of(farm, job)
     assert re.match("frame 0, rows 0 to .* on anna: done", tried[0])
-    assert re.match("frame 0, rows .* to 255 on bert: done", tried[1]), tried
+    assert re.match("frame 0, rows .* to 127 on bert: done", tried[1]), tried
     assert pictures(farm, job) == heavy
     farm.check()
 

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import gc
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -13,20 +14,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, Type
 
 import pytest
-from farm_in_a_box import (  # noqa: F401 - the fixture
-    SCENE,
-    Farm,
-    farm_fixture,
-    manifest,
-    png,
-    pov_job,
-    sha256,
-)
 
 import povfarm
+from helpers.farm_in_a_box import SCENE, Farm, farm_fixture, manifest, pov_job, sha256
+from helpers.pictures import png
 from povfarm import (
     AttemptState,
     Coordinator,
@@ -44,6 +39,8 @@ from povfarm import (
     WorkerState,
 )
 
+__all__ = ["farm_fixture"]
+
 INFO = WorkerInfo("anna", 2, 1 << 30, "Linux", {"povray": "3.7"}, ("fast",))
 HELLO = sha256(b"hello")
 
@@ -58,8 +55,9 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def add_job(tx: Tx, frames: int = 2) -> int:
     project = manifest({"scene.pov": b"hello"})
     tx.add_manifest(project)
-    job = tx.add_job("ball", "me", pov_job(frames), project.key, JobOptions(), 1.0)
+    job = tx.reserve_job()
     tx.add_tasks(job, [(frame, f"out{frame}.png") for frame in range(1, frames + 1)])
+    tx.add_job(job, "ball", "me", pov_job(frames), project.key, JobOptions(), 1.0)
     return job
 
 
@@ -91,7 +89,7 @@ def test_a_transaction_rolls_back_when_its_commit_fails(store: Store) -> None:
         tx.set_meta("a", "1")
         tx.add_lease("L", worker=77, job=88, tasks=[], now=1.0)
     with store.tx() as tx:
-        assert tx.meta("a") == "" and tx.lease("L") is None
+        assert tx.meta("a") == "" and tx.attempt(1, "L") is None
 
 
 def test_a_row_without_its_parent_is_refused(store: Store) -> None:
@@ -145,7 +143,11 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "add_manifest": lambda tx: tx.add_manifest(manifest({"a": b"b"})),
     "drop_manifests": lambda tx: tx.drop_manifests(),
     "drop_blob": lambda tx: tx.drop_blob(HELLO),
-    "add_job": lambda tx: tx.add_job("n", "o", pov_job(), "k", JobOptions(), 1.0),
+    "reserve_job": lambda tx: tx.reserve_job(),
+    "drop_rows": lambda tx: tx.drop_rows(1, 1),
+    "move_frames": lambda tx: tx.move_frames(
+        1, TaskState.QUEUED, TaskState.CANCELLED, "", 1.0, -1, 1),
+    "add_job": lambda tx: tx.add_job(1, "n", "o", pov_job(), "k", JobOptions(), 1.0),
     "add_tasks": lambda tx: tx.add_tasks(1, [(1, "a.png")]),
     "set_job_state": lambda tx: tx.set_job_state(1, JobState.ACTIVE, JobState.DONE, "", None),
     "set_job_started": lambda tx: tx.set_job_started(1, 1.0),
@@ -159,11 +161,12 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "set_task_result": lambda tx: tx.set_task_result(1, 1, HELLO, 5, Cost(), 1.0),
     "set_tries": lambda tx: tx.set_tries(1, 1),
     "add_lease": lambda tx: tx.add_lease("L", 1, 1, [1], 1.0),
-    "end_lease": lambda tx: tx.end_lease("L", "why", 1.0),
-    "end_attempt": lambda tx: tx.end_attempt(1, AttemptState.DONE, 1.0),
+    "end_lease": lambda tx: tx.end_lease("L", 1, "why", 1.0),
+    "end_attempt": lambda tx: tx.end_attempt(1, "L", AttemptState.DONE, 1.0),
+    "end_attempts": lambda tx: tx.end_attempts("L", AttemptState.RELEASED, 1.0, ""),
     "forget_failures": lambda tx: tx.forget_failures(1),
-    "add_part": lambda tx: tx.add_part(tx._db.execute(
-        "SELECT 1 AS id, 1 AS job, 1 AS frame, 'a' AS name").fetchone(), TaskKind.SLICE, 0, 1),
+    "add_part": lambda tx: tx.add_part(
+        SimpleNamespace(id=1, job=1, frame=1, name="a"), TaskKind.SLICE, 0, 1),
     "set_cut": lambda tx: tx.set_cut(1, 0, 1),
     "drop_parts": lambda tx: tx.drop_parts(1),
     "set_bottom": lambda tx: tx.set_bottom(1, 1),
@@ -175,19 +178,21 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
 
 @pytest.mark.parametrize("name", WRITES)
 def test_readers_cannot_write(name: str, store: Store) -> None:
-    with pytest.raises(sqlite3.OperationalError, match="readonly"), store.read() as tx:
-        WRITES[name](tx)
+    with pytest.raises(sqlite3.OperationalError, match="readonly"), store.read() as look:
+        WRITES[name](Tx(look._db, look._known))
 
 
 def test_the_list_of_writes_is_whole() -> None:
-    """Everything else that a transaction can do is looking."""
+    """All that a transaction adds to a look is in it, and nothing that only looks."""
     source = Path(povfarm.__file__).read_text(encoding="utf-8")
-    tx_class = next(node for node in ast.walk(ast.parse(source))
-                    if isinstance(node, ast.ClassDef) and node.name == "Tx")
-    writing = {function.name for function in tx_class.body if isinstance(function, ast.FunctionDef)
-               for text in strings_in(function)
-               if text.lstrip().startswith(("INSERT", "UPDATE", "DELETE", "REPLACE"))}
-    assert writing == set(WRITES)
+    classes = {node.name: node for node in ast.walk(ast.parse(source))
+               if isinstance(node, ast.ClassDef)}
+    writing = {name: {function.name for function in classes[name].body
+                      if isinstance(function, ast.FunctionDef)
+                      for text in strings_in(function)
+                      if text.lstrip().startswith(("INSERT", "UPDATE", "DELETE", "REPLACE"))}
+               for name in ("Look", "Tx")}
+    assert writing == {"Look": set(), "Tx": set(WRITES)}
 
 
 def strings_in(function: ast.FunctionDef) -> List[str]:
@@ -198,24 +203,24 @@ def strings_in(function: ast.FunctionDef) -> List[str]:
 def test_counters_follow_their_tasks(store: Store) -> None:
     with store.tx() as tx:
         job = add_job(tx)
-        task = tx.tasks(job)[0]["id"]
+        task = tx.tasks(job)[0].id
         for frm, to in [("queued", "leased"), ("leased", "done")]:
             assert tx.set_task_state(task, TaskState(frm), TaskState(to))
             tx.count_task(job, TaskState(frm), TaskState(to))
         row = tx.job(job)
-        assert row is not None
-        assert (row["queued"], row["leased"], row["done"]) == (1, 0, 1)
-        assert tx.wrong_counters() == []
+        assert (row.queued, row.leased, row.done) == (1, 0, 1)
+        states = [task.state for task in tx.tasks(job)]
+        assert row.counts == {state: states.count(state) for state in TaskState}
 
 
 def test_a_state_changes_only_from_the_one_that_is_named(store: Store) -> None:
     with store.tx() as tx:
         job = add_job(tx)
-        task = tx.tasks(job)[0]["id"]
+        task = tx.tasks(job)[0].id
         assert not tx.set_task_state(task, TaskState.LEASED, TaskState.DONE)
         assert not tx.set_job_state(job, JobState.ACTIVE, JobState.DONE, "", None)
         assert not tx.set_worker_state(5, WorkerState.ADMITTED)
-        assert tx.tasks(job)[0]["state"] == "queued"
+        assert tx.tasks(job)[0].state == "queued"
 
 
 # --- blobs and images
@@ -228,9 +233,8 @@ def test_a_blob_lies_under_its_hash(store: Store) -> None:
 
 
 def test_a_blob_under_a_wrong_hash_is_refused(store: Store) -> None:
-    with pytest.raises(ProtocolError) as caught:
+    with pytest.raises(povfarm.Damaged):
         store.put_blob(HELLO, [b"hullo"])
-    assert caught.value.status == 422
     assert files_in(store.root / "blobs") == set()
 
 
@@ -302,67 +306,25 @@ def schema(path: Path) -> Tuple[int, List[Any]]:
 def test_a_new_database_has_the_newest_version(tmp_path: Path) -> None:
     Store(tmp_path).close()
     version, tables = schema(tmp_path / "farm.db")
-    assert version == len(povfarm.MIGRATIONS)
+    assert version == povfarm.SCHEMA_VERSION
     Store(tmp_path).close()
     assert schema(tmp_path / "farm.db") == (version, tables)
 
 
-@pytest.mark.parametrize("version", range(len(povfarm.MIGRATIONS)))
-def test_every_older_database_becomes_as_a_new_one(version: int, tmp_path: Path) -> None:
-    for name in ("old", "new"):
-        (tmp_path / name).mkdir()
-    with contextlib.closing(sqlite3.connect(tmp_path / "old" / "farm.db")) as db:
-        for script in povfarm.MIGRATIONS[:version]:
-            db.executescript(script)
-        db.execute(f"PRAGMA user_version = {version}")
-    for name in ("old", "new"):
-        Store(tmp_path / name).close()
-    assert schema(tmp_path / "old" / "farm.db") == schema(tmp_path / "new" / "farm.db")
-
-
-def test_a_migration_that_fails_changes_nothing(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Store(tmp_path).close()
-    before = schema(tmp_path / "farm.db")
-    bad = (*povfarm.MIGRATIONS, "CREATE TABLE extra (x); INSERT INTO nowhere VALUES (1)")
-    monkeypatch.setattr(povfarm, "MIGRATIONS", bad)
+def test_a_schema_that_fails_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "SCHEMA", povfarm.SCHEMA + "INSERT INTO nowhere VALUES (1)")
     with pytest.raises(StoreError):
         Store(tmp_path)
     monkeypatch.undo()
     gc.collect()
-    assert schema(tmp_path / "farm.db") == before
+    assert schema(tmp_path / "farm.db") == (0, [])
     Store(tmp_path).close()
-
-
-@pytest.mark.parametrize("folder", sorted((Path(__file__).parent / "data").glob("farm-*")),
-                         ids=lambda folder: folder.name)
-def test_a_farm_of_every_released_version_goes_on(folder: Path, tmp_path: Path) -> None:
-    """Each was made by the program of its time, which was killed in the middle of its work."""
-    root = tmp_path / "data"
-    shutil.copytree(folder, root)
-    with contextlib.closing(sqlite3.connect(root / "farm.db")) as db:
-        db.executescript((root / "farm.sql").read_text(encoding="utf-8"))
-        assert db.execute("PRAGMA user_version").fetchone()[0] == int(folder.name.partition("-")[2])
-    farm = Farm(root)
-    assert farm.problems() == []
-    states = {job["name"]: job["state"] for job in farm.ask("GET", "/api/v1/jobs").json()["jobs"]}
-    assert states == {"first": "done", "broken": "failed", "under way": "active",
-                      "resting": "paused", "dropped": "cancelled", "waiting": "waiting"}
-    assert farm.ask("GET", "/api/v1/jobs/3/frames/1/image").status == 200
-    farm.clock.advance(31)  # the worker of that time is gone
-    farm.scheduler.expire()
-    farm.scheduler.resume(4)
-    farm.scheduler.retry(5)
-    farm.render(farm.worker("berta"))
-    assert [farm.state(job) for job in (1, 3, 4, 5)] == ["done"] * 4
-    assert farm.problems() == []
-    farm.close()
 
 
 def test_a_log_left_by_a_crash_of_a_newer_version_stays(tmp_path: Path) -> None:
     Store(tmp_path / "one").close()
     with contextlib.closing(sqlite3.connect(tmp_path / "one" / "farm.db")) as db:
-        db.execute(f"PRAGMA user_version = {len(povfarm.MIGRATIONS) + 1}")
+        db.execute(f"PRAGMA user_version = {povfarm.SCHEMA_VERSION + 1}")
         shutil.copytree(tmp_path / "one", tmp_path / "two")  # as it is when the program is killed
     before = {path.name: path.read_bytes() for path in (tmp_path / "two").glob("farm.db*")}
     assert "farm.db-wal" in before
@@ -385,15 +347,17 @@ def test_a_reader_at_work_is_closed_when_it_has_ended(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"farm.db"}
 
 
+@pytest.mark.parametrize("version, age", [(povfarm.SCHEMA_VERSION + 1, "a newer"), (1, "an older")])
 @pytest.mark.parametrize("journal", ["WAL", "DELETE"])
-def test_a_newer_database_is_refused_untouched(journal: str, tmp_path: Path) -> None:
+def test_the_database_of_another_version_is_refused_untouched(
+        journal: str, version: int, age: str, tmp_path: Path) -> None:
     Store(tmp_path).close()
     with contextlib.closing(sqlite3.connect(tmp_path / "farm.db")) as db:
         db.execute(f"PRAGMA journal_mode = {journal}")
         db.execute("CREATE TABLE future (x)")
-        db.execute(f"PRAGMA user_version = {len(povfarm.MIGRATIONS) + 1}")
+        db.execute(f"PRAGMA user_version = {version}")
     before = (tmp_path / "farm.db").read_bytes()
-    with pytest.raises(StoreError, match="newer povfarm"):
+    with pytest.raises(StoreError, match=f"{age} povfarm: use that version, or another --data"):
         Store(tmp_path)
     gc.collect()
     assert (tmp_path / "farm.db").read_bytes() == before
@@ -501,9 +465,8 @@ def test_contents_whose_file_is_tidied_away_before_their_row_are_asked_for_again
         return size
 
     monkeypatch.setattr(farm.store, "put_blob", lose)
-    with pytest.raises(ProtocolError) as caught:
+    with pytest.raises(povfarm.TryAgain):
         farm.scheduler.put_blob(sha256(SCENE), [SCENE])
-    assert caught.value.status == 503  # which the client takes as: try again
     monkeypatch.undo()
     assert farm.state(job) == "waiting"
     farm.scheduler.put_blob(sha256(SCENE), [SCENE])
@@ -605,8 +568,8 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(
     monkeypatch.setattr(povfarm.shutil, "copy2", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(StoreError, match="full"):
         Store.backup(farm.root, tmp_path / "copy")
-    monkeypatch.setattr(povfarm, "MIGRATIONS", (*povfarm.MIGRATIONS, "SELECT 1"))
-    with pytest.raises(StoreError, match="another version"):
+    monkeypatch.setattr(povfarm, "SCHEMA_VERSION", povfarm.SCHEMA_VERSION + 1)
+    with pytest.raises(StoreError, match="older povfarm"):
         Store.backup(farm.root, tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
@@ -738,7 +701,7 @@ def test_a_slice_costs_no_more_where_many_are_done(tmp_path: Path) -> None:
                 """INSERT INTO task (job, frame, slice, name, state, kind, top, bottom, parent,
                                      wall, parse, worker, finished)
                    VALUES (:job, 3, :number, 'x', 'done', 'slice', 0, 1, :id, 9, 1, 1, :number)""",
-                [{**dict(frame), "number": number} for number in range(10 * more, 11 * more)])
+                [{**vars(frame), "number": number} for number in range(10 * more, 11 * more)])
         costs.append(steps_of(farm, lambda: farm.lease(worker)))
     farm.close()
     assert costs[1] < costs[0] + 50, costs
@@ -747,16 +710,18 @@ def test_a_slice_costs_no_more_where_many_are_done(tmp_path: Path) -> None:
 # --- the SQL itself
 
 def calls_of_sql() -> List[Tuple[str, str, ast.expr]]:
-    """Where SQL is run: class and function, and the first argument."""
+    """Where SQL is run: class and function, and the text."""
     found = []
     tree = ast.parse(Path(povfarm.__file__).read_text(encoding="utf-8"))
     for owner in ast.walk(tree):
         if isinstance(owner, ast.ClassDef):
             for function in owner.body:
-                found += [(owner.name, function.name, node.args[0]) for node in ast.walk(function)
+                found += [(owner.name, function.name, node.args[node.func.attr in ("_all", "_one")])
+                          for node in ast.walk(function)
                           if isinstance(function, ast.FunctionDef) and isinstance(node, ast.Call)
                           and isinstance(node.func, ast.Attribute)
-                          and node.func.attr in ("execute", "executemany", "executescript")]
+                          and node.func.attr in ("execute", "executemany", "executescript", "_do",
+                                                 "_all", "_one")]
     return found
 
 
@@ -764,14 +729,15 @@ def test_sql_is_literal_and_only_in_the_store() -> None:
     calls = calls_of_sql()
     odd = {(owner, function) for owner, function, sql in calls
            if not (isinstance(sql, ast.Constant) and isinstance(sql.value, str))}
-    # The pragma that says how durable, and the migrations, which are constants.
-    assert odd == {("Store", "_connect"), ("Store", "_migrate")}
-    assert {owner for owner, _, _ in calls} == {"Store", "Tx"}
+    # The pragma that says how durable, and the schema, which are constants; what takes the literals.
+    assert odd == {("Store", "_connect"), ("Store", "_set_up"),
+                   ("Look", "_do"), ("Look", "_all"), ("Look", "_one")}
+    assert {owner for owner, _, _ in calls} == {"Store", "Look", "Tx"}
     assert len(calls) > 60
 
 
 def test_no_query_is_unused() -> None:
     source = Path(povfarm.__file__).read_text(encoding="utf-8")
-    for name in vars(Tx):
+    for name in {**vars(povfarm.Look), **vars(Tx)}:
         if not name.startswith("_"):
-            assert f"tx.{name}(" in source, f"Tx.{name} is never called"
+            assert re.search(rf"(tx|look|self)\.{name}\b", source), f"{name} is never called"

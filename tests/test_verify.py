@@ -5,23 +5,23 @@ from __future__ import annotations
 import itertools
 import shutil
 import struct
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, List, Tuple
 
 import pytest
-from conftest import run_povray
-from farm_in_a_box import Farm, farm_fixture, png, sha256
 
 import povfarm
+from helpers.base import run_povray
+from helpers.farm_in_a_box import Farm, farm_fixture, sha256
+from helpers.pictures import chunk, png, png_of
 
 __all__ = ["farm_fixture"]
 
 
-def worker(farm: Farm, name: str, **engines: str) -> int:
+def worker(farm: Farm, name: str, cores: int = 2, **engines: str) -> int:
     """Let a worker with this POV-Ray join."""
-    info = povfarm.WorkerInfo(name, 2, 1 << 30, "Linux", engines, ())
+    info = povfarm.WorkerInfo(name, cores, 1 << 30, "Linux", engines, ())
     return farm.scheduler.join(info, sha256(name.encode()), "192.168.1.5", True)[0]
 
 
@@ -31,7 +31,7 @@ def waiting_for(farm: Farm, job: int) -> str:
 
 # --- one POV-Ray for all frames of a job
 
-def test_a_job_takes_the_first_workers_povray(farm: Farm) -> None:
+def test_a_job_keeps_the_povray_of_its_first_frame(farm: Farm) -> None:
     anna, bert, carl = (worker(farm, name, povray=version) for name, version in (
         ("anna", "3.7.0.10"), ("bert", "3.8.0"), ("carl", "3.7.0.10")))
     job = farm.submit(4)
@@ -46,12 +46,79 @@ def test_a_job_takes_the_first_workers_povray(farm: Farm) -> None:
     assert waiting_for(farm, job) == ""
 
 
-def test_the_next_job_takes_another_first_workers_povray(farm: Farm) -> None:
+def test_where_as_many_cores_have_each_the_first_worker_decides(farm: Farm) -> None:
     anna, bert = worker(farm, "anna", povray="3.7.0.10"), worker(farm, "bert", povray="3.8.0")
     farm.submit(1)
     farm.render(anna)
     job = farm.submit(1)
     assert farm.render(bert, job) == [0]
+
+
+def test_a_job_takes_the_povray_that_most_cores_have_whoever_comes_first(farm: Farm) -> None:
+    anna = worker(farm, "anna", cores=7, povray="3.8.0")
+    others = [worker(farm, f"w{number}", cores=4, povray="3.7.0.10") for number in range(2)]
+    windows = worker(farm, "windows", cores=1, povray="3.7")  # as little as that tells, it fits
+    plain = worker(farm, "plain", cores=100)  # does not tell, so it has no say
+    job = farm.submit(3)
+    assert farm.leases(anna) == []
+    assert waiting_for(farm, job).startswith(
+        "1 worker waits: this job's frames are rendered with POV-Ray 3.7, theirs is 3.8.0")
+    assert [task.frame for task in farm.lease(windows).tasks] == [1]
+    farm.scheduler.leave(windows)
+    assert [task.frame for task in farm.lease(plain).tasks] == [1]
+    farm.scheduler.leave(plain)
+    assert "3.7.0.10" not in farm.job(job).engines_json  # nothing is there of it, so it is chosen anew
+    farm.scheduler.leave(others[0])
+    assert farm.leases(others[1]) == []  # they have fewer now
+    assert farm.render(anna, job) == [1, 2, 3]
+
+
+def test_who_failed_in_a_job_of_which_nothing_is_done_has_no_say(farm: Farm) -> None:
+    anna = worker(farm, "anna", povray="3.8.0")
+    others = [worker(farm, f"w{number}", cores=4, povray="3.7.0.10") for number in range(2)]
+    job = farm.submit(1)
+    for other in others:
+        assert farm.leases(anna) == []
+        farm.fail(other, farm.lease(other))
+    assert farm.render(anna, job) == [0]
+
+
+def test_most_cores_are_counted_once_for_all_jobs(farm: Farm) -> None:
+    """A farm may have many jobs, and many workers."""
+    anna = worker(farm, "anna", povray="3.8.0")
+    worker(farm, "bert", cores=4, povray="3.7.0.10")
+    for _ in range(20):
+        farm.submit(1)
+    looks = []
+    workers = povfarm.Tx.workers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(povfarm.Tx, "workers", lambda tx: looks.append(1) or workers(tx))
+        assert farm.leases(anna) == []
+    assert len(looks) < 5
+
+
+# --- a job that nobody can render says why
+
+def test_a_job_that_nobody_renders_says_why(farm: Farm) -> None:
+    job = farm.submit(2, send=False)
+    assert waiting_for(farm, job) == "1 of its files is still to come"
+    farm.scheduler.cancel(job)
+    job = farm.submit(2)
+    assert waiting_for(farm, job) == "no worker is there: start one with 'povfarm.py work'"
+    ida = farm.worker("ida", admitted=False)
+    assert waiting_for(farm, job).startswith("1 worker waits to be let in: 'povfarm.py workers'")
+    farm.worker("joe", admitted=False)
+    assert waiting_for(farm, job).startswith("2 workers wait to be let in")
+    with farm.store.read() as tx:
+        code = next(row.code for row in tx.workers() if row.id == ida)
+    farm.scheduler.admit(code)
+    assert waiting_for(farm, job) == ""
+    with farm.store.tx() as tx:
+        tx.set_aside(ida, "its pictures differ")
+    assert waiting_for(farm, job).startswith("the workers that are there cannot render it")
+    farm.scheduler.pause(job)
+    assert waiting_for(farm, job) == ""
+    farm.scheduler.cancel(job)
 
 
 def test_other_include_files_do_not_fit_either(farm: Farm) -> None:
@@ -88,7 +155,7 @@ def test_a_first_worker_that_left_without_a_picture_binds_nobody(farm: Farm) -> 
     farm.scheduler.leave(anna)
     bert = worker(farm, "bert", povray="3.8")
     assert farm.render(bert, job) == [1, 2]
-    assert "3.8" in farm.job(job)["engines"]
+    assert "3.8" in farm.job(job).engines_json
 
 
 def test_a_frame_does_not_wait_for_a_worker_with_another_povray(farm: Farm) -> None:
@@ -135,8 +202,8 @@ def test_what_is_no_version_is_refused(value: object) -> None:
 def test_changing_one_option_leaves_the_others(farm: Farm) -> None:
     job = farm.submit(2, slices="4", radiosity="off", povray="3.7")
     farm.scheduler.change(job, {"priority": 5})
-    row = farm.job(job)
-    assert (row["priority"], row["slices"], row["radiosity"], row["povray"]) == (
+    row = farm.job(job).options
+    assert (row.priority, row.slices, row.radiosity, row.povray) == (
         5, "4", "off", "3.7")
 
 
@@ -216,14 +283,13 @@ def test_a_sick_worker_that_comes_again_is_tried_at_once(farm: Farm) -> None:
 
 def dated(picture: bytes) -> bytes:
     """The same pixels in another file: packed otherwise, with a time."""
-    body = b"tIME" + struct.pack(">HBBBBB", 2026, 11, 22, 21, 0, 0)
-    time = struct.pack(">I", 7) + body + struct.pack(">I", zlib.crc32(body))
+    time = chunk(b"tIME", struct.pack(">HBBBBB", 2026, 11, 22, 21, 0, 0))
     return picture[:33] + time + picture[33:]
 
 
 def events(farm: Farm, what: str) -> List[str]:
     with farm.store.read() as tx:
-        return [row["text"] for row in tx.events(0, 1000) if row["what"] == what]
+        return [row.text for row in tx.events(0, 1000) if row.what == what]
 
 
 def image(farm: Farm, job: int, frame: int) -> bytes:
@@ -247,7 +313,7 @@ def test_leased_to_queued_to_done_when_two_workers_make_the_same_picture(farm: F
     assert farm.finish(bert, farm.lease(bert), image=dated(png(5)))
     assert farm.story(job, 0) == ["leased", "queued", "leased", "done"]
     assert farm.state(job) == "done" and parts(farm) == []
-    assert farm.attempts(farm.task(job, 0)["id"]) == [("anna", "kept"), ("bert", "done")]
+    assert farm.attempts(farm.task(job, 0).id) == [("anna", "kept"), ("bert", "done")]
     assert events(farm, "doubtful") == events(farm, "set aside") == []
 
 
@@ -445,11 +511,7 @@ def test_png_filters_are_not_pixels() -> None:
     def picture(kind: int) -> bytes:
         data = b"".join(bytes([kind]) + (row if kind == 0 else bytes(
             (a - b) & 255 for a, b in zip(row, up))) for row, up in zip(rows, above))
-        chunks = ((b"IHDR", struct.pack(">IIBBBBB", 4, 3, 8, 2, 0, 0, 0)),
-                  (b"IDAT", zlib.compress(data)), (b"IEND", b""))
-        return b"\x89PNG\r\n\x1a\n" + b"".join(
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-            for name, body in chunks)
+        return png_of(data, 4, 3)
 
     assert picture(0) != picture(2)
     assert povfarm.same_pixels(picture(0), picture(2), ".png")

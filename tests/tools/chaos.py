@@ -1,6 +1,6 @@
 """A whole farm while everything goes wrong: real processes, real POV-Ray, bad networks.
 
-    python tests/chaos.py [--minutes N] [--seed S]
+    python tests/tools/chaos.py [--minutes N] [--seed S]
 
 A coordinator and four workers render one job after the other. Meanwhile
 
@@ -56,11 +56,12 @@ from typing import (
     TypeVar,
 )
 
-from crash import POVFARM, ROOT, SCENE, Lost, check_data, free_port, pixels, until
-
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
 
 import povfarm
+from helpers.base import POVFARM, wait_until
+from helpers.sockets import free_port
+from tools.crash import SCENE, Lost, check_data, pixels
 
 LEASE_TIME = 3.0
 FRAME_TIMEOUT = 7  # seconds: for renderers that are held still for good
@@ -389,7 +390,7 @@ class Farm:
             place, "coordinator", "serve", "--data", str(self.data), "--bind", address,
             "--port", str(port), "--no-discovery", "--lease-time", f"{LEASE_TIME}s",
             environment=self.clocks[0].environment)
-        key = until(self._key, "the coordinator does not start")
+        key = wait_until(self._key, "the coordinator does not start")
         self.client = povfarm.Client(f"http://{address}:{port}", key, retry_for=60)
         self.networks = [Network((address, port), f"{name} {seed}") for name in ("anna", "berta", "carla")]
         urls = [f"http://127.0.0.1:{network.port}" for network in self.networks]
@@ -508,7 +509,7 @@ class Farm:
             if (state == "failed") != (name == "broken"):
                 raise Lost(f"job {job} ({name}) is {state}")
         with povfarm.Store(self.data).read() as tx:
-            if tx.live_leases():
+            if tx.live_attempts():
                 raise Lost("a lease is left over")
         check_data(self.data)
         return ended
@@ -540,8 +541,8 @@ class Farm:
             return {**self._processes("povray"), **self._processes("python")}
 
         try:
-            until(lambda: not left(), "", 20)
-        except Lost:
+            wait_until(lambda: not left(), "", 20)
+        except AssertionError:
             raise Lost(f"processes are left over: {left()}") from None
         povfarm.Coordinator(self.data, bind="127.0.0.1").stop()  # which sweeps
         for program in self.workers:
@@ -671,6 +672,8 @@ def chaos(seconds: float, seed: int) -> str:
         count, expired = farm.check(images), farm.expired()
         farm.stop()
         faults = sum((network.faults for network in farm.networks), farm.faults)
+        if not (images and count and ended["done"] and sum(faults.values()) > seconds / 10):
+            raise Lost(f"too little was tried: {ended}, {count} pictures, {faults}")
         text = ", ".join(f"{number} {kind}" for kind, number in sorted(faults.items()))
         return (f"{sum(ended.values())} jobs ({ended['failed']} failed as they should), "
                 f"{count} pictures right, 0 wrong or lost; {sum(faults.values())} faults: {text}; "

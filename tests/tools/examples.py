@@ -1,12 +1,12 @@
 """Renders every example that POV-Ray ships, by povray and by povfarm, and compares all files.
 
-    python tests/examples.py [--size WxH] [--limit SECONDS] [PART OF A NAME ...]
+    python tests/tools/examples.py [--size WxH] [--limit SECONDS] [PART OF A NAME ...]
 
 Each scene, and the first frames of each INI file, is rendered in two fresh copies of its
 directory with the same arguments, with one thread, as some scenes depend on the threads. Both
 must end alike, and leave the same files: names, pixels, and the contents of what the scene itself
 wrote. Prints what differs, and how many there were; what plain POV-Ray does not finish within the
-limit is "too long". Needs povray and povray-examples.
+limit is "too long". Ends with 1 when something differs, or nothing was the same. Needs povray and povray-examples.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, List
 
-from conftest import EXAMPLES, ROOT
-from test_farm import made_in
+sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
+
+from helpers.base import EXAMPLES, POVFARM
+from helpers.farm import made_in
 
 TOO_LONG = -1000  # no exit code
 FRAMES = ["+SF1", "+EF2"]
+TELLS_TIMES = "benchmark.ini"  # it writes POV-Ray's messages to a file
 
 
 def run(command: List[str], place: Path, limit: float) -> int:
@@ -44,7 +47,7 @@ def compared(example: Path, size: List[str], limit: float) -> str:
     results, codes = [], []
     with tempfile.TemporaryDirectory() as directory:
         for name, command in (("plain", ["povray", *arguments, "-D"]),
-                              ("farm", [sys.executable, str(ROOT / "povfarm.py"), "render",
+                              ("farm", [*POVFARM, "render",
                                         *arguments])):
             place = Path(directory, name)
             shutil.copytree(example.parent, place)
@@ -72,6 +75,7 @@ def main() -> int:
                 if path.suffix in (".pov", ".ini") and path.is_file()
                 and (not options.parts or any(part in str(path) for part in options.parts))]
     counts: Dict[str, int] = {}
+    good = True
     os.nice(10)
     with ThreadPoolExecutor(3) as pool:
         for path, result in zip(examples, pool.map(
@@ -79,10 +83,11 @@ def main() -> int:
                 examples)):
             kind = result.partition(":")[0]
             counts[kind] = counts.get(kind, 0) + 1
+            good &= kind in ("same", "failed", "too long") or path.name == TELLS_TIMES
             if kind != "same":
                 print(f"{path.relative_to(EXAMPLES)}: {result}", flush=True)
     print(", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
-    return 0
+    return 0 if good and counts.get("same") else 1
 
 
 if __name__ == "__main__":

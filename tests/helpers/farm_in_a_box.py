@@ -6,15 +6,15 @@ import collections
 import hashlib
 import itertools
 import json
-import struct
-import zlib
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Iterator, List, Mapping, Optional, Sequence, Tuple
 from urllib.parse import parse_qsl
 
 import pytest
 
 import povfarm
+from helpers.invariants import broken
+from helpers.pictures import HEIGHT, WIDTH, png
 from povfarm import (
     Access,
     Api,
@@ -33,23 +33,11 @@ from povfarm import (
     Router,
     Scheduler,
     Store,
-    TaskState,
     WorkerInfo,
 )
 
 KEY = "the farm key"
-WIDTH, HEIGHT = 4, 3
 SCENE = b"sphere { 0, 1 }\n"
-
-
-def png(shade: int = 0, width: int = WIDTH, height: int = HEIGHT) -> bytes:
-    """A real picture of one grey, different for every shade."""
-    rows = (b"\0" + bytes([shade % 256, shade // 256 % 256, 0]) * width) * height
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-              (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks)
 
 
 def sha256(data: bytes) -> str:
@@ -147,37 +135,35 @@ class Farm:
                 self.scheduler.put_blob(sha256(data), [data])
         return job
 
-    def job(self, job: int) -> Dict[str, Any]:
+    def job(self, job: int) -> povfarm.Job:
         with self.store.read() as tx:
-            row = tx.job(job)
-        assert row is not None
-        return dict(row)
+            return tx.job(job)
 
     def state(self, job: int) -> str:
-        return str(self.job(job)["state"])
+        return str(self.job(job).state)
 
-    def tasks(self, job: int) -> List[Dict[str, Any]]:
+    def tasks(self, job: int) -> List[povfarm.Task]:
         with self.store.read() as tx:
-            return [dict(row) for row in tx.tasks(job)]
+            return tx.tasks(job)
 
-    def task(self, job: int, frame: int) -> Dict[str, Any]:
-        return next(row for row in self.tasks(job) if row["frame"] == frame)
+    def task(self, job: int, frame: int) -> povfarm.Task:
+        return next(task for task in self.tasks(job) if task.frame == frame)
 
     def states(self, job: int) -> List[str]:
-        return [row["state"] for row in self.tasks(job)]
+        return [row.state for row in self.tasks(job)]
 
     def attempts(self, task: int) -> List[Tuple[str, str]]:
         """Who tried a task, and how it ended."""
         with self.store.read() as tx:
-            return [(row["worker_name"], row["state"]) for row in tx.attempts(task)]
+            return [(tx.worker(row.worker).name, row.state) for row in tx.attempts(task)]
 
     def story(self, job: int, frame: Optional[int] = None) -> List[str]:
         """Every state that a frame, or the job itself, came into."""
         with self.store.read() as tx:
             events = tx.events(0, 1_000_000)
-        return [event["what"].replace("job ", "") for event in events
-                if event["job"] == job and event["frame"] == frame
-                and (frame is not None or event["what"].startswith("job "))]
+        return [event.what.replace("job ", "") for event in events
+                if event.job == job and event.frame == frame
+                and (frame is not None or event.what.startswith("job "))]
 
     # --- workers
 
@@ -239,15 +225,8 @@ class Farm:
     # --- truth
 
     def problems(self) -> List[str]:
-        """What is wrong with the farm's data, by its own rules and by one of ours."""
-        found = self.scheduler.check_invariants()
-        with self.store.read() as tx:
-            for row in tx.jobs(0, -1):
-                counts = {state: row[state.value] for state in TaskState}
-                state = povfarm.JobState(row["state"])
-                if povfarm.job_state(state, counts) is not state:
-                    found.append(f"job {row['id']} is {state.value} with the tasks {counts}")
-        return found
+        """What is wrong with the farm's data."""
+        return broken(self.scheduler)
 
     def leftovers(self) -> List[Path]:
         """Files that were begun and not finished."""

@@ -1,8 +1,8 @@
 """Times povfarm beside bare POV-Ray and GNU parallel, in one run on this machine.
 
-    python tests/bench.py [--rounds N] [NAME ...]
-    python tests/bench.py --slices [PROFILE ...]
-    python tests/bench.py --moving
+    python tests/tools/bench.py [--rounds N] [NAME ...]
+    python tests/tools/bench.py --slices [PROFILE ...]
+    python tests/tools/bench.py --moving
 
 Prints a Markdown table: wall seconds of each (the median of the rounds, the start of
 everything included), how many times as fast as bare POV-Ray `render` is, and the limit that
@@ -14,16 +14,21 @@ ideal time (all the work / the speed of all workers) over that from the submit t
 
 With --moving, benchmark.pov is rendered by one worker, and then by two, of which the first is
 stopped at a third: the CPU-seconds of all workers, programs of theirs included.
+
+Ends with 1 for a figure that cannot be, such as less time than the processor's limit, for a
+promise that is not kept, and for a wrong picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,12 +37,12 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-from standin import make_standin
+from helpers.base import EXAMPLES, POVFARM
+from helpers.standin import make_standin
 
-POVFARM = Path(__file__).resolve().parent.parent / "povfarm.py"
-EXAMPLES = Path("/usr/share/doc/povray/examples")
+sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
 
 
 @dataclass(frozen=True)
@@ -95,19 +100,35 @@ def pixels(path: Path) -> int:
     return sum_
 
 
-def measure(case: Case, rounds: int) -> str:
+def table(rows: Iterable[Tuple[str, Sequence[str]]]) -> bool:
+    """Print rows as they come, and what is wrong with each; tell whether that is nothing."""
+    good = True
+    for row, wrong in rows:
+        print(row, flush=True)
+        for text in wrong:
+            good = False
+            print(f"wrong: {text}", file=sys.stderr, flush=True)
+    return good
+
+
+def wrong(**rules: bool) -> List[str]:
+    """Return the names of the rules that are broken, as a person reads them."""
+    return [name.replace("_", " ") for name, broken in rules.items() if broken]
+
+
+def measure(case: Case, rounds: int) -> Tuple[str, List[str]]:
     """Return the table's row for a case; each round runs every contestant once."""
     cores = len(os.sched_getaffinity(0))
     contestants = {
         "bare": ["povray", *case.arguments, "-D"],
-        "render": [sys.executable, str(POVFARM), "render", *case.arguments],
+        "render": [*POVFARM, "render", *case.arguments],
     }
     if shutil.which("parallel") and case.frames > 1:
         contestants["parallel"] = [
             "parallel", f"-j{2 * cores}", "povray", *case.arguments, "-D", "+WT1", "+SF{}", "+EF{}",
             ":::", *map(str, range(1, case.frames + 1))]
     walls: Dict[str, List[float]] = {name: [] for name in contestants}
-    cpus, same = [], "same" if case.exact else "not exact"
+    cpus, same, cannot_be = [], "same" if case.exact else "not exact", False
     for _ in range(rounds):
         images = {}
         for name, command in contestants.items():
@@ -115,6 +136,7 @@ def measure(case: Case, rounds: int) -> str:
             walls[name].append(wall)
             if name == "bare":
                 cpus.append(cpu)
+                cannot_be |= not 0 < cpu < 1.1 * wall * cores
         right = images["render"] == images["bare"] or not case.exact
         if not right or len(images["render"]) != case.frames:
             same = "DIFFERENT"
@@ -122,9 +144,14 @@ def measure(case: Case, rounds: int) -> str:
     beside = f"{median['parallel']:.1f}" if "parallel" in median else "-"
     ratio = median["bare"] / median["render"]
     verdict = "" if ratio >= case.least else f" (promised: {case.least})"
-    return (f"| {case.name}, {case.frames} x {' '.join(case.arguments[1:]) or 'own size'} "
-            f"| {median['bare']:.1f} | {beside} | {median['render']:.1f} "
-            f"| {statistics.median(cpus) / cores:.1f} | {ratio:.2f}{verdict} | {same} |")
+    limit = statistics.median(cpus) / cores
+    row = (f"| {case.name}, {case.frames} x {' '.join(case.arguments[1:]) or 'own size'} "
+           f"| {median['bare']:.1f} | {beside} | {median['render']:.1f} "
+           f"| {limit:.1f} | {ratio:.2f}{verdict} | {same} |")
+    return row, wrong(
+        povray_had_no_CPU_seconds_or_more_than_the_cores_have=cannot_be,
+        render_was_faster_than_the_processor=median["render"] < 0.8 * limit,
+        render_is_slower_than_promised=ratio < case.least, pictures_differ=same == "DIFFERENT")
 
 
 # --- slices
@@ -147,7 +174,7 @@ class Farm:
     def __init__(self, place: Path) -> None:
         self.place = place
         self._environ = {**os.environ, "POVFARM_DATA": str(place / "farm")}
-        self._started = [self._start("serve", "--port", "0", "--bind", "127.0.0.1",
+        self.started = [self._start("serve", "--port", "0", "--bind", "127.0.0.1",
                                      "--no-discovery")]
         note = place / "farm" / "coordinator.json"
         while not note.exists():
@@ -159,7 +186,7 @@ class Farm:
         """Start a worker of one core and wait until it is idle."""
         process = self._start("work", *self.talk, "--cores", "1", "--worker-name", name, "--data",
                               str(self.place / name), *more)
-        self._started.append(process)
+        self.started.append(process)
         while True:
             if [view["state"] for view in json.loads(self.ask("workers", "--json"))
                     if view["name"] == name] == ["idle"]:
@@ -168,19 +195,19 @@ class Farm:
     def ask(self, *args: str, cwd: Optional[Path] = None) -> str:
         """Run a command to its end and return what it printed."""
         return subprocess.run(
-            [sys.executable, str(POVFARM), args[0], *self.talk, *args[1:]], check=True, cwd=cwd,
+            [*POVFARM, args[0], *self.talk, *args[1:]], check=True, cwd=cwd,
             text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, env=self._environ).stdout
 
     def close(self) -> None:
         """End all that runs."""
-        for process in reversed(self._started):
+        for process in reversed(self.started):
             process.terminate()
             process.wait()
 
     def _start(self, *args: str) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
-            [sys.executable, str(POVFARM), *args], stdin=subprocess.DEVNULL,
+            [*POVFARM, *args], stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self._environ)
 
 
@@ -201,73 +228,97 @@ def efficiency(profile: str, speeds: Sequence[float]) -> float:
             return IDEAL / (time.monotonic() - start)
 
 
-def slices(names: Sequence[str]) -> None:
-    """Print the table of --slices."""
-    print("| cost by rows | workers | of the ideal | promised |")
-    print("|---|---|---|---|")
+def slices(names: Sequence[str]) -> Iterator[Tuple[str, List[str]]]:
+    """Yield the rows of --slices."""
     for profile in PROFILES:
         for name, (speeds, least) in TEAMS.items() if not names or profile in names else ():
-            print(f"| {profile} | {name} | {efficiency(profile, speeds):.2f} | {least} |",
-                  flush=True)
+            part = efficiency(profile, speeds)
+            yield f"| {profile} | {name} | {part:.2f} | {least} |", wrong(
+                better_than_ideal=part > 1, less_than_promised=part < least)
 
 
 # --- a render that moves house
 
-def moving(size: Sequence[str] = ("+W240", "+H180", "+A0.3")) -> None:
-    """Print the CPU-seconds of a render that is stopped at a third and goes on elsewhere."""
+def moving(size: Sequence[str] = ("+W240", "+H180", "+A0.3")) -> Iterator[Tuple[str, List[str]]]:
+    """Yield the CPU-seconds of a render that is stopped at a third and goes on elsewhere."""
+    adopt_orphans()
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory, "scene")
         shutil.copytree(EXAMPLES / "advanced/benchmark", place)
         plain = subprocess.Popen(
             ["povray", "benchmark.pov", *size, "-D", "+WT1", "+Oplain.png"], cwd=place,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        undisturbed = ended(plain)
+        undisturbed = ended(plain, ())
+        yield f"| plain POV-Ray | {undisturbed:.1f} | 1 |", wrong(no_time=undisturbed < 0.1)
         with contextlib.closing(Farm(Path(directory))) as farm:
             first = farm.work("anna")
             job = farm.ask("submit", "benchmark.pov", *size, "--slices", "off", cwd=place).strip()
-            while json.loads(farm.ask("status", job, "--json"))["progress"] < 1 / 3:
-                time.sleep(0.5)
-            second = farm.work("bert")
-            first.terminate()
-            spent = ended(first)
-            while json.loads(farm.ask("status", job, "--json"))["state"] != "done":
-                time.sleep(0.5)
+            until(farm, job, lambda view: view["progress"] > 0)
+            second = farm.work("bert")  # it gets nothing as yet: the only frame is anna's
+            until(farm, job, lambda view: view["progress"] >= 1 / 3)
+            for number in (signal.SIGTERM, signal.SIGINT):  # at the second it finishes nothing
+                first.send_signal(number)
+            spent = ended(first, farm.started)
+            until(farm, job, lambda view: view["state"] == "done")
             farm.ask("fetch", job, "--output", str(place))
             second.terminate()
-            both = spent + ended(second)
+            rest = ended(second, farm.started)
         same = pixels(place / "benchmark.png") == pixels(place / "plain.png")
-    print("| benchmark.pov | CPU-seconds | of those of plain POV-Ray |")
-    print("|---|---|---|")
-    print(f"| plain POV-Ray | {undisturbed:.1f} | 1 |")
-    print(f"| stopped after {spent:.1f}, then elsewhere | {both:.1f} | {both / undisturbed:.2f} |")
-    print(f"| the picture | {'same' if same else 'DIFFERENT'} | |")
+    both = (spent + rest) / undisturbed
+    yield f"| stopped after {spent:.1f}, then elsewhere | {spent + rest:.1f} | {both:.2f} |", wrong(
+        nothing_moved=min(spent, rest) < 0.1 * undisturbed,
+        less_than_the_whole_picture_takes=both < 0.9, much_is_rendered_twice=both > 1.25)
+    yield f"| the picture | {'same' if same else 'not exact'} | |", ()
 
 
-def ended(process: "subprocess.Popen[bytes]") -> float:
-    """Wait for a process; return the CPU-seconds of it and of all that it started."""
-    _, _, usage = os.wait4(process.pid, 0)
-    return usage.ru_utime + usage.ru_stime
+def adopt_orphans() -> None:
+    """Become the parent of every process below this one whose own parent ends."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def until(farm: Farm, job: str, reached: Callable[[Dict[str, Any]], bool]) -> None:
+    """Ask for a job's view until it is as it should be."""
+    while not reached(json.loads(farm.ask("status", job, "--json"))):
+        time.sleep(0.2)
+
+
+def ended(process: "subprocess.Popen[bytes]", others: Sequence["subprocess.Popen[bytes]"]) -> float:
+    """Wait for a process; return the CPU-seconds of it and of all that it started.
+
+    A launcher that its worker did not wait for is ours when the worker has ended, as are
+    the launcher's renderers after it.
+    """
+    known, waiting, spent = {other.pid for other in others}, {process.pid}, 0.0
+    while waiting:
+        for number in waiting:
+            usage = os.wait4(number, 0)[2]
+            spent += usage.ru_utime + usage.ru_stime
+        listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        known |= waiting
+        waiting = {int(number) for number in listed} - known
+    return spent
 
 
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("names", nargs="*", help="cases; by itself all")
+    parser.add_argument("names", nargs="*", help="cases; default: all")
     parser.add_argument("--slices", action="store_true", help="one picture on eight workers")
     parser.add_argument("--moving", action="store_true", help="a render that is stopped")
     options = parser.parse_args()
     if options.slices:
-        slices(options.names)
-        return
-    if options.moving:
-        moving()
-        return
-    print("| animation | povray | parallel | povfarm render | CPU limit | times as fast | images |")
-    print("|---|---|---|---|---|---|---|")
-    for case in CASES:
-        if not options.names or case.name in options.names:
-            print(measure(case, options.rounds), flush=True)
+        rows = slices(options.names)
+        print("| cost by rows | workers | of the ideal | promised |\n|---|---|---|---|")
+    elif options.moving:
+        rows = moving()
+        print("| benchmark.pov | CPU-seconds | of those of plain POV-Ray |\n|---|---|---|")
+    else:
+        rows = (measure(case, options.rounds) for case in CASES
+                if not options.names or case.name in options.names)
+        print("| animation | povray | parallel | povfarm render | CPU limit | times as fast "
+              "| images |\n|---|---|---|---|---|---|---|")
+    sys.exit(0 if table(rows) else 1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Kills povfarm at every point at which it writes, and looks whether anything was lost.
 
-    python tests/crash.py [--all] [--count N] [--seed S] [start|serve|work ...]
+    python tests/tools/crash.py [--all] [--count N] [--seed S] [start|serve|work ...]
 
 A first run is only watched by `strace`: which system calls change a file or send an answer, and
 how many of each a thread makes. Then it is run again for each of them, and killed as it comes to
@@ -39,13 +39,15 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
 
-import povfarm  # noqa: E402
-from povfarm import Client, RequestRefused  # noqa: E402
+import povfarm
+from helpers.base import POVFARM, wait_until
+from helpers.invariants import broken
+from helpers.pictures import crop_rows
+from helpers.sockets import free_port
+from povfarm import Client, RequestRefused
 
-POVFARM = [sys.executable, str(ROOT / "povfarm.py")]
 CALLS = ("write,pwrite64,writev,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,"
          "fsync,fdatasync,ftruncate,link,linkat,symlink,symlinkat,utimensat,sendto,sendmsg")
 # A call and which of them in its thread (strace counts by both): "rename:3". Empty for none.
@@ -159,24 +161,6 @@ class Victim:
             self._process = self._spawn(self.command)
 
 
-def free_port() -> int:
-    """Return a TCP port that nobody uses now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def until(true: Callable[[], Any], why: str, seconds: float = 60) -> Any:
-    """Wait for something to become true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        result = true()
-        if result:
-            return result
-        time.sleep(0.01)
-    raise Lost(why)
-
-
 class Script:
     """What a person and a worker do with a coordinator, in one thread on one connection.
 
@@ -231,7 +215,7 @@ class Script:
             raise Lost(f"task {task['id']} was accepted, and is asked for again")
         image = self.images[task["name"]]
         if task["kind"] == "slice":
-            image = povfarm.crop_rows(image, ".ppm", task["top"], task["bottom"] - task["top"])
+            image = crop_rows(image, ".ppm", task["top"], task["bottom"] - task["top"])
         with contextlib.suppress(RequestRefused):  # the lease may be over
             reply = self.client.request("PUT", f"/api/v1/leases/{lease}/tasks/{task['id']}?log=3",
                                         body=b"log" + image)
@@ -266,7 +250,7 @@ def check_data(data: Path) -> None:
     """Look for contradictions in a farm's data."""
     store = povfarm.Store(data)
     try:
-        problems = povfarm.Scheduler(store, povfarm.Clock()).check_invariants()
+        problems = broken(povfarm.Scheduler(store, povfarm.Clock()))
     finally:
         store.close()
     if problems:
@@ -282,7 +266,7 @@ def crash_coordinator(point: Point, phase: str, images: Dict[str, bytes],
                         str(port), "--no-discovery", "--lease-time", f"{LEASE_TIME}s")
         try:
             victim.start(victim.strace(point) if phase == "start" else ())
-            note = until(lambda: _note(data), "the coordinator does not start")
+            note = wait_until(lambda: _note(data), "the coordinator does not start")
             if phase == "serve":
                 victim.attach(note["pid"], point)
             script = Script(f"http://127.0.0.1:{port}", (data / "farm.key").read_text(), images)
@@ -331,11 +315,11 @@ def crash_worker(point: Point, phase: str, images: Dict[str, bytes],
             script = Script(farm.url, farm.key, images)
             job = script.submit("film", {}, Final_Frame=str(FRAMES), Height=str(HEIGHT))
             victim.start(victim.strace(point))
-            until(lambda: script.job(job)["state"] == "done", "the job is not finished")
+            wait_until(lambda: script.job(job)["state"] == "done", "the job is not finished")
             if victim.wait() != 0:
                 raise Lost(f"the worker ended with {victim.wait()}")
             script.check([job])
-            problems = farm.scheduler.check_invariants()
+            problems = broken(farm.scheduler)
             left = {path.name for path in Path(place, "worker").iterdir()} - {"cache", "workers"}
             left |= {path.name for path in Path(place, "worker").rglob("*.part")}
             if problems or left:
@@ -383,11 +367,12 @@ def check_order(calls: Sequence[str]) -> int:
     """Look whether all outlives a power cut; return how many files there were.
 
     What is renamed to its name must have been flushed, and its directory before
-    the database goes on; and the database before a thread answers what it wrote.
+    the same thread writes to the database; and the database before a thread
+    answers what it wrote. Whoever flushes does it for all.
     """
     unflushed: Set[str] = set()  # threads
     dirty: Set[str] = set()
-    nameless: Set[str] = set()
+    nameless: Set[Tuple[str, str]] = set()  # threads and directories
     renamed = 0
     for line in calls:
         match = _CALL.match(line)
@@ -395,9 +380,11 @@ def check_order(calls: Sequence[str]) -> int:
             continue
         call, paths = match[2], re.findall(r'<(/[^>]*)>|"(/[^"]*)"', match[3])
         names = [opened or named for opened, named in paths]
-        if call in ("write", "pwrite64") and names and names[0].endswith(".part"):
+        if call in ("write", "pwrite64") and names and (
+                names[0].endswith(".part") or "/incoming/" in names[0]):
             dirty.add(names[0])
-        elif call == "pwrite64" and names and names[0].endswith("farm.db-wal") and nameless:
+        elif call == "pwrite64" and names and names[0].endswith("farm.db-wal") and any(
+                thread == match[1] for thread, _ in nameless):
             raise Lost(f"the database goes on before {nameless} outlives a power cut")
         elif call in ("pwrite64", "write") and names and names[0].endswith("farm.db-wal"):
             unflushed.add(match[1])
@@ -405,16 +392,21 @@ def check_order(calls: Sequence[str]) -> int:
             raise Lost("what was done is answered before it outlives a power cut")
         elif call in ("fsync", "fdatasync"):
             if names[0].endswith("farm.db-wal"):
-                unflushed.discard(match[1])
+                unflushed.clear()
             dirty -= {names[0]}
-            nameless -= {names[0]}
-        elif call == "mkdir":
-            nameless.add(str(Path(names[0]).parent))
+            nameless = {(thread, directory) for thread, directory in nameless
+                        if directory != names[0]}
+        elif call in ("link", "linkat") and names[0] in dirty:
+            dirty.add(names[1])
+        elif call == "mkdir" and "/incoming" not in names[0]:  # which need not outlive it
+            nameless.add((match[1], str(Path(names[0]).parent)))
         elif call == "rename":
             if names[0] in dirty:
                 raise Lost(f"{names[1]} gets its name before its contents outlive a power cut")
-            nameless.add(str(Path(names[1]).parent))
+            nameless.add((match[1], str(Path(names[1]).parent)))
             renamed += 1
+    if not renamed:
+        raise Lost("no file was named: the calls are not read rightly")
     return renamed
 
 
@@ -439,9 +431,11 @@ def main() -> int:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             crashes = [pool.submit(crash, phase, point, images) for point in chosen]
         results = [future.result() for future in crashes]
-        lost = [text for _, text in results if text]
+        lost, killed = [text for _, text in results if text], sum(killed for killed, _ in results)
+        if 2 * killed < max(len(chosen), 1):  # threads of a worker differ, but not so much
+            lost.append("too few of the kills came: this tells nothing")
         bad += len(lost)
-        print(f"{text}; killed at {sum(killed for killed, _ in results)} of {len(chosen)} tried, "
+        print(f"{text}; killed at {killed} of {len(chosen)} tried, "
               f"{len(lost)} lost or wrong", *lost, sep="\n  ", flush=True)
     return 1 if bad else 0
 

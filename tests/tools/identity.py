@@ -1,28 +1,28 @@
 """Puts pictures together from slices and compares them with the whole ones, by POV-Ray itself.
 
-    python tests/identity.py [--size WxH] [--slices N,N...] [--types LETTERS] [SCENE ...]
+    python tests/tools/identity.py [--size WxH] [--slices N,N...] [--types LETTERS] [SCENE ...]
 
 Every slice is a run of its own with the values that povfarm gives it. Prints a Markdown
 table: the scenes, and for each kind of anti-aliasing how far the worst of its pictures is from
 the whole (largest difference of a value, share of the values that differ), then the same for
-a whole picture by two threads beside one by one thread. Needs povray and povray-examples.
+a whole picture by two threads beside one by one thread. Ends with 1 when slices differ of a scene
+that is the same by two threads, or a scene failed. Needs povray and povray-examples.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
-import struct
 import sys
 import tempfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
-from conftest import EXAMPLES, run_povray
+sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
 
+from helpers.base import EXAMPLES, run_povray
+from helpers.pictures import rows_of
 from povfarm import PovOptions, read_command_line, region_of, slice_values
 
 SCENES = """
@@ -43,45 +43,6 @@ KINDS = {
 
 Rows = List[bytes]
 Difference = Tuple[int, float]  # the largest, and the share of the values that differ
-
-
-def rows_of(path: Path) -> Rows:
-    """The rows of a PPM, a PNG or a TGA picture as POV-Ray writes them."""
-    data = path.read_bytes()
-    if path.suffix == ".ppm":
-        header = re.match(rb"P[56]\s+(?:#.*\n)*(\d+)\s+(\d+)\s+\d+\s", data)
-        assert header, data[:50]
-        height, body = int(header[2]), data[header.end() :]
-    elif path.suffix == ".tga":
-        assert data[2] == 2, "only pictures that are not compressed"
-        width, height, bits = struct.unpack_from("<HHB", data, 12)
-        body = data[18 + data[0] :][: width * height * bits // 8]
-    else:
-        height, body = struct.unpack_from(">I", data, 20)[0], unfiltered(data)
-    step = len(body) // height
-    return [body[y * step : (y + 1) * step] for y in range(height)]
-
-
-def unfiltered(png: bytes) -> bytes:
-    """The values of a PNG without the filters of its rows."""
-    width, height, bits, colour = struct.unpack_from(">IIBB", png, 16)
-    size = {0: 1, 2: 3, 6: 4}[colour] * bits // 8
-    packed, at = b"", 8
-    while at < len(png):
-        length = struct.unpack_from(">I", png, at)[0]
-        packed += png[at + 8 : at + 8 + length] if png[at + 4 : at + 8] == b"IDAT" else b""
-        at += length + 12
-    raw, step, above, result = zlib.decompress(packed), width * size, bytes(width * size), b""
-    for y in range(height):
-        line = bytearray(raw[y * (step + 1) + 1 : (y + 1) * (step + 1)])
-        for i in range(step):
-            a, b = line[i - size] if i >= size else 0, above[i]
-            c = above[i - size] if i >= size else 0
-            near = min((abs(b - c), 0, a), (abs(a - c), 1, b), (abs(a + b - 2 * c), 2, c))[2]
-            line[i] = (line[i] + (0, a, b, (a + b) // 2, near)[raw[y * (step + 1)]]) % 256
-        above = bytes(line)
-        result += above
-    return result
 
 
 def render(scene: Path, args: Sequence[str], kind: str = "P") -> Rows:
@@ -130,11 +91,12 @@ def difference(one: Rows, other: Rows) -> Difference:
 def compared(scene: Path, args: Sequence[str], count: int, kind: str = "P") -> Difference:
     """How far a picture in ``count`` slices is from the whole one."""
     marks = cuts(scene, args, count)
+    assert len(marks) > 2, "the picture is too small to be cut"
     return difference(render(scene, args, kind)[marks[0] : marks[-1]], together(scene, args, marks, kind))
 
 
-def table_row(scene: Path, size: List[str], counts: List[int], types: str) -> str:
-    """One line of the table."""
+def table_row(scene: Path, size: List[str], counts: List[int], types: str) -> Tuple[str, bool]:
+    """One line of the table, and whether all is as it must be."""
     cells = []
     one, name = [*size, "+WT1"], scene.relative_to(EXAMPLES).with_suffix("")
     try:
@@ -143,12 +105,13 @@ def table_row(scene: Path, size: List[str], counts: List[int], types: str) -> st
             cells.append(worst)
         cells.append(difference(render(scene, [*one, "-A"]), render(scene, [*size, "+WT2", "-A"])))
     except AssertionError as error:
-        return f"| {name} | failed: {' '.join(str(error).split()[-12:])} |"
+        return f"| {name} | failed: {' '.join(str(error).split()[-12:])} |", False
     said = ["same" if not most else f"{most} ({share:.1%})" for most, share in cells]
-    return f"| {name} | {' | '.join(said)} |"
+    return f"| {name} | {' | '.join(said)} |", cells[-1][0] > 0 or not any(most for most, _ in cells)
 
 
-def main() -> None:
+def main() -> int:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--size", default="80x61")
     parser.add_argument("--slices", default="2,3,7,16")
@@ -165,10 +128,12 @@ def main() -> None:
             lambda name: table_row(EXAMPLES / name, [f"+W{width}", f"+H{height}"], counts, asked.types),
             asked.scenes,
         )
-        for line in lines:
-            print(line)
-            sys.stdout.flush()
+        wrong = 0
+        for line, good in lines:
+            print(line if good else f"{line} WRONG", flush=True)
+            wrong += not good
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

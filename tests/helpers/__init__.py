@@ -1,0 +1,1 @@
+"""What the tests, and the tools that are run by hand, share."""

@@ -1,0 +1,46 @@
+"""The file povfarm.py as a text and as a tree, and the map of its sections."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Dict, Iterator
+
+import povfarm
+
+PATH = Path(povfarm.__file__)
+SOURCE = PATH.read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+NODES = list(ast.walk(TREE))
+BANNER = re.compile(r"# === (\d+)\. ([A-Z]+) =+")
+BANNERS = [(number, match) for number, line in enumerate(LINES, 1)
+           for match in [BANNER.fullmatch(line)] if match]
+SECTIONS = [match[2] for _, match in BANNERS]
+FUNCTIONS = [node for node in NODES if isinstance(node, ast.FunctionDef)]
+TOP = [node for node in TREE.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+def section_at(line: int) -> str:
+    """The section of a line, empty above the first banner."""
+    return next((match[2] for number, match in reversed(BANNERS) if number <= line), "")
+
+
+def names_bound(node: ast.stmt) -> Iterator[str]:
+    """The names that a statement at the top of the file binds."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for name in ast.walk(ast.Tuple(targets, ast.Store())):
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                yield name.id
+    elif isinstance(node, (ast.If, ast.Try, ast.For, ast.With)):
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.stmt):
+                yield from names_bound(inner)
+
+
+OWNER: Dict[str, str] = {name: section_at(node.lineno) for node in TREE.body
+                         for name in names_bound(node)}

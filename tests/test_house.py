@@ -1,0 +1,140 @@
+"""The house of the tests: what lies where, and what is slow."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Set
+
+import pytest
+
+import helpers.base
+import povfarm
+from helpers.base import ROOT
+from helpers.source import OWNER, SECTIONS
+
+TESTS = ROOT / "tests"
+EMPTY = {"SHEEPIT", "RENDERONLINE"}  # rooms that are kept
+RENDERS = {"povray", "examples"}  # fixtures of what renders
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of ours that a file imports, with the names that it takes of a package."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_tests_are_in_tests_and_nothing_else() -> None:
+    assert {path.name for path in TESTS.glob("*.py") if not path.name.startswith("test_")} == {
+        "conftest.py"}
+    for place in ("helpers", "tools"):
+        assert not [path for path in (TESTS / place).glob("*.py") if "\ndef test_" in path.read_text()]
+
+
+def test_tests_do_not_import_each_other() -> None:
+    for path in sorted(TESTS.rglob("*.py")):
+        for name in imported(path):
+            assert not re.match(r"(test_|conftest)", name), f"{path.name} imports {name}"
+            if path.parent.name == "helpers":
+                assert not name.startswith("tools."), f"{path.name} imports {name}"
+
+
+def test_tools_say_how_they_are_started() -> None:
+    for path in (TESTS / "tools").glob("[a-z]*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert f"\n    python tests/tools/{path.name}" in (ast.get_docstring(tree(path)) or ""), path.name
+        assert '\nif __name__ == "__main__":\n' in text, path.name
+
+
+def test_the_files_that_the_papers_name_are_there() -> None:
+    """Tests, helpers and tools."""
+    for paper in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = paper.read_text(encoding="utf-8")
+        for name in re.findall(r"\btests/[\w/]+\.py", text):
+            assert (ROOT / name).is_file(), f"{paper.name}: {name}"
+        for name in re.findall(r"`(test_\w+\.py)`", text):
+            assert (TESTS / name).is_file(), f"{paper.name}: {name}"
+
+
+# --- the fast lane
+
+def test_what_is_not_slow_starts_no_povray() -> None:
+    for program in ("povray", "/usr/bin/povray", str(ROOT / "povfarm.py")):
+        with pytest.raises(AssertionError, match="marked as slow"):
+            subprocess.run([program, "--version"], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+def test_what_is_slow_may_start_it() -> None:
+    subprocess.run([*map(str, (povfarm.sys.executable, ROOT / "povfarm.py")), "--version"], check=True,
+                   capture_output=True)
+
+
+def test_what_renders_is_slow(request: pytest.FixtureRequest) -> None:
+    for item in request.session.items:
+        if RENDERS & set(getattr(item, "fixturenames", ())):
+            assert item.get_closest_marker("slow") is not None, item.nodeid
+
+
+def is_slow(node: ast.AST) -> bool:
+    return any(ast.unparse(mark) == "pytest.mark.slow"
+               for mark in getattr(node, "decorator_list", ()))
+
+
+def fast_tests(module: ast.Module) -> Iterator[ast.FunctionDef]:
+    """The tests of a file that are in the fast lane."""
+    if not any("slow" in ast.unparse(node) or "povray" in ast.unparse(node) for node in module.body
+               if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"):
+        for node in module.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not (
+                    is_slow(node) or {argument.arg for argument in node.args.args} & RENDERS):
+                yield node
+
+
+def words_in(node: ast.AST, own: Dict[str, ast.AST]) -> Set[str]:
+    """The names in a piece of code, in what it uses of its file and in the fixtures it asks for."""
+    words: Set[str] = set()
+    left = [node]
+    while left:
+        for part in ast.walk(left.pop()):
+            name = part.id if isinstance(part, ast.Name) else part.arg if isinstance(
+                part, ast.arg) else part.attr if isinstance(part, ast.Attribute) else ""
+            if name not in words and name in own:
+                left.append(own[name])
+            words.add(name)
+    return words
+
+
+def test_the_fast_lane_covers_every_section() -> None:
+    """As far as names tell: at least five tests for each."""
+    covering: Dict[str, List[str]] = {section: [] for section in SECTIONS}
+    for path in sorted(TESTS.glob("test_*.py")):
+        module = tree(path)
+        own = {node.name.replace("_fixture", ""): node for node in module.body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for test in fast_tests(module):
+            for section in {OWNER[name] for name in words_in(test, own) & set(OWNER)}:
+                covering[section].append(test.name)
+    assert {section for section, tests in covering.items() if len(tests) < 5} == EMPTY
+
+
+def test_the_figures_of_all_processes_are_added(
+        request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pytest-xdist, each process has counted for itself."""
+    figures: Dict[str, Dict[str, int]] = {"a": {"tried": 2, "lost": 1}}
+    monkeypatch.setattr(helpers.base, "TRIED", figures)
+
+    conftest: Any = request.config.pluginmanager.get_plugin(str(TESTS / "conftest.py"))
+    conftest.pytest_testnodedown(SimpleNamespace(
+        workeroutput={"tried": {"a": {"tried": 3, "lost": 0}, "b": {"tried": 5}}}))
+    assert figures == {"a": {"tried": 5, "lost": 1}, "b": {"tried": 5}}

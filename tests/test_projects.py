@@ -1,0 +1,30 @@
+"""Small projects in the layouts that people use end as with povray, and leave the same behind."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Dict, Iterator
+
+import pytest
+
+from tools.layouts import LAYOUTS, difference
+
+Ends = Dict[str, "concurrent.futures.Future[str]"]
+
+
+@pytest.fixture(scope="module")
+def ends(request: pytest.FixtureRequest, povray: str,
+         tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ends]:
+    """How the layouts that are asked for end, some at once: POV-Ray sleeps most of the time."""
+    root = tmp_path_factory.mktemp("layouts")
+    asked = [item.callspec.params["name"] for item in request.session.items
+             if isinstance(item, pytest.Function) and item.module is request.module
+             and hasattr(item, "callspec")]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        yield {name: pool.submit(difference, LAYOUTS[name], root / str(number))
+               for number, name in enumerate(asked)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_render_does_what_povray_does(name: str, ends: Ends) -> None:
+    assert ends[name].result() == ""

@@ -1,0 +1,1 @@
+"""Programs to run by hand; the tests run short forms of some."""
