@@ -1,4 +1,7 @@
-"""Small projects in the layouts that people use end as with povray, and leave the same behind."""
+"""Small projects in the layouts that people use end as with povray, and leave the same behind.
+
+Every third of them, or all with ``--long``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import pytest
 
 from tools.layouts import LAYOUTS, difference
 
+EVERY = 3
 Ends = Dict[str, "concurrent.futures.Future[str]"]
 
 
@@ -25,6 +29,12 @@ def ends(request: pytest.FixtureRequest, povray: str,
                for number, name in enumerate(asked)}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Ask for all of them, or for few."""
+    if "name" in metafunc.fixturenames:
+        step = 1 if metafunc.config.getoption("long") else EVERY
+        metafunc.parametrize("name", list(LAYOUTS)[::step])
+
+
 def test_render_does_what_povray_does(name: str, ends: Ends) -> None:
     assert ends[name].result() == ""

@@ -456,7 +456,12 @@ def test_a_render_whose_terminal_is_closed_keeps_what_is_done(tmp_path: Path) ->
     os.close(master)
     assert process.wait(60) == 130
     assert os.listdir(place.temporary) == [] and "s4.ppm" not in place.names()
-    assert not [name for name in place.names() if not re.fullmatch(r"s\d\.ppm|s\.pov", name)]
+    # Whatever was half rendered in that moment may be gone on with.
+    assert not [name for name in place.names()
+                if not re.fullmatch(r"s\d\.(ppm|pov-state)|s\.pov", name)]
+    (place.path / "go").touch()
+    assert place.run("render", "s.pov", "+KFF9", "+C", *SMALL).returncode == 0
+    assert place.names() == sorted(["go", "s.pov", *(f"s{n}.ppm" for n in range(1, 10))])
 
 
 def test_a_render_under_nohup_goes_on_without_its_terminal(tmp_path: Path) -> None:
