@@ -13817,7 +13817,11 @@ _NOTHING = Old(0, hashlib.sha256().hexdigest())
 def _copy_rest(source: Path, to: Path, old: Old | None) -> bool:
     """Copy what was added to a file since it was as it was, or all of it; tell which."""
     with open(source, "rb") as file, open(to, "wb") as target:
-        added = old is not None and hashlib.sha256(file.read(old.size)).hexdigest() == old.sha256
+        digest, left = hashlib.sha256(), old.size if old else 0
+        while block := file.read(min(left, BUFFER)):
+            digest.update(block)
+            left -= len(block)
+        added = old is not None and digest.hexdigest() == old.sha256
         file.seek(old.size if old and added else 0)
         shutil.copyfileobj(file, target)
     return added
@@ -14119,7 +14123,8 @@ class Worker:
                     self._stop_long()  # what is longer than it looked, or began just now
                 if self._ending.is_set():
                     late = min(late, self._clock.monotonic() + HAND_IN_TIME)
-                if not self._runs and self._clock.monotonic() > told:
+                if (not self._runs and self._clock.monotonic() > told
+                        and any(self._outbox.iterdir())):
                     told = math.inf
                     log.warning("finished frames wait for the coordinator: "
                                 "to stop again gives them up")
@@ -16223,7 +16228,8 @@ class _Follower:
 
 def _again(options: Options, *more: str) -> str:
     """Return the command that was typed, with more words, as messages have it."""
-    words = [f"--{name}={text}" for name, text in options.typed.items() if name not in _WHICH_FARM]
+    words = [f"--{name}" if setting(name).is_flag and text == "on" else f"--{name}={text}"
+             for name, text in options.typed.items() if name not in _WHICH_FARM]
     words += ["--"] * any(word.startswith("--") for word in options.rest) + options.rest
     return f"povfarm.py {options.command} " + " ".join(map(_shell_word, (*words, *more)))
 

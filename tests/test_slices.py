@@ -509,6 +509,12 @@ def dragging(farm: Farm, values: Optional[Dict[str, str]] = None,
     return anna, farm.worker("bert"), lease, job
 
 
+def told(farm: Farm) -> List[str]:
+    """How frames became done, in words."""
+    with farm.store.read() as tx:
+        return [event.text for event in tx.events(0, 1000) if event.what == "done"]
+
+
 def test_a_frame_that_drags_is_divided_when_another_is_idle(farm: Farm) -> None:
     anna, bert, lease, job = dragging(farm)
     rest = farm.lease(bert)
@@ -557,6 +563,7 @@ def test_a_frame_is_divided_again_and_again(farm: Farm) -> None:
     hand_in(farm, bert, rest)
     assert farm.state(job) == "done" and farm.beat(carl, third) == [third.id]
     assert picture(farm, job) == [lease.tasks[0].id] * 60 + [rest.tasks[0].id] * 36
+    assert told(farm)[-1] == "put together from 3 slices"
 
 
 def test_how_long_a_task_takes_is_told_from_its_last_rows(farm: Farm) -> None:
@@ -874,6 +881,16 @@ def test_what_a_pass_made_is_given_to_workers(farm: Farm, two: Tuple[int, int]) 
     assert farm.ask("GET", path, key="no worker").status == 401
     assert farm.ask("GET", path.replace("result", "other"), key="bert").status == 404
     assert farm.lease(two[1]).shares == (lease.tasks[0].id,)
+
+
+def test_a_frame_that_is_not_cut_after_its_passes_is_rendered_in_one_piece(
+        farm: Farm, two: Tuple[int, int]) -> None:
+    job = submit(farm, slices=2, uses=("photons",))
+    hand_in(farm, two[0], farm.lease(two[0]), image=b"photons")
+    farm.scheduler.change(job, {"slices": "off"})
+    hand_in(farm, two[0], farm.lease(two[0]))
+    assert farm.state(job) == "done" and spans(farm, job) == [(0, HEIGHT)]
+    assert told(farm)[-1] == "rendered in one piece"
 
 
 def test_a_pass_that_fails_does_not_hold_up_the_frame(farm: Farm, two: Tuple[int, int]) -> None:
