@@ -171,6 +171,10 @@ class NoRoom(StoreError):
     """A disk takes nothing: who has something to store keeps it, and tries again later."""
 
 
+class NotYours(FarmError):
+    """Somebody asked for what only others may do."""
+
+
 class TryAgain(StoreError):
     """What was sent is gone again, by chance: it is to be sent once more."""
 
@@ -254,6 +258,38 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FarmError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def derived(secret: str, *words: str) -> str:
+    """Return a secret that whoever has another one can make of it and of words that all may know.
+
+    It leads back to nothing: 64 hexadecimal digits.
+    """
+    return hmac.new(secret.encode(), "\0".join(words).encode(), "sha256").hexdigest()
+
+
+def person_key(name: str, secret: str, ticket: str) -> str:
+    """Return what a person shows: the name, encoded, and a secret that both ends make of another.
+
+    That is the farm key, or the secret of an invitation; ``ticket`` makes each another one.
+    """
+    return f"{urllib.parse.quote(name)}:{derived(secret, 'person', name, ticket)}"
+
+
+def invitation_code(secret: str, ticket: str) -> str:
+    """Return a code of ten letters and digits, made of the farm key."""
+    digits = int(derived(secret, "invitation", ticket), 16)
+    code = "".join(CODE_LETTERS[digits >> 5 * place & 31] for place in range(10))
+    return f"{code[:5]}-{code[5:]}"
+
+
+def invitation_secret(code: str) -> str:
+    """Return what is made of a code, slowly: so that what was heard does not lead back to it."""
+    plain = re.sub(r"[^A-Z0-9]", "", code.upper())
+    return hashlib.pbkdf2_hmac("sha256", plain.encode(), b"povfarm invitation", 200_000).hex()
+
+
+CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
 
 
 def sync_directory(path: Path) -> None:
@@ -616,6 +652,11 @@ _tls = functools.partial(
     _word, pattern="auto", refusal="not 'auto': give your own certificate with --tls-cert")
 
 
+_role = functools.partial(_word, pattern="user|viewer|submit",
+                          refusal="not one of user, viewer, submit")
+_most = functools.partial(_whole, least=0, most=2**50, refusal="a whole number from 0 up")
+
+
 def _priority(text: str) -> int:
     if not re.fullmatch(r"[-+]?\d{1,4}", text) or abs(int(text)) > 1000:
         raise UserError(f"'{text}' is not a whole number from -1000 to 1000")
@@ -696,6 +737,21 @@ SETTINGS: tuple[Setting, ...] = (
             "serve", "FILE"),
     Setting("pin", _pin, "", "SHA-256 of the only certificate to accept from the coordinator",
             "work talk", "SHA256"),
+    Setting("role", _role, "user",
+            "what one may do: user, viewer (who looks) or submit (a program that submits)",
+            "users", "ROLE"),
+    Setting("uses", _count, 1, "how many people an invitation is for", "users", "N"),
+    Setting("jobs-limit", _most, 0, "most unfinished jobs of a person; 0: no limit",
+            "serve users", "N"),
+    Setting("frames-limit", _most, 0, "most unfinished frames of a person; 0: no limit",
+            "serve users", "N"),
+    Setting("priority-limit", _priority, 0, "highest priority of a person's jobs",
+            "serve users", "N"),
+    Setting("workers-limit", _max_workers, 0, "most workers of a person at a time; 0: no limit",
+            "serve users", "N"),
+    Setting("space-limit", parse_size, 0,
+            "most bytes kept of a person's jobs, such as 5G; default: no limit",
+            "serve users", "SIZE"),
     Setting("work", bool, False, "render on this computer, too", "serve"),
     Setting("httpov", bool, False, "let HTTPov clients render, and print the command for them",
             "serve"),
@@ -4609,11 +4665,7 @@ class JobOptions:
         """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
         clean: dict[str, Any] = {name: str(value) if isinstance(getattr(self, name, None), str)
                                  else value for name, value in changes.items()}
-        for name, value in clean.items():
-            if name not in JOB_OPTIONS or not JOB_OPTIONS[name].takes(value):
-                raise UserError(f"'{name}={value}' cannot be set: there are "
-                                f"{', '.join(JOB_OPTIONS)}")
-        return replace(self, **clean)
+        return replace(self, **checked(clean, JOB_OPTIONS))
 
 
 # The rows of SETTINGS that say how the farm treats a job, by the names of JobOptions' fields.
@@ -4621,6 +4673,57 @@ JOB_OPTIONS: Mapping[str, Setting] = {
     {"retries": "retry_limit", "povray-version": "povray"}.get(
         row.name, row.name.replace("-", "_")): row
     for row in SETTINGS if "set" in row.commands.split()}
+
+
+def checked(values: Mapping[str, Any], rows: Mapping[str, Setting]) -> dict[str, Any]:
+    """Return values that such rows take; ``UserError`` for a bad name or value."""
+    for name, value in values.items():
+        if name not in rows or not rows[name].takes(value):
+            raise UserError(f"'{name}={value}' cannot be set: there are {', '.join(rows)}")
+    return dict(values)
+
+
+class Role(Word):
+    """What a person or a program may do that has a secret of its own."""
+
+    USER = "user"
+    VIEWER = "viewer"
+    SUBMIT = "submit"
+
+
+ADMIN = "admin"  # the name of whoever has the farm key; nobody else may have it,
+_NOT_NAMES = frozenset({ADMIN, "farm", "browser", "guest", "nobody"})  # nor one of these
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What one person may have at a time; 0 is no limit, but of the priority. ``space`` in bytes.
+
+    ``jobs`` and ``frames`` are those that are not finished, ``workers`` those that render for it.
+    """
+
+    jobs: int = 0
+    frames: int = 0
+    priority: int = 0
+    workers: int = 0
+    space: int = 0
+
+
+# The rows of SETTINGS that are limits of a person, by the names of Allowance's fields.
+ALLOWANCES: Mapping[str, Setting] = {
+    row.name[:-len("-limit")]: row for row in SETTINGS if row.name.endswith("-limit")}
+BOUNDLESS = Allowance(priority=1000)
+
+
+def person_name(text: str) -> str:
+    """Return the name of a person as it is kept; ``UserError`` for what is none."""
+    name = unicodedata.normalize("NFC", text.strip())
+    if not re.fullmatch(r"[^\W_][\w.-]{0,39}", name):
+        raise UserError(f"{text[:60]!r} cannot be a name: write one word of letters, digits, "
+                        "dots and dashes, 40 at most")
+    if name.casefold() in _NOT_NAMES or re.fullmatch(r"w\d+", name.casefold()):
+        raise UserError(f"'{name}' cannot be the name of a person: choose another one")
+    return name
 
 
 @dataclass(frozen=True)
@@ -4831,7 +4934,8 @@ def pause_reason(done: int, failed: int) -> str:
     return ""
 
 
-def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0) -> int:
+def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0,
+               longest: float = 10.0) -> int:
     """Return how many neighbouring frames one run of the renderer should get.
 
     ``queued`` frames are left for ``slots`` runs at a time; ``cost`` is the
@@ -4839,17 +4943,18 @@ def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0) -> int
     to even out with at the end, down to single frames. But the start of a
     process costs some 0.04 s of CPU: cheap frames come several to a run, shared
     among those that are free besides the ``runs`` under way, or among a quarter
-    of all: they are soon done. No run should be longer than about 10 s. While
+    of all: they are soon done. No run should be longer than about 10 s, or the
+    ``longest`` that others are to wait for their turn. While
     nothing is measured, the first of many frames come by one, two and three in
     turn: what begins together should not end together, or all that follows
     sleeps at the same time, too.
     """
     if cost is None:
-        return 1 + runs % 3 if queued > 3 * slots else 1
+        return 1 + runs % 3 if queued > 3 * slots and longest > 2 else 1
     share = math.ceil(queued / max(slots, 1))
     cheap = min(math.ceil(0.4 / max(cost.cpu, 0.001)),
                 math.ceil(queued / max(slots - runs, slots // 4, 1)))
-    long = max(int(10 / (cost.cpu + 0.25)), 1)  # POV-Ray sleeps so long between two frames
+    long = max(int(longest / (cost.cpu + 0.25)), 1)  # POV-Ray sleeps so long between two frames
     return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
 
 
@@ -5376,7 +5481,7 @@ def _address_towards(address: str) -> str:
 # by the function that Router is given. Deadlines here are the real time's, not a
 # Clock's: they bound what a socket may cost.
 
-ROLES = ("anyone", "reader", "user", "pending", "worker", "guest", "admin")
+ROLES = ("anyone", "reader", "person", "submit", "user", "pending", "worker", "guest", "admin")
 BODY_LIMIT = 1 << 20  # bytes that a request's body may have where its route says nothing
 _SOON = 0.02  # seconds that a thread stays with a connection for its next request
 _DRAIN_LIMIT = 1 << 16  # an unread body up to this size is read away to keep the connection
@@ -5722,8 +5827,8 @@ class Router:
             request.enter(request.identity)
             return bound.handler(request)
         if request.identity.name:
-            raise ProtocolError(403, "the key given may not do this: give the farm's own with "
-                                "--key ('serve' prints it on the coordinator)")
+            raise ProtocolError(403, f"{request.identity.name} may not do this: it takes the "
+                                "farm's key, which 'serve' prints on the coordinator, for --key")
         raise ProtocolError(401, "log in first: give the farm's key with --key ('serve' prints it "
                             "on the coordinator, where it is not needed), or in a browser open the "
                             "link that 'login' prints there",
@@ -6389,6 +6494,7 @@ def _standing(second: int, *more: tuple[str, str]) -> bytes:
 # What is answered to an exception; the first that fits counts.
 _STATUS: tuple[tuple[type[FarmError], int], ...] = (
     (UserError, 400),
+    (NotYours, 403),
     (NotFound, 404),
     (Damaged, 422),
     (StaleLease, 410),
@@ -6522,8 +6628,19 @@ def _descriptors(wanted: int) -> int:
 # All SQL, and the directory of blobs. Methods are single statements with a
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
 
-SCHEMA_VERSION = 8  # the database's PRAGMA user_version; 1 to 7 came before the first release
-SCHEMA = """
+SCHEMA_VERSION = 9  # the database's PRAGMA user_version; 1 to 8 came before the first release
+_LESS = """UPDATE turn SET
+    active = active - (OLD.state = 'active'), runs = runs - OLD.runs, kept = kept - OLD.kept,
+    jobs = jobs - (OLD.finished IS NULL),
+    frames = frames - (OLD.finished IS NULL) * (OLD.queued + OLD.leased)
+    WHERE owner = OLD.owner AND priority = OLD.priority;"""
+_MORE = """INSERT OR IGNORE INTO turn (owner, priority) VALUES (NEW.owner, NEW.priority);
+    UPDATE turn SET
+    active = active + (NEW.state = 'active'), runs = runs + NEW.runs, kept = kept + NEW.kept,
+    jobs = jobs + (NEW.finished IS NULL),
+    frames = frames + (NEW.finished IS NULL) * (NEW.queued + NEW.leased)
+    WHERE owner = NEW.owner AND priority = NEW.priority;"""
+SCHEMA = f"""
     CREATE TABLE meta (
         key TEXT PRIMARY KEY, value TEXT NOT NULL
     ) WITHOUT ROWID;
@@ -6534,6 +6651,16 @@ SCHEMA = """
         system TEXT NOT NULL, engines_json TEXT NOT NULL, tags_json TEXT NOT NULL,
         address TEXT NOT NULL, joined REAL NOT NULL, aside TEXT NOT NULL DEFAULT ''
     );
+    -- People and programs. token: the hash of what they show; limits: those that are their own
+    CREATE TABLE person (
+        name TEXT PRIMARY KEY, role TEXT NOT NULL, token TEXT NOT NULL,
+        limits_json TEXT NOT NULL, added REAL NOT NULL
+    ) WITHOUT ROWID;
+    -- secret: what those can make who have the code; uses: how many are left
+    CREATE TABLE invitation (
+        secret TEXT PRIMARY KEY, role TEXT NOT NULL, limits_json TEXT NOT NULL,
+        uses INTEGER NOT NULL, ends REAL NOT NULL
+    ) WITHOUT ROWID;
     CREATE TABLE blob (
         sha256 TEXT PRIMARY KEY, size INTEGER NOT NULL, stored REAL NOT NULL
     ) WITHOUT ROWID;
@@ -6545,21 +6672,38 @@ SCHEMA = """
         PRIMARY KEY (manifest, sha256)
     ) WITHOUT ROWID;
     CREATE INDEX manifest_blob_sha256 ON manifest_blob (sha256);
-    -- priority: as in options_json, to sort by; engines_json: of the worker that began it
+    -- priority: as in options_json, to sort by; engines_json: of the worker that began it;
+    -- kept: the bytes of its project, images and written files
     CREATE TABLE job (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, state TEXT NOT NULL,
         reason TEXT NOT NULL DEFAULT '', owner TEXT NOT NULL, pov_json TEXT NOT NULL,
         manifest TEXT NOT NULL REFERENCES manifest, priority INTEGER NOT NULL,
-        options_json TEXT NOT NULL, engines_json TEXT NOT NULL DEFAULT '{}',
+        options_json TEXT NOT NULL, engines_json TEXT NOT NULL DEFAULT '{{}}',
         created REAL NOT NULL, started REAL, finished REAL,
         queued INTEGER NOT NULL DEFAULT 0, leased INTEGER NOT NULL DEFAULT 0,
         done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
         cancelled INTEGER NOT NULL DEFAULT 0, runs INTEGER NOT NULL DEFAULT 0,
-        cpu REAL NOT NULL DEFAULT 0, wall REAL NOT NULL DEFAULT 0
+        cpu REAL NOT NULL DEFAULT 0, wall REAL NOT NULL DEFAULT 0,
+        kept INTEGER NOT NULL DEFAULT 0
     );
     CREATE INDEX job_state ON job (state);
-    CREATE INDEX job_turn ON job (priority DESC, runs, id, queued, leased) WHERE state = 'active';
+    CREATE INDEX job_owner ON job (owner);
+    CREATE INDEX job_turn ON job (owner, priority, runs, id, queued, leased)
+        WHERE state = 'active';
     CREATE INDEX job_manifest ON job (manifest);
+    -- The jobs of one owner and priority together, counted by triggers: what people's turns and
+    -- limits go by. jobs and frames: those that are not finished; spent: seconds of workers.
+    CREATE TABLE turn (
+        owner TEXT NOT NULL, priority INTEGER NOT NULL, active INTEGER NOT NULL DEFAULT 0,
+        runs INTEGER NOT NULL DEFAULT 0, spent REAL NOT NULL DEFAULT 0,
+        jobs INTEGER NOT NULL DEFAULT 0, frames INTEGER NOT NULL DEFAULT 0,
+        kept INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (owner, priority)
+    ) WITHOUT ROWID;
+    CREATE INDEX turn_next ON turn (priority DESC, runs, spent, owner) WHERE active > 0;
+    CREATE TRIGGER job_added AFTER INSERT ON job BEGIN {_MORE} END;
+    CREATE TRIGGER job_dropped AFTER DELETE ON job BEGIN {_LESS} END;
+    CREATE TRIGGER job_counted AFTER UPDATE OF state, finished, priority, runs, queued, leased, kept
+        ON job BEGIN {_LESS} {_MORE} END;
     -- Slices and passes are tasks below their frame. cut of a frame: the row that its next slice
     -- begins with, NULL while it is not sliced; state_of: the POV-Ray that left a state.
     CREATE TABLE task (
@@ -6571,6 +6715,8 @@ SCHEMA = """
         top INTEGER NOT NULL DEFAULT 0, bottom INTEGER NOT NULL DEFAULT 0, cut INTEGER,
         state_of TEXT NOT NULL DEFAULT '', UNIQUE (job, frame, slice)
     );
+    CREATE TRIGGER task_kept AFTER UPDATE OF size ON task WHEN NEW.parent IS NULL BEGIN
+        UPDATE job SET kept = kept + NEW.size - COALESCE(OLD.size, 0) WHERE id = NEW.job; END;
     CREATE INDEX task_state ON task (job, state, frame, slice);
     CREATE INDEX task_done ON task (job, finished) WHERE state = 'done' AND parent IS NULL;
     CREATE INDEX task_slice ON task (job, finished) WHERE state = 'done' AND kind = 'slice';
@@ -6602,9 +6748,11 @@ SCHEMA = """
         SELECT attempt.*, task.job AS job, task.frame AS frame, task.parent AS parent,
                task.kind AS kind, task.top AS top, task.bottom AS bottom
         FROM attempt JOIN task ON task.id = attempt.task;
+    -- owner: of the job; who: whoever did it, where it was a person
     CREATE TABLE event (
         id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job INTEGER, frame INTEGER,
-        worker INTEGER, what TEXT NOT NULL, text TEXT NOT NULL
+        worker INTEGER, what TEXT NOT NULL, text TEXT NOT NULL,
+        owner TEXT NOT NULL, who TEXT NOT NULL
     );
     CREATE INDEX event_job ON event (job);
     -- Files that scenes wrote themselves, as the last frame left them; their contents are blobs.
@@ -6614,6 +6762,10 @@ SCHEMA = """
         PRIMARY KEY (job, path)
     ) WITHOUT ROWID;
     CREATE INDEX written_sha256 ON written (sha256);
+    CREATE TRIGGER written_added AFTER INSERT ON written BEGIN
+        UPDATE job SET kept = kept + NEW.size WHERE id = NEW.job; END;
+    CREATE TRIGGER written_changed AFTER UPDATE ON written BEGIN
+        UPDATE job SET kept = kept + NEW.size - OLD.size WHERE id = NEW.job; END;
 """
 
 
@@ -6645,6 +6797,7 @@ class Job:
     runs: int
     cpu: float
     wall: float
+    kept: int
 
     @functools.cached_property
     def pov(self) -> PovJob:
@@ -6759,8 +6912,48 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Person:
+    """One of the farm's people, or a program; ``token`` is the hash of its secret."""
+
+    name: str
+    role: Role
+    token: str
+    limits_json: str
+    added: float
+
+    @functools.cached_property
+    def limits(self) -> dict[str, int]:
+        """The limits that are not those of everybody."""
+        limits: dict[str, int] = json.loads(self.limits_json)
+        return limits
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What lets so many people come in until a time (since 1970)."""
+
+    secret: str
+    role: Role
+    limits_json: str
+    uses: int
+    ends: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What somebody has: jobs and frames that are not finished, and bytes that are kept."""
+
+    jobs: int
+    frames: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Event:
-    """Something that happened, for people."""
+    """Something that happened, for people.
+
+    ``owner`` is whose job it was, ``who`` the person who did it, if it was one.
+    """
 
     id: int
     time: float
@@ -6769,6 +6962,8 @@ class Event:
     worker: int | None
     what: str
     text: str
+    owner: str
+    who: str
 
 
 @dataclass(frozen=True)
@@ -6794,16 +6989,19 @@ def engines_of(text: str) -> Mapping[str, str]:
 
 
 class _Known:
-    """The workers, by their secrets, as they were read last, until one ``changes``."""
+    """The workers by their secrets, and the people by their names in small letters.
+
+    As they were read last, until one ``changes``.
+    """
 
     def __init__(self) -> None:
         self.changes = 0
-        self.members: tuple[int, Mapping[str, Member]] = -1, {}
+        self.lists: dict[type, tuple[int, Mapping[str, Any]]] = {}
 
 
 _Record = TypeVar("_Record")
 _MEMBERS: Mapping[str, Mapping[str, Word]] = {kind.__name__: {word.value: word for word in kind}
-    for kind in (TaskState, JobState, AttemptState, WorkerState, TaskKind)}
+    for kind in (TaskState, JobState, AttemptState, WorkerState, TaskKind, Role)}
 
 
 def _records(kind: type[_Record], cursor: sqlite3.Cursor) -> Iterator[_Record]:
@@ -6889,7 +7087,7 @@ class Store:
                     tx = Tx(self._writer, self._known)
                     yield tx
                     self._writer.execute("COMMIT")
-                    self._known.changes += tx.changed_workers
+                    self._known.changes += tx.changed_known
                 except BaseException:
                     if self._writer.in_transaction:
                         self._writer.execute("ROLLBACK")
@@ -7273,13 +7471,47 @@ class Look:
 
     def _members(self) -> Mapping[str, Member]:
         """Return the workers that were not removed, by the hashes of their secrets."""
-        changes, members = self._known.members
-        if changes != self._changes:
-            members = {row.token: row for row in self._all(Member, """
-                SELECT * FROM worker WHERE state != 'removed' ORDER BY id""")}
+        return self._listed(Member, lambda: {row.token: row for row in self._all(Member, """
+            SELECT * FROM worker WHERE state != 'removed' ORDER BY id""")})
+
+    def _listed(self, kind: type[_Record],
+                read: Callable[[], dict[str, _Record]]) -> Mapping[str, _Record]:
+        """Return what is known, read again only after a change."""
+        changes, known = self._known.lists.get(kind, (-1, {}))
+        if changes != self._changes or changes < 0:
+            known = read()
             if self._changes >= 0:
-                self._known.members = self._changes, members
-        return members
+                self._known.lists[kind] = self._changes, known
+        return known
+
+    # --- people
+
+    def person(self, name: str) -> Person | None:
+        """Return one of the people, however large or small the letters are written."""
+        return self._people().get(name.casefold())
+
+    def people(self) -> list[Person]:
+        """Return all people and programs, by name."""
+        return list(self._people().values())
+
+    def _people(self) -> Mapping[str, Person]:
+        return self._listed(Person, lambda: {row.name.casefold(): row for row in self._all(
+            Person, "SELECT * FROM person ORDER BY name")})
+
+    def invitations(self, now: float) -> list[Invitation]:
+        """Return the invitations that have not ended, also those that are used up."""
+        return self._all(Invitation, "SELECT * FROM invitation WHERE ends > :now", now=now)
+
+    def usage(self, owner: str) -> Usage:
+        """Return what somebody has."""
+        return present(self._one(Usage, """
+            SELECT COALESCE(SUM(jobs), 0) AS jobs, COALESCE(SUM(frames), 0) AS frames,
+                   COALESCE(SUM(kept), 0) AS kept FROM turn WHERE owner = :owner""", owner=owner))
+
+    def has_jobs(self, owner: str) -> bool:
+        """Tell whether there are jobs of somebody, finished or not."""
+        return self._do("SELECT 1 FROM job WHERE owner = :owner COLLATE NOCASE LIMIT 1",
+                        owner=owner).fetchone() is not None
 
     # --- files
 
@@ -7350,33 +7582,40 @@ class Look:
         """Return one job, None when there is none."""
         return self._one(Job, "SELECT * FROM job WHERE id = :id", id=job)
 
-    def jobs(self, after: int, limit: int) -> list[Job]:
+    def jobs(self, after: int, limit: int, owner: str = "") -> list[Job]:
         """Return jobs, the newest first; ``after`` is the last id already seen, or 0."""
         return self._all(Job, """
-            SELECT * FROM job WHERE (:after = 0 OR id < :after)
-            ORDER BY id DESC LIMIT :limit""", after=after, limit=limit)
+            SELECT * FROM job WHERE (:after = 0 OR id < :after) AND :owner IN ('', owner)
+            ORDER BY id DESC LIMIT :limit""", after=after, limit=limit, owner=owner)
 
     def newest_job(self) -> int:
         """Return the highest number that a job ever had; numbers are not used again."""
         row = self._do("SELECT seq FROM sqlite_sequence WHERE name = 'job'").fetchone()
         return int(row["seq"]) if row else 0
 
-    def leasable_jobs(self, over: bool = False) -> Iterator[Job]:
+    def leasable_jobs(self, over: bool = False,
+                      may: Callable[[str], bool] | None = None) -> Iterator[Job]:
         """Yield active jobs that have something to give out, in the order in which they are served.
 
         Frames, slices or passes that wait for a worker, or rows that are not cut; when it is
-        looked ``over``, also what others render. Higher priority first; among equals the one
-        with the fewest runs under way, so that each gets its share; then the oldest.
+        looked ``over``, also what others render. Higher priority first; among equals those of
+        the owner with the fewest runs under way, then of the one for whom workers were busy for
+        the shortest time; of one owner the job with the fewest runs, so that each gets its
+        share; then the oldest. Owners whom ``may`` denies get nothing.
         """
-        yield from _records(Job, self._do("""
-            SELECT * FROM job INDEXED BY job_turn
-            WHERE state = 'active' AND queued + leased > 0 AND (queued > 0 OR :over
-              OR EXISTS (SELECT 1 FROM task INDEXED BY task_part
-                         WHERE task.job = job.id AND state = 'queued' AND parent IS NOT NULL)
-              OR EXISTS (SELECT 1 FROM task INDEXED BY task_cut
-                         WHERE task.job = job.id AND state = 'leased' AND cut IS NOT NULL
-                         AND cut < bottom))
-            ORDER BY priority DESC, runs, id""", over=over))
+        for owner, priority in self._do("""
+                SELECT owner, priority FROM turn INDEXED BY turn_next WHERE active > 0
+                ORDER BY priority DESC, runs, spent, owner"""):
+            yield from () if may and not may(owner) else _records(Job, self._do("""
+                SELECT * FROM job INDEXED BY job_turn
+                WHERE owner = :owner AND priority = :priority
+                  AND state = 'active' AND queued + leased > 0 AND (queued > 0 OR :over
+                  OR EXISTS (SELECT 1 FROM task INDEXED BY task_part
+                             WHERE task.job = job.id AND state = 'queued' AND parent IS NOT NULL)
+                  OR EXISTS (SELECT 1 FROM task INDEXED BY task_cut
+                             WHERE task.job = job.id AND state = 'leased' AND cut IS NOT NULL
+                             AND cut < bottom))
+                ORDER BY runs, id""", owner=owner, priority=priority, over=over))
 
     def open_tasks(self) -> int:
         """Return how many frames the active jobs have that are not finished."""
@@ -7622,8 +7861,8 @@ class Tx(Look):
     """One transaction: every statement that changes something, by name."""
 
     @property
-    def changed_workers(self) -> bool:
-        """True when what is known of the workers is no more what the database has."""
+    def changed_known(self) -> bool:
+        """True when what is known of workers and people is no more what the database has."""
         return self._changes < 0
 
     # --- the farm itself
@@ -7634,12 +7873,13 @@ class Tx(Look):
                  key=key, value=value)
 
     def add_event(self, now: float, what: str, text: str, job: int | None = None,
-                  frame: int | None = None, worker: int | None = None) -> None:
+                  frame: int | None = None, worker: int | None = None, who: str = "") -> None:
         """Append to the story of the farm."""
         self._do("""
-            INSERT INTO event (time, job, frame, worker, what, text)
-            VALUES (:now, :job, :frame, :worker, :what, :text)""",
-            now=now, job=job, frame=frame, worker=worker, what=what, text=text)
+            INSERT INTO event (time, job, frame, worker, what, text, who, owner)
+            VALUES (:now, :job, :frame, :worker, :what, :text, :who,
+                    COALESCE((SELECT owner FROM job WHERE id = :job), ''))""",
+            now=now, job=job, frame=frame, worker=worker, what=what, text=text, who=who)
 
     def drop_events(self, before: int) -> None:
         """Forget old events."""
@@ -7680,6 +7920,56 @@ class Tx(Look):
               token = CASE WHEN :state = 'removed' THEN 'removed ' || id || ' ' || token
                            ELSE token END
             WHERE id = :id AND state != 'removed'""", id=worker, state=state.value).rowcount == 1
+
+    # --- people
+
+    def add_person(self, name: str, role: Role, token: str, limits: str, now: float) -> None:
+        """Add a person; ``limits`` as JSON text."""
+        self._changes = -1
+        self._do("""
+            INSERT INTO person (name, role, token, limits_json, added)
+            VALUES (:name, :role, :token, :limits, :now)""",
+            name=name, role=role.value, token=token, limits=limits, now=now)
+
+    def set_limits(self, name: str, limits: str) -> None:
+        """Replace the limits of a person, as JSON text."""
+        self._changes = -1
+        self._do("UPDATE person SET limits_json = :limits WHERE name = :name",
+                 name=name, limits=limits)
+
+    def drop_person(self, name: str) -> None:
+        """Forget a person, and so the secret."""
+        self._changes = -1
+        self._do("DELETE FROM person WHERE name = :name", name=name)
+
+    def add_invitation(self, invitation: Invitation) -> None:
+        """Add an invitation."""
+        self._do("""
+            INSERT OR REPLACE INTO invitation (secret, role, limits_json, uses, ends)
+            VALUES (:secret, :role, :limits_json, :uses, :ends)""",
+            **{**vars(invitation), "role": invitation.role.value})
+
+    def use_invitation(self, secret: str) -> None:
+        """Let one person fewer come by an invitation."""
+        self._do("UPDATE invitation SET uses = uses - 1 WHERE secret = :secret", secret=secret)
+
+    def drop_invitations(self, before: float) -> None:
+        """Forget the invitations that have ended."""
+        self._do("DELETE FROM invitation WHERE ends < :before", before=before)
+
+    def begin_turn(self, owner: str, priority: int) -> None:
+        """Let somebody who has no active job of a priority stand in line with those who have.
+
+        What was not used meanwhile is not made up for: that would be at the others' cost.
+        """
+        self._do("INSERT OR IGNORE INTO turn (owner, priority) VALUES (:owner, :priority)",
+                 owner=owner, priority=priority)
+        self._do("""
+            UPDATE turn SET spent = MAX(spent, COALESCE((
+              SELECT MIN(spent) FROM turn INDEXED BY turn_next
+              WHERE priority = :priority AND active > 0), 0))
+            WHERE owner = :owner AND priority = :priority AND active = 0""",
+            owner=owner, priority=priority)
 
     def set_aside(self, worker: int, why: str) -> None:
         """Note why the pictures of a worker are not trusted."""
@@ -7734,15 +8024,15 @@ class Tx(Look):
         return job
 
     def add_job(self, job: int, name: str, owner: str, pov: PovJob, manifest: str,
-                options: JobOptions, now: float) -> None:
-        """Add a waiting job of which all tasks are there."""
+                options: JobOptions, now: float, size: int = 0) -> None:
+        """Add a waiting job of which all tasks are there; its files have ``size`` bytes."""
         self._do("""
             INSERT INTO job (id, name, state, owner, pov_json, manifest, priority, options_json,
-                             created, queued)
+                             created, queued, kept)
             VALUES (:job, :name, 'waiting', :owner, :pov, :manifest, :priority, :options, :now,
-                    (SELECT COUNT(*) FROM task WHERE job = :job))""",
+                    (SELECT COUNT(*) FROM task WHERE job = :job), :size)""",
             job=job, name=name, owner=owner, pov=json.dumps(pov.to_wire()), manifest=manifest,
-            priority=options.priority, options=json.dumps(vars(options)), now=now)
+            priority=options.priority, options=json.dumps(vars(options)), now=now, size=size)
         self._do("DELETE FROM meta WHERE key = :key", key=f"rows {job}")
 
     def add_tasks(self, job: int, tasks: Iterable[tuple[int, str]]) -> None:
@@ -7808,14 +8098,14 @@ class Tx(Look):
             self._db.execute("DELETE FROM meta WHERE key = :key", parameters)
 
     def move_frames(self, job: int, frm: TaskState, to: TaskState, why: str, now: float,
-                    after: int, limit: int) -> tuple[int, int, int]:
+                    after: int, limit: int, who: str = "") -> tuple[int, int, int]:
         """Move those without parts of the next so many frames at once, but do not count them.
 
         They come ``after`` a frame, in order; return how many there were and were moved, and the
         last one. Those that somebody renders stay; what is queued again may be tried by everybody.
         """
         parameters = {"job": job, "frm": frm.value, "to": to.value, "why": why, "now": now,
-                      "after": after, "limit": limit}
+                      "after": after, "limit": limit, "who": who}
         number, last = self._db.execute(
             """SELECT COUNT(*), COALESCE(MAX(frame), :after) FROM (
                  SELECT frame FROM task WHERE job = :job AND state = :frm AND slice = 0
@@ -7830,9 +8120,10 @@ class Tx(Look):
                                WHERE attempt.task = task.id AND attempt.state = 'live')""",
             {**parameters, "last": last})
         self._db.execute(
-            """INSERT INTO event (time, job, frame, what, text)
-               SELECT :now, job, frame, :to, :why FROM task WHERE id IN (SELECT id FROM moved)
-               ORDER BY frame""", parameters)
+            """INSERT INTO event (time, job, frame, what, text, who, owner)
+               SELECT :now, job, frame, :to, :why, :who,
+                      COALESCE((SELECT owner FROM job WHERE id = :job), '')
+               FROM task WHERE id IN (SELECT id FROM moved) ORDER BY frame""", parameters)
         if to is TaskState.QUEUED:
             self._do("""
                 UPDATE attempt SET state = 'released' WHERE state = 'failed'
@@ -7909,11 +8200,17 @@ class Tx(Look):
                FROM task WHERE id = :task""",
             [{"task": task, "lease": lease, "worker": worker, "now": now} for task in tasks])
 
-    def end_lease(self, lease: str, job: int, why: str, now: float) -> None:
-        """End a live lease; its attempts are ended by their own statements."""
+    def end_lease(self, lease: str, job: int, why: str, now: float, spent: float = 0.0) -> None:
+        """End a live lease, for which a worker was busy for ``spent`` seconds.
+
+        Its attempts are ended by their own statements.
+        """
         self._do("UPDATE lease SET ended = :now, why = :why WHERE id = :id",
                  id=lease, why=why, now=now)
         self._do("UPDATE job SET runs = runs - 1 WHERE id = :job", job=job)
+        self._do("""
+            UPDATE turn SET spent = spent + :spent WHERE (owner, priority) = (
+              SELECT owner, priority FROM job WHERE id = :job)""", job=job, spent=spent)
 
     def end_attempt(self, task: int, lease: str, state: AttemptState, now: float,
                     message: str = "", log: str = "") -> None:
@@ -7953,6 +8250,9 @@ KEEP_EVENTS = 10_000
 LOOK_AGAIN = 1.0  # seconds after which an idle worker looks at what others render
 RECENT = 8.0  # seconds over which the speed of a task is taken
 SICK_PAUSE = 600.0  # seconds until a sick worker gets one task, to see whether it is well
+LEASE_COST = 0.1  # seconds that a lease counts in addition to those that it takes
+SHORT_TURN = 1.0  # seconds of frames that a run gets where people take turns
+INVITED_FOR = 7 * 24 * 3600.0  # seconds that an invitation lasts
 STEP = 2000  # frames that one transaction changes at most, so that others have their turn,
 STEP_PAUSE = 0.02  # and the seconds that they get for it
 LEAST_FREE = 100 << 20  # bytes without which no job is taken: its images need some
@@ -7992,7 +8292,7 @@ class Grant:
     """
 
     def __init__(self, lease: str, worker: int, job: Job, now: float) -> None:
-        self.id, self.worker, self.job = lease, worker, job.id
+        self.id, self.worker, self.job, self.owner = lease, worker, job.id, job.owner
         self.region, self.height = job.region, job.pov.options.height
         self.granted = self.heard = now
         self.portions: dict[int, Portion] = {}
@@ -8033,11 +8333,11 @@ class Portion:
 
 
 class Grants:
-    """All leases that live, also by job, by worker and by task; the oldest first."""
+    """All leases that live, also by job, by owner, by worker and by task; the oldest first."""
 
     def __init__(self, grants: Iterable[Grant] = ()) -> None:
         self._all: dict[str, Grant] = {}
-        self._groups: dict[tuple[str, int], dict[str, Grant]] = {}  # by job, and by worker
+        self._groups: dict[tuple[str, int | str], dict[str, Grant]] = {}  # by job, and so on
         self._tasks: dict[int, tuple[Portion, ...]] = {}
         for grant in grants:
             self.add(grant)
@@ -8053,6 +8353,10 @@ class Grants:
     def of_job(self, job: int) -> list[Grant]:
         """Return those of a job."""
         return list(self._groups.get(("job", job), {}).values())
+
+    def of_owner(self, owner: str) -> list[Grant]:
+        """Return those of all jobs of somebody."""
+        return list(self._groups.get(("owner", owner), {}).values())
 
     def of_worker(self, worker: int) -> list[Grant]:
         """Return those of a worker."""
@@ -8070,7 +8374,7 @@ class Grants:
     def add(self, grant: Grant) -> None:
         """Hold one more."""
         self._all[grant.id] = grant
-        for key in (("job", grant.job), ("worker", grant.worker)):
+        for key in self._keys(grant):
             self._groups.setdefault(key, {})[grant.id] = grant
         for portion in grant.portions.values():
             self._tasks[portion.task] = (*self.at(portion.task), portion)
@@ -8084,10 +8388,14 @@ class Grants:
             del grant.portions[portion.given]
         if not grant.portions:
             del self._all[grant.id]
-            for key in (("job", grant.job), ("worker", grant.worker)):
+            for key in self._keys(grant):
                 del self._groups[key][grant.id]
                 if not self._groups[key]:
                     del self._groups[key]
+
+    @staticmethod
+    def _keys(grant: Grant) -> list[tuple[str, int | str]]:
+        return [("job", grant.job), ("owner", grant.owner), ("worker", grant.worker)]
 
     def divide(self, task: int, upper: Task) -> None:
         """Let those who are at a task make of it what is above: a slice that ends sooner."""
@@ -8191,10 +8499,12 @@ class _Waiting:
 class _News:
     """Whom a transaction concerns: some workers, and as many others as may find ``work``.
 
-    ``cuts`` are the grants of whose task others got the lower rows, with what beats tell of it.
+    ``cuts`` are the grants of whose task others got the lower rows, with what beats tell of it;
+    ``who`` is the person who did what is done.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, who: str = "") -> None:
+        self.who = who
         self.workers: set[int] = set()
         self.work = 0.0
         self.cuts: dict[Grant, tuple[int, int]] = {}
@@ -8219,12 +8529,12 @@ class _States:
         return self.presences.get(worker) or self.presences.setdefault(worker, Presence())
 
     @contextlib.contextmanager
-    def tx(self) -> Iterator[Tx]:
-        """A transaction, which tells whom it concerns when it is on the disk.
+    def tx(self, who: str = "") -> Iterator[Tx]:
+        """A transaction, which tells whom it concerns when it is on the disk; ``who`` did it.
 
         When it fails, what was noted in memory did not happen either.
         """
-        news = _News()
+        news = _News(who)
         try:
             with self.store.tx() as tx:
                 self.news = news
@@ -8280,13 +8590,15 @@ class _States:
     def tell(self, tx: Tx, what: str, text: str, job: int | None = None,
              frame: int | None = None, worker: int | None = None) -> None:
         """Add to the story of the farm."""
-        tx.add_event(self.clock.time(), what, text, job, frame, worker)
+        tx.add_event(self.clock.time(), what, text, job, frame, worker, self.news.who)
 
     # --- jobs
 
     def move_job(self, tx: Tx, job: Job, to: JobState, reason: str) -> None:
         """Change the state of a job; ``IllegalTransition`` when the table does not allow it."""
         frm, finished = job.state, self.clock.time() if to in FINISHED else None
+        if to is JobState.ACTIVE:
+            tx.begin_turn(job.owner, job.options.priority)
         if (frm, to) not in JOB_TRANSITIONS or not tx.set_job_state(
                 job.id, frm, to, reason, finished):
             raise IllegalTransition(f"job {job.id} is {frm.value}: it cannot become {to.value}")
@@ -8349,7 +8661,8 @@ class _States:
         """
         if (frm, to) not in TRANSITIONS:
             raise IllegalTransition(f"frames cannot go from {frm.value} to {to.value}")
-        number, moved, last = tx.move_frames(job, frm, to, why, self.clock.time(), after, STEP)
+        number, moved, last = tx.move_frames(job, frm, to, why, self.clock.time(), after, STEP,
+                                             self.news.who)
         tx.count_task(job, frm, to, moved)
         self.news.work += moved if to is TaskState.QUEUED else 0
         return number, last
@@ -8401,7 +8714,7 @@ class _States:
             if grant.id == lease:
                 self.grants.remove(grant, portion)
                 if not grant.portions:
-                    tx.end_lease(lease, grant.job, "finished", now)
+                    tx.end_lease(lease, grant.job, "finished", now, self._spent(grant))
                 if state is AttemptState.LOST:  # else its worker has told it
                     self.news.workers.add(grant.worker)
 
@@ -8427,24 +8740,156 @@ class _States:
     def _end(self, tx: Tx, grant: Grant, state: AttemptState, why: str) -> None:
         now = self.clock.time()
         tx.end_attempts(grant.id, state, now, why)
-        tx.end_lease(grant.id, grant.job, why, now)
+        tx.end_lease(grant.id, grant.job, why, now, self._spent(grant))
         self.forget(grant)
+
+    def _spent(self, grant: Grant) -> float:
+        """Return for how long a worker was busy; a little also where no time has passed."""
+        return self.clock.monotonic() - grant.granted + LEASE_COST
 
     def forget(self, grant: Grant) -> None:
         self.grants.remove(grant)
         self.news.workers.add(grant.worker)
 
 
+class People:
+    """Who has a secret, beside the admin and the workers, and how much they may have."""
+
+    def __init__(self, states: _States, allowance: Allowance) -> None:
+        self._states, self._everybody = states, allowance
+
+    def add(self, name: str, role: Role, limits: Mapping[str, int], token: str,
+            who: str = ADMIN) -> Person:
+        """Add a person or a program; ``token`` is the hash of what it will show.
+
+        The same again, as when an answer was lost, changes nothing.
+        """
+        with self._states.tx(who) as tx:
+            return self._add(tx, person_name(name), role, json.dumps(limits), token)
+
+    def _add(self, tx: Tx, name: str, role: Role, limits: str, token: str) -> Person:
+        known = tx.person(name)
+        if known is None:
+            tx.add_person(name, role, token, limits, self._states.clock.time())
+            self._states.tell(tx, "person added", f"{name} ({role})")
+        elif known.token != token:
+            raise UserError(f"'{known.name}' is there already: choose another name")
+        return present(tx.person(name))
+
+    def invite(self, secret: str, role: Role, limits: Mapping[str, int], uses: int,
+               who: str = ADMIN) -> None:
+        """Let so many people come for a while who have a code, of which the secret is made."""
+        ends = self._states.clock.time() + INVITED_FOR
+        with self._states.tx(who) as tx:
+            tx.add_invitation(Invitation(secret, role, json.dumps(limits), uses, ends))
+            self._states.tell(tx, "invited", counted(uses, role))
+
+    def invitation(self, proven: Callable[[str], bool]) -> Invitation | None:
+        """Return the invitation of which somebody has proven to know the secret."""
+        with self._states.store.read() as look:
+            found = look.invitations(self._states.clock.time())
+        return next((one for one in found if proven(one.secret)), None)
+
+    def come(self, invitation: Invitation, name: str, token: str) -> Person:
+        """Add a person who was invited, under a name that nobody has or had."""
+        name = person_name(name)
+        with self._states.tx(name) as tx:
+            left = {one.secret: one.uses for one in tx.invitations(self._states.clock.time())}
+            known = tx.person(name)
+            if known is None or known.token != token:
+                if not left.get(invitation.secret):
+                    raise NotYours("as many people have come by this code as were invited: ask for "
+                                   "a new one ('povfarm.py users invite' makes one)")
+                if known is None and tx.has_jobs(name):
+                    raise UserError(f"'{name}' was the name of somebody whose jobs are still here: "
+                                    "choose another name")
+                self._add(tx, name, invitation.role, invitation.limits_json, token)
+                tx.use_invitation(invitation.secret)
+            return present(tx.person(name))
+
+    def remove(self, name: str, who: str = ADMIN) -> None:
+        """Forget a person's secret; the jobs stay."""
+        with self._states.tx(who) as tx:
+            person = self._known(tx, name)
+            tx.drop_person(person.name)
+            self._states.tell(tx, "person removed", person.name)
+
+    def change(self, name: str, limits: Mapping[str, int], who: str = ADMIN) -> None:
+        """Set some of the limits of a person."""
+        with self._states.tx(who) as tx:
+            person = self._known(tx, name)
+            tx.set_limits(person.name, json.dumps({**person.limits, **limits}))
+            text = ", ".join(f"{name} = {value}" for name, value in limits.items())
+            self._states.tell(tx, "person changed", f"{person.name}: {text}")
+            self._states.news.work = math.inf
+
+    def allowance(self, look: Look, owner: str) -> Allowance:
+        """Return what somebody may have at a time."""
+        if owner == ADMIN:
+            return BOUNDLESS
+        person = look.person(owner)
+        return replace(self._everybody, **person.limits) if person else self._everybody
+
+    def check(self, look: Look, owner: str, frames: int, jobs: int = 1) -> None:
+        """Raise ``UserError`` for more jobs and frames than somebody may have."""
+        most, has = self.allowance(look, owner), look.usage(owner)
+        if most.jobs and has.jobs + jobs > max(most.jobs, has.jobs):
+            raise UserError(f"you have {counted(has.jobs, 'job')} that {_are(has.jobs)} not "
+                            f"finished, and may have {most.jobs}: wait until one is, or cancel one "
+                            "('povfarm.py cancel JOB')")
+        if most.frames and frames and has.frames + frames > most.frames:
+            raise UserError(f"you may have {counted(most.frames, 'frame')} that are not finished, "
+                            f"this would make {has.frames + frames}: wait until others are, cancel "
+                            "a job ('povfarm.py cancel JOB'), or give --frames to submit fewer")
+        if problem := self.too_much(look, owner):
+            raise UserError(problem)
+
+    def check_priority(self, look: Look, who: str, priority: int) -> None:
+        """Raise ``UserError`` for a priority that somebody may not give a job."""
+        most = self.allowance(look, who).priority
+        if priority > most:
+            raise UserError(f"the highest priority of your jobs is {most}: give --priority {most} "
+                            "or less")
+
+    def too_much(self, look: Look, owner: str) -> str:
+        """Say that more is kept of somebody's jobs than may be, or nothing."""
+        most = self.allowance(look, owner).space
+        if not most or (kept := look.usage(owner).kept) < most:
+            return ""
+        return (f"{format_size(kept)} are kept of {owner}'s jobs, which may have "
+                f"{format_size(most)}: fetch their images and delete one ('povfarm.py delete JOB')")
+
+    def may_have(self, look: Look, owner: str, worker: int) -> bool:
+        """Tell whether a worker may render for somebody, beside those that do already."""
+        most = self.allowance(look, owner)
+        if most.workers:
+            others = {grant.worker for grant in self._states.grants.of_owner(owner)} - {worker}
+            if len(others) >= most.workers:
+                return False
+        return not self.too_much(look, owner)
+
+    def _known(self, look: Look, name: str) -> Person:
+        person = look.person(name)
+        if person is None:
+            raise NotFound(f"nobody is called '{name}' here: 'povfarm.py users' shows who there is")
+        return person
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
 class _Crew:
     """Who is there: joins, beats and leaves, and whose silence has lasted for too long."""
 
-    def __init__(self, states: _States, lease_time: float) -> None:
-        self.states, self.clock = states, states.clock
+    def __init__(self, states: _States, lease_time: float, people: People) -> None:
+        self.states, self.clock, self._people = states, states.clock, people
         self.lease_time = lease_time
         for grant in states.grants:
             self._see(grant.worker)
 
-    def join(self, info: WorkerInfo, token: str, address: str, admitted: bool) -> tuple[int, str]:
+    def join(self, info: WorkerInfo, token: str, address: str, admitted: bool,
+             who: str = "") -> tuple[int, str]:
         """Add a worker whose secret hashes to ``token``; return its id and its code.
 
         A worker that is not admitted yet is pending until ``admit`` is
@@ -8452,8 +8897,8 @@ class _Crew:
         adds no second worker.
         """
         state = WorkerState.ADMITTED if admitted else WorkerState.PENDING
-        code = "".join(secrets.choice("ABCDEFGHJKLMNPQRSTUVWXYZ23456789") for _ in range(6))
-        with self.states.tx() as tx:
+        code = "".join(secrets.choice(CODE_LETTERS) for _ in range(6))
+        with self.states.tx(who) as tx:
             known = tx.worker_by_token(token)
             if known is not None:
                 if admitted:
@@ -8470,9 +8915,9 @@ class _Crew:
             tx.set_worker_info(worker, info, address)
         self._see(worker).trial = -math.inf  # perhaps it comes again because it was mended
 
-    def admit(self, code: str) -> str:
+    def admit(self, code: str, who: str = ADMIN) -> str:
         """Admit the pending worker with this code and return its name."""
-        with self.states.tx() as tx:
+        with self.states.tx(who) as tx:
             for row in tx.workers():
                 if row.state is WorkerState.PENDING and hmac.compare_digest(
                         row.code.encode(), code.strip().upper().encode()):
@@ -8482,9 +8927,9 @@ class _Crew:
                     return row.name
             raise UserError(f"no worker waits with the code '{code}'")
 
-    def remove(self, worker: int) -> None:
+    def remove(self, worker: int, who: str = "") -> None:
         """Take a worker's leases back and forget its secret."""
-        with self.states.tx() as tx:
+        with self.states.tx(who) as tx:
             row = tx.find_worker(worker)
             if row is None or not tx.set_worker_state(worker, WorkerState.REMOVED):
                 raise UserError(f"there is no worker {worker}")
@@ -8573,7 +9018,7 @@ class _Crew:
 
     def muster(self, look: Look) -> Muster:
         """Return who is there at this moment."""
-        return Muster(self.states, look, self.live_workers())
+        return Muster(self.states, look, self.live_workers(), self._people)
 
     def _held(self, worker: int, leases: Iterable[str]) -> list[Grant]:
         found = map(self.states.grants.get, leases)
@@ -8593,8 +9038,8 @@ class _Crew:
 class Muster:
     """Who is there at one moment, and what they are good for: each is looked up once."""
 
-    def __init__(self, states: _States, look: Look, live: set[int]) -> None:
-        self.live = live
+    def __init__(self, states: _States, look: Look, live: set[int], people: People) -> None:
+        self.live, self.people = live, people
         self._states, self._look = states, look
         self._sick: dict[int, bool] = {}
         self._fitting: dict[tuple[int, bool, str], bool] = {}
@@ -8690,6 +9135,8 @@ class Muster:
             return f"{missing} of its files {'is' if missing == 1 else 'are'} still to come"
         if job.state is not JobState.ACTIVE or not job.queued:
             return ""
+        if problem := self.people.too_much(self._look, job.owner):
+            return problem
         since, word = job.pov.needs
         versions = [row.engines.get("povray", "") for row in self.crew
                     if not self._states.presence(row.id).guest]
@@ -8829,11 +9276,15 @@ class _Deal:
         if self._presence.guest:
             pickers = (self._whole, self._straggler)
         for pick in pickers:
-            for job in self._tx.leasable_jobs(over=pick is not pickers[0]):
+            for job in self._tx.leasable_jobs(pick is not pickers[0], self._may_have):
                 tasks = pick(job) if self._may_work(job) else []
                 if tasks:
                     return job, tasks[:1] if self._sick else tasks
         return None, []
+
+    def _may_have(self, owner: str) -> bool:
+        """Tell whether somebody may have this worker, beside those that are at work already."""
+        return self._muster.people.may_have(self._tx, owner, self._worker.id)
 
     def _may_work(self, job: Job) -> bool:
         """Tell whether the worker may have something of a job."""
@@ -8891,7 +9342,8 @@ class _Deal:
         """Find queued neighbours, for one run."""
         slots = self._offer.slots + sum(self._states.presence(other).slots
                                         for other in self._muster.live - {self._worker.id})
-        size = lease_size(job.queued, slots, job.mean_cost, job.runs)
+        longest = SHORT_TURN if self._tx.people() else 10.0
+        size = lease_size(job.queued, slots, job.mean_cost, job.runs, longest)
         tasks = self._tx.next_tasks(job.id, self._worker.id, size)
         if not tasks and job.queued:
             return [task for task in self._tx.tasks_in(job.id, TaskState.QUEUED)
@@ -9510,12 +9962,14 @@ class Scheduler:
     nothing; leases found in the database at the start get the full time.
     """
 
-    def __init__(self, store: Store, clock: Clock, lease_time: float = 30.0) -> None:
+    def __init__(self, store: Store, clock: Clock, lease_time: float = 30.0,
+                 allowance: Allowance = Allowance()) -> None:
         self.store = store
         self.clock = clock
         self.lease_time = lease_time
         self._states = states = _States(store, clock)
-        self._crew = crew = _Crew(states, lease_time)
+        self.people = People(states, allowance)
+        self._crew = crew = _Crew(states, lease_time, self.people)
         self._deliveries = deliveries = _Deliveries(states, crew)
         self._coming: set[int] = set()  # jobs that are being submitted
         self._stepping = threading.Lock()
@@ -9543,8 +9997,8 @@ class Scheduler:
         ``frames`` are those of an animation to render, for ``FramePlan.chosen``. The
         same ``ticket`` again, as when an answer was lost, adds no second job.
         Raises ``UserError`` when the command line asks for no frame, when two
-        frames would have the same name, or for slices that cannot be, and
-        ``NoRoom`` when the disk is as good as full.
+        frames would have the same name, for slices that cannot be, or for more than
+        its owner may have, and ``NoRoom`` when the disk is as good as full.
         """
         plan = pov.plan
         options = _check_options(pov, options)
@@ -9557,17 +10011,21 @@ class Scheduler:
             known = look.meta(f"ticket {ticket}") if ticket else ""
             if known:
                 return int(known), look.missing_blobs(manifest.key)
-        with self._adding(plan, chosen) as (tx, job):
+            self.people.check_priority(look, owner, options.priority)
+            self.people.check(look, owner, len(chosen))
+        with self._adding(plan, chosen, owner) as (tx, job):
             known = tx.meta(f"ticket {ticket}")
             if ticket and known:  # the same request was under way
                 return int(known), tx.missing_blobs(manifest.key)
+            self.people.check(tx, owner, len(chosen))
             tx.add_manifest(manifest)
-            tx.add_job(job, name, owner, pov, manifest.key, options, self.clock.time())
+            sizes = {file.sha256: file.size for file in manifest.files}
+            tx.add_job(job, name, owner, pov, manifest.key, options, self.clock.time(),
+                       sum(sizes.values()))
             if ticket:
                 tx.set_meta(f"ticket {ticket}", str(job))
             self._states.tell(tx, "submitted", counted(len(chosen), "frame"), job)
             missing = tx.missing_blobs(manifest.key)
-            sizes = {file.sha256: file.size for file in manifest.files}
             _check_room(self.store.root, sum(sizes[sha256] for sha256 in missing))
             self._states.missing[job] = set(missing)
             if not missing:
@@ -9575,7 +10033,8 @@ class Scheduler:
         return job, missing
 
     @contextlib.contextmanager
-    def _adding(self, plan: FramePlan, chosen: Sequence[int]) -> Iterator[tuple[Tx, int]]:
+    def _adding(self, plan: FramePlan, chosen: Sequence[int],
+                owner: str) -> Iterator[tuple[Tx, int]]:
         """Add frames in steps, the last of which adds the job; else they are rows without one."""
         steps = [chosen[start:start + STEP] for start in range(0, len(chosen), STEP)]
         with self.store.tx() as tx:
@@ -9586,7 +10045,7 @@ class Scheduler:
                 with self.store.tx() as tx:
                     tx.add_tasks(job, ((frame, _picture_name(plan, frame)) for frame in step))
                 self._rest()
-            with self._states.tx() as tx:
+            with self._states.tx(owner) as tx:
                 tx.add_tasks(job, ((frame, _picture_name(plan, frame)) for frame in steps[-1]))
                 yield tx, job
         finally:
@@ -9608,34 +10067,37 @@ class Scheduler:
                 if not missing:
                     self._states.activate(tx, job)
 
-    def pause(self, job: int) -> None:
+    def pause(self, job: int, who: str = ADMIN) -> None:
         """Give out no more of a job; what is being rendered is finished."""
-        with self._states.tx() as tx:
+        with self._steering(job, who) as tx:
             self._states.move_job(tx, tx.job(job), JobState.PAUSED, PAUSED_BY_HAND)
 
-    def resume(self, job: int) -> None:
+    def resume(self, job: int, who: str = ADMIN) -> None:
         """Go on with a paused job."""
-        with self._states.tx() as tx:
+        with self._steering(job, who) as tx:
             row = tx.job(job)
             if row.state is not JobState.PAUSED:
                 raise IllegalTransition(f"job {job} is {row.state}: only a paused job resumes")
             self._states.start(tx, row)
 
-    def cancel(self, job: int) -> None:
+    def cancel(self, job: int, who: str = ADMIN) -> None:
         """End a job; finished images stay, workers are told to stop."""
-        with self._states.tx() as tx:
+        with self._steering(job, who) as tx:
             self._states.cancel(tx, tx.job(job))
         self._work_off()
 
-    def retry(self, job: int) -> int:
+    def retry(self, job: int, who: str = ADMIN) -> int:
         """Queue the failed and cancelled tasks of a job again; return how many."""
         count, begun = 0, False
         after = {TaskState.FAILED: -1, TaskState.CANCELLED: -1}
         while after:
-            with self._states.tx() as tx:
+            with self._steering(job, who) as tx:
                 row = tx.job(job)
                 if begun and row.state is JobState.CANCELLED:  # by hand, since the last step
                     break
+                if not begun:
+                    self.people.check(tx, who, row.failed + row.cancelled,
+                                      int(row.state in FINISHED))
                 count += 0 if begun else self._retry_parts(tx, row)
                 for frm, frame in list(after.items()):
                     number, after[frm] = self._states.move_frames(
@@ -9664,31 +10126,44 @@ class Scheduler:
             self._states.settle_frame(tx, frame.id, "")
         return len(frames)
 
-    def change(self, job: int, changes: Mapping[str, Any]) -> None:
+    def change(self, job: int, changes: Mapping[str, Any], who: str = ADMIN) -> None:
         """Set any of the ``JobOptions`` of a job."""
-        with self._states.tx() as tx:
+        with self._steering(job, who) as tx:
             row = tx.job(job)
             options = row.options.changed(changes)
+            if "priority" in changes:
+                self.people.check_priority(tx, who, options.priority)
+            tx.begin_turn(row.owner, options.priority)
             tx.set_job_options(job, _check_options(row.pov, options))
             text = ", ".join(f"{name} = {value}" for name, value in changes.items())
             self._states.tell(tx, "changed", text, job)
             self._states.news.work = math.inf
 
-    def delete(self, job: int) -> None:
+    def delete(self, job: int, who: str = ADMIN) -> None:
         """Forget a job and delete its images and logs."""
-        with self._states.tx() as tx:
+        with self._steering(job, who) as tx:
             row = tx.job(job)
+            self._states.tell(tx, "deleted", row.name, job)
             for grant in self.grants.of_job(job):
                 self._states.forget(grant)
             self._states.missing.pop(job, None)
             tx.drop_job(job)
             tx.drop_rows(job, STEP)
             tx.drop_manifests()
-            self._states.tell(tx, "deleted", row.name, job)
+            self._states.news.work = math.inf  # perhaps its owner had too much
         self._deliveries.wait_for_all()
         with self.store.gate.outside():
             shutil.rmtree(self.store.job_directory(row.id, row.name), ignore_errors=True)
         self._work_off()
+
+    @contextlib.contextmanager
+    def _steering(self, job: int, who: str) -> Iterator[Tx]:
+        """A transaction in which somebody steers a job, its owner's or everybody's."""
+        with self._states.tx(who) as tx:
+            if who not in (ADMIN, owner := tx.job(job).owner):
+                raise NotYours(f"job {job} is {owner}'s: only {owner} and who has the farm key may "
+                               "do that")
+            yield tx
 
     def _work_off(self, wait: bool = True) -> None:
         """Do in steps what is too much for one transaction, also what a killed coordinator left."""
@@ -9728,6 +10203,7 @@ class Scheduler:
             for sha256 in unused:
                 tx.drop_blob(sha256)
             tx.drop_events(tx.last_event() - KEEP_EVENTS)
+            tx.drop_invitations(self.clock.time())
         for sha256 in unused:
             with self.store.tx() as tx:  # whoever stores it again looks for the file in a tx too
                 if not tx.is_stored(sha256):
@@ -9797,20 +10273,23 @@ SLOWEST = 2.0  # seconds at last; forgotten after a minute without one
 MAX_HELD = 4  # of an address at a time: while they wait, it gets no other key looked at
 MAX_ADDRESSES = 1000  # whose wrong keys are remembered
 MAX_PENDING = 100  # workers that ask to join
+MAX_INVITED = 10_000  # people by one invitation
 
 
 class Access:
-    """Tells who sends a request: by farm key, worker's token or browser login.
+    """Tells who sends a request: by farm key, a person's or worker's token or browser login.
 
-    The farm key is the admin's; a worker has a token of its own. A login code
-    works once and is exchanged for a cookie, as Jupyter does it. Who tries
-    wrong ones again and again is answered more and more slowly.
+    The farm key is the admin's; a worker has a token of its own, and so have people and
+    programs, with their name in it. A login code works once and is exchanged for a cookie, as
+    Jupyter does it, which is its holder's. Who tries wrong ones again and again is answered more
+    and more slowly.
     """
 
-    def __init__(self, store: Store, farm_key: str, private: bool, clock: Clock) -> None:
+    def __init__(self, store: Store, farm_key: str, private: bool, clock: Clock,
+                 people: People) -> None:
         with store.read() as tx:
             self.cookie = f"povfarm-{tx.meta('farm_id')[:8]}"
-        self._store = store
+        self._store, self._people = store, people
         self._key = farm_key
         # Travels in addresses, so it is another one. A cookie, of which form tokens are made in
         # the same way, has no zero byte.
@@ -9819,8 +10298,8 @@ class Access:
         # With --private a stranger sees nothing of the farm, and may only ask to join.
         self._stranger = Identity(frozenset() if private else frozenset({"reader"}))
         self._lock = threading.Condition()
-        self._codes: dict[str, float] = {}  # when they end, by their hashes
-        self._sessions: dict[str, float] = {}
+        self._codes: dict[str, tuple[float, str]] = {}  # when they end and whose, by their hashes
+        self._sessions: dict[str, tuple[float, str]] = {}
         self._tries: dict[str, tuple[int, float]] = {}  # by address: how often, when last
         self._held: collections.Counter[str] = collections.Counter()
 
@@ -9832,27 +10311,42 @@ class Access:
         if scheme.lower() == "bearer" and token:
             return self._by_token(token.strip(), request.remote)
         with self._lock:
-            end = self._sessions.get(_secret_hash(self._session(request)), 0.0)
-        if end <= self._clock.monotonic():
+            end, name = self._sessions.get(_secret_hash(self._session(request)), (0.0, ""))
+        identity = self._named(name)
+        if end <= self._clock.monotonic() or identity is None:
             return self._stranger
         if request.method in ("GET", "HEAD"):
-            return _ADMIN
+            return identity
         # A page elsewhere can make a browser send the cookie: with it alone one
         # may only look. What the forms of PAGES change, check_form guards as well.
         _check_origin(request.headers)
-        return _READER if request.path.startswith("/api/") else _ADMIN
+        looks = replace(identity, roles=identity.roles & {"reader"})
+        return looks if request.path.startswith("/api/") else identity
 
-    def login_code(self) -> str:
-        """Return a new code that logs a browser in, once, within ten minutes."""
-        return self._issue(self._codes, 600)
+    def _named(self, name: str, secret: str | None = None) -> Identity | None:
+        """Return the admin or one of the people, None for who is none (any more).
+
+        With the hash of a ``secret`` only who has that: the one place that compares it.
+        """
+        if name == ADMIN:
+            return _ADMIN
+        with self._store.read() as look:
+            person = look.person(name)
+        if person is None or not hmac.compare_digest(secret or person.token, person.token):
+            return None
+        return Identity(_ROLES_OF[person.role] | self._stranger.roles, 0, person.name)
+
+    def login_code(self, name: str = ADMIN) -> str:
+        """Return a new code that logs somebody's browser in, once, within ten minutes."""
+        return self._issue(self._codes, name, 600)
 
     def log_in(self, code: str, remote: str = "127.0.0.1") -> str:
         """Exchange a login code for a session; ``ProtocolError`` 403 when it is no good."""
         self._check_patience(remote)
         with self._lock:
-            end = self._codes.pop(_secret_hash(code), 0.0)
+            end, name = self._codes.pop(_secret_hash(code), (0.0, ""))
         if end >= self._clock.monotonic():
-            return self._issue(self._sessions, SESSION_TIME)
+            return self._issue(self._sessions, name, SESSION_TIME)
         self.slow_down(remote)
         raise ProtocolError(403, "this link was used before or is too old: "
                                  "'povfarm.py login' prints a new one")
@@ -9880,19 +10374,22 @@ class Access:
                 return value
         return ""
 
-    def _issue(self, ends: dict[str, float], seconds: float) -> str:
+    def _issue(self, ends: dict[str, tuple[float, str]], name: str, seconds: float) -> str:
         """Return a new secret, noted with its end; those that have ended are forgotten."""
         secret, now = secrets.token_urlsafe(24), self._clock.monotonic()
         with self._lock:
-            for old in [one for one, end in ends.items() if end < now]:
+            for old in [one for one, (end, _) in ends.items() if end < now]:
                 del ends[old]
-            ends[_secret_hash(secret)] = now + seconds
+            ends[_secret_hash(secret)] = now + seconds, name
         return secret
 
     def _by_token(self, token: str, remote: str) -> Identity:
         self._check_patience(remote)
         if hmac.compare_digest(token.encode(), self._key.encode()):
             return _ADMIN
+        name = urllib.parse.unquote(token.rpartition(":")[0])
+        if name != ADMIN and (person := self._named(name, _secret_hash(token))):
+            return person
         with self._store.read() as tx:
             row = tx.worker_by_token(_secret_hash(token))
             removed = row is None and tx.was_removed(_secret_hash(token))
@@ -9905,6 +10402,37 @@ class Access:
             raise ProtocolError(401, "this key is not the farm's: 'serve' prints the right one, "
                                 "for --key, on the coordinator")
         return Identity(_WORKER_ROLES[WorkerState(row.state)], row.id, row.name)
+
+    # --- people
+
+    def add(self, name: str, role: Role, limits: Mapping[str, int], ticket: str,
+            who: str = ADMIN) -> Person:
+        """Add a person, whose key both ends make of the farm's, so that it is not sent."""
+        name = person_name(name)
+        key = person_key(name, self._key, ticket)
+        return self._people.add(name, role, limits, _secret_hash(key), who)
+
+    def invite(self, role: Role, limits: Mapping[str, int], uses: int, ticket: str,
+               who: str = ADMIN) -> str:
+        """Invite people; return the code, which both ends make of the farm's key."""
+        code = invitation_code(self._key, ticket)
+        with self._store.gate.outside():
+            secret = invitation_secret(code)
+        self._people.invite(secret, role, limits, uses, who)
+        return code
+
+    def come(self, name: str, ticket: str, proof: str, remote: str) -> tuple[Person, str]:
+        """Let somebody in who proves to know a code; return also the proof that we do."""
+        self._check_patience(remote)
+        name = person_name(name)
+        invitation = self._people.invitation(lambda secret: hmac.compare_digest(
+            proof.encode(), derived(secret, "come", name, ticket).encode()))
+        if invitation is None:
+            self.slow_down(remote)
+            raise ProtocolError(403, "this code is wrong, or too old: ask for a new one")
+        key = person_key(name, invitation.secret, ticket)
+        person = self._people.come(invitation, name, _secret_hash(key))
+        return person, derived(invitation.secret, "welcome", name, ticket)
 
     def _by_guest_key(self, key: str, request: Request) -> Identity:
         self._check_patience(request.remote)
@@ -9949,8 +10477,12 @@ def _secret_hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-_READER = Identity(frozenset({"reader"}), name="browser")
-_ADMIN = Identity(frozenset({"reader", "user", "admin"}), name="admin")
+_ADMIN = Identity(frozenset({"reader", "person", "submit", "user", "admin"}), name=ADMIN)
+_ROLES_OF: Mapping[Role, frozenset[str]] = {
+    Role.USER: frozenset({"reader", "person", "submit", "user"}),
+    Role.VIEWER: frozenset({"reader", "person"}),
+    Role.SUBMIT: frozenset({"submit"}),
+}
 _GUEST = Identity(frozenset({"guest"}), name="guest")
 _WORKER_ROLES: Mapping[WorkerState, frozenset[str]] = {
     WorkerState.PENDING: frozenset({"reader", "pending"}),
@@ -10119,6 +10651,48 @@ class Code(Wired):
     code: str
 
 
+@dataclass(frozen=True)
+class _Rights(Wired):
+    """What people get; ``limits`` are those that are not everybody's."""
+
+    role: Role
+    limits: Mapping[str, int]
+    ticket: str
+
+    @classmethod
+    def from_wire(cls, wire: Any) -> Any:
+        """Read the JSON form; ``UserError`` when it has another shape."""
+        given = cls.fields_of(wire)
+        if given["role"] not in set(Role) or not 16 <= len(given["ticket"]) <= 100:
+            raise UserError("a person has a role (user, viewer or submit), a ticket 16 letters "
+                            "or more")
+        return cls(**{**given, "role": Role(given["role"]),
+                      "limits": checked(given["limits"], ALLOWANCES)})
+
+
+@dataclass(frozen=True)
+class Newcomer(_Rights):
+    """A person to be added."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Invited(_Rights):
+    """So many people to be invited."""
+
+    uses: int
+
+
+@dataclass(frozen=True)
+class Comer(Wired):
+    """Somebody who was invited."""
+
+    name: str
+    ticket: str
+    proof: str
+
+
 class Api:
     """The routes of /api/v1. ``routes`` is set once the router has them all."""
 
@@ -10142,15 +10716,16 @@ class Api:
             return json_response({
                 "name": self.name, "version": VERSION, "farm_id": tx.meta("farm_id"),
                 "event": tx.last_event(), "workers": len(self._farm.live_workers()),
-                "notice": self._store.notice,
+                "notice": self._store.notice, "you": request.identity.name,
                 "uptime": self._farm.clock.monotonic() - self._started,
             })
 
     @route("GET", "/api/v1/jobs", role="reader", summary="The jobs, the newest first")
     def jobs(self, request: Request) -> Response:
-        """Query: limit, after (the last id already seen)."""
+        """Query: limit, after (the last id already seen), owner (a name)."""
         with self._store.read() as tx:
-            rows = tx.jobs(_query_number(request, "after", 0), _query_limit(request, 100))
+            rows = tx.jobs(_query_number(request, "after", 0), _query_limit(request, 100),
+                           request.query.get("owner", ""))
             return json_response({"jobs": [self.views.job(tx, row) for row in rows]})
 
     @route("GET", "/api/v1/jobs/<job:int>", role="reader", summary="One job")
@@ -10283,7 +10858,7 @@ class Api:
 
     # --- steering
 
-    @route("POST", "/api/v1/jobs", role="user", max_body=64 << 20, summary="Submit a job")
+    @route("POST", "/api/v1/jobs", role="submit", max_body=64 << 20, summary="Submit a job")
     def submit(self, request: Request) -> Response:
         """Body: name, pov, manifest, options, ticket, frames. Answers id and missing hashes.
 
@@ -10304,7 +10879,7 @@ class Api:
             event = tx.first_event(job) - 1
         return json_response({"id": job, "missing": missing, "event": event}, 201)
 
-    @route("PUT", "/api/v1/blobs/<hash>", role="user", max_body=MAX_BLOB,
+    @route("PUT", "/api/v1/blobs/<hash>", role="submit", max_body=MAX_BLOB,
            summary="Send a file of a job")
     def put_blob(self, request: Request) -> Response:
         """Body: the contents; 422 when they have another hash, 404 when no job asked for them."""
@@ -10317,7 +10892,7 @@ class Api:
         action = request.params["action"]
         if action not in ("pause", "resume", "cancel", "retry"):
             raise ProtocolError(404, f"a job cannot be asked to {action}")
-        getattr(self._farm, action)(request.params["job"])
+        getattr(self._farm, action)(request.params["job"], request.identity.name)
         return self.job(request)
 
     @route("PATCH", "/api/v1/jobs/<job:int>", role="user", summary="Change a job")
@@ -10326,31 +10901,82 @@ class Api:
         wire = request.json()
         if not isinstance(wire, dict):
             raise UserError("the body is not a list of changes")
-        self._farm.change(request.params["job"], wire)
+        self._farm.change(request.params["job"], wire, request.identity.name)
         return self.job(request)
 
     @route("DELETE", "/api/v1/jobs/<job:int>", role="user", summary="Delete a job")
     def delete(self, request: Request) -> Response:
         """Delete a job with its images and logs."""
-        self._farm.delete(request.params["job"])
+        self._farm.delete(request.params["job"], request.identity.name)
         return Response(204)
 
     @route("POST", "/api/v1/workers/admit", role="admin", takes=Code,
            summary="Admit a pending worker")
     def admit(self, request: Request) -> Response:
         """Body: code, as the worker shows it."""
-        return json_response({"name": self._farm.admit(Code.fields_of(request.json())["code"])})
+        return json_response({"name": self._farm.admit(
+            Code.fields_of(request.json())["code"], request.identity.name)})
 
     @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
     def remove_worker(self, request: Request) -> Response:
         """Take its work back and let it in no more."""
-        self._farm.remove_worker(request.params["worker"])
+        self._farm.remove_worker(request.params["worker"], request.identity.name)
         return Response(204)
 
-    @route("POST", "/api/v1/login", role="admin", summary="Make a login link")
+    @route("POST", "/api/v1/login", role="person", summary="Make a login link")
     def login_link(self, request: Request) -> Response:
-        """Answer the path of a link that logs one browser in."""
-        return json_response({"path": f"/login/{self._access.login_code()}"})
+        """Answer the path of a link that logs one browser in, as whoever asks for it."""
+        return json_response({"path": f"/login/{self._access.login_code(request.identity.name)}"})
+
+    # --- people
+
+    @route("GET", "/api/v1/users", role="person", summary="The people")
+    def users(self, request: Request) -> Response:
+        """Everybody with role, limits and what they have; to others than the admin themselves."""
+        everybody = "admin" in request.identity.roles
+        with self._store.read() as tx:
+            return json_response({"users": [
+                {"name": row.name, "role": row.role, "added": row.added,
+                 "limits": vars(self._farm.people.allowance(tx, row.name)),
+                 **vars(tx.usage(row.name))}
+                for row in tx.people() if everybody or row.name == request.identity.name]})
+
+    @route("POST", "/api/v1/users", role="admin", takes=Newcomer, summary="Add a person")
+    def add_user(self, request: Request) -> Response:
+        """Body: name, role, limits, ticket. Both ends make the key of the farm's and the ticket."""
+        one: Newcomer = Newcomer.from_wire(request.json())
+        person = self._access.add(one.name, one.role, one.limits, one.ticket,
+                                  request.identity.name)
+        return json_response({"name": person.name, "role": person.role}, 201)
+
+    @route("POST", "/api/v1/users/invite", role="admin", takes=Invited, summary="Invite people")
+    def invite(self, request: Request) -> Response:
+        """Body: role, limits, ticket, uses. Both ends make the code of the farm's key."""
+        some: Invited = Invited.from_wire(request.json())
+        if not 1 <= some.uses <= MAX_INVITED:
+            raise UserError(f"an invitation is for 1 to {MAX_INVITED} people")
+        self._access.invite(some.role, some.limits, some.uses, some.ticket, request.identity.name)
+        return Response(204)
+
+    @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
+           summary="Come by an invitation")
+    def come(self, request: Request) -> Response:
+        """Body: name, ticket, proof, which is made of the code. Answers ours."""
+        person, proof = self._access.come(**Comer.fields_of(request.json()), remote=request.remote)
+        return json_response({"name": person.name, "role": person.role, "proof": proof}, 201)
+
+    @route("PATCH", "/api/v1/users/<name>", role="admin", summary="Change a person's limits")
+    def change_user(self, request: Request) -> Response:
+        """Body: any of the limits."""
+        limits = checked(want({"limits": request.json()}, "limits", dict), ALLOWANCES)
+        self._farm.people.change(request.params["name"], limits, request.identity.name)
+        return Response(204)
+
+    @route("DELETE", "/api/v1/users/<name>", role="admin", summary="Remove a person")
+    def remove_user(self, request: Request) -> Response:
+        """Its key is good for nothing from now on; the jobs stay."""
+        self._farm.people.remove(request.params["name"], request.identity.name)
+        return Response(204)
 
     # --- working
 
@@ -10371,13 +10997,14 @@ class Api:
             raise UserError("a ticket has 32 to 100 letters and digits")
         if request.identity.worker:
             return self._rejoin(request, info)
-        has_key = "admin" in request.identity.roles
+        has_key = bool({"admin", "user"} & request.identity.roles)
         admitted = has_key or (self._admit_private and _is_private(request.remote))
         if not has_key:
             self._access.slow_down(request.remote)
             self._make_room()
         token = ticket or secrets.token_urlsafe(32)
-        worker, code = self._farm.join(info, _secret_hash(token), request.remote, admitted)
+        worker, code = self._farm.join(info, _secret_hash(token), request.remote, admitted,
+                                       request.identity.name)
         return json_response(
             {"id": worker, "token": token, "admitted": admitted, "code": code}, 201)
 
@@ -11135,7 +11762,7 @@ class Pages:
     def admit(self, request: Request) -> Response:
         """Admit the worker that shows the code."""
         self._access.check_form(request)
-        self._farm.admit(request.params["code"])
+        self._farm.admit(request.params["code"], request.identity.name)
         return redirect("/")
 
     @route("POST", "/workers/<worker:int>/remove", role="admin",
@@ -11154,7 +11781,7 @@ class Pages:
         session = self._access.log_in(request.params["code"], request.remote)
         return self._with_cookie(request, session, "")
 
-    @route("POST", "/logout", role="user", summary="Log a browser out")
+    @route("POST", "/logout", role="person", summary="Log a browser out")
     def logout(self, request: Request) -> Response:
         """Let the browser forget its cookie."""
         self._access.check_form(request)
@@ -11740,6 +12367,7 @@ class Coordinator:
                  private: bool = False, hosts: Collection[str] = (),
                  tls: tuple[Path, Path] | None = None, durable: bool = True,
                  lease_time: float = 30.0, httpov: bool = False,
+                 allowance: Allowance = Allowance(),
                  typed: Callable[[str], str] = "povfarm.py {}".format,
                  clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
@@ -11754,8 +12382,8 @@ class Coordinator:
                 tx.set_meta("farm_id", secrets.token_hex(8))
             farm_id = tx.meta("farm_id")
         self.name = name or socket.gethostname()
-        self.scheduler = Scheduler(self.store, self.clock, lease_time)
-        self.access = Access(self.store, self.key, private, self.clock)
+        self.scheduler = Scheduler(self.store, self.clock, lease_time, allowance)
+        self.access = Access(self.store, self.key, private, self.clock, self.scheduler.people)
         self.api = Api(self.scheduler, self.access, self.name, admit_private)
         pages = Pages(self.api, self.scheduler, self.access, self.pin, typed)
         dialects = [Httpov(self.scheduler, self.access)] if httpov else []
@@ -15166,6 +15794,75 @@ def login(options: Options) -> int:
     url = client.base_url + client.request("POST", "/api/v1/login", json={}).json()["path"]
     _show(options, {"url": url}, url)
     return 0
+
+
+@command("users", "[add NAME | invite | set NAME KEY=VALUE ... | remove NAME]",
+         "show the farm's people and what they have, add, invite, limit or remove some", ("talk",))
+def users(options: Options) -> int:
+    """Print the people, or change who they are and what they may have."""
+    client = _coordinator(options)
+    word, *rest = options.rest or ["list"]
+    count = {"list": 0, "add": 1, "invite": 0, "set": len(rest), "remove": 1}.get(word)
+    if count != len(rest) or (word == "set" and not rest):
+        raise UserError(_usage(_command("users")[0]))
+    limits = {name: getattr(options, row.name.replace("-", "_"))
+              for name, row in ALLOWANCES.items() if row.name in options.typed}
+    if word in ("add", "invite"):
+        return _new_users(client, options, rest, limits)
+    if word == "list":
+        return _show_users(client, options)
+    for item in rest[1:]:
+        name, _, text = item.partition("=")
+        name = name.replace("_", "-").removesuffix("-limit")
+        if name not in ALLOWANCES:
+            raise UserError(f"'{item}' cannot be set: there are "
+                            + ", ".join(row.name for row in ALLOWANCES.values()))
+        limits[name] = ALLOWANCES[name].parse(text, name)
+    if word == "set" and not limits:
+        raise UserError(_usage(_command("users")[0]))
+    client.request("PATCH" if word == "set" else "DELETE",
+                   f"/api/v1/users/{urllib.parse.quote(rest[0], safe='')}",
+                   json=limits if word == "set" else None)
+    gone = f"{rest[0]} is removed: the key is good for nothing now, the jobs stay"
+    _tell(options, {"name": rest[0], "limits": limits},
+          gone if word == "remove" else f"{rest[0]}: {_limits_of(limits)}")
+    return 0
+
+
+def _show_users(client: Client, options: Options) -> int:
+    views = client.get("/api/v1/users")["users"]
+    rows: list[Sequence[str] | str] = [("name", "role", "jobs", "frames", "kept", "limits")]
+    rows += [(view["name"], view["role"], str(view["jobs"]), str(view["frames"]),
+              format_size(view["kept"]), _limits_of({name: value for name, value
+                                                     in view["limits"].items() if value}))
+             for view in views]
+    _show(options, views, _table(rows) if views else _typed(
+        "nobody was added: invite people with 'povfarm.py users invite --uses 30'"))
+    return 0
+
+
+def _new_users(client: Client, options: Options, names: Sequence[str],
+               limits: Mapping[str, int]) -> int:
+    """Add a person or a program, or invite some; show the key or the code, which is not sent."""
+    farm_key, ticket = client.token, secrets.token_hex(16)
+    wire = {"role": options.role, "limits": limits, "ticket": ticket}
+    if not names:
+        client.request("POST", "/api/v1/users/invite", json={**wire, "uses": options.uses})
+        code = invitation_code(farm_key, ticket)
+        _show(options, {"code": code, "uses": options.uses, "role": options.role}, code)
+        many = f"{options.uses} people" if options.uses > 1 else "one person"
+        _say(f"{many} may come by this code within a week")
+        return 0
+    name = person_name(names[0])
+    client.request("POST", "/api/v1/users", json={**wire, "name": name})
+    key = person_key(name, farm_key, ticket)
+    _show(options, {"name": name, "role": options.role, "key": key}, key)
+    return 0
+
+
+def _limits_of(limits: Mapping[str, int]) -> str:
+    """Return limits of a person as ``users set`` takes them."""
+    return " ".join(f"{ALLOWANCES[name].name}={value}" for name, value in limits.items())
 
 
 @command("backup", "DIRECTORY", "copy all data of a coordinator, even while it runs")

@@ -56,14 +56,20 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
     ("GET", "/api/v1/events"): ("reader", "/api/v1/events?wait=0"),
     ("GET", "/api/v1/openapi.json"): ("reader", "/api/v1/openapi.json"),
     ("GET", "/api/v1/metrics"): ("reader", "/api/v1/metrics"),
-    ("POST", "/api/v1/jobs"): ("user", "/api/v1/jobs"),
-    ("PUT", "/api/v1/blobs/<hash>"): ("user", f"/api/v1/blobs/{ZEROS}"),
+    ("POST", "/api/v1/jobs"): ("submit", "/api/v1/jobs"),
+    ("PUT", "/api/v1/blobs/<hash>"): ("submit", f"/api/v1/blobs/{ZEROS}"),
     ("POST", "/api/v1/jobs/<job:int>/<action>"): ("user", "/api/v1/jobs/1/pause"),
     ("PATCH", "/api/v1/jobs/<job:int>"): ("user", "/api/v1/jobs/1"),
     ("DELETE", "/api/v1/jobs/<job:int>"): ("user", "/api/v1/jobs/1"),
     ("POST", "/api/v1/workers/admit"): ("admin", "/api/v1/workers/admit"),
     ("DELETE", "/api/v1/workers/<worker:int>"): ("admin", "/api/v1/workers/99"),
-    ("POST", "/api/v1/login"): ("admin", "/api/v1/login"),
+    ("POST", "/api/v1/login"): ("person", "/api/v1/login"),
+    ("GET", "/api/v1/users"): ("person", "/api/v1/users"),
+    ("POST", "/api/v1/users"): ("admin", "/api/v1/users"),
+    ("POST", "/api/v1/users/invite"): ("admin", "/api/v1/users/invite"),
+    ("POST", "/api/v1/users/come"): ("anyone", "/api/v1/users/come"),
+    ("PATCH", "/api/v1/users/<name>"): ("admin", "/api/v1/users/anna"),
+    ("DELETE", "/api/v1/users/<name>"): ("admin", "/api/v1/users/anna"),
     ("POST", "/api/v1/workers"): ("anyone", "/api/v1/workers"),
     ("POST", "/api/v1/lease"): ("pending", "/api/v1/lease"),
     ("POST", "/api/v1/leave"): ("pending", "/api/v1/leave"),
@@ -82,7 +88,7 @@ ROLES: Dict[str, FrozenSet[str]] = {
     "stranger": frozenset({"reader"}),
     "pending": frozenset({"reader", "pending"}),
     "worker": frozenset({"reader", "pending", "worker"}),
-    "admin": frozenset({"reader", "user", "admin"}),
+    "admin": frozenset({"reader", "person", "submit", "user", "admin"}),
 }
 
 
@@ -958,6 +964,9 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
     assert bodies == {
         "/api/v1/workers": sorted(WORKER), "/api/v1/lease": ["idle", "slots", "want"],
         "/api/v1/workers/admit": ["code"],
+        "/api/v1/users": ["limits", "name", "role", "ticket"],
+        "/api/v1/users/invite": ["limits", "role", "ticket", "uses"],
+        "/api/v1/users/come": ["name", "proof", "ticket"],
         "/api/v1/leases/{lease}/tasks/{task}/fail": ["log", "message", "scene"]}
 
 
@@ -993,4 +1002,4 @@ def test_the_farm_names_itself(farm: Farm) -> None:
     farm.clock.advance(60)
     answer = farm.ask("GET", "/api/v1/farm", key=None).json()
     assert answer == {"name": "box", "version": povfarm.VERSION, "farm_id": "f" * 16, "event": 0, "notice": "",
-                      "workers": 0, "uptime": 60.0}
+                      "you": "", "workers": 0, "uptime": 60.0}

@@ -51,7 +51,7 @@ class Farm:
         with self.store.tx() as tx:
             tx.set_meta("farm_id", "0123456789abcdef")
         self.scheduler = Scheduler(self.store, Clock())
-        self.access = Access(self.store, "k" * 64, private, Clock())
+        self.access = Access(self.store, "k" * 64, private, Clock(), self.scheduler.people)
         self.api = Api(self.scheduler, self.access, "the attic", False)
         pages = Pages(self.api, self.scheduler, self.access)
         self.router = Router(self.api, pages, authenticate=self.access.identify,
@@ -436,7 +436,7 @@ def test_the_posts_above_are_all_there_are(farm: Farm) -> None:
     patterns = [one for one in farm.router.routes
                 if one.route.method == "POST" and not one.route.pattern.startswith("/api/")]
     assert all(any(one.regex.fullmatch(path) for path in POSTS) for one in patterns)
-    assert {one.route.role for one in patterns} == {"user", "admin"}
+    assert {one.route.role for one in patterns} == {"person", "user", "admin"}
 
 
 def test_a_private_farm_shows_a_stranger_nothing(tmp_path: Path) -> None:

@@ -25,18 +25,25 @@ from povfarm import (
     Offer,
     Request,
     Response,
+    Role,
     WorkerInfo,
 )
 
 READER, PENDING = frozenset({"reader"}), frozenset({"reader", "pending"})
-WORKER, ADMIN = PENDING | {"worker"}, READER | {"user", "admin"}
+WORKER, ADMIN = PENDING | {"worker"}, READER | {"person", "submit", "user", "admin"}
+USER, VIEWER = ADMIN - {"admin"}, READER | {"person"}
+PROGRAM = READER | {"submit"}  # like a stranger, it looks only where everybody may
 GUEST = READER | {"guest"}  # its key is in the address of its own routes, and nowhere else
 # What each kind of sender may be; None is a key that is refused wherever it is shown.
 SENDERS: Dict[str, Any] = {
     "nobody": READER, "worker asking to join": PENDING, "worker": WORKER, "another worker": WORKER,
     "HTTPov client": GUEST, "admin": ADMIN, "browser": ADMIN, "browser that logged out": READER, "made-up cookie": READER,
     "made-up key": None, "removed worker": None, "hash of a worker's token": None,
+    "user": USER, "viewer": VIEWER, "submitting program": PROGRAM, "browser of a user": USER,
+    "browser of a viewer": VIEWER, "somebody under another's name": None, "removed person": None,
+    "browser of a removed person": READER, "name of the admin with a made-up key": None,
 }
+NOT_READERS = ("submitting program", "browser of a removed person")
 STRANGERS = ("nobody", "HTTPov client", "browser that logged out", "made-up cookie")
 LETTERS = {"": "abc", ":int": "7", ":path": "a/b"}
 BODIES: Mapping[str, bytes] = {
@@ -69,11 +76,21 @@ class House:
         self.lease = self.scheduler.lease(
             self.workers["worker"], Offer(1, 1, 1), 0.0, lambda: True)[0]
         self.scheduler.remove_worker(self.workers["removed worker"])
+        keys = {who: self.add(who.replace(" ", "-"), role) for who, role in (
+            ("user", Role.USER), ("viewer", Role.VIEWER), ("submitting program", Role.SUBMIT),
+            ("removed person", Role.USER))}
         session = self.access.log_in(self.access.login_code())
         gone = self.access.log_in(self.access.login_code())
-        cookies = {"browser": session, "browser that logged out": gone, "made-up cookie": "x" * 43}
-        keys = {"admin": self.coordinator.key, "made-up key": "x" * 64,
-                "hash of a worker's token": povfarm.hashlib.sha256(b"worker").hexdigest()}
+        cookies = {"browser": session, "browser that logged out": gone, "made-up cookie": "x" * 43,
+                   **{f"browser of a {who}": self.access.log_in(
+                       self.access.login_code(who.replace(" ", "-")))
+                      for who in ("user", "viewer", "removed person")}}
+        self.scheduler.people.remove("removed-person")
+        keys.update({
+            "admin": self.coordinator.key, "made-up key": "x" * 64,
+            "somebody under another's name": keys["viewer"].replace("viewer", "user"),
+            "name of the admin with a made-up key": "admin:" + "x" * 64,
+            "hash of a worker's token": povfarm.hashlib.sha256(b"worker").hexdigest()})
         self.headers: Dict[str, Dict[str, str]] = {
             **{who: {"authorization": f"Bearer {keys.get(who, who)}"} for who in SENDERS},
             **{who: {"cookie": f"{self.access.cookie}={one}"} for who, one in cookies.items()},
@@ -85,6 +102,11 @@ class House:
         info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
         token = povfarm.hashlib.sha256(name.encode()).hexdigest()
         return self.scheduler.join(info, token, "192.168.1.5", admitted)[0]
+
+    def add(self, name: str, role: Role) -> str:
+        """Add a person; return the key."""
+        self.access.add(name, role, {}, "a ticket that is new")
+        return povfarm.person_key(name, self.coordinator.key, "a ticket that is new")
 
     def spy(self) -> None:
         """Let every route only note that it was reached."""
@@ -137,11 +159,15 @@ def allowed(roles: Any, who: str, bound: BoundRoute, private: bool) -> bool:
     """The rule: the role that the route declares, and nothing more."""
     if roles is None:
         return False
-    if private and who in STRANGERS:
+    if private and who in STRANGERS + NOT_READERS:
         roles = roles - {"reader"}
-    if who == "browser" and bound.route.pattern.startswith("/api/") and bound.route.method != "GET":
-        roles = READER  # a cookie alone only looks: any page can make a browser send it
+    if cookie_of(who) and bound.route.pattern.startswith("/api/") and bound.route.method != "GET":
+        roles = roles & READER  # a cookie alone only looks: any page can make a browser send it
     return bound.route.role == "anyone" or bound.route.role in roles
+
+
+def cookie_of(who: str) -> bool:
+    return who.startswith("browser")
 
 
 def knock(house: House, who: str, private: bool) -> int:
@@ -166,7 +192,7 @@ def knock(house: House, who: str, private: bool) -> int:
             assert house.entered == [path] and response.status == 204, place
             continue
         assert house.entered == [], place
-        refusal = 401 if roles is None or who in STRANGERS else 403
+        refusal = 401 if roles is None or who in (*STRANGERS, "browser of a removed person") else 403
         assert response.status == (404 if guest else refusal), place
     return len(house.router.routes)
 
@@ -186,9 +212,9 @@ def test_on_a_private_farm_strangers_do_not_even_look(who: str, tmp_path: Path) 
 def test_each_role_is_used_and_every_change_needs_one(house: House) -> None:
     routes = [bound.route for bound in house.router.routes]
     assert {one.role for one in routes} == set(povfarm.ROLES)
-    # Who changes something without a key: a worker that asks to join, a login link.
-    assert [one.pattern for one in routes if one.role == "anyone" and one.method != "GET"] == [
-        "/api/v1/workers"]
+    # Who changes something without a key: a worker that asks to join, who has a code, a login link.
+    assert {one.pattern for one in routes if one.role == "anyone" and one.method != "GET"} == {
+        "/api/v1/workers", "/api/v1/users/come"}
     assert not [one for one in routes if one.role == "reader" and one.method != "GET"]
 
 

@@ -22,6 +22,8 @@ SAMPLES: Dict[str, Any] = {
     "max-workers": "2", "retries": "5", "slices": "7", "povray-version": "3.7", "verify": "25",
     "radiosity": "off", "apng": "film.png", "log": "log.txt",
     "video": "film.mp4", "fps": "30000/1001",
+    "role": "viewer", "uses": "30", "jobs-limit": "5", "frames-limit": "500", "priority-limit": "3",
+    "workers-limit": "4", "space-limit": "5G",
     "memory": "2G", "tls": "auto", "tls-cert": "cert.pem", "tls-key": "key.pem",
     "pin": "AB:" + "0c" * 31,
 }
@@ -31,6 +33,8 @@ VALUES: Dict[str, Any] = {
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "povray-version": "3.7", "verify": 25,
     "radiosity": "off",
     "apng": Path("film.png"), "log": Path("log.txt"), "video": Path("film.mp4"), "fps": Fraction(30000, 1001),
+    "role": "viewer", "uses": 30, "jobs-limit": 5, "frames-limit": 500, "priority-limit": 3,
+    "workers-limit": 4, "space-limit": 5 * 10**9,
     "memory": 2 * 10**9, "tls": "auto", "tls-cert": Path("cert.pem"), "tls-key": Path("key.pem"),
     "pin": "ab" + "0c" * 31,
 }
@@ -70,6 +74,9 @@ def test_every_option_does_something() -> None:
         name = row.name.replace("-", "_")
         if "set" in row.commands.split():
             assert {name for name, one in povfarm.JOB_OPTIONS.items() if one is row} <= treatment
+        elif row.name.endswith("-limit"):
+            assert {name for name, one in povfarm.ALLOWANCES.items() if one is row} <= set(
+                vars(povfarm.Allowance()))
         else:
             assert re.search(rf'options(\.|, "){name}\b', SOURCE), row.name
 

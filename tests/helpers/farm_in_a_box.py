@@ -101,14 +101,16 @@ class Farm:
     """A coordinator without sockets, and what a test does with it."""
 
     def __init__(self, root: Path, clock: Optional[FakeClock] = None, lease_time: float = 30.0,
-                 private: bool = False, admit_private: bool = False) -> None:
+                 private: bool = False, admit_private: bool = False,
+                 allowance: Optional[povfarm.Allowance] = None) -> None:
         self.root = root
         self.clock = clock or FakeClock()
         self.store = Store(root, durable=False)
         with self.store.tx() as tx:
             tx.set_meta("farm_id", "f" * 16)
-        self.scheduler = Scheduler(self.store, self.clock, lease_time)
-        self.access = Access(self.store, KEY, private, self.clock)
+        self.scheduler = Scheduler(self.store, self.clock, lease_time,
+                                   allowance or povfarm.Allowance())
+        self.access = Access(self.store, KEY, private, self.clock, self.scheduler.people)
         self.api = Api(self.scheduler, self.access, "box", admit_private)
         self.router = Router(self.api, authenticate=self.access.identify)
         self.api.routes = self.router.routes

@@ -1,0 +1,334 @@
+"""People: who has a secret, what it is good for, how much they may have, and whose turn it is."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Tuple
+
+import pytest
+
+import povfarm
+from helpers.farm_in_a_box import KEY, SCENE, Farm, Reply, farm_fixture, manifest, pov_job
+from povfarm import Allowance, JobOptions, Request, Role
+
+__all__ = ["farm_fixture"]
+
+TICKET = "a ticket that is new"
+
+
+def add(farm: Farm, name: str = "anna", role: Role = Role.USER, **limits: int) -> str:
+    """Add a person as the admin does; return the key, which is not in the answer."""
+    reply = farm.ask("POST", "/api/v1/users", json_body={
+        "name": name, "role": role.value, "limits": limits, "ticket": TICKET})
+    assert reply.status == 201 and reply.json() == {"name": name, "role": role.value}
+    return povfarm.person_key(name, KEY, TICKET)
+
+
+def invite(farm: Farm, uses: int, role: Role = Role.USER, ticket: str = TICKET, **limits: int) -> str:
+    """Invite so many; return the code."""
+    reply = farm.ask("POST", "/api/v1/users/invite", json_body={
+        "uses": uses, "role": role.value, "limits": limits, "ticket": ticket})
+    assert reply.status == 204
+    return povfarm.invitation_code(KEY, ticket)
+
+
+def come(farm: Farm, code: str, name: str, ticket: str = "its own ticket") -> Tuple[Reply, str]:
+    """Come by a code; return the answer, and the key that it means."""
+    secret = povfarm.invitation_secret(code)
+    reply = farm.ask("POST", "/api/v1/users/come", key=None, json_body={
+        "name": name, "ticket": ticket, "proof": povfarm.derived(secret, "come", name, ticket)})
+    return reply, povfarm.person_key(name, secret, ticket)
+
+
+def submit(farm: Farm, key: str, frames: int = 3, **options: Any) -> Reply:
+    return farm.ask("POST", "/api/v1/jobs", key=key, json_body={
+        "name": "ball", "pov": pov_job(frames).to_wire(), "options": options,
+        "manifest": manifest({"scene.pov": SCENE}).to_wire()})
+
+
+def send(farm: Farm, key: str) -> None:
+    assert farm.ask("PUT", f"/api/v1/blobs/{povfarm.hashlib.sha256(SCENE).hexdigest()}", key=key,
+                    body=SCENE).status == 204
+
+
+def error(reply: Reply) -> str:
+    text = str(reply.json()["error"])
+    assert "\n" not in text
+    return text
+
+
+def story(farm: Farm) -> List[Tuple[str, str, str]]:
+    """What happened by whom, to whose job."""
+    with farm.store.read() as look:
+        return [(event.what, event.who, event.owner) for event in look.events(0, 10_000)]
+
+
+STEERING: Mapping[str, Tuple[str, str, Any]] = {
+    "pause": ("POST", "/pause", {}), "resume": ("POST", "/resume", {}),
+    "cancel": ("POST", "/cancel", {}), "retry": ("POST", "/retry", {}),
+    "change": ("PATCH", "", {"priority": -1}), "delete": ("DELETE", "", None),
+}
+
+
+# --- who steers what
+
+@pytest.mark.parametrize("what", STEERING)
+def test_a_user_steers_what_is_theirs_and_nothing_else(what: str, farm: Farm) -> None:
+    anna, bert = add(farm), add(farm, "bert")
+    job = submit(farm, anna).json()["id"]
+    send(farm, anna)
+    if what == "resume":
+        farm.scheduler.pause(job)
+    if what == "retry":
+        farm.scheduler.cancel(job)
+    method, path, body = STEERING[what]
+    before = farm.job(job)
+    refused = farm.ask(method, f"/api/v1/jobs/{job}{path}", key=bert, json_body=body)
+    assert refused.status == 403 and error(refused).startswith(f"job {job} is anna's: only anna")
+    assert farm.job(job) == before and "bert" not in {who for _, who, _ in story(farm)}
+    assert farm.ask(method, f"/api/v1/jobs/{job}{path}", key=anna, json_body=body).status < 300
+    assert story(farm)[-1][1:] == ("anna", "anna")
+
+
+@pytest.mark.parametrize("what", STEERING)
+def test_the_admin_steers_all_and_is_named_in_the_events(what: str, farm: Farm) -> None:
+    job = submit(farm, add(farm)).json()["id"]
+    send(farm, KEY)
+    {"resume": farm.scheduler.pause, "retry": farm.scheduler.cancel}.get(what, lambda job: None)(job)
+    method, path, body = STEERING[what]
+    assert farm.ask(method, f"/api/v1/jobs/{job}{path}", json_body=body).status < 300
+    assert story(farm)[-1][1:] == ("admin", "anna")
+
+
+@pytest.mark.parametrize("role", [Role.VIEWER, Role.SUBMIT])
+def test_who_only_looks_or_submits_steers_nothing_not_even_its_own(role: Role, farm: Farm) -> None:
+    key = add(farm, "prog", role)
+    job = farm.scheduler.submit("ball", "prog", pov_job(2), manifest({}), JobOptions())[0]
+    for method, path, body in STEERING.values():
+        assert farm.ask(method, f"/api/v1/jobs/{job}{path}", key=key, json_body=body).status == 403
+    assert submit(farm, key).status == (201 if role is Role.SUBMIT else 403)
+    assert farm.ask("GET", "/api/v1/metrics", key=key).status == 200
+
+
+def test_on_a_private_farm_a_viewer_looks_and_a_submitting_program_does_not(tmp_path: Any) -> None:
+    farm = Farm(tmp_path, private=True)
+    viewer, program = add(farm, "prometheus", Role.VIEWER), add(farm, "nightly", Role.SUBMIT)
+    assert farm.ask("GET", "/api/v1/metrics", key=viewer).status == 200
+    assert farm.ask("GET", "/api/v1/metrics", key=program).status == 403
+    assert submit(farm, program).status == 201
+    farm.close()
+
+
+def test_every_job_and_every_event_says_whose_it_is(farm: Farm) -> None:
+    anna = add(farm)
+    job = submit(farm, anna).json()["id"]
+    send(farm, anna)
+    submit(farm, KEY)
+    views = farm.ask("GET", "/api/v1/jobs").json()["jobs"]
+    assert [view["owner"] for view in views] == ["admin", "anna"]
+    mine = farm.ask("GET", "/api/v1/jobs?owner=anna").json()["jobs"]
+    assert [view["id"] for view in mine] == [job]
+    farm.render(farm.worker())
+    events = farm.ask("GET", "/api/v1/events?after=0&wait=0").json()["events"]
+    assert {event["owner"] for event in events if event["job"] == job} == {"anna"}
+    # What happens by itself is done by nobody.
+    assert {event["who"] for event in events if event["what"] in ("done", "leased", "job done")} == {""}
+    assert farm.ask("GET", "/api/v1/farm", key=anna).json()["you"] == "anna"
+
+
+# --- secrets
+
+def test_a_removed_person_is_out_at_once_and_the_jobs_stay(farm: Farm) -> None:
+    anna = add(farm)
+    job = submit(farm, anna).json()["id"]
+    cookie = {"cookie": f"{farm.access.cookie}=" + farm.access.log_in(farm.access.login_code("anna"))}
+    link = farm.access.login_code("anna")
+    request = Request("GET", "/", headers=cookie)
+    assert farm.access.identify(request).name == "anna"
+    assert farm.ask("DELETE", "/api/v1/users/Anna").status == 204
+    assert farm.ask("GET", "/api/v1/jobs", key=anna).status == 401
+    assert farm.access.identify(request).name == ""
+    late = Request("GET", "/", headers={
+        "cookie": f"{farm.access.cookie}={farm.access.log_in(link)}"})
+    assert farm.access.identify(late).name == ""
+    assert farm.job(job).owner == "anna" and farm.ask("DELETE", "/api/v1/users/anna").status == 404
+
+
+def test_a_new_person_of_an_old_name_has_another_secret(farm: Farm) -> None:
+    old = add(farm)
+    farm.ask("DELETE", "/api/v1/users/anna")
+    farm.access.add("anna", Role.USER, {}, "another ticket, which is new")
+    new = povfarm.person_key("anna", KEY, "another ticket, which is new")
+    assert farm.ask("GET", "/api/v1/users", key=old).status == 401
+    assert farm.ask("GET", "/api/v1/users", key=new).status == 200
+
+
+def test_no_secret_is_in_the_database_nor_in_an_answer(farm: Farm) -> None:
+    key, code = add(farm), invite(farm, 2)
+    reply, theirs = come(farm, code, "bert")
+    data = b"".join(path.read_bytes() for path in farm.root.rglob("*") if path.is_file())
+    for secret in (key, theirs, code, code.replace("-", "")):
+        for form in (secret, secret.partition(":")[2] or secret):
+            assert form.encode() not in data and form not in reply.body.decode()
+
+
+@pytest.mark.parametrize("name", ["", "admin", "Admin", "farm", "w12", "a b", "../x", "-x", "x" * 41,
+                                  "a:b", "a\nb", "<b>", "nobody"])
+def test_what_is_no_name_is_refused(name: str, farm: Farm) -> None:
+    body = {"name": name, "role": "user", "limits": {}, "ticket": TICKET}
+    reply = farm.ask("POST", "/api/v1/users", json_body=body)
+    assert reply.status == 400 and "name" in error(reply)
+
+
+@pytest.mark.parametrize("change", [
+    {"role": "admin"}, {"role": "worker"}, {"role": ""}, {"limits": {"jobs": -1}}, {"limits": {"x": 1}},
+    {"limits": {"jobs": "5"}}, {"ticket": "short"}, {"limits": []}, {"ticket": "x" * 101}])
+def test_no_right_is_given_that_there_is_not(change: Dict[str, Any], farm: Farm) -> None:
+    for path, more in (("users", {"name": "anna"}), ("users/invite", {"uses": 1})):
+        body = {"role": "user", "limits": {}, "ticket": TICKET, **more, **change}
+        assert farm.ask("POST", f"/api/v1/{path}", json_body=body).status == 400
+    assert farm.ask("GET", "/api/v1/users").json() == {"users": []}
+
+
+def test_a_name_is_had_once_whatever_its_letters(farm: Farm) -> None:
+    add(farm, "Jörg")
+    for name in ("jörg", "JÖRG", "Jo\u0308rg"):
+        body = {"name": name, "role": "user", "limits": {}, "ticket": "another ticket, new"}
+        assert "there already" in error(farm.ask("POST", "/api/v1/users", json_body=body))
+    key = povfarm.person_key("Jörg", KEY, TICKET)
+    assert key.isascii() and farm.ask("GET", "/api/v1/farm", key=key).json()["you"] == "Jörg"
+
+
+def test_a_request_that_comes_twice_adds_one_person(farm: Farm) -> None:
+    assert add(farm) == add(farm)
+    code = invite(farm, 1)
+    assert [come(farm, code, "bert")[0].status for _ in range(2)] == [201, 201]
+    assert len(farm.ask("GET", "/api/v1/users").json()["users"]) == 2
+
+
+# --- invitations
+
+def test_a_class_comes_by_one_code_and_each_picks_a_name_once(farm: Farm) -> None:
+    code = invite(farm, 3, jobs=2)
+    keys = {name: come(farm, code, name, f"ticket {name}") for name in ("anna", "bert")}
+    for name, (reply, key) in keys.items():
+        secret = povfarm.invitation_secret(code)
+        assert reply.json() == {"name": name, "role": "user", "proof": povfarm.derived(
+            secret, "welcome", name, f"ticket {name}")}
+        assert farm.ask("GET", "/api/v1/farm", key=key).json()["you"] == name
+    taken, key = come(farm, code, "Anna", "another ticket")
+    assert taken.status == 400 and "choose another name" in error(taken)
+    assert farm.ask("GET", "/api/v1/users", key=key).status == 401
+    assert come(farm, code.lower().replace("-", " "), "cleo", "hers")[0].status == 201
+    late, _ = come(farm, code, "dora", "hers")
+    assert late.status == 403 and "ask for a new one" in error(late)
+    views = farm.ask("GET", "/api/v1/users").json()["users"]
+    assert {view["name"]: view["limits"]["jobs"] for view in views} == {"anna": 2, "bert": 2, "cleo": 2}
+    assert [event[:2] for event in story(farm) if event[0].startswith(("inv", "person"))] == [
+        ("invited", "admin"), ("person added", "anna"), ("person added", "bert"),
+        ("person added", "cleo")]
+
+
+def test_a_code_ends_and_a_wrong_one_is_slowed_down(farm: Farm) -> None:
+    code = invite(farm, 3)
+    before = farm.clock.mono
+    assert [come(farm, "AAAAA-AAAAA", "anna")[0].status for _ in range(8)] == [403] * 8
+    assert farm.clock.mono > before
+    farm.clock.advance(povfarm.INVITED_FOR + 1)
+    assert come(farm, code, "anna")[0].status == 403
+
+
+def test_nobody_comes_under_the_name_of_somebody_whose_jobs_are_there(farm: Farm) -> None:
+    submit(farm, add(farm))
+    farm.ask("DELETE", "/api/v1/users/anna")
+    for name in ("anna", "ANNA"):
+        assert "jobs are still here" in error(come(farm, invite(farm, 3), name)[0])
+
+
+# --- limits
+
+def test_over_a_limit_comes_one_sentence_with_what_to_do(farm: Farm) -> None:
+    anna = add(farm, jobs=2, frames=10)
+    assert [submit(farm, anna, 4).status for _ in range(2)] == [201, 201]
+    assert error(submit(farm, anna, 1)) == (
+        "you have 2 jobs that are not finished, and may have 2: wait until one is, or cancel one "
+        "('povfarm.py cancel JOB')")
+    farm.scheduler.cancel(1)
+    assert "you may have 10 frames" in error(submit(farm, anna, 7))
+    assert submit(farm, anna, 6).status == 201
+    assert submit(farm, KEY, 6).status == 201, "the admin has none"
+    back = farm.ask("POST", "/api/v1/jobs/1/retry", key=anna, json_body={})
+    assert back.status == 400 and "may have 2" in error(back)
+
+
+def test_what_is_finished_counts_no_more(farm: Farm) -> None:
+    anna = add(farm, jobs=1)
+    submit(farm, anna)
+    send(farm, anna)
+    assert submit(farm, anna).status == 400
+    farm.render(farm.worker())
+    assert submit(farm, anna).status == 201
+
+
+def test_the_cap_on_priority_holds(farm: Farm) -> None:
+    anna, bert = add(farm), add(farm, "bert", priority=5)
+    assert error(submit(farm, anna, priority=1)) == (
+        "the highest priority of your jobs is 0: give --priority 0 or less")
+    job = submit(farm, anna, priority=-3).json()["id"]
+    for priority, status in ((1, 400), (1000, 400), (0, 200)):
+        assert farm.ask("PATCH", f"/api/v1/jobs/{job}", key=anna,
+                        json_body={"priority": priority}).status == status
+    assert submit(farm, bert, priority=5).status == 201
+    assert submit(farm, bert, priority=6).status == 400
+    # The admin may lift a job above the cap of its owner, who may then change it otherwise.
+    assert farm.ask("PATCH", f"/api/v1/jobs/{job}", json_body={"priority": 9}).status == 200
+    assert farm.ask("PATCH", f"/api/v1/jobs/{job}", key=anna, json_body={"verify": 0}).status == 200
+    assert farm.job(job).options.priority == 9
+
+
+def test_a_person_has_so_many_workers_at_a_time(farm: Farm) -> None:
+    anna = add(farm, workers=2)
+    for _ in range(2):
+        submit(farm, anna, 9)
+    send(farm, anna)
+    first, second, third = (farm.worker(name) for name in ("w-one", "w-two", "w-three"))
+    lease = farm.lease(first)
+    farm.lease(second)
+    assert farm.leases(third) == []
+    farm.lease(second)  # who renders for her already may have more
+    farm.scheduler.release(first, lease.id)
+    farm.lease(third)
+    assert farm.leases(first) == []
+    farm.ask("PATCH", "/api/v1/users/anna", json_body={"workers": 3})
+    farm.lease(first)
+
+
+def test_whose_jobs_take_too_much_room_gets_nothing_until_some_is_deleted(farm: Farm) -> None:
+    anna, worker = add(farm, space=300), farm.worker()
+    old = submit(farm, anna, 3).json()["id"]
+    send(farm, anna)
+    farm.render(worker)
+    kept = farm.job(old).kept
+    images = sum(path.stat().st_size for path in farm.root.glob("jobs/1-ball/*.png"))
+    assert kept == images + len(SCENE)
+    farm.ask("PATCH", "/api/v1/users/anna", json_body={"space": kept + 10 + len(SCENE)})
+    job = submit(farm, anna, 3).json()["id"]
+    farm.render(worker)
+    assert farm.job(job).done == 1, "what is begun is delivered"
+    assert farm.leases(worker) == []
+    why = farm.ask("GET", f"/api/v1/jobs/{job}").json()["waiting_for"]
+    assert "are kept of anna's jobs" in why and "povfarm.py delete" in why
+    assert error(submit(farm, anna)) == why
+    farm.ask("DELETE", f"/api/v1/jobs/{old}", key=anna)
+    assert farm.render(worker) == [2, 3]
+
+
+def test_what_serve_says_holds_for_all_who_have_no_limit_of_their_own(tmp_path: Any) -> None:
+    farm = Farm(tmp_path, allowance=Allowance(jobs=1, priority=-2))
+    anna, bert = add(farm), add(farm, "bert", jobs=2)
+    assert error(submit(farm, anna)).startswith("the highest priority of your jobs is -2")
+    assert [submit(farm, anna, priority=-2).status for _ in range(2)] == [201, 400]
+    assert [submit(farm, bert, priority=-2).status for _ in range(3)] == [201, 201, 400]
+    limits = {view["name"]: view["limits"]["jobs"]
+              for view in farm.ask("GET", "/api/v1/users").json()["users"]}
+    assert limits == {"anna": 1, "bert": 2}
+    farm.close()
