@@ -9135,8 +9135,6 @@ class Muster:
             return f"{missing} of its files {'is' if missing == 1 else 'are'} still to come"
         if job.state is not JobState.ACTIVE or not job.queued:
             return ""
-        if problem := self.people.too_much(self._look, job.owner):
-            return problem
         since, word = job.pov.needs
         versions = [row.engines.get("povray", "") for row in self.crew
                     if not self._states.presence(row.id).guest]
@@ -9144,8 +9142,9 @@ class Muster:
             return (f"{word} needs POV-Ray {since}, which no worker here has: start one with it "
                     "('povfarm.py work --povray PROGRAM')")
         unfit = [row for row in self.crew if not row.aside and not self._fits(job, row)]
-        if unfit:
-            return self._why_unfit(job, unfit)
+        problem = self.people.too_much(self._look, job.owner)
+        if problem or unfit:
+            return problem or self._why_unfit(job, unfit)
         if job.leased or any(self.suits(job, row) and not self.sickness(row) for row in self.crew):
             return ""
         pending = [row for row in self._look.workers() if row.id in self.live]

@@ -18,6 +18,27 @@ LOOKS: Mapping[str, str] = {
             OR cancelled != COALESCE(SUM(task.state = 'cancelled'), 0)
             OR runs != (SELECT COUNT(*) FROM lease
                         WHERE lease.job = job.id AND lease.ended IS NULL)""",
+    "owner {}: what is counted of the jobs is not what they are": """
+        WITH truth AS (
+          SELECT owner, priority, SUM(state = 'active') AS active, SUM(runs) AS runs,
+                 SUM(finished IS NULL) AS jobs, SUM(kept) AS kept,
+                 SUM((finished IS NULL) * (queued + leased)) AS frames
+          FROM job GROUP BY owner, priority)
+        SELECT turn.owner FROM turn LEFT JOIN truth USING (owner, priority)
+        WHERE turn.active != COALESCE(truth.active, 0) OR turn.runs != COALESCE(truth.runs, 0)
+           OR turn.jobs != COALESCE(truth.jobs, 0) OR turn.kept != COALESCE(truth.kept, 0)
+           OR turn.frames != COALESCE(truth.frames, 0)
+        UNION SELECT owner FROM truth WHERE NOT EXISTS (
+          SELECT 1 FROM turn WHERE turn.owner = truth.owner AND turn.priority = truth.priority)""",
+    "job {}: it keeps more or fewer bytes than are counted": """
+        SELECT job.id FROM job WHERE kept != COALESCE((
+          SELECT SUM(size) FROM task WHERE task.job = job.id AND parent IS NULL), 0) + COALESCE((
+          SELECT SUM(size) FROM written WHERE written.job = job.id), 0) + (
+          SELECT COALESCE(SUM(size), 0) FROM (
+            SELECT DISTINCT json_extract(file.value, '$.sha256'),
+                   json_extract(file.value, '$.size') AS size
+            FROM manifest, json_each(manifest.wire, '$.files') AS file
+            WHERE manifest.key = job.manifest))""",
     "task {}: leased and not in work, or the reverse": f"""
         SELECT id FROM task WHERE job IN {ALIVE} AND cut IS NULL
         AND (state = 'leased') != EXISTS (
