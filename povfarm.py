@@ -14652,6 +14652,146 @@ def _holds(path: Path, file: FileEntry) -> bool:
     return False
 
 
+class Outbox:
+    """Finished frames on their way to the coordinator, each kept until it is taken or refused.
+
+    ``trouble`` is told what the coordinator cannot do, ``gone`` each run of which a frame has
+    left; ``ending`` gives up what is here.
+    """
+
+    def __init__(self, client: Client, cache: Cache | InPlace, clock: Clock,
+                 ending: threading.Event, trouble: Callable[[str], None],
+                 gone: Callable[[RunState], None]) -> None:
+        self.taken = 0
+        self._client = client
+        self._cache = cache
+        self._clock = clock
+        self._ending = ending
+        self._trouble = trouble
+        self._gone = gone
+        self._place = Path()
+        self._waiting: queue.Queue[Delivery] = queue.Queue()
+
+    def open(self, place: Path) -> None:
+        """Begin to deliver what is put in, from an empty directory."""
+        self._place = place
+        for number in range(2):
+            name = f"deliver-{number}"
+            threading.Thread(target=self._deliver_all, name=name, daemon=True).start()
+
+    def __len__(self) -> int:
+        """Return how many frames are not delivered yet."""
+        return self._waiting.unfinished_tasks
+
+    def put(self, delivery: Delivery) -> None:
+        """Deliver a frame, as soon as its turn comes."""
+        self._waiting.put(delivery)
+
+    def pack(self, run: RunState, plan: Run, task: TaskSpec, text: str, cost: Cost) -> Delivery:
+        """Take what was made of a task out of its run; ``FileNotFoundError`` if that is nothing."""
+        bottom = task.bottom or run.lease.pov.options.height
+        image = self._kept(run, plan, task, bottom)
+        packed = image.with_name(f"{image.name}.zip")
+        self._pack_written(run, plan, packed)
+        return Delivery(run, task, image, packed, bottom, text, cost)
+
+    def _kept(self, run: RunState, plan: Run, task: TaskSpec, bottom: int) -> Path:
+        """Move what was made of a task to where it outlives the run; return the file."""
+        made, kept = plan.made(task.frame), self._place / f"{run.started}-{task.id}"
+        made.stat()  # it ended well
+        if task.kind is TaskKind.SLICE:
+            try:
+                crop_rows(made, run.lease.pov.options.extension, task.top, bottom - task.top, kept)
+            except ImageError as error:
+                log.warning("%s: %s", task.name, error)  # the coordinator will find it, too
+                shutil.copyfile(made, kept)
+        elif task.kind is TaskKind.PASS:
+            paths = [plan.place / name for name in (SAMPLE_FILE, PHOTON_FILE)]
+            pack_files({path.name: path for path in paths if path.is_file()}, kept)
+        elif run.lease.in_order:  # a later frame may read it
+            shutil.copyfile(made, kept)
+        else:
+            made.rename(kept)
+        return kept
+
+    def _pack_written(self, run: RunState, plan: Run, packed: Path) -> None:
+        """Pack what the scene has written since the last image, if there is something.
+
+        The next frame may be writing the same file already: then its own look comes later.
+        """
+        if isinstance(self._cache, InPlace):
+            if run.lease.in_order:  # else all that the run wrote is kept when it has ended
+                self._cache.keep(plan, written_by(run, plan), run.given)
+            return
+        left: list[str] = []
+        files: dict[str, Path] = {}
+        number, size = 0, 0
+        for name, more in sorted(written_by(run, plan).items()):
+            if not (number < MAX_WRITTEN and size + more <= MAX_WRITTEN_SIZE
+                    and may_be_written(name)):
+                left.append(name)
+                continue
+            number, size = number + 1, size + more
+            with contextlib.suppress(OSError):
+                sha256 = sha256_file(plan.place / name)
+                if run.told.get(name) != sha256:
+                    files[name], run.told[name] = plan.place / name, sha256
+        if files or left:
+            pack_files(files, packed, left)
+
+    def _deliver_all(self) -> None:
+        while True:
+            delivery = self._waiting.get()
+            try:
+                self._deliver(delivery)
+            except (FarmError, OSError) as error:
+                log.warning("frame %d was not taken: %s", delivery.task.frame, error)
+            finally:
+                for path in (delivery.image, delivery.packed):
+                    with contextlib.suppress(OSError):  # a disk may have become read-only
+                        path.unlink()
+                self._waiting.task_done()
+                self._gone(delivery.run)
+
+    def _deliver(self, delivery: Delivery) -> None:
+        """Offer a frame until it is taken or refused: it is kept for as long as that takes."""
+        text, cost = delivery.text.encode(), delivery.cost
+        path = f"/api/v1/leases/{delivery.run.lease.id}/tasks/{delivery.task.id}"
+        body: tuple[Path | bytes, ...] = (text, delivery.image)
+        size = 0
+        if delivery.packed.is_file():
+            body, size = (*body, delivery.packed), delivery.packed.stat().st_size
+        query = (f"log={len(text)}&files={size}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}"
+                 f"&parse={cost.parse:.3f}&memory={cost.memory}&bottom={delivery.bottom}")
+        start = self._clock.monotonic()
+        while True:
+            try:
+                self._client.request("PUT", f"{path}?{query}", body=body, timeout=120,
+                                    retry_for=math.inf, stop=self._ending)
+                self.taken += 1
+                return
+            except RequestRefused as error:
+                if error.status == 422:
+                    self._client.request(
+                        "POST", f"{path}/fail", retry_for=300,
+                        json={"message": str(error), "scene": False, "log": delivery.text})
+                    return
+                late = error.status != 507 and self._clock.monotonic() > start + OFFER_TIME
+                if error.status < 500 or late:
+                    raise
+                self._trouble(str(error))
+            self._ending.wait(random.uniform(5, 10))
+
+
+def written_by(run: RunState, plan: Run) -> dict[str, int]:
+    """Return the sizes of what the scene has written since the last look, by name."""
+    before, run.scene_files = run.scene_files, plan.scene_files()
+    if run.task.kind is TaskKind.PASS:
+        return {}
+    return {name: size for name, (time, size) in run.scene_files.items()
+            if before.get(name) != (time, size)}
+
+
 class Worker:
     """Renders for one coordinator until it is stopped.
 
@@ -14670,7 +14810,6 @@ class Worker:
         self.cache = cache
         self.until_idle = until_idle
         self.bounds = bounds
-        self.rendered = 0
         self._launcher = launcher
         self._admitted = admitted
         self._clock = clock or Clock()
@@ -14679,10 +14818,9 @@ class Worker:
         self._held: set[RunState] = set()  # whose leases must be kept alive
         self._watched: set[RunState] = set()  # whose renderer has not ended
         self._changed = threading.Condition()
-        self._deliveries: queue.Queue[Delivery] = queue.Queue()
-        self._outbox = Path()
         self._stopping = threading.Event()
         self._ending = threading.Event()
+        self.outbox = Outbox(client, cache, self._clock, self._ending, self._in_trouble, self._gone)
         self._patience = PATIENCE
         self._trouble = ""  # why nothing more is asked for
         self._rest = (0.0, 0)  # until when, unless more is free than then
@@ -14691,10 +14829,7 @@ class Worker:
     def run(self) -> None:
         """Work until stopped; raises ``FarmError`` when the coordinator refuses this worker."""
         _sweep(self.cache.root)
-        self._outbox = self._directory("out-")
-        for number in range(2):
-            name = f"deliver-{number}"
-            threading.Thread(target=self._deliver_all, name=name, daemon=True).start()
+        self.outbox.open(self._directory("out-"))
         for function in (self._beat_all, self._guard):
             threading.Thread(target=function, name=function.__name__, daemon=True).start()
         try:
@@ -14750,8 +14885,7 @@ class Worker:
                     self._stop_long()  # what is longer than it looked, or began just now
                 if self._ending.is_set():
                     late = min(late, self._clock.monotonic() + HAND_IN_TIME)
-                if (not self._runs and self._clock.monotonic() > told
-                        and any(self._outbox.iterdir())):
+                if not self._runs and self.outbox and self._clock.monotonic() > told:
                     told = math.inf
                     log.warning("finished frames wait for the coordinator: "
                                 "to stop again gives them up")
@@ -14775,7 +14909,7 @@ class Worker:
 
     def _must_rest(self) -> bool:
         """Tell whether to ask for nothing for the moment: full disks, here or there."""
-        if self._deliveries.qsize() > MOST_WAITING:
+        if len(self.outbox) > MOST_WAITING:
             return True
         place = self.cache.root.parent
         free, (until, then) = free_room(place), self._rest
@@ -14783,7 +14917,7 @@ class Worker:
             self._in_trouble("the disk is full or cannot be written: make room on the one of "
                              f"{place}; nothing is rendered here until then")
             self.cache.empty()
-        elif self._trouble and not self._deliveries.unfinished_tasks:
+        elif self._trouble and not self.outbox:
             self._in_trouble("")
         return bool(self._trouble)
 
@@ -15047,7 +15181,7 @@ class Worker:
             for path in filter(is_file, plan.text_files.values()):
                 text = path.read_text("utf-8", "surrogateescape")
                 path.write_text(run.text.with_names(text), "utf-8", "surrogateescape")
-            self.cache.keep(plan, self._written(run, plan), run.given)
+            self.cache.keep(plan, written_by(run, plan), run.given)
         with self._changed:
             self._watched.discard(run)
         run.fills_disk |= ended.code == -_FILE_TOO_LARGE
@@ -15117,84 +15251,17 @@ class Worker:
         task = run.open.get(plan.frames[index]) if index < len(plan.frames) else None
         if task is None:
             return
-        bottom = task.bottom or run.lease.pov.options.height
-        try:
-            image = self._kept(run, plan, task, bottom)
-        except FileNotFoundError:
-            return
-        packed = image.with_name(f"{image.name}.zip")
-        self._pack_written(run, plan, packed)
-        with self._changed:
-            del run.open[task.frame]
-            run.undelivered += 1
-        self._deliveries.put(Delivery(run, task, image, packed, bottom, text, cost))
+        with contextlib.suppress(FileNotFoundError):
+            delivery = self.outbox.pack(run, plan, task, text, cost)
+            with self._changed:
+                del run.open[task.frame]
+                run.undelivered += 1
+            self.outbox.put(delivery)
 
-    def _kept(self, run: RunState, plan: Run, task: TaskSpec, bottom: int) -> Path:
-        """Move what was made of a task to where it outlives the run; return the file."""
-        made, kept = plan.made(task.frame), self._outbox / f"{run.started}-{task.id}"
-        made.stat()  # it ended well
-        if task.kind is TaskKind.SLICE:
-            try:
-                crop_rows(made, run.lease.pov.options.extension, task.top, bottom - task.top, kept)
-            except ImageError as error:
-                log.warning("%s: %s", task.name, error)  # the coordinator will find it, too
-                shutil.copyfile(made, kept)
-        elif task.kind is TaskKind.PASS:
-            paths = [plan.place / name for name in (SAMPLE_FILE, PHOTON_FILE)]
-            pack_files({path.name: path for path in paths if path.is_file()}, kept)
-        elif run.lease.in_order:  # a later frame may read it
-            shutil.copyfile(made, kept)
-        else:
-            made.rename(kept)
-        return kept
-
-    def _pack_written(self, run: RunState, plan: Run, packed: Path) -> None:
-        """Pack what the scene has written since the last image, if there is something.
-
-        The next frame may be writing the same file already: then its own look comes later.
-        """
-        if isinstance(self.cache, InPlace):
-            if run.lease.in_order:  # else all that the run wrote is kept when it has ended
-                self.cache.keep(plan, self._written(run, plan), run.given)
-            return
-        left: list[str] = []
-        files: dict[str, Path] = {}
-        number, size = 0, 0
-        for name, more in sorted(self._written(run, plan).items()):
-            if not (number < MAX_WRITTEN and size + more <= MAX_WRITTEN_SIZE
-                    and may_be_written(name)):
-                left.append(name)
-                continue
-            number, size = number + 1, size + more
-            with contextlib.suppress(OSError):
-                sha256 = sha256_file(plan.place / name)
-                if run.told.get(name) != sha256:
-                    files[name], run.told[name] = plan.place / name, sha256
-        if files or left:
-            pack_files(files, packed, left)
-
-    def _written(self, run: RunState, plan: Run) -> dict[str, int]:
-        """Return the sizes of what the scene has written since the last look, by name."""
-        before, run.scene_files = run.scene_files, plan.scene_files()
-        if run.task.kind is TaskKind.PASS:
-            return {}
-        return {name: size for name, (time, size) in run.scene_files.items()
-                if before.get(name) != (time, size)}
-
-    def _deliver_all(self) -> None:
-        while True:
-            delivery = self._deliveries.get()
-            try:
-                self._deliver(delivery)
-            except (FarmError, OSError) as error:
-                log.warning("frame %d was not taken: %s", delivery.task.frame, error)
-            finally:
-                for path in (delivery.image, delivery.packed):
-                    with contextlib.suppress(OSError):  # a disk may have become read-only
-                        path.unlink()
-                self._deliveries.task_done()
-                self._measured(delivery.run)
-                self._let_go(delivery.run, 1)
+    def _gone(self, run: RunState) -> None:
+        """Note that a frame of a run is delivered, or given up."""
+        self._measured(run)
+        self._let_go(run, 1)
 
     def _measured(self, run: RunState) -> None:
         """Learn from a run when the coordinator knows what it cost, too: it gives by that."""
@@ -15204,34 +15271,6 @@ class Worker:
                 run.measure = None
                 self._pace.measured(run.job, frames, measure.cpu, measure.wall, run.threads)
 
-    def _deliver(self, delivery: Delivery) -> None:
-        """Offer a frame until it is taken or refused: it is kept for as long as that takes."""
-        text, cost = delivery.text.encode(), delivery.cost
-        path = f"/api/v1/leases/{delivery.run.lease.id}/tasks/{delivery.task.id}"
-        body: tuple[Path | bytes, ...] = (text, delivery.image)
-        size = 0
-        if delivery.packed.is_file():
-            body, size = (*body, delivery.packed), delivery.packed.stat().st_size
-        query = (f"log={len(text)}&files={size}&cpu={cost.cpu:.3f}&wall={cost.wall:.3f}"
-                 f"&parse={cost.parse:.3f}&memory={cost.memory}&bottom={delivery.bottom}")
-        start = self._clock.monotonic()
-        while True:
-            try:
-                self.client.request("PUT", f"{path}?{query}", body=body, timeout=120,
-                                    retry_for=math.inf, stop=self._ending)
-                self.rendered += 1
-                return
-            except RequestRefused as error:
-                if error.status == 422:
-                    self.client.request(
-                        "POST", f"{path}/fail", retry_for=300,
-                        json={"message": str(error), "scene": False, "log": delivery.text})
-                    return
-                late = error.status != 507 and self._clock.monotonic() > start + OFFER_TIME
-                if error.status < 500 or late:
-                    raise
-                self._in_trouble(str(error))
-            self._ending.wait(random.uniform(5, 10))
 
 
 class _Measure:
@@ -15566,7 +15605,7 @@ def work(options: Options) -> int:
         if free:
             _say(f"scenes can read and write whatever you can: {free}")
         _Background(worker.run).join()
-        _say(f"rendered {counted(worker.rendered, 'frame')}")
+        _say(f"rendered {counted(worker.outbox.taken, 'frame')}")
         return 130 if signals.count else 0
 
 

@@ -118,7 +118,7 @@ def test_frames_that_were_finished_while_nobody_answered_are_delivered_after_an_
         return bool(tries) and room.clock.skipped < 3600
 
     room.wire.away = away
-    room.worker._ending = Pauses(room.clock, lambda _: time.sleep(0.0005))
+    room.worker.outbox._ending = Pauses(room.clock, lambda _: time.sleep(0.0005))
     room.start()
     wait_until(lambda: room.farm.state(job) == "done")
     assert room.clock.skipped >= 3600 and 100 < tries.count("PUT") < 1000
@@ -169,7 +169,7 @@ def test_a_frame_with_which_the_coordinator_makes_mistakes_is_given_up_in_the_en
         room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     room.farm.submit(frames=1)
     monkeypatch.setattr(room.farm.store, "put_image", lambda *_: 1 / 0)
-    room.worker._ending = Pauses(room.clock, lambda _: time.sleep(0.0005))
+    room.worker.outbox._ending = Pauses(room.clock, lambda _: time.sleep(0.0005))
     room.start()
     wait_until(lambda: "was not taken" in caplog.text and room.waiting() == [])
     assert room.clock.skipped > povfarm.OFFER_TIME / 2
