@@ -8,7 +8,7 @@ import pytest
 
 import povfarm
 from helpers.farm_in_a_box import KEY, SCENE, Farm, Reply, farm_fixture, manifest, pov_job
-from povfarm import Allowance, JobOptions, Request, Role
+from povfarm import Allowance, JobOptions, LeaseSpec, Request, Role
 
 __all__ = ["farm_fixture"]
 
@@ -332,3 +332,141 @@ def test_what_serve_says_holds_for_all_who_have_no_limit_of_their_own(tmp_path: 
               for view in farm.ask("GET", "/api/v1/users").json()["users"]}
     assert limits == {"anna": 1, "bert": 2}
     farm.close()
+
+
+# --- whose turn it is
+
+class Room:
+    """Workers that render one lease at a time; the clock goes on from one end to the next."""
+
+    def __init__(self, farm: Farm, workers: int, seconds: Mapping[str, float]) -> None:
+        self.farm, self.seconds = farm, seconds  # that a frame of an owner takes
+        self.busy: Dict[int, Tuple[float, LeaseSpec]] = {}
+        self.workers = [farm.worker(f"r{number}") for number in range(workers)]
+        self.begun: Dict[str, float] = {}  # when the first frame of each was
+        self.spent: Dict[str, float] = {}
+
+    def submit(self, owner: str, jobs: int = 1, frames: int = 20, **options: Any) -> None:
+        for _ in range(jobs):
+            _, missing = self.farm.scheduler.submit(
+                "ball", owner, pov_job(frames), manifest({"scene.pov": SCENE}),
+                JobOptions().changed(options))
+            for sha256 in missing:
+                self.farm.scheduler.put_blob(sha256, [SCENE])
+
+    def run(self, seconds: float) -> None:
+        """Let so much time go by."""
+        end = self.farm.clock.mono + seconds
+        while True:
+            for worker in self.workers:
+                if worker not in self.busy:
+                    self._take(worker)
+            worker = min(self.busy, key=lambda one: self.busy[one][0], default=0)
+            if not worker or self.busy[worker][0] > end:
+                self.farm.clock.advance(end - self.farm.clock.mono)
+                return
+            at, lease = self.busy.pop(worker)
+            self.farm.clock.advance(at - self.farm.clock.mono)
+            for index in range(len(lease.tasks)):
+                self.farm.finish(worker, lease, index, cpu=self.cost(lease))
+
+    def cost(self, lease: LeaseSpec) -> float:
+        return self.seconds.get(self.farm.job(lease.job).owner, 10.0)
+
+    def _take(self, worker: int) -> None:
+        for lease in self.farm.leases(worker):
+            owner, now = self.farm.job(lease.job).owner, self.farm.clock.mono
+            self.begun.setdefault(owner, now)
+            took = self.cost(lease) * len(lease.tasks)
+            self.spent[owner] = self.spent.get(owner, 0.0) + took
+            self.busy[worker] = now + took, lease
+
+
+PUPILS = [f"p{number:02}" for number in range(25)]
+
+
+def pupils(farm: Farm) -> None:
+    for name in PUPILS:
+        farm.access.add(name, Role.USER, {}, TICKET)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("frame", [0.2, 1.0, 10.0])
+def test_a_flood_by_one_delays_the_first_frame_of_another_by_one_frame(
+        workers: int, frame: float, tmp_path: Any) -> None:
+    farm = Farm(tmp_path, lease_time=1e5)
+    pupils(farm)
+    room = Room(farm, workers, dict.fromkeys(PUPILS, frame))
+    room.submit("p00", jobs=25, frames=60)
+    room.run(20 * frame)
+    for name in ("p13", "p24"):
+        asked = farm.clock.mono
+        room.submit(name)
+        room.run(3 * frame)
+        # What a cheap frame costs is its share of a short run.
+        assert room.begun[name] - asked <= max(frame, povfarm.SHORT_TURN) + 0.001
+    farm.close()
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_twenty_five_who_want_all_get_the_same(workers: int, tmp_path: Any) -> None:
+    """However many jobs each has, and how long the frames take."""
+    farm = Farm(tmp_path, lease_time=1e5)
+    pupils(farm)
+    room = Room(farm, workers, {name: 2.0 + 2 * number % 7 for number, name in enumerate(PUPILS)})
+    for number, name in enumerate(PUPILS):
+        room.submit(name, jobs=1 + number % 5, frames=200)
+    room.run(400 / workers + 250)
+    times = [room.spent[name] for name in PUPILS]
+    assert len(times) == 25 and max(times) - min(times) <= 2 * max(room.seconds.values()), times
+    farm.close()
+
+
+def test_who_comes_late_gets_no_more_than_the_others(tmp_path: Any) -> None:
+    farm = Farm(tmp_path, lease_time=1e5)
+    pupils(farm)
+    room = Room(farm, 1, {})
+    room.submit("p00", frames=300)
+    room.run(1000)
+    room.submit("p01", frames=300)
+    before = dict(room.spent)
+    room.run(200)
+    assert room.spent["p01"] == pytest.approx(room.spent["p00"] - before["p00"], abs=10.1)
+    farm.close()
+
+
+def test_a_higher_priority_goes_before_all_people(farm: Farm) -> None:
+    room = Room(farm, 1, {})
+    room.submit("anna", frames=5)
+    room.submit("admin", frames=5, priority=2)
+    assert [farm.job(farm.lease(room.workers[0], slots=2).job).owner
+            for _ in range(10)] == [
+        *["admin"] * 5, *["anna"] * 5]
+
+
+def test_one_persons_jobs_share_what_is_theirs(farm: Farm) -> None:
+    workers = [farm.worker(f"r{number}") for number in range(8)]
+    room = Room(farm, 0, {})
+    room.submit("anna", jobs=3, frames=30)
+    room.submit("bert", frames=30)
+    held = [farm.lease(worker).job for worker in workers]
+    assert sorted(held.count(job) for job in (1, 2, 3)) == [1, 1, 2] and held.count(4) == 4
+
+
+@pytest.mark.parametrize("people", [1, 300])
+def test_a_lease_costs_the_same_however_many_jobs_and_people_there_are(
+        people: int, tmp_path: Any) -> None:
+    costs = []
+    for jobs in (1, 300):
+        farm = Farm(tmp_path / str(jobs))
+        room = Room(farm, 0, {})
+        for number in range(jobs):
+            room.submit(f"somebody{number % people}", frames=2)
+        worker = farm.worker()
+        steps: List[int] = []
+        farm.scheduler.release(worker, farm.lease(worker).id)
+        farm.store._writer.set_progress_handler(lambda: steps.append(1), 20)  # noqa: B023 - at once
+        farm.lease(worker)
+        costs.append(len(steps))
+        farm.close()
+    assert costs[1] <= 2 * costs[0], costs
