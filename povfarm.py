@@ -52,6 +52,7 @@ import enum
 import errno
 import fnmatch
 import functools
+import getpass
 import hashlib
 import hmac
 import html
@@ -737,6 +738,11 @@ SETTINGS: tuple[Setting, ...] = (
             "serve", "FILE"),
     Setting("pin", _pin, "", "SHA-256 of the only certificate to accept from the coordinator",
             "work talk", "SHA256"),
+    Setting("code", str, "", "the code of an invitation: it makes you one of the farm's people",
+            "work talk", "CODE"),
+    Setting("user", str, "", "your name there, with --code; default: that of your account",
+            "work talk", "NAME"),
+    Setting("invite", _most, 0, "invite so many people: print a code for them", "serve", "N"),
     Setting("role", _role, "user",
             "what one may do: user, viewer (who looks) or submit (a program that submits)",
             "users", "ROLE"),
@@ -806,6 +812,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("log", _path, None,
             "write all that POV-Ray prints to a file, in the order of the frames", "render",
             "FILE"),
+    Setting("mine", bool, False, "show only your own jobs", "status"),
     Setting("watch", bool, False, "keep showing changes until stopped", "status"),
     Setting("json", bool, False, "print JSON for programs", "render talk doctor backup"),
     Setting("verbose", bool, False,
@@ -10398,6 +10405,9 @@ class Access:
                                 "coordinator), or without, and admit it")
         if row is None:
             self.slow_down(remote)
+            if name:
+                raise ProtocolError(401, f"this key of {name[:40]!r} is good for nothing (any "
+                                    "more): ask for an invitation, and come with --code")
             raise ProtocolError(401, "this key is not the farm's: 'serve' prints the right one, "
                                 "for --key, on the coordinator")
         return Identity(_WORKER_ROLES[WorkerState(row.state)], row.id, row.name)
@@ -13462,7 +13472,7 @@ class Client:
                  fingerprint: str = "", clock: Clock | None = None,
                  transport: Transport | None = None) -> None:
         self.base_url = base_url.rstrip("/")
-        self.token = token
+        self.token, self.fingerprint = token, fingerprint
         self._retry_for = retry_for
         self._clock = clock or Clock()
         self.transport = transport or Transport(base_url, fingerprint)
@@ -15559,10 +15569,13 @@ def serve(options: Options) -> int:
             discovery_port=None if options.no_discovery else options.discovery_port,
             admit_private=options.open, private=options.private, hosts=options.host.split(","),
             tls=_tls_files(options), lease_time=options.lease_time, httpov=options.httpov,
+            allowance=Allowance(**{name: getattr(options, row.name.replace("-", "_"))
+                                   for name, row in ALLOWANCES.items()}),
             typed=_command_typed)
         coordinator.start()
         stack.callback(coordinator.stop)
-        _greet(coordinator, options, tools and tools[1])
+        _greet(coordinator, options, tools and tools[1], coordinator.access.invite(
+            Role.USER, {}, options.invite, secrets.token_hex(16)) if options.invite else "")
         if tools:
             worker = stack.enter_context(_joined(
                 _client_of(coordinator), tools, options, options.data, coordinator.store.blob_path))
@@ -15584,6 +15597,7 @@ def work(options: Options) -> int:
         client = _find_coordinator(options, stop)
         if client is None:
             return 130
+        _come(client, options)
         free = "" if landlock_abi() else "this system cannot confine them (it has no Landlock)"
         if options.unconfined:
             free = "--unconfined was given"
@@ -15640,9 +15654,14 @@ def submit(options: Options) -> int:
                 return _Follower(client, draft, options).follow(job, event)
         except KeyboardInterrupt:
             raise Stopped(_goes_on(job, options)) from None
-        view = client.get(f"/api/v1/jobs/{job}")
-        if view["waiting_for"]:
-            _say(f"job {job} waits: {view['waiting_for']}")
+        try:
+            why = client.get(f"/api/v1/jobs/{job}")["waiting_for"]
+        except RequestRefused as error:  # a program that submits, and does not look
+            if error.status != 403:
+                raise
+            why = ""
+        if why:
+            _say(f"job {job} waits: {why}")
     return 0
 
 
@@ -15657,8 +15676,11 @@ def status(options: Options) -> int:
         farm = client.get("/api/v1/farm")
         if farm["notice"]:
             _say(farm["notice"])
+        if options.mine and not farm["you"]:
+            raise UserError("the farm does not know you: come by an invitation, with --code")
+        mine = f"?owner={urllib.parse.quote(farm['you'], safe='')}" if options.mine else ""
         jobs = ([client.get(f"/api/v1/jobs/{job}") for job in named]
-                or client.get("/api/v1/jobs")["jobs"])
+                or client.get(f"/api/v1/jobs{mine}")["jobs"])
         if _is_one(options.rest):
             _show(options, jobs[0], _job_facts(jobs[0], None if options.server else options.data))
         else:
@@ -15825,10 +15847,13 @@ def admit(options: Options) -> int:
     return 0
 
 
-@command("login", "", "print a link that lets one browser control the farm", ("talk",))
+@command("login", "", "print a link that makes a browser yours; with --code, come to a farm first",
+         ("talk",))
 def login(options: Options) -> int:
-    """Print a login link, good once."""
+    """Print a login link, good once; a person's key that is given is kept."""
     client = _coordinator(options)
+    if ":" in options.key:
+        _keep(client, options)
     url = client.base_url + client.request("POST", "/api/v1/login", json={}).json()["path"]
     _show(options, {"url": url}, url)
     return 0
@@ -17308,11 +17333,12 @@ def _file_name(text: str) -> str:
 def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
     if not jobs:
         return _typed("no jobs: queue one with 'povfarm.py submit'")
-    rows: list[Sequence[str] | str] = [("job", "name", "state", "frames", "", "rate", "left")]
+    rows: list[Sequence[str] | str] = [
+        ("job", "name", "owner", "state", "frames", "", "rate", "left")]
     for job in jobs:
         left = format_duration(job["eta"]) if job["eta"] is not None else ""
         rows.append((
-            str(job["id"]), job["name"], job["state"],
+            str(job["id"]), job["name"], _shortened(job["owner"], 12), job["state"],
             f"{job['frames']['done']}/{job['frames']['total']}", f"{100 * job['progress']:.0f} %",
             f"{3600 * job['rate']:.0f}/h" if left else "", left))
         failed = f"{job['frames']['failed']} failed" if job["frames"]["failed"] else ""
@@ -17658,7 +17684,7 @@ def _tls_files(options: Options) -> tuple[Path, Path] | None:
     return own_certificate(options.data, options.host.split(",")) if options.tls else None
 
 
-def _greet(coordinator: Coordinator, options: Options, engine: Engine | None) -> None:
+def _greet(coordinator: Coordinator, options: Options, engine: Engine | None, code: str) -> None:
     """Say where a farm is, and what to type to use it."""
     address, more = coordinator.url, []
     if options.bind in ("", "0.0.0.0", "::"):
@@ -17677,6 +17703,10 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None) ->
         *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"
            f"HP_GROUP=\"%s\"\\n' {address.removeprefix('http://')} {coordinator.access.guest_key} "
            ">> ~/.httpovclient/prefs"] if options.httpov else []),
+        *([f"  {counted(options.invite, 'guest')} can come with:".ljust(31) +
+           f"povfarm.py work --server {address} --code {code} --user NAME{pin}\n"
+           "                               (or with login instead of work, to render nothing)"]
+          if code else []),
         "  queue a job here:            povfarm.py submit scene.pov +W640 +H480",
         f"This computer renders, too (cores: {options.cores or _cores()}, POV-Ray "
         f"{engine.version})."
@@ -17686,9 +17716,56 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None) ->
     print(_typed("\n".join(lines)), flush=True)
 
 
+def _kept(options: Options) -> dict[str, str]:
+    """Return the farm that this person belongs to: key, farm_id, name, url and pin; or nothing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if not (options.data / "coordinator.json").exists():  # else it is the admin's
+            kept = json.loads((options.data / "person.json").read_bytes())
+            return {name: str(kept[name]) for name in ("key", "farm_id", "name", "url", "pin")
+                    if name in kept}
+    return {}
+
+
+def _keep(client: Client, options: Options) -> None:
+    """Remember whose key this is and where, for the commands that follow."""
+    farm = client.get("/api/v1/farm")
+    kept = {"key": client.token, "farm_id": farm["farm_id"], "name": farm["name"],
+            "url": client.base_url, "pin": client.fingerprint}
+    options.data.mkdir(0o700, parents=True, exist_ok=True)
+    atomic_write(options.data / "person.json", json.dumps(kept).encode(), 0o600)
+    _say(f"you are {farm['you']} in the farm '{farm['name']}': from now on this computer knows it")
+
+
+def _come(client: Client, options: Options) -> None:
+    """Become one of a farm's people by the code of an invitation, unless one is already."""
+    if not options.code:
+        return
+    if client.token == _kept(options).get("key"):
+        with contextlib.suppress(RequestRefused):  # the key is good for nothing any more
+            you = str(client.get("/api/v1/farm")["you"])
+            if options.user.casefold() in ("", you.casefold()):
+                return
+    name, ticket = person_name(options.user or getpass.getuser()), secrets.token_hex(16)
+    secret, client.token = invitation_secret(options.code), ""
+    try:
+        reply = client.request("POST", "/api/v1/users/come", json={
+            "name": name, "ticket": ticket, "proof": derived(secret, "come", name, ticket)}).json()
+    except RequestRefused as error:
+        if error.status != 400:
+            raise
+        raise UserError(f"{error}, and give it with --user NAME") from None
+    if reply.get("proof") != derived(secret, "welcome", name, ticket):
+        raise FarmError(f"{client.base_url} does not know this code: it is not the farm that you "
+                        "were invited to")
+    client.token = person_key(name, secret, ticket)
+    _keep(client, options)
+
+
 def _known_key(options: Options) -> str:
     if options.key:
         return str(options.key)
+    if kept := _kept(options):
+        return kept["key"]
     try:
         return Path(options.data, "farm.key").read_text(encoding="ascii").strip()
     except OSError:
@@ -17698,6 +17775,7 @@ def _known_key(options: Options) -> str:
 def _coordinator(options: Options) -> Client:
     client = _find_coordinator(options)
     assert client is not None  # only a wait that was stopped finds none
+    _come(client, options)
     return client
 
 
@@ -17725,12 +17803,24 @@ def _find_coordinator(options: Options, stop: threading.Event | None = None) -> 
         if name in ("", note["name"]):
             client = _client(options, note["url"], key, note["pin"], patience)
             return _check_coordinator(client, options, retry_for=0)
+    kept = {} if options.key else _kept(options)
+    with contextlib.suppress(ServerGone, LookupError, TypeError):
+        if kept and name in ("", kept["name"]):
+            client = _client(options, kept["url"], key, kept["pin"], patience)
+            try:
+                farm_id = client.get("/api/v1/farm", timeout=10, retry_for=0)["farm_id"]
+            except RequestRefused:  # who was removed may come again
+                if not options.code:
+                    raise
+                farm_id = kept["farm_id"]
+            if farm_id == kept["farm_id"]:
+                return client
     farm = (look_out(_LookOut(options, key).look, stop, options.discovery_port) if stop
             else _choose(_discover(options, key, name), options, name))
     if farm is None:
         return None
-    return _client(options, farm.url, key if farm.verified or options.key else "", farm.pin,
-                   patience)
+    mine = farm.verified or options.key or farm.farm_id == kept.get("farm_id")
+    return _client(options, farm.url, key if mine else "", farm.pin, patience)
 
 
 def _news() -> Callable[[str], None]:
@@ -17807,9 +17897,10 @@ def _discover(options: Options, key: str, name: str) -> list[Found]:
     A key that was typed must be right; one that only lies here may be that of
     another farm, one of this computer.
     """
-    found = discover(1.5, key.encode(), options.discovery_port, name or None) if key else []
+    known = key and ":" not in key  # else it is a person's, of which coordinators show nothing
+    found = discover(1.5, key.encode(), options.discovery_port, name or None) if known else []
     others = [] if found else discover(1.5, None, options.discovery_port, name or None)
-    if others and options.key:
+    if others and options.key and known:
         raise FarmError(f"{others[0].name} at {others[0].url} has another key than the one given: "
                         "copy the worker command that 'serve' prints there")
     return found or others
@@ -17840,8 +17931,9 @@ def _check_coordinator(client: Client, options: Options, retry_for: float | None
     try:
         farm = ask().json()
     except RequestRefused as error:
-        if error.status == 401 and not key and options.command == "work":
-            return client  # a private farm, which a worker without the key may ask to let it in
+        if error.status == 403 or (error.status == 401 and not key and (
+                options.command == "work" or options.code)):
+            return client  # a private farm, of which only those see something who were let in
         if error.status != 401 or options.key or not key:
             raise
         client.token = ""  # a key that only lies here is another farm's

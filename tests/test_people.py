@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Tuple
+import json
+import os
+import re
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 import pytest
 
 import povfarm
+from helpers.base import POVFARM
+from helpers.farm import STILL, environment
 from helpers.farm_in_a_box import KEY, SCENE, Farm, Reply, farm_fixture, manifest, pov_job
+from helpers.pictures import pixels
 from povfarm import Allowance, JobOptions, LeaseSpec, Request, Role
 
 __all__ = ["farm_fixture"]
@@ -470,3 +479,133 @@ def test_a_lease_costs_the_same_however_many_jobs_and_people_there_are(
         costs.append(len(steps))
         farm.close()
     assert costs[1] <= 2 * costs[0], costs
+
+
+# --- a class, with real processes
+
+class Computer:
+    """Somebody's computer: a data directory and a place to work in."""
+
+    def __init__(self, place: Path, name: str) -> None:
+        self.name, self.place = name, place / name
+        self.data = self.place / "data"
+        self.started: List["subprocess.Popen[str]"] = []
+        self.place.mkdir()
+        (self.place / "scene.pov").write_text(STILL)
+        self.environ = {**environment(place), "POVFARM_DATA": str(self.data), "POVFARM_WORKER_NAME": name}
+
+    def start(self, typed: str) -> "subprocess.Popen[str]":
+        self.started.append(subprocess.Popen(
+            [*POVFARM, *typed.split()], cwd=self.place, env=self.environ, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        return self.started[-1]
+
+    def run(self, typed: str, code: int = 0) -> str:
+        """Type a command; return what it says, if it ends as it should."""
+        done = subprocess.run([*POVFARM, *typed.split()], cwd=self.place, env=self.environ, text=True,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=120, check=False)
+        assert done.returncode == code, done.stdout
+        return done.stdout
+
+    def close(self) -> None:
+        for process in self.started:
+            process.terminate()
+        for process in self.started:
+            process.communicate(timeout=60)
+
+
+@pytest.fixture(name="room")
+def room_fixture(tmp_path: Path) -> Iterator[Callable[[str], Computer]]:
+    """Computers by their names."""
+    there: Dict[str, Computer] = {}
+
+    def computer(name: str) -> Computer:
+        return there.get(name) or there.setdefault(name, Computer(tmp_path, name))
+
+    yield computer
+    for one in reversed(list(there.values())):
+        one.close()
+
+
+def said(process: "subprocess.Popen[str]", words: str) -> str:
+    """Read lines until one has these words; return it."""
+    assert process.stdout is not None
+    enough = threading.Timer(120, process.kill)  # or a test that fails would not end
+    enough.start()
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if words in line:
+                return line
+        raise AssertionError(f"no {words!r} in {lines}")
+    finally:
+        enough.cancel()
+
+
+def class_of(teacher: Computer, more: str = "") -> str:
+    """The teacher's one command; return what pupils type, without the name and the command."""
+    line = said(teacher.start(f"serve --bind 127.0.0.1 --port 0 --no-discovery --invite 3 {more}"),
+                "--code")
+    return " ".join(re.findall(r"--(?:server|code) \S+", line))
+
+
+@pytest.mark.slow
+def test_a_class_is_ready_in_two_commands(
+        room: Callable[[str], Computer], povray: str, no_process_is_left: None) -> None:
+    typed = class_of(room("teacher"), "--jobs-limit 2")
+    for name in ("Anna", "Bert"):
+        process = room(name).start(f"work {typed} --user {name}")
+        assert f"you are {name} in the farm" in said(process, "you are")
+        said(process, "working for")
+    anna, bert = room("Anna"), room("Bert")
+    if os.name == "posix":
+        assert (anna.data / "person.json").stat().st_mode & 0o777 == 0o600
+    # From here on everything is as short as on the coordinator's computer.
+    assert anna.run("submit scene.pov +W40 +H30 --wait --output out --name hers").startswith("1\n")
+    assert pixels(anna.place / "out" / "scene.png")
+    job = bert.run("submit scene.pov +W40 +H30 +KFF500 --name his").split()[0]
+    assert "is anna's" in anna.run(f"cancel {job}", 1).lower().replace("bert's", "anna's")
+    assert "highest priority of your jobs is 0" in bert.run(f"set {job} priority=7", 1)
+    assert "is cancelled" in bert.run(f"cancel {job}")
+    mine = json.loads(bert.run("status --mine --json"))
+    assert [(view["name"], view["owner"]) for view in mine] == [("his", "Bert")]
+    assert re.search(r"his +Bert +cancelled", anna.run("status"))
+    assert re.search(r"Anna +user +0 +0 .*jobs-limit=2", room("teacher").run("users"))
+    assert re.fullmatch(r"http://127.0.0.1:\d+/login/\S+\n", anna.run("login"))
+
+
+@pytest.mark.slow
+def test_who_comes_again_is_the_same_and_who_is_removed_is_out(room: Callable[[str], Computer]) -> None:
+    typed, teacher, anna = class_of(room("teacher")), room("teacher"), room("anna")
+    assert "/login/" in anna.run(f"login {typed} --user anna")
+    key = (anna.data / "person.json").read_text()
+    assert "you are" not in anna.run(f"login {typed} --user Anna")
+    assert (anna.data / "person.json").read_text() == key
+    taken = room("other").run(f"login {typed} --user anna", 2)
+    assert "'anna' is there already" in taken and "--user NAME" in taken
+    assert "code is wrong" in room("other").run(
+        re.sub("--code .*", "--code AAAAA-AAAAA", f"login {typed}") + " --user bert", 1)
+    teacher.run("users remove anna")
+    assert "ask for an invitation" in anna.run("submit scene.pov", 1)
+    assert "you are bert" in anna.run(f"login {typed} --user bert"), "the old key is in nobody's way"
+
+
+@pytest.mark.slow
+def test_programs_have_keys_of_their_own(room: Callable[[str], Computer]) -> None:
+    typed, teacher = class_of(room("teacher"), "--private").partition(" --code")[0], room("teacher")
+    keys = {role: json.loads(teacher.run(f"users add the-{role} --role {role} --json"))["key"]
+            for role in ("viewer", "submit", "user")}
+    look, send, both = room("look"), room("send"), room("both")
+    for role, computer in zip(keys, (look, send, both)):
+        computer.environ["POVFARM_KEY"] = keys[role]
+    job = send.run(f"submit {typed} scene.pov").split()[0]
+    assert json.loads(look.run(f"status {typed} --json"))[0]["owner"] == "the-submit"
+    for computer, command in ((look, "submit scene.pov"), (look, f"cancel {job}"),
+                              (send, "status"), (send, f"cancel {job}"), (both, f"cancel {job}")):
+        assert "may" in computer.run(f"{command} {typed}", 1)
+    # A key that was given once is kept by login.
+    both.run(f"login {typed}")
+    del both.environ["POVFARM_KEY"]
+    assert "no jobs" in both.run("status --mine")
