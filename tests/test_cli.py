@@ -18,7 +18,7 @@ from helpers.base import ROOT
 from povfarm import SETTINGS, ProgressBar, main
 
 COMMANDS = ["render", "serve", "work", "submit", "status", "workers", "logs", "fetch", "pause",
-            "resume", "cancel", "retry", "delete", "set", "discover", "doctor", "admit", "login"]
+            "resume", "cancel", "retry", "delete", "set", "discover", "doctor", "admit", "login", "users"]
 
 
 @pytest.fixture(autouse=True)
