@@ -895,6 +895,7 @@ def _read_settings_file(path: Path) -> Iterator[tuple[str, str, str]]:
 STANDARD = "%POVRAY%"  # in a library path: the include directories of the POV-Ray that renders
 OLDEST = "3.7"  # the POV-Ray that knows all words which say nothing else
 MAX_FRAMES = 1_000_000
+MAX_INIS = 1000  # INI files that are read for one job: they can name each other
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -1394,7 +1395,8 @@ class _Text:
         """This place in words, for messages."""
         at, line = self._counted
         self._counted = self.at, line + self.text.count("\n", at, self.at)
-        return f"{self.path}, line {self._counted[1]}" if self.path else f"argument {self.text!r}"
+        return (f"{self.path}, line {self._counted[1]}" if self.path
+                else f"argument {self.text[:100]!r}")
 
     def peek(self) -> str:
         """Return the next character, empty at the end."""
@@ -1473,6 +1475,8 @@ class _CommandLine:
             raise UserError(f"{spec!r}: the ] of the section is missing")
         if len(self.open) > 30:
             raise UserError(f"INI files include each other without end: {spec!r}")
+        if len(self.files) >= MAX_INIS:
+            raise UserError(f"INI files name each other more than {MAX_INIS} times")
         path = self._find_ini(name)
         try:
             data = (self.cwd / path).read_bytes()
@@ -3644,7 +3648,9 @@ class _Scan:
                 self.uses.add("own-output")
             tried |= {name._replace(text=text) for text in (
                 _candidates(how, name.text) if name.whole else [name.text])}
-        (whole, patterns), (exact, vague) = map(_whole_and_not, (written, tried))
+        most = _MANY**2 // max(len(written), len(tried), _MANY)
+        (whole, patterns), (exact, vague) = (
+            _whole_and_not(names, most) for names in (written, tried))
         if exact & whole:
             self.uses |= {"own-output", "own-files"}
         self.reads |= {name for name in exact - whole if any(map(name.may_be, patterns))}
@@ -3688,7 +3694,9 @@ class _Scan:
             why = (f"which is {why}: copy it into the project, or give a --root that holds both, "
                    "or its directory with +L")
         else:
-            why = f"which is {self._search.places()}{self._search.hint(name, beside)}"
+            # To look for what is meant takes time by the number of files here.
+            hint = self._search.hint(name, beside) if len(self._lost) < 100 else ""
+            why = f"which is {self._search.places()}{hint}"
         problem = f"{where} {'includes' if include else 'reads'} '{name}', {why}"
         self._lost.setdefault(name, (problem, certain))  # what is certain comes first
 
@@ -3791,6 +3799,7 @@ class _Flow:
         # What was written and is still open to be read; and what of it in each block that is open.
         self._fresh: set[tuple[_Name, int]] = set()
         self._blocks: list[set[tuple[_Name, int]]] = []
+        self._looked = 0  # at values, for all names together
 
     def read(self, text: str) -> None:
         """Take in one file."""
@@ -3892,7 +3901,8 @@ class _Flow:
                 found.add(one._replace(text=path))
             macro, _, variable = one.variable.rpartition(" ")
             for values in (self._values.get(variable, ()), self._values.get(f"{macro} ", ())):
-                if len(open_) + len(seen) + len(values) > _MANY:
+                self._looked += len(values)
+                if len(open_) + len(seen) + len(values) > _MANY or self._looked > 50 * _MANY:
                     return {_UNKNOWN}
                 open_ += [value if one.whole else value._replace(whole=False, end=one.end)
                           for value in values]
@@ -3901,11 +3911,11 @@ class _Flow:
         return found - {_Name("", True)}  # no name opens no file
 
 
-def _whole_and_not(names: Iterable[_Name]) -> tuple[set[_Name], set[_Name]]:
-    """Separate whole names from those that are not; too many of the latter count as any name."""
+def _whole_and_not(names: set[_Name], most: int) -> tuple[set[_Name], set[_Name]]:
+    """Separate whole names from those that are not; more than ``most`` of these are any name."""
     whole = {name for name in names if name.whole}
-    vague = {*names} - whole
-    return whole, {_UNKNOWN} if len(vague) > _MANY else vague
+    vague = names - whole
+    return whole, {_UNKNOWN} if len(vague) > most else vague
 
 
 def _literal(word: str) -> str:
@@ -5698,8 +5708,8 @@ def file_response(path: Path, mime: str, request: Request, etag: str = "") -> Re
     status = os.fstat(file.fileno())
     size = status.st_size
     quoted = f'"{etag or f"{status.st_mtime_ns:x}-{size:x}"}"'
-    known = re.split(" *, *", request.headers.get("if-none-match", "").strip())
-    if {"*", quoted, f"W/{quoted}"}.intersection(known):
+    known = request.headers.get("if-none-match", "").split(",")
+    if {"*", quoted, f"W/{quoted}"}.intersection(map(str.strip, known)):
         file.close()
         return Response(304, {"ETag": quoted})
     part = _byte_range(request.headers, quoted, size)
@@ -12905,7 +12915,7 @@ def standard_library(version: str = OLDEST, program: str = "") -> tuple[str, ...
     for ini in system_ini(version or OLDEST, program):
         with contextlib.suppress(OSError):
             text = ini.read_text(encoding="utf-8", errors="replace")
-            found = re.findall(r'(?im)^\s*Library_Path\s*=\s*"?([^";\n]+)', text)
+            found = re.findall(r'(?im)^[ \t]*Library_Path[ \t]*=[ \t]*"?([^";\n]+)', text)
             if found:
                 return tuple(path.strip() for path in found)
     prefix = install_prefix(program)
@@ -13083,7 +13093,7 @@ class PovText:
                 self.lines = []
         if line.endswith("\r"):
             self._status = True
-            progress = _PERCENT.search(line)
+            progress = _PERCENT.search(line[-2 * _WIDTH:])
             if progress is not None:
                 self.percent = min(self.done + int(progress[1]), 100)
         elif line or not self._status:
@@ -13145,7 +13155,8 @@ _WIDTH = 80  # where POV-Ray breaks lines, best at a blank, with which the next 
 def messages_of(text: str) -> list[str]:
     """Take a text apart where it was not POV-Ray that broke the lines."""
     found: list[str] = re.findall(
-        rf".*\n(?:(?: (?! )|(?<=[^\n]{{{_WIDTH}}}\n)(?!File |  )).*\n)*", text)
+        rf".*\n(?:(?: (?! )|(?<=[^\n]{{{_WIDTH}}}\n)(?!File |  )).*\n)*",
+        text[: text.rfind("\n") + 1])
     return found
 
 

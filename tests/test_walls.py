@@ -1,0 +1,125 @@
+"""What strangers send costs little: readers that take time by the length of a text, bounds, words."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Callable, Dict, List
+
+import pytest
+
+import povfarm
+from povfarm import Request, UserError
+
+# --- time by the length, whatever is in a text
+
+WIDE = "x" * 80
+# What a text is made of that a reader with second thoughts goes over again and again.
+UNITS = ["a", " ", "\n", "\r", " \n", "\n\r ", '"', '\\"', "#", "# ", "(", "Rendered ", "Rendered (",
+         "pretrace: (1", "Rendered (1%", f"{WIDE}\n", f"{WIDE}\n  ", "File '", "File 'a' line 1", "1",
+         "Information Output Options\n", "Render Options\n x\n", "-" * 70 + "\n", "==== [x] =",
+         "Library_Path=", "a=", "+I", ";", "[", "]", "* , ", ",", "png ", "#version 1", "/*",
+         "FORMAT=32-bit_rle_rgbe\n", "# \n", "1 ", "povfarm1/", "Declare=a=1 ", "\"a\" 'b"]
+
+
+def fed(text: str, end: str) -> None:
+    said = povfarm.PovText()
+    for line in text.split("\n"):
+        said.feed(line + end)
+    said.error()
+
+
+def asked(text: str) -> None:
+    here = Path(povfarm.__file__)
+    povfarm.file_response(here, "text/plain", Request(
+        "GET", "/", headers={"if-none-match": "x" + text + "x"}), "etag").close()
+
+
+READERS: Dict[str, Callable[[str], object]] = {
+    "a scene's words": lambda text: list(povfarm._events(text)),
+    "a scene's version": lambda text: povfarm._VERSION.search(f"#version {text}"),
+    "what writes": lambda text: povfarm._WRITES.search(text.encode()),
+    "an INI file": lambda text: povfarm._CommandLine(Path(), "3.7").read_text(
+        povfarm._Text(text, "a.ini")),
+    "an argument": lambda text: povfarm._CommandLine(Path(), "3.7").read_text(
+        povfarm._Text(text, "")),
+    "messages": povfarm.messages_of,
+    "remarks": lambda text: povfarm.remarks_in(f"Render Options\n{text}"),
+    "what POV-Ray prints": lambda text: fed(text, ""),
+    "status lines": lambda text: fed(text, "\r"),
+    "a PPM's head": lambda text: povfarm._TEXT_HEADERS["PPM"].match(b"P6" + text.encode()),
+    "an HDR's head": lambda text: povfarm._TEXT_HEADERS["HDR"].match(
+        b"#?RADIANCE\n" + text.encode()),
+    "an EXR's channels": lambda text: povfarm._exr_channels(text.encode()),
+    "tags of a cache": asked,
+    "a field": lambda text: povfarm._FIELD.fullmatch(f"a:{text}"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_text_takes_no_longer_than_its_length(name: str) -> None:
+    def seconds(unit: str, size: int) -> float:
+        text = unit * (size // len(unit))
+        start = time.process_time()
+        try:
+            READERS[name](text)
+        except povfarm.FarmError:
+            pass
+        return time.process_time() - start
+
+    slow: List[str] = []
+    for unit in UNITS:
+        if seconds(unit, 16_000) > 25 * max(seconds(unit, 1600), 0.002) and (
+                seconds(unit, 32_000) > 50 * max(seconds(unit, 1600), 0.002)):  # not by chance
+            slow.append(unit)
+    assert not slow
+
+
+def collect(place: Path, scene: str) -> float:
+    (place / "s.pov").write_text(scene)
+    start = time.process_time()
+    povfarm.collect_project("s.pov", [], place, None, ["s.png"], [1], [])
+    return time.process_time() - start
+
+
+MANY = "#declare A = array[900] {" + ",".join(f'"{number}"' for number in range(900)) + "}\n"
+NAMES = {
+    "each may be many": (MANY, '#fopen F concat(A, "%s") write\n'),
+    "each may meet many": (MANY, '#fopen F "%s" write #fopen G concat("%s", A) read\n'),
+    "from one to the next": ("", "#fopen F a%s write #declare a%s = a0;\n"),
+}
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_names_that_are_worked_out_take_no_longer_than_their_number(
+        what: str, tmp_path: Path) -> None:
+    head, line = NAMES[what]
+    few, many = (collect(tmp_path, head + "".join(
+        line.replace("%s", str(number)) for number in range(count))) for count in (200, 1000))
+    assert many < 3.5 * max(few, 0.4)
+
+
+def test_names_that_are_missing_are_not_looked_for_one_by_one(tmp_path: Path) -> None:
+    for number in range(500):
+        (tmp_path / f"f{number}").write_text("")
+    scene = "#if (0)\n" + "".join(f'#include "n{number}"\n' for number in range(3000)) + "#end"
+    listed = 0
+    real = Path.iterdir
+
+    def counted(self: Path) -> object:
+        nonlocal listed
+        listed += 1
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "iterdir", counted)
+        collect(tmp_path, scene)
+    assert 0 < listed < 500
+
+
+def test_ini_files_that_name_each_other_end(tmp_path: Path) -> None:
+    for number in range(25):
+        (tmp_path / f"{number}.ini").write_text(f"{number + 1}.ini\n" * 2)
+    (tmp_path / "25.ini").write_text("Input_File_Name=a.pov\n")
+    with pytest.raises(UserError, match="more than 1000 times"):
+        povfarm.read_command_line(["0.ini"], tmp_path, {}, [])
