@@ -11688,13 +11688,18 @@ class Pages:
 
     @route("GET", "/", role="reader", summary="The status page")
     def home(self, request: Request) -> Response:
-        """Show jobs, workers and what happened. Query: before (a job's id), for older jobs."""
-        before = _query_digits(request, "before")
+        """Show jobs, workers and what happened.
+
+        Query: before (a job's id), for older jobs; mine, for those of who looks.
+        """
+        before, mine = _query_digits(request, "before"), "mine" in request.query
+        owner = request.identity.name if mine else ""
         with self._farm.store.read() as tx:
-            rows = tx.jobs(before, JOBS_SHOWN)
+            rows = tx.jobs(before, JOBS_SHOWN, owner)
             older = rows[-1].id if len(rows) == JOBS_SHOWN else None
             shown = {row.id for row in rows}
-            rows += [row for row in tx.leasable_jobs() if row.id not in shown and not before]
+            rows += [row for row in tx.leasable_jobs(may=lambda one: owner in ("", one))
+                     if row.id not in shown and not before]
             views = [self._view(tx, row) for row in rows]
             workers = self._api.views.workers(tx)
             events = tx.events(tx.last_event() - EVENTS_READ, EVENTS_READ)
@@ -11704,10 +11709,13 @@ class Pages:
         return self._page(
             request, _title(views, self._api.name),
             element("h1", "Older jobs" if before else _summary(views)),
-            element("p", _at_hand(live), class_="lead"),
+            element("p", _at_hand(live), [" · ", element("a", "Everybody's jobs", href="/") if mine
+                                          else element("a", "Only my jobs", href="/?mine=1")]
+                    if "user" in request.identity.roles else None, class_="lead"),
             [self._asks_to_join(request, worker) for worker in workers if "code" in worker],
             _job_cards(views) if views else _no_jobs(),
-            element("p", element("a", "Older jobs", href=f"/?before={older}")) if older else None,
+            element("p", element("a", "Older jobs", href=f"/?before={older}{'&mine=1' * mine}"))
+            if older else None,
             element("div", self._workers(request, workers), story, class_="columns"),
             reload=(3 if active else 30) if live else 5)
 
@@ -11823,7 +11831,7 @@ class Pages:
         title, words = "That did not work", [f"{text[:1].upper()}{text[1:]}."]
         if refusal.status == 401:
             title, words = "Log in first", [
-                "On the computer where the farm runs, type ",
+                "On the computer where the farm runs, or where you submit jobs, type ",
                 element("code", "povfarm.py login"),
                 ". Open the link that it prints in this browser."]
         return self._page(
@@ -11844,9 +11852,11 @@ class Pages:
             element("meta", http_equiv="refresh", content=reload) if reload and not still else None,
             element("link", rel="icon", href="/favicon.svg"),
             element("link", rel="stylesheet", href=_STYLE_ADDRESS))
-        user = self._form(request, "/logout", "Log out") if "user" in request.identity.roles else \
-            element("span", "Read-only. To make changes: ", element(
-                "code", "povfarm.py login")) if request.identity.roles else None
+        you = request.identity
+        user = element("span", f"You are {you.name} ", self._form(request, "/logout", "Log out"),
+                       class_="row") if "person" in you.roles else element(
+            "span", "Read-only. To make changes: ", element("code", "povfarm.py login")) \
+            if you.roles else None
         mark = element("img", src="/favicon.svg", alt="", width=28, height=28)
         switch = element("a", "Reload this page automatically" if still else
                          "Stop reloading this page",
@@ -11923,8 +11933,12 @@ class Pages:
                        class_="row", id="asked")
 
     def _buttons(self, request: Request, view: View) -> Node:
-        """Return what can be done to a job; only an ended one can be deleted, after a question."""
-        if "user" not in request.identity.roles:
+        """Return what can be done to a job by its owner, or the admin.
+
+        Only an ended one can be deleted, after a question.
+        """
+        you = request.identity
+        if "admin" not in you.roles and ("user" not in you.roles or you.name != view["owner"]):
             return None
         state, frames, address = JobState(view["state"]), view["frames"], f"/jobs/{view['id']}"
         possible = {
@@ -11963,7 +11977,8 @@ _EVENT_WORDS: Mapping[str, str] = {
     "job cancelled": "was cancelled", "job waiting": "waits for its files", "done": "is done",
     "queued": "is queued again", "cancelled": "was cancelled", "changed": "was changed",
     "removed": "was removed", "doubtful": "is doubtful", "set aside": "had a worker set aside",
-    "admitted": "was let in", "deleted": "was deleted",
+    "admitted": "was let in", "deleted": "was deleted", "invited": "can come",
+    "person added": "has come", "person removed": "was removed", "person changed": "is the limit",
 }
 _KIND_WORDS: Mapping[str, str] = {"slice": ", a slice of it,", "pass": ", what its slices share,"}
 
@@ -12120,7 +12135,7 @@ def _job_card(view: View) -> Html:
     return element(
         "article", _picture(view, view["newest"]), element(
             "div", element("h3", element("a", view["name"], href=f"/jobs/{view['id']}")),
-            _badge(_state(view)),
+            _badge(_state(view)), element("span", f" · {view['owner']}", class_="dim"),
             element("p", f"{counts} in {format_duration(view['elapsed'])}") if _ended(view) else
             [_bar(view), _figures(view)], _warnings(view)), class_="card")
 
@@ -12158,12 +12173,13 @@ def _event_line(event: Event, more: int, views: Mapping[int, View]) -> Node:
     part = _KIND_WORDS.get(kind)
     what = what if part else event.what
     words = f" {_EVENT_WORDS.get(what, what)}"
+    by = f", by {event.who}" if event.who else None
     if job is None or what == "deleted":
-        return [element("strong", text), words]
+        return [element("strong", text), words, by]
     view = views.get(job)
     whole = event.frame is None or (view is not None and view["frames"]["total"] == 1)
     return [element("a", view["name"], href=f"/jobs/{job}") if view else f"job {job}",
-            None if whole else f" frame {event.frame}", part, words,
+            None if whole else f" frame {event.frame}", part, words, by,
             f", like {more:,} other{'s' * (more > 1)} before it" if more else None,
             f": {text}" if text else None]
 
@@ -12283,7 +12299,7 @@ p { margin: .5rem 0; } ul { margin: 0; padding: 0; list-style: none; }
 a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit;
   text-decoration-thickness: .06em; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .3rem; }
-.lead, dt, time, thead, section > p { color: var(--dim); } .lead { font-size: 1.1rem; }
+.lead, .dim, dt, time, thead, section > p { color: var(--dim); } .lead { font-size: 1.1rem; }
 .cards { display: grid; gap: 1.25rem; }
 .jobs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
 .ended { grid-template-columns: repeat(auto-fill, minmax(clamp(9rem, 18vw, 13rem), 1fr)); }

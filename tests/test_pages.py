@@ -30,6 +30,7 @@ from povfarm import (
     PovJob,
     Request,
     Response,
+    Role,
     Router,
     Scheduler,
     Store,
@@ -151,7 +152,7 @@ def test_the_farm_while_it_renders(farm: Farm) -> None:
     dom = farm.page("/")
     assert "Rendering marbles" in dom.text and "1 worker with 2 cores" in dom.text
     assert "2 of 5" in dom.text and "● working" in dom.text and "3.7.0.10" in dom.text
-    assert "frame 2 is done, like 1 other before it" in dom.text and "was submitted: 5 frames" in dom.text
+    assert "frame 2 is done, like 1 other before it" in dom.text and "was submitted, by somebody: 5 frames" in dom.text
     assert dom.all("img", src=f"/api/v1/jobs/{job}/frames/2/image")
     bar, = dom.all("svg")
     assert bar["aria-label"] == "50 percent"
@@ -506,3 +507,75 @@ def test_chromium_shows_a_real_farm(povray: str, tmp_path: Path) -> None:
     assert dom.all("img", src=image)
     assert {path: recorder.answers.get(path) for path in ("/", "/style.css", image)} == {
         "/": 200, "/style.css": 200, image: 200}
+
+
+# --- people
+
+def add(farm: Farm, name: str, role: Role = Role.USER) -> str:
+    """Add a person whose browser is logged in; return its cookie."""
+    farm.access.add(name, role, {}, "a ticket that is new")
+    return f"{farm.access.cookie}={farm.access.log_in(farm.access.login_code(name))}"
+
+
+def submit_for(farm: Farm, owner: str, name: str = "marbles") -> int:
+    values = {"Input_File_Name": "a.pov", "Width": "4", "Height": "3", "Final_Frame": "3"}
+    return farm.scheduler.submit(name, owner, PovJob(values, (), (), "."), Manifest(()),
+                                 JobOptions())[0]
+
+
+def test_a_page_says_who_one_is_and_steers_only_what_is_theirs(farm: Farm) -> None:
+    anna, prom = add(farm, "anna"), add(farm, "prom", Role.VIEWER)
+    hers, his = submit_for(farm, "anna"), submit_for(farm, "bert")
+    for who, cookie, mine in (("anna", anna, {hers}), ("admin", farm.admin, {hers, his}),
+                              ("prom", prom, set())):
+        for job in (hers, his):
+            dom = farm.page(f"/jobs/{job}", cookie)
+            assert f"You are {who} " in dom.text
+            assert {form["action"] for form in dom.all("form")} == {"/logout"} | (
+                {f"/jobs/{job}/pause", f"/jobs/{job}/cancel"} if job in mine else set())
+    assert "Read-only" in farm.page(f"/jobs/{hers}").text
+
+
+def test_a_form_for_the_job_of_another_is_refused(farm: Farm) -> None:
+    anna, job = add(farm, "anna"), submit_for(farm, "bert")
+    for action in ("pause", "cancel", "delete"):
+        answer = farm.send("POST", f"/jobs/{job}/{action}", anna, {"token": farm.token(anna)})
+        assert answer.status == 403 and isinstance(answer.body, bytes)
+        assert f"Job {job} is bert&#x27;s: only bert" in answer.body.decode()
+    for path in ("/workers/1/remove", "/workers/ABCDEF/admit"):
+        assert farm.send("POST", path, anna, {"token": farm.token(anna)}).status == 403
+    with farm.store.read() as tx:
+        assert tx.job(job).state == "active"
+
+
+def test_only_my_jobs(farm: Farm) -> None:
+    anna = add(farm, "anna")
+    submit_for(farm, "anna", "apples")
+    submit_for(farm, "bert", "pears")
+    everything, mine = farm.page("/", anna), farm.page("/?mine=1", anna)
+    assert everything.all("a", href="/?mine=1") and mine.all("a", href="/")
+    cards = [[one for one in page.all("a", href="/jobs/") if "#" not in one["href"]]
+             for page in (everything, mine)]
+    assert {one["href"] for one in cards[0]} == {"/jobs/1", "/jobs/2"}
+    assert "apples" in mine.text and "anna" in mine.text
+    assert len(mine.all("article", class_="card")) == 1
+    assert len(everything.all("article", class_="card")) == 2
+    assert not farm.page("/").all("a", href="/?mine=1")
+
+
+def test_the_story_tells_who_did_it(farm: Farm) -> None:
+    add(farm, "anna")
+    job = submit_for(farm, "anna")
+    farm.scheduler.pause(job, "anna")
+    farm.scheduler.cancel(job)
+    text = farm.page("/").text
+    for words in ("was submitted, by anna", "is paused, by anna", "was cancelled, by admin",
+                  "anna (user) has come, by admin"):
+        assert words in text
+
+
+def test_who_is_removed_is_logged_out(farm: Farm) -> None:
+    anna = add(farm, "anna")
+    assert "You are anna" in farm.page("/", anna).text
+    farm.scheduler.people.remove("anna")
+    assert "You are" not in farm.page("/", anna).text
