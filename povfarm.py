@@ -7526,9 +7526,9 @@ class Look:
                    COALESCE(SUM(kept), 0) AS kept FROM turn WHERE owner = :owner""", owner=owner))
 
     def has_jobs(self, owner: str) -> bool:
-        """Tell whether there are jobs of somebody, finished or not."""
-        return self._do("SELECT 1 FROM job WHERE owner = :owner COLLATE NOCASE LIMIT 1",
-                        owner=owner).fetchone() is not None
+        """Tell whether there are jobs, finished or not, of somebody with nearly this name."""
+        return owner.casefold() in {row["owner"].casefold() for row in self._do(
+            "SELECT DISTINCT owner FROM job")}
 
     # --- files
 
@@ -8847,8 +8847,8 @@ class People:
         person = look.person(owner)
         return replace(self._everybody, **person.limits) if person else self._everybody
 
-    def check(self, look: Look, owner: str, frames: int, jobs: int = 1) -> None:
-        """Raise ``UserError`` for more jobs and frames than somebody may have."""
+    def check(self, look: Look, owner: str, frames: int, jobs: int = 1, size: int = 0) -> None:
+        """Raise ``UserError`` for more jobs, frames and bytes than somebody may have."""
         most, has = self.allowance(look, owner), look.usage(owner)
         if most.jobs and has.jobs + jobs > max(most.jobs, has.jobs):
             raise UserError(f"you have {counted(has.jobs, 'job')} that {_are(has.jobs)} not "
@@ -8858,7 +8858,7 @@ class People:
             raise UserError(f"you may have {counted(most.frames, 'frame')} that are not finished, "
                             f"this would make {has.frames + frames}: wait until others are, cancel "
                             "a job ('povfarm.py cancel JOB'), or give --frames to submit fewer")
-        if problem := self.too_much(look, owner):
+        if problem := self.too_much(look, owner, size):
             raise UserError(problem)
 
     def check_priority(self, look: Look, who: str, priority: int) -> None:
@@ -8868,13 +8868,14 @@ class People:
             raise UserError(f"the highest priority of your jobs is {most}: give --priority {most} "
                             "or less")
 
-    def too_much(self, look: Look, owner: str) -> str:
+    def too_much(self, look: Look, owner: str, more: int = 0) -> str:
         """Say that more is kept of somebody's jobs than may be, or nothing."""
         most = self.allowance(look, owner).space
-        if not most or (kept := look.usage(owner).kept) < most:
+        if not most or (kept := look.usage(owner).kept) + more < most:
             return ""
-        return (f"{format_size(kept)} are kept of {owner}'s jobs, which may have "
-                f"{format_size(most)}: fetch their images and delete one ('povfarm.py delete JOB')")
+        new = f", this one's files have {format_size(more)}" if more else ""
+        return (f"{format_size(kept)} are kept of {owner}'s jobs{new}, and all may have "
+                f"{format_size(most)}: fetch images and delete a job ('povfarm.py delete JOB')")
 
     def may_have(self, look: Look, owner: str, worker: int) -> bool:
         """Tell whether a worker may render for somebody, beside those that do already."""
@@ -10028,14 +10029,14 @@ class Scheduler:
             if known:
                 return int(known), look.missing_blobs(manifest.key)
             self.people.check_priority(look, owner, options.priority)
-            self.people.check(look, owner, len(chosen))
+            sizes = {file.sha256: file.size for file in manifest.files}
+            self.people.check(look, owner, len(chosen), size=sum(sizes.values()))
         with self._adding(plan, chosen, owner) as (tx, job):
             known = tx.meta(f"ticket {ticket}")
             if ticket and known:  # the same request was under way
                 return int(known), tx.missing_blobs(manifest.key)
-            self.people.check(tx, owner, len(chosen))
+            self.people.check(tx, owner, len(chosen), size=sum(sizes.values()))
             tx.add_manifest(manifest)
-            sizes = {file.sha256: file.size for file in manifest.files}
             tx.add_job(job, name, owner, pov, manifest.key, options, self.clock.time(),
                        sum(sizes.values()))
             if ticket:
@@ -10351,6 +10352,10 @@ class Access:
         if person is None or not hmac.compare_digest(secret or person.token, person.token):
             return None
         return Identity(_ROLES_OF[person.role] | self._stranger.roles, 0, person.name)
+
+    def knows(self, identity: Identity) -> bool:
+        """Tell whether somebody is still what it was when it came: a person may be removed."""
+        return "person" not in identity.roles or self._named(identity.name) is not None
 
     def login_code(self, name: str = ADMIN) -> str:
         """Return a new code that logs somebody's browser in, once, within ten minutes."""
@@ -10861,8 +10866,8 @@ class Api:
             return json_response({
                 "events": list(map(vars, events)), "more": len(events) == MAX_EVENTS})
         known = re.fullmatch("[0-9]{1,15}", request.headers.get("last-event-id", ""))
-        return stream_response(self._event_stream(int(known[0]) if known else after),
-                               "text/event-stream")
+        return stream_response(self._event_stream(int(known[0]) if known else after,
+                                                  request.identity), "text/event-stream")
 
     @route("GET", "/api/v1/openapi.json", role="reader", summary="This API, for programs")
     def openapi(self, request: Request) -> Response:
@@ -11196,9 +11201,9 @@ class Api:
             raise ProtocolError(404, f"job {job.id} has no frame {request.params['frame']}")
         return job, task
 
-    def _event_stream(self, after: int) -> Iterator[bytes]:
+    def _event_stream(self, after: int, identity: Identity) -> Iterator[bytes]:
         yield b"retry: 2000\n\n"
-        while True:
+        while self._access.knows(identity):
             events = self._farm.wait_events(after, 1.0, MAX_EVENTS)
             for event in events:
                 after = event.id
@@ -15941,7 +15946,9 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
         code = invitation_code(farm_key, ticket)
         _show(options, {"code": code, "uses": options.uses, "role": options.role}, code)
         many = f"{options.uses} people" if options.uses > 1 else "one person"
-        _say(f"{many} may come by this code within a week")
+        _say(f"{many} may come by this code within a week: each types on another computer "
+             f"'povfarm.py work --code {code} --user NAME', or login instead of work to render "
+             "nothing there")
         return 0
     name = person_name(names[0])
     client.request("POST", "/api/v1/users", json={**wire, "name": name})
@@ -15973,7 +15980,8 @@ def discover_command(options: Options) -> int:
     """Print every coordinator that answers within a second and a half."""
     key = _known_key(options)
     found = discover(1.5, None, options.discovery_port)
-    proven = {farm.farm_id for farm in discover(1.0, key.encode(), options.discovery_port)} \
+    proven = {_kept(options).get("farm_id", "")} if ":" in key else {
+        farm.farm_id for farm in discover(1.0, key.encode(), options.discovery_port)} \
         if key else set()
     views = [{"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
               "yours": farm.farm_id in proven} for farm in found]

@@ -326,9 +326,31 @@ def test_whose_jobs_take_too_much_room_gets_nothing_until_some_is_deleted(farm: 
     assert farm.leases(worker) == []
     why = farm.ask("GET", f"/api/v1/jobs/{job}").json()["waiting_for"]
     assert "are kept of anna's jobs" in why and "povfarm.py delete" in why
-    assert error(submit(farm, anna)) == why
+    assert "this one's files have 16 B" in error(submit(farm, anna))
     farm.ask("DELETE", f"/api/v1/jobs/{old}", key=anna)
     assert farm.render(worker) == [2, 3]
+
+
+def test_a_project_that_is_larger_than_what_is_left_is_refused(farm: Farm) -> None:
+    anna = add(farm, space=1000)
+    big = manifest({"scene.pov": SCENE, "big": b"x" * 1000})
+    reply = farm.ask("POST", "/api/v1/jobs", key=anna, json_body={
+        "name": "big", "pov": pov_job(1).to_wire(), "options": {}, "manifest": big.to_wire()})
+    assert reply.status == 400 and "all may have" in error(reply)
+    assert submit(farm, anna).status == 201
+
+
+def test_the_events_of_who_is_removed_end(tmp_path: Any) -> None:
+    farm = Farm(tmp_path, private=True)
+    key = add(farm, "prom", Role.VIEWER)
+    answer = farm.router.handle(Request(
+        "GET", "/api/v1/events", {}, {"host": "box", "authorization": f"Bearer {key}"}))
+    assert not isinstance(answer.body, (bytes, povfarm.FileSlice))
+    assert next(answer.body).startswith(b"retry") and next(answer.body) == b""
+    farm.scheduler.people.remove("prom")
+    farm.submit()
+    assert b"submitted" not in b"".join(answer.body)
+    farm.close()
 
 
 def test_what_serve_says_holds_for_all_who_have_no_limit_of_their_own(tmp_path: Any) -> None:
