@@ -129,6 +129,7 @@ else:
 
 VERSION = "0.1.0"
 BUFFER = 1 << 16  # bytes moved at a time when a file or a body is streamed
+PEER_SILENCE, PEER_PAUSE = 20, 5  # seconds after which a silent peer is asked, and asked again
 LEFT_FREE = 16 << 20  # bytes of a disk that are not filled with images and projects
 
 log = logging.getLogger("povfarm")
@@ -485,6 +486,21 @@ def file_blocks(source: Path | bytes) -> Iterator[bytes]:
     """Read a file, or what would be in one, a block at a time."""
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         yield from iter(functools.partial(file.read, BUFFER), b"")
+
+
+def watch_peer(sock: socket.socket) -> None:
+    """Send at once, and find out when the other end has vanished without a word.
+
+    An idle connection to a computer that was switched off would wait for ever (RFC 1122,
+    4.2.3.6): the system asks after some seconds of silence, and again, and gives up.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    silence = {"TCP_KEEPIDLE": PEER_SILENCE, "TCP_KEEPALIVE": PEER_SILENCE,  # of macOS
+               "TCP_KEEPINTVL": PEER_PAUSE, "TCP_KEEPCNT": 3}
+    for name, value in silence.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def sha256_file(*parts: Path | bytes) -> str:
@@ -6134,7 +6150,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self._end = 0  # or here it is
         self._body_began = 0.0  # when the body was first asked for,
         self._body_bytes = 0  # and what has come of it, chunk sizes too
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        watch_peer(sock)
         if server.tls is not None:
             sock.settimeout(0)
             self._stage = _HANDSHAKE
@@ -10277,7 +10293,7 @@ def _check_room(place: Path, size: int) -> None:
 # Who may come in, and the farm's own JSON under /api/v1. Decodes, calls
 # SCHEDULER, encodes; decides nothing. docs/api.md describes every route.
 
-MAX_WAIT = 60.0  # seconds that a request may ask to be held open
+MAX_WAIT = 120.0  # seconds that a request may ask to be held open
 MAX_LISTED = 1000  # jobs or frames in one answer
 MAX_EVENTS = 1000
 MAX_COST = 1e9  # seconds
@@ -13414,7 +13430,7 @@ class Transport:
         address = (self._host, self._port)
         sock = socket.create_connection(address, min(timeout, _CONNECT_SECONDS))
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            watch_peer(sock)
             return self._secure(sock) if self._tls else sock
         except BaseException:
             sock.close()
@@ -14271,7 +14287,7 @@ def _proc_stat(pid: int) -> list[str] | None:
 # as it is there; keeps the cores busy and the leases alive. Decides nothing
 # about jobs: what the coordinator says is done.
 
-LEASE_WAIT = 25.0  # seconds that a request for work is held open
+LEASE_WAIT = 110.0  # seconds that a request for work is held open
 PATIENCE = 60.0  # seconds that a worker that is asked to stop renders on, as it looks
 HAND_IN_TIME = 20.0  # seconds that a worker that ends at once takes to hand in what it has begun
 HANG_TIME = 600.0  # seconds without a sign of life after which a renderer is ended

@@ -497,3 +497,47 @@ def test_a_host_that_passes_on_true_answers_is_not_believed(lan: Lan) -> None:
     with process(*lan.python(1, SCRIPT, "true", "2280")), process(*lan.python(3, RELAY)):
         assert run(lan.python(2, LIST, "the farm key")) == "[]"
         assert run(lan.python(2, LIST, "")) == "['http://10.77.0.3:2271']"
+
+
+# A request that is held open, at both ends; each tells when it finds that the other is gone.
+HOLDS = """
+import time, povfarm
+povfarm.PEER_SILENCE = povfarm.PEER_PAUSE = 1
+class Pages:
+    @povfarm.route("GET", "/held", role="reader", summary="Held open")
+    def held(self, request):
+        print("held", flush=True)
+        while request.alive():
+            time.sleep(0.05)
+        print("gone", flush=True)
+        return povfarm.Response(204)
+reader = povfarm.Identity(frozenset({"reader"}))
+server = povfarm.Server(povfarm.Router(Pages(), authenticate=lambda request: reader), "", 2290)
+server.start()
+print("ready", flush=True)
+time.sleep(100)
+"""
+
+WAITS = """
+import povfarm
+povfarm.PEER_SILENCE = povfarm.PEER_PAUSE = 1
+print("ready", flush=True)
+try:
+    povfarm.Client("http://10.77.0.1:2290").request("GET", "/held", timeout=90, retry_for=0)
+except povfarm.ServerGone:
+    print("gone", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_computer_that_vanishes_while_nothing_is_said_is_missed_soon(lan: Lan) -> None:
+    with process(*lan.python(1, HOLDS)) as holds, process(*lan.python(2, WAITS)) as waits:
+        assert holds.stdout is not None and waits.stdout is not None
+        assert holds.stdout.readline() == "held\n"
+        began = time.monotonic()
+        ip("-n", lan.switch, "link", "set", "port1", "down")
+        try:
+            assert [waits.stdout.readline(), holds.stdout.readline()] == ["gone\n"] * 2
+            assert time.monotonic() - began < 60  # it would be kept for 90
+        finally:
+            ip("-n", lan.switch, "link", "set", "port1", "up")

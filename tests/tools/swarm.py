@@ -34,7 +34,8 @@ sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the help
 from helpers.pictures import png
 
 PROGRAM = Path(os.environ.get("POVFARM_PY", Path(__file__).resolve().parents[2] / "povfarm.py"))
-LEASE_WAIT, BEAT_WAIT = 25.0, 2.0  # seconds, as of a real worker
+LEASE_WAIT, BEAT_WAIT = 110.0, 2.0  # seconds, as of a real worker
+SPREAD = 20.0  # seconds in which many begin to wait: a connection without a request may be closed
 TRIVIAL = {"cpu": 0.03, "wall": 0.35}  # what POV-Ray's smallest render costs, in seconds
 Then = Callable[[int, Any, float], None]  # status, answer, seconds
 
@@ -121,6 +122,10 @@ class Line:
         self.then: Optional[Then] = None
         self.began = 0.0
         swarm.selector.register(self.sock, selectors.EVENT_READ, self)
+
+    def close(self) -> None:
+        self.swarm.selector.unregister(self.sock)
+        self.sock.close()
 
     def ask(self, method: str, path: str, body: bytes, then: Then, more: str = "") -> None:
         """Send a request; ``then`` is called with its answer."""
@@ -307,8 +312,9 @@ def idle(number: int, seconds: float) -> Dict[str, float]:
     with serving() as serve:
         swarm = gathered(serve, number)
         for index, worker in enumerate(swarm.workers):
-            swarm.later(LEASE_WAIT * index / number, worker.ask)
-        swarm.run(LEASE_WAIT + 2)
+            worker.beating.close()  # the coordinator closes what is not used
+            swarm.later(SPREAD * index / number, worker.ask)
+        swarm.run(SPREAD + 2)
         began, cpu = time.monotonic(), serve.cpu()
         swarm.run(seconds)
         return {"workers": number,
@@ -421,8 +427,8 @@ def main() -> None:
         figures = steady(*((100, 20, 4) if short else (1000, 100, 2 * options.seconds)))
         told("steady", figures, 0.01 < figures["cores"] < cores + 0.1)
     if "idle" in parts and not short:
-        figures = idle(1000, 3 * options.seconds)
-        told("idle", figures, 0 < figures["cores"] < 1 and 1e7 < figures["memory"] < 1e9)
+        figures = idle(1000, LEASE_WAIT)
+        told("idle", figures, 0 < figures["cores"] < 0.1 and 1e7 < figures["memory"] < 1e9)
     if "bulk" in parts:
         told("bulk", bulk(20_000 if short else 1_000_000), True)
     if "jobs" in parts:
