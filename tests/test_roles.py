@@ -307,6 +307,44 @@ def test_a_browser_changes_nothing_without_the_token_of_a_form(house: House) -> 
         Request("GET", "/", headers=house.headers["browser"])).roles, "it is still logged in"
 
 
+# --- jobs of others
+
+ACTIONS = ("pause", "resume", "cancel", "retry", "delete")
+
+
+def doors_to_a_job(house: House, job: int) -> Iterator[Tuple[str, str]]:
+    """Every request by which a job is changed."""
+    for bound in house.router.routes:
+        if "<job:int>" in bound.route.pattern and bound.route.method != "GET":
+            assert bound.route.role == "user", bound.route.pattern
+            for action in ACTIONS if "<action>" in bound.route.pattern else ("",):
+                yield bound.route.method, example(bound, job=str(job), action=action)
+
+
+@pytest.mark.parametrize("who", ["user", "browser of a user"])
+def test_a_user_gets_through_no_door_to_the_job_of_another(who: str, house: House) -> None:
+    cookie = who.startswith("browser")
+    doors = [door for door in doors_to_a_job(house, house.job) if cookie != ("/api/" in door[1])]
+    assert len(doors) == (5 if cookie else 7)
+    before = house.truth()
+    token = house.access.form_token(Request("GET", "/", headers=house.headers[who])).encode()
+    body = b"token=" + token if cookie else b'{"priority": -1}'
+    kind = "application/x-www-form-urlencoded" if cookie else "application/json"
+    for method, path in doors:
+        answer = house.send(method, path, who, body, content_type=kind)
+        if path.endswith("/api/v1/jobs/1/delete"):  # there is no such action, only the method
+            assert answer.status in (403, 404)
+            continue
+        tried("doors to the job of another", let_in=answer.status != 403)
+        assert answer.status == 403, path
+        assert isinstance(answer.body, bytes) and b"job 1 is admin's" in answer.body
+    assert house.truth() == before
+    # The same requests are good ones for a job that is theirs.
+    mine, _ = house.scheduler.submit("mine", "user", pov_job(4), manifest({}), JobOptions())
+    path = f"/jobs/{mine}/pause" if cookie else f"/api/v1/jobs/{mine}/pause"
+    assert house.send("POST", path, who, body, content_type=kind).status in (200, 303)
+
+
 # --- from where
 
 @pytest.mark.parametrize("host, good", [
