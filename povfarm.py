@@ -5180,7 +5180,8 @@ def pass_rows(region: Region, shared: Collection[str], workers: int) -> list[tup
 
 # === 8. DISCOVERY ============================================================
 # How workers find coordinators on a LAN: a probe is broadcast by UDP, each
-# coordinator answers it. Knows names, ports and the farm key, nothing of HTTP.
+# coordinator answers it; and how two ends prove to each other that they know a
+# secret. Knows names, ports and the farm key, nothing of HTTP.
 #
 # What the MAC is worth: an answer names the prober's nonce, so an old one is no
 # use; it names the address that it is sent from, so a machine without the key
@@ -5280,7 +5281,7 @@ class Beacon:
             "povfarm": "answer", "version": 1, "nonce": probe["nonce"],
             "address": _address_towards(sender), **self._fields,
         }
-        return json.dumps({**answer, "mac": _mac(self._key, answer)}).encode()
+        return json.dumps({**answer, "mac": mac(self._key, answer)}).encode()
 
     def _serve(self, sock: socket.socket) -> None:
         with sock:
@@ -5391,25 +5392,19 @@ def _read_answer(packet: bytes, address: str, nonce: str, key: bytes | None) -> 
     message = _parse_packet(packet, "answer")
     if message is None or message.get("nonce") != nonce:
         return None
-    mac = str(message.pop("mac", "")).encode(errors="replace")
+    given = str(message.pop("mac", "")).encode(errors="replace")
     name, farm_id, port, pin = (message.get(field) for field in ("name", "id", "port", "pin"))
     scheme = "https" if pin else "http"
     if not (_is_label(name) and _is_label(farm_id) and type(port) is int and 0 < port < 65536
             and isinstance(pin, str) and re.fullmatch("([0-9a-f]{64})?", pin)
             and message.get("scheme") == scheme):
         return None
-    if key is not None and not (hmac.compare_digest(mac, _mac(key, message).encode())
+    if key is not None and not (hmac.compare_digest(given, mac(key, message).encode())
                                 and message.get("address") == address):
         log.debug("discovery: %s says that it is %s, without our key", address, name)
         return None
     return Found(str(name), str(farm_id), f"{scheme}://{address}:{port}", key is not None,
                  address, pin)
-
-
-def _mac(key: bytes, message: Mapping[str, Any]) -> str:
-    """Return the HMAC-SHA256 of a message, as hexadecimal digits."""
-    text = json.dumps(message, sort_keys=True, separators=(",", ":"))
-    return hmac.new(key, text.encode(), "sha256").hexdigest()
 
 
 def _packet(kind: str, **fields: str) -> bytes:
@@ -5507,6 +5502,124 @@ def _address_towards(address: str) -> str:
         return str(sock.getsockname()[0])
 
 
+# --- who is who: both ends prove that they know a secret, and neither sends it
+
+SESSION_OVER = "session"  # the detail of a refusal after which a client says hello again
+HELLO = "/api/v1/hello"
+FARM, WORKER = "", "#"  # who has the farm key; what is before a worker's number
+_REPLAYED = 4096  # how far the counts of requests that overtake each other may lie apart
+
+
+def mac(key: bytes, message: Any) -> str:
+    """Return the HMAC-SHA256 of what is the same JSON at both ends, as hexadecimal digits."""
+    text = json.dumps(message, sort_keys=True, separators=(",", ":"))
+    return hmac.new(key, text.encode(), "sha256").hexdigest()
+
+
+def secret_hash(secret: str) -> str:
+    """Return what both ends make proofs with, and all that the database has of a secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Return whose key it is, and what is to be proved: the farm's has no name before it,
+    and of a person's the name is part of the secret.
+    """
+    who, _, secret = key.strip().rpartition(":")
+    return who, secret if who.startswith(WORKER) else key.strip()
+
+
+class Session:
+    """What two ends have that know the same secret: a key, for this conversation only.
+
+    ``name`` is what the coordinator calls it, ``nonce`` the client's random number.
+    ``pin`` is the certificate that each end sees, empty without TLS: a relay with another
+    one makes their keys differ. ``proof`` is the coordinator's, that it knows the secret.
+    """
+
+    def __init__(self, name: str, nonce: str, secret: str, farm_id: str, pin: str) -> None:
+        self.name = name
+        self.secret = secret  # its hash
+        self.used = 0.0  # when it was used last, for the coordinator
+        self._key = mac(secret.encode(), ["session", nonce, name, farm_id, pin]).encode()
+        self.proof = mac(self._key, "coordinator")
+        self._counts = itertools.count(1)
+        self._newest, self._taken = 0, 0  # a bit for each of the counts up to the newest
+
+    def sign(self, method: str, target: str, sha256: str) -> str:
+        """Return what makes a request this end's own: it fits no other, and not twice."""
+        count = next(self._counts)
+        return (f"Povfarm session={self.name},count={count},"
+                f"mac={self._mark(count, method, target, sha256)}")
+
+    def has_signed(self, given: str, count: int, method: str, target: str, sha256: str) -> bool:
+        """Tell whether the other end has signed this request."""
+        return hmac.compare_digest(given, self._mark(count, method, target, sha256))
+
+    def takes(self, count: int) -> bool:
+        """Tell whether this count comes for the first time. Not for two threads at once."""
+        if count > self._newest:
+            self._taken = (self._taken << min(count - self._newest, _REPLAYED)) & (
+                (1 << _REPLAYED) - 1)
+            self._newest = count
+        if self._newest - count >= _REPLAYED:
+            return False
+        bit = 1 << (self._newest - count)
+        first, self._taken = not self._taken & bit, self._taken | bit
+        return first
+
+    def _mark(self, count: int, *request: str) -> str:
+        return mac(self._key, [count, *request])
+
+
+PAIRING_OVER = "pairing"  # the detail of a refusal after which a worker begins to pair again
+# RFC 3526, group 14.
+_PRIME = int("""
+    ffffffffffffffffc90fdaa22168c234c4c6628b80dc1cd129024e088a67cc74020bbea63b139b22514a0879
+    8e3404ddef9519b3cd3a431b302b0a6df25f14374fe1356d6d51c245e485b576625e7ec6f44c42e9a637ed6b
+    0bff5cb6f406b7edee386bfb5a899fa5ae9f24117c4b1fe649286651ece45b3dc2007cb8a163bf0598da4836
+    1c55d39a69163fa8fd24cf5f83655d23dca3ad961c62f356208552bb9ed529077096966d670c354e4abc9804
+    f1746c08ca18217c32905e462e36ce3be39e772c180e86039b2783a2ec07a28fb5c55df06f4c52c9de2bcbf6
+    955817183995497cea956ae515d2261898fa051015728e5a8aacaa68ffffffffffffffff
+    """.translate({ord(blank): None for blank in " \n"}), 16)
+
+
+class Pairing:
+    """One end of an agreement on a secret between two that know nothing of each other.
+
+    The worker first shows ``commitment`` alone, and its ``share`` and ``nonce`` when it has
+    those of the coordinator. So a relay in between, who has to agree with each of them,
+    has one try to come to the same code with both: people see that the codes differ.
+    """
+
+    def __init__(self) -> None:
+        self._exponent = secrets.randbits(256) | 1 << 255
+        self.share = f"{pow(2, self._exponent, _PRIME):x}"
+        self.nonce = secrets.token_hex(16)
+
+    @property
+    def commitment(self) -> str:
+        """The hash of what will be shown later."""
+        return secret_hash(f"{self.share} {self.nonce}")
+
+    def agree(self, share: str, said: Sequence[str]) -> tuple[str, str]:
+        """Return the secret and the code that belong to the other's share and to all that was
+        said; ``UserError`` for a share that is none.
+        """
+        number = int(share, 16) if re.fullmatch("[0-9a-f]{1,512}", share) else 0
+        if not 1 < number < _PRIME - 1:
+            raise UserError("the other end has sent no share of a secret")
+        key = mac(f"{pow(number, self._exponent, _PRIME):x}".encode(), list(said)).encode()
+        digits = int(mac(key, "code"), 16)
+        code = "".join(CODE_LETTERS[digits >> 5 * place & 31] for place in range(6))
+        return mac(key, "secret"), code
+
+
+def worker_secret(key: str, farm_id: str, ticket: str) -> str:
+    """Return the secret of a worker that has joined with a key, made of the hash of that."""
+    return derived(key, "worker", farm_id, ticket)
+
+
 # === 9. HTTP =================================================================
 # Requests, responses, routes and roles, and the one adaptor between them and
 # sockets. Router.handle is the only place that turns anything, errors too, into
@@ -5567,7 +5680,8 @@ class BodyReader:
     ``length`` is the declared size, None when it comes in chunks. ``source``
     gives the blocks, and ``b""`` where the body ends. Reading past ``limit``,
     which the route sets, is a ``ProtocolError`` 413; a body that breaks off is
-    a 400, one that comes too slowly a 408.
+    a 400, one that comes too slowly a 408, and one with another hash than
+    ``expect`` was told a 503, before its last block has been looked at.
     """
 
     def __init__(self, source: Iterator[bytes], length: int | None) -> None:
@@ -5576,6 +5690,8 @@ class BodyReader:
         self.received = 0
         self.finished = length == 0
         self._source = source
+        self._digest: hashlib._Hash | None = None
+        self._expected = ""
 
     @classmethod
     def of(cls, data: bytes) -> BodyReader:
@@ -5593,7 +5709,16 @@ class BodyReader:
             self.received += len(block)
             self._check(self.received)
             self.finished = not block or self.received == self.length
+            if self._digest is not None:
+                self._digest.update(block)
+                if self.finished and self._digest.hexdigest() != self._expected:
+                    raise ProtocolError(503, "the body was damaged on its way: send it again")
             yield block
+
+    def expect(self, sha256: str | None) -> None:
+        """Check the body while it is read; None where who reads it does that."""
+        self._digest = None if sha256 is None else hashlib.sha256()
+        self._expected = sha256 or hashlib.sha256().hexdigest()
 
     def _check(self, size: int) -> None:
         if size > self.limit:
@@ -5605,7 +5730,8 @@ class Request:
     """One request. ``path`` is decoded; ``headers`` has lower-case names.
 
     ``params`` holds what the route's wildcards matched, ``secret`` what is where the
-    route says that one stands; ``secure`` says that it came over TLS. ``alive()`` is
+    route says that one stands; ``secure`` says that it came over TLS, ``inside`` that it
+    comes from this process. ``target`` is what the request line has. ``alive()`` is
     False once the client has gone or the server is stopping: a handler that waits looks
     at it now and then. ``enter`` is told who it is from, and refuses it when there are
     too many.
@@ -5621,6 +5747,8 @@ class Request:
     params: Mapping[str, Any] = field(default_factory=dict)
     secret: str | None = None
     secure: bool = False
+    inside: bool = False
+    target: str = ""
     alive: Callable[[], bool] = lambda: True
     enter: Callable[[Identity], None] = lambda identity: None
 
@@ -5865,7 +5993,7 @@ class Router:
         raise ProtocolError(401, "log in first: give the farm's key with --key ('serve' prints it "
                             "on the coordinator, where it is not needed), or in a browser open the "
                             "link that 'login' prints there",
-                            WWW_Authenticate="Bearer")
+                            WWW_Authenticate="Povfarm")
 
     def _check_host(self, request: Request) -> None:
         # Only browsers can be rebound, and they always send a Host.
@@ -5909,7 +6037,7 @@ class Inside:
             return self._router.handle(Request(
                 method, _decode(path), _fields(query),
                 {name.lower(): value for name, value in headers.items()}, body,
-                alive=lambda: alive() and not self._stopped))
+                inside=True, target=target, alive=lambda: alive() and not self._stopped))
         finally:
             with self._changed:
                 self._under_way -= 1
@@ -6367,7 +6495,8 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self.asked = Request(
             self.command, _decode(path), _fields(query), headers,
             BodyReader(self._body(length, expects), length), self.remote,
-            secure=self.server.tls is not None, alive=self.alive, enter=self.enter,
+            secure=self.server.tls is not None, target=self.path, alive=self.alive,
+            enter=self.enter,
         )
         return True
 
@@ -8922,26 +9051,22 @@ class _Crew:
         for grant in states.grants:
             self._see(grant.worker)
 
-    def join(self, info: WorkerInfo, token: str, address: str, admitted: bool,
-             who: str = "") -> tuple[int, str]:
-        """Add a worker whose secret hashes to ``token``; return its id and its code.
+    def join(self, info: WorkerInfo, token: str, address: str, code: str = "",
+             who: str = "") -> int:
+        """Add a worker whose secret hashes to ``token``; return its id.
 
-        A worker that is not admitted yet is pending until ``admit`` is
-        called with its code. The same secret again, as when an answer was lost,
-        adds no second worker.
+        With a ``code`` it is pending until ``admit`` is called with that. The same secret
+        again, as when an answer was lost, adds no second worker.
         """
-        state = WorkerState.ADMITTED if admitted else WorkerState.PENDING
-        code = "".join(secrets.choice(CODE_LETTERS) for _ in range(6))
+        state = WorkerState.PENDING if code else WorkerState.ADMITTED
         with self.states.tx(who) as tx:
             known = tx.worker_by_token(token)
             if known is not None:
-                if admitted:
-                    tx.set_worker_state(known.id, state)
-                return known.id, known.code
+                return known.id
             worker = tx.add_worker(info, token, state, code, address, self.clock.time())
-            self.states.tell(tx, "joined" if admitted else "asks to join", info.name, worker=worker)
+            self.states.tell(tx, "asks to join" if code else "joined", info.name, worker=worker)
         self._see(worker)
-        return worker, code
+        return worker
 
     def rejoin(self, worker: int, info: WorkerInfo, address: str) -> None:
         """Take what a known worker says of itself when it comes again."""
@@ -10307,23 +10432,34 @@ MAX_HELD = 4  # of an address at a time: while they wait, it gets no other key l
 MAX_ADDRESSES = 1000  # whose wrong keys are remembered
 MAX_PENDING = 100  # workers that ask to join
 MAX_INVITED = 10_000  # people by one invitation
+MAX_PAIRINGS = 200  # that are begun in a minute
+MAX_SESSIONS = 10_000  # of programs that have proved who they are
+IDLE_SESSION = 3600.0  # seconds after which such a one may be forgotten
+HELLO_TIME = 60.0  # seconds in which its first request has to come
 
 
 class Access:
-    """Tells who sends a request: by farm key, a person's or worker's token or browser login.
+    """Tells who sends a request: by proof that a secret is known, or by browser login.
 
-    The farm key is the admin's; a worker has a token of its own, and so have people and
-    programs, with their name in it. A login code works once and is exchanged for a cookie, as
-    Jupyter does it, which is its holder's. Who tries wrong ones again and again is answered more
-    and more slowly.
+    The farm key is the admin's; workers, people and programs have secrets of their own. Both
+    ends prove theirs in ``hello`` and what follows, a ``Session``; no secret is sent. A login
+    code works once and is exchanged for a cookie, as Jupyter does it, which is its holder's. Who
+    tries wrong ones again and again is answered more and more slowly.
     """
 
     def __init__(self, store: Store, farm_key: str, private: bool, clock: Clock,
-                 people: People) -> None:
+                 people: People, pin: str = "") -> None:
         with store.read() as tx:
-            self.cookie = f"povfarm-{tx.meta('farm_id')[:8]}"
+            self.farm_id = tx.meta("farm_id")
+        self.cookie = f"povfarm-{self.farm_id[:8]}"
         self._store, self._people = store, people
         self._key = farm_key
+        self._hash = secret_hash(farm_key)
+        self.pin = pin
+        self.pairings = Pairings(clock)
+        self._boot = secrets.token_bytes(32)  # of this process: marks what it has answered
+        self._proven: dict[str, Session] = {}  # by their names, the one used last at the end
+        self._closed = -math.inf  # no session begins that is from before this time
         # Travels in addresses, so it is another one. A cookie, of which form tokens are made in
         # the same way, has no zero byte.
         self.guest_key = hmac.new(farm_key.encode(), b"\0guests", "sha256").hexdigest()[:32]
@@ -10341,10 +10477,17 @@ class Access:
         if request.secret is not None:
             return self._by_guest_key(request.secret, request)
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and token:
-            return self._by_token(token.strip(), request.remote)
+        if scheme.lower() in ("povfarm", "bearer"):
+            self._check_patience(request.remote)
+            if scheme.lower() == "povfarm":
+                return self._by_proof(request, token.strip())
+            if not request.inside:
+                raise ProtocolError(401, "keys are not sent here, requests are signed with them: "
+                                    "use this version's povfarm.py, or see docs/api.md")
+            who, secret = split_key(token)
+            return self._known(who, secret_hash(secret), request.remote)
         with self._lock:
-            end, name = self._sessions.get(_secret_hash(self._session(request)), (0.0, ""))
+            end, name = self._sessions.get(secret_hash(self._session(request)), (0.0, ""))
         identity = self._named(name)
         if end <= self._clock.monotonic() or identity is None:
             return self._stranger
@@ -10381,7 +10524,7 @@ class Access:
         """Exchange a login code for a session; ``ProtocolError`` 403 when it is no good."""
         self._check_patience(remote)
         with self._lock:
-            end, name = self._codes.pop(_secret_hash(code), (0.0, ""))
+            end, name = self._codes.pop(secret_hash(code), (0.0, ""))
         if end >= self._clock.monotonic():
             return self._issue(self._sessions, name, SESSION_TIME)
         self.slow_down(remote)
@@ -10391,7 +10534,7 @@ class Access:
     def log_out(self, request: Request) -> None:
         """End the session of a request's cookie."""
         with self._lock:
-            self._sessions.pop(_secret_hash(self._session(request)), None)
+            self._sessions.pop(secret_hash(self._session(request)), None)
 
     def form_token(self, request: Request) -> str:
         """Return the token that a form on a page for this browser must hold."""
@@ -10417,31 +10560,103 @@ class Access:
         with self._lock:
             for old in [one for one, (end, _) in ends.items() if end < now]:
                 del ends[old]
-            ends[_secret_hash(secret)] = now + seconds, name
+            ends[secret_hash(secret)] = now + seconds, name
         return secret
 
-    def _by_token(self, token: str, remote: str) -> Identity:
-        self._check_patience(remote)
-        if hmac.compare_digest(token.encode(), self._key.encode()):
+    def hello(self, who: str, nonce: str) -> dict[str, str]:
+        """Prove to a client that we know the secret of ``who``, as it will have to.
+
+        Nothing of it is kept until then. What is told of somebody who is not known here
+        looks like what is told of all others.
+        """
+        said = f"{who.encode().hex()}.{nonce}.{int(self._clock.monotonic() * 1000):x}"
+        session = self._session_called(f"{said}.{mac(self._boot, said)}")
+        return {"session": session.name, "farm_id": self.farm_id, "proof": session.proof}
+
+    def _session_called(self, name: str) -> Session:
+        """Return the session of a name that ``hello`` has made."""
+        secret = self._secret_of(_whose(name)) or mac(self._boot, name)
+        return Session(name, name.split(".")[1], secret, self.farm_id, self.pin)
+
+    def _secret_of(self, who: str) -> str:
+        """Return the hash of somebody's secret, also of a removed worker; empty for nobody's."""
+        if who == FARM:
+            return self._hash
+        with self._store.read() as tx:
+            if not re.fullmatch(WORKER + "[0-9]{1,15}", who):
+                person = tx.person(urllib.parse.unquote(who))
+                return person.token if person else ""
+            worker = tx.find_worker(int(who[1:]))
+        known = re.fullmatch("(?:removed [0-9]+ )?([0-9a-f]{64})", worker.token if worker else "")
+        return known[1] if known else ""
+
+    def secret_for(self, name: str, ticket: str) -> str:
+        """Return the secret of a worker that joins with the key of somebody."""
+        key = self._secret_of(FARM if name == ADMIN else urllib.parse.quote(name))
+        return worker_secret(key, self.farm_id, ticket)
+
+    def _by_proof(self, request: Request, proof: str) -> Identity:
+        """Return who has signed the request, which is taken once."""
+        match = _PROOF.fullmatch(proof)
+        session = match and (self._proven.get(match[1]) or self._new_session(match[1]))
+        sha256 = request.headers.get("x-sha256", "")
+        if not (match and session and session.has_signed(
+                match[3], int(match[2]), request.method, request.target, sha256)):
+            raise self._wrong_key(request.remote, _whose(match[1]) if match else FARM)
+        self._use(session, int(match[2]))
+        request.body.expect(sha256)
+        return self._known(_whose(session.name), session.secret, request.remote)
+
+    def _new_session(self, name: str) -> Session:
+        """Return a session that nobody has used yet: soon after ``hello``, or what is heard twice
+        could be taken twice."""
+        said, _, mark = name.rpartition(".")
+        if not hmac.compare_digest(mark, mac(self._boot, said)) or (
+                _said_at(name) <= max(self._closed, self._clock.monotonic() - HELLO_TIME)):
+            raise _session_over()
+        return self._session_called(name)
+
+    def _use(self, session: Session, count: int) -> None:
+        """Note that a session has signed a request; it is refused when that comes again."""
+        now = self._clock.monotonic()
+        with self._lock:
+            session = self._proven.pop(session.name, session)
+            self._proven[session.name] = session
+            session.used = now
+            if not session.takes(count):
+                raise _session_over()
+            oldest = next(iter(self._proven.values()))
+            if len(self._proven) > MAX_SESSIONS or now - oldest.used > IDLE_SESSION:
+                del self._proven[oldest.name]
+                self._closed = max(self._closed, _said_at(oldest.name))
+
+    def _known(self, who: str, secret: str, remote: str) -> Identity:
+        """Return somebody whose secret has this hash."""
+        if hmac.compare_digest(secret, self._hash):
             return _ADMIN
-        name = urllib.parse.unquote(token.rpartition(":")[0])
-        if name != ADMIN and (person := self._named(name, _secret_hash(token))):
+        name = urllib.parse.unquote(who)
+        if name != ADMIN and (person := self._named(name, secret)):
             return person
         with self._store.read() as tx:
-            row = tx.worker_by_token(_secret_hash(token))
-            removed = row is None and tx.was_removed(_secret_hash(token))
+            row = tx.worker_by_token(secret)
+            removed = row is None and tx.was_removed(secret)
         if removed:
             raise ProtocolError(401, "this worker was removed from the farm: to let it work again, "
                                 "start it with the farm's --key ('serve' prints it on the "
                                 "coordinator), or without, and admit it")
         if row is None:
-            self.slow_down(remote)
-            if name:
-                raise ProtocolError(401, f"this key of {name[:40]!r} is good for nothing (any "
-                                    "more): ask for an invitation, and come with --code")
-            raise ProtocolError(401, "this key is not the farm's: 'serve' prints the right one, "
-                                "for --key, on the coordinator")
-        return Identity(_WORKER_ROLES[WorkerState(row.state)], row.id, row.name)
+            raise self._wrong_key(remote, who)
+        if row.state is WorkerState.PENDING:  # a stranger whose turn may come
+            return Identity(self._stranger.roles | {"pending"}, row.id, row.name)
+        return Identity(_WORKER, row.id, row.name)
+
+    def _wrong_key(self, remote: str, who: str) -> ProtocolError:
+        self.slow_down(remote)
+        if who and not who.startswith(WORKER):
+            return ProtocolError(401, f"this key of {urllib.parse.unquote(who)[:40]!r} is good for "
+                                 "nothing (any more): ask for an invitation, and come with --code")
+        return ProtocolError(401, "this key is not the farm's: 'serve' prints the right one, "
+                             "for --key, on the coordinator")
 
     # --- people
 
@@ -10450,7 +10665,7 @@ class Access:
         """Add a person, whose key both ends make of the farm's, so that it is not sent."""
         name = person_name(name)
         key = person_key(name, self._key, ticket)
-        return self._people.add(name, role, limits, _secret_hash(key), who)
+        return self._people.add(name, role, limits, secret_hash(key), who)
 
     def invite(self, role: Role, limits: Mapping[str, int], uses: int, ticket: str,
                who: str = ADMIN) -> str:
@@ -10471,7 +10686,7 @@ class Access:
             self.slow_down(remote)
             raise ProtocolError(403, "this code is wrong, or too old: ask for a new one")
         key = person_key(name, invitation.secret, ticket)
-        person = self._people.come(invitation, name, _secret_hash(key))
+        person = self._people.come(invitation, name, secret_hash(key))
         return person, derived(invitation.secret, "welcome", name, ticket)
 
     def _by_guest_key(self, key: str, request: Request) -> Identity:
@@ -10513,10 +10728,21 @@ def _check_origin(headers: Mapping[str, str]) -> None:
         raise ProtocolError(403, "a page of another site has sent this: nothing was done")
 
 
-def _secret_hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
+def _session_over() -> ProtocolError:
+    return ProtocolError(401, "this conversation is over: say hello again", SESSION_OVER)
 
 
+def _whose(name: str) -> str:
+    """Return who has said ``hello``."""
+    return bytes.fromhex(name.partition(".")[0]).decode()
+
+
+def _said_at(name: str) -> float:
+    """Return the time at which ``hello`` has made this name."""
+    return int(name.split(".")[2], 16) / 1000
+
+
+_PROOF = re.compile(r"session=([0-9a-f]*(?:\.[0-9a-f]+){3}),count=([0-9]{1,15}),mac=([0-9a-f]{64})")
 _ADMIN = Identity(frozenset({"reader", "person", "submit", "user", "admin"}), name=ADMIN)
 _ROLES_OF: Mapping[Role, frozenset[str]] = {
     Role.USER: frozenset({"reader", "person", "submit", "user"}),
@@ -10524,10 +10750,7 @@ _ROLES_OF: Mapping[Role, frozenset[str]] = {
     Role.SUBMIT: frozenset({"submit"}),
 }
 _GUEST = Identity(frozenset({"guest"}), name="guest")
-_WORKER_ROLES: Mapping[WorkerState, frozenset[str]] = {
-    WorkerState.PENDING: frozenset({"reader", "pending"}),
-    WorkerState.ADMITTED: frozenset({"reader", "pending", "worker"}),
-}
+_WORKER = frozenset({"reader", "pending", "worker"})
 
 
 class Views:
@@ -10673,6 +10896,50 @@ class Wish(Wired):
     want: int
     slots: int
     idle: int
+
+
+@dataclass(frozen=True)
+class Hello(Wired):
+    """What a client says first."""
+
+    who: str
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Pair(Wired):
+    """What a worker without a key sends beside its ``WorkerInfo``."""
+
+    commitment: str
+    share: str
+    nonce: str
+
+
+class Pairings:
+    """The coordinator's ends of pairings, by the commitments of the workers, for a minute."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: dict[str, tuple[Pairing, float]] = {}
+
+    def of(self, commitment: str, begin: bool) -> Pairing:
+        """Return the pairing, a new one where that may ``begin``.
+
+        There are few at a time: each is one try to meet a code that somebody is shown.
+        """
+        if not re.fullmatch("[0-9a-f]{64}", commitment):
+            raise UserError("a commitment is a SHA-256 hash")
+        now = self._clock.monotonic()
+        with self._lock:
+            self._known = {one: known for one, known in self._known.items() if known[1] > now}
+            if commitment not in self._known:
+                if not begin:
+                    raise ProtocolError(404, "this took too long: begin again", PAIRING_OVER)
+                if len(self._known) >= MAX_PAIRINGS:
+                    raise ProtocolError(429, "too many workers ask to join", Retry_After="10")
+                self._known[commitment] = Pairing(), now + HELLO_TIME
+            return self._known[commitment][0]
 
 
 @dataclass(frozen=True)
@@ -10923,6 +11190,7 @@ class Api:
            summary="Send a file of a job")
     def put_blob(self, request: Request) -> Response:
         """Body: the contents; 422 when they have another hash, 404 when no job asked for them."""
+        request.body.expect(None)  # the target is signed, and says it
         self._farm.put_blob(_sha256(request), request.body.blocks())
         return Response(204)
 
@@ -11018,35 +11286,43 @@ class Api:
         self._farm.people.remove(request.params["name"], request.identity.name)
         return Response(204)
 
+    @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello,
+           summary="Prove to each other that a secret is known")
+    def hello(self, request: Request) -> Response:
+        """Body: who (``farm`` for the farm key, or the ``who`` of a worker), nonce.
+
+        Answers the coordinator's proof, and the name of a session for signing requests.
+        """
+        hello = Hello.fields_of(request.json())
+        if len(hello["who"]) > 100 or not re.fullmatch("[0-9a-f]{32,64}", hello["nonce"]):
+            raise UserError("a nonce has 32 to 64 hexadecimal digits")
+        return json_response(self._access.hello(hello["who"], hello["nonce"]))
+
     # --- working
 
     @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, takes=WorkerInfo,
            summary="Join as a worker")
     def join(self, request: Request) -> Response:
-        """Body: name, cores, memory, system, engines, tags, ticket. Answers the worker's token.
+        """Body: name, cores, memory, system, engines, tags. Answers id, admitted.
 
-        With the farm key it is admitted at once; else it is pending, and shows ``code``.
-        A worker that shows the token it once got is the same worker again. A ticket, 32
-        letters and digits or more that nobody can guess, becomes the token, and sent again
-        is answered with the same worker.
+        With the farm key, and a ticket of 32 letters and digits or more, it is admitted at
+        once: its secret is made of both. A known worker is the same worker again. Without,
+        it sends a commitment, gets share and nonce, sends its own, and is pending: see
+        ``Pairing``. The same again is answered with the same worker.
         """
         wire = request.json()
         info = WorkerInfo.from_wire(wire)
-        ticket = want({"ticket": "", **wire}, "ticket", str)
-        if ticket and not re.fullmatch("[A-Za-z0-9_-]{32,100}", ticket):
-            raise UserError("a ticket has 32 to 100 letters and digits")
         if request.identity.worker:
             return self._rejoin(request, info)
-        has_key = bool({"admin", "user"} & request.identity.roles)
-        admitted = has_key or (self._admit_private and _is_private(request.remote))
-        if not has_key:
-            self._access.slow_down(request.remote)
-            self._make_room()
-        token = ticket or secrets.token_urlsafe(32)
-        worker, code = self._farm.join(info, _secret_hash(token), request.remote, admitted,
-                                       request.identity.name)
-        return json_response(
-            {"id": worker, "token": token, "admitted": admitted, "code": code}, 201)
+        if not {"admin", "user"} & request.identity.roles:
+            return self._pair(request, info, Pair.fields_of({"share": "", "nonce": "", **wire}))
+        ticket = want(wire, "ticket", str)
+        if not re.fullmatch("[A-Za-z0-9_-]{32,100}", ticket):
+            raise UserError("a ticket has 32 to 100 letters and digits")
+        secret = self._access.secret_for(request.identity.name, ticket)
+        worker = self._farm.join(info, secret_hash(secret), request.remote,
+                                 who=request.identity.name)
+        return json_response({"id": worker, "admitted": True}, 201)
 
     @route("POST", "/api/v1/lease", role="pending", takes=Wish, summary="Ask for work")
     def lease(self, request: Request) -> Response:
@@ -11060,9 +11336,9 @@ class Api:
         worker = request.identity.worker
         leases = self._farm.lease(worker, offer, _seconds(wire.get("wait", 0)), request.alive)
         with self._store.read() as tx:
-            return json_response({
-                "leases": [lease.to_wire() for lease in leases], "open": tx.open_tasks(),
-                "pending": tx.worker(worker).state is WorkerState.PENDING})
+            pending = tx.worker(worker).state is WorkerState.PENDING
+            return json_response({"leases": [lease.to_wire() for lease in leases],
+                                  "open": 0 if pending else tx.open_tasks(), "pending": pending})
 
     @route("POST", "/api/v1/beat", role="worker", summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
@@ -11174,13 +11450,28 @@ class Api:
                 raise ProtocolError(429, "too many workers ask to join", Retry_After="30")
             self._farm.remove_worker(gone[0])
 
+    def _pair(self, request: Request, info: WorkerInfo, pair: Mapping[str, str]) -> Response:
+        """Answer one of the two requests of a worker that has no key."""
+        share, nonce = pair["share"], pair["nonce"]
+        if not share:
+            self._access.slow_down(request.remote)
+            self._make_room()
+        mine = self._access.pairings.of(pair["commitment"], begin=not share)
+        if not share:
+            return json_response({"share": mine.share, "nonce": mine.nonce})
+        if secret_hash(f"{share} {nonce}") != pair["commitment"]:
+            raise UserError("this is not what the commitment was made of")
+        secret, code = mine.agree(share, [self._access.farm_id, self._access.pin, info.name,
+                                          share, nonce, mine.share, mine.nonce])
+        admitted = self._admit_private and _is_private(request.remote)
+        worker = self._farm.join(info, secret_hash(secret), request.remote,
+                                 "" if admitted else code)
+        return json_response({"id": worker, "admitted": admitted}, 201)
+
     def _rejoin(self, request: Request, info: WorkerInfo) -> Response:
         worker = request.identity.worker
         self._farm.rejoin(worker, info, request.remote)
-        with self._store.read() as tx:
-            row = tx.worker(worker)
-        return json_response({"id": worker, "admitted": "worker" in request.identity.roles,
-                              "code": row.code, "token": ""})
+        return json_response({"id": worker, "admitted": "worker" in request.identity.roles})
 
     @contextlib.contextmanager
     def _delivered(self, request: Request, log_size: int = 0
@@ -11195,19 +11486,16 @@ class Api:
             raise ProtocolError(413, f"the log is larger than {format_size(MAX_LOG)}")
         if 0 < (request.body.length or 0) <= BUFFER and "files" not in request.query:
             data = request.body.read()
-            _check_hash(request, hashlib.sha256(data))
             yield mine, data[:max(log_size, 0)], data[max(log_size, 0):]
             return
-        text, digest = bytearray(), hashlib.sha256()
+        text = bytearray()
         with self._store.incoming() as place:
             with open(place / "image", "wb") as file:
                 for block in request.body.blocks():
                     self._store.need(len(block))
-                    digest.update(block)
                     head = max(log_size - len(text), 0)
                     text += block[:head]
                     file.write(block[head:])
-            _check_hash(request, digest)
             yield mine, bytes(text), place / "image"
 
     def _frame(self, tx: Look, request: Request) -> tuple[Job, Task]:
@@ -11268,12 +11556,6 @@ _PRIVATE = tuple(map(ipaddress.ip_network, (
 def _is_private(remote: str) -> bool:
     address = ipaddress.ip_address(remote.partition("%")[0])
     return any(address in network for network in _PRIVATE)
-
-
-def _check_hash(request: Request, digest: hashlib._Hash) -> None:
-    """Raise ``ProtocolError`` 503 for a body that was damaged on its way, to get it again."""
-    if request.headers.get("x-sha256", digest.hexdigest()) != digest.hexdigest():
-        raise ProtocolError(503, "the body was damaged on its way: send it again")
 
 
 def _cut_off(image: Path, size: int) -> dict[str, Path | None]:
@@ -11479,7 +11761,7 @@ class Httpov:
                 self._workers[client] = row.id
                 return None if row.state == WorkerState.REMOVED else int(row.id)
             info = WorkerInfo(client.replace(":", "-"), 1, 0, "HTTPov", {})
-            worker, _ = self._farm.join(info, _CLIENT_TOKEN + client, request.remote, True)
+            worker = self._farm.join(info, _CLIENT_TOKEN + client, request.remote)
             self._farm.receive(worker, self._guest)
             self._workers[client] = worker
             return worker
@@ -12439,7 +12721,8 @@ class Coordinator:
             farm_id = tx.meta("farm_id")
         self.name = name or socket.gethostname()
         self.scheduler = Scheduler(self.store, self.clock, lease_time, allowance)
-        self.access = Access(self.store, self.key, private, self.clock, self.scheduler.people)
+        self.access = Access(self.store, self.key, private, self.clock, self.scheduler.people,
+                             self.pin)
         self.api = Api(self.scheduler, self.access, self.name, admit_private)
         pages = Pages(self.api, self.scheduler, self.access, self.pin, typed)
         dialects = [Httpov(self.scheduler, self.access)] if httpov else []
@@ -13253,6 +13536,10 @@ class ServerGone(FarmError):
     """The coordinator did not answer for as long as it was tried, or until stopped."""
 
 
+class WrongFarm(FarmError):
+    """Who answers does not know the secret that our coordinator would know."""
+
+
 class RequestRefused(FarmError):
     """The coordinator answered, and said no: ``status`` and ``detail`` are its."""
 
@@ -13273,6 +13560,13 @@ class Call:
     body: tuple[Path | bytes, ...]
     timeout: float
     stop: threading.Event
+    sign: Callable[[str, str, str], str] | None = None
+
+    def fields(self) -> dict[str, str]:
+        """Return the headers, signed anew: a signature is good for one time."""
+        signed = {} if self.sign is None else {"Authorization": self.sign(
+            self.method, self.target, self.headers.get("X-SHA256", ""))}
+        return {**self.headers, **signed}
 
     def open_body(self, held: contextlib.ExitStack) -> tuple[list[BinaryIO], int]:
         """Return the parts of the body, open until ``held`` closes them, and the size of all."""
@@ -13321,8 +13615,12 @@ class Transport:
 
     ``fingerprint`` is the SHA-256 of the only certificate that is accepted;
     without it, the system says which are. Raises ``ServerGone`` when no answer
-    comes, ``UserError`` when the certificate is wrong.
+    comes, ``UserError`` when the certificate is wrong. ``signs`` tells that what is
+    sent could be changed on its way.
     """
+
+    signs = True
+    pin = ""  # of the certificate that was seen
 
     def __init__(self, base_url: str, fingerprint: str = "") -> None:
         url = _split_url(base_url)
@@ -13334,6 +13632,24 @@ class Transport:
         self._prefix = url.path.rstrip("/")
         self._fingerprint = fingerprint.replace(":", "").lower()
         self._idle: list[socket.socket] = []  # append and pop are atomic
+
+    def prove(self, key: str, call: Call) -> Callable[[str, str, str], str]:
+        """Return what signs requests once the coordinator has proved that it knows the key.
+
+        It is sent nothing before that but a number. ``WrongFarm`` when it does not know it.
+        """
+        (who, secret), nonce = split_key(key), secrets.token_hex(16)
+        hello = _to_json({"who": who, "nonce": nonce})
+        headers = {"Content-Type": "application/json"}
+        with contextlib.closing(self.exchange(
+                Call("POST", HELLO, headers, (hello,), call.timeout, call.stop))) as answer:
+            _raise_refusal(answer)
+            told = _told(_in_memory(answer, BUFFER), "session", "farm_id", "proof")
+        session = Session(told["session"], nonce, secret_hash(secret), told["farm_id"], self.pin)
+        if not hmac.compare_digest(session.proof, told["proof"]):
+            raise WrongFarm(f"the coordinator at {self._base_url} does not have "
+                            + _LACKS[not who.startswith(WORKER)])
+        return session.sign
 
     def exchange(self, call: Call) -> Answer:
         """Send ``call`` and return the head of the answer."""
@@ -13417,7 +13733,7 @@ class Transport:
         return False
 
     def _head(self, call: Call, size: int) -> bytes:
-        fields = {"Host": self._authority, "User-Agent": f"povfarm/{VERSION}", **call.headers}
+        fields = {"Host": self._authority, "User-Agent": f"povfarm/{VERSION}", **call.fields()}
         if size or call.method not in ("GET", "HEAD", "DELETE"):
             fields["Content-Length"] = str(size)
         target = self._prefix + call.target
@@ -13464,11 +13780,18 @@ class Transport:
                 f"{self._host} shows another certificate than it should: it is not your "
                 "coordinator, or has a new one (its worker command shows which)"
             )
+        if self.pin not in ("", seen):  # what is signed from now on must fit this one
+            secured.close()
+            self.pin = seen
+            raise RequestRefused(401, "the coordinator has a new certificate", SESSION_OVER)
+        self.pin = seen
         return secured
 
 
 class Within(Transport):
-    """Hands calls to a coordinator in this process."""
+    """Hands calls to a coordinator in this process: there is nobody else to prove it to."""
+
+    signs = False
 
     def __init__(self, inside: Inside) -> None:
         self._inside = inside
@@ -13495,12 +13818,16 @@ class Within(Transport):
         return Answer(response.status, {name.lower(): value for name, value
                                         in response.headers.items()}, read, response.close)
 
+    def prove(self, key: str, call: Call) -> Callable[[str, str, str], str]:
+        """Return what shows the key."""
+        return functools.partial("Bearer {0}".format, key)
+
     def _ask(self, call: Call) -> Response | None:
         with contextlib.ExitStack() as held:
             parts, size = call.open_body(held)
             blocks = (iter(functools.partial(part.read, BUFFER), b"") for part in parts)
             body = BodyReader(itertools.chain(*blocks, [b""]), size)
-            return self._inside.answer(call.method, call.target, call.headers, body,
+            return self._inside.answer(call.method, call.target, call.fields(), body,
                                        lambda: not call.stop.is_set())
 
     def close(self) -> None:
@@ -13512,8 +13839,9 @@ class Client:
     """Talks to one coordinator; may be used by several threads at once.
 
     What was sent may arrive twice, when an answer was lost: the coordinator's
-    routes are made for that. ``token`` may be changed at any time. Addresses
-    that are none are a ``UserError``.
+    routes are made for that. ``token`` is a key, see ``split_key``, and may be changed
+    at any time; it is never sent. Who does not know it is told nothing, ``WrongFarm``.
+    Addresses that are none are a ``UserError``.
     """
 
     def __init__(self, base_url: str, token: str = "", *, retry_for: float = 60.0,
@@ -13528,6 +13856,9 @@ class Client:
         self._stop = threading.Event()
         self._longest = _LONGEST_DELAY
         self._tell: Callable[[str], None] = log.info
+        self._proving = threading.Lock()
+        self._proven: tuple[str, Callable[[str, str, str], str]] | None = None
+        self._was_there = False
 
     def keep_trying(self, tell: Callable[[str], None], stop: threading.Event,
                     longest: float = 5.0) -> None:
@@ -13554,7 +13885,8 @@ class Client:
             body = _to_json(json)
             fields["Content-Type"] = "application/json"
         parts = body if isinstance(body, tuple) else (body,)
-        if method == "PUT" and not isinstance(body, Path):  # of a project's file it is in ``path``
+        if self.token and self.transport.signs and any(parts) and not (
+                isinstance(body, Path)):  # of a project's file it is in ``path``
             fields["X-SHA256"] = sha256_file(*parts)
         call = Call(method, path, fields, parts, timeout, stop or self._stop)
         return self._persist(call, retry_for, _in_memory)
@@ -13574,6 +13906,15 @@ class Client:
         """Return the JSON that is at ``path``; ``how`` is as for ``request``."""
         return self.request("GET", path, **how).json()
 
+    def claims(self, stop: threading.Event | None = None) -> str:
+        """Return the id of the farm that the coordinator says it is: it may not be true."""
+        hello = {"who": "", "nonce": secrets.token_hex(16)}
+        answer = self.request("POST", HELLO, json=hello, stop=stop).body
+        farm_id = _told(answer, "farm_id")["farm_id"]
+        if not re.fullmatch("[0-9a-f]{8,64}", farm_id):
+            raise FarmError(f"{self.base_url} is not a povfarm coordinator")
+        return farm_id
+
     def hurry(self) -> None:
         """Try at once what waits to be tried again: there may be a coordinator again."""
         self._hurried = self._clock.monotonic()
@@ -13585,26 +13926,35 @@ class Client:
     def _persist(self, call: Call, retry_for: float | None,
                  consume: Callable[[Answer], bytes]) -> Reply:
         """Try until there is an answer that is not "later"."""
-        if self.token:
-            call = replace(call, headers={**call.headers, "Authorization": f"Bearer {self.token}"})
         patience = self._retry_for if retry_for is None else retry_for
         start = self._clock.monotonic()
         longest, deadline, tell = _FIRST_DELAY, start + patience, start + _TELL_FIRST
+        once_more = True
         while not call.stop.is_set():
             delay = longest * random.uniform(0.5, 1)  # or all workers would come back at once
             try:
-                with contextlib.closing(self.transport.exchange(call)) as answer:
+                signed = replace(call, sign=self._sign(call)) if self.token else call
+                with contextlib.closing(self.transport.exchange(signed)) as answer:
                     _raise_refusal(answer)
                     if tell > start + _TELL_FIRST:
                         self._tell(f"{self.base_url} answers again")
                     return Reply(answer.status, answer.headers, consume(answer))
             except RequestRefused as error:
-                if error.status not in _TRY_LATER:
+                if error.detail == SESSION_OVER:
+                    known, self._proven = self._proven, None
+                    if once_more and known:
+                        once_more = False
+                        continue
+                elif error.status not in _TRY_LATER:
                     raise
                 failure: FarmError = error
                 delay = max(delay, min(error.later, _LONGEST_DELAY))
-            except ServerGone as error:
+            except WrongFarm as error:  # somebody else has its place: perhaps while it is away
+                if not self._was_there:
+                    raise
                 failure = error
+            except ServerGone as error:
+                failure, once_more = error, True
             if call.stop.is_set():
                 break
             if self._clock.monotonic() + delay > deadline:
@@ -13615,6 +13965,15 @@ class Client:
             hurried = self._pause(call, delay)
             longest = _FIRST_DELAY if hurried else min(longest * 2, self._longest)
         raise ServerGone(f"stopped before {self.base_url} had answered")
+
+    def _sign(self, call: Call) -> Callable[[str, str, str], str]:
+        """Return what signs requests with the key of now."""
+        with self._proving:
+            token, known = self.token, self._proven
+            if known is None or known[0] != token:
+                known = self._proven = token, self.transport.prove(token, call)
+                self._was_there = True
+            return known[1]
 
     def _pause(self, call: Call, seconds: float) -> bool:
         """Wait until it is time to try again; True when ``hurry`` ended the wait.
@@ -13627,6 +13986,21 @@ class Client:
             if self._hurried > start and now > start + _STOP_LOOK:
                 return True
         return False
+
+
+_LACKS = (
+    "the secret that this computer and its farm share: it is another farm, or "
+    "somebody who pretends to be yours. Nothing was sent to it",
+    "your farm's key: it is another farm, or somebody who pretends to be yours "
+    "(give the key of the one that is meant with --key). Nothing was sent to it")
+
+
+def _told(body: bytes, *names: str) -> dict[str, str]:
+    """Return the texts that are in an answer."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        told = json.loads(body)
+        return {name: str(told[name]) for name in names}
+    raise FarmError("this is no answer of a povfarm coordinator: wrong address?")
 
 
 def _split_url(base_url: str) -> urllib.parse.SplitResult:
@@ -17629,20 +18003,20 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     own = Client(client.base_url, retry_for=math.inf, transport=client.transport)
     if options.command == "work":
         own.keep_trying(_news(), threading.Event(), longest=30.0)
-    token = _Token(home / "workers", str(info["name"]), client.base_url)
-    reply = _admission(own, client.token, token, info, stop)
-    begin = functools.partial(_begin_work, own, engine, options)
-    if not reply["admitted"]:
-        _say(f"waiting to be let in: the status page at {own.base_url} shows the code "
-             f"{reply['code']}, or type there: povfarm.py admit --server {own.base_url} "
-             f"{reply['code']}")
+    farm_id = own.claims(stop)
+    kept = _Kept(home / "workers", str(info["name"]), farm_id)
+    admitted, code = _admission(own, client.token, kept, info, stop)
+    begin = functools.partial(_begin_work, own, engine, options, kept)
+    if not admitted:
+        _say(f"waiting to be let in, with the code {code}: compare it with the one on the page at "
+             f"{own.base_url} and press Admit, or type on that computer: povfarm.py admit {code}")
     elif options.command == "work":
         begin()
     projects = near if isinstance(near, InPlace) else Cache(
         home / "cache", options.cache_size, own, near)
     bounds = Bounds(None if options.unconfined else (), memory=options.memory or total_memory())
     worker = Worker(own, engine, launcher, projects, cores, options.until_idle, bounds=bounds,
-                    admitted=None if reply["admitted"] else begin)
+                    admitted=None if admitted else begin)
     try:
         yield worker
     finally:
@@ -17650,31 +18024,56 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
         worker.stop()  # at once
 
 
-def _admission(own: Client, key: str, token: _Token, info: Mapping[str, Any],
-               stop: threading.Event | None) -> dict[str, Any]:
-    """Ask a coordinator to be its worker; ``own`` is known to it from then on."""
-    reply: dict[str, Any] = {}
-    # What was kept may be of no use any more, or of a time when it came without the key.
-    for own.token in dict.fromkeys((token.read() or key, key)):
+def _admission(own: Client, key: str, kept: _Kept, info: Mapping[str, Any],
+               stop: threading.Event | None) -> tuple[bool, str]:
+    """Ask a coordinator to be its worker; ``own`` is known to it from then on.
+
+    Tell whether it is let in, and the code if not. A farm that let it in once has to prove it.
+    """
+    for token in filter(None, (kept.key, key)):
+        own.token = token
         try:
             reply = own.request("POST", "/api/v1/workers", json=info, stop=stop).json()
-        except RequestRefused as error:
-            if error.status != 401 or own.token == key:
+        except (RequestRefused, WrongFarm) as error:
+            if getattr(error, "status", 401) != 401 or (
+                    token == key or (kept.admitted and not key)):
                 raise
-        else:
-            if reply["admitted"] or not key:
-                break
-    if reply["token"]:
-        own.token = reply["token"]
-        token.write(own.token)
-    return reply
+            continue
+        if token == key:
+            secret = worker_secret(secret_hash(split_key(key)[1]), kept.farm_id, info["ticket"])
+            own.token = f"{WORKER}{reply['id']}:{secret}"
+        if reply["admitted"] or not key:
+            return kept.write(own.token, reply["admitted"], kept.code)
+    own.token = ""
+    while True:
+        try:
+            return kept.write(*_pair(own, kept.farm_id, info, stop))
+        except RequestRefused as error:
+            if error.detail != PAIRING_OVER:
+                raise
 
 
-def _begin_work(client: Client, engine: Engine, options: Options) -> None:
+def _pair(own: Client, farm_id: str, info: Mapping[str, Any],
+          stop: threading.Event | None) -> tuple[str, bool, str]:
+    """Agree with a coordinator on a key; return it, whether that is let in, and the code."""
+    mine = Pairing()
+    wire = {**info, "commitment": mine.commitment}
+    ask = functools.partial(own.request, "POST", "/api/v1/workers", stop=stop)
+    theirs = ask(json=wire).json()
+    reply = ask(json={**wire, "share": mine.share, "nonce": mine.nonce}).json()
+    secret, code = mine.agree(theirs["share"], [
+        farm_id, own.transport.pin, info["name"], mine.share, mine.nonce, theirs["share"],
+        theirs["nonce"]])
+    own.token = f"{WORKER}{reply['id']}:{secret}"
+    return own.token, reply["admitted"], code
+
+
+def _begin_work(client: Client, engine: Engine, options: Options, kept: _Kept) -> None:
     """Say for whom a worker works that was let in, and remember it for the next time."""
     _say(f"working for {client.base_url} with POV-Ray {engine.version} "
          "(Ctrl-C finishes what is under way, twice stops at once)")
     with contextlib.suppress(FarmError, OSError):
+        kept.write(client.token, True)
         farm = client.get("/api/v1/farm", retry_for=0)
         known = {name: farm[name] for name in ("name", "farm_id")}
         atomic_write(options.data / "workers" / "farm.json", json.dumps(known).encode())
@@ -17692,25 +18091,27 @@ def _worker_name(options: Options) -> str:
     return str(options.worker_name or socket.gethostname())
 
 
-class _Token:
-    """A worker's secret on disk: one for each name and farm."""
+class _Kept:
+    """What a worker keeps of a farm: its key there, whether it was let in, or else the code."""
 
-    def __init__(self, directory: Path, name: str, url: str) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        farm = hashlib.sha256(url.encode()).hexdigest()[:12]
-        self._path = directory / f"{_file_name(name)}-{farm}"
+    def __init__(self, directory: Path, name: str, farm_id: str) -> None:
+        self.farm_id = farm_id
+        self.key, self.admitted, self.code = "", False, ""
+        self._path = directory / f"{_file_name(name)}-{farm_id}"
+        with contextlib.suppress(OSError, ValueError):
+            self.key, admitted, self.code = json.loads(self._path.read_bytes())
+            self.admitted = bool(admitted)
+
+    def write(self, key: str, admitted: bool, code: str = "") -> tuple[bool, str]:
+        """Keep it, in the same file, where a full disk has room; return the latter two."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.touch(0o600)
-
-    def read(self) -> str:
-        """Return the secret, empty when there is none."""
-        return self._path.read_text(encoding="ascii").strip()
-
-    def write(self, token: str) -> None:
-        """Keep a secret; in the same file, where a full disk has room."""
         self._path.chmod(0o600)
         with open(self._path, "r+", encoding="ascii") as file:
-            file.write(token)
+            file.write(json.dumps([key, admitted, code]))
             file.truncate()
+        self.key, self.admitted, self.code = key, admitted, code
+        return admitted, code
 
 
 def _work_here(worker: Worker) -> None:
@@ -17981,11 +18382,12 @@ def _check_coordinator(client: Client, options: Options, retry_for: float | None
     key = client.token
     try:
         farm = ask().json()
-    except RequestRefused as error:
-        if error.status == 403 or (error.status == 401 and not key and (
+    except (RequestRefused, WrongFarm) as error:
+        status = getattr(error, "status", 401)
+        if status == 403 or (status == 401 and not key and (
                 options.command == "work" or options.code)):
             return client  # a private farm, of which only those see something who were let in
-        if error.status != 401 or options.key or not key:
+        if status != 401 or options.key or not key:
             raise
         client.token = ""  # a key that only lies here is another farm's
         farm = ask().json()

@@ -28,6 +28,7 @@ from helpers.farm_in_a_box import (
     sha256,
 )
 from helpers.pictures import png
+from helpers.trust import join_by, key_of_worker
 from povfarm import BodyReader, JobState, LeaseSpec, ProtocolError, Request, TaskState
 
 __all__ = ["farm_fixture"]
@@ -71,6 +72,7 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
     ("PATCH", "/api/v1/users/<name>"): ("admin", "/api/v1/users/anna"),
     ("DELETE", "/api/v1/users/<name>"): ("admin", "/api/v1/users/anna"),
     ("POST", "/api/v1/workers"): ("anyone", "/api/v1/workers"),
+    ("POST", "/api/v1/hello"): ("anyone", "/api/v1/hello"),
     ("POST", "/api/v1/lease"): ("pending", "/api/v1/lease"),
     ("POST", "/api/v1/leave"): ("pending", "/api/v1/leave"),
     ("POST", "/api/v1/beat"): ("worker", "/api/v1/beat"),
@@ -93,22 +95,24 @@ ROLES: Dict[str, FrozenSet[str]] = {
 
 
 def join(farm: Farm, name: str = "anna", key: Optional[str] = KEY, **more: Any) -> Dict[str, Any]:
-    """Join as a worker; return the answer with its token."""
-    reply = farm.ask("POST", "/api/v1/workers", key=key, json_body={**WORKER, "name": name}, **more)
-    assert reply.status == 201, reply.body
-    return dict(reply.json())
+    """Join as a worker; return the answer with its key and its code."""
+    return join_by(farm.ask, key, {**WORKER, "name": name}, farm.access.farm_id, **more)
+
+
+def secret_of(key: str) -> str:
+    return key.partition(":")[2]
 
 
 def key_of(who: str, farm: Farm) -> Optional[str]:
     if who in ("stranger", "admin"):
         return KEY if who == "admin" else None
-    return str(join(farm, key=None if who == "pending" else KEY)["token"])
+    return str(join(farm, key=None if who == "pending" else KEY)["key"])
 
 
 def working(farm: Farm, frames: int = 3) -> Tuple[str, LeaseSpec]:
     """A job, a worker's token, and its lease."""
     farm.submit(frames)
-    token = join(farm)["token"]
+    token = join(farm)["key"]
     reply = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()
     return token, LeaseSpec.from_wire(reply["leases"][0])
 
@@ -158,7 +162,7 @@ def test_a_key_that_is_not_the_farms_opens_nothing(who: str, farm: Farm) -> None
     key = "x" * 64
     if who == "removed worker":
         worker = join(farm)
-        key = worker["token"]
+        key = worker["key"]
         assert farm.ask("DELETE", f"/api/v1/workers/{worker['id']}").status == 204
     for (method, _), (_, target) in ROUTES.items():
         reply = farm.ask(method, target, key=key)
@@ -236,9 +240,9 @@ def test_a_form_holds_the_token_of_its_own_browser(farm: Farm) -> None:
 
 def test_with_the_key_a_worker_is_in_at_once(farm: Farm) -> None:
     answer = join(farm)
-    assert answer["admitted"] is True and len(answer["token"]) >= 32
+    assert answer["admitted"] is True and "code" not in farm.ask("GET", "/api/v1/workers").json()
     farm.submit()
-    reply = farm.ask("POST", "/api/v1/lease", key=answer["token"], json_body=OFFER).json()
+    reply = farm.ask("POST", "/api/v1/lease", key=answer["key"], json_body=OFFER).json()
     assert len(reply["leases"]) == 1 and reply["pending"] is False and reply["open"] == 3
 
 
@@ -246,12 +250,12 @@ def test_without_a_key_a_worker_waits_to_be_admitted(farm: Farm) -> None:
     farm.submit()
     answer = join(farm, key=None)
     assert answer["admitted"] is False and re.fullmatch("[A-Z2-9]{6}", answer["code"])
-    reply = farm.ask("POST", "/api/v1/lease", key=answer["token"], json_body=OFFER).json()
-    assert reply == {"leases": [], "open": 3, "pending": True}
+    reply = farm.ask("POST", "/api/v1/lease", key=answer["key"], json_body=OFFER).json()
+    assert reply == {"leases": [], "open": 0, "pending": True}
     assert farm.ask("GET", "/api/v1/workers").json()["workers"][0]["code"] == answer["code"]
     admit = farm.ask("POST", "/api/v1/workers/admit", json_body={"code": answer["code"]})
     assert admit.json() == {"name": "anna"}
-    reply = farm.ask("POST", "/api/v1/lease", key=answer["token"], json_body=OFFER).json()
+    reply = farm.ask("POST", "/api/v1/lease", key=answer["key"], json_body=OFFER).json()
     assert len(reply["leases"]) == 1
     assert "code" not in farm.ask("GET", "/api/v1/workers").json()["workers"][0]
 
@@ -346,54 +350,67 @@ def test_a_guessed_login_code_costs_time_too(farm: Farm) -> None:
 
 def test_so_many_may_ask_to_join_and_those_that_went_away_make_room(farm: Farm) -> None:
     def ask(number: int) -> int:
-        return farm.ask("POST", "/api/v1/workers", key=None, remote=f"10.0.{number}.1",
-                        json_body=WORKER).status
+        remote = f"10.0.{number}.1"
+        status = farm.ask("POST", "/api/v1/workers", key=None, remote=remote,
+                          json_body={**WORKER, "commitment": f"{number:064x}"}).status
+        if status == 200:
+            join(farm, key=None, remote=remote)
+        return status
 
-    assert {ask(number) for number in range(povfarm.MAX_PENDING)} == {201}
+    assert {ask(number) for number in range(povfarm.MAX_PENDING)} == {200}
     assert ask(200) == 429
     assert join(farm, remote="10.0.0.1")["admitted"], "with the key one comes in all the same"
-    farm.clock.advance(31)
-    assert ask(201) == 201
+    farm.clock.advance(61)
+    assert ask(201) == 200
     views = farm.ask("GET", "/api/v1/workers").json()["workers"]
     assert len([view for view in views if "code" in view]) == povfarm.MAX_PENDING
 
 
 def test_no_secret_is_in_the_database(farm: Farm) -> None:
-    token = join(farm)["token"]
+    token = join(farm)["key"]
     session = farm.access.log_in(farm.access.login_code())
     farm.ask("GET", "/api/v1/farm", key=token)
     with farm.store.tx():
         pass
     stored = b"".join(path.read_bytes() for path in farm.root.rglob("*") if path.is_file())
-    assert b"anna" in stored and sha256(token.encode()).encode() in stored
-    for secret in (token, session, KEY):
+    assert KEY.encode() not in secret_of(token).encode() and b"anna" in stored and sha256(secret_of(token).encode()).encode() in stored
+    for secret in (secret_of(token), session, KEY):
         assert secret.encode() not in stored
 
 
 def test_a_worker_that_comes_again_is_the_same(farm: Farm) -> None:
     first = join(farm)
-    again = farm.ask("POST", "/api/v1/workers", key=first["token"],
+    again = farm.ask("POST", "/api/v1/workers", key=first["key"],
                      json_body={**WORKER, "cores": 16}).json()
-    assert (again["id"], again["admitted"], again["token"]) == (first["id"], True, "")
+    assert again == {"id": first["id"], "admitted": True}
     views = farm.ask("GET", "/api/v1/workers").json()["workers"]
     assert [(view["id"], view["cores"]) for view in views] == [(first["id"], 16)]
 
 
 def test_a_worker_whose_answer_was_lost_joins_once(farm: Farm) -> None:
     wire = {**WORKER, "ticket": "t" * 32}
-    for key, admitted in ((None, False), (None, False), (KEY, True), (KEY, True)):
-        reply = farm.ask("POST", "/api/v1/workers", key=key, json_body=wire)
-        answer = reply.json()
-        assert reply.status == 201
-        assert answer == {**answer, "id": 1, "token": "t" * 32, "admitted": admitted}
+    for _ in range(2):
+        reply = farm.ask("POST", "/api/v1/workers", json_body=wire)
+        assert reply.status == 201 and reply.json() == {"id": 1, "admitted": True}
         views = farm.ask("GET", "/api/v1/workers").json()["workers"]
-        assert [view["state"] for view in views] == ["idle" if admitted else "pending"]
-        assert admitted or views[0]["code"] == answer["code"]
-    assert farm.leases(1) == [] and farm.ask("POST", "/api/v1/leave", key="t" * 32,
+        assert [view["state"] for view in views] == ["idle"]
+    mine = key_of_worker(1, KEY, farm.access.farm_id, "t" * 32)
+    assert farm.leases(1) == [] and farm.ask("POST", "/api/v1/leave", key=mine,
                                              json_body={}).status in (200, 204)
     farm.ask("DELETE", "/api/v1/workers/1")
-    assert farm.ask("POST", "/api/v1/leave", key="t" * 32, json_body={}).status == 401
+    assert farm.ask("POST", "/api/v1/leave", key=mine, json_body={}).status == 401
     assert farm.ask("POST", "/api/v1/workers", json_body=wire).json()["id"] == 2
+
+
+def test_a_pairing_whose_answers_were_lost_makes_one_worker(farm: Farm) -> None:
+    mine = povfarm.Pairing()
+    wire = {**WORKER, "commitment": mine.commitment}
+    shown = {**wire, "share": mine.share, "nonce": mine.nonce}
+    answers = [farm.ask("POST", "/api/v1/workers", key=None, json_body=body).json()
+               for body in (wire, wire, shown, shown)]
+    assert answers[0] == answers[1] and answers[2] == answers[3] == {"id": 1, "admitted": False}
+    views = farm.ask("GET", "/api/v1/workers").json()["workers"]
+    assert [view["state"] for view in views] == ["pending"]
 
 
 @pytest.mark.parametrize("ticket", ["short", "t" * 31, "t" * 101, "t" * 31 + " ", 7, None])
@@ -431,7 +448,7 @@ def test_a_job_from_submit_to_archive(farm: Farm) -> None:
     for data in files.values():
         assert farm.ask("PUT", f"/api/v1/blobs/{sha256(data)}", body=data).status == 204
     job = answer["id"]
-    token = join(farm)["token"]
+    token = join(farm)["key"]
     while True:
         leases = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()["leases"]
         if not leases:
@@ -624,7 +641,7 @@ def test_a_lease_is_handed_back(farm: Farm) -> None:
 
 def test_a_worker_that_shows_the_lease_of_another_is_told_that_it_is_gone(farm: Farm) -> None:
     _, lease = working(farm)
-    other = join(farm, "bert")["token"]
+    other = join(farm, "bert")["key"]
     assert deliver(farm, other, lease).status == 410
     for target, body in ((f"/api/v1/leases/{lease.id}/release", {}),
                          (f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}/fail",
@@ -639,20 +656,22 @@ def ask_in_blocks(farm: Farm, method: str, target: str, headers: Mapping[str, st
     """A request whose body comes a little at a time."""
     path, _, query = target.partition("?")
     body = BodyReader(itertools.chain(blocks, [b""]), size)
-    return farm.router.handle(Request(method, path, dict(parse_qsl(query)), headers, body))
+    return farm.router.handle(
+        Request(method, path, dict(parse_qsl(query)), headers, body, target=target))
 
 
 def test_a_lease_is_looked_at_before_the_body(farm: Farm) -> None:
     _, lease = working(farm)
-    other = {"authorization": f"Bearer {join(farm, 'bert')['token']}"}
+    bert = join(farm, "bert")["key"]
 
     def blocks() -> Iterator[bytes]:
         raise AssertionError("the body is read")
         yield b""
 
     for what in ("", "/state"):
-        answer = ask_in_blocks(farm, "PUT", f"/api/v1/leases/{lease.id}/tasks/1{what}", other,
-                               blocks(), 1000)
+        target = f"/api/v1/leases/{lease.id}/tasks/1{what}"
+        other = farm.signer.headers(bert, "PUT", target, sha256=ZEROS)
+        answer = ask_in_blocks(farm, "PUT", target, other, blocks(), 1000)
         assert answer.status == 410
     assert not list(farm.root.glob("incoming/*"))
 
@@ -661,20 +680,22 @@ def test_a_lease_is_looked_at_before_the_body(farm: Farm) -> None:
 def test_a_delivery_is_never_whole_in_memory(known: bool, farm: Farm) -> None:
     width, height, mark = 4000, 1000, 1 << 16
     farm.submit(1, values={"Width": f"{width}", "Height": f"{height}", "Output_File_Type": "P"})
-    token = join(farm)["token"]
+    token = join(farm)["key"]
     reply = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()
     lease = LeaseSpec.from_wire(reply["leases"][0])
     text, head = b"log", b"P6\n%d %d\n255\n" % (width, height)
     packed = zip_of({"a.txt": bytes(20_000_000)})  # not compressed
     rest, sizes = 3 * width * height, (len(text) + len(head), len(packed))
+    digest = sha256(text + head + bytes(rest) + packed)
     blocks = itertools.chain([text + head], itertools.repeat(bytes(mark), rest // mark),
                              [bytes(rest % mark)], [packed[at:at + mark]
                                                     for at in range(0, len(packed), mark)])
+    target = (f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}"
+              f"?log={len(text)}&files={len(packed)}")
+    headers = farm.signer.headers(token, "PUT", target, sha256=digest)
     tracemalloc.start()
-    answer = ask_in_blocks(
-        farm, "PUT", f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}"
-        f"?log={len(text)}&files={len(packed)}", {"authorization": f"Bearer {token}"}, blocks,
-        sum(sizes) + rest if known else None)
+    answer = ask_in_blocks(farm, "PUT", target, headers, blocks,
+                           sum(sizes) + rest if known else None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert answer.body == b'{"accepted":true}' and peak < 2_000_000, peak
@@ -752,7 +773,7 @@ def test_an_image_that_the_browser_has_is_not_sent_again(still: Farm) -> None:
     f"/api/v1/manifests/{ZEROS}", f"/api/v1/jobs/{'9' * 18}", f"/api/v1/jobs/{'9' * 40}",
 ])
 def test_what_is_not_there_is_not_found(target: str, still: Farm) -> None:
-    key = join(still, "bert")["token"] if "manifests" in target else None
+    key = join(still, "bert")["key"] if "manifests" in target else None
     reply = still.ask("GET", target, key=key)
     assert reply.status == 404 and is_refusal(reply)
 
@@ -859,7 +880,7 @@ def test_an_odd_last_event_id_is_no_mistake_of_ours(value: str, farm: Farm) -> N
 
 @pytest.mark.parametrize("name", ["cpu", "wall", "memory", "log"])
 def test_odd_costs_of_an_image(name: str, farm: Farm) -> None:
-    token = join(farm)["token"]
+    token = join(farm)["key"]
     for value in ["x", "", "nan", "9" * 30, "-5", "inf", "1e999", "1e308"]:
         job = farm.submit(1)
         wire = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()["leases"][0]
@@ -962,6 +983,7 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
     bodies = {path: sorted(operation["requestBody"]["content"]["application/json"]["schema"]["required"])
               for (_, path), operation in described.items() if "requestBody" in operation}
     assert bodies == {
+        "/api/v1/hello": ["nonce", "who"],
         "/api/v1/workers": sorted(WORKER), "/api/v1/lease": ["idle", "slots", "want"],
         "/api/v1/workers/admit": ["code"],
         "/api/v1/users": ["limits", "name", "role", "ticket"],

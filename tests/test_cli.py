@@ -235,7 +235,7 @@ def test_a_worker_is_removed_by_its_name_or_its_number(
     try:
         for number, name in enumerate(("anna", "bert", "bert", "2")):
             info = povfarm.WorkerInfo(name, 1, 1, "x", {}, ())
-            farm.scheduler.join(info, str(number), "10.0.0.7", True)
+            farm.scheduler.join(info, str(number), "10.0.0.7")
         place = ["--server", farm.url, "--key", farm.key]
         for rest, code, words in (
                 (["remove", "anna"], 0, "anna is removed"), (["remove", "anna"], 2, "no worker"),
@@ -287,7 +287,7 @@ def test_a_name_neither_breaks_nor_steers_the_terminal(tmp_path: Path) -> None:
     farm.start()
     try:
         info = povfarm.WorkerInfo("\u6771\x1b[2J\x9b2J", 1, 1, "x", {}, ())
-        farm.scheduler.join(info, "1", "10.0.0.7", True)
+        farm.scheduler.join(info, "1", "10.0.0.7")
         shown = subprocess.run(
             [sys.executable, str(ROOT / "povfarm.py"), "workers", "--server", farm.url, "--key",
              farm.key], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,

@@ -71,6 +71,12 @@ class Farm:
     def data(self, request: Request) -> Response:
         return Response(200, {}, DATA)
 
+    @route("POST", povfarm.HELLO, role="anyone")
+    def hello(self, request: Request) -> Response:
+        told = request.json()
+        session = povfarm.Session("abc", told["nonce"], povfarm.secret_hash("secret"), "f1", "")
+        return povfarm.json_response({"session": "abc", "farm_id": "f1", "proof": session.proof})
+
     @route("GET", "/stream", role="anyone")
     def stream(self, request: Request) -> Response:
         return povfarm.stream_response(iter([DATA[:1000], DATA[1000:]]), "image/png")
@@ -153,7 +159,8 @@ def test_json_goes_there_and_back(server: Server) -> None:
     assert reply.status == 200
     assert reply.json()["json"] == {"a": [1, "\u00fc"]}
     headers = reply.json()["headers"]
-    assert headers["authorization"] == "Bearer secret"
+    assert headers["authorization"].startswith("Povfarm session=abc,count=1,mac=")
+    assert "secret" not in str(headers)
     assert headers["x-a"] == "b"
     assert headers["host"] == f"127.0.0.1:{server.port}"
     assert reply.headers["content-type"] == "application/json"
@@ -210,11 +217,10 @@ def test_what_is_no_address_is_refused(address: str) -> None:
         Client(address)
 
 
-@pytest.mark.parametrize("token, path", [("a\nb", "/echo"), ("\u20ac", "/echo"), ("", "/a b"),
-                                         ("", "/a\r\nX: y")])
-def test_what_cannot_be_sent_is_refused(token: str, path: str, server: Server) -> None:
+@pytest.mark.parametrize("path", ["/a b", "/a\r\nX: y"])
+def test_what_cannot_be_sent_is_refused(path: str, server: Server) -> None:
     with pytest.raises(povfarm.UserError, match="cannot be sent"):
-        client(server, token=token).request("GET", path)
+        client(server).request("GET", path)
 
 
 def test_a_refusal_carries_the_words_of_the_coordinator(server: Server) -> None:
@@ -509,7 +515,7 @@ def test_a_body_of_several_parts_is_one(size: int, server: Server, tmp_path: Pat
     for name in ("one", "two"):
         (tmp_path / name).write_bytes(DATA[:size])
     whole = b"text" + DATA[:size] + DATA[:size] + b"end"
-    one = client(server)
+    one = client(server, token="secret")
     for _ in range(2):
         reply = one.request("PUT", "/blob", body=(b"text", tmp_path / "one", b"", tmp_path / "two",
                                                   b"end"))

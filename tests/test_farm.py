@@ -553,10 +553,21 @@ def test_a_worker_comes_back_at_once_when_a_coordinator_announces_itself(
 
 
 class Pretender(http.server.BaseHTTPRequestHandler):
-    """Says that it is a coordinator."""
+    """Says that it is a coordinator, and has the key ``k``."""
 
     def do_GET(self) -> None:
-        self.say({"farm_id": "x", "name": "slow", "version": "1"})
+        self.say({"farm_id": "f" * 16, "name": "slow", "version": "1"})
+
+    def do_POST(self) -> None:
+        wire = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != povfarm.HELLO:
+            self.join(wire)
+            return
+        told = povfarm.Session("a", wire["nonce"], povfarm.secret_hash("k"), "f" * 16, "")
+        self.say({"session": "a", "farm_id": "f" * 16, "proof": told.proof})
+
+    def join(self, wire: Dict[str, Any]) -> None:
+        raise NotImplementedError
 
     def say(self, answer: Dict[str, Any]) -> None:
         body = json.dumps(answer).encode()
@@ -590,11 +601,11 @@ def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: P
     asked, stopped = threading.Event(), threading.Event()
 
     class Coordinator(Pretender):
-        def do_POST(self) -> None:
+        def join(self, wire: Dict[str, Any]) -> None:
             asked.set()
             stopped.wait(30)
             if answers:
-                self.say({"id": 1, "token": "t", "admitted": True, "code": ""})
+                self.say({"id": 1, "admitted": True})
 
     with joining(tmp_path, Coordinator) as worker:
         try:
@@ -613,8 +624,8 @@ def test_a_worker_that_joins_again_because_the_answer_was_lost_has_the_same_tick
     asked: "queue.Queue[Dict[str, Any]]" = queue.Queue()
 
     class Coordinator(Pretender):
-        def do_POST(self) -> None:  # without an answer
-            asked.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        def join(self, wire: Dict[str, Any]) -> None:  # without an answer
+            asked.put(wire)
 
     with joining(tmp_path, Coordinator):
         first, again = asked.get(timeout=30), asked.get(timeout=30)

@@ -141,7 +141,7 @@ def test_an_image_for_which_there_is_no_room_is_refused_with_507(farm: Farm, dis
     worker, job = farm.worker("anna"), farm.submit(frames=2)
     lease = farm.lease(worker)
     disk.free = povfarm.LEFT_FREE + 10
-    answer = deliver(farm, "anna", lease)
+    answer = deliver(farm, "#1:anna", lease)
     assert answer.status == 507 and "make room" in answer.json()["error"]
     assert "\n" not in answer.json()["error"] and str(farm.root) not in answer.json()["error"]
     assert farm.states(job) == ["leased", "queued"] and farm.problems() == []
@@ -154,7 +154,7 @@ def test_an_image_for_which_there_is_no_room_is_refused_with_507(farm: Farm, dis
     disk.free = 1 << 30
     farm.scheduler.look_for_room()
     assert farm.ask("GET", "/api/v1/farm").json()["notice"] == ""
-    assert deliver(farm, "anna", lease).json() == {"accepted": True}
+    assert deliver(farm, "#1:anna", lease).json() == {"accepted": True}
     assert farm.render(worker) == [2]
 
 
@@ -240,14 +240,14 @@ def test_every_way_to_run_out_of_room_is_told_alike(
     lease = farm.lease(worker)
     where: Any = Path if call == "mkdir" else povfarm.os
     monkeypatch.setattr(where, call, break_writes(OSError(number, "no")))
-    assert deliver(farm, "anna", lease).status == 507
+    assert deliver(farm, "#1:anna", lease).status == 507
     farm.scheduler.look_for_room()
     assert farm.store.notice or call == "mkdir"
     monkeypatch.undo()
     assert farm.leftovers() == [] and farm.states(job) == ["leased"]
     farm.scheduler.look_for_room()
     assert farm.store.notice == ""
-    assert deliver(farm, "anna", lease).status == 200
+    assert deliver(farm, "#1:anna", lease).status == 200
     assert farm.problems() == [] and farm.leftovers() == []
     farm.close()
 
@@ -300,13 +300,13 @@ def test_a_database_without_room_is_told_alike(message: str, farm: Farm) -> None
     lease = farm.lease(worker)
     connection = farm.store._writer
     farm.store._writer = FullDatabase(connection, message)  # type: ignore[assignment]
-    assert deliver(farm, "anna", lease).status == 507
+    assert deliver(farm, "#1:anna", lease).status == 507
     farm.scheduler.look_for_room()
     assert farm.store.notice
     farm.store._writer = connection
     farm.scheduler.look_for_room()
     assert farm.store.notice == "" and farm.states(job) == ["leased"]
-    assert deliver(farm, "anna", lease).status == 200
+    assert deliver(farm, "#1:anna", lease).status == 200
 
 
 def test_other_errors_of_the_database_are_mistakes(farm: Farm) -> None:
@@ -315,7 +315,7 @@ def test_other_errors_of_the_database_are_mistakes(farm: Farm) -> None:
     lease = farm.lease(worker)
     connection = farm.store._writer
     farm.store._writer = FullDatabase(connection, "no such table: job")  # type: ignore[assignment]
-    assert deliver(farm, "anna", lease).status == 500
+    assert deliver(farm, "#1:anna", lease).status == 500
     farm.store._writer = connection
     assert farm.store.notice == ""
 

@@ -21,6 +21,7 @@ from helpers.farm_in_a_box import manifest
 from helpers.pages import Recorder, chromium
 from helpers.pictures import png
 from helpers.sockets import KEY, beacon, until_closed
+from helpers.trust import signer_of
 from povfarm import (
     Coordinator,
     Cost,
@@ -109,8 +110,8 @@ def test_no_name_and_no_message_runs_in_a_real_browser(povray: str, tmp_path: Pa
     try:
         info = WorkerInfo(hostile("worker"), 2, 1, hostile("system"),
                           {"povray": hostile("version")}, (hostile("tag"),))
-        worker = farm.scheduler.join(info, "t", "10.0.0.7", True)[0]
-        farm.scheduler.join(info, "u", "10.0.0.8", False)
+        worker = farm.scheduler.join(info, "t", "10.0.0.7")
+        farm.scheduler.join(info, "u", "10.0.0.8", "ABCDEF")
         pov = PovJob({"Input_File_Name": hostile("scene") + ".pov", "Width": "4", "Height": "3",
                       "Output_File_Name": hostile("output").replace("/", "\u2215"),
                       "Final_Frame": "3"}, (hostile("declare"),), (), ".")
@@ -187,13 +188,15 @@ def test_no_path_leads_out_of_the_farm(tmp_path: Path) -> None:
     farm.start()
     try:
         info = WorkerInfo("anna", 1, 1, "x", {}, ())
-        farm.scheduler.join(info, povfarm.hashlib.sha256(b"token").hexdigest(), "10.0.0.7", True)
+        farm.scheduler.join(info, povfarm.secret_hash("token"), "10.0.0.7")
+        signer = signer_of(farm.access)
         farm.scheduler.submit("x", "me", PovJob({"Input_File_Name": "a.pov"}, (), (), "."),
                               manifest({}), JobOptions())
-        for key, target in itertools.product((farm.key, "token"), TARGETS):
+        for key, target in itertools.product((farm.key, "#1:token"), TARGETS):
             with socket.create_connection(("127.0.0.1", farm.port), 10) as sock:
                 sock.sendall(f"GET {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-                             f"Authorization: Bearer {key}\r\n\r\n".encode())
+                             f"Authorization: {signer.headers(key, 'GET', target)['authorization']}"
+                             "\r\n\r\n".encode())
                 answer = until_closed(sock)
             tried("paths that lead out of the farm", let_in=int(answer[9:12]) < 400)
             assert 400 <= int(answer[9:12]) < 500, target

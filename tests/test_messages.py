@@ -44,7 +44,7 @@ def test_a_worker_can_be_removed_more_than_once(tmp_path: Path) -> None:
     info = povfarm.WorkerInfo("attic", 1, 1, "Linux", {})
     try:
         for _ in range(2):
-            worker, _ = scheduler.join(info, "hash", "127.0.0.1", True)
+            worker = scheduler.join(info, "hash", "127.0.0.1")
             scheduler.remove_worker(worker)
         with store.read() as tx:
             assert tx.was_removed("hash") and not tx.was_removed("has")

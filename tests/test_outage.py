@@ -37,10 +37,11 @@ class Wire(Transport):
             raise ServerGone("no answer")
         path, _, query = call.target.partition("?")
         body = b"".join(part if isinstance(part, bytes) else part.read_bytes() for part in call.body)
-        headers = {name.lower(): value for name, value in call.headers.items()}
+        headers = {name.lower(): value for name, value in call.fields().items()}
         reply = Reply(self.farm.router.handle(povfarm.Request(
             call.method, path, dict(parse_qsl(query, keep_blank_values=True)),
-            {"host": "box", **headers}, povfarm.BodyReader.of(body), "127.0.0.1")))
+            {"host": "box", **headers}, povfarm.BodyReader.of(body), "127.0.0.1",
+            target=call.target)))
         if call.method == "PUT":
             self.uploads.append(reply.status)
         blocks = [reply.body]
@@ -70,7 +71,7 @@ class Room:
         self.farm = Farm(tmp_path / "data", povfarm.Clock())  # type: ignore[arg-type]
         self.farm.worker("anna")
         self.wire = Wire(self.farm)
-        client = Client("http://box", "anna", clock=self.clock, transport=self.wire)
+        client = Client("http://box", "#1:anna", clock=self.clock, transport=self.wire)
         self.worker = Worker(
             client, Copier(str(tmp_path / "picture.png"), "3.7", ()), povfarm.WindowsLauncher(),
             Cache(self.place / "cache", 10**9, client), 3, clock=self.clock)

@@ -90,7 +90,8 @@ class Farm:
 
     def join(self, name: str = "laptop", admitted: bool = True, version: str = "3.7.0.10") -> int:
         info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": version})
-        return self.scheduler.join(info, name, "10.0.0.7", admitted)[0]
+        return self.scheduler.join(info, name, "10.0.0.7",
+                                   "" if admitted else "ABCDEF")
 
     def lease(self, worker: int) -> LeaseSpec:
         """One frame, as they are said to take long."""
@@ -491,7 +492,7 @@ def test_chromium_shows_a_real_farm(povray: str, tmp_path: Path) -> None:
     farm.server.router = recorder  # type: ignore[assignment]
     farm.start()
     try:
-        worker = farm.scheduler.join(WorkerInfo(HOSTILE, 2, 1, "x", {}), "t", "10.0.0.7", True)[0]
+        worker = farm.scheduler.join(WorkerInfo(HOSTILE, 2, 1, "x", {}), "t", "10.0.0.7")
         pov = PovJob({"Input_File_Name": "a.pov", "Width": "32", "Height": "24",
                       "Output_File_Type": "N"}, (), (), ".")
         job, _ = farm.scheduler.submit(HOSTILE, "me", pov, Manifest(()), JobOptions())

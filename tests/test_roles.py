@@ -16,6 +16,7 @@ from helpers.base import tried
 from helpers.farm_in_a_box import FakeClock, manifest, pov_job
 from helpers.invariants import broken
 from helpers.pictures import png
+from helpers.trust import signer_of
 from povfarm import (
     BodyReader,
     BoundRoute,
@@ -38,10 +39,12 @@ GUEST = READER | {"guest"}  # its key is in the address of its own routes, and n
 SENDERS: Dict[str, Any] = {
     "nobody": READER, "worker asking to join": PENDING, "worker": WORKER, "another worker": WORKER,
     "HTTPov client": GUEST, "admin": ADMIN, "browser": ADMIN, "browser that logged out": READER, "made-up cookie": READER,
-    "made-up key": None, "removed worker": None, "hash of a worker's token": None,
+    "made-up key": None, "removed worker": None, "made-up worker": None,
     "user": USER, "viewer": VIEWER, "submitting program": PROGRAM, "browser of a user": USER,
     "browser of a viewer": VIEWER, "somebody under another's name": None, "removed person": None,
     "browser of a removed person": READER, "name of the admin with a made-up key": None,
+    "worker without its secret": None, "Bearer of the key": None, "Bearer of a worker's": None,
+    "hash of a person's key": None,
 }
 NOT_READERS = ("submitting program", "browser of a removed person")
 STRANGERS = ("nobody", "HTTPov client", "browser that logged out", "made-up cookie")
@@ -72,7 +75,7 @@ class House:
             self.scheduler.put_blob(sha256, [b"sphere"])
         self.workers = {name: self.join(name) for name in ("worker", "another worker",
                                                            "removed worker")}
-        self.join("worker asking to join", admitted=False)
+        self.workers["worker asking to join"] = self.join("worker asking to join", admitted=False)
         self.lease = self.scheduler.lease(
             self.workers["worker"], Offer(1, 1, 1), 0.0, lambda: True)[0]
         self.scheduler.remove_worker(self.workers["removed worker"])
@@ -90,18 +93,22 @@ class House:
             "admin": self.coordinator.key, "made-up key": "x" * 64,
             "somebody under another's name": keys["viewer"].replace("viewer", "user"),
             "name of the admin with a made-up key": "admin:" + "x" * 64,
-            "hash of a worker's token": povfarm.hashlib.sha256(b"worker").hexdigest()})
+            "hash of a person's key": "user:" + povfarm.secret_hash(keys["user"]),
+            "made-up worker": "#99:x", "worker without its secret": "#1:hello",
+            **{name: f"#{number}:{name}" for name, number in self.workers.items()}})
+        self.signer, self.keys = signer_of(self.access), keys
         self.headers: Dict[str, Dict[str, str]] = {
-            **{who: {"authorization": f"Bearer {keys.get(who, who)}"} for who in SENDERS},
+            **{who: {} for who in SENDERS},
             **{who: {"cookie": f"{self.access.cookie}={one}"} for who, one in cookies.items()},
-            "nobody": {}, "HTTPov client": {},
+            "Bearer of the key": {"authorization": f"Bearer {self.coordinator.key}"},
+            "Bearer of a worker's": {"authorization": "Bearer #1:worker"},
         }
         self.access.log_out(Request("POST", "/", headers=self.headers["browser that logged out"]))
 
     def join(self, name: str, admitted: bool = True) -> int:
         info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
         token = povfarm.hashlib.sha256(name.encode()).hexdigest()
-        return self.scheduler.join(info, token, "192.168.1.5", admitted)[0]
+        return self.scheduler.join(info, token, "192.168.1.5", "" if admitted else "CODE")
 
     def add(self, name: str, role: Role) -> str:
         """Add a person; return the key."""
@@ -119,11 +126,13 @@ class House:
 
     def send(self, method: str, path: str, who: str, body: bytes = b"",
              **headers: str) -> Response:
+        target = path
         path, _, group = path.partition("?cgroup=")
         fields = {"host": "127.0.0.1", "content-type": "application/json", **self.headers[who],
+                  **self.signer.headers(self.keys.get(who), method, target, body),
                   **{name.replace("_", "-"): value for name, value in headers.items()}}
         return self.router.handle(
-            Request(method, path, {"cgroup": group}, fields, BodyReader.of(body)))
+            Request(method, path, {"cgroup": group}, fields, BodyReader.of(body), target=target))
 
     def truth(self) -> Tuple[Any, ...]:
         """All that the farm has written down, and the names of its files."""
@@ -159,7 +168,7 @@ def allowed(roles: Any, who: str, bound: BoundRoute, private: bool) -> bool:
     """The rule: the role that the route declares, and nothing more."""
     if roles is None:
         return False
-    if private and who in STRANGERS + NOT_READERS:
+    if private and who in (*STRANGERS, *NOT_READERS, "worker asking to join"):
         roles = roles - {"reader"}
     if cookie_of(who) and bound.route.pattern.startswith("/api/") and bound.route.method != "GET":
         roles = roles & READER  # a cookie alone only looks: any page can make a browser send it
@@ -214,18 +223,22 @@ def test_each_role_is_used_and_every_change_needs_one(house: House) -> None:
     assert {one.role for one in routes} == set(povfarm.ROLES)
     # Who changes something without a key: a worker that asks to join, who has a code, a login link.
     assert {one.pattern for one in routes if one.role == "anyone" and one.method != "GET"} == {
-        "/api/v1/workers", "/api/v1/users/come"}
+        "/api/v1/hello", "/api/v1/workers", "/api/v1/users/come"}
     assert not [one for one in routes if one.role == "reader" and one.method != "GET"]
 
 
 def test_a_key_in_another_scheme_or_place_is_none(house: House) -> None:
     key = house.coordinator.key
     for header in (f"Basic {key}", key, f"Bearer{key}", "Bearer", f"Bearer {key}x",
-                   f"Bearer {key[:-1]}", "Bearer \u00e9", f"Bearer {key} {key}"):
+                   f"Bearer {key}", "Bearer \u00e9", f"Bearer {key} {key}", f"Povfarm {key}",
+                   "Povfarm", "Povfarm session=,count=1,mac=" + "0" * 64,
+                   f"Povfarm session=.{'0' * 32}.1.{'0' * 64},count=1,mac={'0' * 64}"):
         answer = house.send("POST", "/api/v1/login", "nobody", authorization=header)
         assert answer.status == 401, header
     assert house.send("POST", "/api/v1/login", "nobody", cookie=f"key={key}").status == 401
-    assert house.send("POST", "/api/v1/login", "admin", authorization=f"bearer  {key}").status == 200
+    proof = house.signer.headers(key, "POST", "/api/v1/login")["authorization"]
+    assert house.send("POST", "/api/v1/login", "nobody",
+                      authorization=proof.replace("Povfarm ", "povfarm  ")).status == 200
 
 
 # --- leases of others

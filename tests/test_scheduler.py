@@ -1388,7 +1388,8 @@ def test_events_come_once_and_in_order(farm: Farm) -> None:
 
 def test_a_pending_worker_gets_nothing_until_it_is_admitted(farm: Farm) -> None:
     info = WorkerInfo("zoe", 1, 1, "Linux", {})
-    zoe, code = farm.scheduler.join(info, "hash", "192.168.1.9", False)
+    code = "ABCDEF"
+    zoe = farm.scheduler.join(info, "hash", "192.168.1.9", code)
     farm.submit()
     assert farm.leases(zoe) == []
     farm.clock.meanwhile.append(lambda: farm.scheduler.admit(f" {code.lower()} "))
@@ -1408,12 +1409,12 @@ def test_a_wrong_code_admits_nobody(code: str, farm: Farm) -> None:
 def test_a_code_admits_one_worker_once(farm: Farm) -> None:
     codes = {}
     for name in ("zoe", "yann"):
-        codes[name] = farm.scheduler.join(WorkerInfo(name, 1, 1, "", {}), name, "::1", False)
-    assert farm.scheduler.admit(codes["zoe"][1]) == "zoe"
+        codes[name] = farm.scheduler.join(WorkerInfo(name, 1, 1, "", {}), name, "::1", name.upper())
+    assert farm.scheduler.admit("ZOE") == "zoe"
     farm.submit()
-    assert farm.leases(codes["yann"][0]) == [] and farm.leases(codes["zoe"][0]) != []
+    assert farm.leases(codes["yann"]) == [] and farm.leases(codes["zoe"]) != []
     with pytest.raises(UserError):
-        farm.scheduler.admit(codes["zoe"][1])
+        farm.scheduler.admit("ZOE")
 
 
 def test_a_worker_that_comes_again_is_the_same_with_new_properties(farm: Farm) -> None:

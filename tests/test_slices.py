@@ -389,7 +389,7 @@ def test_a_part_of_a_whole_frame_is_refused(farm: Farm) -> None:
 
 def test_a_refused_strip_is_told_with_422_and_a_slice_is_shown(
         farm: Farm, two: Tuple[int, int]) -> None:
-    token = "anna"
+    token = "#1:anna"
     job = submit(farm, slices=2)
     lease = farm.lease(two[0])
     task = lease.tasks[0]
@@ -859,7 +859,7 @@ def test_slices_wait_for_the_passes_and_are_told_of_them(
     assert [lease.tasks[0].kind for lease in leases] == [TaskKind.SLICE] * 2
     passes = tuple(part.id for part in parts(farm, job, kind="pass"))
     assert all(lease.shares == passes for lease in leases)
-    assert farm.ask("GET", f"/api/v1/tasks/{passes[0]}/result", key="anna").status in (200, 404)
+    assert farm.ask("GET", f"/api/v1/tasks/{passes[0]}/result", key="#1:anna").status in (200, 404)
     assert farm.state(job) == "done" and farm.tasks(job)[0].cpu == 4
 
 
@@ -875,11 +875,11 @@ def test_what_a_pass_made_is_given_to_workers(farm: Farm, two: Tuple[int, int]) 
     lease = farm.lease(two[0])
     path = f"/api/v1/tasks/{lease.tasks[0].id}/result"
     assert farm.leases(two[1]) == []  # all photons are shot in one pass
-    assert farm.ask("GET", path, key="bert").status == 404
+    assert farm.ask("GET", path, key="#2:bert").status == 404
     hand_in(farm, two[0], lease, image=b"photons")
-    assert farm.ask("GET", path, key="bert").body == b"photons"
+    assert farm.ask("GET", path, key="#2:bert").body == b"photons"
     assert farm.ask("GET", path, key="no worker").status == 401
-    assert farm.ask("GET", path.replace("result", "other"), key="bert").status == 404
+    assert farm.ask("GET", path.replace("result", "other"), key="#2:bert").status == 404
     assert farm.lease(two[1]).shares == (lease.tasks[0].id,)
 
 
@@ -945,21 +945,21 @@ def test_a_state_is_gone_on_from_with_the_same_povray_only(farm: Farm) -> None:
     task = lease.tasks[0].id
     assert not lease.tasks[0].state
     path = f"/api/v1/leases/{lease.id}/tasks/{task}/state"
-    assert farm.ask("PUT", path, body=b"half of it", key="bert").status in (401, 404, 409)
-    assert farm.ask("PUT", path, body=b"half of it", key="anna").status == 204
+    assert farm.ask("PUT", path, body=b"half of it", key="#2:bert").status in (401, 404, 409)
+    assert farm.ask("PUT", path, body=b"half of it", key="#1:anna").status == 204
     farm.scheduler.leave(anna)
     info = povfarm.WorkerInfo("other", 2, 1 << 30, "Linux", {"povray": "3.7.1"}, ())
-    other = farm.scheduler.join(info, "0" * 64, "192.168.1.6", True)[0]
+    other = farm.scheduler.join(info, "0" * 64, "192.168.1.6")
     for worker, state in ((other, False), (farm.worker("bert"), True)):
         lease = farm.lease(worker)
         assert lease.tasks[0].kind is TaskKind.FRAME  # what is begun is not cut at once
         assert lease.tasks[0].state is state
         if not state:
             farm.scheduler.leave(worker)
-    assert farm.ask("GET", f"/api/v1/tasks/{task}/state", key="bert").body == b"half of it"
+    assert farm.ask("GET", f"/api/v1/tasks/{task}/state", key="#3:bert").body == b"half of it"
     hand_in(farm, worker, lease)
     assert part_files(farm, job) == []
-    assert farm.ask("GET", f"/api/v1/tasks/{task}/state", key="bert").status == 404
+    assert farm.ask("GET", f"/api/v1/tasks/{task}/state", key="#3:bert").status == 404
 
 
 def test_a_state_that_a_render_fails_with_is_not_used_again(

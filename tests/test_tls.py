@@ -22,6 +22,7 @@ import pytest
 import povfarm
 from helpers.base import ROOT, need
 from helpers.sockets import shared_socket
+from helpers.trust import join_at
 from povfarm import Client, Coordinator, RequestRefused, ServerGone, UserError, own_certificate
 from tools.load import coordinator
 
@@ -175,10 +176,10 @@ def test_a_worker_that_waits_for_work_over_tls_can_be_stopped(
     data, note = served
     key = (data / "farm.key").read_text()
     farm = Client(note["url"], key, fingerprint=note["pin"])
-    joined = farm.request("POST", "/api/v1/workers", json={
+    joined = join_at(farm, {
         "name": "anna", "cores": 1, "memory": 1 << 30, "system": "Linux",
-        "engines": {"povray": "3.7"}, "tags": []}).json()
-    worker, stop = Client(note["url"], joined["token"], fingerprint=note["pin"]), threading.Event()
+        "engines": {"povray": "3.7"}, "tags": []})
+    worker, stop = Client(note["url"], joined, fingerprint=note["pin"]), threading.Event()
     threading.Timer(0.5, stop.set).start()
     start = time.monotonic()
     with pytest.raises(ServerGone, match="stopped"):

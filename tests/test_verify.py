@@ -22,7 +22,7 @@ __all__ = ["farm_fixture"]
 def worker(farm: Farm, name: str, cores: int = 2, **engines: str) -> int:
     """Let a worker with this POV-Ray join."""
     info = povfarm.WorkerInfo(name, cores, 1 << 30, "Linux", engines, ())
-    return farm.scheduler.join(info, sha256(name.encode()), "192.168.1.5", True)[0]
+    return farm.scheduler.join(info, sha256(name.encode()), "192.168.1.5")
 
 
 def waiting_for(farm: Farm, job: int) -> str:

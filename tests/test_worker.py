@@ -394,18 +394,20 @@ def test_files_that_came_by_half_go_when_their_worker_was_killed(tmp_path: Path)
 
 def test_a_secret_stays_when_another_cannot_be_written(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
-    token = povfarm._Token(tmp_path, "anna", "http://127.0.0.1")
-    token.write("a" * 43)
+    def kept() -> povfarm._Kept:
+        return povfarm._Kept(tmp_path, "anna", "f" * 16)
+
+    kept().write("#1:" + "a" * 64, True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as if the disk were full
     try:
         with pytest.raises(OSError):
-            token.write("b" * 43)
+            kept().write("#1:" + "b" * 64, True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert token.read() == "a" * 43
-    token.write("c" * 43)
-    assert token.read() == "c" * 43
+    assert kept().key == "#1:" + "a" * 64 and kept().admitted
+    assert kept().write("#1:c", False, "ABCDEF") == (False, "ABCDEF")
+    assert (kept().key, kept().admitted, kept().code) == ("#1:c", False, "ABCDEF")
 
 
 def test_a_place_that_is_gone_is_not_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,8 @@ class Chaos:
     def do_remove(self) -> None:
         self.farm.scheduler.remove_worker(self.worker())
         info = WorkerInfo("new", 1, 1, "", {})
-        worker, code = self.farm.scheduler.join(info, str(self.count), "::1", False)
+        code = f"CODE{self.count}"
+        worker = self.farm.scheduler.join(info, str(self.count), "::1", code)
         if self.chance.random() < 0.8:
             self.farm.scheduler.admit(code)
         self.workers = [*self.workers[-2:], worker]

@@ -15,6 +15,7 @@ import pytest
 import povfarm
 from helpers.invariants import broken
 from helpers.pictures import HEIGHT, WIDTH, png
+from helpers.trust import signer_of
 from povfarm import (
     Access,
     Api,
@@ -114,6 +115,7 @@ class Farm:
         self.api = Api(self.scheduler, self.access, "box", admit_private)
         self.router = Router(self.api, authenticate=self.access.identify)
         self.api.routes = self.router.routes
+        self.signer = signer_of(self.access)
 
     def restarted(self) -> Farm:
         """The same data after a reboot: nothing in memory, and another monotonic clock."""
@@ -171,7 +173,8 @@ class Farm:
 
     def worker(self, name: str = "anna", admitted: bool = True) -> int:
         info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
-        return self.scheduler.join(info, sha256(name.encode()), "192.168.1.5", admitted)[0]
+        return self.scheduler.join(info, sha256(name.encode()), "192.168.1.5",
+                                   "" if admitted else f"CODE OF {name}".upper())
 
     def leases(self, worker: int, want: int = 1, slots: int = 1, idle: int = 1,
                wait: float = 0.0) -> List[LeaseSpec]:
@@ -215,14 +218,13 @@ class Farm:
         """One request by its target, as it would come in over a socket."""
         path, _, query = target.partition("?")
         lines = {"host": "box", **(headers or {})}
-        if key:
-            lines["authorization"] = f"Bearer {key}"
         if json_body is not None:
             body = json_body if isinstance(json_body, bytes) else json.dumps(json_body).encode()
             lines["content-type"] = "application/json"
+        lines.update(self.signer.headers(key, method, target, body))
         return Reply(self.router.handle(Request(
             method, path, dict(parse_qsl(query, keep_blank_values=True)), lines,
-            BodyReader.of(body), remote)))
+            BodyReader.of(body), remote, target=target)))
 
     # --- truth
 

@@ -46,6 +46,7 @@ from helpers.base import POVFARM, wait_until
 from helpers.invariants import broken
 from helpers.pictures import crop_rows
 from helpers.sockets import free_port
+from helpers.trust import join_at
 from povfarm import Client, RequestRefused
 
 CALLS = ("write,pwrite64,writev,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,"
@@ -193,7 +194,7 @@ class Script:
         """Join as a worker and return its token."""
         info = {"name": "anna", "cores": 4, "memory": 1 << 30, "system": "Linux",
                 "engines": {"povray": "3.7"}, "tags": []}
-        return str(self.client.request("POST", "/api/v1/workers", json=info).json()["token"])
+        return join_at(self.client, info)
 
     def render(self, token: str, jobs: Sequence[int]) -> None:
         """Deliver what plain POV-Ray has rendered until all of the jobs are done."""

@@ -33,6 +33,7 @@ sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the help
 import povfarm
 from helpers.invariants import broken
 from helpers.pictures import crop_rows, join_rows, png_of
+from helpers.trust import signer_of
 from povfarm import BodyReader, Request, UserError
 
 WORDS = [
@@ -229,13 +230,15 @@ JOB = {
 def job_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
     """Submissions through the whole coordinator, without a socket."""
     farm = povfarm.Coordinator(scratch / "farm", bind="127.0.0.1", durable=False)
-    fields = {"host": "127.0.0.1", "authorization": f"Bearer {farm.key}",
-              "content-type": "application/json"}
+    fields = {"host": "127.0.0.1", "content-type": "application/json"}
+    signer = signer_of(farm.access)
     seed = json.dumps(JOB).encode()
 
     def once(chance: random.Random) -> Result:
         body = mutated(seed, chance)
-        answer = farm.router.handle(Request("POST", "/api/v1/jobs", {}, fields, BodyReader.of(body)))
+        signed = {**fields, **signer.headers(farm.key, "POST", "/api/v1/jobs", body)}
+        answer = farm.router.handle(Request("POST", "/api/v1/jobs", {}, signed, BodyReader.of(body),
+                                            target="/api/v1/jobs"))
         if answer.status >= 500:
             return "crash"
         if answer.status != 201:

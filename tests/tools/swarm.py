@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import heapq
-import http.client
 import itertools
 import json
 import os
@@ -32,6 +30,8 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
 
 from helpers.pictures import png
+from helpers.trust import join_at, signer_at
+from povfarm import Client
 
 PROGRAM = Path(os.environ.get("POVFARM_PY", Path(__file__).resolve().parents[2] / "povfarm.py"))
 LEASE_WAIT, BEAT_WAIT = 110.0, 2.0  # seconds, as of a real worker
@@ -53,30 +53,22 @@ class Serve:
         self.port = int(json.loads((data / "coordinator.json").read_text())["url"].rpartition(":")[2])
         self.key = (data / "farm.key").read_text().strip()
         self.pid = self.process.pid
+        self.client = Client(f"http://127.0.0.1:{self.port}", self.key, retry_for=0)
 
     def stop(self) -> None:
         self.process.terminate()
         self.process.wait(60)
 
-    def call(self, method: str, path: str, body: Any = None, token: str = "") -> Any:
-        """One request on a connection of its own; its answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body).encode(),
-                               {"Authorization": f"Bearer {token or self.key}",
-                                "Content-Type": "application/json"})
-            response = connection.getresponse()
-            data = response.read()
-            assert response.status < 300, (path, response.status, data[:200])
-            return json.loads(data) if data else None
-        finally:
-            connection.close()
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """One request; its answer."""
+        data = self.client.request(method, path, json=body, timeout=600).body
+        return json.loads(data) if data else None
 
     def join(self, number: int) -> str:
         """A worker joins; its token."""
-        return str(self.call("POST", "/api/v1/workers", {
+        return join_at(self.client, {
             "name": f"w{number}", "cores": 1, "memory": 1 << 30, "system": "x",
-            "engines": {"povray": "3.7.0.10"}, "tags": []})["token"])
+            "engines": {"povray": "3.7.0.10"}, "tags": []})
 
     def submit(self, frames: int, name: str = "swarm", priority: int = 0) -> int:
         """A job without files, of 8x8 frames; its number."""
@@ -112,9 +104,7 @@ class Line:
     """One connection, of one request at a time."""
 
     def __init__(self, swarm: Swarm, token: str) -> None:
-        self.swarm = swarm
-        self.common = (f"Host: 127.0.0.1\r\nAuthorization: Bearer {token}\r\n"
-                       "Content-Type: application/json\r\n")
+        self.swarm, self.token = swarm, token
         self.sock = socket.create_connection(("127.0.0.1", swarm.port), 60)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setblocking(False)
@@ -127,12 +117,15 @@ class Line:
         self.swarm.selector.unregister(self.sock)
         self.sock.close()
 
-    def ask(self, method: str, path: str, body: bytes, then: Then, more: str = "") -> None:
+    def ask(self, method: str, path: str, body: bytes, then: Then) -> None:
         """Send a request; ``then`` is called with its answer."""
         assert self.then is None
         self.then, self.began = then, time.monotonic()
-        head = f"{method} {path} HTTP/1.1\r\n{self.common}{more}Content-Length: {len(body)}\r\n\r\n"
-        self.sock.send(head.encode() + body)  # little enough to be taken at once
+        fields = {"Host": "127.0.0.1", "Content-Type": "application/json",
+                  "Content-Length": str(len(body)),
+                  **self.swarm.signer.headers(self.token, method, path, body)}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        self.sock.send(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body)  # little enough to be taken at once
 
     def read(self) -> None:
         """Take in what has come, and go on where an answer is whole."""
@@ -157,6 +150,7 @@ class Swarm:
                  told: Optional[Dict[str, float]] = None) -> None:
         self.port, self.frame_seconds = port, frame_seconds
         self.told = told or TRIVIAL
+        self.signer = signer_at(f"http://127.0.0.1:{port}")
         self.selector = selectors.DefaultSelector()
         self.workers: List[Worker] = []
         self.delivered = self.refused = 0
@@ -220,8 +214,7 @@ class Worker:
         body = b"log\n" + png(task)
         self.asking.ask(
             "PUT", f"/api/v1/leases/{self.lease}/tasks/{task}?log=4&memory=1000000&parse=0.01"
-            f"&cpu={told['cpu']}&wall={told['wall']}", body, self._delivered,
-            f"X-SHA256: {hashlib.sha256(body).hexdigest()}\r\n")
+            f"&cpu={told['cpu']}&wall={told['wall']}", body, self._delivered)
 
     def _delivered(self, status: int, answer: Any, seconds: float) -> None:
         if status == 200 and answer["accepted"]:
