@@ -15384,7 +15384,7 @@ class Worker:
                 self._changed.notify_all()
             threading.Thread(target=self._work, args=(run,), name=f"run-{run.lease.id[:6]}",
                              daemon=True).start()
-        self._idle = self.until_idle and not reply["leases"] and reply["open"] == 0
+        self._idle = self.until_idle and not (reply["leases"] or reply["open"] or reply["pending"])
 
     def _beat_all(self) -> None:
         while True:
@@ -18008,8 +18008,8 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     admitted, code = _admission(own, client.token, kept, info, stop)
     begin = functools.partial(_begin_work, own, engine, options, kept)
     if not admitted:
-        _say(f"waiting to be let in, with the code {code}: compare it with the one on the page at "
-             f"{own.base_url} and press Admit, or type on that computer: povfarm.py admit {code}")
+        _say(f"waiting to be let in: if the status page at {own.base_url} shows the code {code}, "
+             f"press Admit there, or type there: povfarm.py admit --server {own.base_url} {code}")
     elif options.command == "work":
         begin()
     projects = near if isinstance(near, InPlace) else Cache(
