@@ -13647,8 +13647,8 @@ class Transport:
             told = _told(_in_memory(answer, BUFFER), "session", "farm_id", "proof")
         session = Session(told["session"], nonce, secret_hash(secret), told["farm_id"], self.pin)
         if not hmac.compare_digest(session.proof, told["proof"]):
-            raise WrongFarm(f"the coordinator at {self._base_url} does not have "
-                            + _LACKS[not who.startswith(WORKER)])
+            raise WrongFarm(f"the coordinator at {self._base_url} does not "
+                            f"{_LACKS.get(who[:1], _FORGOTTEN)}. Nothing was sent to it")
         return session.sign
 
     def exchange(self, call: Call) -> Answer:
@@ -13988,11 +13988,15 @@ class Client:
         return False
 
 
-_LACKS = (
-    "the secret that this computer and its farm share: it is another farm, or "
-    "somebody who pretends to be yours. Nothing was sent to it",
-    "your farm's key: it is another farm, or somebody who pretends to be yours "
-    "(give the key of the one that is meant with --key). Nothing was sent to it")
+# What a coordinator lacks that does not prove itself, by the first letter of who it should know.
+_LACKS: Mapping[str, str] = {
+    FARM: "have your farm's key: it is another farm, or somebody who pretends to be yours "
+          "(give the key of the one that is meant with --key)",
+    WORKER: "have the secret that this computer and its farm share: it is another farm, or "
+            "somebody who pretends to be yours",
+}
+_FORGOTTEN = ("know your key (any more): it is another farm, or your name was removed there (ask "
+              "for an invitation, and come with --code)")
 
 
 def _told(body: bytes, *names: str) -> dict[str, str]:
