@@ -10481,11 +10481,12 @@ class Access:
             self._check_patience(request.remote)
             if scheme.lower() == "povfarm":
                 return self._by_proof(request, token.strip())
-            if not request.inside:
-                raise ProtocolError(401, "keys are not sent here, requests are signed with them: "
-                                    "use this version's povfarm.py, or see docs/api.md")
             who, secret = split_key(token)
-            return self._known(who, secret_hash(secret), request.remote)
+            known = self._known(who, secret_hash(secret), request.remote)
+            if request.inside or known.roles <= _ROLES_OF[Role.VIEWER]:
+                return known  # Prometheus and the like cannot do better, and only look
+            raise ProtocolError(401, "this key is not to be sent, requests are signed with it: use "
+                                "povfarm.py, or see docs/api.md")
         with self._lock:
             end, name = self._sessions.get(secret_hash(self._session(request)), (0.0, ""))
         identity = self._named(name)

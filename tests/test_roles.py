@@ -44,6 +44,7 @@ SENDERS: Dict[str, Any] = {
     "browser of a viewer": VIEWER, "somebody under another's name": None, "removed person": None,
     "browser of a removed person": READER, "name of the admin with a made-up key": None,
     "worker without its secret": None, "Bearer of the key": None, "Bearer of a worker's": None,
+    "Bearer of a user's": None, "Bearer of a program's": None, "Bearer of a viewer's": VIEWER,
     "hash of a person's key": None,
 }
 NOT_READERS = ("submitting program", "browser of a removed person")
@@ -102,6 +103,9 @@ class House:
             **{who: {"cookie": f"{self.access.cookie}={one}"} for who, one in cookies.items()},
             "Bearer of the key": {"authorization": f"Bearer {self.coordinator.key}"},
             "Bearer of a worker's": {"authorization": "Bearer #1:worker"},
+            "Bearer of a user's": {"authorization": f"Bearer {keys['user']}"},
+            "Bearer of a program's": {"authorization": f"Bearer {keys['submitting program']}"},
+            "Bearer of a viewer's": {"authorization": f"Bearer {keys['viewer']}"},
         }
         self.access.log_out(Request("POST", "/", headers=self.headers["browser that logged out"]))
 
