@@ -5592,8 +5592,8 @@ class Pairing:
     has one try to come to the same code with both: people see that the codes differ.
     """
 
-    def __init__(self) -> None:
-        self._exponent = secrets.randbits(256) | 1 << 255
+    def __init__(self, seed: str = "") -> None:
+        self._exponent = int(seed or secrets.token_hex(32), 16) | 1 << 255
         self.share = f"{pow(2, self._exponent, _PRIME):x}"
         self.nonce = secrets.token_hex(16)
 
@@ -6813,15 +6813,11 @@ SCHEMA = f"""
         system TEXT NOT NULL, engines_json TEXT NOT NULL, tags_json TEXT NOT NULL,
         address TEXT NOT NULL, joined REAL NOT NULL, aside TEXT NOT NULL DEFAULT ''
     );
-    -- People and programs. token: the hash of what they show; limits: those that are their own
+    -- People and programs, and invitations, which have uses: how many may still come.
+    -- token: the hash of what they show, or a secret that keys are made of
     CREATE TABLE person (
         name TEXT PRIMARY KEY, role TEXT NOT NULL, token TEXT NOT NULL,
-        limits_json TEXT NOT NULL, added REAL NOT NULL
-    ) WITHOUT ROWID;
-    -- secret: what those can make who have the code; uses: how many are left
-    CREATE TABLE invitation (
-        secret TEXT PRIMARY KEY, role TEXT NOT NULL, limits_json TEXT NOT NULL,
-        uses INTEGER NOT NULL, ends REAL NOT NULL
+        limits_json TEXT NOT NULL, added REAL NOT NULL, uses INTEGER
     ) WITHOUT ROWID;
     CREATE TABLE blob (
         sha256 TEXT PRIMARY KEY, size INTEGER NOT NULL, stored REAL NOT NULL
@@ -7075,30 +7071,23 @@ class Member:
 
 @dataclass(frozen=True)
 class Person:
-    """One of the farm's people, or a program; ``token`` is the hash of its secret."""
+    """One of the farm's people, or a program; ``token`` is the hash of its secret.
+
+    With ``uses`` it is an invitation for so many more, and ``token`` what their keys are made of.
+    """
 
     name: str
     role: Role
     token: str
     limits_json: str
     added: float
+    uses: int | None = None
 
     @functools.cached_property
     def limits(self) -> dict[str, int]:
         """The limits that are not those of everybody."""
         limits: dict[str, int] = json.loads(self.limits_json)
         return limits
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """What lets so many people come in until a time (since 1970)."""
-
-    secret: str
-    role: Role
-    limits_json: str
-    uses: int
-    ends: float
 
 
 @dataclass(frozen=True)
@@ -7648,21 +7637,21 @@ class Look:
 
     # --- people
 
-    def person(self, name: str) -> Person | None:
-        """Return one of the people, however large or small the letters are written."""
-        return self._people().get(name.casefold())
+    def person(self, name: str, invited: bool = False) -> Person | None:
+        """Return one of the people, however large or small the letters are written.
 
-    def people(self) -> list[Person]:
-        """Return all people and programs, by name."""
-        return list(self._people().values())
+        Or an ``invited`` person, of whom only an invitation is there.
+        """
+        found = self._people().get(name.casefold())
+        return found if found and (found.uses is not None) == invited else None
+
+    def people(self, invited: bool = False) -> list[Person]:
+        """Return all people and programs, by name; or the invitations."""
+        return [one for one in self._people().values() if (one.uses is not None) == invited]
 
     def _people(self) -> Mapping[str, Person]:
         return self._listed(Person, lambda: {row.name.casefold(): row for row in self._all(
             Person, "SELECT * FROM person ORDER BY name")})
-
-    def invitations(self, now: float) -> list[Invitation]:
-        """Return the invitations that have not ended, also those that are used up."""
-        return self._all(Invitation, "SELECT * FROM invitation WHERE ends > :now", now=now)
 
     def usage(self, owner: str) -> Usage:
         """Return what somebody has."""
@@ -8085,39 +8074,18 @@ class Tx(Look):
 
     # --- people
 
-    def add_person(self, name: str, role: Role, token: str, limits: str, now: float) -> None:
-        """Add a person; ``limits`` as JSON text."""
+    def put_person(self, person: Person) -> None:
+        """Add a person or an invitation, or replace it."""
         self._changes = -1
         self._do("""
-            INSERT INTO person (name, role, token, limits_json, added)
-            VALUES (:name, :role, :token, :limits, :now)""",
-            name=name, role=role.value, token=token, limits=limits, now=now)
-
-    def set_limits(self, name: str, limits: str) -> None:
-        """Replace the limits of a person, as JSON text."""
-        self._changes = -1
-        self._do("UPDATE person SET limits_json = :limits WHERE name = :name",
-                 name=name, limits=limits)
+            INSERT OR REPLACE INTO person (name, role, token, limits_json, added, uses)
+            VALUES (:name, :role, :token, :limits_json, :added, :uses)""",
+            **{**vars(person), "role": person.role.value})
 
     def drop_person(self, name: str) -> None:
-        """Forget a person, and so the secret."""
+        """Forget a person, and so the secret; or an invitation."""
         self._changes = -1
         self._do("DELETE FROM person WHERE name = :name", name=name)
-
-    def add_invitation(self, invitation: Invitation) -> None:
-        """Add an invitation."""
-        self._do("""
-            INSERT OR REPLACE INTO invitation (secret, role, limits_json, uses, ends)
-            VALUES (:secret, :role, :limits_json, :uses, :ends)""",
-            **{**vars(invitation), "role": invitation.role.value})
-
-    def use_invitation(self, secret: str) -> None:
-        """Let one person fewer come by an invitation."""
-        self._do("UPDATE invitation SET uses = uses - 1 WHERE secret = :secret", secret=secret)
-
-    def drop_invitations(self, before: float) -> None:
-        """Forget the invitations that have ended."""
-        self._do("DELETE FROM invitation WHERE ends < :before", before=before)
 
     def begin_turn(self, owner: str, priority: int) -> None:
         """Let somebody who has no active job of a priority stand in line with those who have.
@@ -8920,54 +8888,53 @@ class People:
     def __init__(self, states: _States, allowance: Allowance) -> None:
         self._states, self._everybody = states, allowance
 
-    def add(self, name: str, role: Role, limits: Mapping[str, int], token: str,
-            who: str = ADMIN) -> Person:
-        """Add a person or a program; ``token`` is the hash of what it will show.
+    def add(self, person: Person, who: str = ADMIN) -> None:
+        """Add a person, a program or an invitation.
 
         The same again, as when an answer was lost, changes nothing.
         """
         with self._states.tx(who) as tx:
-            return self._add(tx, person_name(name), role, json.dumps(limits), token)
+            self._add(tx, person)
 
-    def _add(self, tx: Tx, name: str, role: Role, limits: str, token: str) -> Person:
-        known = tx.person(name)
-        if known is None:
-            tx.add_person(name, role, token, limits, self._states.clock.time())
-            self._states.tell(tx, "person added", f"{name} ({role})")
-        elif known.token != token:
+    def _add(self, tx: Tx, one: Person) -> None:
+        known = tx.person(one.name, one.uses is not None)
+        if known and known.token != one.token:
             raise UserError(f"'{known.name}' is there already: choose another name")
-        return present(tx.person(name))
+        if not known:
+            tx.put_person(one)
+            self._states.tell(tx, *(
+                ("invited", counted(one.uses, one.role)) if one.uses else
+                ("person added", f"{one.name} ({one.role})")))
 
-    def invite(self, secret: str, role: Role, limits: Mapping[str, int], uses: int,
-               who: str = ADMIN) -> None:
-        """Let so many people come for a while who have a code, of which the secret is made."""
-        ends = self._states.clock.time() + INVITED_FOR
-        with self._states.tx(who) as tx:
-            tx.add_invitation(Invitation(secret, role, json.dumps(limits), uses, ends))
-            self._states.tell(tx, "invited", counted(uses, role))
-
-    def invitation(self, proven: Callable[[str], bool]) -> Invitation | None:
+    def invitation(self, proven: Callable[[str], bool]) -> Person | None:
         """Return the invitation of which somebody has proven to know the secret."""
         with self._states.store.read() as look:
-            found = look.invitations(self._states.clock.time())
-        return next((one for one in found if proven(one.secret)), None)
+            return next((one for one in look.people(invited=True) if self._lasts(one)
+                         and proven(one.token)), None)
 
-    def come(self, invitation: Invitation, name: str, token: str) -> Person:
+    def _lasts(self, invitation: Person) -> bool:
+        return invitation.added + INVITED_FOR > self._states.clock.time()
+
+    def come(self, invitation: str, person: Person) -> None:
         """Add a person who was invited, under a name that nobody has or had."""
-        name = person_name(name)
-        with self._states.tx(name) as tx:
-            left = {one.secret: one.uses for one in tx.invitations(self._states.clock.time())}
-            known = tx.person(name)
-            if known is None or known.token != token:
-                if not left.get(invitation.secret):
-                    raise NotYours("as many people have come by this code as were invited: ask for "
-                                   "a new one ('povfarm.py users invite' makes one)")
-                if known is None and tx.has_jobs(name):
-                    raise UserError(f"'{name}' was the name of somebody whose jobs are still here: "
-                                    "choose another name")
-                self._add(tx, name, invitation.role, invitation.limits_json, token)
-                tx.use_invitation(invitation.secret)
-            return present(tx.person(name))
+        with self._states.tx(person.name) as tx:
+            known, left = tx.person(person.name), tx.person(invitation, invited=True)
+            if known and known.token == person.token:
+                return
+            if left is None or not left.uses:
+                raise NotYours("as many people have come by this code as were invited: ask for a "
+                               "new one ('povfarm.py users invite' makes one)")
+            if known is None and tx.has_jobs(person.name):
+                raise UserError(f"'{person.name}' was the name of somebody whose jobs are still "
+                                "here: choose another name")
+            self._add(tx, person)
+            tx.put_person(replace(left, uses=left.uses - 1))
+
+    def tidy(self, tx: Tx) -> None:
+        """Forget the invitations that have ended."""
+        for one in tx.people(invited=True):
+            if not self._lasts(one):
+                tx.drop_person(one.name)
 
     def remove(self, name: str, who: str = ADMIN) -> None:
         """Forget a person's secret; the jobs stay."""
@@ -8980,7 +8947,7 @@ class People:
         """Set some of the limits of a person."""
         with self._states.tx(who) as tx:
             person = self._known(tx, name)
-            tx.set_limits(person.name, json.dumps({**person.limits, **limits}))
+            tx.put_person(replace(person, limits_json=json.dumps({**person.limits, **limits})))
             text = ", ".join(f"{name} = {value}" for name, value in limits.items())
             self._states.tell(tx, "person changed", f"{person.name}: {text}")
             self._states.news.work = math.inf
@@ -10361,7 +10328,7 @@ class Scheduler:
             for sha256 in unused:
                 tx.drop_blob(sha256)
             tx.drop_events(tx.last_event() - KEEP_EVENTS)
-            tx.drop_invitations(self.clock.time())
+            self.people.tidy(tx)
         for sha256 in unused:
             with self.store.tx() as tx:  # whoever stores it again looks for the file in a tx too
                 if not tx.is_stored(sha256):
@@ -10661,34 +10628,46 @@ class Access:
 
     # --- people
 
-    def add(self, name: str, role: Role, limits: Mapping[str, int], ticket: str,
-            who: str = ADMIN) -> Person:
-        """Add a person, whose key both ends make of the farm's, so that it is not sent."""
-        name = person_name(name)
-        key = person_key(name, self._key, ticket)
-        return self._people.add(name, role, limits, secret_hash(key), who)
+    def add(self, name: str, role: Role, limits: Mapping[str, int], ticket: str, uses: int = 0,
+            who: str = ADMIN) -> str:
+        """Add a person and return the key, or invite so many, without a name: return the code.
 
-    def invite(self, role: Role, limits: Mapping[str, int], uses: int, ticket: str,
-               who: str = ADMIN) -> str:
-        """Invite people; return the code, which both ends make of the farm's key."""
-        code = invitation_code(self._key, ticket)
-        with self._store.gate.outside():
-            secret = invitation_secret(code)
-        self._people.invite(secret, role, limits, uses, who)
-        return code
+        Both ends make it of the farm's key, so that it is not sent.
+        """
+        person = Person(name, role, "", json.dumps(limits), self._clock.time())
+        if uses:
+            key = invitation_code(self._key, ticket)
+            with self._store.gate.outside():
+                secret = invitation_secret(key)
+            person = replace(person, name=f"+{ticket}", token=secret, uses=uses)
+        else:
+            name = person_name(name)
+            key = person_key(name, self._key, ticket)
+            person = replace(person, name=name, token=secret_hash(key))
+        self._people.add(person, who)
+        return key
 
-    def come(self, name: str, ticket: str, proof: str, remote: str) -> tuple[Person, str]:
-        """Let somebody in who proves to know a code; return also the proof that we do."""
+    def come(self, name: str, ticket: str, share: str, proof: str, remote: str) -> dict[str, str]:
+        """Let somebody in who proves to know a code; return our proof, and share of the key.
+
+        The code alone does not lead to the key: others may have it, and hear what is said. A
+        request that comes again is answered with the same.
+        """
         self._check_patience(remote)
         name = person_name(name)
         invitation = self._people.invitation(lambda secret: hmac.compare_digest(
-            proof.encode(), derived(secret, "come", name, ticket).encode()))
+            proof.encode(), derived(secret, "come", name, ticket, share).encode()))
         if invitation is None:
             self.slow_down(remote)
             raise ProtocolError(403, "this code is wrong, or too old: ask for a new one")
-        key = person_key(name, invitation.secret, ticket)
-        person = self._people.come(invitation, name, secret_hash(key))
-        return person, derived(invitation.secret, "welcome", name, ticket)
+        with self._store.gate.outside():
+            mine = Pairing(derived(self._key, "come", name, ticket, share))
+            secret, _ = mine.agree(share, [name, ticket, share, mine.share])
+        person = replace(invitation, name=name, added=self._clock.time(), uses=None,
+                         token=secret_hash(person_key(name, secret, ticket)))
+        self._people.come(invitation.name, person)
+        return {"name": name, "role": person.role, "share": mine.share,
+                "proof": derived(invitation.token, "welcome", name, ticket, mine.share)}
 
     def _by_guest_key(self, key: str, request: Request) -> Identity:
         self._check_patience(request.remote)
@@ -10960,36 +10939,29 @@ class Code(Wired):
 
 
 @dataclass(frozen=True)
-class _Rights(Wired):
-    """What people get; ``limits`` are those that are not everybody's."""
+class Newcomer(Wired):
+    """A person to be added; with ``uses`` an invitation for so many, without a name.
 
+    ``limits`` are those that are not everybody's.
+    """
+
+    name: str
     role: Role
     limits: Mapping[str, int]
     ticket: str
+    uses: int
 
     @classmethod
-    def from_wire(cls, wire: Any) -> Any:
+    def from_wire(cls, wire: Any) -> Newcomer:
         """Read the JSON form; ``UserError`` when it has another shape."""
         given = cls.fields_of(wire)
-        if given["role"] not in set(Role) or not 16 <= len(given["ticket"]) <= 100:
-            raise UserError("a person has a role (user, viewer or submit), a ticket 16 letters "
+        if given["role"] not in set(Role) or not re.fullmatch(r"[\w-]{16,100}", given["ticket"]):
+            raise UserError("a person has a role (user, viewer or submit), and a ticket 16 letters "
                             "or more")
+        if not 0 <= given["uses"] <= MAX_INVITED:
+            raise UserError(f"an invitation is for 1 to {MAX_INVITED} people")
         return cls(**{**given, "role": Role(given["role"]),
                       "limits": checked(given["limits"], ALLOWANCES)})
-
-
-@dataclass(frozen=True)
-class Newcomer(_Rights):
-    """A person to be added."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Invited(_Rights):
-    """So many people to be invited."""
-
-    uses: int
 
 
 @dataclass(frozen=True)
@@ -10998,6 +10970,7 @@ class Comer(Wired):
 
     name: str
     ticket: str
+    share: str
     proof: str
 
 
@@ -11250,29 +11223,21 @@ class Api:
                  **vars(tx.usage(row.name))}
                 for row in tx.people() if everybody or row.name == request.identity.name]})
 
-    @route("POST", "/api/v1/users", role="admin", takes=Newcomer, summary="Add a person")
+    @route("POST", "/api/v1/users", role="admin", takes=Newcomer, summary="Add a person, or invite")
     def add_user(self, request: Request) -> Response:
-        """Body: name, role, limits, ticket. Both ends make the key of the farm's and the ticket."""
-        one: Newcomer = Newcomer.from_wire(request.json())
-        person = self._access.add(one.name, one.role, one.limits, one.ticket,
-                                  request.identity.name)
-        return json_response({"name": person.name, "role": person.role}, 201)
-
-    @route("POST", "/api/v1/users/invite", role="admin", takes=Invited, summary="Invite people")
-    def invite(self, request: Request) -> Response:
-        """Body: role, limits, ticket, uses. Both ends make the code of the farm's key."""
-        some: Invited = Invited.from_wire(request.json())
-        if not 1 <= some.uses <= MAX_INVITED:
-            raise UserError(f"an invitation is for 1 to {MAX_INVITED} people")
-        self._access.invite(some.role, some.limits, some.uses, some.ticket, request.identity.name)
+        """Body: name, role, limits, ticket, uses. Both ends make the key, or where there are
+        ``uses`` and no name the code, of the farm's key and the ticket."""
+        one = Newcomer.from_wire(request.json())
+        self._access.add(one.name, one.role, one.limits, one.ticket, one.uses,
+                         request.identity.name)
         return Response(204)
 
     @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
            summary="Come by an invitation")
     def come(self, request: Request) -> Response:
-        """Body: name, ticket, proof, which is made of the code. Answers ours."""
-        person, proof = self._access.come(**Comer.fields_of(request.json()), remote=request.remote)
-        return json_response({"name": person.name, "role": person.role, "proof": proof}, 201)
+        """Body: name, ticket, share, and a proof, which is made of the code. Answers ours."""
+        return json_response(self._access.come(
+            **Comer.fields_of(request.json()), remote=request.remote), 201)
 
     @route("PATCH", "/api/v1/users/<name>", role="admin", summary="Change a person's limits")
     def change_user(self, request: Request) -> Response:
@@ -16001,8 +15966,9 @@ def serve(options: Options) -> int:
             typed=_command_typed)
         coordinator.start()
         stack.callback(coordinator.stop)
-        _greet(coordinator, options, tools and tools[1], coordinator.access.invite(
-            Role.USER, {}, options.invite, secrets.token_hex(16)) if options.invite else "")
+        code = coordinator.access.add("", Role.USER, {}, secrets.token_hex(16), options.invite) \
+            if options.invite else ""
+        _greet(coordinator, options, tools and tools[1], code)
         if tools:
             worker = stack.enter_context(_joined(
                 _client_of(coordinator), tools, options, options.data, coordinator.store.blob_path))
@@ -16334,21 +16300,20 @@ def _show_users(client: Client, options: Options) -> int:
 def _new_users(client: Client, options: Options, names: Sequence[str],
                limits: Mapping[str, int]) -> int:
     """Add a person or a program, or invite some; show the key or the code, which is not sent."""
-    farm_key, ticket = client.token, secrets.token_hex(16)
-    wire = {"role": options.role, "limits": limits, "ticket": ticket}
-    if not names:
-        client.request("POST", "/api/v1/users/invite", json={**wire, "uses": options.uses})
-        code = invitation_code(farm_key, ticket)
-        _show(options, {"code": code, "uses": options.uses, "role": options.role}, code)
-        many = f"{options.uses} people" if options.uses > 1 else "one person"
-        _say(f"{many} may come by this code within a week: each types on another computer "
-             f"'povfarm.py work --code {code} --user NAME', or login instead of work to render "
-             "nothing there")
+    name, ticket = person_name(names[0]) if names else "", secrets.token_hex(16)
+    uses = 0 if name else options.uses
+    client.request("POST", "/api/v1/users", json={
+        "name": name, "role": options.role, "limits": limits, "ticket": ticket, "uses": uses})
+    if name:
+        key = person_key(name, client.token, ticket)
+        _show(options, {"name": name, "role": options.role, "key": key}, key)
         return 0
-    name = person_name(names[0])
-    client.request("POST", "/api/v1/users", json={**wire, "name": name})
-    key = person_key(name, farm_key, ticket)
-    _show(options, {"name": name, "role": options.role, "key": key}, key)
+    code = invitation_code(client.token, ticket)
+    _show(options, {"code": code, "uses": uses, "role": options.role}, code)
+    many = f"{uses} people" if uses > 1 else "one person"
+    _say(f"{many} may come by this code within a week: each types on another computer "
+         f"'povfarm.py work --code {code} --user NAME', or login instead of work to render "
+         "nothing there")
     return 0
 
 
@@ -18203,18 +18168,21 @@ def _come(client: Client, options: Options) -> None:
             if options.user.casefold() in ("", you.casefold()):
                 return
     name, ticket = person_name(options.user or getpass.getuser()), secrets.token_hex(16)
-    secret, client.token = invitation_secret(options.code), ""
+    secret, mine, client.token = invitation_secret(options.code), Pairing(), ""
     try:
         reply = client.request("POST", "/api/v1/users/come", json={
-            "name": name, "ticket": ticket, "proof": derived(secret, "come", name, ticket)}).json()
+            "name": name, "ticket": ticket, "share": mine.share,
+            "proof": derived(secret, "come", name, ticket, mine.share)}).json()
     except RequestRefused as error:
         if error.status != 400:
             raise
         raise UserError(f"{error}, and give it with --user NAME") from None
-    if reply.get("proof") != derived(secret, "welcome", name, ticket):
+    share = want(reply, "share", str)
+    if reply.get("proof") != derived(secret, "welcome", name, ticket, share):
         raise FarmError(f"{client.base_url} does not know this code: it is not the farm that you "
                         "were invited to")
-    client.token = person_key(name, secret, ticket)
+    agreed, _ = mine.agree(share, [name, ticket, mine.share, share])
+    client.token = person_key(name, agreed, ticket)
     _keep(client, options)
 
 

@@ -67,7 +67,6 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
     ("POST", "/api/v1/login"): ("person", "/api/v1/login"),
     ("GET", "/api/v1/users"): ("person", "/api/v1/users"),
     ("POST", "/api/v1/users"): ("admin", "/api/v1/users"),
-    ("POST", "/api/v1/users/invite"): ("admin", "/api/v1/users/invite"),
     ("POST", "/api/v1/users/come"): ("anyone", "/api/v1/users/come"),
     ("PATCH", "/api/v1/users/<name>"): ("admin", "/api/v1/users/anna"),
     ("DELETE", "/api/v1/users/<name>"): ("admin", "/api/v1/users/anna"),
@@ -986,9 +985,8 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
         "/api/v1/hello": ["nonce", "who"],
         "/api/v1/workers": sorted(WORKER), "/api/v1/lease": ["idle", "slots", "want"],
         "/api/v1/workers/admit": ["code"],
-        "/api/v1/users": ["limits", "name", "role", "ticket"],
-        "/api/v1/users/invite": ["limits", "role", "ticket", "uses"],
-        "/api/v1/users/come": ["name", "proof", "ticket"],
+        "/api/v1/users": ["limits", "name", "role", "ticket", "uses"],
+        "/api/v1/users/come": ["name", "proof", "share", "ticket"],
         "/api/v1/leases/{lease}/tasks/{task}/fail": ["log", "message", "scene"]}
 
 

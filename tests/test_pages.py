@@ -514,7 +514,7 @@ def test_chromium_shows_a_real_farm(povray: str, tmp_path: Path) -> None:
 
 def add(farm: Farm, name: str, role: Role = Role.USER) -> str:
     """Add a person whose browser is logged in; return its cookie."""
-    farm.access.add(name, role, {}, "a ticket that is new")
+    farm.access.add(name, role, {}, "a-ticket-that-is-new")
     return f"{farm.access.cookie}={farm.access.log_in(farm.access.login_code(name))}"
 
 

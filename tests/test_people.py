@@ -21,31 +21,35 @@ from povfarm import Allowance, JobOptions, LeaseSpec, Request, Role
 
 __all__ = ["farm_fixture"]
 
-TICKET = "a ticket that is new"
+TICKET = "a-ticket-that-is-new"
 
 
 def add(farm: Farm, name: str = "anna", role: Role = Role.USER, **limits: int) -> str:
     """Add a person as the admin does; return the key, which is not in the answer."""
     reply = farm.ask("POST", "/api/v1/users", json_body={
-        "name": name, "role": role.value, "limits": limits, "ticket": TICKET})
-    assert reply.status == 201 and reply.json() == {"name": name, "role": role.value}
+        "name": name, "role": role.value, "limits": limits, "ticket": TICKET, "uses": 0})
+    assert reply.status == 204 and reply.body == b""
     return povfarm.person_key(name, KEY, TICKET)
 
 
 def invite(farm: Farm, uses: int, role: Role = Role.USER, ticket: str = TICKET, **limits: int) -> str:
     """Invite so many; return the code."""
-    reply = farm.ask("POST", "/api/v1/users/invite", json_body={
-        "uses": uses, "role": role.value, "limits": limits, "ticket": ticket})
-    assert reply.status == 204
+    reply = farm.ask("POST", "/api/v1/users", json_body={
+        "name": "", "uses": uses, "role": role.value, "limits": limits, "ticket": ticket})
+    assert reply.status == 204 and reply.body == b""
     return povfarm.invitation_code(KEY, ticket)
 
 
-def come(farm: Farm, code: str, name: str, ticket: str = "its own ticket") -> Tuple[Reply, str]:
+def come(farm: Farm, code: str, name: str, ticket: str = "its-own-ticket") -> Tuple[Reply, str]:
     """Come by a code; return the answer, and the key that it means."""
     secret = povfarm.invitation_secret(code)
+    mine = povfarm.Pairing(povfarm.derived(code, name, ticket))  # the same for the same request
     reply = farm.ask("POST", "/api/v1/users/come", key=None, json_body={
-        "name": name, "ticket": ticket, "proof": povfarm.derived(secret, "come", name, ticket)})
-    return reply, povfarm.person_key(name, secret, ticket)
+        "name": name, "ticket": ticket, "share": mine.share,
+        "proof": povfarm.derived(secret, "come", name, ticket, mine.share)})
+    theirs = reply.json().get("share", mine.share)
+    agreed, _ = mine.agree(theirs, [name, ticket, mine.share, theirs])
+    return reply, povfarm.person_key(name, agreed, ticket)
 
 
 def submit(farm: Farm, key: str, frames: int = 3, **options: Any) -> Reply:
@@ -165,8 +169,7 @@ def test_a_removed_person_is_out_at_once_and_the_jobs_stay(farm: Farm) -> None:
 def test_a_new_person_of_an_old_name_has_another_secret(farm: Farm) -> None:
     old = add(farm)
     farm.ask("DELETE", "/api/v1/users/anna")
-    farm.access.add("anna", Role.USER, {}, "another ticket, which is new")
-    new = povfarm.person_key("anna", KEY, "another ticket, which is new")
+    new = farm.access.add("anna", Role.USER, {}, "another-ticket-which-is-new")
     assert farm.ask("GET", "/api/v1/users", key=old).status == 401
     assert farm.ask("GET", "/api/v1/users", key=new).status == 200
 
@@ -183,25 +186,26 @@ def test_no_secret_is_in_the_database_nor_in_an_answer(farm: Farm) -> None:
 @pytest.mark.parametrize("name", ["", "admin", "Admin", "farm", "w12", "a b", "../x", "-x", "x" * 41,
                                   "a:b", "a\nb", "<b>", "nobody"])
 def test_what_is_no_name_is_refused(name: str, farm: Farm) -> None:
-    body = {"name": name, "role": "user", "limits": {}, "ticket": TICKET}
+    body = {"name": name, "role": "user", "limits": {}, "ticket": TICKET, "uses": 0}
     reply = farm.ask("POST", "/api/v1/users", json_body=body)
     assert reply.status == 400 and "name" in error(reply)
 
 
 @pytest.mark.parametrize("change", [
     {"role": "admin"}, {"role": "worker"}, {"role": ""}, {"limits": {"jobs": -1}}, {"limits": {"x": 1}},
-    {"limits": {"jobs": "5"}}, {"ticket": "short"}, {"limits": []}, {"ticket": "x" * 101}])
+    {"limits": {"jobs": "5"}}, {"ticket": "short"}, {"limits": []}, {"ticket": "x" * 101},
+    {"ticket": "x y" * 9}, {"uses": -1}, {"uses": 10_001}, {"uses": "3"}])
 def test_no_right_is_given_that_there_is_not(change: Dict[str, Any], farm: Farm) -> None:
-    for path, more in (("users", {"name": "anna"}), ("users/invite", {"uses": 1})):
-        body = {"role": "user", "limits": {}, "ticket": TICKET, **more, **change}
-        assert farm.ask("POST", f"/api/v1/{path}", json_body=body).status == 400
+    for name, uses in (("anna", 0), ("", 1)):
+        body = {"name": name, "role": "user", "limits": {}, "ticket": TICKET, "uses": uses, **change}
+        assert farm.ask("POST", "/api/v1/users", json_body=body).status == 400
     assert farm.ask("GET", "/api/v1/users").json() == {"users": []}
 
 
 def test_a_name_is_had_once_whatever_its_letters(farm: Farm) -> None:
     add(farm, "Jörg")
     for name in ("jörg", "JÖRG", "Jo\u0308rg"):
-        body = {"name": name, "role": "user", "limits": {}, "ticket": "another ticket, new"}
+        body = {"name": name, "role": "user", "limits": {}, "ticket": "another-ticket-new", "uses": 0}
         assert "there already" in error(farm.ask("POST", "/api/v1/users", json_body=body))
     key = povfarm.person_key("Jörg", KEY, TICKET)
     assert key.isascii() and farm.ask("GET", "/api/v1/farm", key=key).json()["you"] == "Jörg"
@@ -220,9 +224,9 @@ def test_a_class_comes_by_one_code_and_each_picks_a_name_once(farm: Farm) -> Non
     code = invite(farm, 3, jobs=2)
     keys = {name: come(farm, code, name, f"ticket {name}") for name in ("anna", "bert")}
     for name, (reply, key) in keys.items():
-        secret = povfarm.invitation_secret(code)
-        assert reply.json() == {"name": name, "role": "user", "proof": povfarm.derived(
-            secret, "welcome", name, f"ticket {name}")}
+        secret, share = povfarm.invitation_secret(code), reply.json()["share"]
+        assert reply.json() == {"name": name, "role": "user", "share": share, "proof": povfarm.derived(
+            secret, "welcome", name, f"ticket {name}", share)}
         assert farm.ask("GET", "/api/v1/farm", key=key).json()["you"] == name
     taken, key = come(farm, code, "Anna", "another ticket")
     assert taken.status == 400 and "choose another name" in error(taken)
@@ -237,6 +241,38 @@ def test_a_class_comes_by_one_code_and_each_picks_a_name_once(farm: Farm) -> Non
         ("person added", "cleo")]
 
 
+def test_who_has_the_code_and_hears_all_does_not_have_the_key_of_another(farm: Farm) -> None:
+    code = invite(farm, 3)
+    reply, key = come(farm, code, "anna")
+    secret, share = povfarm.invitation_secret(code), reply.json()["share"]
+    for guess in (secret, share, povfarm.derived(secret, "secret"), code):
+        wrong = povfarm.person_key("anna", guess, "its-own-ticket")
+        assert wrong != key and farm.ask("GET", "/api/v1/users", key=wrong).status == 401
+    # Another share under the same name and ticket is somebody else.
+    mine = povfarm.Pairing()
+    taken = farm.ask("POST", "/api/v1/users/come", key=None, json_body={
+        "name": "anna", "ticket": "its-own-ticket", "share": mine.share,
+        "proof": povfarm.derived(secret, "come", "anna", "its-own-ticket", mine.share)})
+    assert taken.status == 400 and farm.ask("GET", "/api/v1/users", key=key).status == 200
+
+
+@pytest.mark.parametrize("share", ["0", "1", "x", "", "-2", "f" * 513, f"{povfarm._PRIME - 1:x}"])
+def test_a_share_that_leads_to_a_known_key_is_refused(share: str, farm: Farm) -> None:
+    secret = povfarm.invitation_secret(invite(farm, 1))
+    assert farm.ask("POST", "/api/v1/users/come", key=None, json_body={
+        "name": "anna", "ticket": "t", "share": share,
+        "proof": povfarm.derived(secret, "come", "anna", "t", share)}).status == 400
+
+
+def test_an_invitation_is_nobody(farm: Farm) -> None:
+    code = invite(farm, 3)
+    secret = povfarm.invitation_secret(code)
+    for key in (f"+{TICKET}:{secret}", f"%2B{TICKET}:{secret}", secret, code):
+        assert farm.ask("GET", "/api/v1/users", key=key).status == 401
+    assert farm.ask("DELETE", f"/api/v1/users/+{TICKET}").status == 404
+    assert farm.ask("GET", "/api/v1/users").json() == {"users": []}
+
+
 def test_a_code_ends_and_a_wrong_one_is_slowed_down(farm: Farm) -> None:
     code = invite(farm, 3)
     before = farm.clock.mono
@@ -244,6 +280,9 @@ def test_a_code_ends_and_a_wrong_one_is_slowed_down(farm: Farm) -> None:
     assert farm.clock.mono > before
     farm.clock.advance(povfarm.INVITED_FOR + 1)
     assert come(farm, code, "anna")[0].status == 403
+    farm.scheduler.tidy()
+    with farm.store.read() as look:
+        assert look.people(invited=True) == []
 
 
 def test_nobody_comes_under_the_name_of_somebody_whose_jobs_are_there(farm: Farm) -> None:

@@ -116,8 +116,8 @@ class House:
 
     def add(self, name: str, role: Role) -> str:
         """Add a person; return the key."""
-        self.access.add(name, role, {}, "a ticket that is new")
-        return povfarm.person_key(name, self.coordinator.key, "a ticket that is new")
+        self.access.add(name, role, {}, "a-ticket-that-is-new")
+        return povfarm.person_key(name, self.coordinator.key, "a-ticket-that-is-new")
 
     def spy(self) -> None:
         """Let every route only note that it was reached."""

@@ -153,13 +153,9 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "set_job_started": lambda tx: tx.set_job_started(1, 1.0),
     "set_job_options": lambda tx: tx.set_job_options(1, JobOptions()),
     "set_job_engines": lambda tx: tx.set_job_engines(1, "{}"),
-    "add_person": lambda tx: tx.add_person("anna", povfarm.Role.USER, "t", "{}", 1.0),
-    "set_limits": lambda tx: tx.set_limits("anna", "{}"),
+    "put_person": lambda tx: tx.put_person(
+        povfarm.Person("anna", povfarm.Role.USER, "t", "{}", 1.0)),
     "drop_person": lambda tx: tx.drop_person("anna"),
-    "add_invitation": lambda tx: tx.add_invitation(
-        povfarm.Invitation("s", povfarm.Role.USER, "{}", 1, 1.0)),
-    "use_invitation": lambda tx: tx.use_invitation("s"),
-    "drop_invitations": lambda tx: tx.drop_invitations(1.0),
     "begin_turn": lambda tx: tx.begin_turn("anna", 0),
     "set_aside": lambda tx: tx.set_aside(1, "odd"),
     "add_job_cost": lambda tx: tx.add_job_cost(1, Cost(1, 1, 1)),
