@@ -13031,7 +13031,7 @@ class Engine:
                             f"it says {text.partition(chr(10))[0]!r}")
         return replace(self, version=match[1], library=standard_library(match[1], self.program))
 
-    def told(self) -> dict[str, str]:
+    def versions(self) -> dict[str, str]:
         """Return what makes two workers' pictures alike: the version, and the include files.
 
         Of a file that is in several places POV-Ray takes the first. The ends of
@@ -14743,7 +14743,7 @@ class RunState:
         self.cut = False
         self.look_again = 0.0  # when to read the state next
         self.scene_files: dict[str, tuple[int, int]] = {}  # as they were at the last look
-        self.told: dict[str, str] = {}  # the hash of each that was delivered
+        self.sent: dict[str, str] = {}  # the hash of each that was delivered
         self.given: dict[str, Old] = {}  # files to go on with
 
     def duty_so_far(self) -> float:
@@ -15136,8 +15136,8 @@ class Outbox:
             number, size = number + 1, size + more
             with contextlib.suppress(OSError):
                 sha256 = sha256_file(plan.place / name)
-                if run.told.get(name) != sha256:
-                    files[name], run.told[name] = plan.place / name, sha256
+                if run.sent.get(name) != sha256:
+                    files[name], run.sent[name] = plan.place / name, sha256
         if files or left:
             pack_files(files, packed, left)
 
@@ -16761,7 +16761,7 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
         raise UserError(f"the name of the directory {str(here)!r} is not UTF-8: rename it")
     arguments, cwd, named = _whole_project(options.rest, here, scratch)
     if not arguments:
-        raise UserError(f"what shall be rendered? For example: povfarm.py {options.command} "
+        raise UserError(f"which scene is it? For example: povfarm.py {options.command} "
                         "scene.pov +W640 +H480")
     pov = renderer.read(arguments, cwd)
     plan = plan_frames(pov)
@@ -17488,8 +17488,8 @@ def _leave(kept: Kept, target: Path) -> None:
 
 def _say_left(names: Sequence[str], why: str) -> None:
     if names:
-        _say(f"{counted(len(names), 'file')} that the scene wrote stayed behind, since {why}: "
-             f"{', '.join(names[:5])}")
+        _say(f"{counted(len(names), 'file')} that the scene wrote did not come back, because "
+             f"{why}: {', '.join(names[:5])}")
 
 
 def _may_leave(to: Path, base: Path, private: Collection[Path]) -> bool:
@@ -17966,7 +17966,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
         "name": _worker_name(options),
         "cores": cores, "memory": total_memory(),
         "system": f"{platform.system()} {platform.release()}",
-        "engines": engine.told() if engine.version else {},
+        "engines": engine.versions() if engine.version else {},
         "tags": [tag for tag in options.tags.split(",") if tag],
         "ticket": secrets.token_urlsafe(32),
     }
@@ -18088,7 +18088,7 @@ def _work_here(worker: Worker) -> None:
     try:
         worker.run()
     except FarmError as error:
-        _say(f"this computer renders no more: {error}")
+        _say(f"this computer has stopped rendering: {error}")
 
 
 def _cores() -> int:
@@ -18119,7 +18119,7 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None, co
         f"povfarm '{coordinator.name}' is at {address}" + (
             ", which only this computer can reach" if alone else
             f" (on other networks: {', '.join(more)})" if more else ""),
-        f"  steer it in a browser here:  {login_link}",
+        f"  control it in a browser:     {login_link}",
         f"  start workers {'here:         ' if alone else 'elsewhere:    '} "
         f"povfarm.py work --server {address} --key {coordinator.key}{pin}",
         *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"

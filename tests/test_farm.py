@@ -881,7 +881,7 @@ def test_files_that_stay_behind_are_told_of(farm: Farm, tmp_path: Path) -> None:
     place = project(tmp_path, MANY)
     done = run(tmp_path, "submit", "scene.pov", *SMALL, "--wait", "--output", "got", cwd=place)
     assert done.returncode == 0, done.stderr
-    assert "11 files that the scene wrote stayed behind" in done.stderr
+    assert "11 files that the scene wrote did not come back" in done.stderr
     assert "'.hidden', 'p1001.inc'" in done.stderr
     assert len(list((place / "got").glob("p*.inc"))) == 1000
     got = run(tmp_path, "render", "scene.pov", *SMALL, cwd=place)

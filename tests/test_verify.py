@@ -216,7 +216,7 @@ def test_a_worker_tells_what_its_include_files_are(tmp_path: Path) -> None:
         shutil.copytree(place, copy, dirs_exist_ok=True)
 
     def told(*library: object) -> str:
-        return povfarm.Engine("povray", "3.7", tuple(map(str, library))).told()["includes"]
+        return povfarm.Engine("povray", "3.7", tuple(map(str, library))).versions()["includes"]
 
     whole = told(*real)
     assert len(whole) == 64 and told(copy) == whole
