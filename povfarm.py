@@ -6806,12 +6806,13 @@ SCHEMA = f"""
     CREATE TABLE meta (
         key TEXT PRIMARY KEY, value TEXT NOT NULL
     ) WITHOUT ROWID;
-    -- aside: why its pictures are not trusted
+    -- aside: why its pictures are not trusted; owner: with whose key it has joined
     CREATE TABLE worker (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, token TEXT NOT NULL UNIQUE,
         state TEXT NOT NULL, code TEXT NOT NULL, cores INTEGER NOT NULL, memory INTEGER NOT NULL,
         system TEXT NOT NULL, engines_json TEXT NOT NULL, tags_json TEXT NOT NULL,
-        address TEXT NOT NULL, joined REAL NOT NULL, aside TEXT NOT NULL DEFAULT ''
+        address TEXT NOT NULL, joined REAL NOT NULL, aside TEXT NOT NULL DEFAULT '',
+        owner TEXT NOT NULL DEFAULT ''
     );
     -- People and programs, and invitations, which have uses: how many may still come.
     -- token: the hash of what they show, or a secret that keys are made of
@@ -7047,7 +7048,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Member:
-    """A worker as the farm knows it; ``aside`` is why its pictures are not trusted."""
+    """A worker as the farm knows it; ``aside`` is why its pictures are not trusted.
+
+    ``owner`` is with whose key it has joined.
+    """
 
     id: int
     name: str
@@ -7062,6 +7066,7 @@ class Member:
     address: str
     joined: float
     aside: str
+    owner: str
 
     @functools.cached_property
     def engines(self) -> Mapping[str, str]:
@@ -8039,14 +8044,14 @@ class Tx(Look):
     # --- workers
 
     def add_worker(self, info: WorkerInfo, token: str, state: WorkerState, code: str,
-                   address: str, now: float) -> int:
+                   address: str, now: float, owner: str = "") -> int:
         """Add a worker and return its id; ``token`` is the hash of its secret."""
         self._changes = -1
         cursor = self._do("""
             INSERT INTO worker (name, token, state, code, cores, memory, system,
-                                engines_json, tags_json, address, joined)
+                                engines_json, tags_json, address, joined, owner)
             VALUES (:name, :token, :state, :code, :cores, :memory, :system, :engines, :tags,
-                    :address, :now)""",
+                    :address, :now, :owner)""", owner=owner,
             name=info.name, token=token, state=state.value, code=code, cores=info.cores,
             memory=info.memory, system=info.system, engines=json.dumps(dict(info.engines)),
             tags=json.dumps(info.tags), address=address, now=now)
@@ -8382,6 +8387,7 @@ RECENT = 8.0  # seconds over which the speed of a task is taken
 SICK_PAUSE = 600.0  # seconds until a sick worker gets one task, to see whether it is well
 LEASE_COST = 0.1  # seconds that a lease counts in addition to those that it takes
 SHORT_TURN = 1.0  # seconds of frames that a run gets where people take turns
+MAX_BROUGHT = 20  # workers of one person
 INVITED_FOR = 7 * 24 * 3600.0  # seconds that an invitation lasts
 STEP = 2000  # frames that one transaction changes at most, so that others have their turn,
 STEP_PAUSE = 0.02  # and the seconds that they get for it
@@ -8936,12 +8942,13 @@ class People:
             if not self._lasts(one):
                 tx.drop_person(one.name)
 
-    def remove(self, name: str, who: str = ADMIN) -> None:
-        """Forget a person's secret; the jobs stay."""
+    def remove(self, name: str, who: str = ADMIN) -> list[int]:
+        """Forget a person's secret; the jobs stay. Return the workers that came with it."""
         with self._states.tx(who) as tx:
             person = self._known(tx, name)
             tx.drop_person(person.name)
             self._states.tell(tx, "person removed", person.name)
+            return [row.id for row in tx.workers() if row.owner == person.name]
 
     def change(self, name: str, limits: Mapping[str, int], who: str = ADMIN) -> None:
         """Set some of the limits of a person."""
@@ -9030,7 +9037,11 @@ class _Crew:
             known = tx.worker_by_token(token)
             if known is not None:
                 return known.id
-            worker = tx.add_worker(info, token, state, code, address, self.clock.time())
+            if who not in ("", ADMIN) and sum(
+                    row.owner == who for row in tx.workers()) >= MAX_BROUGHT:
+                raise UserError(f"{MAX_BROUGHT} workers have joined with your key, which is the "
+                                "most: ask for one to be removed ('povfarm.py workers remove')")
+            worker = tx.add_worker(info, token, state, code, address, self.clock.time(), who)
             self.states.tell(tx, "asks to join" if code else "joined", info.name, worker=worker)
         self._see(worker)
         return worker
@@ -10814,7 +10825,7 @@ class Views:
         muster, views = self._farm.muster(tx), []
         for row in tx.workers():
             view = {name: getattr(row, name) for name in (
-                "id", "name", "cores", "memory", "system", "address", "joined")}
+                "id", "name", "cores", "memory", "system", "address", "joined", "owner")}
             runs = len(self._farm.grants.of_worker(row.id))
             view.update(engines=row.engines, tags=json.loads(row.tags_json), runs=runs,
                         seen=self._farm.seen(row.id))
@@ -11120,6 +11131,8 @@ class Api:
         after = _query_number(request, "after", newest)
         if "wait" in request.query:
             events = self._farm.wait_events(after, _seconds(request.query["wait"]), MAX_EVENTS)
+            if not self._access.knows(request.identity):
+                raise ProtocolError(401, "you were removed from this farm")
             return json_response({
                 "events": list(map(vars, events)), "more": len(events) == MAX_EVENTS})
         known = re.fullmatch("[0-9]{1,15}", request.headers.get("last-event-id", ""))
@@ -11248,8 +11261,10 @@ class Api:
 
     @route("DELETE", "/api/v1/users/<name>", role="admin", summary="Remove a person")
     def remove_user(self, request: Request) -> Response:
-        """Its key is good for nothing from now on; the jobs stay."""
-        self._farm.people.remove(request.params["name"], request.identity.name)
+        """Its key is good for nothing from now on, nor are its workers'; the jobs stay."""
+        who = request.identity.name
+        for worker in self._farm.people.remove(request.params["name"], who):
+            self._farm.remove_worker(worker, who)
         return Response(204)
 
     @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello,
@@ -16279,7 +16294,7 @@ def users(options: Options) -> int:
     client.request("PATCH" if word == "set" else "DELETE",
                    f"/api/v1/users/{urllib.parse.quote(rest[0], safe='')}",
                    json=limits if word == "set" else None)
-    gone = f"{rest[0]} is removed: the key is good for nothing now, the jobs stay"
+    gone = f"{rest[0]} is removed, with the workers that came with this key; the jobs stay"
     _tell(options, {"name": rest[0], "limits": limits},
           gone if word == "remove" else f"{rest[0]}: {_limits_of(limits)}")
     return 0
@@ -18125,7 +18140,7 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None, co
         *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"
            f"HP_GROUP=\"%s\"\\n' {address.removeprefix('http://')} {coordinator.access.guest_key} "
            ">> ~/.httpovclient/prefs"] if options.httpov else []),
-        *([f"  {counted(options.invite, 'guest')} can come with:".ljust(31) +
+        *([f"  {options.invite} people can come with:".ljust(31) +
            f"povfarm.py work --server {address} --code {code} --user NAME{pin}\n"
            "                               (or with login instead of work, to render nothing)"]
           if code else []),

@@ -17,7 +17,7 @@ from helpers.base import POVFARM
 from helpers.farm import STILL, environment
 from helpers.farm_in_a_box import KEY, SCENE, Farm, Reply, farm_fixture, manifest, pov_job
 from helpers.pictures import pixels
-from povfarm import Allowance, JobOptions, LeaseSpec, Request, Role
+from povfarm import Allowance, JobOptions, LeaseSpec, Request, Role, UserError, WorkerInfo
 
 __all__ = ["farm_fixture"]
 
@@ -164,6 +164,33 @@ def test_a_removed_person_is_out_at_once_and_the_jobs_stay(farm: Farm) -> None:
         "cookie": f"{farm.access.cookie}={farm.access.log_in(link)}"})
     assert farm.access.identify(late).name == ""
     assert farm.job(job).owner == "anna" and farm.ask("DELETE", "/api/v1/users/anna").status == 404
+
+
+def test_the_workers_of_who_is_removed_go_too(farm: Farm) -> None:
+    anna, worker = add(farm), farm.worker("hers")
+    info = WorkerInfo("mine", 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
+    mine = farm.scheduler.join(info, "a hash", "192.168.1.5", who="anna")
+    submit(farm, anna)
+    send(farm, anna)
+    lease = farm.lease(mine)
+    assert {view["name"]: view["owner"] for view in farm.ask("GET", "/api/v1/workers").json()["workers"]} == {
+        "hers": "", "mine": "anna"}
+    assert farm.ask("DELETE", "/api/v1/users/anna").status == 204
+    assert farm.beat(mine, lease) == [lease.id] and farm.leases(mine) == []
+    assert farm.lease(worker).tasks[0].frame == lease.tasks[0].frame
+    assert ("removed", "admin", "") in story(farm)
+
+
+def test_a_person_brings_so_many_workers(farm: Farm) -> None:
+    for number in range(povfarm.MAX_BROUGHT + 1):
+        info = WorkerInfo(f"w{number}", 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
+        how = {"info": info, "token": f"{number}", "address": "192.168.1.5"}
+        farm.scheduler.join(who="admin", **how)
+        how["token"] = f"anna's {number}"
+        if number < povfarm.MAX_BROUGHT:
+            farm.scheduler.join(who="anna", **how)
+    with pytest.raises(UserError, match="20 workers have joined with your key"):
+        farm.scheduler.join(who="anna", **how)
 
 
 def test_a_new_person_of_an_old_name_has_another_secret(farm: Farm) -> None:
@@ -390,6 +417,13 @@ def test_the_events_of_who_is_removed_end(tmp_path: Any) -> None:
     farm.submit()
     assert b"submitted" not in b"".join(answer.body)
     farm.close()
+
+
+def test_who_is_removed_while_waiting_for_events_hears_none(farm: Farm) -> None:
+    key = add(farm, "prom", Role.VIEWER)
+    farm.clock.meanwhile.append(lambda: farm.scheduler.people.remove("prom"))
+    answer = farm.ask("GET", "/api/v1/events?wait=9", key=key)
+    assert answer.status == 401 and "removed" in error(answer)
 
 
 def test_what_serve_says_holds_for_all_who_have_no_limit_of_their_own(tmp_path: Any) -> None:
