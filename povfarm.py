@@ -18121,7 +18121,8 @@ def _tls_files(options: Options) -> tuple[Path, Path] | None:
     return own_certificate(options.data, options.host.split(",")) if options.tls else None
 
 
-def _greet(coordinator: Coordinator, options: Options, engine: Engine | None, code: str) -> None:
+def _greet(coordinator: Coordinator, options: Options, engine: Engine | None,
+           code: str = "") -> None:
     """Say where a farm is, and what to type to use it."""
     address, more = coordinator.url, []
     if options.bind in ("", "0.0.0.0", "::"):
