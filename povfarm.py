@@ -9478,7 +9478,7 @@ class _Deal:
         """Find queued neighbours, for one run."""
         slots = self._offer.slots + sum(self._states.presence(other).slots
                                         for other in self._muster.live - {self._worker.id})
-        longest = SHORT_TURN if self._tx.people() else 10.0
+        longest = SHORT_TURN if job.owner != ADMIN or self._tx.people() else 10.0
         size = lease_size(job.queued, slots, job.mean_cost, job.runs, longest)
         tasks = self._tx.next_tasks(job.id, self._worker.id, size)
         if not tasks and job.queued:
@@ -16226,24 +16226,30 @@ def delete(options: Options) -> int:
          "change how a job is treated, such as --retries 5 or retries=5", ("talk",))
 def set_option(options: Options) -> int:
     """Change the options of jobs, which are called and written as ``submit`` has them."""
-    names = {key: name for name, row in JOB_OPTIONS.items() for key in (name, row.name)}
-    changes = {name: getattr(options, row.name.replace("-", "_"))
-               for name, row in JOB_OPTIONS.items() if row.name in options.typed}
-    jobs = []
-    for item in options.rest:
-        name, equals, text = item.partition("=")
-        option = names.get(name) or names.get(name.replace("_", "-"))
-        if not equals:
-            jobs.append(item)
-        elif option is None:
-            known = ", ".join(row.name for row in JOB_OPTIONS.values())
-            raise UserError(f"'{name}' cannot be set: there are {known}")
-        else:
-            changes[option] = JOB_OPTIONS[option].parse(text, name)
+    jobs, changes = _assigned(options, options.rest, JOB_OPTIONS)
     if not jobs or not changes:
         raise UserError(_usage(_command("set")[0]))
-    said = _options_of(changes)
-    return _ask_each(options, jobs, "PATCH", body=changes, said=f": {said}")
+    return _ask_each(options, jobs, "PATCH", body=changes, said=f": {_options_of(changes)}")
+
+
+def _assigned(options: Options, words: Sequence[str],
+              rows: Mapping[str, Setting]) -> tuple[list[str], dict[str, Any]]:
+    """Separate the words that are no KEY=VALUE of these rows from what is set, also by options."""
+    names = {key: name for name, row in rows.items() for key in (name, row.name)}
+    changes = {name: getattr(options, row.name.replace("-", "_"))
+               for name, row in rows.items() if row.name in options.typed}
+    others = []
+    for word in words:
+        name, equals, text = word.partition("=")
+        option = names.get(name) or names.get(name.replace("_", "-"))
+        if not equals:
+            others.append(word)
+        elif option is None:
+            known = ", ".join(row.name for row in rows.values())
+            raise UserError(f"'{name}' cannot be set: there are {known}")
+        else:
+            changes[option] = rows[option].parse(text, name)
+    return others, changes
 
 
 @command("admit", "CODE", "admit the worker that shows this code", ("talk",))
@@ -16271,32 +16277,24 @@ def login(options: Options) -> int:
          "show the farm's people and what they have, add, invite, limit or remove some", ("talk",))
 def users(options: Options) -> int:
     """Print the people, or change who they are and what they may have."""
-    client = _coordinator(options)
     word, *rest = options.rest or ["list"]
-    count = {"list": 0, "add": 1, "invite": 0, "set": len(rest), "remove": 1}.get(word)
-    if count != len(rest) or (word == "set" and not rest):
+    names, limits = _assigned(options, rest, ALLOWANCES)
+    count = {"list": 0, "add": 1, "invite": 0, "set": 1, "remove": 1}.get(word)
+    if count != len(names) or (word == "set" and not limits):
         raise UserError(_usage(_command("users")[0]))
-    limits = {name: getattr(options, row.name.replace("-", "_"))
-              for name, row in ALLOWANCES.items() if row.name in options.typed}
-    if word in ("add", "invite"):
-        return _new_users(client, options, rest, limits)
+    client = _coordinator(options)
     if word == "list":
         return _show_users(client, options)
-    for item in rest[1:]:
-        name, _, text = item.partition("=")
-        name = name.replace("_", "-").removesuffix("-limit")
-        if name not in ALLOWANCES:
-            raise UserError(f"'{item}' cannot be set: there are "
-                            + ", ".join(row.name for row in ALLOWANCES.values()))
-        limits[name] = ALLOWANCES[name].parse(text, name)
-    if word == "set" and not limits:
-        raise UserError(_usage(_command("users")[0]))
-    client.request("PATCH" if word == "set" else "DELETE",
-                   f"/api/v1/users/{urllib.parse.quote(rest[0], safe='')}",
-                   json=limits if word == "set" else None)
-    gone = f"{rest[0]} is removed, with the workers that came with this key; the jobs stay"
-    _tell(options, {"name": rest[0], "limits": limits},
-          gone if word == "remove" else f"{rest[0]}: {_limits_of(limits)}")
+    if word in ("add", "invite"):
+        return _new_users(client, options, names, limits)
+    person = f"/api/v1/users/{urllib.parse.quote(names[0], safe='')}"
+    if word == "set":
+        client.request("PATCH", person, json=limits)
+        said = f": {_options_of(limits, ALLOWANCES)}"
+    else:
+        client.request("DELETE", person)
+        said = " is removed, with the workers that came with this key; the jobs stay"
+    _tell(options, {"name": names[0], "limits": limits}, names[0] + said)
     return 0
 
 
@@ -16304,8 +16302,8 @@ def _show_users(client: Client, options: Options) -> int:
     views = client.get("/api/v1/users")["users"]
     rows: list[Sequence[str] | str] = [("name", "role", "jobs", "frames", "kept", "limits")]
     rows += [(view["name"], view["role"], str(view["jobs"]), str(view["frames"]),
-              format_size(view["kept"]), _limits_of({name: value for name, value
-                                                     in view["limits"].items() if value}))
+              format_size(view["kept"]), _options_of(
+                  {name: most for name, most in view["limits"].items() if most}, ALLOWANCES))
              for view in views]
     _show(options, views, _table(rows) if views else _typed(
         "nobody was added: invite people with 'povfarm.py users invite --uses 30'"))
@@ -16330,11 +16328,6 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
          f"'povfarm.py work --code {code} --user NAME', or login instead of work to render "
          "nothing there")
     return 0
-
-
-def _limits_of(limits: Mapping[str, int]) -> str:
-    """Return limits of a person as ``users set`` takes them."""
-    return " ".join(f"{ALLOWANCES[name].name}={value}" for name, value in limits.items())
 
 
 @command("backup", "DIRECTORY", "copy all data of a coordinator, even while it runs")
@@ -17790,11 +17783,11 @@ def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
     return "\n".join(_beside(f"{name:<11}", text) for name, text in facts.items() if text)
 
 
-def _options_of(values: Mapping[str, Any]) -> str:
-    """Return options of a job as ``set`` takes them, from values as ``JobOptions`` calls them."""
+def _options_of(values: Mapping[str, Any], rows: Mapping[str, Setting] = JOB_OPTIONS) -> str:
+    """Return options of a job or a person as ``set`` takes them, from values by the rows' names."""
     words = {True: "yes", False: "no"}
     return " ".join(f"{row.name}={words[values[name]] if row.is_flag else values[name]}"
-                    for name, row in JOB_OPTIONS.items() if name in values)
+                    for name, row in rows.items() if name in values)
 
 
 def _date(seconds: float | None) -> str:
