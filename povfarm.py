@@ -5777,6 +5777,63 @@ class Request:
             raise ProtocolError(400, "the body is not UTF-8 text") from error
 
 
+def form_parts(request: Request) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yield the head of each part of a form with files, and what is in it as it comes.
+
+    What is not read of a part is passed over. ``UserError`` when it is no whole form.
+    """
+    kind = re.fullmatch(r'multipart/form-data *; *boundary="?([^";]{1,200})"?',
+                        request.headers.get("content-type", ""))
+    if kind is None:
+        raise UserError("the client sent no form with a file")
+    edge, form = b"\r\n--" + kind[1].encode(), _Form(request.body.blocks())
+    for _ in form.until(edge):
+        pass
+    while not form.ends():
+        head, blocks = form.head(), form.until(edge)
+        yield head, blocks
+        for _ in blocks:
+            pass
+
+
+class _Form:
+    """A form that is read as it comes; ``UserError`` where it ends too early."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._data = b"\r\n"  # read and not yet used
+
+    def until(self, mark: bytes) -> Iterator[bytes]:
+        """Yield what comes before a mark, and pass over that."""
+        while (at := self._data.find(mark)) < 0:
+            whole = max(len(self._data) - len(mark) + 1, 0)
+            yield self._data[:whole]
+            self._data = self._data[whole:] + self._next()
+        yield self._data[:at]
+        self._data = self._data[at + len(mark):]
+
+    def ends(self) -> bool:
+        """Tell whether the mark was the last one."""
+        while len(self._data) < 2:
+            self._data += self._next()
+        return self._data.startswith(b"--")
+
+    def head(self) -> str:
+        """Return the head of a part, which has to be short."""
+        while b"\r\n\r\n" not in self._data:
+            if len(self._data) > BUFFER:
+                raise UserError("the form has too long a head")
+            self._data += self._next()
+        head, _, self._data = self._data.partition(b"\r\n\r\n")
+        return head.decode("utf-8", "replace")
+
+    def _next(self) -> bytes:
+        block = next(self._blocks, b"")
+        if not block:
+            raise UserError("the form that the client sent ends too early")
+        return block
+
+
 @dataclass(frozen=True)
 class FileSlice:
     """A body that is ``length`` bytes of an open file, from ``start``."""
@@ -5951,7 +6008,7 @@ class Router:
                 raise ValueError(f"a header field cannot be sent: {response.headers}")
             return response
         except Exception as error:
-            refusal = _refusal(error, f"{request.method} {request.path!r}")
+            refusal = refusal_of(error, f"{request.method} {request.path!r}")
             page = "text/html" in request.headers.get("accept", "") and self._error_page
             response = page(request, refusal) if page else _error_in_json(refusal)
             response.headers.update(refusal.headers)
@@ -6675,7 +6732,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         re.escape(pattern)), re.DOTALL)
 
 
-def _refusal(error: Exception, place: str) -> ProtocolError:
+def refusal_of(error: Exception, place: str) -> ProtocolError:
     """Return what to tell a client of an exception; our own mistakes are told to the log."""
     if isinstance(error, ProtocolError):
         return error
@@ -11867,50 +11924,11 @@ def _lines(*lines: str) -> Response:
 
 def _uploaded(request: Request) -> Iterator[bytes]:
     """Yield the file of a form as it comes; ``UserError`` when there is none."""
-    kind = re.fullmatch(r'multipart/form-data *; *boundary="?([^";]{1,200})"?',
-                        request.headers.get("content-type", ""))
-    if kind is not None:
-        edge, form = b"\r\n--" + kind[1].encode(), _Form(request.body.blocks())
-        for _ in form.until(edge):
-            pass
-        while b'name="filedata"' not in form.head():
-            for _ in form.until(edge):
-                pass
-        yield from form.until(edge)
-        return
+    for head, blocks in form_parts(request):
+        if 'name="filedata"' in head:
+            yield from blocks
+            return
     raise UserError("the client sent no file")
-
-
-class _Form:
-    """A form that is read as it comes; ``UserError`` where it ends too early."""
-
-    def __init__(self, blocks: Iterator[bytes]) -> None:
-        self._blocks = blocks
-        self._data = b"\r\n"  # read and not yet used
-
-    def until(self, mark: bytes) -> Iterator[bytes]:
-        """Yield what comes before a mark, and pass over that."""
-        while (at := self._data.find(mark)) < 0:
-            whole = max(len(self._data) - len(mark) + 1, 0)
-            yield self._data[:whole]
-            self._data = self._data[whole:] + self._next()
-        yield self._data[:at]
-        self._data = self._data[at + len(mark):]
-
-    def head(self) -> bytes:
-        """Return the head of a part, which has to be short."""
-        while b"\r\n\r\n" not in self._data:
-            if len(self._data) > BUFFER:
-                raise UserError("the client sent no file")
-            self._data += self._next()
-        head, _, self._data = self._data.partition(b"\r\n\r\n")
-        return head
-
-    def _next(self) -> bytes:
-        block = next(self._blocks, b"")
-        if not block:
-            raise UserError("the client sent no file")
-        return block
 
 
 # === 14. SHEEPIT =============================================================
