@@ -7153,15 +7153,6 @@ class Person:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What somebody has: jobs and frames that are not finished, and bytes that are kept."""
-
-    jobs: int
-    frames: int
-    kept: int
-
-
-@dataclass(frozen=True)
 class Event:
     """Something that happened, for people.
 
@@ -7715,11 +7706,12 @@ class Look:
         return self._listed(Person, lambda: {row.name.casefold(): row for row in self._all(
             Person, "SELECT * FROM person ORDER BY name")})
 
-    def usage(self, owner: str) -> Usage:
-        """Return what somebody has."""
-        return present(self._one(Usage, """
-            SELECT COALESCE(SUM(jobs), 0) AS jobs, COALESCE(SUM(frames), 0) AS frames,
-                   COALESCE(SUM(kept), 0) AS kept FROM turn WHERE owner = :owner""", owner=owner))
+    def usage(self, owner: str) -> Allowance:
+        """Return what somebody has: unfinished jobs and frames, and the bytes that are kept."""
+        jobs, frames, kept = self._do("""
+            SELECT SUM(jobs), SUM(frames), SUM(kept) FROM turn WHERE owner = :owner""",
+            owner=owner).fetchone()
+        return Allowance(jobs or 0, frames or 0, space=kept or 0)
 
     def has_jobs(self, owner: str) -> bool:
         """Tell whether there are jobs, finished or not, of somebody with nearly this name."""
@@ -9047,13 +9039,13 @@ class People:
     def too_much(self, look: Look, owner: str, more: int = 0) -> str:
         """Say that more is kept of somebody's jobs than may be, or nothing."""
         most = self.allowance(look, owner).space
-        if not most or (kept := look.usage(owner).kept) + more < most:
+        if not most or (kept := look.usage(owner).space) + more < most:
             return ""
         new = f", this one's files have {format_size(more)}" if more else ""
         return (f"{format_size(kept)} are kept of {owner}'s jobs{new}, and all may have "
                 f"{format_size(most)}: fetch images and delete a job ('povfarm.py delete JOB')")
 
-    def may_have(self, look: Look, owner: str, worker: int) -> bool:
+    def may_have(self, look: Look, worker: int, owner: str) -> bool:
         """Tell whether a worker may render for somebody, beside those that do already."""
         most = self.allowance(look, owner)
         if most.workers:
@@ -9468,16 +9460,13 @@ class _Deal:
             self._queued, self._divided, self._straggler)
         if self._presence.guest:
             pickers = (self._whole, self._straggler)
+        may = functools.partial(self._muster.people.may_have, self._tx, self._worker.id)
         for pick in pickers:
-            for job in self._tx.leasable_jobs(pick is not pickers[0], self._may_have):
+            for job in self._tx.leasable_jobs(pick is not pickers[0], may):
                 tasks = pick(job) if self._may_work(job) else []
                 if tasks:
                     return job, tasks[:1] if self._sick else tasks
         return None, []
-
-    def _may_have(self, owner: str) -> bool:
-        """Tell whether somebody may have this worker, beside those that are at work already."""
-        return self._muster.people.may_have(self._tx, owner, self._worker.id)
 
     def _may_work(self, job: Job) -> bool:
         """Tell whether the worker may have something of a job."""
@@ -11290,8 +11279,9 @@ class Api:
             return json_response({"users": [
                 {"name": row.name, "role": row.role, "added": row.added,
                  "limits": vars(self._farm.people.allowance(tx, row.name)),
-                 **vars(tx.usage(row.name))}
-                for row in tx.people() if everybody or row.name == request.identity.name]})
+                 "jobs": has.jobs, "frames": has.frames, "kept": has.space}
+                for row in tx.people() for has in [tx.usage(row.name)]
+                if everybody or row.name == request.identity.name]})
 
     @route("POST", "/api/v1/users", role="admin", takes=Newcomer, summary="Add a person, or invite")
     def add_user(self, request: Request) -> Response:
