@@ -1056,7 +1056,7 @@ class PovOptions:
     in search order as they were written, relative to the working directory.
     ``warnings`` say what was left out. ``needs`` is the oldest POV-Ray that
     knows every word of it, and the word; nothing where the oldest of all does.
-    ``by_file`` are the scene and library directories that a person did not type,
+    ``by_file`` are the names and library directories that a person did not type,
     because an INI file names them.
     ``texts`` are the files of its streams by their keys (``TEXT_FILES``), which
     begin anew or, with ``append``, go on. ``creates`` is the INI file that it asks
@@ -1712,7 +1712,8 @@ class _CommandLine:
         kept = {key: value for key, value in values.items()
                 if key in _WRITABLE and key not in (*_OF_NO_USE, *texts)}
         files = tuple(dict.fromkeys(self.files))
-        names = {*self.library, values.get("Input_File_Name", "")} - self.typed
+        names = {*self.library, values.get("Input_File_Name", ""), values.get("Create_Ini", ""),
+                 values.get("Output_File_Name", "")} - self.typed
         declares = tuple(declare for declare in self.declares if not declare.endswith("="))
         return PovOptions(kept, declares, library, files, tuple(self.warnings),
                           self.needs, frozenset(names), texts, append,
@@ -2800,7 +2801,8 @@ class Project:
     names that begin so) and ``system_file SHA256 PATH`` (it reads that file where it
     is). ``reads`` are the names that it may read and write, where they are not all
     written out. ``values`` are options of the command line that have to be others;
-    ``named`` are the paths that the scene names. ``explain`` says of a name that
+    ``named`` are the paths that the scene names, ``writes`` what its text says that it
+    writes, from the current directory on. ``explain`` says of a name that
     POV-Ray did not find whether the file could be sent, and why it was not.
     """
 
@@ -2814,6 +2816,7 @@ class Project:
     reads: frozenset[_Name] = frozenset()
     values: Mapping[str, str] = field(default_factory=dict)
     named: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset()
     explain: Callable[[str], tuple[bool, str]] = lambda name: (False, name)
 
     def may_read(self, name: str) -> bool:
@@ -2910,7 +2913,7 @@ def collect_project(
                                for path in scan.system}),
         frozenset(scan.reads),
         {key: _as_povray_reads(name) for key, name in scan.new_names("").items()},
-        frozenset(named), scan.explain,
+        frozenset(named), frozenset(scan.written), scan.explain,
     )
 
 
@@ -16195,11 +16198,13 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
     done = list(_finished_frames(client, job))
     owners = _Owners(directory, options.data)
     owners.begin(view)
-    owners.claim(
-        [file["name"] for file in done] + [file["path"] for file in _written(client, job)])
-    frames = [safe_join(directory, frame["name"]) for frame in done]
+    strange = owners.claim([file["name"] for file in done])
+    frames = [_place_of(directory, frame["name"]) for frame in done]
     fetched = []
     for frame, path in zip(done, frames):
+        if frame["name"] in strange and not _has_hash(path, frame["sha256"]):
+            raise UserError(f"{path} is here and not of this job: name another directory with "
+                            "--output, or delete what is there")
         fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", path,
                           frame["sha256"])
     if not options.json:
@@ -16207,7 +16212,7 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
               if frames else
               f"job {job} ({view['name']}) is {view['state']}: none of its images is finished",
               flush=True)
-    fetched += _fetch_written(client, job, directory)
+    fetched += _fetch_written(client, job, directory, owners)
     if total > len(frames) and (options.apng or options.video):
         raise FarmError(f"{total - len(frames)} of {total} frames are not finished: there can be "
                         "a film when all are")
@@ -16801,6 +16806,8 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
         "in_order": False, **({"slices": "off"} if pov.texts and place else {})})
     name = options.name or named or PurePosixPath(pov.scene).stem
     plan, directory = (_flat(plan), here / f"{named}-frames") if named else (plan, cwd)
+    if options.command == "render":
+        _check_names(pov, plan, directory)
     noted = [f"povray {' '.join(pov.needs)}"] * bool(pov.needs[0])
     if options.command == "submit" and pov.creates[0]:
         noted.append("create_ini {}\n{}".format(*pov.creates))
@@ -16815,6 +16822,24 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
         if problem := unrenderable(draft.pov, version):
             raise UserError(problem)
     return draft.ordered() if in_order else draft
+
+
+def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
+    """Refuse what an INI file, and not a person, puts where it may not."""
+    image, ini = pov.values.get("Output_File_Name", ""), pov.creates[0]
+    for key, said, name, fits in (
+            ("Output_File_Name", image, plan.output_name(plan.frames[0]), True),
+            ("Create_Ini", ini, ini, ini.lower().endswith(".ini"))):
+        inside = _below(real_path(directory / name), real_path(directory))
+        if said and said in pov.by_file and not (
+                fits and inside and not any(map(_is_hot, inside.split("/")))):
+            raise UserError(f"{key} of an INI file leads to {real_path(directory / name)}, which "
+                            f"only you may name: add {_shell_word(f'{key}={said}')}")
+
+
+def _is_hot(name: str) -> bool:
+    """Tell a name of what programs obey unasked: hidden, or the INI file that POV-Ray reads."""
+    return name.startswith(".") or name.lower() == "povray.ini"
 
 
 def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
@@ -17242,7 +17267,7 @@ class _Follower:
         for frame in sorted(self._done - self._put if self._draft.keeps_files else ()):
             to = self._draft.destination(frame)
             if self._draft.owners:
-                self._draft.owners.claim([to.name])
+                self._draft.owners.claim([to.name], replaces=True)
             if self._near is None:
                 self._client.download(f"{self._route}/frames/{frame}/image", to)
             else:
@@ -17393,7 +17418,8 @@ class _Follower:
         if draft.place is not None:
             copies = _whole_texts(draft.place.take(self._job), draft, draft.place.root)
             return _bring(copies, draft, private_places(self._options.data))
-        return (_fetch_written(self._client, self._job, draft.directory, draft.owners)
+        named = {*draft.project.writes, *draft.texts.values(), draft.creates[0]}
+        return (_fetch_written(self._client, self._job, draft.directory, draft.owners, named)
                 if draft.keeps_files or self._options.command == "render" else [])
 
 
@@ -17508,11 +17534,16 @@ def _say_left(names: Sequence[str], why: str) -> None:
              f"{why}: {', '.join(names[:5])}")
 
 
+def _is_program(path: Path) -> bool:
+    """Tell a file that is there and that makes programs do something."""
+    return path.exists() and (path.suffix.lower() == ".ini" or os.access(path, os.X_OK))
+
+
 def _may_leave(to: Path, base: Path, private: Collection[Path]) -> bool:
     """Tell whether a scene that runs in ``base`` may leave a file there."""
     home, where = real_path(Path.home()), real_path(to.parent)
     hidden = to.name.startswith(".")
-    if to.exists() and (hidden or to.suffix.lower() == ".ini" or os.access(to, os.X_OK)):
+    if to.name.lower() == "povray.ini" or (hidden and to.exists()) or _is_program(to):
         return False
     if where in (home, *home.parents) and (hidden or where != base):
         return False
@@ -17520,21 +17551,46 @@ def _may_leave(to: Path, base: Path, private: Collection[Path]) -> bool:
                    for place in private)
 
 
-def _fetch_written(client: Client, job: int, directory: Path,
-                   owners: _Owners | None = None) -> list[str]:
-    """Get the files that the scene wrote and that are not there already; return where they are."""
-    fetched, written = [], _written(client, job)
-    files = [file for file in written if file["sha256"]]
-    if owners:
-        owners.claim([file["path"] for file in files])
+def _fetch_written(client: Client, job: int, directory: Path, owners: _Owners | None,
+                   named: Collection[str] = ()) -> list[str]:
+    """Get the files that the scene wrote and that are not there already; return where they are.
+
+    Of what is there and was never got for this job, only what is ``named`` is replaced.
+    """
+    fetched, strange, written = [], [], _written(client, job)
+    names = [file["path"] for file in written if file["sha256"] and file["path"] not in named]
+    unknown = owners.claim(names) if owners else {*names}
     _say_left([file["path"] for file in written if not file["sha256"]],
               f"a frame brings back {MAX_WRITTEN} at most, of {format_size(MAX_WRITTEN_SIZE)}, and "
               "none with a dot in front of its name or outside of the project")
-    for file in files:
-        path = safe_join(directory, file["path"])
+    for file in written:
+        path = _place_of(directory, file["path"]) if file["sha256"] else directory
+        if not file["sha256"] or _has_hash(path, file["sha256"]):
+            continue
         get = _fetch_appended if file["appended"] and is_file(path) else _fetch
-        fetched += get(client, f"/api/v1/jobs/{job}/files/{file['sha256']}", path, file["sha256"])
+        if _is_program(path) or (path.name.lower() == "povray.ini") or (
+                get == _fetch and os.path.lexists(path) and file["path"] in unknown):
+            strange.append(file["path"])
+        else:
+            fetched += get(client, f"/api/v1/jobs/{job}/files/{file['sha256']}", path,
+                           file["sha256"])
+    _say_left(strange, "what is here already may not be of this job (delete it to get the other), "
+              "and no program or INI file is replaced")
     return fetched
+
+
+def _place_of(directory: Path, name: str) -> Path:
+    """Return where a file of a farm goes; ``UserError`` where it may lead elsewhere."""
+    path = safe_join(directory, name)
+    if not may_be_written(name):
+        raise UserError(f"the farm has a file {name!r}: with such a name none is put here")
+    for place in (path, *path.parents):
+        if place == directory:
+            break
+        if place.is_symlink():
+            raise UserError(f"{place} is a link, and nothing is put through links: name another "
+                            "directory with --output")
+    return path
 
 
 def _fetch_appended(client: Client, route: str, to: Path, sha256: str) -> list[str]:
@@ -17625,14 +17681,21 @@ class _Owners:
                 raise UserError(f"{self._directory / name} is of job {number}: name "
                                 "another directory with --output, or delete what is there")
 
-    def claim(self, names: Sequence[str]) -> None:
-        """Note that files here are the job's; ``UserError`` when one is another's."""
+    def claim(self, names: Sequence[str], replaces: bool = False) -> set[str]:
+        """Note that files here are the job's; ``UserError`` when one is another's.
+
+        Those that are here and nobody's are returned, and not noted unless it ``replaces`` them.
+        """
         self.check(names)
-        new = [name for name in names if self._owners.get(name) != self._job]
+        strange = {name for name in names if not (replaces or self._owners.get(name))
+                   and os.path.lexists(self._directory / name)}
+        new = [name for name in names if self._owners.get(name) != self._job
+               and name not in strange]
         if new or not self.known():
             self._notes.parent.mkdir(parents=True, exist_ok=True)
             with open(self._notes, "ab") as file:
                 file.writelines(os.fsencode(f"{self._job} {name}\n") for name in new or [""])
+        return strange
 
     def _look(self) -> None:
         """Read what was noted since the last look, by others as well."""

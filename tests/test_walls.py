@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Callable, Dict, List
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, List, Sequence
 
 import pytest
 
 import povfarm
+from helpers.farm import run
 from povfarm import Request, UserError
 
 # --- time by the length, whatever is in a text
@@ -123,3 +125,105 @@ def test_ini_files_that_name_each_other_end(tmp_path: Path) -> None:
     (tmp_path / "25.ini").write_text("Input_File_Name=a.pov\n")
     with pytest.raises(UserError, match="more than 1000 times"):
         povfarm.read_command_line(["0.ini"], tmp_path, {}, [])
+
+
+# --- what comes back is written where it belongs
+
+class Rogue:
+    """What a client sees of a farm that says whatever it likes."""
+
+    def __init__(self, images: Sequence[str], written: Sequence[str], data: bytes = b"evil") -> None:
+        self.data, self.sha256 = data, povfarm.hashlib.sha256(data).hexdigest()
+        self.frames = [{"frame": number, "name": name, "state": "done", "sha256": self.sha256}
+                       for number, name in enumerate(images)]
+        self.files = [{"path": name, "sha256": self.sha256, "appended": name.endswith(".log")}
+                      for name in written]
+
+    def get(self, target: str, timeout: float = 0) -> Dict[str, Any]:
+        return {"frames": [] if "after=-1" not in target else self.frames, "files": self.files}
+
+    def download(self, target: str, to: Path, sha256: str = "") -> None:
+        to.write_bytes(self.data)
+
+
+VIEW = {"id": 7, "name": "job", "created": 1.0, "state": "done", "frames": {"total": 1}}
+
+
+def fetch(here: Path, farm: Rogue) -> str:
+    options = SimpleNamespace(output=here, data=here.parent / "data", json=True, apng=None, video=None)
+    try:
+        povfarm._fetch_job(farm, VIEW, options)  # type: ignore[arg-type]
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+KEPT = ["Makefile", "photo.png", "render.ini", "run.sh", "notes.log", ".bashrc", ".ssh/authorized_keys",
+        "link.txt", "linked/x.txt", "outside.png"]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A directory with much that is somebody's own, and links that lead out of it."""
+    here, out = tmp_path / "here", tmp_path / "out"
+    for place in (here / ".ssh", out):
+        place.mkdir(parents=True)
+    for name in ("Makefile", "photo.png", "render.ini", "run.sh", "notes.log", ".bashrc",
+                 ".ssh/authorized_keys"):
+        (here / name).write_bytes(b"mine")
+    (here / "run.sh").chmod(0o755)
+    for name in ("x.txt", "target.txt", "target.png"):
+        (out / name).write_bytes(b"mine")
+    (here / "linked").symlink_to(out)
+    (here / "link.txt").symlink_to(out / "target.txt")
+    (here / "outside.png").symlink_to(out / "target.png")
+    return here
+
+
+@pytest.mark.parametrize("name", [*KEPT, "../out/x.txt", "linked/new.txt", ".new", "povray.ini",
+                                  "sub/POVRAY.INI", "sub/.new"])
+@pytest.mark.parametrize("what", ["image", "file"])
+def test_a_rogue_farm_replaces_nothing(what: str, name: str, home: Path) -> None:
+    farm = Rogue([name], []) if what == "image" else Rogue([], [name])
+    for _ in range(2):  # what was refused once is not ours the next time
+        fetch(home, farm)
+    found = {path: path.read_bytes() for path in home.parent.rglob("*")
+             if path.is_file() and "data" not in path.parts}
+    # An image with such a name is no image; what was appended to is put beside what is there.
+    new = {path.name[:6].lower() for path, data in found.items() if data == b"evil"}
+    assert new <= {"povray" if what == "image" else "notes-"}
+    assert list(found.values()).count(b"mine") == 10
+
+
+def test_what_a_job_has_brought_it_may_bring_again(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    assert fetch(here, Rogue(["a.png"], ["sub/log.txt"], b"first")) == ""
+    assert fetch(here, Rogue(["a.png"], ["sub/log.txt"], b"again")) == ""
+    assert (here / "a.png").read_bytes() == (here / "sub/log.txt").read_bytes() == b"again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [
+    "Output_File_Name=../Pictures/photo.png", "Output_File_Name=%s/Pictures/photo.png",
+    "Output_File_Name=linked/photo.png", "Output_File_Name=.git/photo.png",
+    "Create_Ini=../Pictures/.bashrc", "Create_Ini=povray.ini", "Create_Ini=Makefile",
+    "Create_Ini=linked/new.ini"])
+def test_an_ini_file_puts_nothing_elsewhere(line: str, tmp_path: Path) -> None:
+    here = tmp_path / "project"
+    for folder in ("project/.git", "Pictures"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("project/.git/photo.png", "Pictures/photo.png", "Pictures/.bashrc",
+                 "project/Makefile"):
+        (tmp_path / name).write_bytes(b"mine")
+    (here / "linked").symlink_to(tmp_path / "Pictures")
+    (here / "s.pov").write_text("sphere { 0, 1 }\n")
+    (here / "s.ini").write_text(
+        "Input_File_Name=s.pov\nWidth=8\nHeight=6\n" + line.replace("%s", str(tmp_path)) + "\n")
+    done = run(tmp_path, "render", "s.ini", cwd=here)
+    assert done.returncode == 2 and "only you may name" in done.stderr
+    assert {(tmp_path / name).read_bytes() for name in (
+        "project/.git/photo.png", "Pictures/photo.png", "Pictures/.bashrc", "project/Makefile")
+            } == {b"mine"} and not (here / "povray.ini").exists()
+    if line == "Output_File_Name=../Pictures/photo.png":
+        done = run(tmp_path, "render", "s.ini", line, cwd=here)
+        assert done.returncode == 0 and (tmp_path / "Pictures/photo.png").read_bytes() != b"mine"
