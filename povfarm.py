@@ -6856,7 +6856,9 @@ _LESS = """UPDATE turn SET
     jobs = jobs - (OLD.finished IS NULL),
     frames = frames - (OLD.finished IS NULL) * (OLD.queued + OLD.leased)
     WHERE owner = OLD.owner AND priority = OLD.priority;"""
-_MORE = """INSERT OR IGNORE INTO turn (owner, priority) VALUES (NEW.owner, NEW.priority);
+# Not INSERT OR IGNORE: in a trigger the statement that sets it off decides about conflicts.
+_MORE = """INSERT INTO turn (owner, priority) SELECT NEW.owner, NEW.priority WHERE NOT EXISTS (
+      SELECT 1 FROM turn WHERE owner = NEW.owner AND priority = NEW.priority);
     UPDATE turn SET
     active = active + (NEW.state = 'active'), runs = runs + NEW.runs, kept = kept + NEW.kept,
     jobs = jobs + (NEW.finished IS NULL),
