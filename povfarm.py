@@ -16200,6 +16200,7 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
     done = list(_finished_frames(client, job))
     owners = _Owners(directory, options.data)
     owners.begin(view)
+    owners.check(file["path"] for file in _written(client, job))
     strange = owners.claim([file["name"] for file in done])
     frames = [_place_of(directory, frame["name"]) for frame in done]
     fetched = []
