@@ -16833,11 +16833,11 @@ def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
     for key, said, name, fits in (
             ("Output_File_Name", image, plan.output_name(plan.frames[0]), True),
             ("Create_Ini", ini, ini, ini.lower().endswith(".ini"))):
-        inside = _below(real_path(directory / name), real_path(directory))
-        if said and said in pov.by_file and not (
-                fits and inside and not any(map(_is_hot, inside.split("/")))):
-            raise UserError(f"{key} of an INI file leads to {real_path(directory / name)}, which "
-                            f"only you may name: add {_shell_word(f'{key}={said}')}")
+        real, base = real_path(directory / name), real_path(directory)
+        inside = real.relative_to(base).parts if base in real.parents else ()
+        if said and said in pov.by_file and not (fits and inside and not any(map(_is_hot, inside))):
+            raise UserError(f"{key} of an INI file leads to {real}, which only you may name: add "
+                            + _shell_word(f"{key}={said}"))
 
 
 def _is_hot(name: str) -> bool:
