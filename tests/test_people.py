@@ -688,6 +688,23 @@ def test_who_comes_again_is_the_same_and_who_is_removed_is_out(room: Callable[[s
 
 
 @pytest.mark.slow
+def test_a_flood_holds_nobody_up(room: Callable[[str], Computer], povray: str) -> None:
+    typed, anna, bert = class_of(room("teacher")), room("anna"), room("bert")
+    for computer in (anna, bert):
+        computer.run(f"login {typed} --user {computer.name}")
+    for number in range(4):
+        anna.run(f"submit scene.pov +W40 +H30 +KFF20 --name flood{number}")
+    bert.run("submit scene.pov +W40 +H30 +KFF3")
+    # Whoever comes first, the other one is next.
+    anna.run("work --cores 1 --until-idle")
+    url, key = re.search(r"http://\S+", typed), (room("teacher").data / "farm.key").read_text()
+    assert url
+    events = povfarm.Client(url[0], key).get("/api/v1/events?after=0&wait=0")["events"]
+    owners = [event["owner"] for event in events if event["what"] == "leased"]
+    assert set(owners[:2]) == {"anna", "bert"} and len(owners) >= 83
+
+
+@pytest.mark.slow
 def test_programs_have_keys_of_their_own(room: Callable[[str], Computer]) -> None:
     typed, teacher = class_of(room("teacher"), "--private").partition(" --code")[0], room("teacher")
     keys = {role: json.loads(teacher.run(f"users add the-{role} --role {role} --json"))["key"]
