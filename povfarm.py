@@ -443,6 +443,22 @@ def sweep_parts(paths: Iterable[Path], age: float = 0.0) -> None:
                 path.unlink()
 
 
+def plain(text: str) -> str:
+    """Return a text of others without what steers a terminal or turns the order of letters."""
+    if text.isprintable():
+        return text
+    return "".join("?" if letter not in "\t\n" and unicodedata.category(letter) in _STEERING
+                   else letter for letter in text.replace("\r\n", "\n"))
+
+
+def one_line(text: str) -> str:
+    """Return ``plain`` text that forges no second line."""
+    return re.sub(r"\s", " ", plain(text))
+
+
+_STEERING = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])  # kinds of letters, as Unicode names them
+
+
 def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
     """Return ``root / relative``, refusing anything that could leave ``root``.
 
@@ -4762,6 +4778,9 @@ def person_name(text: str) -> str:
     return name
 
 
+MAX_WORDS = 40  # that a worker says of its engines and tags, of 100 letters each
+
+
 @dataclass(frozen=True)
 class WorkerInfo(Wired):
     """What a worker says of itself when it joins; ``memory`` in bytes."""
@@ -4777,13 +4796,16 @@ class WorkerInfo(Wired):
     def from_wire(cls, wire: Any) -> WorkerInfo:
         """Read the JSON form; ``UserError`` when it has another shape."""
         given = cls.fields_of(wire)
-        info = cls(**{**given, "name": given["name"][:100], "system": given["system"][:100],
-                      "tags": tuple(given["tags"])})
+        info = cls(**{**given, "name": one_line(given["name"])[:100],
+                      "system": one_line(given["system"])[:100], "tags": tuple(given["tags"])})
         texts = [*info.engines, *info.engines.values(), *info.tags]
         if not 1 <= info.cores <= 10_000 or not 0 <= info.memory < 2**60:
             raise UserError("a worker has one core or more, and a memory of some bytes")
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError("a worker has one core or more, and engines and tags are texts")
+        if len(texts) > MAX_WORDS or not all(
+                isinstance(text, str) and len(text) <= 100 and text.isprintable()
+                for text in texts):
+            raise UserError(f"engines and tags of a worker are at most {MAX_WORDS} texts of 100 "
+                            "letters")
         return info
 
 
@@ -8780,7 +8802,7 @@ class _States:
     def tell(self, tx: Tx, what: str, text: str, job: int | None = None,
              frame: int | None = None, worker: int | None = None) -> None:
         """Add to the story of the farm."""
-        tx.add_event(self.clock.time(), what, text, job, frame, worker, self.news.who)
+        tx.add_event(self.clock.time(), what, one_line(text), job, frame, worker, self.news.who)
 
     # --- jobs
 
@@ -11213,7 +11235,7 @@ class Api:
         """
         wire = request.json()
         job, missing = self._farm.submit(
-            want(wire, "name", str)[:100], request.identity.name,
+            one_line(want(wire, "name", str))[:100], request.identity.name,
             PovJob.from_wire(want(wire, "pov", dict)),
             Manifest.from_wire(want(wire, "manifest", dict)),
             JobOptions().changed(want(wire, "options", dict)),
@@ -11452,7 +11474,7 @@ class Api:
         told = Failure(**Failure.fields_of(request.json()))
         self._farm.fail(
             request.identity.worker, request.params["lease"], request.params["task"],
-            told.message[:1000], told.log.encode(), told.scene)
+            plain(told.message[:1000]), told.log.encode(), told.scene)
         return Response(204)
 
     @route("GET", "/api/v1/manifests/<key>", role="worker", summary="The files of a project")
@@ -11966,7 +11988,7 @@ def element(tag: str, /, *children: Node, **attributes: str | int | None) -> Htm
     ``class_`` and ``http_equiv`` are written ``class`` and ``http-equiv``; an
     attribute that is None is left out.
     """
-    start = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+    start = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(plain(str(value)))}"'
                     for name, value in attributes.items() if value is not None)
     end = "" if tag in ("meta", "link", "img", "input") else f"{_markup(children)}</{tag}>"
     return Html(f"<{tag}{start}>{end}")
@@ -12284,7 +12306,7 @@ def _markup(node: Node) -> str:
     if node is None or isinstance(node, Html):
         return node or ""
     if isinstance(node, (str, int)):
-        return html.escape(str(node))
+        return html.escape(plain(str(node)))
     return "".join(_markup(child) for child in node)
 
 
@@ -16213,7 +16235,8 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
     if not options.json:
         print(f"{len(fetched)} new of {counted(len(frames), 'finished image')} in {directory}"
               if frames else
-              f"job {job} ({view['name']}) is {view['state']}: none of its images is finished",
+              one_line(f"job {job} ({view['name']}) is {view['state']}: none of its images is "
+                       "finished"),
               flush=True)
     fetched += _fetch_written(client, job, directory, owners)
     if total > len(frames) and (options.apng or options.video):
@@ -16659,12 +16682,8 @@ def _shortened(text: str, width: int) -> str:
     return f"{head}...{_cut(text[::-1], width - 3 - _columns(head))[::-1]}"
 
 
-# Names and messages come from others: none of them is to steer the terminal.
-_CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {*b"\t\n\r"}, "?")
-
-
 def _show(options: Options, data: Any, text: str) -> None:
-    print(json.dumps(data) if options.json else text.translate(_CONTROLS), flush=True)
+    print(json.dumps(data) if options.json else plain(text), flush=True)
 
 
 def _tell(options: Options, data: Any, text: str) -> None:
@@ -16676,19 +16695,20 @@ def _tell(options: Options, data: Any, text: str) -> None:
 
 
 def _say(text: str) -> None:
-    _write(f"povfarm: {_typed(text)}\n", sys.stderr)
+    _write(f"povfarm: {plain(_typed(text))}\n", sys.stderr)
 
 
 def _write(text: str, file: Any) -> None:
     with contextlib.suppress(OSError):  # the terminal may be closed, and nobody there to read it
-        print(text.translate(_CONTROLS), end="", file=file, flush=True)
+        print(text, end="", file=file, flush=True)
 
 
 class _Log(logging.Handler):
     """What other sections log is said as CLI says things."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say a record."""
+        """Say a record: in one line what others have said, and then a traceback."""
+        record.msg, record.args = one_line(record.getMessage()), None
         _say(self.format(record))
 
 
@@ -17301,7 +17321,7 @@ class _Follower:
             said = "".join(new)
         if said:
             self._bar.close()
-            _write(said, sys.stderr)
+            _write(plain(said), sys.stderr)
 
     def _log_of(self, frame: int, query: str = "") -> bytes:
         """Return what POV-Ray printed for a frame."""
@@ -17878,7 +17898,7 @@ class ProgressBar:
     """A line that is drawn again on a terminal, or a line now and then in a pipe."""
 
     def __init__(self, name: str, file: Any) -> None:
-        self._name = name
+        self._name = one_line(name)
         self._file = file
         self._terminal = file.isatty()
         self.pause = 0.25 if self._terminal else 5.0

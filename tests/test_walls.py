@@ -11,7 +11,11 @@ import pytest
 
 import povfarm
 from helpers.farm import run
+from helpers.farm_in_a_box import KEY, SCENE, Farm, farm_fixture, manifest, pov_job
+from helpers.trust import join_by
 from povfarm import Request, UserError
+
+__all__ = ["farm_fixture"]
 
 # --- time by the length, whatever is in a text
 
@@ -227,3 +231,76 @@ def test_an_ini_file_puts_nothing_elsewhere(line: str, tmp_path: Path) -> None:
     if line == "Output_File_Name=../Pictures/photo.png":
         done = run(tmp_path, "render", "s.ini", line, cwd=here)
         assert done.returncode == 0 and (tmp_path / "Pictures/photo.png").read_bytes() != b"mine"
+
+
+# --- words
+
+# Each steers a terminal, forges a line, or turns the order of what follows.
+STEERING = ["\x1b[2J", "\x1b]0;title\x07", "\n", "\r", "\r\n", "\x9b31m", "\x7f", "\u202e", "\u2066",
+            "\u200f", "\u2028", "\u2029", "\x0b", "\x85", "\x00", "\ufeff", "\ud800"]
+
+
+def steers(text: str, lines: bool = False) -> bool:
+    kept = text.replace("\n", "").replace("\t", "") if lines else text
+    return not kept.isprintable()
+
+
+@pytest.mark.parametrize("what", STEERING)
+def test_a_word_of_a_stranger_steers_nothing(
+        what: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    evil = f"a{what}b"
+    assert steers(evil)
+    assert not steers(povfarm.one_line(evil)) and not steers(povfarm.plain(evil), lines=True)
+    povfarm._say(f"job {evil}")
+    povfarm._show(SimpleNamespace(json=False), {}, povfarm._table(  # type: ignore[arg-type]
+        [("id", "name"), ("1", evil), ("2", "good")], 1))
+    record = povfarm.logging.LogRecord("x", 30, "", 0, "%s has come", (evil,), None)
+    povfarm._Log().emit(record)
+    said = capsys.readouterr()
+    assert not steers(said.out + said.err, lines=True)
+    assert (said.out.count("\n"), said.err.count("has come")) == (3, 1)
+    assert said.err.splitlines()[-1].endswith("b has come")  # one record is one line
+    page = povfarm.element("p", evil, title=evil)
+    assert not steers(page, lines=True)
+
+
+@pytest.mark.parametrize("what", [one for one in STEERING if one != "\ud800"])  # which no JSON brings
+def test_a_farm_keeps_no_word_that_steers(what: str, farm: Farm) -> None:
+    evil = f"a{what}b"
+    worker = {"name": evil, "cores": 1, "memory": 0, "system": evil, "engines": {"povray": "3.7"},
+              "tags": []}
+    token = join_by(farm.ask, KEY, worker, farm.access.farm_id)["key"]
+    sent = farm.ask("POST", "/api/v1/jobs", json_body={
+        "name": evil, "pov": pov_job(1).to_wire(), "options": {},
+        "manifest": manifest({"scene.pov": SCENE}).to_wire()})
+    job = sent.json()["id"]
+    farm.scheduler.put_blob(sent.json()["missing"][0], [SCENE])
+    lease, = farm.ask("POST", "/api/v1/lease", key=token, json_body={
+        "want": 1, "slots": 1, "idle": 1}).json()["leases"]
+    failed = farm.ask("POST", f"/api/v1/leases/{lease['id']}/tasks/{lease['tasks'][0]['id']}/fail",
+                      key=token, json_body={"message": evil, "scene": True, "log": ""})
+    assert (sent.status, failed.status) == (201, 204)
+    for target in ("workers", "jobs", f"jobs/{job}", "events?after=0&wait=0"):
+        told = farm.ask("GET", f"/api/v1/{target}").json()
+        texts = [text for text in strings_in(told) if "a" in text]
+        assert texts and not any(steers(text, lines=True) for text in texts)
+
+
+def strings_in(value: Any) -> List[str]:
+    if isinstance(value, str):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for one in inside for text in strings_in(one)]
+
+
+@pytest.mark.parametrize("field, value", [
+    ("engines", {"povray": "3" * 1000}), ("engines", {"x" * 1000: ""}), ("tags", ["x" * 1000]),
+    ("engines", {str(number): "" for number in range(1000)}), ("tags", ["x"] * 1000),
+    ("engines", {"povray": "3.7\n9"}), ("tags", ["\x1b[2J"])])
+def test_a_stranger_tells_little_of_itself(field: str, value: Any) -> None:
+    wire = {"name": "x" * 10_000, "cores": 1, "memory": 0, "system": "y" * 10_000, "engines": {},
+            "tags": []}
+    info = povfarm.WorkerInfo.from_wire(wire)
+    assert (len(info.name), len(info.system)) == (100, 100)
+    with pytest.raises(UserError):
+        povfarm.WorkerInfo.from_wire({**wire, field: value})
