@@ -6935,7 +6935,7 @@ SCHEMA = f"""
         WHERE state = 'active';
     CREATE INDEX job_manifest ON job (manifest);
     -- The jobs of one owner and priority together, counted by triggers: what people's turns and
-    -- limits go by. jobs and frames: those that are not finished; spent: seconds of workers.
+    -- limits go by. jobs and frames: those that are not finished; spent: seconds of cores.
     CREATE TABLE turn (
         owner TEXT NOT NULL, priority INTEGER NOT NULL, active INTEGER NOT NULL DEFAULT 0,
         runs INTEGER NOT NULL DEFAULT 0, spent REAL NOT NULL DEFAULT 0,
@@ -7831,7 +7831,7 @@ class Look:
 
         Frames, slices or passes that wait for a worker, or rows that are not cut; when it is
         looked ``over``, also what others render. Higher priority first; among equals those of
-        the owner with the fewest runs under way, then of the one for whom workers were busy for
+        the owner with the fewest runs under way, then of the one for whom cores were busy for
         the shortest time; of one owner the job with the fewest runs, so that each gets its
         share; then the oldest. Owners whom ``may`` denies get nothing.
         """
@@ -8412,7 +8412,7 @@ class Tx(Look):
             [{"task": task, "lease": lease, "worker": worker, "now": now} for task in tasks])
 
     def end_lease(self, lease: str, job: int, why: str, now: float, spent: float = 0.0) -> None:
-        """End a live lease, for which a worker was busy for ``spent`` seconds.
+        """End a live lease, for which cores were busy for ``spent`` seconds.
 
         Its attempts are ended by their own statements.
         """
@@ -8499,14 +8499,16 @@ class Grant:
     """A lease that lives: what one worker holds of one job, and how far it is.
 
     It was ``granted`` and last ``heard`` of by the monotonic clock; its ``portions`` are found by
-    the tasks that were given. ``cut`` is the task of which others render the lower rows, and the
-    row before which it may end; ``told`` is the row that a beat was answered with.
+    the tasks that were given. It has so many ``threads``, as far as is known. ``cut`` is the task
+    of which others render the lower rows, and the row before which it may end; ``told`` is the row
+    that a beat was answered with.
     """
 
     def __init__(self, lease: str, worker: int, job: Job, now: float) -> None:
         self.id, self.worker, self.job, self.owner = lease, worker, job.id, job.owner
         self.region, self.height = job.region, job.pov.options.height
         self.granted = self.heard = now
+        self.threads = 1
         self.portions: dict[int, Portion] = {}
         self.cut: tuple[int, int] | None = None
         self.told = 0
@@ -8956,8 +8958,8 @@ class _States:
         self.forget(grant)
 
     def _spent(self, grant: Grant) -> float:
-        """Return for how long a worker was busy; a little also where no time has passed."""
-        return self.clock.monotonic() - grant.granted + LEASE_COST
+        """Return for how long cores were busy; a little also where no time has passed."""
+        return (self.clock.monotonic() - grant.granted) * grant.threads + LEASE_COST
 
     def forget(self, grant: Grant) -> None:
         self.grants.remove(grant)
@@ -9752,6 +9754,7 @@ class _Deal:
             Portion(grant, task, task.id, task.id, task.bottom)
             if task.state is TaskState.QUEUED:
                 self._states.move(tx, task, TaskState.LEASED, worker.name)
+        grant.threads = self._threads(job, tasks[0])
         self._grants.add(grant)
         mine = {worker.engines.get("povray") or ANY_STATE, ANY_STATE}
         specs = tuple(
@@ -9759,7 +9762,7 @@ class _Deal:
                      task.bottom if task.is_part else 0, task.state_of in mine)
             for task in tasks)
         return LeaseSpec(
-            lease, job.id, job.name, self._threads(job, tasks[0]), specs, job.manifest, job.pov,
+            lease, job.id, job.name, grant.threads, specs, job.manifest, job.pov,
             job.options.in_order, self._passes(job, tasks[0]),
             job.options.frame_timeout or frame_timeout(tx.recent_walls(job.id)))
 

@@ -539,6 +539,21 @@ def test_who_comes_late_gets_no_more_than_the_others(tmp_path: Any) -> None:
     farm.close()
 
 
+def test_who_takes_a_whole_computer_has_fewer_turns(farm: Farm) -> None:
+    """A still is rendered on all four cores, a frame of an animation on one."""
+    room = Room(farm, 1, {})
+    room.submit("anna", jobs=9, frames=1, slices="off")
+    room.submit("bert", frames=40)
+    owners = []
+    for _ in range(20):
+        lease = farm.lease(room.workers[0], idle=4, slots=40)
+        owners.append(farm.job(lease.job).owner)
+        farm.clock.advance(10)
+        farm.finish(room.workers[0], lease, cpu=10.0)
+        assert lease.threads == (4 if owners[-1] == "anna" else 1)
+    assert owners.count("anna") == 4
+
+
 def test_a_higher_priority_goes_before_all_people(farm: Farm) -> None:
     room = Room(farm, 1, {})
     room.submit("anna", frames=5)
