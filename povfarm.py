@@ -748,6 +748,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("server", str, "", "address of the coordinator; default: povfarm looks for it",
             "work talk", "URL"),
     Setting("key", str, "", "the farm key, if it is not in DATA/farm.key", "work talk", "KEY"),
+    Setting("key-file", str, "", "a file that the key is in, or - for standard input: other users "
+            "of this computer can read command lines", "work talk", "FILE"),
     Setting("name", str, "", "name of the farm (to name or to choose it), or of the job",
             "serve work talk job", "NAME"),
     Setting("worker-name", str, "", "name of the worker; default: the computer's name", "work",
@@ -18029,9 +18031,10 @@ def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
     data.mkdir()
     atomic_write(data / "farm.key", farm_key(options.data).encode(), 0o600)
     coordinator = Coordinator(data, name=draft.name, durable=False, typed=_command_typed,
-                              discovery_port=options.discovery_port)
-    _say(f"others help with: povfarm.py work --server http://{own_addresses()[0]}:"
-         f"{coordinator.port} --key {coordinator.key}")
+                              private=True, discovery_port=options.discovery_port)
+    url = f"http://{own_addresses()[0]}:{coordinator.port}"
+    _say(f"others help with: povfarm.py work --server {url} (and to let them in, here: povfarm.py "
+         f"admit --server {url} CODE, with the code that they show)")
     return coordinator
 
 
@@ -18227,7 +18230,8 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None,
             f" (on other networks: {', '.join(more)})" if more else ""),
         f"  control it in a browser:     {login_link}",
         f"  start workers {'here:         ' if alone else 'elsewhere:    '} "
-        f"povfarm.py work --server {address} --key {coordinator.key}{pin}",
+        f"povfarm.py work --server {address}{pin}",
+        "  let them in by their codes:  povfarm.py admit CODE",
         *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"
            f"HP_GROUP=\"%s\"\\n' {address.removeprefix('http://')} {coordinator.access.guest_key} "
            ">> ~/.httpovclient/prefs"] if options.httpov else []),
@@ -18292,7 +18296,20 @@ def _come(client: Client, options: Options) -> None:
     _keep(client, options)
 
 
+def _key_in(file: str) -> str:
+    """Return the key that is in a file, or in standard input."""
+    try:
+        key = sys.stdin.readline() if file == "-" else Path(file).expanduser().read_text("ascii")
+    except (OSError, ValueError) as error:
+        raise UserError(f"no key can be read from {file}: {error}") from None
+    if not key.strip():
+        raise UserError(f"there is no key in {'standard input' if file == '-' else file}")
+    return key.strip()
+
+
 def _known_key(options: Options) -> str:
+    if options.key_file and not options.key:
+        options.key = _key_in(options.key_file)
     if options.key:
         return str(options.key)
     if kept := _kept(options):
@@ -18351,6 +18368,10 @@ def _find_coordinator(options: Options, stop: threading.Event | None = None) -> 
     if farm is None:
         return None
     mine = farm.verified or options.key or farm.farm_id == kept.get("farm_id")
+    if options.command == "submit" and not (mine or options.code):
+        raise UserError(f"{farm} is the farm that answers here, and does not have your key: it "
+                        "would be given your project. If it is the one that is meant, give its "
+                        f"key with --key-file, and name it with --server {farm.url}")
     return _client(options, farm.url, key if mine else "", farm.pin, patience)
 
 
@@ -18366,7 +18387,8 @@ class _LookOut:
         self._options = options
         self._key = key
         self._last_name, self._last_id = _last_farm(options)
-        self._until = time.monotonic() + LAST_FARM_PATIENCE
+        kept = _Kept(options.data / "workers", _worker_name(options), self._last_id)
+        self._admitted = kept.key if kept.admitted and self._last_id else ""
         self._say = _news()
 
     def look(self) -> Found | None:
@@ -18389,20 +18411,25 @@ class _LookOut:
             return f"{others}. Waiting for '{named}'" if others else (
                 "no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
         for farm in found:
-            if farm.farm_id == self._last_id:
+            if farm.farm_id == self._last_id and (farm.verified or self._proves(farm)):
                 return farm
+        if self._admitted and not (named or found[0].verified):
+            return (f"waiting for {self._last_name}, which has let this computer in; here is "
+                    f"{', '.join(map(str, found))} (--name or --server chooses another)")
         others = ", ".join(map(str, found))
         if len(found) > 1:
             return (f"there are several coordinators: {others}. Waiting until one is alone; "
                     "--name or --server chooses one")
-        if (named or self._options.key or not self._last_id
-                or time.monotonic() > self._until):
-            return found[0]
-        return (f"waiting a minute for {self._last_name}, for which this computer worked last, "
-                f"before it works for {others} instead (--name or --server chooses at once)")
+        return found[0]
 
-
-LAST_FARM_PATIENCE = 60.0  # seconds that a worker waits for the farm that it knows, not another
+    def _proves(self, farm: Found) -> bool:
+        """Tell whether it is the farm that has let this computer in, as it says."""
+        with contextlib.suppress(FarmError):
+            client = _client(self._options, farm.url, self._admitted, farm.pin, 0.0)
+            with contextlib.suppress(RequestRefused):  # it is removed there, and will be told so
+                client.get("/api/v1/farm", timeout=10)
+            return True
+        return False
 
 
 def _client(options: Options, url: str, key: str, pin: str, patience: float) -> Client:

@@ -193,7 +193,8 @@ def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue(
     stop = threading.Event()
     with rogue(reply) as port:
         options = argparse.Namespace(key=KEY.decode(), server="", data=Path("nowhere"), name="",
-                                     command="work", discovery_port=port, pin="")
+                                     command="work", discovery_port=port, pin="", key_file="",
+                                     worker_name="anna")
         worker = threading.Thread(
             target=lambda: found.append(povfarm._find_coordinator(options, stop)))
         worker.start()
@@ -467,7 +468,7 @@ def test_serve_prints_an_address_that_others_can_use_without_a_router(
             said = [serve.stdout.readline() for _ in range(3)]
             port = int(re.findall(r"is at http://10\.77\.0\.1:(\d+)\n", said[0])[0])
             assert f"elsewhere:     {sys.executable} {povfarm.__file__} work --server " \
-                f"http://10.77.0.1:{port} --key" in said[2]
+                f"http://10.77.0.1:{port}\n" in said[2]
             assert run(lan.python(2, FETCH, f"http://10.77.0.1:{port}")) == "200"
         finally:
             serve.terminate()

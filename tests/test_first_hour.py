@@ -141,16 +141,20 @@ def test_what_serve_prints_runs_as_it_is_printed(
     serve = terminals.start(f'{way} serve --port 0 --data "the farm" --discovery-port {port}')
     said = until(serve, "Ctrl-C")
     typed = [line.partition(way)[2] for line in said.splitlines() if f" {way} " in line]
-    assert [line.split()[0] for line in typed] == ["work", "submit", "work"], said
+    assert [line.split()[0] for line in typed] == ["work", "admit", "submit", "work"], said
     assert "renders nothing itself" in said
-    works, submits, works_here = (way + line for line in typed)
+    works, admits, submits, works_here = (way + line for line in typed)
     assert terminals.run(submits) == (
         f"1\npovfarm: job 1 waits: no worker is there: start one with '{works_here}'\n")
     where = f'--data "{terminals.place}/the farm" --discovery-port {port}'
     assert f"take the id from '{way} workers {where}'\n" in terminals.run(
         f"{way} workers remove nobody {where}", 2)
     if way == "povfarm":  # it does not take so many
-        terminals.run(f"{works} --until-idle --worker-name elsewhere")
+        elsewhere = terminals.start(f"{works} --until-idle --worker-name elsewhere")
+        code = re.search(r"the code (\w{6}),", until(elsewhere, "waiting to be let in"))
+        assert code
+        terminals.run(admits.replace("CODE", code[1]))
+        assert elsewhere.wait(60) == 0
         assert terminals.run(submits).startswith("2\n")
         terminals.run(f"{works_here} --until-idle")
         assert terminals.run(f"{way} status {where}").count("done") == 2
@@ -238,8 +242,8 @@ def test_a_worker_goes_back_to_its_farm_though_another_has_appeared(terminals: T
     worker.wait(60)
     one.stop()
     worker = terminals.start(work)
-    said = until(worker, "waiting a minute for one")
-    assert f"before it works for two (http://127.0.0.1:{two.port}) instead" in said
+    said = until(worker, "waiting for one, which has let this computer in")
+    assert f"here is two (http://127.0.0.1:{two.port})" in said
     one = Farm(terminals, "one", port, "--open")
     assert f":{one.port} " in until(worker, "working for")
 
