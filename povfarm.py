@@ -748,8 +748,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("server", str, "", "address of the coordinator; default: povfarm looks for it",
             "work talk", "URL"),
     Setting("key", str, "", "the farm key, if it is not in DATA/farm.key", "work talk", "KEY"),
-    Setting("key-file", str, "", "a file with the key in it, or - for standard input: others here "
-            "can read command lines", "work talk", "FILE"),
+    Setting("key-file", str, "",
+            "a file with the key, or - for standard input: others can see command lines",
+            "work talk", "FILE"),
     Setting("name", str, "", "name of the farm (to name or to choose it), or of the job",
             "serve work talk job", "NAME"),
     Setting("worker-name", str, "", "name of the worker; default: the computer's name", "work",
