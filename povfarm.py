@@ -26,7 +26,7 @@ it, and the coordinator's tower and the worker's tower never use each other:
     12. API          native JSON under /api/v1 and its OpenAPI document
     13. HTTPOV       the protocol of HTTPov's clients
     14. SHEEPIT      the place for SheepIt's clients: empty
-    15. RENDERONLINE the place for RenderOnline's clients: empty
+    15. RENDERONLINE the protocol of RenderOnline's clients
     16. PAGES        the status page
     17. COORDINATOR  puts 10 to 16 together, housekeeping, shutdown
     18. ENGINES      command lines, progress and error patterns of renderers
@@ -42,6 +42,7 @@ are not: script the commands with ``--json``, or use the HTTP API.
 from __future__ import annotations
 
 import argparse
+import base64
 import bisect
 import collections
 import concurrent.futures
@@ -91,6 +92,7 @@ import time
 import typing
 import unicodedata
 import urllib.parse
+import uuid
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
@@ -744,7 +746,7 @@ PORT = 2271  # TCP, of a coordinator, where no other is given
 SETTINGS: tuple[Setting, ...] = (
     Setting("data", _path, Path("~/.povfarm").expanduser(),
             "data directory: database, images, key, cache",
-            "serve work render talk doctor backup", "DIR"),
+            "serve work render talk doctor backup engines", "DIR"),
     Setting("server", str, "", "address of the coordinator; default: povfarm looks for it",
             "work talk", "URL"),
     Setting("key", str, "", "the farm key, if it is not in DATA/farm.key", "work talk", "KEY"),
@@ -796,6 +798,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("work", bool, False, "render on this computer, too", "serve"),
     Setting("httpov", bool, False, "let HTTPov clients render, and print the command for them",
             "serve"),
+    Setting("renderonline", bool, False, "take scenes from RenderOnline's clients", "serve"),
     Setting("lease-time", _lease_time, 30.0,
             "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
     Setting("cores", _count, None, "number of cores to keep busy; default: all",
@@ -849,7 +852,7 @@ SETTINGS: tuple[Setting, ...] = (
             "FILE"),
     Setting("mine", bool, False, "show only your own jobs", "status"),
     Setting("watch", bool, False, "keep showing changes until stopped", "status"),
-    Setting("json", bool, False, "print JSON for programs", "render talk doctor backup"),
+    Setting("json", bool, False, "print JSON for programs", "render talk doctor backup engines"),
     Setting("verbose", bool, False,
             "say more; a command that waits for images shows all that POV-Ray prints",
             "serve work render submit"),
@@ -869,15 +872,20 @@ def configured_defaults(environ: Mapping[str, str], data: str = "") -> dict[str,
 
     The environment wins over the file povfarm.ini in the data directory (``data`` is what
     ``--data`` gave, if it did), and the file over the default in the option's row. Raises
-    ``UserError`` for a bad value, and for a name in the file that is no option's.
+    ``UserError`` for a bad value, and for a name in the file that is no option's. The
+    lines below [renderonline] are ``renderonline-lines``, as they are.
     """
     values: dict[str, Any] = {row.name: row.default for row in SETTINGS}
+    values["renderonline-lines"] = lines = []
     place = setting("data")
     if data or environ.get(place.variable):
         values["data"] = place.parse(data or environ[place.variable],
                                      "--data" if data else place.variable)
     for name, text, source in _read_settings_file(values["data"] / "povfarm.ini"):
-        values[name] = setting(name).parse(text, f"{source}: {name}")
+        if name in _BY_NAME:
+            values[name] = setting(name).parse(text, f"{source}: {name}")
+        else:
+            lines.append((name, text, source))
     for row in SETTINGS:
         if row is not place and environ.get(row.variable):
             values[row.name] = row.parse(environ[row.variable], row.variable)
@@ -898,20 +906,20 @@ def _read_settings_file(path: Path) -> Iterator[tuple[str, str, str]]:
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         source = f"{path}, line {number}"
         name, equals, value = (part.strip() for part in line.partition("="))
-        name = name.lower()
         if not line or line[0] in "#;":
             continue
         if line[0] == "[" or not section:
-            if line != "[povfarm]":
+            if line != "[povfarm]" and (line != "[renderonline]" or not section):
                 raise UserError(f"{source}: expected the line [povfarm], not '{line}'")
             section = line
             continue
         if not equals:
             raise UserError(f"{source}: '{line}' is not NAME = VALUE, such as port = 2281")
+        name = name.lower() if section == "[povfarm]" else name
         if name == "data":
             raise UserError(f"{source}: this file is in the data directory: choose another one "
                             "with --data or POVFARM_DATA")
-        if name not in known:
+        if name not in known and section == "[povfarm]":
             raise UserError(f"{source}: there is no option '{name}': 'povfarm.py help COMMAND' "
                             "lists the options of a command")
         if name in seen:
@@ -10942,6 +10950,14 @@ class Views:
                     parts.append((directory / attempt.log).read_text("utf-8", "replace"))
         return "".join(parts)
 
+    def made(self, tx: Look, job: Job) -> dict[str, Path]:
+        """Return the finished images of a job, and the files that its scene wrote, by name."""
+        directory = self._store.job_directory(job.id, job.name)
+        files = {row.path: self._store.blob_path(row.sha256)
+                 for row in tx.written(job.id) if row.sha256}
+        return {**files, **{row.name: safe_join(directory, row.name)
+                            for row in tx.tasks_in(job.id, TaskState.DONE)}}
+
     def figures(self, tx: Look) -> str:
         """Return counters in Prometheus' text format."""
         jobs, workers = tx.jobs(0, -1), tx.workers()
@@ -11184,12 +11200,9 @@ class Api:
         """A zip of them and of the files that the scene wrote, made while it is sent."""
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
-            done, written = tx.tasks_in(job.id, TaskState.DONE), tx.written(job.id)
-        directory = self._store.job_directory(job.id, job.name)
-        images = {row.name: safe_join(directory, row.name) for row in done}
-        files = {row.path: self._store.blob_path(row.sha256) for row in written if row.sha256}
-        response = stream_response(zip_stream({**files, **images}.items()), "application/zip")
-        name = urllib.parse.quote(f"{directory.name}.zip")
+            made = self.views.made(tx, job)
+        response = stream_response(zip_stream(made.items()), "application/zip")
+        name = urllib.parse.quote(f"{self._store.job_directory(job.id, job.name).name}.zip")
         response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
         return response
 
@@ -11960,7 +11973,412 @@ def _uploaded(request: Request) -> Iterator[bytes]:
 
 
 # === 15. RENDERONLINE ========================================================
-# Empty: the place for a dialect of RenderOnline's clients and machines (JSON).
+# The dialect of RenderOnline's clients: decodes what they ask at /renderapi/v1,
+# calls SCHEDULER, encodes its answers as JSON in the dialect's own words. A task
+# is a job under its own number; a user is one of the people, who shows a token
+# that is good for nothing else. What a client may choose of POV-Ray's command line
+# is in the settings file; a client's values never become words of their own there.
+
+TASKS_SHOWN = 15  # the newest of a user, as the protocol has it
+_TASK_MARK = "renderonline "  # among a job's ``uses``: what is told of it as a Render
+_UPLOADED = "@uploaded_file"
+_ANY_ORIGIN = {f"Access-Control-Allow-{what}": "*" for what in ("Origin", "Methods", "Headers")}
+# What a client may ask for, and the field of the answer that says whether it was done.
+_ASKED_FOR = {"info": "", "enqueue": "IsAdded", "dequeue": "IsRemoved",
+              "download": "DownloadProvided", "delete": "IsDeleted"}
+_ARGUMENT_TYPES = {kind: re.compile(pattern, re.ASCII) for kind, pattern in {
+    "file": r"[a-zA-Z0-9_\-]+\.[a-zA-Z0-9]{1,4}", "path": r"(/[a-zA-Z0-9_\-]+)+/?",
+    "extension": r"\.[a-zA-Z0-9]{1,4}", "word": r"\w+", "sentence": r"[a-zA-Z0-9\s,.!?'-]+",
+    "natural": r"\d+", "integer": r"-?\d+", "real": r"-?\d+(\.\d+)?"}.items()}
+_PLACEHOLDER = re.compile(r"\$RENDERONLINE:(@uploaded_file|\w+)", re.ASCII)
+# An option of POV-Ray's whose beginning no client can choose. What leads to other files, a client
+# may not even end.
+_TEMPLATE_ITEM = re.compile(r"\$RENDERONLINE:@uploaded_file|[+-][A-Za-z]\S*|[A-Za-z_]+=\S*")
+_LEADS_ELSEWHERE = re.compile(r"include_ini=.*|([+-]l|library_path=).*\$.*", re.IGNORECASE)
+_PLAIN_VALUE = re.compile(r"[^\s;#'\"\x00-\x1f]{1,200}")  # POV-Ray takes no other for one word
+# What clients call picture formats, and POV-Ray's letter.
+_FORMATS = {"png": "N", "jpeg": "J", "jpg": "J", "bmp": "B", "hdr": "H", "tga": "T", "ppm": "P",
+            "exr": "E"}
+
+
+@dataclass(frozen=True)
+class OnlineEngine:
+    """What a client may have rendered: files with an ``extension``, by POV-Ray with these
+    options, in which placeholders stand for what the client chooses."""
+
+    id: int
+    name: str
+    extension: str
+    template: str
+
+    @property
+    def words(self) -> list[str]:
+        """The options, one by one; the name of the program may stand before them."""
+        words = shlex.split(self.template)
+        return words[words[:1] == [self.name]:]
+
+    def arguments(self, values: Mapping[str, str]) -> list[str]:
+        """Return POV-Ray's command line; ``ProtocolError`` 400 for a value that is missing."""
+        for name in _PLACEHOLDER.findall(self.template):
+            if name not in values:
+                raise ProtocolError(400, f"Argument {name} is missing.")
+        words = [_PLACEHOLDER.sub(lambda found: values[found[1]], word) for word in self.words]
+        return [re.sub(r"(?i)^(\+F|Output_File_Type=)\.?(\w{3,4})$", lambda found: found[1]
+                       + _FORMATS.get(found[2].lower(), found[2]), word) for word in words]
+
+
+@dataclass(frozen=True)
+class OnlineRules:
+    """The engines, and the arguments by their names: the type, and what a value must match."""
+
+    engines: tuple[OnlineEngine, ...]
+    arguments: Mapping[str, tuple[str, re.Pattern[str]]]
+
+    @classmethod
+    def of(cls, lines: Iterable[tuple[str, str, str]]) -> OnlineRules:
+        """Read lines of the settings file: name, text and place; a ``UserError`` names the place.
+
+        They are ``engine NAME = .EXTENSION TEMPLATE`` and ``argument NAME = TYPE [REGEX]``.
+        """
+        engines: list[tuple[OnlineEngine, str]] = []
+        arguments = {}
+        for key, text, source in lines:
+            what, _, name = key.partition(" ")
+            first, _, rest = text.partition(" ")
+            if what == "engine" and name == "povray" and rest.strip():
+                engine = OnlineEngine(len(engines) + 1, name, first, rest.strip())
+                engines.append((engine, source))
+            elif what == "argument" and re.fullmatch(r"\w+", name, re.ASCII):
+                arguments[name] = first, _argument_type(first, rest.strip(), source)
+            else:
+                raise UserError(f"{source}: write 'engine povray = .pov OPTIONS' or 'argument NAME "
+                                f"= TYPE'")
+        for engine, source in engines:
+            if problem := _template_problem(engine, arguments):
+                raise UserError(f"{source}: {problem}")
+        return cls(tuple(engine for engine, _ in engines), arguments)
+
+    def engine(self, text: str) -> OnlineEngine:
+        """Return an engine by its number; the desktop client counts from 0."""
+        for engine in self.engines:
+            if text == str(engine.id) or (text == "0" and engine.id == 1):
+                return engine
+        raise ProtocolError(400, f"Engine with identifier {text} not found.")
+
+    def check(self, name: str, value: str) -> None:
+        """Raise ``ProtocolError`` 400 for a value that an argument does not take."""
+        if name not in self.arguments:
+            raise ProtocolError(
+                400, f"Argument type identifier {name} must be present in database.")
+        kind, pattern = self.arguments[name]
+        if not (_PLAIN_VALUE.fullmatch(value) and pattern.fullmatch(value)):
+            raise ProtocolError(400, f"Value {value} must be of type {kind}.")
+
+
+def _argument_type(kind: str, pattern: str, source: str) -> re.Pattern[str]:
+    if kind not in _ARGUMENT_TYPES:
+        raise UserError(f"{source}: Type {kind} is not valid for RenderOnline: there are "
+                        + ", ".join(_ARGUMENT_TYPES))
+    try:
+        return re.compile(pattern, re.ASCII) if pattern else _ARGUMENT_TYPES[kind]
+    except re.error as error:
+        raise UserError(f"{source}: '{pattern}' is not a regular expression: {error}") from None
+
+
+def _template_problem(engine: OnlineEngine, arguments: Collection[str]) -> str:
+    """Say what is wrong with an engine, or nothing."""
+    if engine.extension != ".pov":
+        return f"povray renders files with the extension .pov, not '{engine.extension}'"
+    try:
+        words = engine.words
+    except ValueError as error:
+        return f"the options cannot be taken apart: {error}"
+    names = _PLACEHOLDER.findall(" ".join(words))
+    unknown = [name for name in names if name not in (_UPLOADED, *arguments)]
+    if unknown or _UPLOADED not in names:
+        return (f"there is no line 'argument {unknown[0]} = TYPE'" if unknown else
+                f"write $RENDERONLINE:{_UPLOADED} where the scene's name belongs")
+    for word in words:
+        if not _TEMPLATE_ITEM.fullmatch(word) or _LEADS_ELSEWHERE.fullmatch(word):
+            return f"'{word}' could lead to files of this computer: it cannot be left to clients"
+    try:  # what no client chooses
+        read_command_line([word for word in words if "$" not in word], Path(os.devnull), {}, ())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def online_token(farm_key: str, name: str, added: float) -> str:
+    """Return what a person shows from a RenderOnline client; it leads to nothing else."""
+    return derived(farm_key, "renderonline", name, repr(added))[:32]
+
+
+class RenderOnline:
+    """The routes of RenderOnline's clients, for a ``Coordinator`` that takes their scenes."""
+
+    def __init__(self, scheduler: Scheduler, access: Access, farm_key: str,
+                 rules: OnlineRules) -> None:
+        self._farm, self._store = scheduler, scheduler.store
+        self._access, self._key, self._rules = access, farm_key, rules
+        self._views = Views(scheduler)
+
+    def identify(self, request: Request) -> Identity:
+        """Return who sends a request: at our routes a guest, whose token it is.
+
+        The part of an email before the @ is the person's name.
+        """
+        token = request.headers.get("token", "")
+        if not token or not request.path.startswith("/renderapi/"):
+            return self._access.identify(request)
+        with self._store.read() as look:
+            person = look.person(request.headers.get("email", "").partition("@")[0])
+        if person and person.role is not Role.VIEWER and hmac.compare_digest(
+                token.encode(), online_token(self._key, person.name, person.added).encode()):
+            return Identity(frozenset({"guest"}), name=person.name)
+        self._access.slow_down(request.remote)
+        return Identity()
+
+    @route("GET", "/renderapi/v1/info", role="anyone", summary="A RenderOnline user and tasks")
+    @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=64 << 20,
+           summary="What a RenderOnline client asks for")
+    @route("OPTIONS", "/renderapi/v1/<what>", role="anyone",
+           summary="Let pages of RenderOnline's client ask")
+    def call(self, request: Request) -> Response:
+        """Headers: email, token. What: enqueue, dequeue, download, delete.
+
+        Who shows no token that is good is refused here, in the dialect's words.
+        """
+        what = request.params.get("what", "info")
+        if request.method == "OPTIONS":
+            response = Response(204)
+        elif what not in _ASKED_FOR or (what == "info") is (request.method == "POST"):
+            response = Response(404)
+        elif "guest" not in request.identity.roles:
+            response = Response(401) if what != "enqueue" else _online_answer(
+                what, False, "Unauthorized.", 401)
+        else:
+            try:
+                response = getattr(self, f"_{what}")(request)
+            except Exception as error:
+                refusal = refusal_of(error, f"{request.method} {request.path!r}")
+                response = _online_answer(what, False, str(refusal), refusal.status)
+        response.headers.update(_ANY_ORIGIN)
+        return response
+
+    # --- what is asked for
+
+    def _info(self, request: Request) -> Response:
+        name, mail = request.identity.name, request.headers["email"]
+        user = {"UserId": zlib.crc32(name.encode()) % 65535 + 1, "FirstName": name, "LastName": "",
+                "Email": mail, "SubscriptionId": 1, "IsActive": True}
+        with self._store.read() as tx:
+            tasks = list(itertools.islice(self._tasks(tx, name, user["UserId"]), TASKS_SHOWN))
+        return json_response({"User": user, "Tasks": tasks})
+
+    def _enqueue(self, request: Request) -> Response:
+        owner = request.identity.name
+        with self._store.incoming() as place:
+            name, engine, given = self._form(request, place)
+            with self._store.read() as look:
+                most = self._farm.people.allowance(look, owner).jobs
+                if most and look.usage(owner).jobs >= most:
+                    raise ProtocolError(403, f"Queue limit {most} reached for your subscription.")
+            chosen, extension = self._rules.engine(engine), PurePosixPath(name).suffix
+            if extension != chosen.extension:
+                raise ProtocolError(400, f"Engine extension {chosen.extension} not matching with "
+                                    f"files extension {extension}.")
+            for argument, value in given:
+                self._rules.check(argument, value)
+            scene = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("-.")[-100:]
+            words = chosen.arguments({**dict(reversed(given)), _UPLOADED: scene})
+            (place / "files").mkdir()
+            (place / "upload").rename(place / "files" / scene)
+            self._submit(owner, scene, words, chosen, place / "files")
+        return _online_answer("enqueue", True, "Task successfully enqueued.")
+
+    def _dequeue(self, request: Request) -> Response:
+        job = self._job(request)
+        if job.state in FINISHED:
+            raise ProtocolError(400, f"Task with identifier {job.id} is not in the queue.")
+        self._farm.cancel(job.id, request.identity.name)
+        return _online_answer("dequeue", True, "Task successfully dequeued.")
+
+    def _download(self, request: Request) -> Response:
+        """Answer a zip of the scene and of what was made so far."""
+        job = self._job(request)
+        with self._store.read() as tx:
+            manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
+            files = {**{file.path: self._store.blob_path(file.sha256) for file in manifest.files},
+                     **self._views.made(tx, job)}
+        if not all(map(is_file, files.values())):
+            raise ProtocolError(500, "Failed to create ZIP archive after multiple attempts!")
+        response = stream_response(zip_stream(files.items()), "application/zip")
+        response.headers["Content-Disposition"] = f"attachment; filename={uuid.uuid4()}.zip"
+        return response
+
+    def _delete(self, request: Request) -> Response:
+        self._farm.delete(self._job(request).id, request.identity.name)
+        return _online_answer("delete", True,
+                              "Task and associated render successfully deleted.")
+
+    # --- inside
+
+    def _job(self, request: Request) -> Job:
+        """Return the task that a request names: this user's, and one of such a client's."""
+        request.body.limit = BODY_LIMIT
+        try:
+            number = _any_case(request.json())["taskid"]
+            if type(number) is not int or not 0 <= number < 1 << 63:
+                raise ValueError
+        except (ProtocolError, KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(400, "Request content type must be application/json."
+                                if getattr(error, "status", 0) == 415 else
+                                "Request content has an invalid format.") from error
+        with self._store.read() as tx:
+            job = tx.find_job(number)
+        if job is None or job.owner != request.identity.name or not _render_of(job):
+            raise ProtocolError(
+                400, f"Task with identifier {number} not found for the current user.")
+        return job
+
+    def _form(self, request: Request, place: Path) -> tuple[str, str, list[tuple[str, str]]]:
+        """Save the file of a form; return its name, and what is wanted of it."""
+        names: list[str] = []
+        wish = b""
+        try:
+            for head, blocks in form_parts(request):
+                name = re.search(r'\bfilename=("[^"\r\n]*"|[^;\s]*)', head)
+                if name and not names:
+                    with open(place / "upload", "wb") as file:
+                        for block in blocks:
+                            self._store.need(len(block))
+                            file.write(block)
+                elif not name and re.search(r'\bname="?request\b', head):
+                    wish = b"".join(_at_most(blocks, BODY_LIMIT))
+                names += [_base_name(name[1].strip('"'))] if name else []
+        except UserError:
+            names = []
+        if not names:
+            raise ProtocolError(400, "No files were uploaded.")
+        if not wish.strip():
+            raise ProtocolError(400, 'Header "request" is empty.')
+        engine, given = _wish(wish)
+        if len(names) > 1:
+            raise ProtocolError(400, "Only 1 file may be uploaded per request.")
+        return names[0], engine, given
+
+    def _submit(self, owner: str, scene: str, words: Sequence[str], engine: OnlineEngine,
+                place: Path) -> None:
+        """Make a job of a scene that lies alone in a directory."""
+        pov = read_command_line(words, place, {}, ())
+        plan = plan_frames(pov)
+        with self._store.read() as look:
+            self._farm.people.check(look, owner, len(plan.frames))
+        try:
+            with self._store.gate.outside():
+                project = collect_project(
+                    pov.scene, (), place, place, map(plan.output_name, plan.frames), plan.frames,
+                    (), values=pov.values, by_file=(pov.scene,), ceiling=place)
+        except UserError as error:  # the rest says what there is on this computer
+            raise UserError(f"{str(error).partition(', which ')[0]}: it can only use what is in "
+                            "the scene itself, and POV-Ray's own files") from None
+        render = {"FileName": scene, "FilePath": "", "FileSize": (place / scene).stat().st_size,
+                  "Arguments": " ".join([engine.name, *words]), "EngineId": engine.id}
+        uses = {*project.uses, _TASK_MARK + json.dumps(render)}
+        uses |= {f"povray {' '.join(pov.needs)}"} if pov.needs[0] else set()
+        job, missing = self._farm.submit(
+            PurePosixPath(scene).stem, owner,
+            PovJob({**pov.values, **project.values, "Input_File_Name": project.scene}, pov.declares,
+                   pov.library, project.run_dir, tuple(sorted(uses))),
+            project.manifest, JobOptions(in_order=plan.animation and "own-output" in project.uses))
+        try:
+            for file in project.manifest.files:
+                if file.sha256 in missing:
+                    self._farm.put_blob(file.sha256, file_blocks(project.sources[file.path]))
+        except Exception:
+            self._farm.delete(job, owner)
+            raise
+
+    def _tasks(self, tx: Look, owner: str, user: object) -> Iterator[dict[str, Any]]:
+        """Yield somebody's tasks, the newest first."""
+        after = 0
+        while jobs := tx.jobs(after, 100, owner):
+            for job in jobs:
+                if render := _render_of(job):
+                    yield self._task(job, render, user)
+            after = jobs[-1].id
+
+    def _task(self, job: Job, render: Mapping[str, Any], user: object) -> dict[str, Any]:
+        began = job.started is not None
+        # One that waits for its scene to be mended has failed: no client can mend it.
+        stuck = job.state is JobState.PAUSED and job.reason != PAUSED_BY_HAND
+        engine = next((one for one in self._rules.engines if one.id == render["EngineId"]), None)
+        return {
+            "Task": {
+                "TaskId": job.id, "UserId": user, "QueueTime": _moment(job.created),
+                "StartTime": _moment(job.started),
+                "EndTime": _moment(job.finished or (job.started if stuck else None)),
+                "IsRunning": began and job.state is JobState.ACTIVE,
+                "IsSuccess": job.state is JobState.DONE, "RenderId": job.id,
+                "MachineId": 1 if began else None},
+            "Render": {"RenderId": job.id, **render},
+            "Engine": {
+                "EngineId": render["EngineId"], "Name": engine.name if engine else "",
+                "Extension": engine.extension if engine else "", "DownloadPath": "",
+                "RenderArgument": engine.template if engine else ""}}
+
+
+def _online_answer(what: str, good: bool, text: str, status: int = 200) -> Response:
+    return json_response({_ASKED_FOR[what] or "IsSuccess": good, "ErrorMessage": text}, status)
+
+
+def _render_of(job: Job) -> dict[str, Any]:
+    """Return what is told of a job as a Render; nothing of one that came in another way."""
+    for use in job.pov.uses:
+        if use.startswith(_TASK_MARK):
+            with contextlib.suppress(ValueError, RecursionError):
+                render = json.loads(use[len(_TASK_MARK):])
+                return render if isinstance(render, dict) and "EngineId" in render else {}
+    return {}
+
+
+def _any_case(value: Any) -> Any:
+    """Return JSON with the names of all fields in small letters."""
+    if isinstance(value, dict):
+        return {name.lower(): _any_case(one) for name, one in value.items()}
+    return list(map(_any_case, value)) if isinstance(value, list) else value
+
+
+def _wish(text: bytes) -> tuple[str, list[tuple[str, str]]]:
+    """Return the engine and the arguments, in their order, that a client wants."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        wish = _any_case(json.loads(text))
+        given = [(one["argtypeid"], one["value"]) for one in wish["arguments"]]
+        texts = [wish["engineid"], *itertools.chain(*given)]
+        if isinstance(wish["arguments"], list) and "".join(texts).isprintable():
+            return wish["engineid"], given
+    raise ProtocolError(400, "Invalid enqueue request arguments.")
+
+
+def _at_most(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
+    for block in blocks:
+        size -= len(block)
+        if size < 0:
+            raise ProtocolError(400, "Invalid enqueue request arguments.")
+        yield block
+
+
+def _base_name(text: str) -> str:
+    """Return a file's name without its directories, from what clients send: also a file: URI."""
+    coded = re.fullmatch(r"=\?utf-8\?b\?([A-Za-z0-9+/=]*)\?=", text, re.IGNORECASE)
+    with contextlib.suppress(ValueError):
+        text = base64.b64decode(coded[1]).decode() if coded else text
+    text = urllib.parse.unquote(text) if text.startswith("file:") else text
+    return re.split(r"[/\\]", text)[-1]
+
+
+def _moment(seconds: float | None) -> str | None:
+    return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
 
 
 # === 16. PAGES ===============================================================
@@ -12716,8 +13134,8 @@ class Coordinator:
     is served. ``discovery_port`` None answers no probes. ``hosts`` are names that
     this computer has beside its own. ``tls`` are the PEM files of a certificate and
     its key; ``pin`` is then the certificate's SHA-256. ``httpov`` lets HTTPov's
-    clients in. ``typed`` tells how commands are typed on this computer, see
-    ``with_commands``. Raises ``UserError`` for a port in use or a bad certificate
+    clients in, ``renderonline`` RenderOnline's. ``typed`` tells how commands are typed on
+    this computer, see ``with_commands``. Raises ``UserError`` for a port in use, a bad certificate
     and ``StoreError`` for a data directory that cannot be used or that another
     povfarm holds.
     """
@@ -12727,6 +13145,7 @@ class Coordinator:
                  private: bool = False, hosts: Collection[str] = (),
                  tls: tuple[Path, Path] | None = None, durable: bool = True,
                  lease_time: float = 30.0, httpov: bool = False,
+                 renderonline: OnlineRules | None = None,
                  allowance: Allowance = Allowance(),
                  typed: Callable[[str], str] = "povfarm.py {}".format,
                  clock: Clock | None = None) -> None:
@@ -12747,8 +13166,12 @@ class Coordinator:
                              self.pin)
         self.api = Api(self.scheduler, self.access, self.name, admit_private)
         pages = Pages(self.api, self.scheduler, self.access, self.pin, typed)
-        dialects = [Httpov(self.scheduler, self.access)] if httpov else []
-        self.router = Router(self.api, pages, *dialects, authenticate=self.access.identify,
+        dialects: list[object] = [Httpov(self.scheduler, self.access)] if httpov else []
+        identify = self.access.identify
+        if renderonline:
+            online = RenderOnline(self.scheduler, self.access, self.key, renderonline)
+            dialects, identify = [*dialects, online], online.identify
+        self.router = Router(self.api, pages, *dialects, authenticate=identify,
                              hosts=_own_names(hosts), error_page=pages.error_page,
                              gate=self.store.gate)
         self.api.routes = self.router.routes
@@ -16017,6 +16440,7 @@ def serve(options: Options) -> int:
             discovery_port=None if options.no_discovery else options.discovery_port,
             admit_private=options.open, private=options.private, hosts=options.host.split(","),
             tls=_tls_files(options), lease_time=options.lease_time, httpov=options.httpov,
+            renderonline=_online_rules(options) if options.renderonline else None,
             allowance=Allowance(**{name: getattr(options, row.name.replace("-", "_"))
                                    for name, row in ALLOWANCES.items()}),
             typed=_command_typed)
@@ -16318,18 +16742,21 @@ def login(options: Options) -> int:
     return 0
 
 
-@command("users", "[add NAME | invite | set NAME KEY=VALUE ... | remove NAME]",
+@command("users", "[add NAME | invite | set NAME KEY=VALUE ... | remove NAME | token NAME]",
          "show the farm's people and what they have, add, invite, limit or remove some", ("talk",))
 def users(options: Options) -> int:
     """Print the people, or change who they are and what they may have."""
     word, *rest = options.rest or ["list"]
     names, limits = _assigned(options, rest, ALLOWANCES)
-    count = {"list": 0, "add": 1, "invite": 0, "set": 1, "remove": 1}.get(word)
+    count = {"list": 0, "add": 1, "invite": 0, "set": 1, "remove": 1,
+             "token": 1}.get(word)
     if count != len(names) or (word == "set" and not limits):
         raise UserError(_usage(_command("users")[0]))
     client = _coordinator(options)
     if word == "list":
         return _show_users(client, options)
+    if word == "token":
+        return _show_token(client, options, names[0])
     if word in ("add", "invite"):
         return _new_users(client, options, names, limits)
     person = f"/api/v1/users/{urllib.parse.quote(names[0], safe='')}"
@@ -16355,6 +16782,18 @@ def _show_users(client: Client, options: Options) -> int:
     return 0
 
 
+def _show_token(client: Client, options: Options, name: str) -> int:
+    """Print what a person types into a RenderOnline client. It is made here, and not sent."""
+    views = client.get("/api/v1/users")["users"]
+    found = [view for view in views if view["name"].casefold() == name.casefold()]
+    if not found or ":" in client.token:
+        raise UserError(f"nobody is called '{name}' here: 'povfarm.py users' shows who there is"
+                        if not found else "only who has the farm key can make tokens")
+    name, token = found[0]["name"], online_token(client.token, found[0]["name"], found[0]["added"])
+    _show(options, {"email": name, "token": token}, token)
+    return 0
+
+
 def _new_users(client: Client, options: Options, names: Sequence[str],
                limits: Mapping[str, int]) -> int:
     """Add a person or a program, or invite some; show the key or the code, which is not sent."""
@@ -16373,6 +16812,28 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
          f"'povfarm.py work --code {code} --user NAME', or login instead of work to render "
          "nothing there")
     return 0
+
+
+@command("engines", "", "check and show what RenderOnline's clients can render here")
+def engines(options: Options) -> int:
+    """Print the engines and argument types of the settings file."""
+    rules = _online_rules(options)
+    found = [vars(engine) for engine in rules.engines]
+    types = {name: f"{kind}, {pattern.pattern}" for name, (kind, pattern)
+             in rules.arguments.items()}
+    rows: list[Sequence[str] | str] = [("engine", "name", "files", "options")]
+    rows += [tuple(map(str, engine.values())) for engine in found]
+    kinds: list[Sequence[str] | str] = [("argument", "type and what it matches"), *types.items()]
+    _show(options, {"engines": found, "arguments": types}, f"{_table(rows)}\n\n{_table(kinds)}")
+    return 0
+
+
+def _online_rules(options: Options) -> OnlineRules:
+    rules = OnlineRules.of(options.renderonline_lines)
+    if not rules.engines:
+        raise UserError(f"{options.data / 'povfarm.ini'} has no engine for RenderOnline's clients: "
+                        "add the lines that the manual shows, under [renderonline]")
+    return rules
 
 
 @command("backup", "DIRECTORY", "copy all data of a coordinator, even while it runs")
@@ -18236,6 +18697,8 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None,
         *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"
            f"HP_GROUP=\"%s\"\\n' {address.removeprefix('http://')} {coordinator.access.guest_key} "
            ">> ~/.httpovclient/prefs"] if options.httpov else []),
+        *(["  RenderOnline users' tokens:  povfarm.py users token NAME"]
+          if options.renderonline else []),
         *([f"  {options.invite} people can come with:".ljust(31) +
            f"povfarm.py work --server {address} --code {code} --user NAME{pin}\n"
            "                               (or with login instead of work, to render nothing)"]

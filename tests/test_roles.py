@@ -64,7 +64,8 @@ class House:
 
     def __init__(self, data: Path, private: bool = False) -> None:
         self.coordinator = Coordinator(data, bind="127.0.0.1", private=private, durable=False,
-                                       httpov=True, clock=FakeClock())  # wrong keys are held up
+                                       httpov=True, renderonline=povfarm.OnlineRules((), {}),
+                                       clock=FakeClock())  # wrong keys are held up
         self.data = data
         self.scheduler = self.coordinator.scheduler
         self.access = self.coordinator.access
@@ -226,9 +227,25 @@ def test_each_role_is_used_and_every_change_needs_one(house: House) -> None:
     routes = [bound.route for bound in house.router.routes]
     assert {one.role for one in routes} == set(povfarm.ROLES)
     # Who changes something without a key: a worker that asks to join, who has a code, a login link.
+    # RenderOnline's clients are refused in their own words, which the next test looks at.
     assert {one.pattern for one in routes if one.role == "anyone" and one.method != "GET"} == {
-        "/api/v1/hello", "/api/v1/workers", "/api/v1/users/come"}
+        "/api/v1/hello", "/api/v1/workers", "/api/v1/users/come", "/renderapi/v1/<what>"}
     assert not [one for one in routes if one.role == "reader" and one.method != "GET"]
+
+
+@pytest.mark.parametrize("who", SENDERS)
+def test_renderonlines_routes_are_for_its_tokens_alone(who: str, house: House) -> None:
+    house.scheduler.people.add(povfarm.Person("eve", Role.USER, "0" * 64, "{}", 5.0))
+    before = house.truth()
+    calls = ("info", "enqueue", "dequeue", "download", "delete")
+    for what in calls:
+        answer = house.send("GET" if what == "info" else "POST", f"/renderapi/v1/{what}", who,
+                            b'{"TaskId": 1}', email="user", token=house.keys.get(who, ""))
+        assert answer.status == 401, what
+    assert house.truth() == before
+    tried("calls of RenderOnline without a token", len(calls), let_in=0)
+    right = povfarm.online_token(house.coordinator.key, "eve", 5.0)
+    assert house.send("GET", "/renderapi/v1/info", who, email="eve", token=right).status == 200
 
 
 def test_a_key_in_another_scheme_or_place_is_none(house: House) -> None:
