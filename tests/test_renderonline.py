@@ -563,7 +563,7 @@ def test_no_form_and_no_json_breaks_it(farm: OnlineFarm) -> None:
     dice = random.Random(15)
     kind, body = form(("request", None, wish()), FILE)
     seen = set()
-    for _ in range(400):
+    for _ in range(150):
         data = bytearray(body)
         for _ in range(dice.randint(1, 6)):
             at = dice.randrange(len(data))

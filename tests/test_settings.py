@@ -165,7 +165,28 @@ def test_a_path_may_start_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_without_anything_the_defaults_count(tmp_path: Path) -> None:
     found = configured_defaults({"POVFARM_DATA": str(tmp_path)})
-    assert found == {**{row.name: row.default for row in SETTINGS}, "data": tmp_path}
+    assert found == {**{row.name: row.default for row in SETTINGS}, "data": tmp_path,
+                     "renderonline-lines": []}
+
+
+def test_lines_for_renderonline_are_kept_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "povfarm.ini"
+    path.write_text("[povfarm]\nPort = 7\n\n[renderonline]\n# one\nengine Povray = .pov +Ka=b\n")
+    found = configured_defaults({"POVFARM_DATA": str(tmp_path)})
+    assert found["port"] == 7
+    assert found["renderonline-lines"] == [("engine Povray", ".pov +Ka=b", f"{path}, line 6")]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[renderonline]\nengine x = y\n", "line 1: expected the line [povfarm]"),
+    ("[povfarm]\n[renderonline]\na = 1\na = 2\n", "line 4: 'a' is set twice"),
+    ("[povfarm]\n[renderonline]\na\n", "line 3: 'a' is not NAME = VALUE"),
+    ("[povfarm]\n[renderonline]\n[povfarm]\ncolour = red\n", "line 4: there is no option 'colour'"),
+])
+def test_a_bad_line_for_renderonline_names_its_place(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "povfarm.ini").write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        configured_defaults({"POVFARM_DATA": str(tmp_path)})
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "data"])
