@@ -8,6 +8,7 @@ import json
 import random
 import stat
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 
 import povfarm
-from helpers.base import POVFARM
+from helpers.base import POVFARM, ROOT
 from helpers.farm import Farm as Processes
 from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, FakeClock, Farm, Reply, farm_fixture
@@ -492,5 +493,22 @@ def test_a_key_comes_from_a_file_or_from_standard_input(tmp_path: Path, povray: 
         for bad in ("empty", "missing"):
             refused = run(tmp_path, "login", *there, "--key-file", str(tmp_path / bad), cwd=tmp_path)
             assert refused.returncode == 2 and bad in refused.stderr
+    finally:
+        farm.close()
+
+
+@pytest.mark.slow
+def test_the_program_of_the_description_signs(tmp_path: Path, povray: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    (tmp_path / "call.py").write_text(text.split("```python\n")[1].split("```")[0])
+    farm = Processes(tmp_path)
+    try:
+        for key, code in ((farm.client.token, 0), ("wrong", 1)):
+            made = subprocess.run(
+                [sys.executable, "call.py", "POST", "/api/v1/login", "{}"], cwd=tmp_path, text=True,
+                capture_output=True, timeout=60, check=False,
+                env={**environment(tmp_path), "FARM": farm.client.base_url, "KEY": key})
+            assert made.returncode == code, made.stderr
+            assert ("/login/" in made.stdout) is (code == 0), made.stdout
     finally:
         farm.close()
