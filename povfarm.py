@@ -25,7 +25,7 @@ it, and the coordinator's tower and the worker's tower never use each other:
     11. SCHEDULER    the only writer of states
     12. API          native JSON under /api/v1 and its OpenAPI document
     13. HTTPOV       the protocol of HTTPov's clients
-    14. SHEEPIT      the place for SheepIt's clients: empty
+    14. SHEEPIT      the protocol of SheepIt's clients
     15. RENDERONLINE the protocol of RenderOnline's clients
     16. PAGES        the status page
     17. COORDINATOR  puts 10 to 16 together, housekeeping, shutdown
@@ -243,14 +243,6 @@ def placed(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()  # also when both were links to one file: then nothing is replaced
-
-
-def keep_private(data: Path) -> None:
-    """Let no other user of this computer see what a directory holds, or will."""
-    os.umask(0o077)
-    with contextlib.suppress(OSError):  # it is somebody else's, or comes later
-        if not Path.home().samefile(data):
-            data.chmod(0o700)
 
 
 def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -805,6 +797,8 @@ SETTINGS: tuple[Setting, ...] = (
             "serve users", "SIZE"),
     Setting("work", bool, False, "render on this computer, too", "serve"),
     Setting("httpov", bool, False, "let HTTPov clients render, and print the command for them",
+            "serve"),
+    Setting("sheepit", bool, False, "let SheepIt clients render, and print the command for them",
             "serve"),
     Setting("renderonline", bool, False, "take scenes from RenderOnline's clients", "serve"),
     Setting("lease-time", _lease_time, 30.0,
@@ -10544,6 +10538,7 @@ class Access:
         self._sessions: dict[str, tuple[float, str]] = {}
         self._tries: dict[str, tuple[int, float]] = {}  # by address: how often, when last
         self._held: collections.Counter[str] = collections.Counter()
+        self.dialects: list[Callable[[Request], Identity | None]] = []  # with cookies of their own
 
     def identify(self, request: Request) -> Identity:
         """Return the sender of a request; a stranger may at most read."""
@@ -10564,7 +10559,7 @@ class Access:
             end, name = self._sessions.get(secret_hash(self._session(request)), (0.0, ""))
         identity = self._named(name)
         if end <= self._clock.monotonic() or identity is None:
-            return self._stranger
+            return next(filter(None, (one(request) for one in self.dialects)), self._stranger)
         if request.method in ("GET", "HEAD"):
             return identity
         # A page elsewhere can make a browser send the cookie: with it alone one
@@ -10776,11 +10771,17 @@ class Access:
                 "proof": derived(invitation.token, "welcome", name, ticket, mine.share)}
 
     def _by_guest_key(self, key: str, request: Request) -> Identity:
-        self._check_patience(request.remote)
-        if hmac.compare_digest(key.encode(), self.guest_key.encode()):
+        if self.fits(key, self.guest_key, request.remote):
             return _GUEST
-        self.slow_down(request.remote)
         raise ProtocolError(404, f"there is no {request.path} here")
+
+    def fits(self, given: str, secret: str, remote: str) -> bool:
+        """Tell whether a secret that was sent is the right one; a wrong one is slowed down."""
+        self._check_patience(remote)
+        good = hmac.compare_digest(given.encode(), secret.encode())
+        if not good:
+            self.slow_down(remote)
+        return good
 
     def slow_down(self, remote: str) -> None:
         """Count a wrong key of an address, and hold up its answer when there were too many."""
@@ -11696,13 +11697,68 @@ CLIENT_SILENCE = 130.0  # seconds: they tell every 60 that they still render
 CLIENT_FEATURES = 2  # the second number of the version that clients should have
 _CLIENT_VERSION = re.compile(r"([1-9][0-9]{0,3})\.([0-9]{1,4})(?:\.[0-9.]*)?")
 _CLIENT = re.compile(r"[!-9;-~]{1,80}:[0-9]{1,10}")
-_CLIENT_TOKEN = "HTTPov "  # begins what is no hash, so that nobody can show the secret of it
 _COMMANDS = {"getjob": ("client",), "getbatch": ("job", "client"),
              **dict.fromkeys(("postbatch", "abortbatch", "active"), ("job", "batch", "client"))}
 _OWN_INI = ("pov.ini", "povray.ini")  # POV-Ray reads the latter by itself, also shell commands
 
 
-class Httpov:
+class Dialect:
+    """What the dialects of other systems' clients have in common.
+
+    Their workers' tokens begin with ``mark``, which begins no hash, so that nobody can show the
+    secret of one.
+    """
+
+    mark = ""
+
+    def __init__(self, scheduler: Scheduler, access: Access) -> None:
+        self._farm = scheduler
+        self._store = scheduler.store
+        self._access = access
+        self._joining = threading.Lock()
+        self._guest = Guest(CLIENT_SILENCE, self._takes)
+        self._portable: dict[str, bool] = {}  # by manifest: whether clients can unpack it
+        with self._store.read() as tx:
+            known = [row.id for row in tx.workers() if row.token.startswith(self.mark)]
+        for worker in known:
+            scheduler.receive(worker, self._guest)
+
+    def _join(self, info: WorkerInfo, token: str, remote: str) -> int:
+        worker = self._farm.join(info, self.mark + token, remote)
+        self._farm.receive(worker, self._guest)
+        return worker
+
+    def _fail(self, worker: int, attempt: Attempt, message: str, text: bytes = b"") -> None:
+        if attempt.state == AttemptState.LIVE:
+            self._farm.fail(worker, attempt.lease, attempt.task, message, text, False)
+
+    def _takes(self, tx: Look, job: Job) -> bool:
+        """Tell whether clients make the same pictures of a job as our workers."""
+        key = job.manifest
+        if key not in self._portable:
+            files = Manifest.from_wire(json.loads(tx.manifest(key))).files
+            self._portable[key] = all(
+                file.path.isascii() and file.after_frame is None for file in files)
+        options = job.options
+        return (self._portable[key] and not options.in_order and options.radiosity != "animation"
+                and options.slices in ("auto", "off", "1") and _renders_alike(job.pov_json))
+
+    def _entries(self, job: Job, manifest: Manifest,
+                 top: str) -> Iterator[tuple[str, Path | bytes]]:
+        """Yield what is in a job's archive, in a directory ``top``; directories first of all."""
+        pov = job.pov
+        files = {f"{top}{file.path}": self._store.blob_path(file.sha256)
+                 for file in manifest.files if file.path.lower() not in _OWN_INI}
+        places = [f"{top}{place}/" for place in (*pov.library, *manifest.directories)
+                  if place not in (STANDARD, ".")]
+        folders = {f"{parent}/" for path in (*files, *(f"{place}x" for place in places))
+                   for parent in PurePosixPath(path).parents if parent.name}
+        yield from ((folder, b"") for folder in sorted({top, *folders} - {""}))
+        yield f"{top}pov.ini", client_ini(pov).encode()
+        yield from sorted(files.items())
+
+
+class Httpov(Dialect):
     """The routes of HTTPov's clients, for a ``Coordinator`` that lets them in.
 
     The clients know no passwords. The bash one takes a path behind the server's
@@ -11711,18 +11767,11 @@ class Httpov:
     fetch without it, a job's archive, has a name that nobody can guess.
     """
 
+    mark = "HTTPov "
+
     def __init__(self, scheduler: Scheduler, access: Access) -> None:
-        self._farm = scheduler
-        self._store = scheduler.store
-        self._access = access
-        self._joining = threading.Lock()
+        super().__init__(scheduler, access)
         self._workers: dict[str, int] = {}  # by client: also one that was removed meanwhile
-        self._guest = Guest(CLIENT_SILENCE, self._takes)
-        self._portable: dict[str, bool] = {}  # by manifest: whether clients can unpack it
-        with self._store.read() as tx:
-            known = [row.id for row in tx.workers() if row.token.startswith(_CLIENT_TOKEN)]
-        for worker in known:
-            scheduler.receive(worker, self._guest)
 
     @route("GET", "/httpov.php", role="guest", secret="cgroup",
            summary="What an HTTPov client asks")
@@ -11768,7 +11817,8 @@ class Httpov:
                 job = None
             elif self._takes(tx, job):
                 manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
-                return stream_response(zip_stream(self._entries(job, manifest)), "application/zip")
+                return stream_response(
+                    zip_stream(self._entries(job, manifest, f"{name}/")), "application/zip")
         if job is None:
             self._access.slow_down(request.remote)
         raise ProtocolError(404, f"there is no {name}.zip here")
@@ -11838,14 +11888,12 @@ class Httpov:
         with self._joining:  # it may ask twice at the same time
             with self._store.read() as tx:
                 row = (tx.worker(self._workers[client]) if client in self._workers
-                       else tx.worker_by_token(_CLIENT_TOKEN + client))
+                       else tx.worker_by_token(self.mark + client))
             if row is not None:
                 self._workers[client] = row.id
                 return None if row.state == WorkerState.REMOVED else int(row.id)
             info = WorkerInfo(client.replace(":", "-"), 1, 0, "HTTPov", {})
-            worker = self._farm.join(info, _CLIENT_TOKEN + client, request.remote)
-            self._farm.receive(worker, self._guest)
-            self._workers[client] = worker
+            worker = self._workers[client] = self._join(info, client, request.remote)
             return worker
 
     def _lease(self, request: Request, worker: int, job: int) -> tuple[str, int] | None:
@@ -11866,7 +11914,7 @@ class Httpov:
         images, text = {}, b""
         try:
             with open(place / "zip", "wb") as file:
-                for block in _uploaded(request):
+                for block in uploaded(request, "filedata"):
                     self._store.need(len(block))
                     file.write(block)
             files = unpack_files(place / "zip", place / "files", MAX_IMAGE)
@@ -11886,39 +11934,11 @@ class Httpov:
             return [attempt for attempt in tx.attempts_of_lease(request.query["batch"])
                     if attempt.worker == worker]
 
-    def _fail(self, worker: int, attempt: Attempt, message: str, text: bytes = b"") -> None:
-        if attempt.state == AttemptState.LIVE:
-            self._farm.fail(worker, attempt.lease, attempt.task, message, text, False)
-
     def _name(self, job: Job) -> str:
         """Return what clients call a job: nobody can guess it who was not told."""
         seal = hmac.new(self._access.guest_key.encode(), b"job %d" % job.id, "sha256")
         place = self._store.job_directory(job.id, job.name)
         return f"{place.name}-{seal.hexdigest()[:24]}"
-
-    def _takes(self, tx: Look, job: Job) -> bool:
-        """Tell whether clients make the same pictures of a job as our workers."""
-        key = job.manifest
-        if key not in self._portable:
-            files = Manifest.from_wire(json.loads(tx.manifest(key))).files
-            self._portable[key] = all(
-                file.path.isascii() and file.after_frame is None for file in files)
-        options = job.options
-        return (self._portable[key] and not options.in_order and options.radiosity != "animation"
-                and options.slices in ("auto", "off", "1") and _renders_alike(job.pov_json))
-
-    def _entries(self, job: Job, manifest: Manifest) -> Iterator[tuple[str, Path | bytes]]:
-        """Yield what is in a job's archive: first of all the directories."""
-        pov, top = job.pov, self._name(job)
-        files = {f"{top}/{file.path}": self._store.blob_path(file.sha256)
-                 for file in manifest.files if file.path.lower() not in _OWN_INI}
-        places = [f"{top}/{place}/" for place in (*pov.library, *manifest.directories)
-                  if place not in (STANDARD, ".")]
-        folders = {f"{parent}/" for path in (*files, *(f"{place}x" for place in places))
-                   for parent in PurePosixPath(path).parents if parent.name}
-        yield from ((folder, b"") for folder in sorted({f"{top}/", *folders}))
-        yield f"{top}/pov.ini", client_ini(pov).encode()
-        yield from sorted(files.items())
 
 
 @functools.lru_cache(maxsize=64)
@@ -11966,18 +11986,428 @@ def _lines(*lines: str) -> Response:
     return text_response("".join(f"{line}\n" for line in lines))
 
 
-def _uploaded(request: Request) -> Iterator[bytes]:
-    """Yield the file of a form as it comes; ``UserError`` when there is none."""
+def uploaded(request: Request, name: str) -> Iterator[bytes]:
+    """Yield the file of a form that has this name as it comes; ``UserError`` if there is none."""
     for head, blocks in form_parts(request):
-        if 'name="filedata"' in head:
+        if f'name="{name}"' in head:
             yield from blocks
             return
     raise UserError("the client sent no file")
 
 
 # === 14. SHEEPIT =============================================================
-# Empty: the place for a dialect of SheepIt's clients (XML below /server), which
-# would decode, call SCHEDULER and encode, as HTTPOV does.
+# The dialect of SheepIt's clients of 2015 to 2019: decodes what they ask below
+# /server, calls SCHEDULER, encodes its answers as XML with the protocol's status
+# codes. A login is one of the people who may render; a session is a worker, its
+# cookie is made of the worker's number; a request for a job is held open.
+
+SESSION_WAIT = 6 * 3600.0  # seconds that a request for a job is held open
+BEAT_PERIOD = 120  # seconds of the protocol: with so few, clients tell every 60 that they render
+OLDEST_CLIENT = 3  # the first number of its version
+_SYSTEMS = ("SheepIt linux", "SheepIt mac")  # that run the renderer, a script
+_PATHS = {"validate-job": "/server/send_frame.php", "request-job": "/server/request_job.php",
+          "download-archive": "/server/download.php", "error": "/server/error.php",
+          "keepmealive": "/server/keepmealive.php", "logout": "/account.php?mode=logout&worker=1"}
+# What is asked, the element of the answer, and the status when we cannot do it.
+_ELEMENTS = {"config": ("config", 999), "request_job": ("jobrequest", 204),
+             "send_frame": ("jobvalidate", 303), "error": ("error", 999),
+             "keepmealive": ("keepmealive", 999)}
+_KILLED = ("14", "22")  # errors of a client whose render was stopped
+
+
+class _Said(NamedTuple):
+    """An answer in the protocol's words."""
+
+    status: int = 0
+    inside: str = ""
+    cookie: str = ""
+
+
+class Sheepit(Dialect):
+    """The routes of SheepIt's clients, for a ``Coordinator`` that lets them in.
+
+    A login's password is made of the person's secret and does not lead back to it; so is the
+    seal of a session's cookie. So sessions outlive us, but not the person.
+    """
+
+    mark = "SheepIt "
+
+    def __init__(self, scheduler: Scheduler, access: Access, key: str) -> None:
+        super().__init__(scheduler, access)
+        self._admin = secret_hash(key)
+        self._archives: dict[int, str] = {}  # by job: the MD5 of its archive
+        access.dialects.append(self._identity)
+
+    @route("GET", "/server/<what>.php", role="anyone", summary="What a SheepIt client asks")
+    @route("POST", "/server/<what>.php", role="anyone", max_body=MAX_IMAGE,
+           summary="What a SheepIt client sends")
+    def command(self, request: Request) -> Response:
+        """One of config, request_job, download, send_frame, error, keepmealive."""
+        what = request.params["what"]
+        if what != "send_frame":
+            request.body.limit = MAX_LOG if what == "error" and request.identity.worker \
+                else BODY_LIMIT
+        if what == "download":
+            return self._download(request, _values(request))
+        if what not in _ELEMENTS:
+            raise ProtocolError(404, f"there is no {request.path} here")
+        root, trouble = _ELEMENTS[what]
+        try:
+            said = getattr(self, f"_{what}")(
+                request, request.query if what == "request_job" else _values(request))
+        except (FarmError, OSError) as error:
+            log.warning("SheepIt client at %s: %s: %s", request.remote, what, error)
+            said = _Said(trouble)
+        response = text_response('<?xml version="1.0" encoding="utf-8" ?>\n' + _tag(
+            root, {"status": said.status}, said.inside), mime="text/xml")
+        if said.cookie:
+            response.headers["Set-Cookie"] = said.cookie
+        return response
+
+    @route("GET", "/account.php", role="anyone", summary="A SheepIt client ends")
+    def log_out(self, request: Request) -> Response:
+        """Hand back what the client has."""
+        if request.identity.worker:
+            self._farm.leave(request.identity.worker)
+        return text_response("bye\n")
+
+    # --- what is asked
+
+    def _config(self, request: Request, values: Mapping[str, str]) -> _Said:
+        secret, old = self._secret(values.get("login", "")), self._member(request)
+        problem = self._problem(request, values, secret)
+        if problem or (old and old.state is WorkerState.REMOVED):
+            return _Said(problem or 103)
+        worker = self._worker(values, request, old)
+        return _Said(0, "".join(_tag("request", {"type": kind, "path": path, **(
+            {"max-period": BEAT_PERIOD} if kind == "keepmealive" else {})})
+            for kind, path in _PATHS.items()),
+            f"PHPSESSID={worker}.{_seal(secret, worker)}; path=/; HttpOnly")
+
+    def _problem(self, request: Request, values: Mapping[str, str], secret: str) -> int:
+        """Return the status for a login that is no good, or 0."""
+        if not values.get("login") or not values.get("password"):
+            return 104
+        password = secret and sheepit_password(secret)
+        if not self._access.fits(values["password"], password, request.remote):
+            return 102
+        version = re.match(r"[0-9]{1,4}(?=\.|$)", values.get("version", ""))
+        if version is None or int(version[0]) < OLDEST_CLIENT:
+            return 101 if values.get("version") else 100
+        good = values.get("os") and values.get("bits") and re.fullmatch(
+            "[1-9][0-9]{0,3}", values.get("cpu_cores", ""))
+        return 0 if good else 104
+
+    def _request_job(self, request: Request, values: Mapping[str, str]) -> _Said:
+        """Answer when there is a frame: one that was not delivered yet, or a new one."""
+        member = self._member(request)
+        refusal = self._refusal(member, values)
+        if member is None or refusal:
+            return _Said(refusal)
+        held = self._held(member.id)
+        if held is None:
+            self._farm.lease(member.id, Offer(1, 1, 1), SESSION_WAIT, request.alive)
+            held = self._held(member.id)
+            if refusal := self._refusal(self._member(request), values):  # meanwhile
+                self._farm.leave(member.id)
+                return _Said(refusal)
+        if held is None:  # when we stop, the client is to come again soon
+            return _Said(200 if request.alive() else 204)
+        return _Said(0, self._task(*held))
+
+    def _download(self, request: Request, values: Mapping[str, str]) -> Response:
+        job = _numeral(values.get("job", ""))
+        with self._store.read() as tx:
+            row = tx.find_job(job) if job is not None and request.identity.worker else None
+            row = row if row and self._takes(tx, row) else None
+        if row is None or values.get("type") not in ("job", "binary"):
+            raise ProtocolError(404, f"there is no such archive of job {values.get('job')}")
+        with self._packed(row if values["type"] == "job" else None) as path:
+            return file_response(path, "application/zip", request)
+
+    def _send_frame(self, request: Request, values: Mapping[str, str]) -> _Said:
+        """A bad image is a failed try; who sends nothing else is told that it is no good."""
+        worker = request.identity.worker
+        if not worker:
+            return _Said(304)
+        job, frame = _numeral(values.get("job", "")), _numeral(values.get("frame", ""))
+        if job is None or frame is None:
+            return _Said(300)
+        attempt = self._attempt(worker, job, frame)
+        if attempt is None:
+            return _Said(0)  # the job was deleted: nobody wants it, go on
+        wall = float(_numeral(values.get("rendertime", "")) or 0)
+        memory = (_numeral(values.get("memoryused", "")) or 0) * 1000
+        with self._store.incoming() as place:
+            with open(place / "image", "wb") as file:
+                for block in uploaded(request, "file"):
+                    self._store.need(len(block))
+                    file.write(block)
+            try:
+                self._farm.finish(worker, attempt.lease, attempt.task, place / "image", b"",
+                                  Cost(wall, wall, memory))
+                return _Said(0)
+            except ImageError as error:
+                self._fail(worker, attempt, str(error))
+        with self._store.read() as tx:
+            hopeless = tx.recent_attempts(worker, 6) == ["failed"] * 6
+        return _Said(301 if hopeless else 302)
+
+    def _error(self, request: Request, values: Mapping[str, str]) -> _Said:
+        worker, kind = request.identity.worker, values.get("type", "")
+        job, frame = _numeral(values.get("job", "")), _numeral(values.get("frame", ""))
+        if not worker:
+            return _Said(999)
+        attempt = None if job is None or frame is None else self._attempt(worker, job, frame)
+        if attempt is None or attempt.state != AttemptState.LIVE:
+            return _Said(0)
+        if kind in _KILLED:
+            self._farm.release(worker, attempt.lease)
+            return _Said(0)
+        try:
+            text = _printed(b"".join(uploaded(request, "file")))
+        except UserError:
+            text = b""
+        line = re.search(rb".*\b[Ee]rror\b.*", text)
+        self._fail(worker, attempt, f"POV-Ray failed: {line[0].decode(errors='replace')[:300]}"
+                   if line else f"the client gave it up (error {kind[:9] or 'unknown'})", text)
+        return _Said(0)
+
+    def _keepmealive(self, request: Request, values: Mapping[str, str]) -> _Said:
+        worker = request.identity.worker
+        job, frame = _numeral(values.get("job", "")), _numeral(values.get("frame", ""))
+        if job is None or frame is None:  # it waits, or fetches what it needs
+            if worker:
+                grants = self._farm.grants.of_worker(worker)
+                self._farm.beat(worker, {grant.id: {} for grant in grants}, 0.0)
+            return _Said(0)
+        attempt = self._attempt(worker, job, frame)
+        if attempt is None or attempt.state != AttemptState.LIVE:
+            return _Said(400)
+        spent, left = (_numeral(values.get(name, "")) or 0
+                       for name in ("rendertime", "remainingtime"))
+        part = {attempt.task: spent / (spent + left)} if left else {}
+        self._farm.beat(worker, {attempt.lease: part}, 0.0)
+        return _Said(0)
+
+    # --- who asks
+
+    def _identity(self, request: Request) -> Identity | None:
+        """Return who has the cookie of a session that is good."""
+        if not request.path.startswith(("/server/", "/account.php")):
+            return None
+        member = self._member(request)
+        return Identity(frozenset({"guest"}), member.id, member.name) if member else None
+
+    def _member(self, request: Request) -> Member | None:
+        """Return the worker of a session; None when that is dead, or the person was removed."""
+        match = re.search(r"PHPSESSID=([0-9]{1,15})\.([0-9a-f]{32})",
+                          request.headers.get("cookie", ""))
+        with self._store.read() as tx:
+            member = tx.find_worker(int(match[1])) if match else None
+        secret = self._secret(_login_of(member)) if member else ""
+        good = match and member and secret and hmac.compare_digest(
+            match[2], _seal(secret, member.id))
+        return member if good else None
+
+    def _secret(self, login: str) -> str:
+        """Return the hash of somebody's secret, empty for nobody's."""
+        with self._store.read() as tx:
+            person = tx.person(login)
+        return self._admin if login == ADMIN else person.token if person else ""
+
+    def _refusal(self, member: Member | None, values: Mapping[str, str]) -> int:
+        """Return the status for one that gets no jobs, or 0."""
+        if member is None:
+            return 202
+        if member.state is not WorkerState.ADMITTED or member.aside:
+            return 203
+        with self._store.read() as tx:
+            person = tx.person(_login_of(member))
+        if person and person.role is not Role.USER:
+            return 201
+        return 205 if member.system not in _SYSTEMS or values.get("computemethod") == "2" else 0
+
+    def _worker(self, values: Mapping[str, str], request: Request, old: Member | None) -> int:
+        """Return the worker that a client is: one of its computer's that is gone, or a new one.
+
+        So the record of a computer stays with it.
+        """
+        login = values["login"]
+        host = re.sub(r"[^\w.:-]", "-", values.get("hostname") or request.remote)[:60]
+        memory = (_numeral(values.get("ram", "")) or 0) * 1024
+        info = WorkerInfo(f"{login}@{host}", int(values["cpu_cores"]), min(memory, 1 << 50),
+                          f"{self.mark}{values['os'][:20]}", {})
+        with self._joining:
+            live, mine = self._farm.live_workers(), f"{self.mark}{login} {host} "
+            with self._store.read() as tx:
+                rows = [row for row in tx.workers() if row.token.startswith(mine)]
+            for row in rows:
+                if row.id not in live or (old and row.id == old.id):
+                    self._farm.rejoin(row.id, info, request.remote)
+                    return row.id
+            return self._join(info, f"{login} {host} {secrets.token_hex(8)}", request.remote)
+
+    # --- what there is to do
+
+    def _held(self, worker: int) -> tuple[int, int] | None:
+        """Return job and frame of what a client has not delivered yet, and keep its lease."""
+        for grant in self._farm.grants.of_worker(worker):
+            self._farm.beat(worker, {grant.id: {}}, 0.0)
+            with self._store.read() as tx:
+                frames = [tx.task(task).frame for task in list(grant.portions)]
+            if frames:
+                return grant.job, min(frames)
+        return None
+
+    def _attempt(self, worker: int, job: int, frame: int) -> Attempt | None:
+        """Return the last try of a client at a frame."""
+        with self._store.read() as tx:
+            task = tx.task_of_frame(job, frame)
+            tries = [attempt for attempt in (tx.attempts(task.id) if task else [])
+                     if attempt.worker == worker]
+        return tries[-1] if tries else None
+
+    def _task(self, number: int, frame: int) -> str:
+        """Return a frame as an answer."""
+        with self._store.read() as tx:
+            job = tx.job(number)
+        if number not in self._archives:
+            with self._packed(job) as path:
+                self._archives[number] = _md5(path)
+        with self._packed(None) as path:
+            renderer = {"md5": _md5(path), "commandline": ".e .c .o .f",
+                        "update_method": "remainingtime"}
+        left = job.queued + job.leased
+        digits = max(4, len(str(job.pov.plan.final_frame + 1)))
+        return _tag("stats", {
+            "credits_session": 0, "credits_total": 0, "frame_remaining": left,
+            "waiting_project": 1, "connected_machine": len(self._farm.live_workers()),
+            "renderable_project": 1}) + _tag("frames", {"remaining": left}) + _tag("job", {
+                "id": number, "use_gpu": 0, "archive_md5": self._archives[number], "revision": 0,
+                "path": "pov.ini", "frame": str(frame).zfill(digits), "synchronous_upload": 0,
+                "extras": "", "name": job.name, "password": ""},
+                _tag("renderer", renderer) + _tag("script", {}))
+
+    @contextlib.contextmanager
+    def _packed(self, job: Job | None) -> Iterator[Path]:
+        """Make the archive of a job, or of the renderer: always the same bytes."""
+        program = RENDERER.encode()
+        entries: Iterable[tuple[str, Path | bytes]] = [
+            ("rend.exe", program), ("Blender/blender.app/Contents/MacOS/blender", program)]
+        if job is not None:
+            with self._store.read() as tx:
+                manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
+            entries = self._entries(job, manifest, "")
+        with self._store.incoming() as place:
+            with self._store.gate.outside():
+                _pack(entries, place / "archive.zip")
+            yield place / "archive.zip"
+
+
+def sheepit_password(secret: str) -> str:
+    """Return a person's password for SheepIt's clients, made of the hash of the person's key."""
+    return derived(secret, "sheepit password")[:16]
+
+
+def _seal(secret: str, worker: int) -> str:
+    return derived(secret, "sheepit session", str(worker))[:32]
+
+
+def _login_of(member: Member) -> str:
+    match = re.fullmatch(r"(?:removed [0-9]+ )?SheepIt (\S+) .*", member.token)
+    return match[1] if match else ""
+
+
+def _values(request: Request) -> Mapping[str, str]:
+    """Return what is asked with a query, a form or both."""
+    form = "urlencoded" in request.headers.get("content-type", "")
+    return {**request.query, **request.form()} if form else request.query
+
+
+def _numeral(text: str) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
+
+
+def _tag(name: str, attributes: Mapping[str, Any], inside: str = "") -> str:
+    """Return an XML element; what XML cannot hold is a question mark."""
+    shown = {key: re.sub("[^\t\n -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", str(value))
+             for key, value in attributes.items()}
+    words = " ".join([name, *(f'{key}="{html.escape(value)}"' for key, value in shown.items())])
+    return f"<{words}>{inside}</{name}>" if inside else f"<{words}/>"
+
+
+def _printed(text: bytes) -> bytes:
+    """Return what the renderer printed, of a client's log; all of it when that is not marked."""
+    plain = re.sub(rb"(?m)^\d\d-\d\d \d\d:\d\d:\d\d \(\w+\) (?:pov: )?", b"", text)
+    part = re.search(rb"(?ms)^renderer output\n(.*?)^end of rendering", plain)
+    return part[1] if part else plain
+
+
+def _pack(entries: Iterable[tuple[str, Path | bytes]], to: Path) -> None:
+    """Make a zip file as the simplest of clients reads it, without times."""
+    with zipfile.ZipFile(to, "w") as archive:
+        for name, source in entries:
+            info = zipfile.ZipInfo(name)
+            info.create_system = 3
+            info.external_attr = 0o40755 << 16 | 0x10 if info.is_dir() else 0o100755 << 16
+            info.file_size = len(source) if isinstance(source, bytes) else source.stat().st_size
+            with archive.open(info, "w") as target:
+                for block in file_blocks(source):
+                    target.write(block)
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    for block in file_blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# What a client takes for Blender. It deletes the scene when it has read a line of ours, and it
+# must read no line of POV-Ray's as its own. Where there is no POV-Ray it waits for five minutes,
+# where POV-Ray fails, which pov.crash.txt says, it goes on at once.
+RENDERER = r"""#!/bin/sh
+# rend.exe [-t THREADS] DIRECTORY/pov.ini [-P SCRIPT] PREFIX FRAME: makes PREFIXFRAME.png
+threads='' ini='' out='' frame='' child='' watch=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    -t) threads=$2; shift ;;
+    -P) shift ;;
+    *) if [ -z "$ini" ]; then ini=$1; elif [ -z "$out" ]; then out=$1; else frame=$1; fi ;;
+  esac
+  shift
+done
+pov=${POVRAY:-povray} cache=$(dirname "$out") begun=$(date +%s)
+command -v "$pov" >/dev/null || { echo "there is no POV-Ray here: install it"; exit 1; }
+work=$(mktemp -d) || exit 1
+end() { kill -9 $child $watch 2>/dev/null; cd /; rm -rf "$work"; exit "$1"; }
+trap 'end 1' HUP INT TERM
+cp -R "$(dirname "$ini")" "$work/scene" && cd "$work/scene" && mkdir .made || end 1
+if grep -q '^Work_Threads=' pov.ini; then threads=''; fi
+number=$(expr "$frame" + 0)
+"$pov" -D pov.ini +O.made/f "+SF$number" "+EF$number" ${threads:+"+WT$threads"} \
+  >"$work/log" 2>&1 </dev/null &
+child=$!
+while sleep 1; do
+  part=$(tail -c 300 "$work/log" | tr '\r' '\n' | sed -n 's/^Rendered .*(\([0-9]*\)%).*/\1/p' |
+    tail -n 1)
+  memory=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' "/proc/$child/status" 2>/dev/null)
+  [ -z "$memory" ] ||
+    echo "Mem:1.00M (0.00M, Peak $((memory / 1000)).$((memory % 1000 / 100))0M)" >&3
+  [ "${part:-0}" -eq 0 ] || {
+    left=$((($(date +%s) - begun) * (100 - part) / part))
+    printf 'remaining:%d:%02d:%02d of this frame\n' $((left / 3600)) $((left / 60 % 60)) \
+      $((left % 60)) >&3
+  }
+done 3>&1 >/dev/null 2>&1 &
+watch=$!
+wait $child && set -- .made/f* && [ -f "$1" ] && mv "$1" "$cache/.made.$$" &&
+  mv "$cache/.made.$$" "$out$frame.png" && end 0
+tr '\r' '\n' <"$work/log" | grep -v '^Rendered' | tail -n 60 | sed 's/^ */pov: /'
+: >"$cache/pov.crash.txt"
+end 1
+"""
 
 
 # === 15. RENDERONLINE ========================================================
@@ -13142,8 +13572,9 @@ class Coordinator:
     is served. ``discovery_port`` None answers no probes. ``hosts`` are names that
     this computer has beside its own. ``tls`` are the PEM files of a certificate and
     its key; ``pin`` is then the certificate's SHA-256. ``httpov`` lets HTTPov's
-    clients in, ``renderonline`` RenderOnline's. ``typed`` tells how commands are typed on
-    this computer, see ``with_commands``. Raises ``UserError`` for a port in use, a bad certificate
+    clients in, ``sheepit`` SheepIt's, ``renderonline`` RenderOnline's. ``typed`` tells how
+    commands are typed on this computer, see ``with_commands``. Raises ``UserError`` for a port in
+    use or a bad certificate
     and ``StoreError`` for a data directory that cannot be used or that another
     povfarm holds.
     """
@@ -13152,7 +13583,7 @@ class Coordinator:
                  discovery_port: int | None = None, admit_private: bool = False,
                  private: bool = False, hosts: Collection[str] = (),
                  tls: tuple[Path, Path] | None = None, durable: bool = True,
-                 lease_time: float = 30.0, httpov: bool = False,
+                 lease_time: float = 30.0, httpov: bool = False, sheepit: bool = False,
                  renderonline: OnlineRules | None = None,
                  allowance: Allowance = Allowance(),
                  typed: Callable[[str], str] = "povfarm.py {}".format,
@@ -13175,6 +13606,7 @@ class Coordinator:
         self.api = Api(self.scheduler, self.access, self.name, admit_private)
         pages = Pages(self.api, self.scheduler, self.access, self.pin, typed)
         dialects: list[object] = [Httpov(self.scheduler, self.access)] if httpov else []
+        dialects += [Sheepit(self.scheduler, self.access, self.key)] if sheepit else []
         identify = self.access.identify
         if renderonline:
             online = RenderOnline(self.scheduler, self.access, self.key, renderonline)
@@ -14196,8 +14628,7 @@ class Transport:
         return f"{call.method} {target} HTTP/1.1\r\n{text}\r\n".encode()
 
     def _connect(self, timeout: float) -> socket.socket:
-        # Of the two that localhost means, another user could have the other one.
-        address = ("127.0.0.1" if self._host == "localhost" else self._host, self._port)
+        address = (self._host, self._port)
         sock = socket.create_connection(address, min(timeout, _CONNECT_SECONDS))
         try:
             watch_peer(sock)
@@ -16442,7 +16873,6 @@ def render(options: Options) -> int:
 @command("serve", "", "start a coordinator: it holds the jobs, the page and the images")
 def serve(options: Options) -> int:
     """Coordinate until stopped."""
-    keep_private(options.data)
     with contextlib.ExitStack() as stack:
         tools = stack.enter_context(_tools(options)) if options.work else None
         coordinator = Coordinator(
@@ -16450,6 +16880,7 @@ def serve(options: Options) -> int:
             discovery_port=None if options.no_discovery else options.discovery_port,
             admit_private=options.open, private=options.private, hosts=options.host.split(","),
             tls=_tls_files(options), lease_time=options.lease_time, httpov=options.httpov,
+            sheepit=options.sheepit,
             renderonline=_online_rules(options) if options.renderonline else None,
             allowance=Allowance(**{name: getattr(options, row.name.replace("-", "_"))
                                    for name, row in ALLOWANCES.items()}),
@@ -16473,7 +16904,6 @@ def serve(options: Options) -> int:
 @command("work", "", "start a worker: it finds the coordinator and renders until stopped")
 def work(options: Options) -> int:
     """Render for a coordinator; the first Ctrl-C finishes the frames under way."""
-    keep_private(options.data)
     with contextlib.ExitStack() as stack:
         tools = stack.enter_context(_tools(options))
         stop = threading.Event()
@@ -16753,14 +17183,15 @@ def login(options: Options) -> int:
     return 0
 
 
-@command("users", "[add NAME | invite | set NAME KEY=VALUE ... | remove NAME | token NAME]",
+@command("users", "[add NAME | invite | set NAME KEY=VALUE ... | remove NAME | token NAME | "
+         "password]",
          "show the farm's people and what they have, add, invite, limit or remove some", ("talk",))
 def users(options: Options) -> int:
     """Print the people, or change who they are and what they may have."""
     word, *rest = options.rest or ["list"]
     names, limits = _assigned(options, rest, ALLOWANCES)
     count = {"list": 0, "add": 1, "invite": 0, "set": 1, "remove": 1,
-             "token": 1}.get(word)
+             "token": 1, "password": 0}.get(word)
     if count != len(names) or (word == "set" and not limits):
         raise UserError(_usage(_command("users")[0]))
     client = _coordinator(options)
@@ -16768,6 +17199,12 @@ def users(options: Options) -> int:
         return _show_users(client, options)
     if word == "token":
         return _show_token(client, options, names[0])
+    if word == "password":
+        who, secret = split_key(client.token)
+        login = {"login": urllib.parse.unquote(who) or ADMIN,
+                 "password": sheepit_password(secret_hash(secret))}
+        _show(options, login, f"-login {login['login']} -password {login['password']}")
+        return 0
     if word in ("add", "invite"):
         return _new_users(client, options, names, limits)
     person = f"/api/v1/users/{urllib.parse.quote(names[0], safe='')}"
@@ -16851,7 +17288,6 @@ def _online_rules(options: Options) -> OnlineRules:
 def backup(options: Options) -> int:
     """Copy a data directory; ``serve --data`` starts from the copy."""
     to = Path(options.rest[0]).expanduser()
-    keep_private(to)
     missing = Store.backup(options.data, to)
     _tell(options, {"directory": str(to), "missing": missing}, "the farm is copied: "
           f"'povfarm.py serve --data {_shell_word(str(to))}' starts from there")
@@ -18709,6 +19145,9 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None,
         *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"
            f"HP_GROUP=\"%s\"\\n' {address.removeprefix('http://')} {coordinator.access.guest_key} "
            ">> ~/.httpovclient/prefs"] if options.httpov else []),
+        *(["  start SheepIt clients:       java -jar sheepit-client.jar -ui text -server "
+           f"{address} -login {ADMIN} -password {sheepit_password(secret_hash(coordinator.key))}"]
+          if options.sheepit else []),
         *(["  RenderOnline users' tokens:  povfarm.py users token NAME"]
           if options.renderonline else []),
         *([f"  {options.invite} people can come with:".ljust(31) +

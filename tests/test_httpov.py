@@ -160,7 +160,8 @@ def test_one_command_makes_both_clients_join(
     prefs = tmp_path / ".httpovclient" / "prefs"
     prefs.write_text('HP_SERVER="old"\nHP_POV="mine"\n')
     try:
-        options = argparse.Namespace(bind="127.0.0.1", httpov=False)
+        options = argparse.Namespace(bind="127.0.0.1", httpov=False, sheepit=False,
+                                     renderonline=False)
         povfarm._greet(farm, options, None)
         assert "HTTPov" not in capsys.readouterr().out
         options.httpov = True

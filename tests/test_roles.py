@@ -64,7 +64,8 @@ class House:
 
     def __init__(self, data: Path, private: bool = False) -> None:
         self.coordinator = Coordinator(data, bind="127.0.0.1", private=private, durable=False,
-                                       httpov=True, renderonline=povfarm.OnlineRules((), {}),
+                                       httpov=True, sheepit=True,
+                                       renderonline=povfarm.OnlineRules((), {}),
                                        clock=FakeClock())  # wrong keys are held up
         self.data = data
         self.scheduler = self.coordinator.scheduler
@@ -229,7 +230,8 @@ def test_each_role_is_used_and_every_change_needs_one(house: House) -> None:
     # Who changes something without a key: a worker that asks to join, who has a code, a login link.
     # RenderOnline's clients are refused in their own words, which the next test looks at.
     assert {one.pattern for one in routes if one.role == "anyone" and one.method != "GET"} == {
-        "/api/v1/hello", "/api/v1/workers", "/api/v1/users/come", "/renderapi/v1/<what>"}
+        "/api/v1/hello", "/api/v1/workers", "/api/v1/users/come", "/renderapi/v1/<what>",
+        "/server/<what>.php"}  # for these clients, test_sheepit.py does
     assert not [one for one in routes if one.role == "reader" and one.method != "GET"]
 
 
