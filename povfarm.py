@@ -12559,6 +12559,7 @@ class RenderOnline:
         self._farm, self._store = scheduler, scheduler.store
         self._access, self._key, self._rules = access, farm_key, rules
         self._views = Views(scheduler)
+        self._scanning = threading.Lock()  # one scene at a time: the farm has more to do
 
     def identify(self, request: Request) -> Identity:
         """Return who sends a request: at our routes a guest, whose token it is.
@@ -12713,7 +12714,7 @@ class RenderOnline:
         with self._store.read() as look:
             self._farm.people.check(look, owner, len(plan.frames))
         try:
-            with self._store.gate.outside():
+            with self._store.gate.outside(), self._scanning:
                 project = collect_project(
                     pov.scene, (), place, place, map(plan.output_name, plan.frames), plan.frames,
                     (), values=pov.values, by_file=(pov.scene,), ceiling=place)

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 import pytest
 
 import povfarm
-from helpers.base import run_povray, wait_until
+from helpers.base import ROOT, run_povray, wait_until
 from helpers.farm import STILL, run
 from helpers.farm import Farm as RealFarm
 from helpers.farm_in_a_box import KEY, Farm, Reply
@@ -425,6 +425,65 @@ def test_a_value_starts_no_program_and_names_no_scene_elsewhere(tmp_path: Path) 
         assert status == 400 and not reply["IsAdded"], (engine, value)
     assert everything(farm) == everything(OnlineFarm(tmp_path / "data2"))
     farm.close()
+
+
+def test_the_manual_shows_lines_that_are_good() -> None:
+    shown = re.search(r"```ini\n\[renderonline\]\n(.*?)```",
+                      (ROOT / "docs" / "manual.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert shown and shown[1].count("\n") == 4
+    mine = rules(shown[1])
+    mine.check("output_format", "JPEG")
+    values = {"start_frame": "1", "end_frame": "9", "output_format": ".png", "@uploaded_file": "a.pov"}
+    assert mine.engines[0].arguments(values) == [
+        "a.pov", "+W640", "+H480", "+KFI1", "+KFF9", "+FN"]
+
+
+def test_the_engines_are_listed_and_checked(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(text: str, *words: str) -> Tuple[int, str]:
+        (tmp_path / "povfarm.ini").write_text(f"[povfarm]\n[renderonline]\n{text}")
+        code = povfarm.main([*words, "--data", str(tmp_path)])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    code, text = shown(LINES, "engines")
+    assert code == 0 and re.search(r"1 +povray +[.]pov +povray [$]RENDERONLINE:@up", text)
+    assert re.search(r"start_frame +natural, ", text)
+    code, text = shown(LINES, "engines", "--json")
+    assert json.loads(text)["engines"] == [vars(rules().engines[0])]
+    assert json.loads(text)["arguments"]["end_frame"] == "natural, \\d+"
+    for words in (["engines"], ["serve", "--renderonline", "--port", "0", "--bind", "127.0.0.1"]):
+        code, text = shown("argument x = colour", *words)
+        assert code == 2 and f"{tmp_path / 'povfarm.ini'}, line 3: Type colour is not" in text
+        code, text = shown("", *words)
+        assert code == 2 and "has no engine for RenderOnline's clients" in text
+    assert not (tmp_path / "farm.key").exists()
+
+
+def test_a_token_is_made_by_who_has_the_farm_key(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False, renderonline=rules())
+    key = farm.access.add("Anna", Role.USER, {}, "a-ticket-that-is-new")
+    farm.start()
+
+    def shown(name: str, *words: str) -> Tuple[int, str]:
+        code = povfarm.main(["users", "token", name, "--server", farm.url, "--data",
+                             str(tmp_path / "own"), *words])
+        printed = capsys.readouterr()
+        return code, (printed.out or printed.err).strip()
+
+    try:
+        with farm.store.read() as tx:
+            token = povfarm.online_token(farm.key, "Anna", tx.people()[0].added)
+        assert shown("anna", "--key", farm.key) == (0, token)
+        assert json.loads(shown("anna", "--key", farm.key, "--json")[1]) == {
+            "email": "Anna", "token": token}
+        code, text = shown("bob", "--key", farm.key)
+        assert code == 2 and "nobody is called 'bob'" in text
+        code, text = shown("Anna", "--key", key)
+        assert code == 2 and "only who has the farm key" in text
+    finally:
+        farm.stop()
 
 
 # --- tasks
