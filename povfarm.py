@@ -245,6 +245,14 @@ def placed(path: Path) -> Iterator[Path]:
             part.unlink()  # also when both were links to one file: then nothing is replaced
 
 
+def keep_private(data: Path) -> None:
+    """Let no other user of this computer see what a directory holds, or will."""
+    os.umask(0o077)
+    with contextlib.suppress(OSError):  # it is somebody else's, or comes later
+        if not Path.home().samefile(data):
+            data.chmod(0o700)
+
+
 def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write ``data`` so that ``path`` holds all of it or what it held before."""
     with placed(path) as part, open(
@@ -14629,7 +14637,8 @@ class Transport:
         return f"{call.method} {target} HTTP/1.1\r\n{text}\r\n".encode()
 
     def _connect(self, timeout: float) -> socket.socket:
-        address = (self._host, self._port)
+        # Of the two that localhost means, another user could have the other one.
+        address = ("127.0.0.1" if self._host == "localhost" else self._host, self._port)
         sock = socket.create_connection(address, min(timeout, _CONNECT_SECONDS))
         try:
             watch_peer(sock)
@@ -16874,6 +16883,7 @@ def render(options: Options) -> int:
 @command("serve", "", "start a coordinator: it holds the jobs, the page and the images")
 def serve(options: Options) -> int:
     """Coordinate until stopped."""
+    keep_private(options.data)
     with contextlib.ExitStack() as stack:
         tools = stack.enter_context(_tools(options)) if options.work else None
         coordinator = Coordinator(
@@ -16905,6 +16915,7 @@ def serve(options: Options) -> int:
 @command("work", "", "start a worker: it finds the coordinator and renders until stopped")
 def work(options: Options) -> int:
     """Render for a coordinator; the first Ctrl-C finishes the frames under way."""
+    keep_private(options.data)
     with contextlib.ExitStack() as stack:
         tools = stack.enter_context(_tools(options))
         stop = threading.Event()
@@ -17289,6 +17300,7 @@ def _online_rules(options: Options) -> OnlineRules:
 def backup(options: Options) -> int:
     """Copy a data directory; ``serve --data`` starts from the copy."""
     to = Path(options.rest[0]).expanduser()
+    keep_private(to)
     missing = Store.backup(options.data, to)
     _tell(options, {"directory": str(to), "missing": missing}, "the farm is copied: "
           f"'povfarm.py serve --data {_shell_word(str(to))}' starts from there")

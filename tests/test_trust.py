@@ -6,6 +6,9 @@ import hashlib
 import itertools
 import json
 import random
+import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +17,9 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 
 import povfarm
+from helpers.base import POVFARM, ROOT
+from helpers.farm import Farm as Processes
+from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, FakeClock, Farm, Reply, farm_fixture
 from helpers.trust import Signer, join_by, signer_of
 from povfarm import (
@@ -435,3 +441,74 @@ def test_the_secret_of_a_worker_that_joins_with_the_key_is_not_sent(farm: Farm) 
         assert len(secret) == 64
         for said, one in itertools.product(heard, (secret, povfarm.secret_hash(secret), KEY)):
             assert one.encode() not in said
+
+
+# --- other users of the same computer
+
+@pytest.mark.slow
+def test_nobody_else_sees_what_serve_work_and_backup_keep(tmp_path: Path, povray: str) -> None:
+    (tmp_path / "farm").mkdir(mode=0o755)
+    (tmp_path / "farm" / "povfarm.ini").touch(0o644)
+    farm = Processes(tmp_path)
+    try:
+        assert farm.work("--until-idle", "--data", str(tmp_path / "there"), "--server",
+                         farm.client.base_url, "--key-file", str(tmp_path / "farm" / "farm.key")
+                         ).wait(60) == 0
+        assert run(tmp_path, "backup", str(tmp_path / "copy"), cwd=tmp_path).returncode == 0
+        for place in ("farm", "there", "copy"):
+            assert stat.S_IMODE((tmp_path / place).stat().st_mode) == 0o700, place
+            loose = [path for path in (tmp_path / place).rglob("*")
+                     if stat.S_IMODE(path.lstat().st_mode) & 0o077 and path.name != "povfarm.ini"]
+            assert not loose, loose
+    finally:
+        farm.close()
+
+
+def test_localhost_is_the_coordinators_own_address(served: Coordinator) -> None:
+    """Whoever has the port of [::1] is not asked."""
+    try:
+        thief = povfarm.Server(served.router, "::1", served.port)
+    except UserError:
+        pytest.skip("this machine has no IPv6")
+    thief.router = None  # type: ignore[assignment]
+    thief.start()
+    client = Client(f"http://localhost:{served.port}", served.key, retry_for=0)
+    assert client.get("/api/v1/farm")["farm_id"] == served.access.farm_id
+    client.close()
+    thief.stop()
+
+
+@pytest.mark.slow
+def test_a_key_comes_from_a_file_or_from_standard_input(tmp_path: Path, povray: str) -> None:
+    farm = Processes(tmp_path)
+    try:
+        key = tmp_path / "farm" / "farm.key"
+        (tmp_path / "empty").touch()
+        there = ["--data", str(tmp_path / "none"), "--server", farm.client.base_url]
+        assert run(tmp_path, "login", *there, "--key-file", str(key), cwd=tmp_path).returncode == 0
+        piped = subprocess.run(
+            [*POVFARM, "login", *there, "--key-file", "-"], input=key.read_text() + "\n", text=True,
+            env=environment(tmp_path), capture_output=True, timeout=60, check=False)
+        assert piped.returncode == 0 and "/login/" in piped.stdout
+        for bad in ("empty", "missing"):
+            refused = run(tmp_path, "login", *there, "--key-file", str(tmp_path / bad), cwd=tmp_path)
+            assert refused.returncode == 2 and bad in refused.stderr
+    finally:
+        farm.close()
+
+
+@pytest.mark.slow
+def test_the_program_of_the_description_signs(tmp_path: Path, povray: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    (tmp_path / "call.py").write_text(text.split("```python\n")[1].split("```")[0])
+    farm = Processes(tmp_path)
+    try:
+        for key, code in ((farm.client.token, 0), ("wrong", 1)):
+            made = subprocess.run(
+                [sys.executable, "call.py", "POST", "/api/v1/login", "{}"], cwd=tmp_path, text=True,
+                capture_output=True, timeout=60, check=False,
+                env={**environment(tmp_path), "FARM": farm.client.base_url, "KEY": key})
+            assert made.returncode == code, made.stderr
+            assert ("/login/" in made.stdout) is (code == 0), made.stdout
+    finally:
+        farm.close()
