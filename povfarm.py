@@ -19178,11 +19178,10 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None,
 
 def _kept(options: Options) -> dict[str, str]:
     """Return the farm that this person belongs to: key, farm_id, name, url and pin; or nothing."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         if not (options.data / "coordinator.json").exists():  # else it is the admin's
             kept = json.loads((options.data / "person.json").read_bytes())
-            return {name: str(kept[name]) for name in ("key", "farm_id", "name", "url", "pin")
-                    if name in kept}
+            return {name: str(kept[name]) for name in ("key", "farm_id", "name", "url", "pin")}
     return {}
 
 
@@ -19205,7 +19204,10 @@ def _come(client: Client, options: Options) -> None:
             you = str(client.get("/api/v1/farm")["you"])
             if options.user.casefold() in ("", you.casefold()):
                 return
-    name, ticket = person_name(options.user or getpass.getuser()), secrets.token_hex(16)
+    name, ticket = options.user, secrets.token_hex(16)
+    with contextlib.suppress(ImportError, LookupError, OSError):  # an account without a name
+        name = name or getpass.getuser()
+    name = person_name(name)
     secret, mine, client.token = invitation_secret(options.code), Pairing(), ""
     try:
         reply = client.request("POST", "/api/v1/users/come", json={

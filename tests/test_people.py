@@ -591,6 +591,25 @@ def test_a_lease_costs_the_same_however_many_jobs_and_people_there_are(
     assert costs[1] <= 2 * costs[0], costs
 
 
+# --- what a computer keeps
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", "null", '{"key": "anna:x"}', "\xff"])
+def test_a_spoilt_file_of_a_person_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "person.json").write_text(text)
+    options = povfarm.Options(data=tmp_path, key="", key_file="")
+    assert povfarm._kept(options) == {} and povfarm._known_key(options) == ""
+
+
+def test_the_coordinators_own_computer_uses_the_farms_key(tmp_path: Path) -> None:
+    kept = dict.fromkeys(("farm_id", "name", "url", "pin"), "x")
+    (tmp_path / "person.json").write_text(json.dumps({"key": "anna:x", **kept}))
+    (tmp_path / "farm.key").write_text("the farm's")
+    options = povfarm.Options(data=tmp_path, key="", key_file="")
+    assert povfarm._known_key(options) == "anna:x"
+    (tmp_path / "coordinator.json").write_text("{}")
+    assert povfarm._known_key(options) == "the farm's"
+
+
 # --- a class, with real processes
 
 class Computer:
