@@ -8509,11 +8509,13 @@ class Offer:
 class Guest(NamedTuple):
     """How a worker of another system differs from ours, beside rendering whole frames only.
 
-    It may be silent for ``silence`` seconds, and renders the jobs that ``takes`` accepts.
+    It may be silent for ``silence`` seconds, and renders the jobs that ``takes`` accepts, ``most``
+    frames at a time.
     """
 
     silence: float
     takes: Callable[[Look, Job], bool]
+    most: int | None = None
 
 
 class Grant:
@@ -9508,8 +9510,8 @@ class _Deal:
         """Find what the worker gets next, and the job that it is of."""
         pickers: Sequence[Callable[[Job], list[Task]]] = (
             self._queued, self._divided, self._straggler)
-        if self._presence.guest:
-            pickers = (self._whole, self._straggler)
+        if guest := self._presence.guest:
+            pickers = (functools.partial(self._whole, guest=guest), self._straggler)
         may = functools.partial(self._muster.people.may_have, self._tx, self._worker.id)
         for pick in pickers:
             for job in self._tx.leasable_jobs(pick is not pickers[0], may):
@@ -9563,12 +9565,13 @@ class _Deal:
             return [part]
         return self._frames(job) if self._may_begin(job) else []
 
-    def _whole(self, job: Job) -> list[Task]:
+    def _whole(self, job: Job, guest: Guest) -> list[Task]:
         """Find frames for a guest, unless others had better slice them."""
         whole = unsliceable(job.pov, False, job.options.slices)
         tasks = self._frames(job) if whole or not self._wants_slices(job) else []
         # It fails with all frames at once: those of which one is bad are tried one by one.
-        return list(itertools.takewhile(lambda task: not task.tries, tasks)) or tasks[:1]
+        alike = list(itertools.takewhile(lambda task: not task.tries, tasks))
+        return alike[:guest.most] or tasks[:1]
 
     def _frames(self, job: Job) -> list[Task]:
         """Find queued neighbours, for one run."""
@@ -11718,13 +11721,14 @@ class Dialect:
     """
 
     mark = ""
+    most: int | None = None  # frames at a time
 
     def __init__(self, scheduler: Scheduler, access: Access) -> None:
         self._farm = scheduler
         self._store = scheduler.store
         self._access = access
         self._joining = threading.Lock()
-        self._guest = Guest(CLIENT_SILENCE, self._takes)
+        self._guest = Guest(CLIENT_SILENCE, self._takes, self.most)
         self._portable: dict[str, bool] = {}  # by manifest: whether clients can unpack it
         with self._store.read() as tx:
             known = [row.id for row in tx.workers() if row.token.startswith(self.mark)]
@@ -12011,6 +12015,7 @@ def uploaded(request: Request, name: str) -> Iterator[bytes]:
 
 SESSION_WAIT = 6 * 3600.0  # seconds that a request for a job is held open
 BEAT_PERIOD = 120  # seconds of the protocol: with so few, clients tell every 60 that they render
+MAX_CLIENTS = 500  # of one login
 OLDEST_CLIENT = 3  # the first number of its version
 _SYSTEMS = ("SheepIt linux", "SheepIt mac")  # that run the renderer, a script
 _PATHS = {"validate-job": "/server/send_frame.php", "request-job": "/server/request_job.php",
@@ -12039,6 +12044,7 @@ class Sheepit(Dialect):
     """
 
     mark = "SheepIt "
+    most = 1
 
     def __init__(self, scheduler: Scheduler, access: Access, key: str) -> None:
         super().__init__(scheduler, access)
@@ -12087,6 +12093,8 @@ class Sheepit(Dialect):
         if problem or (old and old.state is WorkerState.REMOVED):
             return _Said(problem or 103)
         worker = self._worker(values, request, old)
+        if worker is None:
+            return _Said(999)
         return _Said(0, "".join(_tag("request", {"type": kind, "path": path, **(
             {"max-period": BEAT_PERIOD} if kind == "keepmealive" else {})})
             for kind, path in _PATHS.items()),
@@ -12176,8 +12184,8 @@ class Sheepit(Dialect):
             text = _printed(b"".join(uploaded(request, "file")))
         except UserError:
             text = b""
-        line = re.search(rb".*\b[Ee]rror\b.*", text)
-        self._fail(worker, attempt, f"POV-Ray failed: {line[0].decode(errors='replace')[:300]}"
+        line = next((line for line in text.splitlines() if b"Error" in line), b"")
+        self._fail(worker, attempt, f"POV-Ray failed: {line[:300].decode(errors='replace')}"
                    if line else f"the client gave it up (error {kind[:9] or 'unknown'})", text)
         return _Said(0)
 
@@ -12236,10 +12244,11 @@ class Sheepit(Dialect):
             return 201
         return 205 if member.system not in _SYSTEMS or values.get("computemethod") == "2" else 0
 
-    def _worker(self, values: Mapping[str, str], request: Request, old: Member | None) -> int:
+    def _worker(self, values: Mapping[str, str], request: Request,
+                old: Member | None) -> int | None:
         """Return the worker that a client is: one of its computer's that is gone, or a new one.
 
-        So the record of a computer stays with it.
+        So the record of a computer stays with it. None when a login has too many.
         """
         login = values["login"]
         host = re.sub(r"[^\w.:-]", "-", values.get("hostname") or request.remote)[:60]
@@ -12247,14 +12256,16 @@ class Sheepit(Dialect):
         info = WorkerInfo(f"{login}@{host}", int(values["cpu_cores"]), min(memory, 1 << 50),
                           f"{self.mark}{values['os'][:20]}", {})
         with self._joining:
-            live, mine = self._farm.live_workers(), f"{self.mark}{login} {host} "
+            live, mine = self._farm.live_workers() - {old.id if old else 0}, f"{self.mark}{login} "
             with self._store.read() as tx:
                 rows = [row for row in tx.workers() if row.token.startswith(mine)]
+            full = len(rows) >= MAX_CLIENTS
             for row in rows:
-                if row.id not in live or (old and row.id == old.id):
+                if row.id not in live and (full or row.token.startswith(f"{mine}{host} ")):
                     self._farm.rejoin(row.id, info, request.remote)
                     return row.id
-            return self._join(info, f"{login} {host} {secrets.token_hex(8)}", request.remote)
+            token = f"{login} {host} {secrets.token_hex(8)}"
+            return None if full else self._join(info, token, request.remote)
 
     # --- what there is to do
 
@@ -12280,26 +12291,33 @@ class Sheepit(Dialect):
         """Return a frame as an answer."""
         with self._store.read() as tx:
             job = tx.job(number)
-        if number not in self._archives:
-            with self._packed(job) as path:
-                self._archives[number] = _md5(path)
-        with self._packed(None) as path:
-            renderer = {"md5": _md5(path), "commandline": ".e .c .o .f",
-                        "update_method": "remainingtime"}
+        renderer = {"md5": self._md5(None), "commandline": ".e .c .o .f",
+                    "update_method": "remainingtime"}
         left = job.queued + job.leased
         digits = max(4, len(str(job.pov.plan.final_frame + 1)))
         return _tag("stats", {
             "credits_session": 0, "credits_total": 0, "frame_remaining": left,
             "waiting_project": 1, "connected_machine": len(self._farm.live_workers()),
             "renderable_project": 1}) + _tag("frames", {"remaining": left}) + _tag("job", {
-                "id": number, "use_gpu": 0, "archive_md5": self._archives[number], "revision": 0,
+                "id": number, "use_gpu": 0, "archive_md5": self._md5(job), "revision": 0,
                 "path": "pov.ini", "frame": str(frame).zfill(digits), "synchronous_upload": 0,
                 "extras": "", "name": job.name, "password": ""},
                 _tag("renderer", renderer) + _tag("script", {}))
 
+    def _md5(self, job: Job | None) -> str:
+        """Return the hash of an archive, which is made once for that."""
+        number = job.id if job else 0
+        if number not in self._archives:
+            digest = hashlib.md5(usedforsecurity=False)
+            with self._packed(job) as path, self._store.gate.outside():
+                for block in file_blocks(path):
+                    digest.update(block)
+            self._archives[number] = digest.hexdigest()
+        return self._archives[number]
+
     @contextlib.contextmanager
     def _packed(self, job: Job | None) -> Iterator[Path]:
-        """Make the archive of a job, or of the renderer: always the same bytes."""
+        """Make the archive of a job, or of the renderer (None): always the same bytes."""
         program = RENDERER.encode()
         entries: Iterable[tuple[str, Path | bytes]] = [
             ("rend.exe", program), ("Blender/blender.app/Contents/MacOS/blender", program)]
@@ -12347,9 +12365,9 @@ def _tag(name: str, attributes: Mapping[str, Any], inside: str = "") -> str:
 
 def _printed(text: bytes) -> bytes:
     """Return what the renderer printed, of a client's log; all of it when that is not marked."""
-    plain = re.sub(rb"(?m)^\d\d-\d\d \d\d:\d\d:\d\d \(\w+\) (?:pov: )?", b"", text)
-    part = re.search(rb"(?ms)^renderer output\n(.*?)^end of rendering", plain)
-    return part[1] if part else plain
+    plain = re.sub(rb"(?m)^\d\d-\d\d \d\d:\d\d:\d\d \(\w{1,9}\) (?:pov: )?", b"", text)
+    _, _, part = plain.partition(b"renderer output\n")
+    return part.partition(b"end of rendering\n")[0] or plain
 
 
 def _pack(entries: Iterable[tuple[str, Path | bytes]], to: Path) -> None:
@@ -12363,13 +12381,6 @@ def _pack(entries: Iterable[tuple[str, Path | bytes]], to: Path) -> None:
             with archive.open(info, "w") as target:
                 for block in file_blocks(source):
                     target.write(block)
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    for block in file_blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # What a client takes for Blender. It deletes the scene when it has read a line of ours, and it

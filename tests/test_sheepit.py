@@ -248,6 +248,25 @@ def test_clients_on_one_computer_are_workers_of_their_own_and_keep_their_record(
     assert worker_of(farm.client()) == worker_of(one)
 
 
+def test_a_login_has_so_many_clients_and_no_more(
+        farm: Flock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "MAX_CLIENTS", 3)
+    cookies = [farm.client(hostname=f"host{number}") for number in range(3)]
+    assert farm.status("config", {**MACHINE, **ADMIN, "hostname": "new"}) == 999
+    assert farm.status("config", {**MACHINE, **farm.person("anna"), "hostname": "new"}) == 0
+    farm.send("/account.php", {}, cookies[1], method="GET")
+    assert worker_of(farm.client(hostname="new")) == worker_of(cookies[1])
+
+
+def test_who_has_a_session_is_no_stranger_there_and_one_elsewhere(farm: Flock) -> None:
+    """Requests for jobs are held open: of strangers only so many may be at a time."""
+    cookie = farm.client()
+    for path, good in (("/server/request_job.php", True), ("/account.php", True),
+                       ("/api/v1/jobs", False), ("/", False)):
+        identity = farm.access.identify(Request("GET", path, headers={"cookie": cookie}))
+        assert identity.trusted == good and identity.worker == good * worker_of(cookie), path
+
+
 def test_the_cookie_cannot_be_made_up(farm: Flock) -> None:
     cookie = farm.client()
     other = farm.client(hostname="host2")
@@ -343,13 +362,14 @@ def test_an_answer_that_was_lost_is_given_again(farm: Flock) -> None:
     assert farm.job_of(farm.client())["frame"] == "0002"
 
 
-def test_frames_that_are_leased_together_are_given_one_by_one(farm: Flock) -> None:
+def test_a_client_has_one_frame_at_a_time_however_cheap(farm: Flock) -> None:
     job, cookie, given = farm.submit(60), farm.client(), []
     for _ in range(60):
         task = farm.job_of(cookie)
         farm.clock.advance(1)
         given.append(int(task["frame"]))
-        assert farm.deliver(task, cookie) == 0
+        assert farm.states(job).count("leased") == 1
+        assert farm.deliver(task, cookie, rendertime="0") == 0
     assert given == list(range(1, 61)) and farm.state(job) == "done"
     assert farm.status("request_job", {}, cookie, alive=lambda: False) == 204
 
@@ -542,6 +562,45 @@ def test_an_error_is_a_failed_try_with_its_log(body: bytes, line: str, log: str,
         assert farm.task(job, 1).tries == 1
     text = farm.ask("GET", f"/api/v1/jobs/{job}/frames/1/log").body.decode()
     assert line in text and log in text and "GUI" not in text
+
+
+@pytest.mark.parametrize("text", [b"renderer output\n", b"x", b"Er", b"29-11 07:17:34 (", b" (debug"])
+def test_a_log_is_read_in_one_go(text: bytes) -> None:
+    assert povfarm._printed(text * (1 << 20)) is not None
+
+
+def test_all_that_render_share_one_job(tmp_path: Path) -> None:
+    """Ours, HTTPov's and SheepIt's, in turns: every frame once."""
+    farm = Flock(tmp_path / "data")
+    httpov = povfarm.Httpov(farm.scheduler, farm.access)
+    farm.router = Router(farm.api, farm.sheepit, httpov, authenticate=farm.access.identify)
+    job, ours, sheep = farm.submit(30), farm.worker(), [farm.client(), farm.client()]
+    server, done = f"/{farm.access.guest_key}/httpov.php", 0
+    while farm.state(job) == "active":
+        for cookie in sheep:
+            if "queued" in farm.states(job):
+                assert farm.deliver(farm.job_of(cookie), cookie) == 0
+        for lease in farm.leases(ours):
+            for index in range(len(lease.tasks)):
+                farm.finish(ours, lease, index)
+        who = "client=anna:17&version=1.2"
+        farm.ask("GET", f"{server}?command=getjob&{who}", key=None)
+        batch = farm.ask("GET", f"{server}?command=getbatch&job={job}&{who}", key=None).body
+        found = re.search(rb"batch=(\w+)\nstartframe=(\d+)\nstopframe=(\d+)", batch)
+        if found:
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, "w") as archive:
+                for frame in range(int(found[2]), int(found[3]) + 1):
+                    archive.writestr(f"N/N_{frame}.png", png(frame))
+            farm.ask("POST", f"{server}?command=postbatch&job={job}&batch={found[1].decode()}&{who}",
+                     key=None, body=form_of(packed.getvalue(), "filedata"), headers=FORM)
+            done += 1
+    assert done and farm.states(job) == ["done"] * 30 and farm.problems() == []
+    for row in farm.tasks(job):
+        assert [state for _, state in farm.attempts(row.id)] == ["done"], row.frame
+    names = {name for row in farm.tasks(job) for name, _ in farm.attempts(row.id)}
+    assert names == {"anna", "anna-17", "admin@host1"}
+    farm.close()
 
 
 def test_an_error_without_a_job_changes_nothing(farm: Flock) -> None:
