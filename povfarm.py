@@ -16005,6 +16005,7 @@ class Outbox:
                  ending: threading.Event, trouble: Callable[[str], None],
                  gone: Callable[[RunState], None]) -> None:
         self.taken = 0
+        self.given_up = 0
         self._client = client
         self._cache = cache
         self._clock = clock
@@ -16087,7 +16088,9 @@ class Outbox:
             try:
                 self._deliver(delivery)
             except (FarmError, OSError) as error:
-                log.warning("frame %d was not taken: %s", delivery.task.frame, error)
+                self.given_up += 1
+                if not self._ending.is_set():
+                    log.warning("frame %d was not taken: %s", delivery.task.frame, error)
             finally:
                 for path in (delivery.image, delivery.packed):
                     with contextlib.suppress(OSError):  # a disk may have become read-only
@@ -16956,7 +16959,10 @@ def work(options: Options) -> int:
         if free:
             _say(f"scenes can read and write whatever you can: {free}")
         _Background(worker.run).join()
-        _say(f"rendered {counted(worker.outbox.taken, 'frame')}")
+        lost = len(worker.outbox) + worker.outbox.given_up
+        _say(f"rendered {counted(worker.outbox.taken, 'frame')}" + (
+            f"; {lost} more did not reach the coordinator and will be rendered again"
+            if lost else ""))
         return 130 if signals.count else 0
 
 

@@ -498,3 +498,23 @@ def test_a_state_is_gone_on_with_by_its_own_frame_only(farm: Place) -> None:
     assert farm.run("work", "--until-idle").returncode == 0
     assert farm.run("fetch", "1", "--output", ".").returncode == 0
     same_as_povray(farm, NINE[:3], *BLOCKS, "+KFF3")
+
+
+def test_a_worker_that_gives_up_says_how_many_frames_are_lost_to_it(farm: Place) -> None:
+    worker = farm.start("work", "--cores", "1")
+    assert farm.run("submit", "s.pov", *SMALL, "+KFF40").returncode == 0
+    said = lines_of(worker)
+
+    def finished() -> List[Path]:
+        """What waits for the coordinator."""
+        return list(farm.path.parent.rglob("run-*-out-*/*"))
+    wait_until(lambda: list(farm.path.parent.rglob("run-*/**/*.pov-state")), "nothing is rendered")
+    farm.processes[0].send_signal(signal.SIGSTOP)
+    wait_until(finished, "no frame is finished")
+    farm.processes[0].kill()
+    worker.send_signal(signal.SIGINT)
+    heard(said, "finished frames wait")
+    worker.send_signal(signal.SIGINT)
+    lost = heard(said, "rendered")
+    assert re.search(r"; \d+ more did not reach the coordinator and will be rendered again", lost)
+    assert worker.wait(60) == 130 and finished() == []
