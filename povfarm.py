@@ -179,6 +179,10 @@ class NotYours(FarmError):
     """Somebody asked for what only others may do."""
 
 
+class Crowded(FarmError):
+    """There are as many already as there may be: others have to go first."""
+
+
 class TryAgain(StoreError):
     """What was sent is gone again, by chance: it is to be sent once more."""
 
@@ -367,6 +371,46 @@ class Gate:
             if inside:
                 with self._changing:
                     self._inside.add(me)
+
+
+class Shares:
+    """Who has how many of what there are only so many of: an address, its network, all of them.
+
+    A network is what one can have who has one address of it: a /24, in IPv6 a /64.
+    """
+
+    def __init__(self, each: int, network: int, together: int) -> None:
+        self._most = each, network, together
+        self._taken: collections.Counter[str] = collections.Counter()
+
+    def __len__(self) -> int:
+        """How many are taken together."""
+        return self._taken[""]
+
+    def take(self, address: str) -> bool:
+        """Take one; False when that would be too many."""
+        holders = (address, network_of(address), "")
+        if any(self._taken[one] >= most for one, most in zip(holders, self._most)):
+            return False
+        self._taken.update(holders)
+        return True
+
+    def give_back(self, address: str) -> None:
+        """Give one back."""
+        self._taken -= collections.Counter([address, network_of(address), ""])  # drops zeros
+
+    def clear(self) -> None:
+        """Take all of them back."""
+        self._taken.clear()
+
+
+@functools.lru_cache(maxsize=1000)
+def network_of(address: str) -> str:
+    """Return the network of an address, which is no address itself."""
+    with contextlib.suppress(ValueError):
+        plain_one = ipaddress.ip_address(address.partition("%")[0])
+        return str(ipaddress.ip_network((plain_one, 24 if plain_one.version == 4 else 64), False))
+    return f"{address}/"
 
 
 class SharedFlush:
@@ -2720,6 +2764,8 @@ MAX_FILES = 100_000  # of a project
 MAX_ZIP_SIZE = 4 * 10**9  # bytes, unpacked
 _ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others take memory without a limit
 _BAD_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
+MAX_LIST = 32 << 20  # bytes of a zip file's list of files
+MAX_RATIO = 200  # how much larger than a zip file its files may be
 GUARD_FILES = 20_000  # a root with more is taken for no project, unless the user says so
 GUARD_SIZE = 2 * 10**9
 MAX_WRITTEN, MAX_WRITTEN_SIZE = 1000, 64 << 20  # files that a scene may write, and their bytes
@@ -3142,10 +3188,11 @@ def unpack_files(packed: Path, into: Path, most: int = MAX_WRITTEN_SIZE) -> dict
     The files are put into the new directory ``into`` under other names. What was left
     out is None, under names that are only for people.
     """
-    with _zip_of(packed, "what a run left") as archive:
+    with _zip_of(packed, "what a run left", MAX_LIST // 16) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
         size = sum(info.file_size for info in infos)
-        if len(infos) > MAX_WRITTEN or size > most:
+        if len(infos) > MAX_WRITTEN or size > most or (
+                size > MAX_WRITTEN_SIZE and size > MAX_RATIO * packed.stat().st_size):
             raise UserError("a run left more files, or larger ones, than it may")
         if any(info.compress_type not in _ZIP_METHODS for info in infos):
             raise UserError("what a run left is not packed as it should be")
@@ -4421,11 +4468,25 @@ def _some(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
+class _Listed(io.FileIO):
+    """A zip file of which no list is read that would take much memory: it comes in one piece."""
+
+    most = MAX_LIST
+
+    def read(self, size: int | None = -1, /) -> Any:
+        """Read, but not so much; without a size only the end is asked for."""
+        if size is not None and size > self.most:
+            raise zipfile.BadZipFile("its list of files is too long")
+        return super().read(size)
+
+
 @contextlib.contextmanager
-def _zip_of(path: Path, what: str = "") -> Iterator[zipfile.ZipFile]:
+def _zip_of(path: Path, what: str = "", most: int = MAX_LIST) -> Iterator[zipfile.ZipFile]:
     """Open a zip file to read it; ``UserError`` when it is damaged or none."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Listed(path) as file:
+            file.most = most
+            archive = zipfile.ZipFile(cast(BinaryIO, file))
             yield archive
     except _BAD_ZIP as error:
         raise UserError(f"{what or path} is damaged or no zip file: {error}") from None
@@ -4436,7 +4497,7 @@ def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int) -> None:
     size = sum(info.file_size for info in infos)
     if len(infos) > MAX_FILES:
         raise UserError(f"it holds more than {MAX_FILES} files")
-    if size > MAX_ZIP_SIZE or (size > 10**7 and size > 200 * packed_size):
+    if size > MAX_ZIP_SIZE or (size > 10**7 and size > MAX_RATIO * packed_size):
         raise UserError(f"it would unpack to {format_size(size)}")
     seen: set[str] = set()
     for info in infos:
@@ -5236,7 +5297,7 @@ def pass_rows(region: Region, shared: Collection[str], workers: int) -> list[tup
 
 DISCOVERY_PORT = 2269  # the port of BSAC's meta server; hints go to the next one
 _PACKET_LIMIT = 2048
-_ANSWERS_A_SECOND = 50  # at most half of them to one address
+_ANSWERS_A_SECOND = (20, 100, 300)  # to an address, to its network, and to all
 _FARMS_LIMIT = 100
 _PROBE_TIMES = (0.0, 0.2, 0.6)  # seconds: a lost packet should not cost a round
 _STOP_STEP = 0.2  # seconds after which a wait looks whether it should stop
@@ -5284,7 +5345,7 @@ class Beacon:
         self._clock = clock or Clock()
         self._stopping = threading.Event()
         self._second = 0
-        self._answers: collections.Counter[str] = collections.Counter()  # given in this second
+        self._answers = Shares(*_ANSWERS_A_SECOND)  # given in this second
 
     def start(self) -> None:
         """Listen, and wake the workers that wait for a coordinator."""
@@ -5319,10 +5380,8 @@ class Beacon:
         if second != self._second:
             self._answers.clear()
         self._second = second
-        if (sum(self._answers.values()) >= _ANSWERS_A_SECOND
-                or self._answers[sender] >= _ANSWERS_A_SECOND // 2):
+        if not self._answers.take(sender):
             return None
-        self._answers[sender] += 1
         answer = {
             "povfarm": "answer", "version": 1, "nonce": probe["nonce"],
             "address": _address_towards(sender), **self._fields,
@@ -5708,7 +5767,8 @@ class Limits:
     connections: int = 12_000
     threads: int = 4000  # requests under way, most of which wait,
     strangers: int = 128  # those of strangers,
-    strangers_each: int = 32  # and of strangers from one address
+    strangers_network: int = 64  # of strangers from one network,
+    strangers_each: int = 32  # and from one address; as many again of those that only wait
     head_bytes: int = 16384
     head_fields: int = 100
     head_seconds: float = 20.0
@@ -5716,6 +5776,8 @@ class Limits:
     body_rate: float = 2000.0  # a second more for each so many bytes that came
     idle_seconds: float = 75.0
     send_seconds: float = 60.0  # in which the client takes nothing of an answer
+    answer_seconds: float = 30.0  # a stranger may take so long for one, and
+    answer_rate: float = 20_000.0  # a second more for each so many bytes
     linger_seconds: float = 2.0  # reading on after a refusal, so that the client gets to see it
     stop_seconds: float = 2.0
 
@@ -5796,7 +5858,7 @@ class Request:
     inside: bool = False
     target: str = ""
     alive: Callable[[], bool] = lambda: True
-    enter: Callable[[Identity], None] = lambda identity: None
+    enter: Callable[[Identity, bool], None] = lambda identity, waits: None
 
     def json(self) -> Any:
         """Return the JSON body; ``ProtocolError`` 415, 413 or 400 when it is none."""
@@ -5987,7 +6049,7 @@ class route:  # noqa: N801 - it is used as a decorator
     of ``ROLES``; it has no default so that nothing is open by forgetfulness.
     ``takes`` is the record that the JSON body has the fields of.
     ``secret`` names the wildcard or the field of the query where a secret stands;
-    without it that is in the header.
+    without it that is in the header. What ``waits`` is held open until something happens.
     """
 
     method: str
@@ -5997,6 +6059,7 @@ class route:  # noqa: N801 - it is used as a decorator
     summary: str = ""
     secret: str = ""
     takes: type | None = None
+    waits: bool = False
 
     def __call__(self, function: Handler) -> Handler:
         """Tag ``function``, and return it as it was."""
@@ -6088,7 +6151,7 @@ class Router:
             request.secret = str(request.params.get(place, request.query.get(place, "")))
         request.identity = self._authenticate(request)
         if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
-            request.enter(request.identity)
+            request.enter(request.identity, bound.route.waits)
             return bound.handler(request)
         if request.identity.name:
             raise ProtocolError(403, f"{request.identity.name} may not do this: it takes the "
@@ -6171,7 +6234,9 @@ class Server(http.server.HTTPServer):
         self._ready: collections.deque[_Connection] = collections.deque()  # for a thread
         self._served: collections.deque[_Connection] = collections.deque()  # to be held again
         self._threads = 0
-        self.strangers: collections.Counter[str] = collections.Counter()  # by address
+        most = self.limits
+        self.strangers, self.waiting = (Shares(
+            most.strangers_each, most.strangers_network, most.strangers) for _ in range(2))
         self._held: dict[_Connection, None] = {}  # of the holding thread; idle longest first
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -6510,7 +6575,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             self._receive()
         return self._has_head()
 
-    def enter(self, identity: Identity) -> None:
+    def enter(self, identity: Identity, waits: bool = False) -> None:
         """Let a request in; ``ProtocolError`` 503 when too many of strangers are under way."""
         if self._stage is not _ASKED:
             return
@@ -6518,12 +6583,10 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             self._stage = _ENTERED
             return
         with self.server.changed:
-            others = self.server.strangers
-            if (others[self.remote] >= self._limits.strangers_each
-                    or sum(others.values()) >= self._limits.strangers):
+            self._counted = self.server.waiting if waits else self.server.strangers
+            if not self._counted.take(self.remote):
                 raise ProtocolError(503, "too many requests at a time: try again in a moment",
                                     Retry_After="1")
-            others[self.remote] += 1
         self._stage = _COUNTED
 
     def alive(self) -> bool:
@@ -6563,7 +6626,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         finally:
             if self._stage is _COUNTED:
                 with self.server.changed:
-                    self.server.strangers -= collections.Counter([self.remote])  # drops zeros
+                    self._counted.give_back(self.remote)
             self._stage = _OVER
         if unread:
             self._say_goodbye()
@@ -6637,7 +6700,13 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             head = self._head(response, self.close_connection)
             body = b"" if self.command == "HEAD" else response.body
             if isinstance(body, bytes):
-                send_all(self.connection, head + body)
+                send_all(self.connection, head + body, self._hurry)
+            elif isinstance(body, FileSlice) and self._hurry:
+                send_all(self.connection, head)
+                body.file.seek(body.start)
+                for start in range(0, body.length, 1 << 20):
+                    send_all(self.connection, body.file.read(min(1 << 20, body.length - start)),
+                             self._hurry)
             elif isinstance(body, FileSlice):
                 send_all(self.connection, head)
                 if self.connection.sendfile(body.file, body.start, body.length) != body.length:
@@ -6647,6 +6716,13 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         finally:
             response.close()
 
+    @property
+    def _hurry(self) -> tuple[float, float] | None:
+        """How long a stranger may take for what is sent, and for each byte of it."""
+        if self._stage is not _COUNTED:
+            return None
+        return self._limits.answer_seconds, 1 / self._limits.answer_rate
+
     def _send_stream(self, head: bytes, body: Iterator[bytes]) -> None:
         old = self.request_version == "HTTP/1.0"
         for chunk in body:
@@ -6654,7 +6730,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
                 head += chunk if old else b"%x\r\n%b\r\n" % (len(chunk), chunk)
             elif not (head or self.alive()):
                 raise OSError("nobody listens to the stream")
-            send_all(self.connection, head)
+            send_all(self.connection, head, self._hurry)
             head = b""
             if self.server.stopping.is_set():
                 raise OSError("the server is stopping")
@@ -6725,11 +6801,18 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         return data
 
 
-def send_all(sock: socket.socket, data: bytes) -> None:
-    """Send all of it. The socket's timeout is that of a silence: ``sendall``'s is of the whole."""
-    left = memoryview(data)
+def send_all(sock: socket.socket, data: bytes, hurry: tuple[float, float] | None = None) -> None:
+    """Send all of it. The socket's timeout is that of a silence: ``sendall``'s is of the whole.
+
+    Where there is ``hurry``, the whole may take so many seconds, and so many for each byte.
+    """
+    left, end = memoryview(data), math.inf
+    if hurry:
+        end = time.monotonic() + hurry[0] + hurry[1] * len(data)
     while left:
         left = left[sock.send(left[:BUFFER]):]
+        if left and time.monotonic() > end:
+            raise OSError("the client takes the answer too slowly")
 
 
 _LINE_ENDS = re.compile(rb"(?:\r\n)*")
@@ -6760,6 +6843,7 @@ def _standing(second: int, *more: tuple[str, str]) -> bytes:
 _STATUS: tuple[tuple[type[FarmError], int], ...] = (
     (UserError, 400),
     (NotYours, 403),
+    (Crowded, 429),
     (NotFound, 404),
     (Damaged, 422),
     (StaleLease, 410),
@@ -6788,7 +6872,7 @@ def refusal_of(error: Exception, place: str) -> ProtocolError:
     status = next(status for kind, status in _STATUS if isinstance(error, kind))
     if status == 500:
         log.warning("%s", error)
-    return ProtocolError(status, str(error))
+    return ProtocolError(status, str(error), **({"Retry_After": "30"} if status == 429 else {}))
 
 
 def _error_in_json(refusal: ProtocolError) -> Response:
@@ -8174,6 +8258,11 @@ class Tx(Look):
                            ELSE token END
             WHERE id = :id AND state != 'removed'""", id=worker, state=state.value).rowcount == 1
 
+    def forget_worker(self, worker: int) -> None:
+        """Forget a worker that was never admitted."""
+        self._changes = -1
+        self._do("DELETE FROM worker WHERE id = :id AND state = 'pending'", id=worker)
+
     # --- people
 
     def put_person(self, person: Person) -> None:
@@ -8485,6 +8574,9 @@ SICK_PAUSE = 600.0  # seconds until a sick worker gets one task, to see whether 
 LEASE_COST = 0.1  # seconds that a lease counts in addition to those that it takes
 SHORT_TURN = 1.0  # seconds of frames that a run gets where people take turns
 MAX_BROUGHT = 20  # workers of one person
+MAX_OPEN = 1000  # workers that nobody answers for
+MAX_PENDING = 100  # workers that ask to join,
+MAX_PENDING_NETWORK, MAX_PENDING_EACH = 60, 20  # from one network, from one address
 INVITED_FOR = 7 * 24 * 3600.0  # seconds that an invitation lasts
 STEP = 2000  # frames that one transaction changes at most, so that others have their turn,
 STEP_PAUSE = 0.02  # and the seconds that they get for it
@@ -9142,10 +9234,33 @@ class _Crew:
                     row.owner == who for row in tx.workers()) >= MAX_BROUGHT:
                 raise UserError(f"{MAX_BROUGHT} workers have joined with your key, which is the "
                                 "most: ask for one to be removed ('povfarm.py workers remove')")
+            if who == "":
+                self._make_room(tx, address)
             worker = tx.add_worker(info, token, state, code, address, self.clock.time(), who)
             self.states.tell(tx, "asks to join" if code else "joined", info.name, worker=worker)
         self._see(worker)
         return worker
+
+    def make_room(self, address: str) -> None:
+        """Let one more from this address ask to join, or raise ``Crowded``."""
+        with self.states.tx() as tx:
+            self._make_room(tx, address)
+
+    def _make_room(self, tx: Tx, address: str) -> None:
+        """Forget a worker that asked to join and left, where too many wait to be admitted."""
+        strangers = [row for row in tx.workers() if row.owner == ""]
+        waiting = [row for row in strangers if row.state is WorkerState.PENDING]
+        near = [row for row in waiting if network_of(row.address) == network_of(address)]
+        same = [row for row in near if row.address == address]
+        for rows, most in ((same, MAX_PENDING_EACH), (near, MAX_PENDING_NETWORK),
+                           (waiting, MAX_PENDING)):
+            gone = [row for row in rows if row.id not in self.live_workers()]
+            if len(rows) >= most and gone:
+                tx.forget_worker(gone[0].id)
+            elif len(rows) >= most:
+                raise Crowded("too many workers ask to join")
+        if len(strangers) >= MAX_OPEN:
+            raise Crowded(f"{MAX_OPEN} workers have joined without a key, which is the most")
 
     def rejoin(self, worker: int, info: WorkerInfo, address: str) -> None:
         """Take what a known worker says of itself when it comes again."""
@@ -10212,6 +10327,7 @@ class Scheduler:
         self.grants = states.grants
         self.join, self.rejoin, self.admit = crew.join, crew.rejoin, crew.admit
         self.leave, self.remove_worker, self.receive = crew.leave, crew.remove, crew.receive
+        self.make_room = crew.make_room
         self.beat, self.release = crew.beat, crew.release
         self.live_workers, self.seen = crew.live_workers, crew.seen
         self.muster = crew.muster
@@ -10508,7 +10624,6 @@ FREE_TRIES = 5  # wrong keys from an address before they are answered more and m
 SLOWEST = 2.0  # seconds at last; forgotten after a minute without one
 MAX_HELD = 4  # of an address at a time: while they wait, it gets no other key looked at
 MAX_ADDRESSES = 1000  # whose wrong keys are remembered
-MAX_PENDING = 100  # workers that ask to join
 MAX_INVITED = 10_000  # people by one invitation
 MAX_PAIRINGS = 200  # that are begun in a minute
 MAX_SESSIONS = 10_000  # of programs that have proved who they are
@@ -10812,7 +10927,10 @@ class Access:
     def _check_patience(self, remote: str) -> None:
         # Also where the key is right: else wrong ones could be tried as fast as ever, all at
         # the same time, and whatever is not answered at once be taken for wrong.
-        if self._held[remote] >= MAX_HELD:
+        # Where as many wait as may, the next wrong one could not be held up.
+        full = sum(self._held.values()) >= 8 * MAX_HELD
+        if self._held[remote] >= MAX_HELD or (
+                full and self._tries.get(remote, (0, 0.0))[0] >= FREE_TRIES):
             raise ProtocolError(429, "too many wrong keys come from this address: wait a little",
                                 Retry_After="2")
 
@@ -11232,7 +11350,8 @@ class Api:
         with self._store.read() as tx:
             return json_response({"workers": self.views.workers(tx)})
 
-    @route("GET", "/api/v1/events", role="reader", summary="What happens, as it happens")
+    @route("GET", "/api/v1/events", role="reader", waits=True,
+           summary="What happens, as it happens")
     def events(self, request: Request) -> Response:
         """Server-sent events after the id ``after`` (or Last-Event-ID), or from now on.
 
@@ -11418,7 +11537,7 @@ class Api:
                                  who=request.identity.name)
         return json_response({"id": worker, "admitted": True}, 201)
 
-    @route("POST", "/api/v1/lease", role="pending", takes=Wish, summary="Ask for work")
+    @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, summary="Ask for work")
     def lease(self, request: Request) -> Response:
         """Body: want, slots, idle, wait. Held open until there is something to render.
 
@@ -11510,6 +11629,8 @@ class Api:
            max_body=MAX_LOG, takes=Failure, summary="Tell of a failed task")
     def fail(self, request: Request) -> Response:
         """Body: message, scene (true when the scene is to blame), log."""
+        self._farm.check_lease(request.identity.worker, request.params["lease"],
+                               request.params["task"])
         told = Failure(**Failure.fields_of(request.json()))
         self._farm.fail(
             request.identity.worker, request.params["lease"], request.params["task"],
@@ -11534,22 +11655,12 @@ class Api:
 
     # --- inside
 
-    def _make_room(self) -> None:
-        """Forget a worker that asked to join and left, when too many wait to be admitted."""
-        with self._store.read() as tx:
-            waiting = [row.id for row in tx.workers() if row.state == WorkerState.PENDING]
-        if len(waiting) >= MAX_PENDING:
-            gone = [worker for worker in waiting if worker not in self._farm.live_workers()]
-            if not gone:
-                raise ProtocolError(429, "too many workers ask to join", Retry_After="30")
-            self._farm.remove_worker(gone[0])
-
     def _pair(self, request: Request, info: WorkerInfo, pair: Mapping[str, str]) -> Response:
         """Answer one of the two requests of a worker that has no key."""
         share, nonce = pair["share"], pair["nonce"]
         if not share:
             self._access.slow_down(request.remote)
-            self._make_room()
+            self._farm.make_room(request.remote)
         mine = self._access.pairings.of(pair["commitment"], begin=not share)
         if not share:
             return json_response({"share": mine.share, "nonce": mine.nonce})
@@ -11704,6 +11815,7 @@ def _sha256(request: Request) -> str:
 # under its own id; its frames have the job's own numbers, so that all that a
 # scene can ask POV-Ray for (clock, frame_number, final_frame) is as it should be.
 
+MAX_GUESTS = 100  # at a time
 CLIENT_SILENCE = 130.0  # seconds: they tell every 60 that they still render
 CLIENT_FEATURES = 2  # the second number of the version that clients should have
 _CLIENT_VERSION = re.compile(r"([1-9][0-9]{0,3})\.([0-9]{1,4})(?:\.[0-9.]*)?")
@@ -11904,6 +12016,9 @@ class Httpov(Dialect):
             if row is not None:
                 self._workers[client] = row.id
                 return None if row.state == WorkerState.REMOVED else int(row.id)
+            live = self._farm.live_workers()
+            if sum(worker in live for worker in self._workers.values()) >= MAX_GUESTS:
+                raise ProtocolError(429, "too many clients work here", Retry_After="30")
             info = WorkerInfo(client.replace(":", "-"), 1, 0, "HTTPov", {})
             worker = self._workers[client] = self._join(info, client, request.remote)
             return worker

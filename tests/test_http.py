@@ -876,6 +876,10 @@ class Slow:
         self.over.wait(30)
         return Response(204)
 
+    @route("GET", "/stream", role="anyone", waits=True)
+    def stream(self, request: Request) -> Response:
+        return self.wait(request)
+
 
 def test_more_requests_than_threads_take_their_turn() -> None:
     doors = Slow()
@@ -968,6 +972,52 @@ def test_a_large_answer_takes_as_long_as_it_takes_while_it_moves() -> None:
     data = os.urandom(300_000)
     connection: Any = object.__new__(povfarm._Connection)
     connection.connection, connection.command, connection.close_connection = SlowLink(), "GET", False
+    connection._stage = povfarm._Stage.ENTERED
     connection._send(Response(200, {}, data))
     link = connection.connection
     assert link.arrived.endswith(b"\r\n\r\n" + data)
+
+
+def test_a_stranger_who_takes_an_answer_too_slowly_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(300_000))
+    for body in (path.read_bytes(), povfarm.FileSlice(path.open("rb"), 0, 300_000)):
+        connection: Any = object.__new__(povfarm._Connection)
+        connection.connection, connection.command, connection.close_connection = (
+            SlowLink(), "GET", False)
+        connection._stage = povfarm._Stage.COUNTED
+        connection._limits = Limits(answer_seconds=-1.0, answer_rate=1e9)
+        with pytest.raises(OSError, match="too slowly"):
+            connection._send(Response(200, {}, body))
+        connection._limits = Limits()
+        if isinstance(body, bytes):
+            connection._send(Response(200, {}, body))
+            assert connection.connection.arrived.endswith(body)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere 127.0.0.2 is no address")
+def test_what_waits_takes_no_place_of_what_does_not() -> None:
+    doors = Slow()
+    server = Server(Router(doors, authenticate=known), "127.0.0.1", 0,
+                    limits=Limits(strangers=2, strangers_network=2, strangers_each=1))
+    server.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            def ask(path: str, source: str) -> socket.socket:
+                sock = stack.enter_context(socket.create_connection(
+                    ("127.0.0.1", server.port), 10, (source, 0)))
+                sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: reader\r\n"
+                             "\r\n".encode())
+                return sock
+
+            for path in ("/stream", "/wait"):
+                for number in (1, 2):
+                    ask(path, f"127.0.0.{number}")
+                    assert doors.entered.acquire(timeout=60)
+                assert statuses(ask(path, "127.0.0.3").recv(1000)) == [503]
+            doors.over.set()
+        with server.changed:
+            assert server.changed.wait_for(lambda: not server.connections, 60)
+        assert not server.strangers and not server.waiting
+    finally:
+        server.stop()

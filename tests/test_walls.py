@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import pytest
 
 import povfarm
 from helpers.farm import run
-from helpers.farm_in_a_box import KEY, SCENE, Farm, farm_fixture, manifest, pov_job
+from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, farm_fixture, manifest, pov_job
 from helpers.trust import join_by
-from povfarm import Request, UserError
+from povfarm import BodyReader, Request, Shares, UserError
 
 __all__ = ["farm_fixture"]
 
@@ -304,3 +306,123 @@ def test_a_stranger_tells_little_of_itself(field: str, value: Any) -> None:
     assert (len(info.name), len(info.system)) == (100, 100)
     with pytest.raises(UserError):
         povfarm.WorkerInfo.from_wire({**wire, field: value})
+
+
+# --- what a stranger costs
+
+def test_what_there_is_little_of_is_shared_by_address_and_network() -> None:
+    shares = Shares(2, 3, 5)
+    takes = [shares.take(address) for address in (
+        "10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.1.1", "fe80::1%eth0",
+        "192.168.0.9")]
+    assert takes == [True, True, False, True, False, True, True, False] and len(shares) == 5
+    shares.give_back("10.0.0.1")
+    assert shares.take("10.0.0.3") and not shares.take("10.0.0.4")
+    assert povfarm.network_of("2001:db8::1") == povfarm.network_of("2001:db8::ffff:1") != (
+        povfarm.network_of("2001:db8:0:1::1"))
+
+
+@pytest.mark.parametrize("senders", [
+    ["10.0.0.66", "10.0.0.67", "10.0.0.68"], ["10.0.0.66", "10.0.1.66", "10.9.0.66"],
+    [f"10.1.1.{number}" for number in range(100)]])
+def test_who_asks_without_end_silences_no_beacon(senders: List[str]) -> None:
+    clock = FakeClock()
+    beacon = povfarm.Beacon("farm", "0" * 32, 2271, b"key", clock=clock)
+    probe = povfarm._packet("probe", nonce="0" * 32)
+    for second in range(3):
+        clock.mono = 1000.0 + second
+        for number in range(600):
+            beacon.answer(probe, senders[number % len(senders)])
+        assert beacon.answer(probe, "192.168.1.5") is not None
+
+
+def info(name: str) -> povfarm.WorkerInfo:
+    return povfarm.WorkerInfo(name, 1, 0, "", {})
+
+
+def rows_of(farm: Farm) -> int:
+    with farm.store.read() as tx:
+        return len(tx.workers())
+
+
+def test_who_asks_to_join_again_and_again_leaves_nothing(farm: Farm) -> None:
+    before = sum(path.stat().st_size for path in farm.root.rglob("*"))
+    for number in range(1000):
+        farm.clock.advance(61)  # whoever asked before has gone
+        farm.scheduler.join(info(f"w{number}"), f"{number}", "10.0.0.66", "CODE")
+    assert rows_of(farm) == povfarm.MAX_PENDING_EACH
+    with farm.store.read() as tx:
+        assert tx._do("SELECT COUNT(*) FROM worker").fetchone()[0] == povfarm.MAX_PENDING_EACH
+    assert sum(path.stat().st_size for path in farm.root.rglob("*")) < before + 8_000_000
+
+
+def test_one_address_or_network_leaves_room_for_others_to_ask(farm: Farm) -> None:
+    def ask(number: int, address: str) -> bool:
+        try:
+            farm.scheduler.join(info(f"w{number}"), f"{number}{address}", address, "CODE")
+        except povfarm.Crowded:
+            return False
+        return True
+
+    assert [ask(number, "10.0.0.66") for number in range(30)] == [True] * 20 + [False] * 10
+    assert sum(ask(number, f"10.0.0.{number}") for number in range(200)) == 40
+    assert ask(0, "192.168.1.5")
+    # All at the same time, none is above the limit.
+    with ThreadPoolExecutor(16) as pool:
+        [*pool.map(lambda number: ask(number, f"10.{number}.0.1"), range(150))]
+    assert rows_of(farm) == povfarm.MAX_PENDING
+
+
+def test_an_open_farm_takes_so_many(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "MAX_OPEN", 3)
+    for number in range(3):
+        farm.scheduler.join(info(f"w{number}"), f"{number}", "10.0.0.66")
+    with pytest.raises(povfarm.Crowded):
+        farm.scheduler.join(info("w4"), "4", "10.0.0.66")
+    farm.scheduler.join(info("w5"), "5", "10.0.0.66", who="admin")
+
+
+@pytest.mark.parametrize("method, target", [
+    ("PUT", "/api/v1/leases/none/tasks/1?log=5"), ("PUT", "/api/v1/leases/none/tasks/1/state"),
+    ("POST", "/api/v1/leases/none/tasks/1/fail")])
+def test_a_body_for_no_lease_is_refused_unread(method: str, target: str, farm: Farm) -> None:
+    worker = {"name": "anna", "cores": 1, "memory": 0, "system": "", "engines": {}, "tags": []}
+    token = join_by(farm.ask, KEY, worker, farm.access.farm_id)["key"]
+    path, _, query = target.partition("?")
+    digest = "0" * 64
+    headers = {"host": "box", "content-type": "application/json", "x-sha256": digest,
+               **farm.signer.headers(token, method, target, sha256=digest)}
+
+    def unread() -> Iterator[bytes]:
+        raise AssertionError("it was read")
+        yield b""
+
+    response = farm.router.handle(Request(
+        method, path, {"log": "5"} if query else {}, headers, BodyReader(unread(), 400 << 20),
+        "10.0.0.1", target=target))
+    assert response.status == 410
+
+
+def packed(tmp_path: Path, entries: int = 1, size: int = 10, comment: int = 0) -> Path:
+    path = tmp_path / "packed.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(entries):
+            with archive.open(f"{number}" + "x" * comment, "w") as file:
+                for start in range(0, size, 1 << 20):
+                    file.write(bytes(min(1 << 20, size - start)))
+    return path
+
+
+@pytest.mark.parametrize("what, most", [
+    ({"entries": 1001}, povfarm.MAX_SHARED), ({"size": 65 << 20}, povfarm.MAX_WRITTEN_SIZE),
+    ({"size": 200 << 20}, povfarm.MAX_SHARED), ({"entries": 3000, "comment": 700}, povfarm.MAX_SHARED)])
+def test_what_a_run_left_unpacks_to_no_more_than_it_may(
+        what: Dict[str, int], most: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        povfarm.unpack_files(packed(tmp_path, **what), tmp_path / "into", most)
+    assert not (tmp_path / "into").exists()
+
+
+def test_a_long_list_of_files_is_not_even_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="list of files is too long"):
+        povfarm.unpack_files(packed(tmp_path, 3000, 10, 700), tmp_path / "into")
