@@ -12523,7 +12523,7 @@ number=$(expr "$frame" + 0)
 "$pov" -D pov.ini +O.made/f "+SF$number" "+EF$number" ${threads:+"+WT$threads"} \
   >"$work/log" 2>&1 </dev/null &
 child=$!
-while sleep 1; do
+while sleep 1 3>&-; do
   part=$(tail -c 300 "$work/log" | tr '\r' '\n' | sed -n 's/^Rendered .*(\([0-9]*\)%).*/\1/p' |
     tail -n 1)
   memory=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' "/proc/$child/status" 2>/dev/null)

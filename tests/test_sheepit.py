@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -25,7 +26,8 @@ from xml.etree import ElementTree
 import pytest
 
 import povfarm
-from helpers.base import ROOT, need, run_povray, tried, wait_until
+from helpers.base import POVFARM, ROOT, need, run_povray, tried, wait_until
+from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, Reply, manifest, pov_job
 from helpers.invariants import broken
 from helpers.pictures import png
@@ -820,18 +822,24 @@ class Client:
     def log_out(self) -> None:
         self.ask(self.paths["logout"])
 
+    def task(self) -> Tuple[str, Dict[str, str], Dict[str, str]]:
+        """Ask what to do; return the status, the job and the renderer."""
+        held = "".join(f'<file md5="{path.stem}"/>' for path in self.cache.glob("*.zip"))
+        said = ElementTree.fromstring(self.ask(
+            self.paths["request-job"], {"computemethod": 1},
+            f'<?xml version="1.0" encoding="UTF-8"?><cache>{held}</cache>'.encode()))
+        job, renderer = (dict(element.attrib) for path in ("job", "job/renderer")
+                         for element in [*said.findall(path), ElementTree.Element("none")][:1])
+        return said.attrib["status"], job, renderer
+
     def work(self) -> None:
         """Render until there is nothing to do."""
         while True:
-            held = "".join(f'<file md5="{path.stem}"/>' for path in self.cache.glob("*.zip"))
-            said = ElementTree.fromstring(self.ask(
-                self.paths["request-job"], {"computemethod": 1},
-                f'<?xml version="1.0" encoding="UTF-8"?><cache>{held}</cache>'.encode()))
-            job, renderer = said.find("job"), said.find("job/renderer")
-            if job is None or renderer is None:
-                assert said.attrib["status"] == "200"
+            status, job, renderer = self.task()
+            if status != "0":
+                assert status == "200"
                 return
-            self.render(job.attrib, renderer.attrib)
+            self.render(job, renderer)
 
     def fetch(self, kind: str, job: str, md5: str) -> Path:
         """Return the directory of an archive, fetched unless it is in the cache."""
@@ -973,6 +981,54 @@ def test_a_scene_that_povray_cannot_parse_fails_with_its_words(
     assert not [line for line in client.printed if line.startswith(" ")]
 
 
+@pytest.mark.slow
+def test_what_serve_prints_lets_a_client_render_also_across_a_kill(
+        povray: str, project: Path, tmp_path: Path) -> None:
+    (tmp_path / "farm").mkdir()
+    (tmp_path / "farm" / "povfarm.ini").write_text("[povfarm]\nsheepit = yes\n")
+
+    def serve(port: str) -> Tuple["subprocess.Popen[str]", List[str]]:
+        process = subprocess.Popen(
+            [*POVFARM, "serve", "--bind", "127.0.0.1", "--no-discovery", "--port", port],
+            env=environment(tmp_path), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if "SheepIt" in line)
+        return process, line.split()
+
+    process, words = serve("0")
+    try:
+        told = {word: words[words.index(word) + 1] for word in ("-server", "-login", "-password")}
+        shown = run(tmp_path, "users", "password", cwd=project).stdout
+        assert shown == f"-login admin -password {told['-password']}\n"
+        key = run(tmp_path, "users", "add", "anna", cwd=project).stdout.strip()
+        login = json.loads(run(tmp_path, "users", "password", "--json", "--key", key, "--server",
+                               told["-server"], cwd=project).stdout)
+        assert login["login"] == "anna" and login["password"] not in (key, told["-password"])
+        first = Client(told["-server"], {"login": told["-login"], "password": told["-password"]},
+                       tmp_path / "first")
+        second = Client(told["-server"], login, tmp_path / "second")
+        for client in (first, second):
+            client.log_in()
+        assert run(tmp_path, "submit", "scene.ini", cwd=project).returncode == 0
+        tasks = [client.task() for client in (first, second)]
+        process.kill()
+        process.wait()
+        process, again = serve(told["-server"].rpartition(":")[2])
+        assert again == words
+        for client, (status, job, renderer) in zip((first, second), tasks):
+            assert status == "0"
+            client.render(job, renderer)
+        for client in (first, second):
+            client.render(*client.task()[1:])
+        assert sorted(first.frames + second.frames) == ["0008", "0009", "0010", "0011"]
+        assert "done" in run(tmp_path, "status", "1", cwd=project).stdout
+        assert run(tmp_path, "users", "remove", "anna", cwd=project).returncode == 0
+        assert second.task()[0] == "202"
+    finally:
+        process.kill()
+        process.wait()
+
+
 class Rend:
     """``rend.exe`` as a client has it, with a program in the place of POV-Ray."""
 
@@ -1038,6 +1094,24 @@ cp scene.pov .made/f09.png
     assert all(told.fullmatch(line) for line in lines), lines
     assert any(line.startswith("remaining") for line in lines)
     assert any(line.startswith("Mem") for line in lines) == Path("/proc/self/status").exists()
+
+
+@pytest.mark.slow
+def test_the_client_need_not_wait_for_what_watches_povray(tmp_path: Path) -> None:
+    """It reads what the renderer prints to its end: nothing that lives on may hold that open."""
+    rend = Rend(tmp_path, """#!/bin/sh
+while [ ! -s "$ROOT/pid" ]; do :; done
+cp scene.pov .made/f09.png
+""")
+    sleep = tmp_path / "bin" / "sleep"
+    sleep.parent.mkdir()
+    sleep.write_text('#!/bin/sh\necho $$ > "$ROOT/pid"\nexec /bin/sleep 300\n')
+    sleep.chmod(0o755)
+    try:
+        rend.run(PATH=f"{sleep.parent}{os.pathsep}{os.environ['PATH']}")
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert rend.left() == ["7_0009.png"]
 
 
 @pytest.mark.slow
