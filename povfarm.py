@@ -5839,7 +5839,8 @@ class Request:
 
     ``params`` holds what the route's wildcards matched, ``secret`` what is where the
     route says that one stands; ``secure`` says that it came over TLS, ``inside`` that it
-    comes from this process. ``target`` is what the request line has. ``alive()`` is
+    comes from this process. ``target`` is what the request line has; ``place`` is what is
+    before the ``path`` for a browser that is logged in. ``alive()`` is
     False once the client has gone or the server is stopping: a handler that waits looks
     at it now and then. ``enter`` is told who it is from, and refuses it when there are
     too many.
@@ -5857,8 +5858,14 @@ class Request:
     secure: bool = False
     inside: bool = False
     target: str = ""
+    place: str = ""
     alive: Callable[[], bool] = lambda: True
     enter: Callable[[Identity, bool], None] = lambda identity, waits: None
+
+    def __post_init__(self) -> None:
+        """Take the place off the path."""
+        if found := _PLACE.match(self.path):
+            self.place, self.path = found[0], self.path[found.end():]
 
     def json(self) -> Any:
         """Return the JSON body; ``ProtocolError`` 415, 413 or 400 when it is none."""
@@ -6152,7 +6159,10 @@ class Router:
         request.identity = self._authenticate(request)
         if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
             request.enter(request.identity, bound.route.waits)
-            return bound.handler(request)
+            response = bound.handler(request)
+            if response.status == 303 and request.place:
+                response.headers["Location"] = request.place + response.headers["Location"]
+            return response
         if request.identity.name:
             raise ProtocolError(403, f"{request.identity.name} may not do this: it takes the "
                                 "farm's key, which 'serve' prints on the coordinator, for --key")
@@ -6815,6 +6825,7 @@ def send_all(sock: socket.socket, data: bytes, hurry: tuple[float, float] | None
             raise OSError("the client takes the answer too slowly")
 
 
+_PLACE = re.compile("/-[0-9a-f]{16}(?=/)")
 _LINE_ENDS = re.compile(rb"(?:\r\n)*")
 _HEAD_END = re.compile(rb"\n\r?\n")
 _REQUEST_LINE = re.compile(
@@ -10745,9 +10756,17 @@ class Access:
     def _session(self, request: Request) -> str:
         for part in request.headers.get("cookie", "").split(";"):
             name, _, value = part.strip().partition("=")
-            if name == self.cookie:
+            if name == self.cookie and request.place == self.place(value):
                 return value
         return ""
+
+    def place(self, session: str) -> str:
+        """Return what is before the path of every page for a browser's session.
+
+        The cookie is for this place alone. Browsers send cookies to all ports of a host, also to
+        one of another user; but only with the paths that a cookie is for.
+        """
+        return f"/-{derived(session, 'place')[:16]}"
 
     def _issue(self, ends: dict[str, tuple[float, str]], name: str, seconds: float) -> str:
         """Return a new secret, noted with its end; those that have ended are forgotten."""
@@ -13122,14 +13141,14 @@ class Pages:
         if request.method == "HEAD":  # a link's preview: it must not use the code up
             return redirect("/")
         session = self._access.log_in(request.params["code"], request.remote)
-        return self._with_cookie(request, session, "")
+        return self._with_cookie(request, session, self._access.place(session), "")
 
     @route("POST", "/logout", role="person", summary="Log a browser out")
     def logout(self, request: Request) -> Response:
         """Let the browser forget its cookie."""
         self._access.check_form(request)
         self._access.log_out(request)
-        return self._with_cookie(request, "", "; Max-Age=0")
+        return self._with_cookie(request, "", request.place, "; Max-Age=0")
 
     @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
     @route("GET", "/style.css", role="anyone", summary="How the pages look")
@@ -13183,6 +13202,8 @@ class Pages:
             element("footer", switch if reload else None,
                     element("span", f"povfarm {VERSION}"))), lang="en")
         text = with_commands(page, lambda name: html.escape(self._typed(name)))
+        if request.place:  # in what is quoted here, no quote is left
+            text = re.sub(' (href|src|action)="(?=/)', rf' \1="{request.place}', text)
         response = text_response(f"<!DOCTYPE html>{text}", status, "text/html")
         response.headers.update(PAGE_HEADERS)
         return response
@@ -13191,10 +13212,10 @@ class Pages:
         """Return API's view of a job, and the frame that was finished last as ``newest``."""
         return {**self._api.views.job(tx, job, whole=True), "newest": tx.newest_task_of(job.id)}
 
-    def _with_cookie(self, request: Request, value: str, more: str) -> Response:
-        response = redirect("/")
+    def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
+        response = redirect("/" if request.place else f"{place}/")
         more += "; Secure" if request.secure else ""
-        cookie = f"{self._access.cookie}={value}; HttpOnly; SameSite=Strict; Path=/{more}"
+        cookie = f"{self._access.cookie}={value}; HttpOnly; SameSite=Strict; Path={place}/{more}"
         response.headers.update({**PAGE_HEADERS, "Set-Cookie": cookie})
         return response
 

@@ -28,7 +28,7 @@ from helpers.farm_in_a_box import (
     sha256,
 )
 from helpers.pictures import png
-from helpers.trust import join_by, key_of_worker
+from helpers.trust import join_by, key_of_worker, request_of
 from povfarm import BodyReader, JobState, LeaseSpec, ProtocolError, Request, TaskState
 
 __all__ = ["farm_fixture"]
@@ -222,11 +222,11 @@ def test_a_login_code_is_good_once_and_for_ten_minutes(farm: Farm) -> None:
 def test_a_form_holds_the_token_of_its_own_browser(farm: Farm) -> None:
     mine, other = browser(farm), browser(farm)
     fields = {**mine, "content-type": "application/x-www-form-urlencoded"}
-    good = farm.access.form_token(Request("GET", "/", headers=mine))
-    bad = farm.access.form_token(Request("GET", "/", headers=other))
+    good = farm.access.form_token(request_of(farm.access, mine))
+    bad = farm.access.form_token(request_of(farm.access, other))
     for token in (good, bad, "", "ä", "x" * 64, None):
         body = urlencode({} if token is None else {"token": token}).encode()
-        request = Request("POST", "/", headers=fields, body=BodyReader.of(body))
+        request = request_of(farm.access, fields, body)
         if token == good:
             farm.access.check_form(request)
             continue

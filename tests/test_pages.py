@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import urllib.parse
 from pathlib import Path
@@ -14,6 +15,7 @@ from helpers.base import need, run_povray
 from helpers.invariants import broken
 from helpers.pages import Dom, Recorder, chromium
 from helpers.pictures import png
+from helpers.trust import place_of
 from povfarm import (
     Access,
     Api,
@@ -65,21 +67,30 @@ class Farm:
     def send(self, method: str, address: str, cookie: str = "",
              body: Optional[Dict[str, str]] = None, **headers: str) -> Response:
         path, _, query = address.partition("?")
+        place = place_of(self.access, cookie)
         headers = {"host": "farm.local:2271", "accept": "text/html", "cookie": cookie, **headers,
                    "content-type": "application/x-www-form-urlencoded"}
-        return self.router.handle(Request(
-            method, path, dict(urllib.parse.parse_qsl(query)), headers,
+        answer = self.router.handle(Request(
+            method, place + path, dict(urllib.parse.parse_qsl(query)), headers,
             BodyReader.of(urllib.parse.urlencode(body or {}).encode())))
+        if answer.status == 303 and place:
+            start, _, answer.headers["Location"] = answer.headers["Location"].partition(place)
+            assert not start
+        return answer
 
     def page(self, address: str, cookie: str = "", status: int = 200, **headers: str) -> Dom:
         response = self.send("GET", address, cookie, **headers)
         assert response.status == status and isinstance(response.body, bytes)
-        dom = Dom(response.body.decode())
+        place = place_of(self.access, cookie)
+        if cookie and self.access.identify(Request("GET", place + "/", headers={"cookie": cookie})).name:
+            assert not re.findall(f' (?:href|src|action)="/(?!{place[1:]})', response.body.decode())
+        dom = Dom(response.body.decode().replace(f'"{place}/', '"/'))
         dom.harmless()
         return dom
 
     def token(self, cookie: str) -> str:
-        return self.access.form_token(Request("GET", "/", headers={"cookie": cookie}))
+        return self.access.form_token(Request("GET", place_of(self.access, cookie) + "/",
+                                              headers={"cookie": cookie}))
 
     def submit(self, frames: int = 5, name: str = "marbles", slices: str = "auto",
                **values: str) -> int:
@@ -457,8 +468,9 @@ def test_a_login_link_works_once(farm: Farm) -> None:
     assert "Set-Cookie" not in farm.send("HEAD", link).headers, "a link's preview"
     answer = farm.send("GET", link)
     cookie, *rest = [part.strip() for part in answer.headers["Set-Cookie"].split(";")]
-    assert (answer.status, answer.headers["Location"]) == (303, "/")
-    assert set(rest) == {"HttpOnly", "SameSite=Strict", "Path=/"}
+    place = place_of(farm.access, cookie)
+    assert (answer.status, answer.headers["Location"]) == (303, f"{place}/")
+    assert set(rest) == {"HttpOnly", "SameSite=Strict", f"Path={place}/"}
     secure = Request("GET", f"/login/{farm.access.login_code()}", secure=True)
     assert farm.router.handle(secure).headers["Set-Cookie"].endswith("; Secure")
     assert "used before" in farm.page(link, status=403).text

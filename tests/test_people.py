@@ -17,6 +17,7 @@ from helpers.base import POVFARM
 from helpers.farm import STILL, environment
 from helpers.farm_in_a_box import KEY, SCENE, Farm, Reply, farm_fixture, manifest, pov_job
 from helpers.pictures import pixels
+from helpers.trust import request_of
 from povfarm import Allowance, JobOptions, LeaseSpec, Request, Role, UserError, WorkerInfo
 
 __all__ = ["farm_fixture"]
@@ -155,12 +156,12 @@ def test_a_removed_person_is_out_at_once_and_the_jobs_stay(farm: Farm) -> None:
     job = submit(farm, anna).json()["id"]
     cookie = {"cookie": f"{farm.access.cookie}=" + farm.access.log_in(farm.access.login_code("anna"))}
     link = farm.access.login_code("anna")
-    request = Request("GET", "/", headers=cookie)
+    request = request_of(farm.access, cookie)
     assert farm.access.identify(request).name == "anna"
     assert farm.ask("DELETE", "/api/v1/users/Anna").status == 204
     assert farm.ask("GET", "/api/v1/jobs", key=anna).status == 401
     assert farm.access.identify(request).name == ""
-    late = Request("GET", "/", headers={
+    late = request_of(farm.access, {
         "cookie": f"{farm.access.cookie}={farm.access.log_in(link)}"})
     assert farm.access.identify(late).name == ""
     assert farm.job(job).owner == "anna" and farm.ask("DELETE", "/api/v1/users/anna").status == 404

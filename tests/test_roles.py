@@ -16,7 +16,7 @@ from helpers.base import tried
 from helpers.farm_in_a_box import FakeClock, manifest, pov_job
 from helpers.invariants import broken
 from helpers.pictures import png
-from helpers.trust import signer_of
+from helpers.trust import place_of, request_of, signer_of
 from povfarm import (
     BodyReader,
     BoundRoute,
@@ -109,7 +109,7 @@ class House:
             "Bearer of a program's": {"authorization": f"Bearer {keys['submitting program']}"},
             "Bearer of a viewer's": {"authorization": f"Bearer {keys['viewer']}"},
         }
-        self.access.log_out(Request("POST", "/", headers=self.headers["browser that logged out"]))
+        self.access.log_out(request_of(self.access, self.headers["browser that logged out"]))
 
     def join(self, name: str, admitted: bool = True) -> int:
         info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
@@ -137,8 +137,9 @@ class House:
         fields = {"host": "127.0.0.1", "content-type": "application/json", **self.headers[who],
                   **self.signer.headers(self.keys.get(who), method, target, body),
                   **{name.replace("_", "-"): value for name, value in headers.items()}}
-        return self.router.handle(
-            Request(method, path, {"cgroup": group}, fields, BodyReader.of(body), target=target))
+        place = place_of(self.access, fields.get("cookie", ""))
+        return self.router.handle(Request(method, place + path, {"cgroup": group}, fields,
+                                          BodyReader.of(body), target=target))
 
     def truth(self) -> Tuple[Any, ...]:
         """All that the farm has written down, and the names of its files."""
@@ -327,7 +328,7 @@ def test_its_own_worker_ends_the_lease(number: int, house: House) -> None:
 def test_a_browser_changes_nothing_without_the_token_of_a_form(house: House) -> None:
     before = house.truth()
     form = "application/x-www-form-urlencoded"
-    other = house.access.form_token(Request("GET", "/", headers=house.headers["nobody"]))
+    other = house.access.form_token(request_of(house.access, house.headers["nobody"]))
     for bound in house.router.routes:
         if bound.route.method == "GET" or bound.route.role == "anyone":
             continue
@@ -340,7 +341,7 @@ def test_a_browser_changes_nothing_without_the_token_of_a_form(house: House) -> 
                 assert answer.status == refusal, (path, body)
     assert house.truth() == before
     assert "user" in house.access.identify(
-        Request("GET", "/", headers=house.headers["browser"])).roles, "it is still logged in"
+        request_of(house.access, house.headers["browser"])).roles, "it is still logged in"
 
 
 # --- jobs of others
@@ -363,7 +364,7 @@ def test_a_user_gets_through_no_door_to_the_job_of_another(who: str, house: Hous
     doors = [door for door in doors_to_a_job(house, house.job) if cookie != ("/api/" in door[1])]
     assert len(doors) == (5 if cookie else 7)
     before = house.truth()
-    token = house.access.form_token(Request("GET", "/", headers=house.headers[who])).encode()
+    token = house.access.form_token(request_of(house.access, house.headers[who])).encode()
     body = b"token=" + token if cookie else b'{"priority": -1}'
     kind = "application/x-www-form-urlencoded" if cookie else "application/json"
     for method, path in doors:
@@ -419,9 +420,10 @@ def test_a_page_elsewhere_cannot_use_the_cookie(
         headers: Dict[str, str], good: bool, house: House) -> None:
     cookie = {**house.headers["browser"], "host": "127.0.0.1",
               "content-type": "application/x-www-form-urlencoded"}
-    token = house.access.form_token(Request("GET", "/", headers=cookie))
+    token = house.access.form_token(request_of(house.access, cookie))
     before = house.truth()
-    request = Request("POST", f"/jobs/{house.job}/pause", {}, {**cookie, **headers},
+    place = place_of(house.access, cookie["cookie"])
+    request = Request("POST", f"{place}/jobs/{house.job}/pause", {}, {**cookie, **headers},
                       BodyReader.of(f"token={token}".encode()))
     status = house.router.handle(request).status
     tried("requests that a browser says are from elsewhere", not good,

@@ -12,7 +12,8 @@ import pytest
 import povfarm
 from helpers.farm_in_a_box import KEY, Farm
 from helpers.sockets import KEY as BEACON_KEY
-from povfarm import BodyReader, Httpov, ProtocolError, Request, Router, UserError
+from helpers.trust import request_of
+from povfarm import Httpov, ProtocolError, Request, Router, UserError
 
 
 def key_of_the_farm(farm: Farm, right: bool) -> bool:
@@ -22,10 +23,10 @@ def key_of_the_farm(farm: Farm, right: bool) -> bool:
 
 def token_of_a_form(farm: Farm, right: bool) -> bool:
     mine, other = ({"cookie": f"{farm.access.cookie}={name}"} for name in ("mine", "other"))
-    token = farm.access.form_token(Request("GET", "/", headers=mine if right else other))
+    token = farm.access.form_token(request_of(farm.access, mine if right else other))
     form = {**mine, "content-type": "application/x-www-form-urlencoded"}
     try:
-        farm.access.check_form(Request("POST", "/", {}, form, BodyReader.of(f"token={token}".encode())))
+        farm.access.check_form(request_of(farm.access, form, f"token={token}".encode()))
     except ProtocolError:
         return False
     return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.cookiejar
 import itertools
 import json
 import random
@@ -11,6 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -512,3 +517,35 @@ def test_the_program_of_the_description_signs(tmp_path: Path, povray: str) -> No
             assert ("/login/" in made.stdout) is (code == 0), made.stdout
     finally:
         farm.close()
+
+
+def test_a_cookie_is_for_one_port_and_one_place(served: Coordinator, tmp_path: Path) -> None:
+    """Browsers send the cookies of a host to all of its ports, also to those of other users."""
+    thief = Coordinator(tmp_path / "thief", bind="127.0.0.1", durable=False)
+    heard: List[str] = []
+    handle = thief.router.handle
+
+    def listen(request: Request) -> povfarm.Response:
+        heard.append(request.headers.get("cookie", ""))
+        return handle(request)
+
+    thief.router.handle = listen  # type: ignore[method-assign]
+    thief.start()
+    jar = http.cookiejar.CookieJar()
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(jar))
+    try:
+        page = browser.open(f"{served.url}/login/{served.access.login_code()}")
+        assert b"Log out" in page.read()
+        place = urllib.parse.urlsplit(page.geturl()).path
+        assert b"Log out" in browser.open(served.url + place).read(), "it stays logged in"
+        for path in ("/", "/jobs/1", "/login/x", "/-" + "0" * 16 + "/"):
+            with contextlib.suppress(urllib.error.HTTPError):
+                browser.open(thief.url + path).close()
+        assert heard == [""] * 4
+        cookie, = jar
+        for path in ("/", "/jobs/1", "/-" + "0" * 16 + "/", place):
+            identity = served.access.identify(Request("GET", path, headers={
+                "cookie": f"{cookie.name}={cookie.value}"}))
+            assert ("admin" in identity.roles) is (path == place)
+    finally:
+        thief.stop()

@@ -15,7 +15,7 @@ import pytest
 import povfarm
 from helpers.invariants import broken
 from helpers.pictures import HEIGHT, WIDTH, png
-from helpers.trust import signer_of
+from helpers.trust import place_of, signer_of
 from povfarm import (
     Access,
     Api,
@@ -223,7 +223,7 @@ class Farm:
             lines["content-type"] = "application/json"
         lines.update(self.signer.headers(key, method, target, body))
         return Reply(self.router.handle(Request(
-            method, path, dict(parse_qsl(query, keep_blank_values=True)), lines,
+            method, place_of(self.access, lines.get("cookie", "")) + path, dict(parse_qsl(query, keep_blank_values=True)), lines,
             BodyReader.of(body), remote, target=target)))
 
     # --- truth

@@ -87,3 +87,16 @@ def join_by(ask: Callable[..., Any], key: Optional[str], info: Mapping[str, Any]
     secret, code = mine.agree(theirs["share"], [
         farm_id, "", info["name"], mine.share, mine.nonce, theirs["share"], theirs["nonce"]])
     return {**answer, "key": f"#{answer['id']}:{secret}", "code": code}
+
+
+def place_of(access: Access, cookie: str) -> str:
+    """What is before the path of every page for a browser with this cookie."""
+    value = cookie.partition(f"{access.cookie}=")[2].partition(";")[0]
+    return access.place(value) if value else ""
+
+
+def request_of(access: Access, headers: Mapping[str, str], body: bytes = b"") -> povfarm.Request:
+    """A request of a browser for the first page, or of its form."""
+    path = place_of(access, headers.get("cookie", "")) + "/"
+    return povfarm.Request("POST" if body else "GET", path, headers=headers,
+                           body=povfarm.BodyReader.of(body))
