@@ -12575,7 +12575,7 @@ _TASK_MARK = "renderonline "  # among a job's ``uses``: what is told of it as a 
 _UPLOADED = "@uploaded_file"
 _ANY_ORIGIN = {f"Access-Control-Allow-{what}": "*" for what in ("Origin", "Methods", "Headers")}
 # What a client may ask for, and the field of the answer that says whether it was done.
-_ASKED_FOR = {"info": "", "enqueue": "IsAdded", "dequeue": "IsRemoved",
+_ASKED_FOR = {"info": "IsSuccess", "enqueue": "IsAdded", "dequeue": "IsRemoved",
               "download": "DownloadProvided", "delete": "IsDeleted"}
 _ARGUMENT_TYPES = {kind: re.compile(pattern, re.ASCII) for kind, pattern in {
     "file": r"[a-zA-Z0-9_\-]+\.[a-zA-Z0-9]{1,4}", "path": r"(/[a-zA-Z0-9_\-]+)+/?",
@@ -12588,8 +12588,7 @@ _TEMPLATE_ITEM = re.compile(r"\$RENDERONLINE:@uploaded_file|[+-][A-Za-z]\S*|[A-Z
 _LEADS_ELSEWHERE = re.compile(r"include_ini=.*|([+-]l|library_path=).*\$.*", re.IGNORECASE)
 _PLAIN_VALUE = re.compile(r"[^\s;#'\"\x00-\x1f]{1,200}")  # POV-Ray takes no other for one word
 # What clients call picture formats, and POV-Ray's letter.
-_FORMATS = {"png": "N", "jpeg": "J", "jpg": "J", "bmp": "B", "hdr": "H", "tga": "T", "ppm": "P",
-            "exr": "E"}
+_FORMATS = {"png": "N", "jpeg": "J", "jpg": "J", "bmp": "B", "hdr": "H", "tga": "T"}
 
 
 @dataclass(frozen=True)
@@ -12643,7 +12642,7 @@ class OnlineRules:
                 arguments[name] = first, _argument_type(first, rest.strip(), source)
             else:
                 raise UserError(f"{source}: write 'engine povray = .pov OPTIONS' or 'argument NAME "
-                                f"= TYPE'")
+                                "= TYPE'")
         for engine, source in engines:
             if problem := _template_problem(engine, arguments):
                 raise UserError(f"{source}: {problem}")
@@ -12693,7 +12692,8 @@ def _template_problem(engine: OnlineEngine, arguments: Collection[str]) -> str:
         if not _TEMPLATE_ITEM.fullmatch(word) or _LEADS_ELSEWHERE.fullmatch(word):
             return f"'{word}' could lead to files of this computer: it cannot be left to clients"
     try:  # what no client chooses
-        read_command_line([word for word in words if "$" not in word], Path(os.devnull), {}, ())
+        read_command_line([word for word in words if "$" not in word], Path(os.devnull), {}, (),
+                          strict=False)
     except UserError as error:
         return str(error)
     return ""
@@ -12810,8 +12810,7 @@ class RenderOnline:
 
     def _delete(self, request: Request) -> Response:
         self._farm.delete(self._job(request).id, request.identity.name)
-        return _online_answer("delete", True,
-                              "Task and associated render successfully deleted.")
+        return _online_answer("delete", True, "Task and associated render successfully deleted.")
 
     # --- inside
 
@@ -12836,22 +12835,22 @@ class RenderOnline:
     def _form(self, request: Request, place: Path) -> tuple[str, str, list[tuple[str, str]]]:
         """Save the file of a form; return its name, and what is wanted of it."""
         names: list[str] = []
-        wish = b""
+        (place / "request").touch()
         try:
             for head, blocks in form_parts(request):
-                name = re.search(r'\bfilename=("[^"\r\n]*"|[^;\s]*)', head)
-                if name and not names:
-                    with open(place / "upload", "wb") as file:
+                file = re.search(r'\bfilename=("[^"\r\n]*"|[^;\s]*)', head)
+                if file or re.search(r'\bname="?request\b', head):
+                    with open(place / ("upload" if file else "request"), "wb") as to:
                         for block in blocks:
                             self._store.need(len(block))
-                            file.write(block)
-                elif not name and re.search(r'\bname="?request\b', head):
-                    wish = b"".join(_at_most(blocks, BODY_LIMIT))
-                names += [_base_name(name[1].strip('"'))] if name else []
+                            to.write(block)
+                names += [_base_name(file[1].strip('"'))] if file else []
         except UserError:
             names = []
         if not names:
             raise ProtocolError(400, "No files were uploaded.")
+        with open(place / "request", "rb") as text:
+            wish = text.read(BODY_LIMIT)
         if not wish.strip():
             raise ProtocolError(400, 'Header "request" is empty.')
         engine, given = _wish(wish)
@@ -12862,7 +12861,7 @@ class RenderOnline:
     def _submit(self, owner: str, scene: str, words: Sequence[str], engine: OnlineEngine,
                 place: Path) -> None:
         """Make a job of a scene that lies alone in a directory."""
-        pov = read_command_line(words, place, {}, ())
+        pov = read_command_line(words, place, {}, (), strict=False)
         plan = plan_frames(pov)
         with self._store.read() as look:
             self._farm.people.check(look, owner, len(plan.frames))
@@ -12904,7 +12903,8 @@ class RenderOnline:
         began = job.started is not None
         # One that waits for its scene to be mended has failed: no client can mend it.
         stuck = job.state is JobState.PAUSED and job.reason != PAUSED_BY_HAND
-        engine = next((one for one in self._rules.engines if one.id == render["EngineId"]), None)
+        engine = next((one for one in self._rules.engines if one.id == render["EngineId"]),
+                      OnlineEngine(render["EngineId"], "", "", ""))
         return {
             "Task": {
                 "TaskId": job.id, "UserId": user, "QueueTime": _moment(job.created),
@@ -12915,18 +12915,17 @@ class RenderOnline:
                 "MachineId": 1 if began else None},
             "Render": {"RenderId": job.id, **render},
             "Engine": {
-                "EngineId": render["EngineId"], "Name": engine.name if engine else "",
-                "Extension": engine.extension if engine else "", "DownloadPath": "",
-                "RenderArgument": engine.template if engine else ""}}
+                "EngineId": engine.id, "Name": engine.name, "Extension": engine.extension,
+                "DownloadPath": "", "RenderArgument": engine.template}}
 
 
 def _online_answer(what: str, good: bool, text: str, status: int = 200) -> Response:
-    return json_response({_ASKED_FOR[what] or "IsSuccess": good, "ErrorMessage": text}, status)
+    return json_response({_ASKED_FOR[what]: good, "ErrorMessage": text}, status)
 
 
 def _render_of(job: Job) -> dict[str, Any]:
     """Return what is told of a job as a Render; nothing of one that came in another way."""
-    for use in job.pov.uses:
+    for use in job.pov.uses if _TASK_MARK in job.pov_json else ():
         if use.startswith(_TASK_MARK):
             with contextlib.suppress(ValueError, RecursionError):
                 render = json.loads(use[len(_TASK_MARK):])
@@ -12950,14 +12949,6 @@ def _wish(text: bytes) -> tuple[str, list[tuple[str, str]]]:
         if isinstance(wish["arguments"], list) and "".join(texts).isprintable():
             return wish["engineid"], given
     raise ProtocolError(400, "Invalid enqueue request arguments.")
-
-
-def _at_most(blocks: Iterable[bytes], size: int) -> Iterator[bytes]:
-    for block in blocks:
-        size -= len(block)
-        if size < 0:
-            raise ProtocolError(400, "Invalid enqueue request arguments.")
-        yield block
 
 
 def _base_name(text: str) -> str:

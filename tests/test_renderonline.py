@@ -251,7 +251,10 @@ FILE = ("file", "a.pov", SCENE)
         b'{"EngineId": "1", "Arguments": {}}', b'{"EngineId": "1", "Arguments": [1]}', b"\xff",
         b'{"EngineId": "1", "Arguments": [{"ArgTypeId": "start_frame"}]}', b"[" * 100_000,
         b'{"EngineId": "1", "Arguments": [{"ArgTypeId": "start_frame", "Value": 1}]}',
-        b'{"EngineId": "\\ud800", "Arguments": []}', b" " * (povfarm.BODY_LIMIT + 1))),
+        b'{"EngineId": "\\ud800", "Arguments": []}',
+        wish().replace(b"{", b"{" + b" " * povfarm.BODY_LIMIT, 1))),
+    ([("request", None, b" " * povfarm.BODY_LIMIT + wish()), FILE], 400,
+     'Header "request" is empty.'),
     ([("request", None, wish()), ("file", "a.pov", bytes((64 << 20) + 1))], 413,
      "the body is larger than 67.1 MB"),
     ([("request", None, wish()), FILE, ("other", "b.pov", b"")], 400,
@@ -315,6 +318,35 @@ def test_the_queue_has_the_limit_of_the_subscription(farm: OnlineFarm) -> None:
     farm.scheduler.people.change("bob", {"frames": 4})
     status, reply = farm.enqueue(("request", None, wish()), FILE, who="bob")
     assert status == 400 and "you may have 4 frames" in reply["ErrorMessage"]
+
+
+def test_the_persons_limits_are_looked_at_before_the_scene_is(
+        farm: OnlineFarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    farm.scheduler.people.change("anna", {"frames": 2})
+    monkeypatch.setattr(povfarm, "collect_project", None)
+    status, reply = farm.enqueue(("request", None, wish()), FILE)
+    assert status == 400 and "you may have 2 frames" in reply["ErrorMessage"]
+
+
+def test_a_scene_that_does_not_get_to_its_place_leaves_no_task(
+        farm: OnlineFarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = everything(farm)
+    monkeypatch.setattr(farm.scheduler, "put_blob", lambda sha256, chunks: 1 / 0)
+    status, reply = farm.enqueue(("request", None, wish()), FILE)
+    assert status == 500 and "the coordinator made a mistake" in reply["ErrorMessage"]
+    assert everything(farm) == before
+
+
+def test_frames_that_read_what_others_made_are_rendered_in_order(farm: OnlineFarm) -> None:
+    assert not farm.job(farm.queued()).options.in_order
+    scene = SCENE + b'#if (frame_number > 1) box { 0, 1 pigment { image_map { png "a1.png" } } } #end\n'
+    assert farm.enqueue(("request", None, wish()), ("file", "a.pov", scene)) == (200, QUEUED)
+    assert farm.job(2).options.in_order
+
+
+def test_a_newer_povrays_words_wait_for_that(farm: OnlineFarm) -> None:
+    farm.online._rules = rules(LINES.replace("+W4", "+CC +W4"))
+    assert farm.job(farm.queued()).pov.needs == ("3.8", "+CC")
 
 
 @pytest.mark.parametrize("name, kept", [
@@ -554,7 +586,7 @@ def test_a_task_has_to_be_named_and_ones_own(what: str, flag: str, farm: OnlineF
             flag: False, "ErrorMessage": f"Task with identifier {number} not found for the current user."})
     for body in (b"", b"{", b"{}", b"[]", b"null", b'{"TaskId": "1"}', b'{"TaskId": true}',
                  b'{"TaskId": -1}', b'{"TaskId": 1.5}', b'{"TaskId": 18446744073709551616}',
-                 b'{"TaskId": NaN}', b"\xff", b"[" * 100_000, b" " * (povfarm.BODY_LIMIT + 1)):
+                 b'{"TaskId": NaN}', b"\xff", b"[" * 100_000, b'{"TaskId": %d%s}' % (mine, b" " * povfarm.BODY_LIMIT)):
         reply = farm.call(what, body)
         assert (reply.status, reply.json()) == (400, {
             flag: False, "ErrorMessage": "Request content has an invalid format."}), body[:50]
