@@ -17535,7 +17535,7 @@ def _hold_streams() -> None:
 # --- the command line
 
 def _commands() -> dict[str, tuple[command, CommandFunction]]:
-    return {tag.name: (tag, function) for function in globals().values() if callable(function)
+    return {tag.name: (tag, function) for function in [*globals().values()] if callable(function)
             for tag in getattr(function, "__dict__", {}).get("commands", ())}
 
 
