@@ -6056,7 +6056,8 @@ class route:  # noqa: N801 - it is used as a decorator
     of ``ROLES``; it has no default so that nothing is open by forgetfulness.
     ``takes`` is the record that the JSON body has the fields of.
     ``secret`` names the wildcard or the field of the query where a secret stands;
-    without it that is in the header. What ``waits`` is held open until something happens.
+    without it that is in the header. What ``waits`` is held open until something happens;
+    what is ``shared`` is made once for all strangers who wait for it.
     """
 
     method: str
@@ -6067,6 +6068,7 @@ class route:  # noqa: N801 - it is used as a decorator
     secret: str = ""
     takes: type | None = None
     waits: bool = False
+    shared: bool = False
 
     def __call__(self, function: Handler) -> Handler:
         """Tag ``function``, and return it as it was."""
@@ -6103,6 +6105,8 @@ class Router:
         self._authenticate = authenticate
         self._hosts = hosts
         self._error_page = error_page
+        self._turn = threading.Lock()  # of strangers
+        self._made: dict[tuple[Any, ...], tuple[float, Response]] = {}  # for them, and when
         found = [BoundRoute(tag, getattr(provider, name), _compile(tag.pattern))
                  for provider in providers for name, member in vars(type(provider)).items()
                  for tag in getattr(member, "routes", ())]
@@ -6159,7 +6163,9 @@ class Router:
         request.identity = self._authenticate(request)
         if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
             request.enter(request.identity, bound.route.waits)
-            response = bound.handler(request)
+            dear = bound.route.role == "reader" and not bound.route.waits
+            response = (self._for_stranger(bound, request)
+                        if dear and not request.identity.trusted else bound.handler(request))
             if response.status == 303 and request.place:
                 response.headers["Location"] = request.place + response.headers["Location"]
             return response
@@ -6170,6 +6176,29 @@ class Router:
                             "on the coordinator, where it is not needed), or in a browser open the "
                             "link that 'login' prints there",
                             WWW_Authenticate="Povfarm")
+
+    def _for_stranger(self, bound: BoundRoute, request: Request) -> Response:
+        """Return the response for a stranger, one at a time, so that others wait for no more.
+
+        What was begun since this one came is as good as new: so all who wait share a page.
+        """
+        came = time.monotonic()
+        key = (request.path, *sorted(request.query.items()), request.secure, request.place,
+               request.headers.get("host"))
+        with self.gate.outside():
+            self._turn.acquire()
+        try:
+            made, response = self._made.get(key, (-math.inf, None))
+            if response is None or made < came:
+                made = time.monotonic()
+                response = bound.handler(request)
+                if bound.route.shared:
+                    self._made[key] = made, response
+                    if len(self._made) > 20:
+                        del self._made[next(iter(self._made))]
+            return replace(response, headers={**response.headers})
+        finally:
+            self._turn.release()
 
     def _check_host(self, request: Request) -> None:
         # Only browsers can be rebound, and they always send a Host.
@@ -8002,6 +8031,12 @@ class Look:
         return self._all(Task, """
             SELECT * FROM task WHERE job = :job AND frame > :after AND slice = 0
             ORDER BY frame LIMIT :limit""", job=job, after=after, limit=limit)
+
+    def frame_states(self, job: int) -> list[tuple[int, str]]:
+        """Return the number and the state of each frame of a job."""
+        return list(map(tuple, self._do("""
+            SELECT frame, state FROM task WHERE job = :job AND slice = 0
+            ORDER BY frame""", job=job)))
 
     def tasks_in(self, job: int, state: TaskState) -> list[Task]:
         """Return the frames of a job that are in one state."""
@@ -13012,7 +13047,7 @@ class Pages:
         self._pin = pin  # of the certificate that is shown
         self._typed = typed  # how commands are written, see with_commands
 
-    @route("GET", "/", role="reader", summary="The status page")
+    @route("GET", "/", role="reader", shared=True, summary="The status page")
     def home(self, request: Request) -> Response:
         """Show jobs, workers and what happened.
 
@@ -13045,17 +13080,20 @@ class Pages:
             element("div", self._workers(request, workers), story, class_="columns"),
             reload=(3 if active else 30) if live else 5)
 
-    @route("GET", "/jobs/<job:int>", role="reader", summary="The page of a job")
+    @route("GET", "/jobs/<job:int>", role="reader", shared=True, summary="The page of a job")
     def job(self, request: Request) -> Response:
         """A job with its frames. Query: from (a frame), to see the frames of its cell."""
         with self._farm.store.read() as tx:
             row = tx.job(request.params["job"])
             view = self._view(tx, row)
-            tasks = tx.tasks(row.id)
-            size = -(-len(tasks) // CELLS_SHOWN)
+            states = tx.frame_states(row.id)
+            size = -(-len(states) // CELLS_SHOWN)
             first = _query_digits(request, "from")
-            chosen = [self._api.views.frame(tx, task, {}) for index, task in enumerate(tasks)
-                      if size == 1 or tasks[index - index % size].frame == first]
+            shown = [] if size > 1 and first not in (frame for frame, _ in states[::size]) else (
+                tx.tasks(row.id, first - 1, size) if size > 1 else tx.tasks(row.id))
+            chosen = [self._api.views.frame(tx, task, {}) for task in shown]
+            board = [present(tx.task_of_frame(row.id, states[part * len(states) // 8][0]))
+                     for part in range(8 if len(states) >= 8 else 0)]
             growing = [self._api.views.frame(tx, task, {}) for task in tx.frames_to_cut(row.id)]
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
@@ -13065,7 +13103,7 @@ class Pages:
                 "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
                 _figures(view), _warnings(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
-            _storyboard(view, tasks), _frames(view, tasks, chosen, size), _options(view, row),
+            _storyboard(view, board), _frames(view, states, chosen, size), _options(view, row),
             reload=reloads.get(view["state"], 0))
 
     @route("GET", "/jobs/<job:int>/frames/<frame:int>", role="reader", summary="A frame's page")
@@ -13522,14 +13560,14 @@ def _job_links(view: View) -> Html:
                                            href=f"{address}/frames/{frame}#log"), class_="links")
 
 
-def _storyboard(view: View, tasks: Sequence[Task]) -> Node:
+def _storyboard(view: View, board: Sequence[Task]) -> Node:
     """Return eight images from all over an animation, the same ones at every look."""
-    if len(tasks) < 8 or not view["frames"]["done"] or view["extension"] not in BROWSER_TYPES:
+    if not board or not view["frames"]["done"] or view["extension"] not in BROWSER_TYPES:
         return None
     return _section("Storyboard", element("div", [
         element("a", _picture(view, task), f"Frame {task.frame}",
                 href=f"/jobs/{view['id']}/frames/{task.frame}")
-        for task in (tasks[part * len(tasks) // 8] for part in range(8))], class_="cards board"))
+        for task in board], class_="cards board"))
 
 
 def _cell(job: int, frame: View) -> Html:
@@ -13541,20 +13579,21 @@ def _cell(job: int, frame: View) -> Html:
                    href=f"/jobs/{job}/frames/{number}{'#log' if state == 'failed' else ''}")
 
 
-def _block(job: int, tasks: Sequence[Task]) -> Html:
+def _block(job: int, frames: Sequence[tuple[int, str]]) -> Html:
     """Return one cell for several frames, in the state that a person should look at first."""
-    counts = collections.Counter(task.state for task in tasks)
+    counts = collections.Counter(state for _, state in frames)
     states = [state for state in map(TaskState, ("failed", "leased", "cancelled", "queued", "done"))
               if counts[state]]
     done = counts[TaskState.DONE]
-    tenth = f" p{10 * done // len(tasks)}" if states[0] in ("leased", "queued") else ""
-    first, states_said = tasks[0].frame, ", ".join(
+    tenth = f" p{10 * done // len(frames)}" if states[0] in ("leased", "queued") else ""
+    first, states_said = frames[0][0], ", ".join(
         f"{counts[state]} {_STATE_WORDS[state]}" for state in states)
     return element("a", first, class_=states[0] + tenth, href=f"/jobs/{job}?from={first}#part",
-                   title=f"frames {first} to {tasks[-1].frame}: {states_said}")
+                   title=f"frames {first} to {frames[-1][0]}: {states_said}")
 
 
-def _frames(view: View, tasks: Sequence[Task], chosen: Sequence[View], size: int) -> Html:
+def _frames(view: View, states: Sequence[tuple[int, str]], chosen: Sequence[View],
+            size: int) -> Html:
     """Return a cell for each frame, or for each ``size`` frames and then for each chosen one."""
     job, frames = view["id"], view["frames"]
     legend = [element("li", element("span", _STATE_WORDS[state][0], class_=state),
@@ -13562,8 +13601,8 @@ def _frames(view: View, tasks: Sequence[Task], chosen: Sequence[View], size: int
               for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
     blocks = None if size == 1 else [
         element("p", f"A cell is {size} frames: choose one to see them."),
-        element("div", [_block(job, tasks[index:index + size])
-                        for index in range(0, len(tasks), size)], class_="grid"),
+        element("div", [_block(job, states[index:index + size])
+                        for index in range(0, len(states), size)], class_="grid"),
         element("h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}") if chosen else None]
     return _section(
         "Frames", element("ul", legend, class_="legend"), blocks,

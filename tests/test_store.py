@@ -155,6 +155,7 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "set_job_engines": lambda tx: tx.set_job_engines(1, "{}"),
     "put_person": lambda tx: tx.put_person(
         povfarm.Person("anna", povfarm.Role.USER, "t", "{}", 1.0)),
+    "forget_worker": lambda tx: tx.forget_worker(1),
     "drop_person": lambda tx: tx.drop_person("anna"),
     "begin_turn": lambda tx: tx.begin_turn("anna", 0),
     "set_aside": lambda tx: tx.set_aside(1, "odd"),

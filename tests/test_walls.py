@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +14,11 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 import pytest
 
 import povfarm
+from helpers.base import wait_until
 from helpers.farm import run
 from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, farm_fixture, manifest, pov_job
 from helpers.trust import join_by
-from povfarm import BodyReader, Request, Shares, UserError
+from povfarm import BodyReader, Request, Response, Shares, UserError
 
 __all__ = ["farm_fixture"]
 
@@ -426,3 +429,93 @@ def test_what_a_run_left_unpacks_to_no_more_than_it_may(
 def test_a_long_list_of_files_is_not_even_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="list of files is too long"):
         povfarm.unpack_files(packed(tmp_path, 3000, 10, 700), tmp_path / "into")
+
+
+class Dear:
+    """Pages that count how often they were made, and how many at a time."""
+
+    def __init__(self) -> None:
+        self.made, self.now, self.most = 0, 0, 0
+        self.entered, self.over = threading.Semaphore(0), threading.Event()
+
+    @povfarm.route("GET", "/shared", role="reader", shared=True)
+    def shared(self, request: Request) -> Response:
+        self.made += 1
+        return Response(200, {"Number": str(self.made)}, request.headers["host"].encode())
+
+    @povfarm.route("GET", "/long", role="reader")
+    def long(self, request: Request) -> Response:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        self.entered.release()
+        self.over.wait(60)
+        self.now -= 1
+        return Response(204)
+
+    @povfarm.route("GET", "/beat", role="worker")
+    def beat(self, request: Request) -> Response:
+        return Response(204)
+
+
+def known(request: Request) -> povfarm.Identity:
+    worker = request.headers.get("authorization") == "worker"
+    return povfarm.Identity(frozenset({"reader", *(["worker"] if worker else [])}), 0,
+                            "anna" if worker else "")
+
+
+def looked(router: povfarm.Router, path: str, who: str = "", host: str = "a") -> Response:
+    path, _, query = path.partition("?")
+    return router.handle(Request("GET", path, {"q": query} if query else {}, {
+        "host": host, "authorization": who}))
+
+
+class Turn:
+    """A lock that tells how many have asked for it."""
+
+    def __init__(self) -> None:
+        self.asked, self.lock = itertools.count(), threading.Lock()
+        self.most = 0
+
+    def acquire(self) -> None:
+        self.most = max(self.most, next(self.asked) + 1)
+        self.lock.acquire()
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+def test_a_page_is_made_once_for_all_strangers_who_wait_for_it() -> None:
+    dear = Dear()
+    router = povfarm.Router(dear, authenticate=known)
+    router._turn = turn = Turn()  # type: ignore[assignment]
+    with ThreadPoolExecutor(40) as pool:
+        pool.submit(looked, router, "/long")  # nobody has a turn meanwhile
+        assert dear.entered.acquire(timeout=60)
+        strangers = [pool.submit(looked, router, "/shared", host="ab"[number % 2])
+                     for number in range(30)]
+        wait_until(lambda: turn.most == 31)
+        assert looked(router, "/shared", "worker").headers["Number"] == "1"  # and does not wait
+        dear.over.set()
+        replies = [one.result(60) for one in strangers]
+    assert dear.made == 3 and {reply.body for reply in replies[::2]} == {b"a"}
+    replies[0].headers["Mine"] = "1"  # whoever gets one may change it
+    assert [reply.headers for reply in replies].count(replies[0].headers) == 1
+    assert looked(router, "/shared").headers == {"Number": "4"}  # who comes later gets a new one
+    for number in range(100):
+        looked(router, f"/shared?{number}")
+    assert len(router._made) == 20
+
+
+def test_strangers_take_turns_and_those_who_were_let_in_do_not_wait() -> None:
+    dear = Dear()
+    router = povfarm.Router(dear, authenticate=known)
+    with ThreadPoolExecutor(40) as pool:
+        strangers = [pool.submit(looked, router, f"/long?{number}") for number in range(30)]
+        assert dear.entered.acquire(timeout=60)
+        for _ in range(20):
+            assert looked(router, "/beat", "worker").status == 204
+        assert looked(router, "/nothing").status == 404
+        assert dear.most == 1 and not any(one.done() for one in strangers)
+        dear.over.set()
+        assert {one.result(60).status for one in strangers} == {204}
+    assert dear.most == 1
