@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 
 import povfarm
-from helpers.base import POVFARM, ROOT
+from helpers.base import POVFARM, ROOT, tried
 from helpers.farm import Farm as Processes
 from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, FakeClock, Farm, Reply, farm_fixture
@@ -38,6 +38,7 @@ from povfarm import (
     UserError,
     WrongFarm,
 )
+from tools import attacker
 
 WORKER = {"name": "anna", "cores": 2, "memory": 1 << 30, "system": "Linux",
           "engines": {"povray": "3.7"}, "tags": []}
@@ -549,3 +550,11 @@ def test_a_cookie_is_for_one_port_and_one_place(served: Coordinator, tmp_path: P
             assert ("admin" in identity.roles) is (path == place)
     finally:
         thief.stop()
+
+
+@pytest.mark.slow
+def test_who_heard_everything_comes_in_nowhere(tmp_path: Path, povray: str) -> None:
+    number, let_in = attacker.attack(tmp_path, most=25)
+    tried("what a listener has heard", number, let_in=len(let_in))
+    assert not let_in, let_in
+    assert number > 400
