@@ -4700,7 +4700,8 @@ class PovJob(Wired):
 
     ``run_dir`` is the directory, inside the project's tree, that POV-Ray's
     relative names start from; ``uses`` names what the scan of the scene found
-    (see ``Project``), and ``create_ini NAME\\nTEXT`` is the INI file to be written.
+    (see ``Project``), ``create_ini NAME\\nTEXT`` is the INI file to be written, and what
+    begins with ``SENT`` is for who sent it.
     """
 
     values: Mapping[str, str]
@@ -4764,6 +4765,7 @@ class PovJob(Wired):
 
 
 _NEEDS = re.compile(r"povray (\d+\.\d+) (.+)")  # among ``uses``
+SENT = "renderonline "
 
 
 @functools.lru_cache(maxsize=1024)
@@ -12129,7 +12131,8 @@ def _renders_alike(text: str) -> bool:
     plan = pov.plan
     with contextlib.suppress(UserError):  # of names that are not ASCII
         return (bool(client_ini(pov)) and plan.extension == ".png" and plan.frames.step == 1
-                and set(pov.uses) <= {"radiosity", "photons"} and not pov.options.stochastic
+                and {use for use in pov.uses if not use.startswith(SENT)} <= {
+                    "radiosity", "photons"} and not pov.options.stochastic
                 and pov.run_dir == "." and pov.library[:1] == (STANDARD,)
                 and not (plan.animation and plan.initial_frame == plan.final_frame))
     return False
@@ -12606,7 +12609,6 @@ end 1
 # is in the settings file; a client's values never become words of their own there.
 
 TASKS_SHOWN = 15  # the newest of a user, as the protocol has it
-_TASK_MARK = "renderonline "  # among a job's ``uses``: what is told of it as a Render
 _UPLOADED = "@uploaded_file"
 _ANY_ORIGIN = {f"Access-Control-Allow-{what}": "*" for what in ("Origin", "Methods", "Headers")}
 # What a client may ask for, and the field of the answer that says whether it was done.
@@ -12617,10 +12619,9 @@ _ARGUMENT_TYPES = {kind: re.compile(pattern, re.ASCII) for kind, pattern in {
     "extension": r"\.[a-zA-Z0-9]{1,4}", "word": r"\w+", "sentence": r"[a-zA-Z0-9\s,.!?'-]+",
     "natural": r"\d+", "integer": r"-?\d+", "real": r"-?\d+(\.\d+)?"}.items()}
 _PLACEHOLDER = re.compile(r"\$RENDERONLINE:(@uploaded_file|\w+)", re.ASCII)
-# An option of POV-Ray's whose beginning no client can choose. What leads to other files, a client
-# may not even end.
+# An option of POV-Ray's whose beginning no client can choose, and that leads nowhere else.
 _TEMPLATE_ITEM = re.compile(r"\$RENDERONLINE:@uploaded_file|[+-][A-Za-z]\S*|[A-Za-z_]+=\S*")
-_LEADS_ELSEWHERE = re.compile(r"include_ini=.*|([+-]l|library_path=).*\$.*", re.IGNORECASE)
+_LEADS_ELSEWHERE = re.compile(r"([+-]l|library_path=|include_ini=).*", re.IGNORECASE)
 _PLAIN_VALUE = re.compile(r"[^\s;#'\"\x00-\x1f]{1,200}")  # POV-Ray takes no other for one word
 # What clients call picture formats, and POV-Ray's letter.
 _FORMATS = {"png": "N", "jpeg": "J", "jpg": "J", "bmp": "B", "hdr": "H", "tga": "T"}
@@ -12725,7 +12726,7 @@ def _template_problem(engine: OnlineEngine, arguments: Collection[str]) -> str:
                 f"write $RENDERONLINE:{_UPLOADED} where the scene's name belongs")
     for word in words:
         if not _TEMPLATE_ITEM.fullmatch(word) or _LEADS_ELSEWHERE.fullmatch(word):
-            return f"'{word}' could lead to files of this computer: it cannot be left to clients"
+            return f"'{word}' could lead to files of this computer: leave it out"
     try:  # what no client chooses
         read_command_line([word for word in words if "$" not in word], Path(os.devnull), {}, (),
                           strict=False)
@@ -12910,12 +12911,13 @@ class RenderOnline:
                             "the scene itself, and POV-Ray's own files") from None
         render = {"FileName": scene, "FilePath": "", "FileSize": (place / scene).stat().st_size,
                   "Arguments": " ".join([engine.name, *words]), "EngineId": engine.id}
-        uses = {*project.uses, _TASK_MARK + json.dumps(render)}
+        uses = {*project.uses, SENT + json.dumps(render)}
         uses |= {f"povray {' '.join(pov.needs)}"} if pov.needs[0] else set()
         job, missing = self._farm.submit(
             PurePosixPath(scene).stem, owner,
-            PovJob({**pov.values, **project.values, "Input_File_Name": project.scene}, pov.declares,
-                   pov.library, project.run_dir, tuple(sorted(uses))),
+            PovJob.from_wire(PovJob(
+                {**pov.values, **project.values, "Input_File_Name": project.scene}, pov.declares,
+                pov.library, project.run_dir, tuple(sorted(uses))).to_wire()),
             project.manifest, JobOptions(in_order=plan.animation and "own-output" in project.uses))
         try:
             for file in project.manifest.files:
@@ -12960,10 +12962,10 @@ def _online_answer(what: str, good: bool, text: str, status: int = 200) -> Respo
 
 def _render_of(job: Job) -> dict[str, Any]:
     """Return what is told of a job as a Render; nothing of one that came in another way."""
-    for use in job.pov.uses if _TASK_MARK in job.pov_json else ():
-        if use.startswith(_TASK_MARK):
+    for use in job.pov.uses if SENT in job.pov_json else ():
+        if use.startswith(SENT):
             with contextlib.suppress(ValueError, RecursionError):
-                render = json.loads(use[len(_TASK_MARK):])
+                render = json.loads(use[len(SENT):])
                 return render if isinstance(render, dict) and "EngineId" in render else {}
     return {}
 

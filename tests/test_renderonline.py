@@ -434,7 +434,7 @@ def test_a_regular_expression_takes_the_types_place_and_must_fit_the_whole() -> 
     ("engine povray = .pov $RENDERONLINE:@uploaded_file +Qx", "Qx"),
     ("engine povray = .pov $RENDERONLINE:@uploaded_file Post_Frame_Command=ls", "Post_Frame_Command"),
     *((f"argument x = path\nengine povray = .pov $RENDERONLINE:@uploaded_file {word}", "could lead")
-      for word in ("$RENDERONLINE:x", "+L$RENDERONLINE:x", "-l/a$RENDERONLINE:x", "x.ini", "/etc/",
+      for word in ("$RENDERONLINE:x", "+L$RENDERONLINE:x", "-l/a$RENDERONLINE:x", "+L/srv/mine", "x.ini", "/etc/",
                    "Library_Path=$RENDERONLINE:x", "INCLUDE_INI=$RENDERONLINE:x", "include_ini=x",
                    "'a b'", "+$RENDERONLINE:x", "$RENDERONLINE:x=1")),
 ])
@@ -562,6 +562,22 @@ def test_what_becomes_of_a_task(farm: OnlineFarm) -> None:
     assert farm.task("dequeue", job) == (
         200, {"IsRemoved": True, "ErrorMessage": "Task successfully dequeued."})
     assert farm.state(job) == "cancelled" and shown()[1:4] == (True, False, False)
+
+
+def test_all_who_render_for_the_farm_render_what_was_sent(farm: OnlineFarm) -> None:
+    """An HTTPov client and a worker of ours, on one task of RenderOnline's."""
+    httpov = povfarm.Httpov(farm.scheduler, farm.access)
+    router = Router(farm.api, httpov, farm.online, authenticate=farm.online.identify)
+    number = farm.queued([("start_frame", "1"), ("end_frame", "5"), FRAMES[2]])
+    farm.clock.advance(1)
+    lease = farm.lease(farm.worker())
+    query = {"client": "anna:17", "version": "1.2", "job": f"{number}"}
+    for command in ("getjob", "getbatch"):
+        answer = Reply(router.handle(povfarm.Request(
+            "GET", f"/{farm.access.guest_key}/httpov.php", {**query, "command": command})))
+    assert answer.body.startswith(b"command=render\n"), answer.body
+    farm.finish(farm.worker(), lease)
+    assert farm.states(number).count("leased") == 1
 
 
 def test_a_scene_that_fails_is_shown_as_failed(farm: OnlineFarm) -> None:
