@@ -12609,6 +12609,7 @@ end 1
 # is in the settings file; a client's values never become words of their own there.
 
 TASKS_SHOWN = 15  # the newest of a user, as the protocol has it
+MAX_SCENE = 64 << 20  # bytes of a scene, with the form that it comes in
 _UPLOADED = "@uploaded_file"
 _ANY_ORIGIN = {f"Access-Control-Allow-{what}": "*" for what in ("Origin", "Methods", "Headers")}
 # What a client may ask for, and the field of the answer that says whether it was done.
@@ -12760,14 +12761,14 @@ class RenderOnline:
             return self._access.identify(request)
         with self._store.read() as look:
             person = look.person(request.headers.get("email", "").partition("@")[0])
-        if person and person.role is not Role.VIEWER and hmac.compare_digest(
+        if person and person.role is Role.USER and hmac.compare_digest(
                 token.encode(), online_token(self._key, person.name, person.added).encode()):
             return Identity(frozenset({"guest"}), name=person.name)
         self._access.slow_down(request.remote)
         return Identity()
 
     @route("GET", "/renderapi/v1/info", role="anyone", summary="A RenderOnline user and tasks")
-    @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=64 << 20,
+    @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=MAX_SCENE,
            summary="What a RenderOnline client asks for")
     @route("OPTIONS", "/renderapi/v1/<what>", role="anyone",
            summary="Let pages of RenderOnline's client ask")

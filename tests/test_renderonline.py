@@ -63,7 +63,8 @@ class OnlineFarm(Farm):
         super().__init__(root, **more)
         self.online = RenderOnline(self.scheduler, self.access, KEY, rules(text))
         self.router = Router(self.api, self.online, authenticate=self.online.identify)
-        for name, role in (("anna", Role.USER), ("bob", Role.SUBMIT), ("vera", Role.VIEWER)):
+        for name, role in (("anna", Role.USER), ("bob", Role.USER), ("vera", Role.VIEWER),
+                           ("sam", Role.SUBMIT)):
             self.access.add(name, role, {}, "a-ticket-that-is-new")
 
     def token(self, name: str) -> str:
@@ -134,13 +135,14 @@ def test_a_user_is_a_person_with_a_token_of_its_own(farm: OnlineFarm) -> None:
     {"email": "bob", "token": "TOKEN"}, {"email": "nobody", "token": "TOKEN"},
     {"email": "", "token": "TOKEN"}, {"token": "TOKEN"}, {"email": "anna", "token": KEY},
     {"email": "admin", "token": KEY}, {"email": "anna", "token": "TOKEN\u00e9"},
-    {"email": "vera", "token": "VERA"},
+    {"email": "vera", "token": "VERA"}, {"email": "sam", "token": "SAM"},
 ])
 def test_anybody_else_is_told_so_in_the_dialects_words(
         headers: Mapping[str, str], farm: OnlineFarm) -> None:
     job = farm.queued()
-    tokens = {"TOKEN": farm.token("anna"), "VERA": farm.token("vera")}
-    shown = {name: re.sub("TOKEN|VERA", lambda found: tokens[found[0]], value)
+    tokens = {"TOKEN": farm.token("anna"), "VERA": farm.token("vera"),
+              "SAM": farm.token("sam")}
+    shown = {name: re.sub("TOKEN|VERA|SAM", lambda found: tokens[found[0]], value)
              for name, value in headers.items()}
     if headers.get("token") == "TOKE":
         shown["token"] = tokens["TOKEN"][:-1]
@@ -255,7 +257,7 @@ FILE = ("file", "a.pov", SCENE)
         wish().replace(b"{", b"{" + b" " * povfarm.BODY_LIMIT, 1))),
     ([("request", None, b" " * povfarm.BODY_LIMIT + wish()), FILE], 400,
      'Header "request" is empty.'),
-    ([("request", None, wish()), ("file", "a.pov", bytes((64 << 20) + 1))], 413,
+    ([("request", None, wish()), ("file", "a.pov", bytes(povfarm.MAX_SCENE))], 413,
      "the body is larger than 67.1 MB"),
     ([("request", None, wish()), FILE, ("other", "b.pov", b"")], 400,
      "Only 1 file may be uploaded per request."),
