@@ -11890,6 +11890,7 @@ class Dialect:
 
     mark = ""
     most: int | None = None  # frames at a time
+    formats = "N"  # POV-Ray's letters
 
     def __init__(self, scheduler: Scheduler, access: Access) -> None:
         self._farm = scheduler
@@ -11921,7 +11922,8 @@ class Dialect:
                 file.path.isascii() and file.after_frame is None for file in files)
         options = job.options
         return (self._portable[key] and not options.in_order and options.radiosity != "animation"
-                and options.slices in ("auto", "off", "1") and _renders_alike(job.pov_json))
+                and options.slices in ("auto", "off", "1") and _renders_alike(job.pov_json)
+                and job.pov.options.output_type in self.formats)
 
     def _entries(self, job: Job, manifest: Manifest,
                  top: str) -> Iterator[tuple[str, Path | bytes]]:
@@ -12130,7 +12132,7 @@ def _renders_alike(text: str) -> bool:
     pov = pov_of(text)
     plan = pov.plan
     with contextlib.suppress(UserError):  # of names that are not ASCII
-        return (bool(client_ini(pov)) and plan.extension == ".png" and plan.frames.step == 1
+        return (bool(client_ini(pov)) and plan.frames.step == 1
                 and {use for use in pov.uses if not use.startswith(SENT)} <= {
                     "radiosity", "photons"} and not pov.options.stochastic
                 and pov.run_dir == "." and pov.library[:1] == (STANDARD,)
@@ -12152,8 +12154,8 @@ def client_ini(pov: PovJob) -> str:
               if key not in ("Output_File_Name", "Clock")}
     values.update({
         "Antialias": pov.values.get("Antialias", "Off"), "Width": str(pov.options.width),
-        "Height": str(pov.options.height), "Output_File_Type": "N", "Output_To_File": "On",
-        "Continue_Trace": "Off", "Warning_Console": "Off"})
+        "Height": str(pov.options.height), "Output_File_Type": pov.options.output_type,
+        "Output_To_File": "On", "Continue_Trace": "Off", "Warning_Console": "Off"})
     declares = list(pov.declares)
     if plan.animation and not pov.thread_safe:
         values["Work_Threads"] = "1"
@@ -12217,6 +12219,7 @@ class Sheepit(Dialect):
 
     mark = "SheepIt "
     most = 1
+    formats = "".join(IMAGE_TYPES)
 
     def __init__(self, scheduler: Scheduler, access: Access, key: str) -> None:
         super().__init__(scheduler, access)
@@ -12446,9 +12449,7 @@ class Sheepit(Dialect):
         for grant in self._farm.grants.of_worker(worker):
             self._farm.beat(worker, {grant.id: {}}, 0.0)
             with self._store.read() as tx:
-                frames = [tx.task(task).frame for task in list(grant.portions)]
-            if frames:
-                return grant.job, min(frames)
+                return grant.job, tx.task(next(iter(grant.portions))).frame
         return None
 
     def _attempt(self, worker: int, job: int, frame: int) -> Attempt | None:
@@ -12473,7 +12474,7 @@ class Sheepit(Dialect):
             "renderable_project": 1}) + _tag("frames", {"remaining": left}) + _tag("job", {
                 "id": number, "use_gpu": 0, "archive_md5": self._md5(job), "revision": 0,
                 "path": "pov.ini", "frame": str(frame).zfill(digits), "synchronous_upload": 0,
-                "extras": "", "name": job.name, "password": ""},
+                "extras": number, "name": job.name, "password": ""},
                 _tag("renderer", renderer) + _tag("script", {}))
 
     def _md5(self, job: Job | None) -> str:
@@ -12559,7 +12560,7 @@ def _pack(entries: Iterable[tuple[str, Path | bytes]], to: Path) -> None:
 # must read no line of POV-Ray's as its own. Where there is no POV-Ray it waits for five minutes,
 # where POV-Ray fails, which pov.crash.txt says, it goes on at once.
 RENDERER = r"""#!/bin/sh
-# rend.exe [-t THREADS] DIRECTORY/pov.ini [-P SCRIPT] PREFIX FRAME: makes PREFIXFRAME.png
+# rend.exe [-t THREADS] DIRECTORY/pov.ini [-P SCRIPT] PREFIX FRAME: makes PREFIXFRAME.png, say
 threads='' ini='' out='' frame='' child='' watch=''
 while [ $# -gt 0 ]; do
   case $1 in
@@ -12594,7 +12595,7 @@ while sleep 1 3>&-; do
 done 3>&1 >/dev/null 2>&1 &
 watch=$!
 wait $child && set -- .made/f* && [ -f "$1" ] && mv "$1" "$cache/.made.$$" &&
-  mv "$cache/.made.$$" "$out$frame.png" && end 0
+  mv "$cache/.made.$$" "$out$frame.${1##*.}" && end 0
 tr '\r' '\n' <"$work/log" | grep -v '^Rendered' | tail -n 60 | sed 's/^ */pov: /'
 : >"$cache/pov.crash.txt"
 end 1

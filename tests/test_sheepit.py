@@ -364,6 +364,29 @@ def test_an_answer_that_was_lost_is_given_again(farm: Flock) -> None:
     assert farm.job_of(farm.client())["frame"] == "0002"
 
 
+@pytest.mark.parametrize("values, options, uses", [
+    ({"Frame_Step": "2"}, {}, ()), ({}, {"in_order": True}, ()), ({}, {"slices": "3"}, ()),
+    ({}, {"radiosity": "animation"}, ("radiosity",)), ({}, {}, ("own-output",)),
+    ({"Input_File_Name": "\u00fc.pov"}, {}, ()),
+])
+def test_a_job_that_clients_would_render_otherwise_is_not_given_to_them(
+        values: Dict[str, str], options: Dict[str, Any], uses: Tuple[str, ...],
+        farm: Flock) -> None:
+    farm.submit(4, values=values, uses=uses, **options)
+    assert farm.status("request_job", {}, farm.client(), alive=lambda: farm.clock.mono < 2000) == 204
+    assert farm.leases(farm.worker())
+
+
+@pytest.mark.parametrize("letter", povfarm.IMAGE_TYPES)
+def test_every_format_is_rendered(letter: str, farm: Flock) -> None:
+    farm.submit(2, values={"Output_File_Type": letter})
+    cookie = farm.client()
+    farm.job_of(cookie)
+    packed = farm.send("download", {"type": "job", "job": "1"}, cookie).body
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        assert f"Output_File_Type={letter}\n" in archive.read("pov.ini").decode()
+
+
 def test_a_client_has_one_frame_at_a_time_however_cheap(farm: Flock) -> None:
     job, cookie, given = farm.submit(60), farm.client(), []
     for _ in range(60):
@@ -423,7 +446,7 @@ def test_archives_are_always_the_same_bytes_and_have_the_md5_that_was_told(farm:
 def test_what_is_not_there_to_fetch_is_404(farm: Flock) -> None:
     cookie = farm.client()
     farm.submit(3)
-    other = farm.submit(3, values={"Output_File_Type": "J"})
+    other = farm.submit(3, in_order=True)
     for values in ({}, {"type": "job"}, {"type": "job", "job": "x"}, {"type": "job", "job": "9"},
                    {"type": "dance", "job": "1"}, {"type": "job", "job": str(other)},
                    {"type": "binary", "job": "9" * 15}, {"job": "1"}):
@@ -936,6 +959,9 @@ def queue(farm: Coordinator, project: Path, *args: str) -> None:
 @pytest.mark.parametrize("args, number, cores", [
     (["scene.ini"], 4, 0), (["scene.ini", "+SF9", "+EF9", "+KFI0"], 1, 2),
     (["scene.pov", "+W40", "+H30", "+K0.3", "+Lparts"], 1, 2),
+    (["scene.ini", "+SF9", "+EF10", "+FN16"], 2, 0), (["scene.ini", "+SF9", "+EF10", "+FT"], 2, 0),
+    (["scene.ini", "+SF9", "+EF9", "+FB", "-UA", "+KFF10"], 1, 0),
+    (["scene.ini", "+SF9", "+EF9", "+FP", "-UA"], 1, 0), (["scene.ini", "+SF9", "+EF9", "+FE"], 1, 0),
 ])
 def test_a_clients_pictures_are_those_of_plain_povray(
         args: List[str], number: int, cores: int, povray: str, project: Path, wire: Wire,
@@ -953,11 +979,13 @@ def test_a_clients_pictures_are_those_of_plain_povray(
     thread.join(30)
     assert not thread.is_alive() and len(client.frames) == number
     assert client.downloads == ["binary", "job"], "once each"
-    made = {path.name: path for path in (tmp_path / "data" / "jobs").rglob("*.png")}
-    expected = {path.name: path for path in plain.glob("*.png")}
+    expected = {path.name: path for path in set(plain.iterdir()).difference(
+        plain / path.name for path in project.iterdir())}
+    made = {path.name: path for path in (tmp_path / "data" / "jobs").rglob("*")
+            if path.suffix in {path.suffix for path in expected.values()}}
     assert len(expected) == number and made.keys() == expected.keys()
     for name, path in expected.items():
-        assert povfarm.same_pixels(made[name], path, ".png"), name
+        assert povfarm.same_pixels(made[name], path, path.suffix), name
 
 
 @pytest.mark.slow
