@@ -157,6 +157,14 @@ def test_a_worker_is_served_beside_hundreds_of_idle_and_slow_strangers(tmp_path:
     assert figures["memory"] - figures["memory_before"] < 10e6
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other addresses of loopback, and /proc")
+def test_a_worker_is_served_beside_many_who_look_at_dear_pages(tmp_path: Path) -> None:
+    figures = load.measure_looks(tmp_path, 32, 20_000, rounds=20)
+    assert figures["pages"] > 0 and figures["beat_seconds_99"] < 2, figures
+    assert figures["memory"] < 200e6
+
+
 # --- broken input: what is known to be tricky, and changes at random; the long form is fuzz.py
 
 @pytest.mark.slow

@@ -6,6 +6,10 @@ starts a coordinator of its own on loopback, opens the connections (a third says
 nothing, a third sends its head a little at a time, a third has asked once), and
 prints how soon a worker's requests are answered meanwhile, and the coordinator's
 memory. It ends by itself.
+
+    python tests/tools/load.py --lookers 128 [--frames 100000]
+
+lets so many strangers from four networks look at the page of such a job without end, instead.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -132,13 +137,75 @@ def measure(data: Path, number: int, tls: bool, rounds: int = 20) -> Dict[str, f
                 "memory_before": before, "memory": memory(pid)}
 
 
+def submit(client: povfarm.Client, frames: int) -> int:
+    """A job that nobody renders, of so many frames."""
+    text = b"sphere { 0, 1 }"
+    file = povfarm.FileEntry("s.pov", povfarm.hashlib.sha256(text).hexdigest(), len(text), 1.0)
+    pov = povfarm.PovJob({"Input_File_Name": "s.pov", "Width": "8", "Height": "6",
+                          "Final_Frame": str(frames)}, (), (povfarm.STANDARD,), ".")
+    job = client.request("POST", "/api/v1/jobs", json={
+        "name": "dear", "pov": pov.to_wire(), "options": {},
+        "manifest": povfarm.Manifest((file,)).to_wire()}, timeout=60).json()["id"]
+    return int(job)
+
+
+def look(port: int, number: int, path: str, over: threading.Event, seen: List[int]) -> None:
+    """Look at a page without end, as a stranger of one of four networks, none like another."""
+    while not over.is_set():
+        with contextlib.suppress(OSError), socket.create_connection(
+                ("127.0.0.1", port), 30, (f"127.2.{number % 4}.{1 + number % 7}", 0)) as sock:
+            sock.settimeout(60)
+            sock.sendall(f"GET {path}?from={number} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+                         "Connection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+            seen.append(int(answer[9:12] or 0))
+
+
+def measure_looks(data: Path, lookers: int, frames: int, rounds: int = 100) -> Dict[str, float]:
+    """Let strangers look; return how long a worker's beats take, in seconds, and the memory."""
+    with coordinator(data) as (pid, note):
+        key = (data / "farm.key").read_text().strip()
+        admin = povfarm.Client(note["url"], key, retry_for=0)
+        job, worker = submit(admin, frames), povfarm.Client(note["url"], key, retry_for=0)
+        worker.token = join_at(worker, WORKER)
+        over, times = threading.Event(), []
+        seen: List[int] = []
+        port = povfarm.urllib.parse.urlsplit(note["url"]).port or 0
+        threads = [threading.Thread(target=look, args=(port, one, f"/jobs/{job}", over, seen))
+                   for one in range(lookers)]
+        for thread in threads:
+            thread.start()
+        while not seen:
+            time.sleep(0.01)
+        for _ in range(rounds):
+            began = time.monotonic()
+            worker.request("POST", "/api/v1/beat", json={"leases": {}, "wait": 0}, timeout=60)
+            times.append(time.monotonic() - began)
+            time.sleep(0.05)
+        over.set()
+        for thread in threads:
+            thread.join(120)
+        times.sort()
+        return {"lookers": lookers, "frames": frames, "pages": seen.count(200),
+                "refused": len(seen) - seen.count(200),
+                "beat_seconds_median": round(times[rounds // 2], 4),
+                "beat_seconds_99": round(times[rounds * 99 // 100 - 1], 4),
+                "memory": memory(pid)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--connections", type=int, default=10_000)
     parser.add_argument("--tls", action="store_true")
+    parser.add_argument("--lookers", type=int, default=0)
+    parser.add_argument("--frames", type=int, default=100_000)
     options = parser.parse_args()
     povfarm._descriptors(2 * options.connections)  # for this end of them
     with tempfile.TemporaryDirectory(prefix="povfarm-load-") as scratch:
+        if options.lookers:
+            figures = measure_looks(Path(scratch), options.lookers, options.frames)
+            print(json.dumps(figures, indent=1))
+            sys.exit(0 if figures["beat_seconds_99"] < 0.5 and figures["memory"] < 300e6 else 1)
         figures = measure(Path(scratch), options.connections, options.tls)
     print(json.dumps(figures, indent=1))
     sys.exit(0 if is_good(figures) else 1)
