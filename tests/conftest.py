@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -53,6 +53,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
                 item.add_marker(pytest.mark.xdist_group(item.path.name))
         # The small ones come last and fill the gaps.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_make_parametrize_id(val: object) -> Optional[str]:
+    """Name long data by its size: what is in it, such as a time, may differ in each process."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) and len(val) > 40 else None
 
 
 @pytest.hookimpl(hookwrapper=True)
