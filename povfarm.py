@@ -10720,7 +10720,7 @@ class Access:
             return self._by_guest_key(request.secret, request)
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() in ("povfarm", "bearer"):
-            self._check_patience(request.remote)
+            self.check_patience(request.remote)
             if scheme.lower() == "povfarm":
                 return self._by_proof(request, token.strip())
             who, secret = split_key(token)
@@ -10765,7 +10765,7 @@ class Access:
 
     def log_in(self, code: str, remote: str = "127.0.0.1") -> str:
         """Exchange a login code for a session; ``ProtocolError`` 403 when it is no good."""
-        self._check_patience(remote)
+        self.check_patience(remote)
         with self._lock:
             end, name = self._codes.pop(secret_hash(code), (0.0, ""))
         if end >= self._clock.monotonic():
@@ -10936,7 +10936,7 @@ class Access:
         The code alone does not lead to the key: others may have it, and hear what is said. A
         request that comes again is answered with the same.
         """
-        self._check_patience(remote)
+        self.check_patience(remote)
         name = person_name(name)
         invitation = self._people.invitation(lambda secret: hmac.compare_digest(
             proof.encode(), derived(secret, "come", name, ticket, share).encode()))
@@ -10959,7 +10959,7 @@ class Access:
 
     def fits(self, given: str, secret: str, remote: str) -> bool:
         """Tell whether a secret that was sent is the right one; a wrong one is slowed down."""
-        self._check_patience(remote)
+        self.check_patience(remote)
         good = hmac.compare_digest(given.encode(), secret.encode())
         if not good:
             self.slow_down(remote)
@@ -10980,7 +10980,8 @@ class Access:
                 self._held[remote] -= 1
                 self._held += collections.Counter()  # drops the zeros
 
-    def _check_patience(self, remote: str) -> None:
+    def check_patience(self, remote: str) -> None:
+        """Raise ``ProtocolError`` 429 while too many wrong keys of an address are held up."""
         # Also where the key is right: else wrong ones could be tried as fast as ever, all at
         # the same time, and whatever is not answered at once be taken for wrong.
         # Where as many wait as may, the next wrong one could not be held up.
@@ -12760,6 +12761,7 @@ class RenderOnline:
         token = request.headers.get("token", "")
         if not token or not request.path.startswith("/renderapi/"):
             return self._access.identify(request)
+        self._access.check_patience(request.remote)
         with self._store.read() as look:
             person = look.person(request.headers.get("email", "").partition("@")[0])
         if person and person.role is Role.USER and hmac.compare_digest(
