@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import http.cookiejar
@@ -26,7 +27,7 @@ from helpers.base import POVFARM, ROOT, tried
 from helpers.farm import Farm as Processes
 from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, FakeClock, Farm, Reply, farm_fixture
-from helpers.trust import Signer, join_by, signer_of
+from helpers.trust import Signer, join_at, join_by, signer_of
 from povfarm import (
     Access,
     BodyReader,
@@ -558,3 +559,36 @@ def test_who_heard_everything_comes_in_nowhere(tmp_path: Path, povray: str) -> N
     tried("what a listener has heard", number, let_in=len(let_in))
     assert not let_in, let_in
     assert number > 400
+
+
+# --- which farm
+
+def options_of(data: Path, command: str) -> argparse.Namespace:
+    return argparse.Namespace(data=data, worker_name="anna", name="", key="", key_file="", pin="",
+                              server="", code="", discovery_port=1, command=command)
+
+
+def test_a_worker_follows_only_who_proves_to_be_the_farm_that_let_it_in(
+        served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may answer that it is that farm."""
+    place = tmp_path / "pupil" / "workers"
+    true, claimed = served.access.farm_id, "a" * 16
+    keys = {true: join_at(Client(served.url, served.key), WORKER), claimed: "#1:" + "b" * 64}
+    for farm_id, good in ((true, True), (claimed, False)):
+        povfarm._Kept(place, "anna", farm_id).write(keys[farm_id], True)
+        (place / "farm.json").write_text(json.dumps({"name": "mine", "farm_id": farm_id}))
+        here = povfarm.Found("mine", farm_id, served.url, False, "127.0.0.1")
+        monkeypatch.setattr(povfarm, "_discover", lambda *_, here=here: [here])
+        chosen = povfarm._LookOut(options_of(tmp_path / "pupil", "work"), "")._choose()
+        assert chosen == here if good else "waiting for mine, which has let" in str(chosen)
+
+
+def test_a_project_is_not_given_to_whoever_answers(
+        served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = povfarm.Found("stranger", "a" * 16, served.url, False, "127.0.0.1")
+    monkeypatch.setattr(povfarm, "_discover", lambda *_: [here])
+    (tmp_path / "farm.key").write_text("k" * 64)
+    with pytest.raises(UserError, match="would be given your project"):
+        povfarm._find_coordinator(options_of(tmp_path, "submit"))
+    client = povfarm._find_coordinator(options_of(tmp_path, "status"))
+    assert client is not None and client.token == "", "one may look"
