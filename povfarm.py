@@ -12378,6 +12378,10 @@ class Sheepit(Dialect):
             return _Said(400)
         spent, left = (_numeral(values.get(name, "")) or 0
                        for name in ("rendertime", "remainingtime"))
+        if limit := self._limit(attempt, spent):
+            self._fail(worker, attempt, f"the frame took longer than {format_duration(limit)} "
+                                        "(see --frame-timeout)")
+            return _Said(400)
         part = {attempt.task: spent / (spent + left)} if left else {}
         self._farm.beat(worker, {attempt.lease: part}, 0.0)
         return _Said(0)
@@ -12460,6 +12464,14 @@ class Sheepit(Dialect):
             tries = [attempt for attempt in (tx.attempts(task.id) if task else [])
                      if attempt.worker == worker]
         return tries[-1] if tries else None
+
+    def _limit(self, attempt: Attempt, spent: float) -> int:
+        """Return the seconds that a try may take when it has taken longer, or 0."""
+        with self._store.read() as tx:
+            limit = (tx.job(attempt.job).options.frame_timeout
+                     or frame_timeout(tx.recent_walls(attempt.job)))
+        spent = spent or self._farm.clock.time() - attempt.started  # the oldest do not tell
+        return limit if spent > limit else 0
 
     def _task(self, number: int, frame: int) -> str:
         """Return a frame as an answer."""

@@ -561,6 +561,23 @@ def test_a_frame_that_nobody_wants_any_more_is_stopped(end: str, farm: Flock) ->
     assert farm.deliver(task, cookie) == 0, "what comes late ends nobody"
 
 
+@pytest.mark.parametrize("told", [{}, {"rendertime": "61", "remainingtime": "9"}])
+def test_a_frame_that_takes_too_long_is_stopped_and_has_failed(
+        told: Mapping[str, str], farm: Flock) -> None:
+    job, cookie = farm.submit(2, frame_timeout=60), farm.client()
+    values = {"job": farm.job_of(cookie)["id"], "frame": "0001", **told}
+    early = {**values, **({"rendertime": "59"} if told else {})}
+    farm.clock.advance(60)
+    assert farm.status("keepmealive", early, cookie) == 0
+    farm.clock.advance(1)
+    assert farm.status("keepmealive", values, cookie) == 400
+    assert farm.task(job, 1).tries == 1
+    assert "the frame took longer than 1:00 (see --frame-timeout)" in farm.ask(
+        "GET", f"/api/v1/jobs/{job}/frames/1/log").body.decode()
+    assert farm.status("error", {**values, "type": "22"}, cookie, form_of(LOG), headers=FORM) == 0
+    assert farm.task(job, 1).tries == 1
+
+
 LOG = b"""29-11 07:17:34 (debug) GUI Rendering
 29-11 07:17:34 (debug) renderer output
 29-11 07:17:34 (debug) Mem:1.00M (0.00M, Peak 12.50M)
