@@ -17142,6 +17142,9 @@ def work(options: Options) -> int:
                          args=(worker.client.hurry, options.discovery_port)).start()
         if free:
             _say(f"scenes can read and write whatever you can: {free}")
+        if sys.platform != "win32" and os.geteuid() == 0:
+            _say("this worker runs as root, so a hole in its confinement would open the whole "
+                 "computer: let it run as another user")
         _Background(worker.run).join()
         lost = len(worker.outbox) + worker.outbox.given_up
         _say(f"rendered {counted(worker.outbox.taken, 'frame')}" + (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 import pytest
 
 import povfarm
+from helpers import farm as whole_farm
 from helpers.base import wait_until
 from helpers.farm import run
 from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, farm_fixture, manifest, pov_job
@@ -519,3 +521,14 @@ def test_strangers_take_turns_and_those_who_were_let_in_do_not_wait() -> None:
         dear.over.set()
         assert {one.result(60).status for one in strangers} == {204}
     assert dear.most == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="takes root")
+def test_a_worker_that_runs_as_root_says_so(tmp_path: Path) -> None:
+    one = whole_farm.Farm(tmp_path)
+    try:
+        said = one.work().stdout
+        assert said is not None and any("let it run as another user" in line for line in said)
+    finally:
+        one.close()
