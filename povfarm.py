@@ -12292,7 +12292,7 @@ class Sheepit(Dialect):
 
     def _request_job(self, request: Request, values: Mapping[str, str]) -> _Said:
         """Answer when there is a frame: one that was not delivered yet, or a new one."""
-        member = self._member(request)
+        member, body = self._member(request), request.body.read()  # or nobody seems to go away
         refusal = self._refusal(member, values)
         if member is None or refusal:
             return _Said(refusal)
@@ -12305,7 +12305,7 @@ class Sheepit(Dialect):
                 return _Said(refusal)
         if held is None:  # when we stop, the client is to come again soon
             return _Said(200 if request.alive() else 204)
-        return _Said(0, self._task(*held))
+        return _Said(0, self._task(*held) + self._stale(body))
 
     def _download(self, request: Request, values: Mapping[str, str]) -> Response:
         job = _numeral(values.get("job", ""))
@@ -12489,6 +12489,17 @@ class Sheepit(Dialect):
                 "path": "pov.ini", "frame": str(frame).zfill(digits), "synchronous_upload": 0,
                 "extras": number, "name": job.name, "password": ""},
                 _tag("renderer", renderer) + _tag("script", {}))
+
+    def _stale(self, cache: bytes) -> str:
+        """Tell a client which of the archives that it has are of jobs that have ended."""
+        held = set(re.findall('md5="([0-9a-f]{32})"', cache.decode("latin-1")))
+        known = [(number, md5) for number, md5 in self._archives.items() if number and md5 in held]
+        with self._store.read() as tx:
+            jobs = {number: tx.find_job(number) for number, _ in known}
+        needed = {md5 for number, md5 in known if (job := jobs[number]) and job.state in (
+            JobState.ACTIVE, JobState.PAUSED, JobState.WAITING)}
+        return "".join(_tag("file", {"md5": md5, "action": "delete"})
+                       for md5 in sorted({md5 for _, md5 in known} - needed))
 
     def _md5(self, job: Job | None) -> str:
         """Return the hash of an archive, which is made once for that."""

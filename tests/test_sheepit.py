@@ -455,6 +455,24 @@ def test_what_is_not_there_to_fetch_is_404(farm: Flock) -> None:
     assert farm.send("dance", {}, cookie).status == 404
 
 
+def test_a_client_drops_the_archives_of_jobs_that_have_ended(farm: Flock) -> None:
+    cookie, held = farm.client(), {}
+    for number in range(1, 5):
+        farm.submit(2, files={"scene.pov": b"sphere {} // %d" % number}, priority=number)
+        held[number] = farm.job_of(cookie)["archive_md5"]
+        farm.send("/account.php", {}, cookie, method="GET")
+    farm.scheduler.cancel(2, "admin")
+    farm.scheduler.delete(3, "admin")
+    cache = "".join(f'<file md5="{md5}"/>' for md5 in [*held.values(), "0" * 32])
+    said = farm.told("request_job", {}, cookie, f"<cache>{cache}</cache>".encode())
+    assert said.attrib["status"] == "0"
+    assert {(one.attrib["md5"], one.attrib["action"]) for one in said.findall("file")} == {
+        (held[2], "delete"), (held[3], "delete")}
+    assert not farm.told("request_job", {}, cookie, b"<cache/>").findall("file")
+    for body in (b"\xff<cache", b'<file md5="' * 999, b"<!DOCTYPE x [<!ENTITY a 'b'>]>&a;"):
+        assert farm.status("request_job", {}, cookie, body) == 0
+
+
 # --- send_frame
 
 def test_a_frame_is_checked_and_taken(farm: Flock) -> None:
@@ -801,6 +819,17 @@ def test_recorded_a_render_that_is_stopped(version: str, wire: Wire) -> None:
     assert wire.said(wire.bytes_of(paths[5])) == 400
     assert wire.said(wire.bytes_of(paths[7])) == 0
     wire.waits_until_logout(wire.bytes_of(paths[6]), wire.bytes_of(paths[8]))
+
+
+def test_who_goes_away_while_it_waits_gets_nothing(wire: Wire) -> None:
+    paths = recorded("2016-10", "whole")
+    assert wire.said(wire.bytes_of(paths[0])) == 0
+    held = wire.send(wire.bytes_of(paths[1]))
+    wait_until(lambda: wire.farm.scheduler._states.waiting.work, "it does not wait")
+    held.close()
+    submit(wire.farm, 2)
+    wait_until(lambda: not wire.farm.scheduler._states.waiting.work, "it waits on")
+    assert states(wire.farm) == ["queued", "queued"]
 
 
 # --- what is no conversation
