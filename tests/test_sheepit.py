@@ -824,7 +824,12 @@ def test_recorded_a_render_that_is_stopped(version: str, wire: Wire) -> None:
 def test_who_goes_away_while_it_waits_gets_nothing(wire: Wire) -> None:
     paths = recorded("2016-10", "whole")
     assert wire.said(wire.bytes_of(paths[0])) == 0
-    held = wire.send(wire.bytes_of(paths[1]))
+    head, end, body = wire.bytes_of(paths[1]).partition(b"\r\n\r\n")
+    assert isinstance(wire.farm.server, povfarm.Server)
+    wait_until(lambda: not wire.farm.server._threads, "it is still answering")  # type: ignore[union-attr]
+    held = wire.send(head + end)
+    wait_until(lambda: wire.farm.server._threads, "it does not answer")  # type: ignore[union-attr]
+    held.sendall(body)  # on its own, as the clients send it
     wait_until(lambda: wire.farm.scheduler._states.waiting.work, "it does not wait")
     held.close()
     submit(wire.farm, 2)
