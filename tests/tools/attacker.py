@@ -1,6 +1,8 @@
 """Listens to a farm's whole traffic, then tries to come in with everything that it has heard.
 
-``python tests/tools/attacker.py`` starts a private farm, whose workers and commands all go through a
+    python tests/tools/attacker.py
+
+starts a private farm, whose workers and commands all go through a
 relay that writes everything down: one worker with the key, one that is admitted by its code, a
 job, its pictures. Then it sends everything again, as it was and changed, also after a restart;
 shows and signs with everything heard that may be a secret; and pretends to be the coordinator, with
