@@ -15707,6 +15707,25 @@ def _windows_cpu(program: subprocess.Popen[bytes]) -> float:
     return (times[2].value + times[3].value) / 1e7
 
 
+def confined(program: str, reads: str, writes: str) -> Callable[[], None] | None:
+    """Return what holds another program to what a renderer may, as ``preexec_fn``; None elsewhere.
+
+    It reads what is in one directory and what was installed with it, and writes in the other.
+    """
+    if sys.platform != "linux":
+        return None
+    kernel, installed = _Kernel(), Path(program).resolve()
+    prefix = installed.parent.parent
+    own = installed.parent.name == "bin" and prefix not in (Path("/"), *Path.home().parents,
+                                                            Path.home())
+    runs = (*_SYSTEM, str(prefix if own else installed))
+
+    def confine() -> None:
+        _limit(Bounds(memory=total_memory()))
+        kernel.confine(runs, (reads,), writes)
+    return confine
+
+
 def make_launcher(nice: int = 0) -> Launcher | WindowsLauncher:
     """Return the launcher for this system; call it before any thread is started."""
     return Launcher(nice) if hasattr(os, "fork") else WindowsLauncher(nice)
@@ -19132,16 +19151,20 @@ def _make_video(ffmpeg: str, frames: Sequence[Path], to: Path, rate: Fraction) -
     # EXR is the only other type whose values are amounts of light, which ffmpeg would show dark.
     light = ["-apply_trc", "iec61966_2_1"] if kind == ".exr" else []
     with _film(to) as part:
+        images = part.parent.with_name("images")
+        images.mkdir()
         for number, frame in enumerate(frames):
-            _link_or_copy(frame.resolve(), part.with_name(f"{number}{kind}"))
+            _link_or_copy(frame.resolve(), images / f"{number}{kind}")
         # Players expect even sizes and colours at half the resolution, and take the colours of
         # large pictures for those of BT.709 where nothing else is said.
         look = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709,format=yuv420p",
                 "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
         done = subprocess.run(
             [ffmpeg, "-hide_banner", "-loglevel", "error", "-framerate", str(rate), *light,
-             "-i", f"%d{kind}", *([] if to.suffix == ".gif" else look), part.name],
-            cwd=part.parent, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+             "-i", f"../{images.name}/%d{kind}", *([] if to.suffix == ".gif" else look), part.name],
+            cwd=part.parent, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+            # The images come from workers.
+            preexec_fn=confined(ffmpeg, str(images), str(part.parent)))
         if done.returncode:
             last = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2].strip()
             raise FarmError(

@@ -445,6 +445,29 @@ def test_render_says_before_it_begins_that_there_can_be_no_film(
     assert result.stderr.count("\n") == 1 and [path.name for path in place.iterdir()] == ["scene.pov"]
 
 
+@pytest.mark.skipif(povfarm.landlock_abi() == 0, reason="needs Landlock")
+def test_what_makes_a_film_reads_the_images_and_writes_the_film(tmp_path: Path) -> None:
+    place, programs = project(tmp_path), tmp_path / "programs"
+    programs.mkdir()
+    (tmp_path / "secret").write_text("secret\n")
+    program = programs / "ffmpeg"
+    program.write_text(
+        "#!/bin/sh\nfor last; do :; done\n"  # it may start no others
+        f"read word <{tmp_path}/secret; read image <../images/0.png\n"
+        'echo "film${word:+ with a secret}${image:+ with an image}" >$last\n'
+        f"for name in {place}/new ../images/0.png ../images/new; do echo x >>$name; done; exit 0\n")
+    program.chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [*POVFARM, "render", "scene.pov", "+KFF2", *SMALL, "--video", "film.mp4"], cwd=place,
+        capture_output=True, env={**environment(tmp_path), "PATH": path}, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (place / "film.mp4").read_text() == "film with an image\n"
+    assert sorted(each.name for each in place.iterdir()) == [
+        "film.mp4", "scene.pov", "scene1.png", "scene2.png"]
+    assert not (place / "scene1.png").read_bytes().endswith(b"x\n")
+
+
 def test_no_film_is_made_without_ffmpeg_or_a_frame(farm: Farm, tmp_path: Path) -> None:
     place = project(tmp_path)
     job = farm.submit(place, "scene.pov", "+KFF3", *SMALL)
