@@ -6258,7 +6258,8 @@ class Server(http.server.HTTPServer):
     come yet, so ten thousand that are idle or slow cost memory only; a request
     gets a thread. The connection that has been idle for longest makes room for
     a new one. Port 0 picks a free one; ``port`` tells which. A port or an
-    address that cannot be had is a ``UserError``.
+    address that cannot be had is a ``UserError``. With 127.0.0.1 goes [::1], so that
+    nobody else on this computer gets what is sent to ``localhost``.
     """
 
     request_queue_size = 1024  # the base's 5 are too few when all workers come back at once
@@ -6290,8 +6291,10 @@ class Server(http.server.HTTPServer):
                               "with --port",
             }.get(error.errno or 0, f"cannot listen on {host} port {port}: {error.strerror}")
             ) from error
-        self.socket.settimeout(0)
         self.port: int = self.server_address[1]
+        self._listeners = [self.socket, *self._at_localhost(host)]
+        for listener in self._listeners:
+            listener.settimeout(0)
         self._most = min(self.limits.connections, _descriptors(self.limits.connections))
         self._wakee, self._waker = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -6304,6 +6307,18 @@ class Server(http.server.HTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
         socketserver.TCPServer.server_bind(self)
 
+    def _at_localhost(self, host: str) -> list[socket.socket]:
+        if host not in ("0.0.0.0", "127.0.0.1"):
+            return []
+        try:
+            return [socket.create_server(("::1", self.port), family=socket.AF_INET6,
+                                         backlog=self.request_queue_size)]
+        except OSError as error:  # most often there is no IPv6
+            if error.errno == errno.EADDRINUSE:
+                log.warning("port %d of [::1] is another program's: write 127.0.0.1 on this "
+                            "computer, and not localhost", self.port)
+            return []
+
     def start(self) -> None:
         """Begin to answer, in a thread of its own."""
         self._thread.start()
@@ -6315,9 +6330,9 @@ class Server(http.server.HTTPServer):
         self._wake()
         if self._thread.is_alive():
             self._thread.join(self.limits.stop_seconds)
-        self.server_close()
-        for one in (self._wakee, self._waker, self._selector):
+        for one in (*self._listeners, self._wakee, self._waker):
             one.close()
+        self._selector.close()
         with self.changed:
             # Not by a Clock: these are threads in system calls.
             self.changed.wait_for(lambda: not self.connections, self.limits.stop_seconds)
@@ -6335,18 +6350,18 @@ class Server(http.server.HTTPServer):
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
         """Hold all connections until the end. The base's serves one, and waits with it."""
-        self._selector.register(self.socket, selectors.EVENT_READ)
-        self._selector.register(self._wakee, selectors.EVENT_READ)
+        for wanted in (*self._listeners, self._wakee):
+            self._selector.register(wanted, selectors.EVENT_READ)
         limits, looked = self.limits, time.monotonic()
         pause = min(poll_interval, limits.head_seconds, limits.idle_seconds, limits.linger_seconds)
         while not self.stopping.is_set():
             for key, _ in self._selector.select(pause if self._held else None):
                 if key.data in self._held:  # it may have had to make room meanwhile
                     self._step(key.data, key.data.fill)
-                elif key.fileobj is self.socket:
-                    self._accept()
                 elif key.fileobj is self._wakee:
                     self._wakee.recv(BUFFER)
+                elif isinstance(key.fileobj, socket.socket) and key.data is None:
+                    self._accept(key.fileobj)
             while self._served:
                 self._hold(self._served.popleft())
             now = time.monotonic()
@@ -6357,10 +6372,10 @@ class Server(http.server.HTTPServer):
         for connection in (*self._held, *self._served):
             connection.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         for _ in range(100):  # and then those that are here already have their turn
             try:
-                sock, address = self.get_request()
+                sock, address = listener.accept()
                 if len(self.connections) >= self._most and not self._make_room():
                     sock.close()
                     raise OSError(f"there are {self._most} already, and all are busy")
@@ -16174,6 +16189,8 @@ class Cache:
             path = safe_join(tree, file.path)
             if not _holds(path, file):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if file.size > free_room(tree):  # or it would be full before that is noticed
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
                 if self._near is not None:
                     shutil.copyfile(self._near(file.sha256), path)
                 elif not self._copy(key, file, path):

@@ -791,6 +791,28 @@ def test_a_port_can_be_had_again_at_once() -> None:
     again.stop()
 
 
+def test_localhost_is_the_servers_whichever_address_it_means(
+        caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        other = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with serving(Pages(), host=host) as server:
+            for address in ("127.0.0.1", "::1"):
+                with socket.create_connection((address, server.port), 10) as sock:
+                    sock.sendall(GOOD)
+                    assert sock.recv(1000).startswith(b"HTTP/1.1 200")
+        with pytest.raises(OSError):
+            socket.create_connection(("::1", server.port), 10)
+    assert caplog.messages == []
+    with other:  # who has it already keeps it, which is told
+        server = Server(Router(authenticate=stranger), "127.0.0.1", other.getsockname()[1])
+        server.stop()
+    assert [f"port {server.port} of [::1] is another program's" in text
+            for text in caplog.messages] == [True]
+
+
 def test_ipv6_is_served_and_ipv4_clients_of_it_keep_their_address() -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()

@@ -188,6 +188,18 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(
     assert len(farm.asked) == 2
 
 
+def test_no_file_is_fetched_that_would_fill_the_disk(
+        farm: FakeCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    monkeypatch.setattr(povfarm, "free_room", lambda place: 100)
+    with cache.project(farm.project({"a.pov": b"a" * 100}, {}), 1):
+        pass
+    with pytest.raises(OSError) as error, cache.project(farm.project({"a.pov": b"a" * 101}, {}), 1):
+        pass
+    assert povfarm.takes_nothing(error.value)  # so the frame is handed back, and no try lost
+    assert len(farm.asked) == 1
+
+
 def test_the_cache_stays_within_its_size_but_keeps_what_is_used(
         farm: FakeCoordinator, tmp_path: Path) -> None:
     cache: Any = Cache(tmp_path, 2500, farm)  # type: ignore[arg-type]
