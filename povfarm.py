@@ -1580,6 +1580,8 @@ class _CommandLine:
         except OSError as error:
             raise UserError(f"cannot read the INI file {path}: {error.strerror}") from None
         self.files.append(path)
+        if not self.open:
+            self.typed.add(path)
         self.open.append(path)
         section = rest.split("]")[0] if bracket else None
         self.read_text(_Text(self._decoded(data, path), path), section)
@@ -1793,8 +1795,8 @@ class _CommandLine:
         kept = {key: value for key, value in values.items()
                 if key in _WRITABLE and key not in (*_OF_NO_USE, *texts)}
         files = tuple(dict.fromkeys(self.files))
-        names = {*self.library, values.get("Input_File_Name", ""), values.get("Create_Ini", ""),
-                 values.get("Output_File_Name", "")} - self.typed
+        names = {*self.library, *files, values.get("Input_File_Name", ""),
+                 values.get("Create_Ini", ""), values.get("Output_File_Name", "")} - self.typed
         declares = tuple(declare for declare in self.declares if not declare.endswith("="))
         return PovOptions(kept, declares, library, files, tuple(self.warnings),
                           self.needs, frozenset(names), texts, append,
@@ -18027,12 +18029,19 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
 
 
 def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
-    """Refuse what an INI file, and not a person, puts where it may not."""
+    """Refuse what an INI file, and not a person, puts where it may not.
+
+    It reaches up to the directory that what was typed has in common with the current one.
+    """
     image, ini = pov.values.get("Output_File_Name", ""), pov.creates[0]
+    base, reach = real_path(directory), _Reach(directory)
+    for path in {*pov.ini_files, pov.scene} - pov.by_file:
+        common = _common(base, real_path(directory / path).parent)
+        base = common if common and reach.is_proper(common) else base
     for key, said, name, fits in (
             ("Output_File_Name", image, plan.output_name(plan.frames[0]), True),
             ("Create_Ini", ini, ini, ini.lower().endswith(".ini"))):
-        real, base = real_path(directory / name), real_path(directory)
+        real = real_path(directory / name)
         inside = real.relative_to(base).parts if base in real.parents else ()
         if said and said in pov.by_file and not (fits and inside and not any(map(_is_hot, inside))):
             raise UserError(f"{key} of an INI file leads to {real}, which only you may name: add "

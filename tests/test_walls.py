@@ -240,6 +240,23 @@ def test_an_ini_file_puts_nothing_elsewhere(line: str, tmp_path: Path) -> None:
         assert done.returncode == 0 and (tmp_path / "Pictures/photo.png").read_bytes() != b"mine"
 
 
+@pytest.mark.slow
+def test_an_ini_file_puts_images_as_far_up_as_it_was_typed(tmp_path: Path) -> None:
+    here = tmp_path / "project" / "scenes"
+    here.mkdir(parents=True)
+    (here / "s.pov").write_text("sphere { 0, 1 }\n")
+    for folder in ("project/out", "out"):
+        (tmp_path / folder).mkdir()
+        ini = f"Input_File_Name=s.pov\nWidth=8\nHeight=6\nOutput_File_Name={tmp_path}/{folder}/\n"
+        (tmp_path / "project" / f"{folder[:3]}.ini").write_text(ini)
+    assert run(tmp_path, "render", "../pro.ini", cwd=here).returncode == 0
+    refused = run(tmp_path, "render", "../out.ini", cwd=here)
+    assert refused.returncode == 2 and "only you may name" in refused.stderr
+    (here / "inner.ini").write_text("Include_Ini=../out.ini\n")  # reads it, as POV-Ray does
+    assert run(tmp_path, "render", "inner.ini", cwd=here).returncode == 2
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["s.png"]
+
+
 # --- words
 
 # Each steers a terminal, forges a line, or turns the order of what follows.

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-POVFARM = [sys.executable, str(ROOT / "povfarm.py")]
+POVFARM = [sys.executable, str(ROOT / "tests" / "helpers" / "started.py")]
 EXAMPLES = Path("/usr/share/doc/povray/examples")
 
 REQUIRED = set(filter(None, os.environ.get("POVFARM_TEST_REQUIRE", "").split(",")))
