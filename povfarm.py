@@ -1795,8 +1795,8 @@ class _CommandLine:
         kept = {key: value for key, value in values.items()
                 if key in _WRITABLE and key not in (*_OF_NO_USE, *texts)}
         files = tuple(dict.fromkeys(self.files))
-        names = {*self.library, *files, values.get("Input_File_Name", ""),
-                 values.get("Create_Ini", ""), values.get("Output_File_Name", "")} - self.typed
+        names = {*self.library, *files, *filter(None, map(values.get, (
+            "Input_File_Name", "Create_Ini", "Output_File_Name")))} - self.typed
         declares = tuple(declare for declare in self.declares if not declare.endswith("="))
         return PovOptions(kept, declares, library, files, tuple(self.warnings),
                           self.needs, frozenset(names), texts, append,
@@ -3287,6 +3287,15 @@ def _common(one: Path, other: Path) -> Path | None:
     with contextlib.suppress(ValueError):
         return Path(os.path.commonpath([one, other]))
     return None
+
+
+def top_of(directory: Path, files: Iterable[Path]) -> Path:
+    """Return the directory that one has in common with files, no home or top of a disk."""
+    top, reach = real_path(directory), _Reach(directory)
+    for file in files:
+        common = _common(top, real_path(file).parent)
+        top = common if common and reach.is_proper(common) else top
+    return top
 
 
 def is_shared(path: Path) -> bool:
@@ -15736,11 +15745,12 @@ def confined(program: str, reads: str, writes: str) -> Callable[[], None] | None
     own = installed.parent.name == "bin" and prefix not in (Path("/"), *Path.home().parents,
                                                             Path.home())
     runs = (*_SYSTEM, str(prefix if own else installed))
+    return functools.partial(_confine, kernel, runs, reads, writes)
 
-    def confine() -> None:
-        _limit(Bounds(memory=total_memory()))
-        kernel.confine(runs, (reads,), writes)
-    return confine
+
+def _confine(kernel: _Kernel, runs: Sequence[str], reads: str, writes: str) -> None:
+    _limit(Bounds(memory=total_memory()))
+    kernel.confine(runs, (reads,), writes)
 
 
 def make_launcher(nice: int = 0) -> Launcher | WindowsLauncher:
@@ -18034,10 +18044,8 @@ def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
     It reaches up to the directory that what was typed has in common with the current one.
     """
     image, ini = pov.values.get("Output_File_Name", ""), pov.creates[0]
-    base, reach = real_path(directory), _Reach(directory)
-    for path in {*pov.ini_files, pov.scene} - pov.by_file:
-        common = _common(base, real_path(directory / path).parent)
-        base = common if common and reach.is_proper(common) else base
+    base = top_of(directory, [directory / path for path in
+                              {*pov.ini_files, pov.scene} - pov.by_file])
     for key, said, name, fits in (
             ("Output_File_Name", image, plan.output_name(plan.frames[0]), True),
             ("Create_Ini", ini, ini, ini.lower().endswith(".ini"))):

@@ -123,6 +123,7 @@ def test_the_printed_worker_command_works_and_a_wrong_pin_is_refused(
             assert "/login/" in lines[1] and "https://127.0.0.1:" in lines[1]
             typed = shlex.split(lines[2].partition("povfarm.py ")[2])
             assert typed[0] == "work" and typed[-2:] == ["--pin", note["pin"]]
+            typed[1:1] = ["--key-file", str(farm_data / "farm.key")]  # or it waits to be let in
             queued = run(tmp_path, "submit", "scene.pov", "+W40", "+H30", "--data", str(farm_data))
             assert queued.returncode == 0, queued.stderr
             worked = run(tmp_path, *typed, "--until-idle")

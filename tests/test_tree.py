@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import threading
+import subprocess
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
 import pytest
 
-from helpers.base import run_povray
+from helpers.base import run_povray, wait_until
 from helpers.farm import Farm, run
 from helpers.pictures import pixels_of
 
@@ -126,19 +126,14 @@ def test_a_missed_file_that_may_not_go_along_is_told(farm: Farm, tmp_path: Path)
 
 def test_a_file_that_does_not_hold_still_stays_out(farm: Farm, tmp_path: Path) -> None:
     lay_out(tmp_path, {"s.pov": RED})
-    log, stop = tmp_path / "live.log", threading.Event()
-
-    def write() -> None:
-        while not stop.is_set():
-            with open(log, "a") as file:
-                file.write("another line\n")
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        result = run(farm.tmp_path, "submit", "--wait", "s.pov", "+W32", "+H24", cwd=tmp_path)
-    finally:
-        stop.set()
-        thread.join()
+    with open(tmp_path / "live.log", "wb") as log:
+        log.truncate(128 << 20)  # it takes a while to read
+    with subprocess.Popen(["sh", "-c", "while :; do echo line; done >>live.log"],
+                          cwd=tmp_path) as writer:
+        try:
+            wait_until(lambda: (tmp_path / "live.log").stat().st_size > 128 << 20)
+            result = run(farm.tmp_path, "submit", "--wait", "s.pov", "+W32", "+H24", cwd=tmp_path)
+        finally:
+            writer.kill()
     assert result.returncode == 0, result.stderr
     assert "does not name them: live.log" in result.stderr
