@@ -9,6 +9,7 @@ import http.cookiejar
 import itertools
 import json
 import random
+import socket
 import stat
 import subprocess
 import sys
@@ -472,17 +473,20 @@ def test_nobody_else_sees_what_serve_work_and_backup_keep(tmp_path: Path, povray
 
 
 def test_localhost_is_the_coordinators_own_address(served: Coordinator) -> None:
-    """Whoever has the port of [::1] is not asked."""
+    """Nobody gets its port of [::1]; and whoever had that before is not asked."""
     try:
-        thief = povfarm.Server(served.router, "::1", served.port)
-    except UserError:
+        thief = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
         pytest.skip("this machine has no IPv6")
-    thief.router = None  # type: ignore[assignment]
-    thief.start()
-    client = Client(f"http://localhost:{served.port}", served.key, retry_for=0)
-    assert client.get("/api/v1/farm")["farm_id"] == served.access.farm_id
-    client.close()
-    thief.stop()
+    with pytest.raises(UserError, match="in use"):
+        povfarm.Server(served.router, "::1", served.port)
+    with thief:
+        server = povfarm.Server(served.router, "127.0.0.1", thief.getsockname()[1])
+        server.start()
+        client = Client(f"http://localhost:{server.port}", served.key, retry_for=0)
+        assert client.get("/api/v1/farm")["farm_id"] == served.access.farm_id
+        client.close()
+        server.stop()
 
 
 @pytest.mark.slow
