@@ -18,6 +18,7 @@ import pytest
 
 import povfarm
 from helpers.base import ROOT, need, run_povray
+from helpers.clients import ANIMATION, PART
 from helpers.farm_in_a_box import KEY, SCENE, Farm, manifest, pov_job
 from helpers.invariants import broken
 from helpers.pictures import png
@@ -620,17 +621,6 @@ def test_what_the_clients_own_ini_file_might_say_is_said(farm: OldFarm) -> None:
 
 # --- a client's own steps, with the real POV-Ray
 
-# Without assumed_gamma, of which POV-Ray warns in words that clients take for an error.
-ANIMATION = """#version 3.7;
-#include "colours.inc"
-#include "part.inc"
-camera { location <0, 1, -5> look_at 0 }
-light_source { <5, 5, -5>, 1 }
-sphere { <clock, 0, 0>, 1 pigment { rgb <frame_number / 20, final_frame / 20, clock_delta> } }
-Part(initial_clock, final_clock, initial_frame)
-"""
-PART = """#macro Part(A, B, C) sphere { <A, B, C> / 3, 0.5 pigment { Mine } } #end
-"""
 INI = """Input_File_Name=scene.pov
 Width=40
 Height=30

@@ -27,6 +27,7 @@ import pytest
 
 import povfarm
 from helpers.base import POVFARM, ROOT, need, run_povray, tried, wait_until
+from helpers.clients import ANIMATION, PART
 from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, Reply, manifest, pov_job
 from helpers.invariants import broken
@@ -963,17 +964,6 @@ class Client:
         shutil.rmtree(scene, ignore_errors=True)
 
 
-# Without assumed_gamma, of which POV-Ray warns.
-ANIMATION = """#version 3.7;
-#include "colours.inc"
-#include "part.inc"
-camera { location <0, 1, -5> look_at 0 }
-light_source { <5, 5, -5>, 1 }
-sphere { <clock, 0, 0>, 1 pigment { rgb <frame_number / 20, final_frame / 20, clock_delta> } }
-Part(initial_clock, final_clock, initial_frame)
-"""
-PART = """#macro Part(A, B, C) sphere { <A, B, C> / 3, 0.5 pigment { Mine } } #end
-"""
 INI = """Input_File_Name=scene.pov
 Width=40
 Height=30
