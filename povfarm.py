@@ -742,6 +742,12 @@ _tls = functools.partial(
 _role = functools.partial(_word, pattern="user|viewer|submit",
                           refusal="not one of user, viewer, submit")
 _most = functools.partial(_whole, least=0, most=2**50, refusal="a whole number from 0 up")
+_batch = functools.partial(
+    _whole, least=0, most=1000, refusal="a number of frames from 0 to 1000 (0: as many as suit)")
+_order = functools.partial(_word, pattern="forward|reverse|spread|random",
+                           refusal="not one of forward, reverse, spread, random")
+_spans = functools.partial(_word, pattern=r"(\d{1,9}(-\d{1,9})?(,(?=\d)|$)){0,99}",
+                           refusal="no list of frames: write 1-10,50")
 
 
 def _priority(text: str) -> int:
@@ -879,6 +885,13 @@ SETTINGS: tuple[Setting, ...] = (
             "render frames in order on one computer; default if one reads another", "job set"),
     Setting("frames", str, "", "which frames of an animation to render, such as 1-10,50", "job",
             "LIST"),
+    Setting("first", _spans, "", "which of the frames go first, such as 50-60", "job set", "LIST"),
+    Setting("order", _order, "forward",
+            "in which order frames are handed out: forward, reverse, spread or random", "job set",
+            "ORDER"),
+    Setting("batch", _batch, 0,
+            "frames that a worker gets at a time, 1 to stripe them; default: as many as suit",
+            "job set", "N"),
     Setting("slices", _slices, "auto",
             "cut each frame into slices for several workers: auto, off or a number", "job set",
             "N"),
@@ -4795,7 +4808,8 @@ class JobOptions:
     frames (``animation``), or nobody's (``off``). ``povray`` is the version
     that renders: ``auto`` for that of the first worker, ``any``, or how it begins.
     ``verify`` percent of the frames are rendered by two workers and compared.
-    ``frame_timeout`` is in seconds; 0 goes by the frames that are done.
+    ``frame_timeout`` is in seconds; 0 goes by the frames that are done. The frames in ``first``
+    are handed out before others, all in this ``order``, ``batch`` at a time; 0 for as many as suit.
     """
 
     priority: int = 0
@@ -4807,6 +4821,9 @@ class JobOptions:
     povray: str = "auto"
     verify: int = 0
     frame_timeout: int = 0
+    first: str = ""
+    order: str = "forward"
+    batch: int = 0
 
     def changed(self, changes: Mapping[str, Any]) -> JobOptions:
         """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
@@ -5109,6 +5126,26 @@ def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0,
                 math.ceil(queued / max(slots - runs, slots // 4, 1)))
     long = max(int(longest / (cost.cpu + 0.25)), 1)  # POV-Ray sleeps so long between two frames
     return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
+
+
+def spans_of(first: str, frames: range) -> list[tuple[int, int]]:
+    """Return the lowest and the highest frame of each span that is handed out before the next."""
+    ends = [part.partition("-")[::2] for part in first.split(",") if part]
+    return [*((int(low), int(high or low)) for low, high in ends), (frames[0], frames[-1])]
+
+
+def next_place(order: str, low: int, high: int, job: int, dealt: int) -> int:
+    """Return the frame from which on a job's next batch is looked for, when so many are dealt.
+
+    ``spread`` shows soon what the whole is like: the first frame, the middle one, the quarters,
+    and so on.
+    """
+    part = 0.0
+    if order == "spread":
+        part = int(f"{dealt:b}"[::-1], 2) / 2 ** dealt.bit_length()
+    elif order == "random":
+        part = random.Random(f"{job} {dealt}").random()
+    return low + int(part * (high - low + 1))
 
 
 def frame_state(slices: Collection[TaskState], state: TaskState) -> TaskState:
@@ -8072,17 +8109,22 @@ class Look:
             SELECT * FROM task WHERE job = :job AND state = :state AND slice = 0
             ORDER BY frame""", job=job, state=state.value)
 
-    def next_tasks(self, job: int, worker: int, limit: int) -> list[Task]:
-        """Return queued whole frames that this worker has not failed or rendered yet."""
-        return self._all(Task, """
+    def next_tasks(self, job: int, worker: int, limit: int, low: int, high: int,
+                   backwards: bool = False) -> list[Task]:
+        """Return queued whole frames that this worker has not failed or rendered yet.
+
+        Those from ``low`` to ``high``.
+        """
+        return self._all(Task, f"""
             SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
-            AND cut IS NULL AND NOT EXISTS (
+            AND frame BETWEEN :low AND :high AND cut IS NULL AND NOT EXISTS (
               SELECT 1 FROM attempt WHERE attempt.task = task.id
               AND attempt.worker = :worker AND attempt.state = 'failed')
             AND NOT EXISTS (
               SELECT 1 FROM attempt WHERE attempt.task = task.id
               AND attempt.worker = :worker AND attempt.state = 'kept')
-            ORDER BY frame LIMIT :limit""", job=job, worker=worker, limit=limit)
+            ORDER BY frame {"DESC" if backwards else ""} LIMIT :limit""",
+            job=job, worker=worker, limit=limit, low=low, high=high)
 
     def newest_task_of(self, job: int) -> Task | None:
         """Return the frame of one job that was finished last."""
@@ -9767,16 +9809,30 @@ class _Deal:
         slots = self._offer.slots + sum(self._states.presence(other).slots
                                         for other in self._muster.live - {self._worker.id})
         longest = SHORT_TURN if job.owner != ADMIN or self._tx.people() else 10.0
-        size = lease_size(job.queued, slots, job.mean_cost, job.runs, longest)
-        tasks = self._tx.next_tasks(job.id, self._worker.id, size)
+        alone = job.options.order in ("spread", "random")
+        size = job.options.batch or (1 if alone else lease_size(
+            job.queued, slots, job.mean_cost, job.runs, longest))
+        tasks = self._next(job, size)
         if not tasks and job.queued:
             return [task for task in self._tx.tasks_in(job.id, TaskState.QUEUED)
                     if task.cut is None and self._may_try(job, task)][:1]
         step = job.pov.plan.frames.step
         for index in range(1, len(tasks)):
-            if tasks[index].frame != tasks[index - 1].frame + step:
-                return tasks[:index]
-        return tasks
+            if abs(tasks[index].frame - tasks[index - 1].frame) != step:
+                tasks = tasks[:index]
+                break
+        return sorted(tasks, key=operator.attrgetter("frame"))
+
+    def _next(self, job: Job, size: int) -> list[Task]:
+        """Find so many queued frames at most, as the job wants them to be handed out."""
+        options, dealt = job.options, (sum(job.counts.values()) - job.queued) // size
+        for low, high in spans_of(options.first, job.pov.plan.frames):
+            for start in (next_place(options.order, low, high, job.id, dealt), low):
+                tasks = self._tx.next_tasks(job.id, self._worker.id, size, start, high,
+                                            options.order == "reverse")
+                if tasks:
+                    return tasks
+        return []
 
     def _may_try(self, job: Job, task: Task) -> bool:
         """What a worker failed or had its turn at goes back to it only when nobody else is left."""
@@ -9803,7 +9859,7 @@ class _Deal:
             if frame.uncut and self._is_ready(frame):
                 return self._cut(job, frame)
         if self._wants_slices(job) and self._may_begin(job):
-            for frame in self._tx.next_tasks(job.id, self._worker.id, 1):
+            for frame in self._next(job, 1):
                 if not frame.state_of:  # what is begun is gone on with, and divided if it drags
                     return self._begin_slices(job, frame)
         return None
@@ -10666,6 +10722,10 @@ def _check_options(pov: PovJob, options: JobOptions) -> JobOptions:
     problem = unsliceable(pov, options.in_order, options.slices)
     if problem and options.slices.isdecimal() and options.slices != "1":
         raise UserError(f"this job cannot be sliced: {problem}")
+    if options.in_order and (options.first or options.order != "forward"):
+        raise UserError("the frames of this job run in order: give neither --first nor --order")
+    if options.first:
+        pov.plan.chosen(options.first)  # refuses what is no frame
     if not options.verify:
         return options
     problem = unverifiable(pov, options)
@@ -17087,7 +17147,7 @@ class Draft:
         if self.chosen:  # begins with the first of them, as with +SF
             values = {**values, "Subset_Start_Frame": str(self.frames[0])}
         return replace(self, pov=replace(self.pov, values=values),
-                       options=replace(self.options, in_order=True))
+                       options=replace(self.options, in_order=True, first="", order="forward"))
 
     def over(self, project: Project) -> Draft:
         """Return the same job over the files of a project."""

@@ -1973,3 +1973,81 @@ def test_the_failure_that_is_shown_is_of_the_first_frame(farm: Farm) -> None:
     farm.finish(anna, leases[2])
     farm.finish(anna, farm.lease(anna))
     assert farm.state(job) == "failed" and shown() == 2
+
+
+# --- the order in which frames are handed out
+
+def handed_out(farm: Farm, job: int, **offer: Any) -> List[List[int]]:
+    """Let one worker render all of a job; return the frames of each lease."""
+    worker, order = farm.worker(), []
+    while farm.state(job) == "active":
+        lease = farm.lease(worker, **offer)
+        order.append([task.frame for task in lease.tasks])
+        for index in range(len(lease.tasks)):
+            farm.finish(worker, lease, index)
+    assert sorted(itertools.chain(*order)) == list(range(1, len(farm.tasks(job)) + 1))
+    return order
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, [1, 2, 3, 4, 5, 6, 7, 8]),
+    ({"order": "reverse"}, [8, 7, 6, 5, 4, 3, 2, 1]),
+    ({"order": "spread"}, [1, 5, 3, 7, 2, 6, 4, 8]),
+    ({"first": "5-6"}, [5, 6, 1, 2, 3, 4, 7, 8]),
+    ({"first": "7,2-3"}, [7, 2, 3, 1, 4, 5, 6, 8]),
+    ({"first": "3-5", "order": "reverse"}, [5, 4, 3, 8, 7, 6, 2, 1]),
+])
+def test_frames_are_handed_out_in_the_order_that_the_job_asks_for(
+        farm: Farm, options: Dict[str, Any], expected: List[int]) -> None:
+    job = farm.submit(8, batch=1, **options)
+    assert handed_out(farm, job) == [[frame] for frame in expected]
+
+
+def test_random_is_no_order_and_every_frame_comes_once(farm: Farm) -> None:
+    orders = [handed_out(farm, farm.submit(40, order="random")) for _ in range(2)]
+    assert orders[0] != orders[1]  # two jobs, two orders
+    for order in orders:
+        assert all(len(frames) == 1 for frames in order)
+        steps = [after[0] - before[0] for before, after in zip(order, order[1:])]
+        assert min(steps) < 0 < max(steps) and len(set(steps)) > 10
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({"batch": 3}, [[1, 2, 3], [4, 5, 6], [7, 8]]),
+    ({"batch": 3, "order": "reverse"}, [[6, 7, 8], [3, 4, 5], [1, 2]]),
+    ({"batch": 3, "first": "5-6"}, [[5, 6], [1, 2, 3], [4], [7, 8]]),
+    ({"batch": 2, "order": "spread"}, [[1, 2], [5, 6], [3, 4], [7, 8]]),
+])
+def test_a_batch_is_so_many_neighbours_however_many_workers_there_are(
+        farm: Farm, options: Dict[str, Any], expected: List[List[int]]) -> None:
+    for name in "cdefg":
+        farm.worker(name)
+    assert handed_out(farm, farm.submit(8, **options), slots=7) == expected
+
+
+def test_the_order_is_changed_while_a_job_runs(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(8, batch=1)
+    farm.finish(worker, farm.lease(worker))
+    farm.scheduler.change(job, {"first": "6", "order": "reverse"})
+    assert [farm.lease(worker).tasks[0].frame for _ in range(3)] == [6, 8, 7]
+
+
+@pytest.mark.parametrize("options, problem", [
+    ({"first": "9"}, "it has 1 to 8"), ({"first": "x"}, "cannot be set"),
+    ({"order": "backwards"}, "cannot be set"), ({"batch": 1001}, "cannot be set"),
+    ({"in_order": True, "order": "reverse"}, "run in order"),
+    ({"in_order": True, "first": "2"}, "run in order"),
+])
+def test_an_order_that_cannot_be_is_refused(
+        farm: Farm, options: Dict[str, Any], problem: str) -> None:
+    job = farm.submit(8)
+    with pytest.raises(UserError, match=problem):
+        farm.scheduler.change(job, options)
+    assert farm.job(job).options == JobOptions()
+
+
+def test_slices_are_begun_in_the_order_that_the_job_asks_for(farm: Farm) -> None:
+    worker = farm.worker()
+    farm.submit(3, slices="2", order="reverse", values={"Height": "64", "Width": "64"})
+    assert [(lease.tasks[0].kind, lease.tasks[0].frame)
+            for lease in farm.leases(worker, want=1)] == [("slice", 3)]
