@@ -1839,9 +1839,6 @@ class _CommandLine:
         return None if kind in ("gamma", "dither") or alone else value
 
 
-
-
-
 def _decoded_line(line: bytes) -> str:
     with contextlib.suppress(UnicodeDecodeError):
         return line.decode("utf-8")
@@ -2952,9 +2949,6 @@ class Project:
                        sources=sources), left_out
 
 
-
-
-
 HashCache = Dict[Tuple[str, int, int], str]  # (path, size, mtime in ns) -> SHA-256
 
 
@@ -3290,9 +3284,6 @@ class _Reach:
             known = known or (self._folder(folder.parent, base) if folder != base else "")
             self._folders[folder, base] = known
         return known
-
-
-
 
 
 def _common(one: Path, other: Path) -> Path | None:
@@ -3890,9 +3881,6 @@ class _Name(NamedTuple):
         return starts[1].startswith(starts[0]) and ends[1].endswith(ends[0])
 
 
-
-
-
 _WRITING = frozenset(["write", "append", "save_file"])
 _WRITES = re.compile(rb"#\s*fopen|save_file|\b(?:exr|gif|hdr|jpeg|png|ppm|tga|tiff)\s+[A-Za-z_]")
 _MACRO = re.compile(rb"#\s*macro\s+(\w+)")
@@ -4047,9 +4035,6 @@ def _whole_and_not(names: set[_Name], most: int) -> tuple[set[_Name], set[_Name]
 
 def _literal(word: str) -> str:
     return word[1:-1].replace('\\"', '"')  # no other escape counts in a file's name
-
-
-
 
 
 def _decoded(data: bytes) -> str:
@@ -4463,9 +4448,6 @@ def _garbled(name: str) -> set[str]:
     return {_as_povray_reads(name, charset) for charset in ("latin-1", "utf-8")}
 
 
-
-
-
 def _checked(file: FileEntry) -> FileEntry:
     """Return ``file`` when each of its values is one that a file can have."""
     good = (
@@ -4631,37 +4613,19 @@ class AttemptState(Word):
 
 # A task may be DONE from any unfinished state, and from FAILED: a good picture
 # is never thrown away, however late it comes.
-TRANSITIONS: frozenset[tuple[TaskState, TaskState]] = frozenset({
-    (TaskState.QUEUED, TaskState.LEASED),
-    (TaskState.QUEUED, TaskState.DONE),
-    (TaskState.QUEUED, TaskState.CANCELLED),
-    (TaskState.LEASED, TaskState.QUEUED),
-    (TaskState.LEASED, TaskState.DONE),
-    (TaskState.LEASED, TaskState.FAILED),
-    (TaskState.LEASED, TaskState.CANCELLED),
-    (TaskState.FAILED, TaskState.DONE),
-    (TaskState.FAILED, TaskState.QUEUED),
-    (TaskState.CANCELLED, TaskState.QUEUED),
-})
+TRANSITIONS: frozenset[tuple[TaskState, TaskState]] = frozenset(
+    (frm, TaskState(to)) for frm, others in {
+        TaskState.QUEUED: "leased done cancelled", TaskState.LEASED: "queued done failed cancelled",
+        TaskState.FAILED: "done queued", TaskState.CANCELLED: "queued",
+    }.items() for to in others.split())
 
-JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset({
-    (JobState.WAITING, JobState.ACTIVE),
-    (JobState.WAITING, JobState.PAUSED),
-    (JobState.WAITING, JobState.CANCELLED),
-    (JobState.ACTIVE, JobState.PAUSED),
-    (JobState.ACTIVE, JobState.DONE),
-    (JobState.ACTIVE, JobState.FAILED),
-    (JobState.ACTIVE, JobState.CANCELLED),
-    (JobState.PAUSED, JobState.WAITING),
-    (JobState.PAUSED, JobState.ACTIVE),
-    (JobState.PAUSED, JobState.DONE),
-    (JobState.PAUSED, JobState.FAILED),
-    (JobState.PAUSED, JobState.CANCELLED),
-    (JobState.FAILED, JobState.ACTIVE),
-    (JobState.FAILED, JobState.DONE),
-    (JobState.CANCELLED, JobState.ACTIVE),
-    (JobState.CANCELLED, JobState.WAITING),
-})
+JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset(
+    (frm, JobState(to)) for frm, others in {
+        JobState.WAITING: "active paused cancelled",
+        JobState.ACTIVE: "paused done failed cancelled",
+        JobState.PAUSED: "waiting active done failed cancelled",
+        JobState.FAILED: "active done", JobState.CANCELLED: "active waiting",
+    }.items() for to in others.split())
 
 PAUSED_BY_HAND = "paused by hand"  # the reason that waits for a person, not for a mended scene
 FINISHED = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
@@ -14409,7 +14373,6 @@ def locate_engine(program: str) -> Engine:
     return replace(engine, library=standard_library(engine.guess, path))
 
 
-
 _INSTALL: Mapping[str, str] = {
     "linux": "sudo apt-get install povray (or your system's package of that name)",
     "darwin": "brew install povray",
@@ -14433,9 +14396,6 @@ def standard_library(version: str = OLDEST, program: str = "") -> tuple[str, ...
     return tuple(dict.fromkeys(found))
 
 
-
-
-
 # --- what the slices of a frame share
 
 # On top of a slice's own values. What the pass of each slice saves is simply put together: the
@@ -14446,7 +14406,6 @@ RADIOSITY_PASS: Mapping[str, str] = {
 RADIOSITY_USE: Mapping[str, str] = {
     "Radiosity_From_File": "On", "Radiosity_File_Name": SAMPLE_FILE,
 }
-
 
 
 def has_samples(data: bytes) -> bool:
@@ -16920,7 +16879,6 @@ class Worker:
                 self._pace.measured(run.job, frames, measure.cpu, measure.wall, run.threads)
 
 
-
 class _Measure:
     """What the frames of one run cost, parted at the moments when they ended."""
 
@@ -16962,9 +16920,6 @@ def _sweep(cache: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     for place in (cache, cache.parent / "workers"):
         sweep_parts(place.rglob(PARTS))
-
-
-
 
 
 _FILE_TOO_LARGE = 25  # SIGXFSZ, which Windows does not have
