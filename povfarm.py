@@ -249,6 +249,14 @@ def placed(path: Path) -> Iterator[Path]:
             part.unlink()  # also when both were links to one file: then nothing is replaced
 
 
+def link_or_copy(source: Path, to: Path) -> None:
+    """Give a file a second name, or copy it where that cannot be."""
+    try:
+        os.link(source, to)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, to)
+
+
 def keep_private(data: Path) -> None:
     """Let no other user of this computer see what a directory holds, or will."""
     os.umask(0o077)
@@ -927,11 +935,7 @@ SETTINGS: tuple[Setting, ...] = (
 
 
 _BY_NAME = {row.name: row for row in SETTINGS}
-
-
-def setting(name: str) -> Setting:
-    """Return the row of an option; ``KeyError`` if there is no such option."""
-    return _BY_NAME[name]
+setting = _BY_NAME.__getitem__  # by the name of an option
 
 
 def configured_defaults(environ: Mapping[str, str], data: str = "") -> dict[str, Any]:
@@ -1264,7 +1268,10 @@ class FramePlan:
         first, last, step = self.frames[0], self.frames[-1], self.frames.step
         spans = [self.frames] if not text else []
         for part in text.split(",") if text else ():
-            low, high = self._ends(part)
+            match = re.fullmatch(r" *(\d{1,9}) *(?:- *(\d{1,9}) *)?", part)
+            if match is None:
+                raise UserError(f"'{part}' is neither a frame nor a range of frames: write 1-10,50")
+            low, high = int(match[1]), int(match[2] or match[1])
             span = self.frames[max(-(-(low - first) // step), 0):(high - first) // step + 1]
             if not first <= low <= high < last + step or not span:
                 every = f" in steps of {step}" if step > 1 else ""
@@ -1276,12 +1283,6 @@ class FramePlan:
             chosen += range(max(span[0], chosen[-1] + step) if chosen else span[0],
                             span[-1] + 1, step)
         return chosen
-
-    def _ends(self, part: str) -> tuple[int, int]:
-        match = re.fullmatch(r" *(\d{1,9}) *(?:- *(\d{1,9}) *)?", part)
-        if match is None:
-            raise UserError(f"'{part}' is neither a frame nor a range of frames: write 1-10,50")
-        return int(match[1]), int(match[2] or match[1])
 
     def listed(self, frames: Sequence[int]) -> str:
         """Return the text that ``chosen`` takes for frames that are in order."""
@@ -2743,15 +2744,12 @@ def _write_exr(out: BinaryIO, strips: Sequence[_Strip]) -> None:
     out.write(struct.pack(f"<{len(offsets)}Q", *offsets))
 
 
-def _exr_pixels(strip: _Strip) -> Iterator[bytes]:
-    return (block.raw() for block in strip.picture.rows)
-
-
 _LAYOUTS: Mapping[str, _Layout] = {
     ".png": _Layout(_read_png, _write_png), ".ppm": _Layout(_read_ppm, _write_under_text),
     ".tga": _Layout(_read_tga, _write_tga), ".bmp": _Layout(_read_bmp, _write_bmp),
     ".hdr": _Layout(_read_hdr, _write_under_text),
-    ".exr": _Layout(_read_exr, _write_exr, _exr_pixels),
+    ".exr": _Layout(_read_exr, _write_exr,
+                    lambda strip: (block.raw() for block in strip.picture.rows)),
 }
 _CHECKS: Mapping[str, Callable[[_Data, tuple[int, int] | None], _Picture]] = {
     **{extension: layout.read for extension, layout in _LAYOUTS.items()}, ".jpg": _check_jpeg,
@@ -2845,11 +2843,6 @@ class Manifest:
                 *self.directories]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
-    @property
-    def total_size(self) -> int:
-        """The bytes of all files together."""
-        return sum(file.size for file in self.files)
-
     def to_wire(self) -> dict[str, Any]:
         """Return the form that goes through JSON."""
         return {"files": [{**vars(file)} for file in self.files],
@@ -2914,10 +2907,11 @@ class Project:
     writes: frozenset[str] = frozenset()
     explain: Callable[[str], tuple[bool, str]] = lambda name: (False, name)
 
-    def may_read(self, name: str) -> bool:
-        """Tell whether one of ``reads`` may be of this file."""
-        return any(read._replace(text=text).may_be(_Name(name, True))
-                   for read in self.reads for text in _garbled(read.text))
+    def read_by_others(self, names: Iterable[str]) -> str:
+        """Return the first of the names of what frames wrote that others may have read."""
+        return next((name for name in names if any(
+            read._replace(text=text).may_be(_Name(name, True))
+            for read in self.reads for text in _garbled(read.text))), "")
 
     def as_it_is_now(self, scratch: Path, sha256: str) -> tuple[Project, list[str]]:
         """Look at the files again, as what was sent for ``sha256`` had another hash.
@@ -2996,9 +2990,11 @@ def collect_project(
                         f"needs in {tree.root / '.bsac'}")
     entries, unread = _entries(members, named, {} if hash_cache is None else hash_cache)
     directories = _empty_directories(tree, [*listing.folders, *scan.passed], entries)
+    name = scene if found.place >= 0 else tree.name_of(found.path)
     return Project(
         Manifest(entries, directories), {file.path: members[file.path][0] for file in entries},
-        _as_povray_reads(tree.run_dir), _as_povray_reads(tree.scene_name(scene, found)),
+        _as_povray_reads(tree.run_dir),
+        _as_povray_reads(name.replace("\\", "/") if os.name == "nt" else name),
         tuple(map(_as_povray_reads, tree.library)),
         (*search.warnings, *listing.warnings(), *scan.warnings, *unread),
         frozenset(scan.uses | {f"system_file {sha256_file(Path(path))} {path}"
@@ -3470,12 +3466,6 @@ class _Tree:
         """Return by what name POV-Ray finds a file or directory, whatever was its name before."""
         return os.path.relpath(self.place(str(path)), self.run_dir).replace(os.sep, "/")
 
-    def scene_name(self, scene: str, found: _FoundFile) -> str:
-        """Return the scene's name for POV-Ray: the user's own where it still fits."""
-        if found.place >= 0:
-            return scene.replace("\\", "/") if os.name == "nt" else scene
-        return self.name_of(found.path)
-
 
 def _below(path: Path, base: Path) -> str | None:
     return path.relative_to(base).as_posix() if path == base or base in path.parents else None
@@ -3608,7 +3598,10 @@ class _Scan:
                 for name, readers in list(self._strings.items())[tried:]:
                     self._try_string(name, readers)
                     tried += 1
-        if self._may_write():
+        # Whether the scene may write a file, or read an image whose name is not a string.
+        words = [re.escape(word) for macros in self._writers.values() for word in macros]
+        writes = re.compile(b"|".join([_WRITES.pattern, *words]))
+        if any(writes.search(path.read_bytes()) for path in self._texts):
             self._trace()
 
     def _note_version(self, scene: Path) -> None:
@@ -3737,12 +3730,6 @@ class _Scan:
         while calling := {name for name, body in bodies.items() if writes.search(body)} - writers:
             writes = re.compile(rb"\b(?:%s)\b" % b"|".join(calling))
             writers |= calling
-
-    def _may_write(self) -> bool:
-        """Tell whether the scene may write a file, or read an image whose name is not a string."""
-        words = [re.escape(word) for macros in self._writers.values() for word in macros]
-        writes = re.compile(b"|".join([_WRITES.pattern, *words]))
-        return any(writes.search(path.read_bytes()) for path in self._texts)
 
     def _trace(self) -> None:
         """Find what the scene reads or appends to that it may have written."""
@@ -5186,7 +5173,7 @@ def slice_end(top: int, height: int, region: Region, slices: str, share: float,
     """
     if slices == "off":  # since the frame was begun: then one slice has the rest
         return height
-    block = region.block if slices != "auto" else _grain(region)
+    block = region.block * (1 if slices != "auto" else -(-GRAIN // region.block))
     blocks = -(-(region.bottom - region.top) // block)
     begun = max(-(-(top - region.top) // block), 0)
     if slices != "auto":
@@ -5204,10 +5191,6 @@ def slice_end(top: int, height: int, region: Region, slices: str, share: float,
                 size = blocks
     end = region.top + (begun + max(size, 1)) * block
     return height if end >= region.bottom else end
-
-
-def _grain(region: Region) -> int:
-    return region.block * -(-GRAIN // region.block)
 
 
 def slice_speeds(measured: Sequence[tuple[int, float, float]],
@@ -5385,7 +5368,8 @@ class Beacon:
     def answer(self, packet: bytes, sender: str) -> bytes | None:
         """Return the answer to a probe from the address ``sender``; None to keep silent."""
         probe = _parse_packet(packet, "probe")
-        if probe is None or not _is_nonce(probe.get("nonce")):
+        nonce = probe and probe.get("nonce")
+        if not (probe and isinstance(nonce, str) and re.fullmatch("[0-9a-f]{32,128}", nonce)):
             return None
         wanted = probe.get("name")
         if isinstance(wanted, str) and wanted.casefold() != self._name.casefold():
@@ -5397,7 +5381,7 @@ class Beacon:
         if not self._answers.take(sender):
             return None
         answer = {
-            "povfarm": "answer", "version": 1, "nonce": probe["nonce"],
+            "povfarm": "answer", "version": 1, "nonce": nonce,
             "address": _address_towards(sender), **self._fields,
         }
         return json.dumps({**answer, "mac": mac(self._key, answer)}).encode()
@@ -5540,10 +5524,6 @@ def _parse_packet(packet: bytes, kind: str) -> dict[str, Any] | None:
     if not isinstance(message, dict) or message.get("povfarm") != kind:
         return None
     return message if message.get("version") == 1 else None
-
-
-def _is_nonce(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32,128}", value) is not None
 
 
 def _is_label(value: Any) -> bool:
@@ -7462,7 +7442,10 @@ class Store:
                 self._make(root / name)
             self._writer = self._connect()
             try:
-                self._set_up(new=not version)
+                self._writer.execute("PRAGMA journal_mode = WAL")
+                if not version:
+                    self._writer.executescript(f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version = "
+                                               f"{SCHEMA_VERSION}; COMMIT;")
                 self._log = open(root / "farm.db-wal", "rb+", buffering=0)  # noqa: SIM115
             except (OSError, sqlite3.Error):
                 self._writer.close()
@@ -7492,7 +7475,7 @@ class Store:
                     tx = Tx(self._writer, self._known)
                     yield tx
                     self._writer.execute("COMMIT")
-                    self._known.changes += tx.changed_known
+                    self._known.changes += tx.changes < 0
                 except BaseException:
                     if self._writer.in_transaction:
                         self._writer.execute("ROLLBACK")
@@ -7657,7 +7640,10 @@ class Store:
         try:
             part.mkdir(mode=0o700, parents=True)
             for _ in range(_BACKUP_LOOKS):
-                cls._copy_database(root, part)
+                _check_version(root, cls._version(root))
+                with contextlib.closing(sqlite3.connect(root / "farm.db", timeout=30)) as source, \
+                        contextlib.closing(sqlite3.connect(part / "farm.db")) as copy:
+                    source.backup(copy)
                 missing = cls._copy_files(root, part)
                 if not missing:
                     break
@@ -7669,13 +7655,6 @@ class Store:
         return missing
 
     @classmethod
-    def _copy_database(cls, root: Path, to: Path) -> None:
-        _check_version(root, cls._version(root))
-        with contextlib.closing(sqlite3.connect(root / "farm.db", timeout=30)) as source, \
-                contextlib.closing(sqlite3.connect(to / "farm.db")) as copy:
-            source.backup(copy)
-
-    @classmethod
     def _copy_files(cls, root: Path, to: Path) -> list[str]:
         """Copy what lies beside the database; return what is not there although it should be.
 
@@ -7685,7 +7664,7 @@ class Store:
         paths = [root / "farm.key", root / "povfarm.ini"]
         for name in ("blobs", "jobs", "workers"):
             paths += [Path(place, file) for place, _, files in os.walk(root / name)
-                      for file in files if not _is_part(file)]
+                      for file in files if not re.fullmatch(r"\..*\.part", file)]
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 _link(path, to / path.relative_to(root))
@@ -7762,12 +7741,6 @@ class Store:
         with contextlib.closing(sqlite3.connect(uri, timeout=30, uri=True)) as connection:
             return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
-    def _set_up(self, new: bool) -> None:
-        self._writer.execute("PRAGMA journal_mode = WAL")
-        if new:
-            self._writer.executescript(
-                f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-
 
 def _check_version(root: Path, version: int) -> None:
     """Refuse the database of another version: it is neither read nor changed."""
@@ -7785,11 +7758,6 @@ def place_of(directory: Path, task: Task) -> tuple[Path, str]:
     return directory / "parts", f"{task.id}{suffix}"
 
 
-def _is_part(name: str) -> bool:
-    """Tell the temporary name of a file that is being written."""
-    return name.startswith(".") and name.endswith(".part")
-
-
 def _link(source: Path, to: Path) -> None:
     """Give a file a second name, or copy it where that cannot be; nothing when it is there."""
     status = source.stat()
@@ -7799,12 +7767,7 @@ def _link(source: Path, to: Path) -> None:
             return
         to.unlink()
     to.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, to)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, to)
+    link_or_copy(source, to)
 
 
 def kept_name(task: Task, attempt: int) -> str:
@@ -7818,7 +7781,7 @@ class Look:
     def __init__(self, connection: sqlite3.Connection, known: _Known) -> None:
         self._db = connection
         self._known = known
-        self._changes = known.changes  # before the database is looked at
+        self.changes = known.changes  # before the database is looked at; -1 when it has changed
 
     def _do(self, sql: str, /, **values: Any) -> sqlite3.Cursor:
         return self._db.execute(sql, values)
@@ -7883,10 +7846,10 @@ class Look:
                 read: Callable[[], dict[str, _Record]]) -> Mapping[str, _Record]:
         """Return what is known, read again only after a change."""
         changes, known = self._known.lists.get(kind, (-1, {}))
-        if changes != self._changes or changes < 0:
+        if changes != self.changes or changes < 0:
             known = read()
-            if self._changes >= 0:
-                self._known.lists[kind] = self._changes, known
+            if self.changes >= 0:
+                self._known.lists[kind] = self.changes, known
         return known
 
     # --- people
@@ -8277,11 +8240,6 @@ class Look:
 class Tx(Look):
     """One transaction: every statement that changes something, by name."""
 
-    @property
-    def changed_known(self) -> bool:
-        """True when what is known of workers and people is no more what the database has."""
-        return self._changes < 0
-
     # --- the farm itself
 
     def set_meta(self, key: str, value: str) -> None:
@@ -8307,7 +8265,7 @@ class Tx(Look):
     def add_worker(self, info: WorkerInfo, token: str, state: WorkerState, code: str,
                    address: str, now: float, owner: str = "") -> int:
         """Add a worker and return its id; ``token`` is the hash of its secret."""
-        self._changes = -1
+        self.changes = -1
         cursor = self._do("""
             INSERT INTO worker (name, token, state, code, cores, memory, system,
                                 engines_json, tags_json, address, joined, owner)
@@ -8320,7 +8278,7 @@ class Tx(Look):
 
     def set_worker_info(self, worker: int, info: WorkerInfo, address: str) -> None:
         """Replace what a worker says of itself."""
-        self._changes = -1
+        self.changes = -1
         self._do("""
             UPDATE worker SET name = :name, cores = :cores, memory = :memory, system = :system,
                               engines_json = :engines, tags_json = :tags,
@@ -8331,7 +8289,7 @@ class Tx(Look):
 
     def set_worker_state(self, worker: int, state: WorkerState) -> bool:
         """Admit or remove a worker, and forget its secret then; False when there is none."""
-        self._changes = -1
+        self.changes = -1
         return self._do("""
             UPDATE worker SET state = :state,
               token = CASE WHEN :state = 'removed' THEN 'removed ' || id || ' ' || token
@@ -8340,14 +8298,14 @@ class Tx(Look):
 
     def forget_worker(self, worker: int) -> None:
         """Forget a worker that was never admitted."""
-        self._changes = -1
+        self.changes = -1
         self._do("DELETE FROM worker WHERE id = :id AND state = 'pending'", id=worker)
 
     # --- people
 
     def put_person(self, person: Person) -> None:
         """Add a person or an invitation, or replace it."""
-        self._changes = -1
+        self.changes = -1
         self._do("""
             INSERT OR REPLACE INTO person (name, role, token, limits_json, added, uses)
             VALUES (:name, :role, :token, :limits_json, :added, :uses)""",
@@ -8355,7 +8313,7 @@ class Tx(Look):
 
     def drop_person(self, name: str) -> None:
         """Forget a person, and so the secret; or an invitation."""
-        self._changes = -1
+        self.changes = -1
         self._do("DELETE FROM person WHERE name = :name", name=name)
 
     def begin_turn(self, owner: str, priority: int) -> None:
@@ -8374,7 +8332,7 @@ class Tx(Look):
 
     def set_aside(self, worker: int, why: str) -> None:
         """Note why the pictures of a worker are not trusted."""
-        self._changes = -1
+        self.changes = -1
         self._do("UPDATE worker SET aside = :why WHERE id = :id", id=worker, why=why)
 
     # --- files
@@ -8449,11 +8407,6 @@ class Tx(Look):
             UPDATE job SET state = :to, reason = :reason, finished = :finished
             WHERE id = :id AND state = :frm""",
             id=job, frm=frm.value, to=to.value, reason=reason, finished=finished).rowcount == 1
-
-    def set_job_started(self, job: int, now: float) -> None:
-        """Note when the first task of a job was given out."""
-        self._do("UPDATE job SET started = :now WHERE id = :id AND started IS NULL",
-                 id=job, now=now)
 
     def set_job_engines(self, job: int, engines: str) -> None:
         """Note what the worker has that begins a job, as JSON text."""
@@ -8594,7 +8547,9 @@ class Tx(Look):
         self._do("""
             INSERT INTO lease (id, worker, job, granted)
             VALUES (:lease, :worker, :job, :now)""", lease=lease, worker=worker, job=job, now=now)
-        self._do("UPDATE job SET runs = runs + 1 WHERE id = :job", job=job)
+        self._do("""
+            UPDATE job SET runs = runs + 1, started = COALESCE(started, :now) WHERE id = :job""",
+            job=job, now=now)
         self._db.executemany(
             """INSERT INTO attempt (task, lease, worker, state, started, given)
                SELECT id, :lease, :worker, 'live', :now, bottom * (parent IS NOT NULL)
@@ -9243,9 +9198,10 @@ class People:
         """Raise ``UserError`` for more jobs, frames and bytes than somebody may have."""
         most, has = self.allowance(look, owner), look.usage(owner)
         if most.jobs and has.jobs + jobs > max(most.jobs, has.jobs):
-            raise UserError(f"you have {counted(has.jobs, 'job')} that {_are(has.jobs)} not "
-                            f"finished, and may have {most.jobs}: wait until one is, or cancel one "
-                            "('povfarm.py cancel JOB')")
+            raise UserError(f"you have {counted(has.jobs, 'job')} that "
+                            f"{'is' if has.jobs == 1 else 'are'} not finished, and may have "
+                            f"{most.jobs}: wait until one is, or cancel one ('povfarm.py cancel "
+                            "JOB')")
         if most.frames and frames and has.frames + frames > most.frames:
             raise UserError(f"you may have {counted(most.frames, 'frame')} that are not finished, "
                             f"this would make {has.frames + frames}: wait until others are, cancel "
@@ -9283,10 +9239,6 @@ class People:
         if person is None:
             raise NotFound(f"nobody is called '{name}' here: 'povfarm.py users' shows who there is")
         return person
-
-
-def _are(number: int) -> str:
-    return "is" if number == 1 else "are"
 
 
 class _Crew:
@@ -9979,7 +9931,6 @@ class _Deal:
         tx, worker = self._tx, self._worker
         lease, now = secrets.token_hex(16), self._states.clock.time()
         tx.add_lease(lease, worker.id, job.id, [task.id for task in tasks], now)
-        tx.set_job_started(job.id, now)
         if not has_begun(job):
             tx.set_job_engines(job.id, worker.engines_json)
         grant = Grant(lease, worker.id, job, self._now)
@@ -10767,7 +10718,9 @@ class Access:
     def identify(self, request: Request) -> Identity:
         """Return the sender of a request; a stranger may at most read."""
         if request.secret is not None:
-            return self._by_guest_key(request.secret, request)
+            if self.fits(request.secret, self.guest_key, request.remote):
+                return _GUEST
+            raise ProtocolError(404, f"there is no {request.path} here")
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() in ("povfarm", "bearer"):
             self.check_patience(request.remote)
@@ -11002,11 +10955,6 @@ class Access:
         return {"name": name, "role": person.role, "share": mine.share,
                 "proof": derived(invitation.token, "welcome", name, ticket, mine.share)}
 
-    def _by_guest_key(self, key: str, request: Request) -> Identity:
-        if self.fits(key, self.guest_key, request.remote):
-            return _GUEST
-        raise ProtocolError(404, f"there is no {request.path} here")
-
     def fits(self, given: str, secret: str, remote: str) -> bool:
         """Tell whether a secret that was sent is the right one; a wrong one is slowed down."""
         self.check_patience(remote)
@@ -11119,16 +11067,10 @@ class Views:
                 pov=json.loads(job.pov_json), engine=job.engines.get("povray", ""),
                 notice=self._store.notice, width=options.width, height=options.height,
                 extension=options.extension,
-                failure=failure and {
-                    "frame": failure.frame,
-                    "message": failure.message + self._cure(tx, job)})
+                failure=failure and {"frame": failure.frame, "message": failure.message + (
+                    " (if frames read what others write, submit it with --in-order)"
+                    if not job.options.in_order and tx.written(job.id) else "")})
         return view
-
-    def _cure(self, tx: Look, job: Job) -> str:
-        """Return what may help a job of which frames fail and others are done."""
-        if job.options.in_order or not tx.written(job.id):
-            return ""
-        return " (if frames read what others write, submit it with --in-order)"
 
     def frame(self, tx: Look, task: Task, workers: Mapping[int, str]) -> dict[str, Any]:
         """Return a frame as people want to see it, with its slices while there are any."""
@@ -11632,8 +11574,9 @@ class Api:
         """
         wire = request.json()
         info = WorkerInfo.from_wire(wire)
-        if request.identity.worker:
-            return self._rejoin(request, info)
+        if worker := request.identity.worker:
+            self._farm.rejoin(worker, info, request.remote)
+            return json_response({"id": worker, "admitted": "worker" in request.identity.roles})
         if not {"admin", "user"} & request.identity.roles:
             return self._pair(request, info, Pair.fields_of({"share": "", "nonce": "", **wire}))
         ticket = want(wire, "ticket", str)
@@ -11779,11 +11722,6 @@ class Api:
         worker = self._farm.join(info, secret_hash(secret), request.remote,
                                  "" if admitted else code)
         return json_response({"id": worker, "admitted": admitted}, 201)
-
-    def _rejoin(self, request: Request, info: WorkerInfo) -> Response:
-        worker = request.identity.worker
-        self._farm.rejoin(worker, info, request.remote)
-        return json_response({"id": worker, "admitted": "worker" in request.identity.roles})
 
     @contextlib.contextmanager
     def _delivered(self, request: Request, log_size: int = 0
@@ -15417,7 +15355,7 @@ class _LauncherProcess:
         os.set_blocking(wake_write, False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, _ignore_signal)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # so that set_wakeup_fd sees it
         signal.set_wakeup_fd(wake_write)
         if self._nice:
             os.nice(self._nice)
@@ -15703,10 +15641,6 @@ def _calls_of(machine: str) -> dict[str, int]:
     rows = (row.split() for row in _CALLS.split(","))
     column = _MACHINES[machine][1]
     return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
-
-
-def _ignore_signal(number: int, frame: Any) -> None:
-    """Let set_wakeup_fd see a signal."""
 
 
 class WindowsLauncher:
@@ -17068,10 +17002,6 @@ class Draft:
         """POV-Ray's text files by their keys."""
         return {key: name for key, name in self.pov.values.items() if key in TEXT_FILES}
 
-    def read_by_others(self, names: Iterable[str]) -> str:
-        """Return the first of the names of what frames wrote that others may have read."""
-        return next((name for name in names if self.project.may_read(name)), "")
-
     def destination(self, frame: int) -> Path:
         """Return where POV-Ray would have put the image of a frame."""
         return self.directory / self.plan.output_name(frame)
@@ -17136,7 +17066,8 @@ def render(options: Options) -> int:
         ours = _Renderer(options, probe.join() if options.lan else engine, probe.join)
         draft = _draft(options, scratch, ours)
         _check_destination(draft, options)
-        _create_ini(draft)
+        if draft.creates[0]:  # before it renders, as POV-Ray does
+            (draft.directory / draft.creates[0]).write_text(draft.creates[1], encoding="utf-8")
         draft = _left_to_do(draft, options)
         if not draft.frames:
             return _all_there(draft, options)
@@ -18066,14 +17997,10 @@ def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
             ("Create_Ini", ini, ini, ini.lower().endswith(".ini"))):
         real = real_path(directory / name)
         inside = real.relative_to(base).parts if base in real.parents else ()
-        if said and said in pov.by_file and not (fits and inside and not any(map(_is_hot, inside))):
+        hot = any(part.startswith(".") or part.lower() == "povray.ini" for part in inside)
+        if said and said in pov.by_file and not (fits and inside and not hot):
             raise UserError(f"{key} of an INI file leads to {real}, which only you may name: add "
                             + _shell_word(f"{key}={said}"))
-
-
-def _is_hot(name: str) -> bool:
-    """Tell a name of what programs obey unasked: hidden, or the INI file that POV-Ray reads."""
-    return name.startswith(".") or name.lower() == "povray.ini"
 
 
 def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
@@ -18179,13 +18106,6 @@ def _check_destination(draft: Draft, options: Options) -> None:
     sweep_parts(directory.glob(PARTS), 60)  # another computer's processes may write here, too
     if draft.keeps_files and not _is_writable(directory):
         raise UserError(f"the images cannot be written into {directory}: choose another with +O")
-
-
-def _create_ini(draft: Draft) -> None:
-    """Write the INI file that the command line asks for, before it renders, as POV-Ray does."""
-    name, text = draft.creates
-    if name:
-        (draft.directory / name).write_text(text, encoding="utf-8")
 
 
 def _images_of(draft: Draft, options: Options) -> list[Path]:
@@ -18329,20 +18249,13 @@ def _has_hash(path: Path, sha256: str) -> bool:
         return False
 
 
-def _link_or_copy(source: Path, to: Path) -> None:
-    try:
-        os.link(source, to)
-    except OSError:  # another file system, or one without links
-        shutil.copy(source, to)
-
-
 def _put_image(image: Path, to: Path) -> None:
     """Put an image that is on this computer in its place, whole or not at all.
 
     Of a link POV-Ray follows only one that leads to nothing yet.
     """
     with writing(to), placed(to if to.exists() else _end_of(to)) as part:
-        _link_or_copy(image, part)
+        link_or_copy(image, part)
 
 
 def _end_of(path: Path) -> Path:
@@ -18478,7 +18391,7 @@ class _Follower:
         if not self._draft.may_depend:
             self._put_images()
             self._tell()
-        elif len(self._done) > done and self._draft.read_by_others(self._names_written()):
+        elif len(self._done) > done and self._draft.project.read_by_others(self._names_written()):
             return True  # the sooner it is begun again
         return not more and (self._over or any(
             event["what"] in _JOB_ENDS and event["text"] != PAUSED_BY_HAND for event in events))
@@ -18586,7 +18499,7 @@ class _Follower:
                     f"POV-Ray missed '{missed[0]}', which is here and is sent now")
         names, why = self._names_written(), ""
         old = draft.appended_to(names)
-        read = draft.read_by_others(names)
+        read = draft.project.read_by_others(names)
         if self._options.in_order is None and draft.plan.animation and not draft.options.in_order \
                 and (read or ((names or draft.may_depend) and self._fails_later(view))):
             about = f"write {read}, which others may read" if read else (
@@ -19203,7 +19116,7 @@ def _make_video(ffmpeg: str, frames: Sequence[Path], to: Path, rate: Fraction) -
         images = part.parent.with_name("images")
         images.mkdir()
         for number, frame in enumerate(frames):
-            _link_or_copy(frame.resolve(), images / f"{number}{kind}")
+            link_or_copy(frame.resolve(), images / f"{number}{kind}")
         # Players expect even sizes and colours at half the resolution, and take the colours of
         # large pictures for those of BT.709 where nothing else is said.
         look = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2,scale=out_color_matrix=bt709,format=yuv420p",
@@ -19365,14 +19278,6 @@ def _begin_work(client: Client, engine: Engine, options: Options, kept: _Kept) -
         farm = client.get("/api/v1/farm", retry_for=0)
         known = {name: farm[name] for name in ("name", "farm_id")}
         atomic_write(options.data / "workers" / "farm.json", json.dumps(known).encode())
-
-
-def _last_farm(options: Options) -> tuple[str, str]:
-    """Return name and farm_id of the farm that this computer worked for last; empty ones."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        farm = json.loads((options.data / "workers" / "farm.json").read_bytes())
-        return str(farm["name"]), str(farm["farm_id"])
-    return "", ""
 
 
 def _worker_name(options: Options) -> str:
@@ -19603,7 +19508,10 @@ class _LookOut:
     def __init__(self, options: Options, key: str) -> None:
         self._options = options
         self._key = key
-        self._last_name, self._last_id = _last_farm(options)
+        self._last_name = self._last_id = ""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            farm = json.loads((options.data / "workers" / "farm.json").read_bytes())
+            self._last_name, self._last_id = str(farm["name"]), str(farm["farm_id"])
         kept = _Kept(options.data / "workers", _worker_name(options), self._last_id)
         self._admitted = kept.key if kept.admitted and self._last_id else ""
         self._say = _news()

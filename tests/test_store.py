@@ -150,7 +150,6 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "add_job": lambda tx: tx.add_job(1, "n", "o", pov_job(), "k", JobOptions(), 1.0),
     "add_tasks": lambda tx: tx.add_tasks(1, [(1, "a.png")]),
     "set_job_state": lambda tx: tx.set_job_state(1, JobState.ACTIVE, JobState.DONE, "", None),
-    "set_job_started": lambda tx: tx.set_job_started(1, 1.0),
     "set_job_options": lambda tx: tx.set_job_options(1, JobOptions()),
     "set_job_engines": lambda tx: tx.set_job_engines(1, "{}"),
     "put_person": lambda tx: tx.put_person(
@@ -735,7 +734,7 @@ def test_sql_is_literal_and_only_in_the_store() -> None:
     odd = {(owner, function) for owner, function, sql in calls
            if not (isinstance(sql, ast.Constant) and isinstance(sql.value, str))}
     # The pragma that says how durable, and the schema, which are constants; what takes the literals.
-    assert odd == {("Store", "_connect"), ("Store", "_set_up"),
+    assert odd == {("Store", "_connect"), ("Store", "__init__"),
                    ("Look", "_do"), ("Look", "_all"), ("Look", "_one")}
     assert {owner for owner, _, _ in calls} == {"Store", "Look", "Tx"}
     assert len(calls) > 60
