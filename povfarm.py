@@ -110,8 +110,10 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
+    Optional,
     Sequence,
     Tuple,
+    TypedDict,
     TypeVar,
     Union,
     cast,
@@ -2826,7 +2828,7 @@ class FileEntry:
     sha256: str
     size: int
     mtime: float
-    after_frame: int | None = None
+    after_frame: Optional[int] = None
 
 
 @dataclass(frozen=True)
@@ -4630,12 +4632,21 @@ class Wired:
         return {name: _to_json_form(value) for name, value in vars(self).items()
                 if name in _hints(type(self))}
 
-    @classmethod
-    def fields_of(cls, wire: Any) -> dict[str, Any]:
-        """Return the fields in the JSON form; ``UserError`` where one is missing or no such."""
-        kinds = {"array": list, "object": dict, "string": str, "integer": int, "boolean": bool}
-        return {name: want(wire, name, kinds[schema_of(hint)["type"]])
-                for name, hint in _hints(cls).items()}
+
+def fields_of(kind: Any, wire: Any) -> dict[str, Any]:
+    """Return the fields of a record in its JSON form; ``UserError`` for what is not that.
+
+    Those that are ``Optional`` may be missing: then they are empty.
+    """
+    given, found = wire if isinstance(wire, dict) else {}, {}
+    for name, hint in _hints(kind).items():
+        plain = _OF_JSON[schema_of(hint)["type"]]
+        found[name] = plain() if _may_miss(hint) and name not in given else want(given, name, plain)
+    return found
+
+
+def _may_miss(hint: Any) -> bool:
+    return typing.get_origin(hint) is Union
 
 
 def _to_json_form(value: Any) -> Any:
@@ -4653,20 +4664,25 @@ _hints: Callable[[Any], Mapping[str, Any]] = functools.cache(typing.get_type_hin
 def schema_of(kind: Any) -> Mapping[str, Any]:
     """Return the JSON schema of a record, or of what the annotations of one may name."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if _may_miss(kind):
+        return schema_of(inner[0])
     if origin is tuple:
         return {"type": "array", "items": schema_of(inner[0])}
     if origin is not None:
         return {"type": "object", "additionalProperties": schema_of(inner[1])}
+    if kind in _PLAIN:
+        return _PLAIN[kind]
     if issubclass(kind, Word):
         return {"type": "string", "enum": [member.value for member in kind]}
-    if kind in _PLAIN:
-        return {"type": _PLAIN[kind]}
     hints = _hints(kind)
-    return {"type": "object", "required": [*hints],
+    return {"type": "object", "required": [name for name in hints if not _may_miss(hints[name])],
             "properties": {name: schema_of(hint) for name, hint in hints.items()}}
 
 
-_PLAIN = {str: "string", int: "integer", bool: "boolean", float: "number"}
+_PLAIN: Mapping[Any, Mapping[str, Any]] = {
+    str: {"type": "string"}, int: {"type": "integer"}, bool: {"type": "boolean"},
+    float: {"type": "number"}, Any: {}}
+_OF_JSON = {"array": list, "object": dict, "string": str, "integer": int, "boolean": bool}
 
 
 @dataclass(frozen=True)
@@ -4688,7 +4704,7 @@ class PovJob(Wired):
     @classmethod
     def from_wire(cls, wire: Any) -> PovJob:
         """Read the JSON form; ``UserError`` when it has another shape or starts programs."""
-        given = cls.fields_of(wire)
+        given = fields_of(cls, wire)
         values = given["values"]
         lists = {name: tuple(given[name]) for name in ("declares", "library", "uses")}
         texts = [*values, *values.values(), *itertools.chain(*lists.values())]
@@ -4858,7 +4874,7 @@ class WorkerInfo(Wired):
     @classmethod
     def from_wire(cls, wire: Any) -> WorkerInfo:
         """Read the JSON form; ``UserError`` when it has another shape."""
-        given = cls.fields_of(wire)
+        given = fields_of(cls, wire)
         info = cls(**{**given, "name": one_line(given["name"])[:100],
                       "system": one_line(given["system"])[:100], "tags": tuple(given["tags"])})
         texts = [*info.engines, *info.engines.values(), *info.tags]
@@ -4982,7 +4998,7 @@ class TaskSpec(Wired):
     def from_wire(cls, wire: Any) -> TaskSpec:
         """Read the JSON form; ``UserError`` when it has another shape."""
         kinds = {kind.value: kind for kind in TaskKind}
-        given = cls.fields_of(wire)
+        given = fields_of(cls, wire)
         task = cls(**{**given, "kind": kinds.get(given["kind"], TaskKind.FRAME)})
         safe_join(Path(), task.name)
         if (task.kind is not TaskKind.FRAME) != (0 <= task.top < task.bottom):
@@ -5015,7 +5031,7 @@ class LeaseSpec(Wired):
     @classmethod
     def from_wire(cls, wire: Any) -> LeaseSpec:
         """Read the JSON form; ``UserError`` when it has another shape."""
-        given = cls.fields_of(wire)
+        given = fields_of(cls, wire)
         shares = tuple(given["shares"])
         if not all(type(share) is int for share in shares):
             raise UserError("the passes of a lease are not tasks")
@@ -6060,7 +6076,7 @@ class route:  # noqa: N801 - it is used as a decorator
     max_body: int = BODY_LIMIT
     summary: str = ""
     secret: str = ""
-    takes: type | None = None
+    takes: Any = None
     waits: bool = False
     shared: bool = False
 
@@ -11162,30 +11178,17 @@ class Views:
         return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True)
-class Wish(Wired):
-    """A worker's request for work, as an ``Offer``."""
-
-    want: int
-    slots: int
-    idle: int
-
-
-@dataclass(frozen=True)
-class Hello(Wired):
-    """What a client says first."""
-
-    who: str
-    nonce: str
-
-
-@dataclass(frozen=True)
-class Pair(Wired):
-    """What a worker without a key sends beside its ``WorkerInfo``."""
-
-    commitment: str
-    share: str
-    nonce: str
+# What the bodies of requests have, beside the records of MODEL.
+Submission = TypedDict("Submission", {
+    "name": str, "pov": PovJob, "manifest": Manifest, "options": Mapping[str, Any],
+    "ticket": Optional[str], "frames": Optional[str]})
+Code = TypedDict("Code", {"code": str})
+Comer = TypedDict("Comer", {"name": str, "ticket": str, "share": str, "proof": str})
+Hello = TypedDict("Hello", {"who": str, "nonce": str})
+Pair = TypedDict("Pair", {"commitment": str, "share": Optional[str], "nonce": Optional[str]})
+Wish = TypedDict("Wish", {"want": int, "slots": int, "idle": int})
+Beat = TypedDict("Beat", {"leases": Mapping[str, Mapping[str, float]]})
+Failure = TypedDict("Failure", {"message": str, "scene": bool, "log": str})
 
 
 class Pairings:
@@ -11216,22 +11219,6 @@ class Pairings:
 
 
 @dataclass(frozen=True)
-class Failure(Wired):
-    """What a worker tells of a failed task."""
-
-    message: str
-    scene: bool
-    log: str
-
-
-@dataclass(frozen=True)
-class Code(Wired):
-    """What a worker shows that asks to be admitted."""
-
-    code: str
-
-
-@dataclass(frozen=True)
 class Newcomer(Wired):
     """A person to be added; with ``uses`` an invitation for so many, without a name.
 
@@ -11247,7 +11234,7 @@ class Newcomer(Wired):
     @classmethod
     def from_wire(cls, wire: Any) -> Newcomer:
         """Read the JSON form; ``UserError`` when it has another shape."""
-        given = cls.fields_of(wire)
+        given = fields_of(cls, wire)
         if given["role"] not in set(Role) or not re.fullmatch(r"[\w-]{16,100}", given["ticket"]):
             raise UserError("a person has a role (user, viewer or submit), and a ticket 16 letters "
                             "or more")
@@ -11255,16 +11242,6 @@ class Newcomer(Wired):
             raise UserError(f"an invitation is for 1 to {MAX_INVITED} people")
         return cls(**{**given, "role": Role(given["role"]),
                       "limits": checked(given["limits"], ALLOWANCES)})
-
-
-@dataclass(frozen=True)
-class Comer(Wired):
-    """Somebody who was invited."""
-
-    name: str
-    ticket: str
-    share: str
-    proof: str
 
 
 class Api:
@@ -11432,7 +11409,8 @@ class Api:
 
     # --- steering
 
-    @route("POST", "/api/v1/jobs", role="submit", max_body=64 << 20, summary="Submit a job")
+    @route("POST", "/api/v1/jobs", role="submit", max_body=64 << 20, takes=Submission,
+           summary="Submit a job")
     def submit(self, request: Request) -> Response:
         """Body: name, pov, manifest, options, ticket, frames. Answers id and missing hashes.
 
@@ -11440,15 +11418,11 @@ class Api:
         Everything that happens to the job comes after the event ``event``. The same ticket, any
         text, sent again is answered with the same job.
         """
-        wire = request.json()
+        wire = fields_of(Submission, request.json())
         job, missing = self._farm.submit(
-            one_line(want(wire, "name", str))[:100], request.identity.name,
-            PovJob.from_wire(want(wire, "pov", dict)),
-            Manifest.from_wire(want(wire, "manifest", dict)),
-            JobOptions().changed(want(wire, "options", dict)),
-            want({"ticket": "", **wire}, "ticket", str)[:100],
-            want({"frames": "", **wire}, "frames", str),
-        )
+            one_line(wire["name"])[:100], request.identity.name, PovJob.from_wire(wire["pov"]),
+            Manifest.from_wire(wire["manifest"]), JobOptions().changed(wire["options"]),
+            wire["ticket"][:100], wire["frames"])
         with self._store.read() as tx:
             event = tx.first_event(job) - 1
         return json_response({"id": job, "missing": missing, "event": event}, 201)
@@ -11490,7 +11464,7 @@ class Api:
     def admit(self, request: Request) -> Response:
         """Body: code, as the worker shows it."""
         return json_response({"name": self._farm.admit(
-            Code.fields_of(request.json())["code"], request.identity.name)})
+            fields_of(Code, request.json())["code"], request.identity.name)})
 
     @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
     def remove_worker(self, request: Request) -> Response:
@@ -11531,7 +11505,7 @@ class Api:
     def come(self, request: Request) -> Response:
         """Body: name, ticket, share, and a proof, which is made of the code. Answers ours."""
         return json_response(self._access.come(
-            **Comer.fields_of(request.json()), remote=request.remote), 201)
+            **fields_of(Comer, request.json()), remote=request.remote), 201)
 
     @route("PATCH", "/api/v1/users/<name>", role="admin", summary="Change a person's limits")
     def change_user(self, request: Request) -> Response:
@@ -11555,7 +11529,7 @@ class Api:
 
         Answers the coordinator's proof, and the name of a session for signing requests.
         """
-        hello = Hello.fields_of(request.json())
+        hello = fields_of(Hello, request.json())
         if len(hello["who"]) > 100 or not re.fullmatch("[0-9a-f]{32,64}", hello["nonce"]):
             raise UserError("a nonce has 32 to 64 hexadecimal digits")
         return json_response(self._access.hello(hello["who"], hello["nonce"]))
@@ -11578,7 +11552,7 @@ class Api:
             self._farm.rejoin(worker, info, request.remote)
             return json_response({"id": worker, "admitted": "worker" in request.identity.roles})
         if not {"admin", "user"} & request.identity.roles:
-            return self._pair(request, info, Pair.fields_of({"share": "", "nonce": "", **wire}))
+            return self._pair(request, info, fields_of(Pair, wire))
         ticket = want(wire, "ticket", str)
         if not re.fullmatch("[A-Za-z0-9_-]{32,100}", ticket):
             raise UserError("a ticket has 32 to 100 letters and digits")
@@ -11595,7 +11569,7 @@ class Api:
         is not admitted yet.
         """
         wire = request.json()
-        offer = Offer(*(min(max(number, 0), 1000) for number in Wish.fields_of(wire).values()))
+        offer = Offer(*(min(max(number, 0), 1000) for number in fields_of(Wish, wire).values()))
         worker = request.identity.worker
         leases = self._farm.lease(worker, offer, _seconds(wire.get("wait", 0)), request.alive)
         with self._store.read() as tx:
@@ -11603,14 +11577,14 @@ class Api:
             return json_response({"leases": [lease.to_wire() for lease in leases],
                                   "open": 0 if pending else tx.open_tasks(), "pending": pending})
 
-    @route("POST", "/api/v1/beat", role="worker", summary="Keep leases alive")
+    @route("POST", "/api/v1/beat", role="worker", takes=Beat, summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
         """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended.
 
         ``cuts`` are tasks of which others render what is below a row: that may be left out.
         """
         wire = request.json()
-        leases = want(wire, "leases", dict)
+        leases = fields_of(Beat, wire)["leases"]
         progress = {
             lease: {_task(task): _seconds(part, 1.0)
                     for task, part in want(leases, lease, dict).items()}
@@ -11681,10 +11655,10 @@ class Api:
         """Body: message, scene (true when the scene is to blame), log."""
         self._farm.check_lease(request.identity.worker, request.params["lease"],
                                request.params["task"])
-        told = Failure(**Failure.fields_of(request.json()))
+        told = fields_of(Failure, request.json())
         self._farm.fail(
             request.identity.worker, request.params["lease"], request.params["task"],
-            plain(told.message[:1000]), told.log.encode(), told.scene)
+            plain(told["message"][:1000]), told["log"].encode(), told["scene"])
         return Response(204)
 
     @route("GET", "/api/v1/manifests/<key>", role="worker", summary="The files of a project")

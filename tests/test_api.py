@@ -983,6 +983,7 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
               for (_, path), operation in described.items() if "requestBody" in operation}
     assert bodies == {
         "/api/v1/hello": ["nonce", "who"],
+        "/api/v1/jobs": ["manifest", "name", "options", "pov"], "/api/v1/beat": ["leases"],
         "/api/v1/workers": sorted(WORKER), "/api/v1/lease": ["idle", "slots", "want"],
         "/api/v1/workers/admit": ["code"],
         "/api/v1/users": ["limits", "name", "role", "ticket", "uses"],
