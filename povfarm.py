@@ -4598,14 +4598,16 @@ class AttemptState(Word):
     EXPIRED = "expired"
     RELEASED = "released"
     LOST = "lost"
+    VOID = "void"
 
 
 # A task may be DONE from any unfinished state, and from FAILED: a good picture
-# is never thrown away, however late it comes.
+# is never thrown away, however late it comes, unless somebody asks for another.
 TRANSITIONS: frozenset[tuple[TaskState, TaskState]] = frozenset(
     (frm, TaskState(to)) for frm, others in {
         TaskState.QUEUED: "leased done cancelled", TaskState.LEASED: "queued done failed cancelled",
         TaskState.FAILED: "done queued", TaskState.CANCELLED: "queued",
+        TaskState.DONE: "queued",
     }.items() for to in others.split())
 
 JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset(
@@ -4614,6 +4616,7 @@ JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset(
         JobState.ACTIVE: "paused done failed cancelled",
         JobState.PAUSED: "waiting active done failed cancelled",
         JobState.FAILED: "active done", JobState.CANCELLED: "active waiting",
+        JobState.DONE: "active",
     }.items() for to in others.split())
 
 PAUSED_BY_HAND = "paused by hand"  # the reason that waits for a person, not for a mended scene
@@ -8435,8 +8438,9 @@ class Tx(Look):
 
     def add_job_cost(self, job: int, cost: Cost) -> None:
         """Add what a finished task cost."""
-        self._do("UPDATE job SET cpu = cpu + :cpu, wall = wall + :wall WHERE id = :id",
-                 id=job, cpu=cost.cpu, wall=cost.wall)
+        self._do("""
+            UPDATE job SET cpu = MAX(cpu + :cpu, 0), wall = MAX(wall + :wall, 0)
+            WHERE id = :id""", id=job, cpu=cost.cpu, wall=cost.wall)
 
     def count_task(self, job: int, frm: TaskState, to: TaskState, number: int = 1) -> None:
         """Keep the job's counters equal to its rows when so many tasks change."""
@@ -8520,6 +8524,14 @@ class Tx(Look):
             WHERE id = :id""",
             id=task, worker=worker, sha256=sha256, size=size, now=now, **vars(cost))
 
+    def make_void(self, task: int) -> None:
+        """Forget what became of a task: what was begun counts no more. Its file is there still."""
+        self._do("UPDATE attempt SET state = 'void' WHERE task = :id", id=task)
+        self._do("""
+            UPDATE task SET tries = 0, worker = NULL, finished = NULL, sha256 = NULL, cpu = NULL,
+                            wall = NULL, memory = NULL, parse = NULL, state_of = ''
+            WHERE id = :id""", id=task)
+
     def set_tries(self, task: int, tries: int) -> None:
         """Set how often a task has failed."""
         self._do("UPDATE task SET tries = :tries WHERE id = :id", id=task, tries=tries)
@@ -8550,9 +8562,11 @@ class Tx(Look):
         """Let a slice end sooner."""
         self._do("UPDATE task SET bottom = :bottom WHERE id = :id", id=task, bottom=bottom)
 
-    def drop_parts(self, frame: int) -> None:
+    def drop_parts(self, frame: int, but_passes: bool = False) -> None:
         """Make a sliced frame a whole one again."""
-        self._do("DELETE FROM task WHERE parent = :id", id=frame)
+        self._do("""
+            DELETE FROM task WHERE parent = :id AND NOT (kind = 'pass' AND :but)""",
+            id=frame, but=but_passes)
         self._do("UPDATE task SET cut = NULL, bottom = 0 WHERE id = :id", id=frame)
 
     # --- leases and attempts
@@ -8965,6 +8979,8 @@ class _States:
         job = look.find_job(attempt.job) if attempt else None
         if attempt is None or job is None or attempt.worker != worker:
             raise StaleLease("this task is not in a lease of yours")
+        if attempt.state is AttemptState.VOID:
+            raise StaleLease("this frame is rendered again from the start")
         return attempt, look.task(attempt.task), job  # of a divided frame, the first slice
 
     def tell(self, tx: Tx, what: str, text: str, job: int | None = None,
@@ -10526,6 +10542,47 @@ class Scheduler:
                 self._rest()
         return count
 
+    def again(self, job: int, frames: str, who: str = ADMIN) -> int:
+        """Queue frames again, also finished ones; return how many.
+
+        Those that wait or are being rendered stay as they are. An image is in its place until
+        the next one comes, and nothing is taken any more that was begun before.
+        """
+        with self.store.read() as look:
+            plan = look.job(job).pov.plan
+            still = not plan.animation and frames == str(plan.frames[0])
+            tasks = [look.task_of_frame(job, frame)
+                     for frame in (plan.frames if still else plan.chosen(frames))]
+        if not any(tasks):
+            raise UserError(f"job {job} has none of the frames {frames}")
+        count = 0
+        for start in range(0, len(tasks), STEP // 10):
+            with self._steering(job, who) as tx:
+                row = tx.job(job)
+                if not start:
+                    self.people.check(tx, who, len(tasks), int(row.state in FINISHED))
+                count += sum(self._render_again(tx, row, tx.find_task(task.id))
+                             for task in tasks[start:start + STEP // 10] if task)
+                row = tx.job(job)
+                if count and row.state in (JobState.PAUSED, JobState.CANCELLED):
+                    self._states.start(tx, row)
+            self._rest()
+        return count
+
+    def _render_again(self, tx: Tx, job: Job, frame: Task | None) -> bool:
+        if frame is None or self.grants.at(frame.id) or frame.state in (
+                TaskState.QUEUED, TaskState.LEASED):
+            return False
+        shared = job.options.radiosity == "animation"  # by all frames, so it stays
+        for part in tx.parts(frame.id, TaskKind.SLICE if shared else None):
+            self.store.place(job, part).unlink(missing_ok=True)
+        tx.drop_parts(frame.id, shared)
+        tx.make_void(frame.id)
+        if frame.state is TaskState.DONE:
+            tx.add_job_cost(job.id, Cost(-(frame.cpu or 0.0), -(frame.wall or 0.0)))
+        self._states.move(tx, frame, TaskState.QUEUED, "rendered again by hand")
+        return True
+
     def _retry_parts(self, tx: Tx, job: Job) -> int:
         """Queue again what is missing of sliced frames; return how many frames that were."""
         bad = (TaskState.FAILED, TaskState.CANCELLED)
@@ -11437,11 +11494,17 @@ class Api:
 
     @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", summary="Steer a job")
     def steer(self, request: Request) -> Response:
-        """Action: pause, resume, cancel or retry."""
-        action = request.params["action"]
+        """Action: pause, resume, cancel or retry.
+
+        Query of retry: frames, such as ``5-9``, which are rendered again, finished or not.
+        """
+        action, frames = request.params["action"], request.query.get("frames", "")
         if action not in ("pause", "resume", "cancel", "retry"):
             raise ProtocolError(404, f"a job cannot be asked to {action}")
-        getattr(self._farm, action)(request.params["job"], request.identity.name)
+        if action == "retry" and frames:
+            self._farm.again(request.params["job"], frames, request.identity.name)
+        else:
+            getattr(self._farm, action)(request.params["job"], request.identity.name)
         return self.job(request)
 
     @route("PATCH", "/api/v1/jobs/<job:int>", role="user", summary="Change a job")
@@ -13124,6 +13187,9 @@ class Pages:
             _growing(view, frame) if "slices" in frame else None,
             [element("p", words, class_="notice failed") for words in failures[-1:]],
             _frame_facts(frame),
+            self._form(request, f"{address}/retry?frames={number}", "Render again")
+            if self._may_steer(request, view) and task.state not in (
+                TaskState.QUEUED, TaskState.LEASED) else None,
             element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
                             for to in neighbours], class_="links"),
             _section("What POV-Ray printed", element("pre", text or "Nothing yet.", tabindex=0),
@@ -13289,13 +13355,16 @@ class Pages:
                        element("a", "No", class_="button", href=_same_page(request)),
                        class_="row", id="asked")
 
+    def _may_steer(self, request: Request, view: View) -> bool:
+        you = request.identity
+        return "admin" in you.roles or ("user" in you.roles and you.name == view["owner"])
+
     def _buttons(self, request: Request, view: View) -> Node:
         """Return what can be done to a job by its owner, or the admin.
 
         Only an ended one can be deleted, after a question.
         """
-        you = request.identity
-        if "admin" not in you.roles and ("user" not in you.roles or you.name != view["owner"]):
+        if not self._may_steer(request, view):
             return None
         state, frames, address = JobState(view["state"]), view["frames"], f"/jobs/{view['id']}"
         possible = {
@@ -17315,10 +17384,20 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
 @command("pause", "JOB ...", "hand out no more of a job", ("talk",))
 @command("resume", "JOB ...", "go on with a paused job", ("talk",))
 @command("cancel", "JOB ...", "end a job; its finished images stay", ("talk",))
-@command("retry", "JOB ...", "render the failed and cancelled frames again", ("talk",))
 def steer(options: Options) -> int:
-    """Pause, resume, cancel or retry jobs."""
+    """Pause, resume or cancel jobs."""
     return _ask_each(options, options.rest, "POST", f"/{options.command}", {})
+
+
+@command("retry", "JOB [FRAMES]", "render the failed and cancelled frames again, or those named",
+         ("talk",))
+def retry(options: Options) -> int:
+    """Render frames again: those that failed, or any."""
+    job, *frames = options.rest
+    if not frames:
+        return _ask_each(options, [job], "POST", "/retry", {})
+    return _ask_each(options, [job], "POST", f"/retry?frames={urllib.parse.quote(frames[0])}", {},
+                     f": frames {frames[0]} are rendered again")
 
 
 @command("delete", "JOB ...", "delete a job and its images from the farm", ("talk",))

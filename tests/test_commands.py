@@ -11,6 +11,7 @@ import pytest
 
 import povfarm
 from helpers.farm_in_a_box import Farm, sha256
+from helpers.pictures import png
 from povfarm import main
 
 
@@ -111,8 +112,7 @@ def test_one_job_that_cannot_does_not_stop_the_others(farm: Served) -> None:
 
 @pytest.mark.parametrize(("command", "before", "after"), [
     ("pause", "active", "paused"), ("resume", "paused", "active"),
-    ("cancel", "active", "cancelled"), ("retry", "cancelled", "active"),
-    ("delete", "active", "deleted")])
+    ("cancel", "active", "cancelled"), ("delete", "active", "deleted")])
 def test_several_jobs_are_steered_at_once(
         command: str, before: str, after: str, farm: Served) -> None:
     for job in [farm.submit() for _ in range(3)]:
@@ -124,6 +124,51 @@ def test_several_jobs_are_steered_at_once(
         assert farm.wire("status") == []
     else:
         assert farm.states_of(1, 2, 3) == [after] * 3
+
+
+def test_frames_are_rendered_again(farm: Served) -> None:
+    worker = farm.worker()
+    for _ in range(2):
+        farm.submit(5)
+    farm.render(worker)
+    assert farm.says("retry", 1, "2-3,5", code=0) == ("", [
+        "povfarm: job 1 (ball): frames 2-3,5 are rendered again"])
+    assert farm.states(1) == ["done", "queued", "queued", "done", "queued"]
+    assert farm.states(2) == ["done"] * 5
+    assert farm.wire("retry", "last", "4") == [{"job": 2, "name": "ball", "state": "active"}]
+    assert farm.states(2) == ["done", "done", "done", "queued", "done"]
+
+
+def test_fetch_replaces_its_copy_of_a_frame_that_was_rendered_again(
+        farm: Served, tmp_path: Path) -> None:
+    worker, job, out = farm.worker(), farm.submit(3), tmp_path / "out"
+    farm.render(worker)
+    farm.says("fetch", job, "--output", str(out), code=0)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    farm.says("retry", job, "2", code=0)
+    text, _ = farm.says("fetch", job, "--output", str(out), code=0)
+    assert "0 new of 2 finished images" in text
+    farm.finish(worker, farm.lease(worker), image=png(99))
+    text, _ = farm.says("fetch", job, "--output", str(out), code=0)
+    assert "1 new of 3 finished images" in text
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {**before, "out2.png": png(99)}
+
+
+@pytest.mark.parametrize("frames, problem", [
+    ("6", "it has 1 to 5"), ("last", "neither a frame nor a range"), ("1&x=2", "neither a frame")])
+def test_what_is_no_frame_is_not_rendered_again(
+        farm: Served, frames: str, problem: str) -> None:
+    farm.submit(5)
+    out, errors = farm.says("retry", 1, frames, code=1)
+    assert out == "" and len(errors) == 1 and problem in errors[0]
+
+
+def test_retry_without_frames_is_for_what_failed_of_the_jobs_of_a_range(farm: Served) -> None:
+    for job in [farm.submit() for _ in range(3)]:
+        farm.scheduler.cancel(job)
+    told = farm.wire("retry", "1-2")
+    assert told == [{"job": job, "name": "ball", "state": "active"} for job in (2, 1)]
+    assert farm.states_of(1, 2, 3) == ["active", "active", "cancelled"]
 
 
 def test_json_tells_of_each_job_what_became_of_it(farm: Served) -> None:

@@ -36,15 +36,15 @@ Q, L, D, F, C = (TaskState.QUEUED, TaskState.LEASED, TaskState.DONE, TaskState.F
 
 def test_a_task_changes_only_in_these_ways() -> None:
     assert frozenset({(Q, L), (Q, D), (Q, C), (L, Q), (L, D), (L, F), (L, C), (F, D), (F, Q),
-                      (C, Q)}) == TRANSITIONS
+                      (C, Q), (D, Q)}) == TRANSITIONS
 
 
-def test_a_finished_picture_is_never_thrown_away() -> None:
-    assert not [to for frm, to in TRANSITIONS if frm is D]
+def test_a_finished_picture_is_never_thrown_away_but_to_be_rendered_again() -> None:
+    assert [to for frm, to in TRANSITIONS if frm is D] == [Q]
 
 
-def test_a_done_job_stays_done() -> None:
-    assert not [to for frm, to in JOB_TRANSITIONS if frm is JobState.DONE]
+def test_a_done_job_stays_done_unless_frames_are_rendered_again() -> None:
+    assert [to for frm, to in JOB_TRANSITIONS if frm is JobState.DONE] == [JobState.ACTIVE]
 
 
 def test_every_state_but_the_first_can_be_reached() -> None:

@@ -397,6 +397,19 @@ def test_the_forms_steer_a_job(farm: Farm) -> None:
         assert (row.state if row else None) == state
 
 
+def test_a_frame_is_rendered_again_by_a_button_for_who_may_steer_its_job(farm: Farm) -> None:
+    job = farm.submit(frames=2)
+    assert not farm.page(f"/jobs/{job}/frames/1", farm.admin).all("form", action="/jobs/")
+    farm.deliver(farm.join(), 2)
+    assert not farm.page(f"/jobs/{job}/frames/1").all("form", action="/jobs/")
+    form, = farm.page(f"/jobs/{job}/frames/1", farm.admin).all("form", action="/jobs/")
+    assert farm.send("POST", form["action"], farm.admin, {"token": "x"}).status == 403
+    answer = farm.send("POST", form["action"], farm.admin, {"token": farm.token(farm.admin)})
+    assert (answer.status, answer.headers["Location"]) == (303, f"/jobs/{job}")
+    with farm.store.read() as tx:
+        assert [state for _, state in tx.frame_states(job)] == ["queued", "done"]
+
+
 def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
     worker = farm.join(admitted=False)
     with farm.store.read() as tx:

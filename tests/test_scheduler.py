@@ -2051,3 +2051,125 @@ def test_slices_are_begun_in_the_order_that_the_job_asks_for(farm: Farm) -> None
     farm.submit(3, slices="2", order="reverse", values={"Height": "64", "Width": "64"})
     assert [(lease.tasks[0].kind, lease.tasks[0].frame)
             for lease in farm.leases(worker, want=1)] == [("slice", 3)]
+
+
+# --- frames that are rendered again
+
+def test_done_to_queued_when_rendered_again(farm: Farm) -> None:
+    worker, job, lease = leased(farm, 2)
+    farm.finish(worker, lease)
+    farm.render(worker)
+    image = farm.root / "jobs" / f"{job}-ball" / "out1.png"
+    assert farm.scheduler.again(job, "1") == 1
+    assert farm.story(job, 1) == ["leased", "done", "queued"] and farm.problems() == []
+    assert image.read_bytes() == png(lease.tasks[0].id)  # until another comes
+    assert farm.ask("GET", f"/api/v1/jobs/{job}/frames/1/image").status == 404
+    again = farm.lease(worker)
+    farm.finish(worker, again, image=png(99))
+    assert image.read_bytes() == png(99) and farm.task(job, 1).sha256 == sha256(png(99))
+    assert farm.ask("GET", f"/api/v1/jobs/{job}/frames/1/image").body == png(99)
+    assert farm.state(job) == "done" and farm.problems() == [] and farm.leftovers() == []
+
+
+def test_job_done_to_active_when_frames_are_rendered_again(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(5)
+    farm.render(worker)
+    farm.scheduler.again(job, "2-3,5")
+    assert farm.states(job) == ["done", "queued", "queued", "done", "queued"]
+    assert farm.story(job) == ["active", "done", "active"]
+    assert (farm.job(job).cpu, farm.job(job).finished) == (2.0, None)  # of what is there
+    farm.render(worker)
+    assert farm.story(job) == ["active", "done", "active", "done"] and farm.job(job).cpu == 5.0
+
+
+def test_nothing_that_was_begun_before_is_taken_for_a_frame_that_is_rendered_again(
+        farm: Farm) -> None:
+    anna, bert, job = farm.worker("anna"), farm.worker("bert"), farm.submit(2, batch=2)
+    late = farm.lease(anna)
+    farm.clock.advance(31)
+    farm.scheduler.expire()
+    first = farm.lease(bert)
+    farm.finish(bert, first)
+    farm.scheduler.again(job, "1")
+    assert farm.states(job)[0] == "queued"
+    for worker, lease in ((anna, late), (bert, first)):
+        with pytest.raises(StaleLease, match="rendered again"):
+            farm.finish(worker, lease, image=png(77))
+        with pytest.raises(StaleLease):
+            farm.fail(worker, lease)
+    assert farm.states(job)[0] == "queued"
+    farm.finish(bert, farm.lease(bert, want=1))
+    assert farm.task(job, 1).sha256 == sha256(png(first.tasks[0].id)) and farm.problems() == []
+
+
+@pytest.mark.parametrize("state", ["queued", "leased"])
+def test_what_waits_or_is_rendered_is_left_alone_when_it_is_to_be_rendered_again(
+        farm: Farm, state: str) -> None:
+    worker, job = farm.worker(), farm.submit(2)
+    lease = farm.lease(worker) if state == "leased" else None
+    assert farm.scheduler.again(job, "1") == 0 and farm.states(job)[0] == state
+    assert lease is None or farm.finish(worker, lease)
+
+
+def test_failed_and_cancelled_frames_are_rendered_again_and_no_others_of_them(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(5, retry_limit=1)
+    use_up(farm, worker, 1, 1)
+    farm.finish(worker, farm.lease(worker))
+    farm.scheduler.cancel(job)
+    assert farm.scheduler.again(job, "1,3") == 2
+    assert farm.states(job) == ["queued", "done", "queued", "cancelled", "cancelled"]
+    assert farm.state(job) == "active" and farm.problems() == []
+    farm.render(worker)
+    assert farm.states(job) == ["done", "done", "done", "cancelled", "cancelled"]
+    assert farm.state(job) == "cancelled"
+
+
+@pytest.mark.parametrize("radiosity, left", [("share", 0), ("animation", 1)])
+def test_a_sliced_frame_is_rendered_again_as_a_whole_one(
+        farm: Farm, radiosity: str, left: int) -> None:
+    worker, job = farm.worker(), farm.submit(
+        2, slices="2", radiosity=radiosity, uses=["radiosity"],
+        values={"Height": "64", "Width": "64"})
+    while farm.state(job) == "active":
+        lease = farm.lease(worker)
+        task = lease.tasks[0]
+        farm.finish(worker, lease, image=b"samples" if task.kind == "pass" else png(
+            1, 64, task.bottom - task.top))
+    farm.scheduler.again(job, "1")
+    with farm.store.read() as look:
+        task = farm.task(job, 1)
+        assert (task.cut, task.state) == (None, "queued")
+        assert [part.kind for part in look.parts(task.id)] == ["pass"] * left
+    assert farm.problems() == [] and len(farm.leftovers()) == 0
+    assert farm.scheduler.again(job, "2") == 1 and farm.problems() == []
+
+
+def test_frames_that_were_compared_are_compared_again(farm: Farm) -> None:
+    anna, bert, job = farm.worker("anna"), farm.worker("bert"), farm.submit(2, verify=100, first="2")
+    for _ in range(2):
+        for worker in (anna, bert):
+            assert farm.states(job)[1] == "queued"
+            farm.finish(worker, farm.lease(worker))
+        assert farm.states(job)[1] == "done"
+        farm.scheduler.again(job, "2")
+    assert farm.story(job, 2).count("done") == 2 and farm.problems() == []
+
+
+@pytest.mark.parametrize("frames, problem", [
+    ("4-9", "it has 1 to 3"), ("x", "neither a frame"), ("", None)])
+def test_frames_that_there_are_not_cannot_be_rendered_again(
+        farm: Farm, frames: str, problem: Any) -> None:
+    worker, job = farm.worker(), farm.submit(3)
+    farm.render(worker)
+    reply = farm.ask("POST", f"/api/v1/jobs/{job}/retry?frames={frames}", json_body={})
+    assert reply.status == (400 if problem else 200)
+    assert problem is None or problem in reply.json()["error"]
+    assert farm.state(job) == "done"
+
+
+def test_a_still_is_rendered_again(farm: Farm) -> None:
+    worker, job = farm.worker(), farm.submit(1, values={"Final_Frame": "0", "Initial_Frame": "0"})
+    farm.render(worker)
+    frame = farm.tasks(job)[0].frame
+    assert farm.ask("POST", f"/api/v1/jobs/{job}/retry?frames={frame}", json_body={}).status == 200
+    assert farm.states(job) == ["queued"]

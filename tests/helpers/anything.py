@@ -57,7 +57,7 @@ class Chaos:
 
     def step(self) -> None:
         names = [name[3:] for name in dir(self) if name.startswith("do_")]
-        weights = [{"lease": 25, "finish": 40, "fail": 12, "beat": 4, "submit": 6, "retry": 4,
+        weights = [{"lease": 25, "finish": 40, "fail": 12, "beat": 4, "submit": 6, "retry": 4, "again": 4,
                     "cancel": 1.5, "delete": 0.5, "restart": 0.5, "pause": 2, "resume": 2, "drag": 12}.get(name, 1)
                    for name in names]
         name = self.chance.choices(names, weights)[0]
@@ -163,6 +163,11 @@ class Chaos:
 
     def do_retry(self) -> None:
         self.farm.scheduler.retry(self.job())
+
+    def do_again(self) -> None:
+        job = self.job()
+        self.farm.scheduler.again(job, self.chance.choice(["1", "1-2", "2,4-5"]))
+        self.done = {key: sha for key, sha in self.done.items() if key[0] != job}
 
     def do_change(self) -> None:
         self.farm.scheduler.change(self.job(), {"priority": self.chance.randint(-3, 3),
