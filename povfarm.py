@@ -7144,7 +7144,7 @@ SCHEMA = f"""
         job INTEGER NOT NULL, granted REAL NOT NULL,
         ended REAL, why TEXT NOT NULL DEFAULT ''
     ) WITHOUT ROWID;
-    CREATE INDEX lease_live ON lease (job) WHERE ended IS NULL;
+    CREATE INDEX lease_job ON lease (job, granted);
     -- given: the row before which a slice was to end when it was given out, 0 for a whole frame;
     -- where its task has fewer rows now, others were given the rest
     CREATE TABLE attempt (
@@ -8037,11 +8037,31 @@ class Look:
             SELECT * FROM task WHERE job = :job AND frame = :frame AND slice = 0""",
             job=job, frame=frame)
 
-    def tasks(self, job: int, after: int = -1, limit: int = -1) -> list[Task]:
-        """Return a job's frames; ``after`` is the last one already seen."""
+    def tasks(self, job: int, after: int = -1, limit: int = -1,
+              since: float = 0.0) -> list[Task]:
+        """Return a job's frames; ``after`` is the last one already seen.
+
+        Those of which something was told ``since`` a time; all where that is longer ago than
+        events are kept.
+        """
         return self._all(Task, """
             SELECT * FROM task WHERE job = :job AND frame > :after AND slice = 0
-            ORDER BY frame LIMIT :limit""", job=job, after=after, limit=limit)
+            AND (:since <= COALESCE((SELECT time FROM event ORDER BY id LIMIT 1), :since)
+                 OR frame IN (SELECT frame FROM event WHERE job = :job AND time > :since))
+            ORDER BY frame LIMIT :limit""", job=job, after=after, limit=limit, since=since)
+
+    def starts(self, job: int, tasks: Sequence[Task]) -> dict[int, float]:
+        """Return when the renders began that count of frames in order, by their numbers."""
+        return dict(map(tuple, self._do("""
+            SELECT task.frame, MAX(attempt.started) FROM task
+            JOIN attempt ON attempt.task = task.id AND attempt.state IN ('live', 'done', 'failed')
+            WHERE task.job = :job AND task.frame BETWEEN :low AND :high GROUP BY task.frame""",
+            job=job, low=tasks[0].frame, high=tasks[-1].frame))) if tasks else {}
+
+    def last_start(self, job: int) -> float | None:
+        """Return when something of a job was given out last."""
+        return cast("float | None", self._do(
+            "SELECT MAX(granted) FROM lease WHERE job = :job", job=job).fetchone()[0])
 
     def frame_states(self, job: int) -> list[tuple[int, str]]:
         """Return the number and the state of each frame of a job."""
@@ -8055,13 +8075,10 @@ class Look:
             SELECT * FROM task WHERE job = :job AND state = :state AND slice = 0
             ORDER BY frame""", job=job, state=state.value)
 
-    def next_tasks(self, job: int, worker: int, limit: int, low: int, high: int,
-                   backwards: bool = False) -> list[Task]:
-        """Return queued whole frames that this worker has not failed or rendered yet.
-
-        Those from ``low`` to ``high``.
-        """
-        return self._all(Task, f"""
+    def next_tasks(self, job: int, worker: int, limit: int, low: int, high: int) -> list[Task]:
+        """Return queued whole frames from ``low`` to ``high`` that this worker has not failed or
+        rendered yet."""
+        return self._all(Task, """
             SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
             AND frame BETWEEN :low AND :high AND cut IS NULL AND NOT EXISTS (
               SELECT 1 FROM attempt WHERE attempt.task = task.id
@@ -8069,8 +8086,15 @@ class Look:
             AND NOT EXISTS (
               SELECT 1 FROM attempt WHERE attempt.task = task.id
               AND attempt.worker = :worker AND attempt.state = 'kept')
-            ORDER BY frame {"DESC" if backwards else ""} LIMIT :limit""",
+            ORDER BY frame LIMIT :limit""",
             job=job, worker=worker, limit=limit, low=low, high=high)
+
+    def last_queued(self, job: int, low: int, high: int) -> int:
+        """Return the last frame from ``low`` to ``high`` that is queued, ``low`` if none is."""
+        return int(self._do("""
+            SELECT COALESCE(MAX(frame), :low) FROM task WHERE job = :job AND state = 'queued'
+            AND slice = 0 AND frame BETWEEN :low AND :high""",
+            job=job, low=low, high=high).fetchone()[0])
 
     def newest_task_of(self, job: int) -> Task | None:
         """Return the frame of one job that was finished last."""
@@ -9773,13 +9797,17 @@ class _Deal:
 
     def _next(self, job: Job, size: int) -> list[Task]:
         """Find so many queued frames at most, as the job wants them to be handed out."""
-        options, dealt = job.options, (sum(job.counts.values()) - job.queued) // size
-        for low, high in spans_of(options.first, job.pov.plan.frames):
-            for start in (next_place(options.order, low, high, job.id, dealt), low):
-                tasks = self._tx.next_tasks(job.id, self._worker.id, size, start, high,
-                                            options.order == "reverse")
+        options, frames = job.options, job.pov.plan.frames
+        dealt, backwards = sum(job.counts.values()) - job.queued, options.order == "reverse"
+        for low, high in spans_of(options.first, frames):
+            start = next_place(options.order, low, high, job.id, dealt // size)
+            if backwards:
+                last = self._tx.last_queued(job.id, low, high)
+                start = max(last - (size - 1) * frames.step, low)
+            for begin in (start, low):
+                tasks = self._tx.next_tasks(job.id, self._worker.id, size, begin, high)
                 if tasks:
-                    return tasks
+                    return tasks[::-1] if backwards else tasks
         return []
 
     def _may_try(self, job: Job, task: Task) -> bool:
@@ -11136,6 +11164,7 @@ class Views:
             files, size, written = tx.extent(job.id)
             view.update(
                 files=files, size=size, written=written,
+                active=job.state is JobState.ACTIVE, last_start=tx.last_start(job.id),
                 directory=f"jobs/{self._store.job_directory(job.id, job.name).name}",
                 pov=json.loads(job.pov_json), engine=job.engines.get("povray", ""),
                 notice=self._store.notice, width=options.width, height=options.height,
@@ -11151,7 +11180,8 @@ class Views:
             "frame", "name", "state", "tries", "finished", "size", "sha256", "cpu", "wall",
             "memory")}
         view["progress"] = (1.0 if task.state == TaskState.DONE else self._farm.progress(task.id))
-        view["worker"] = workers.get(task.worker or 0, "")
+        at = (portion.grant.worker for portion in self._farm.grants.at(task.id))
+        view["worker"] = workers.get(task.worker or next(at, 0), "")
         if task.cut is not None and task.state != TaskState.DONE:
             view["slices"] = self._slices(tx, task, workers)
             view["progress"] = sum(part["share"] * part["progress"] for part in view["slices"])
@@ -11344,13 +11374,17 @@ class Api:
 
     @route("GET", "/api/v1/jobs/<job:int>/frames", role="reader", summary="The frames of a job")
     def frames(self, request: Request) -> Response:
-        """Query: limit, after (the last frame number already seen)."""
+        """Query: limit, after (the last frame number already seen), since (a time)."""
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
             names = {row.id: row.name for row in tx.workers()}
             rows = tx.tasks(job.id, _query_number(request, "after", -1),
-                            _query_limit(request, MAX_LISTED))
-            return json_response({"frames": [self.views.frame(tx, row, names) for row in rows]})
+                            _query_limit(request, MAX_LISTED),
+                            _seconds(request.query.get("since", 0), math.inf))
+            starts = tx.starts(job.id, rows)
+            return json_response({"frames": [
+                {**self.views.frame(tx, row, names), "started": starts.get(row.frame)}
+                for row in rows]})
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image", role="reader",
            summary="A finished image")

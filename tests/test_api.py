@@ -734,6 +734,63 @@ def still(farm: Farm) -> Farm:
     return farm
 
 
+def test_a_job_tells_how_large_it_is_which_povray_it_wants_and_when_it_was_begun(farm: Farm) -> None:
+    job = farm.submit(2, files={"scene.pov": b"sphere", "a.inc": b"1234"}, povray="3.7")
+
+    def told() -> Dict[str, Any]:
+        view = farm.ask("GET", f"/api/v1/jobs/{job}").json()
+        return {name: view[name] for name in ("files", "size", "povray", "created", "last_start",
+                                              "active")}
+
+    created = farm.clock.time()
+    assert told() == {"files": 2, "size": 10, "povray": "3.7", "created": created,
+                      "last_start": None, "active": True}
+    worker = farm.worker()
+    for _ in range(2):
+        farm.clock.advance(10)
+        farm.finish(worker, farm.lease(worker))
+    assert told() == {"files": 2, "size": 10, "povray": "3.7", "created": created,
+                      "last_start": created + 20, "active": False}
+
+
+def test_frames_that_have_changed_since_a_time(farm: Farm) -> None:
+    anna, bert, job = farm.worker("anna"), farm.worker("bert"), farm.submit(5, batch=1)
+    begin = farm.clock.time()
+
+    def since(seconds: float) -> List[Tuple[Any, ...]]:
+        frames = farm.ask("GET", f"/api/v1/jobs/{job}/frames?since={begin + seconds}").json()["frames"]
+        return [(frame["frame"], frame["state"], frame["worker"], frame["started"] and
+                 round(frame["started"] - begin), frame["finished"] and round(frame["finished"] - begin))
+                for frame in frames]
+
+    farm.clock.advance(10)
+    first = farm.lease(anna)
+    farm.clock.advance(10)
+    farm.finish(anna, first)
+    second = farm.lease(bert)
+    done, leased = (1, "done", "anna", 10, 20), (2, "leased", "bert", 20, None)
+    rest = [(frame, "queued", "", None, None) for frame in (3, 4, 5)]
+    assert since(-begin) == since(-1) == [done, leased, *rest]  # all, before the first event
+    assert since(15) == [done, leased] and since(20) == []
+    farm.clock.advance(10)
+    farm.fail(bert, second)
+    assert since(20) == [(2, "queued", "", 20, None)]
+    farm.scheduler.cancel(job)
+    assert [frame[0] for frame in since(25)] == [2, 3, 4, 5]
+    farm.scheduler.again(job, "1")
+    farm.clock.advance(10)
+    farm.lease(anna)
+    assert since(35) == [(1, "leased", "anna", 40, None)]
+    with farm.store.tx() as tx:
+        tx.drop_events(tx.last_event())
+    assert len(since(5)) == 5 and since(45) == []  # of what is told no more all are listed
+
+
+@pytest.mark.parametrize("since", ["soon", "nan", ""])
+def test_a_time_that_is_none_is_refused(farm: Farm, since: str) -> None:
+    assert is_refusal(farm.ask("GET", f"/api/v1/jobs/{farm.submit()}/frames?since={since}"))
+
+
 IMAGE = "/api/v1/jobs/1/frames/0/image"
 SIZE = len(png(5))
 
