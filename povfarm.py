@@ -7823,6 +7823,12 @@ class Look:
         return self._all(Event, "SELECT * FROM event WHERE id > :after ORDER BY id LIMIT :limit",
                          after=after, limit=limit)
 
+    def events_of_farm(self, limit: int) -> list[Event]:
+        """Return the newest events that are of no frame, the oldest first."""
+        return self._all(Event, """
+            SELECT * FROM event WHERE frame IS NULL ORDER BY id DESC LIMIT :limit""",
+                         limit=limit)[::-1]
+
     def last_event(self) -> int:
         """Return the id of the newest event, 0 when there is none."""
         return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
@@ -8102,6 +8108,13 @@ class Look:
             SELECT * FROM task INDEXED BY task_done
             WHERE job = :job AND state = 'done' AND parent IS NULL
             ORDER BY finished DESC, id DESC LIMIT 1""", job=job)
+
+    def newest_task_by(self, worker: int) -> Task | None:
+        """Return the frame that one worker has finished last."""
+        return self._one(Task, """
+            SELECT task.* FROM attempt INDEXED BY attempt_recent JOIN task ON task.id = attempt.task
+            WHERE attempt.worker = :worker AND task.state = 'done' AND task.parent IS NULL
+            AND attempt.state = 'done' ORDER BY attempt.id DESC LIMIT 1""", worker=worker)
 
     def neighbours(self, job: int, frame: int) -> list[Task]:
         """Return the finished frames that are the nearest before and after a frame."""
@@ -9488,6 +9501,11 @@ class Muster:
         self._elected: dict[tuple[int, str], Collection[str]] = {}
 
     @functools.cached_property
+    def line(self) -> list[int]:
+        """The jobs of which nothing is rendered yet, in the order in which they are served."""
+        return [job.id for job in self._look.leasable_jobs() if not job.leased]
+
+    @functools.cached_property
     def crew(self) -> list[Member]:
         """The workers that are there and may work."""
         return [row for row in self._look.workers()
@@ -9568,6 +9586,26 @@ class Muster:
             hopeful = {worker for worker in well if not self.is_hopeless(job, worker)}
             self._helping[job.id, part] = hopeful or well
         return self._helping[job.id, part]
+
+    def why(self, job: Job) -> tuple[str, str]:
+        """Return why a job does not go on, in a sentence, and what would cure it; or nothing.
+
+        The cure is ``resume``, ``retry`` or an option of the job to set, such as ``povray=any``.
+        """
+        if job.reason:
+            stuck = job.state is JobState.PAUSED and job.reason != PAUSED_BY_HAND
+            return job.reason, "retry" if stuck else "resume" * (job.state is JobState.PAUSED)
+        if job.state is JobState.FAILED:
+            return f"{counted(job.failed, 'frame')} of {sum(job.counts.values())} failed", "retry"
+        if text := self.waiting_for(job):
+            return text, "povray=any" if "povray=any" in text else ""
+        if job.state is not JobState.ACTIVE or job.id not in self.line:
+            return "", ""
+        most, owner = self.people.allowance(self._look, job.owner).workers, job.owner
+        if most and len({grant.worker for grant in self._states.grants.of_owner(owner)}) >= most:
+            return f"as many workers as {owner} may have ({most}) render other jobs of {owner}", ""
+        before = self.line.index(job.id)
+        return f"{counted(before, 'job')} before it" if before else "next in line", ""
 
     def waiting_for(self, job: Job) -> str:
         """Return why workers get no frame of a job that has some, in a sentence, or nothing."""
@@ -10888,11 +10926,13 @@ class Access:
         session = self._session(request)
         return hmac.new(self._key.encode(), session.encode(), "sha256").hexdigest()
 
-    def check_form(self, request: Request) -> None:
-        """Raise ``ProtocolError`` 403 for a form that was not made for this browser."""
-        if not hmac.compare_digest(request.form().get("token", "").encode(),
+    def check_form(self, request: Request) -> dict[str, str]:
+        """Return a form's fields; ``ProtocolError`` 403 where it was not made for this browser."""
+        fields = request.form()
+        if not hmac.compare_digest(fields.get("token", "").encode(),
                                    self.form_token(request).encode()):
             raise ProtocolError(403, "this form is too old: load the page again")
+        return fields
 
     def _session(self, request: Request) -> str:
         for part in request.headers.get("cookie", "").split(";"):
@@ -11132,8 +11172,15 @@ class Views:
         self._farm = scheduler
         self._store = scheduler.store
 
-    def job(self, tx: Look, job: Job, whole: bool = False) -> dict[str, Any]:
+    def jobs(self, tx: Look, jobs: Iterable[Job], whole: bool = False) -> list[dict[str, Any]]:
+        """Return jobs as people want to see them, all of one moment."""
+        muster = self._farm.muster(tx)
+        return [self.job(tx, job, whole, muster) for job in jobs]
+
+    def job(self, tx: Look, job: Job, whole: bool = False,
+            muster: Muster | None = None) -> dict[str, Any]:
         """Return a job as people want to see it; ``whole`` adds the newest failure."""
+        muster = muster or self._farm.muster(tx)
         counts = {state.value: number for state, number in job.counts.items()}
         total = sum(counts.values())
         frames = {portion.task: self._farm.progress(portion.task)
@@ -11142,7 +11189,9 @@ class Views:
         slices = [view for frame in tx.frames_to_cut(job.id)
                   for view in self._slices(tx, frame, {})]
         part = sum(frames.values()) + sum(view["share"] * view["progress"] for view in slices)
-        end = job.finished or self._farm.clock.time()
+        rests = job.state is JobState.PAUSED and not job.leased  # since the last frame was done
+        last = tx.newest_task_of(job.id) if rests else None
+        end = job.finished or (last and last.finished) or self._farm.clock.time()
         spent = end - job.started if job.started else 0.0
         work = job.done + part
         rate = work / spent if spent > 0 else 0.0
@@ -11151,13 +11200,14 @@ class Views:
             name: getattr(job, name) for name in (
                 "id", "name", "state", "reason", "owner", "created", "started", "finished", "cpu",
                 "wall")}}
+        view["why"], view["cure"] = muster.why(job)
         view.update(
             progress=work / total if total else 0.0, elapsed=spent,
             rate=rate, eta=left / rate if rate and left else None,
             frames={"total": total, **counts},
             slices={"total": len(slices), **{
                 name: sum(view["state"] == name for view in slices) for name in counts}},
-            waiting_for=self._farm.muster(tx).waiting_for(job),
+            waiting_for=muster.waiting_for(job),
         )
         if whole:
             options, failure = job.pov.options, tx.first_failure(job.id)
@@ -11203,9 +11253,9 @@ class Views:
         for row in tx.workers():
             view = {name: getattr(row, name) for name in (
                 "id", "name", "cores", "memory", "system", "address", "joined", "owner")}
-            runs = len(self._farm.grants.of_worker(row.id))
-            view.update(engines=row.engines, tags=json.loads(row.tags_json), runs=runs,
-                        seen=self._farm.seen(row.id))
+            held = self._farm.grants.of_worker(row.id)
+            view.update(engines=row.engines, tags=json.loads(row.tags_json), runs=len(held),
+                        seen=self._farm.seen(row.id), does=self._does(tx, held))
             if row.state == WorkerState.PENDING:
                 view.update(state="pending", code=row.code)
             elif row.id not in muster.live:
@@ -11213,9 +11263,21 @@ class Views:
             elif sickness := muster.sickness(row):
                 view.update(state="sick", reason=sickness)
             else:
-                view["state"] = "working" if runs else "idle"
+                view["state"] = "working" if held else "idle"
             views.append(view)
         return views
+
+    def _does(self, tx: Look, held: Sequence[Grant]) -> dict[str, Any] | None:
+        """Return what a worker is at, of what it holds: the task that is furthest."""
+        portions = [portion for grant in held for portion in list(grant.portions.values())]
+        if not portions:
+            return None
+        one = max(portions, key=lambda portion: self._farm.progress(portion.task))
+        task = tx.find_task(one.task)  # none when it is newer than what is looked at
+        return {"job": one.grant.job, "frame": task.frame, "kind": task.kind, "top": task.top,
+                "bottom": task.bottom, "tasks": len(portions),
+                "threads": sum(grant.threads for grant in held),
+                "progress": self._farm.progress(task.id)} if task else None
 
     def log(self, tx: Look, job: Job, task: Task, plain: bool) -> str:
         """Return what POV-Ray printed of a frame, ``plain`` without lines between the attempts."""
@@ -11364,7 +11426,7 @@ class Api:
         with self._store.read() as tx:
             rows = tx.jobs(_query_number(request, "after", 0), _query_limit(request, 100),
                            request.query.get("owner", ""))
-            return json_response({"jobs": [self.views.job(tx, row) for row in rows]})
+            return json_response({"jobs": self.views.jobs(tx, rows)})
 
     @route("GET", "/api/v1/jobs/<job:int>", role="reader", summary="One job")
     def job(self, request: Request) -> Response:
@@ -13088,20 +13150,25 @@ def _moment(seconds: float | None) -> str | None:
 
 
 # === 16. PAGES ===============================================================
-# The status page: plain HTML that reloads, and the forms on it. Every text is
-# escaped unless it is Html, which only ``element`` makes. Reads the store and
-# shows API's views of it, changes things through API and SCHEDULER, decides nothing.
+# The pages: plain HTML with forms, which a script keeps up to date in place, and
+# which reload where none may run. Every text is escaped unless it is Html, which only
+# ``element`` makes. Reads the store and shows API's views of it, changes things through
+# API and SCHEDULER, decides nothing.
 
 # Not "no-referrer": with that, browsers send "Origin: null" with our own forms.
 PAGE_HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; "
+                               "script-src 'self'; connect-src 'self'; "
                                "form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "Referrer-Policy": "same-origin", "Cache-Control": "no-store",
 }
 BROWSER_TYPES = frozenset({".png", ".jpg", ".jpeg", ".bmp"})  # what <img> can show
 JOBS_SHOWN = 48  # on one page
 CELLS_SHOWN = 400  # in a grid of frames; of more frames than that, a cell shows several
+CARDS_SHOWN = 12  # computers on the farm's page
 EVENTS_READ = 400  # of which the story's few lines are made
+NEWS_SHOWN = 14
+GONE_FOR = 3600.0  # seconds for which a computer that fell silent keeps its card
 LOG_SHOWN = 50_000  # characters of POV-Ray's text on a page
 
 Node = Union[None, str, int, Iterable["Node"]]
@@ -13122,6 +13189,16 @@ def element(tag: str, /, *children: Node, **attributes: str | int | None) -> Htm
                     for name, value in attributes.items() if value is not None)
     end = "" if tag in ("meta", "link", "img", "input") else f"{_markup(children)}</{tag}>"
     return Html(f"<{tag}{start}>{end}")
+
+
+class _Need(NamedTuple):
+    """What waits for a person: a mark, whether it is ``about`` a computer, words and buttons."""
+
+    mark: str
+    about: str
+    words: Node
+    buttons: Node
+    bad: bool = False
 
 
 class Pages:
@@ -13147,33 +13224,45 @@ class Pages:
             rows = tx.jobs(before, JOBS_SHOWN, owner)
             older = rows[-1].id if len(rows) == JOBS_SHOWN else None
             shown = {row.id for row in rows}
-            rows += [row for row in tx.leasable_jobs(may=lambda one: owner in ("", one))
-                     if row.id not in shown and not before]
-            views = [self._view(tx, row) for row in rows]
+            order = [row for row in tx.leasable_jobs(may=lambda one: owner in ("", one))
+                     if not before]
+            rows += [row for row in order if row.id not in shown]
+            views = self._views(tx, rows)
             workers = self._api.views.workers(tx)
-            events = tx.events(tx.last_event() - EVENTS_READ, EVENTS_READ)
+            _sort(views, workers, [row.id for row in order])
+            pictures = {worker["id"]: tx.newest_task_by(worker["id"])
+                        for worker in workers[:CARDS_SHOWN]}
+            stage = max(_busy(views), key=lambda view: view["frames"]["total"], default=None)
+            growing = [self._api.views.frame(tx, task, {}) for task in
+                       (tx.frames_to_cut(stage["id"])[:1] if stage else ())]
+            story = _story(_latest(tx), views, self._farm.clock.time())
+        needs = self._needs(request, views, workers)
         live = [worker for worker in workers if worker["state"] in ("working", "idle")]
         active = any(view["state"] == JobState.ACTIVE for view in views)
-        story = _story(events, views, self._farm.clock.time())
+        now = self._farm.clock.time()
         return self._page(
             request, _title(views, self._api.name),
-            element("h1", "Older jobs" if before else _summary(views)),
-            element("p", _at_hand(live), [" · ", element("a", "Everybody's jobs", href="/") if mine
-                                          else element("a", "Only my jobs", href="/?mine=1")]
-                    if "user" in request.identity.roles else None, class_="lead"),
-            [self._asks_to_join(request, worker) for worker in workers if "code" in worker],
-            _job_cards(views) if views else _no_jobs(),
+            element("h1", "Older jobs" if before else _verdict(views, now)),
+            element("p", _at_hand(views, live, workers), [
+                " · ", element("a", "Everybody's jobs", href="/") if mine
+                else element("a", "Only my jobs", href="/?mine=1")]
+                if "user" in request.identity.roles else None, class_="lead"),
+            _needs_you(needs),
+            element("div", _now(stage, growing), _room(workers, pictures, views), class_="now")
+            if (stage or workers) and not before else None,
+            _queue(views, functools.partial(self._quick, request)),
+            _finished(views), None if views or before else _no_jobs(),
             element("p", element("a", "Older jobs", href=f"/?before={older}{'&mine=1' * mine}"))
-            if older else None,
-            element("div", self._workers(request, workers), story, class_="columns"),
-            reload=(3 if active else 30) if live else 5)
+            if older else None, story,
+            reload=(3 if active else 30) if live else 5,
+            state="bad" if any(need.bad for need in needs) else "busy" if _busy(views) else "")
 
     @route("GET", "/jobs/<job:int>", role="reader", shared=True, summary="The page of a job")
     def job(self, request: Request) -> Response:
         """A job with its frames. Query: from (a frame), to see the frames of its cell."""
         with self._farm.store.read() as tx:
             row = tx.job(request.params["job"])
-            view = self._view(tx, row)
+            view, = self._views(tx, [row])
             states = tx.frame_states(row.id)
             size = -(-len(states) // CELLS_SHOWN)
             first = _query_digits(request, "from")
@@ -13207,7 +13296,7 @@ class Pages:
             neighbours = [to for to in (number - step, number + step)
                     if tx.task_of_frame(row.id, to) is not None]
             names = {worker.id: worker.name for worker in tx.workers()}
-            view, address = self._view(tx, row), f"/jobs/{row.id}"
+            (view,), address = self._views(tx, [row]), f"/jobs/{row.id}"
             frame = self._api.views.frame(tx, task, names)
             failures = [] if frame["state"] == TaskState.DONE else [
                 attempt.message for attempt in tx.attempts(task.id)
@@ -13232,12 +13321,17 @@ class Pages:
 
     @route("POST", "/jobs/<job:int>/<action>", role="user", summary="Steer a job by a form")
     def steer(self, request: Request) -> Response:
-        """Action: pause, resume, cancel, retry or delete."""
-        self._access.check_form(request)
+        """Action: pause, resume, cancel, retry, delete, or set, with options of the job."""
+        given = self._access.check_form(request)
         if request.params["action"] == "delete":
             self._api.delete(request)
             return redirect("/")
-        self._api.steer(request)
+        if request.params["action"] == "set":
+            self._farm.change(request.params["job"], {
+                name: row.parse(given[name], name) for name, row in JOB_OPTIONS.items()
+                if name in given}, request.identity.name)
+        else:
+            self._api.steer(request)
         return redirect(f"/jobs/{request.params['job']}")
 
     @route("POST", "/workers/<code>/admit", role="admin", summary="Admit a worker by a form")
@@ -13270,14 +13364,33 @@ class Pages:
         self._access.log_out(request)
         return self._with_cookie(request, "", request.place, "; Max-Age=0")
 
+    @route("GET", "/computers", role="reader", shared=True, summary="The page of the workers")
+    def computers(self, request: Request) -> Response:
+        """Every worker with what it is and does, and how one more joins."""
+        with self._farm.store.read() as tx:
+            workers = self._api.views.workers(tx)
+        _sort([], workers, [])
+        needs = [need for need in self._needs(request, [], workers) if need.about]
+        return self._page(
+            request, f"Computers · {self._api.name}", element("h1", "Computers"),
+            element("p", _at_hand([], [worker for worker in workers if worker["state"] in (
+                "working", "idle")], workers), class_="lead"),
+            _needs_you(needs), self._workers(request, workers), self._join(request), reload=5)
+
     @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
+    @route("GET", "/script.js", role="anyone", summary="What keeps the pages up to date")
     @route("GET", "/style.css", role="anyone", summary="How the pages look")
     def look(self, request: Request) -> Response:
-        """The style sheet, or the mark; both are asked for once a day at most."""
-        style = request.path == "/style.css"
-        response = text_response(STYLE if style else MARK,
-                                 mime="text/css" if style else "image/svg+xml")
-        response.headers["Cache-Control"] = "public, max-age=86400"
+        """The style sheet, the script or the mark, which changes with the state of the farm.
+
+        Their addresses have the hash of what is there, so nothing is asked for twice.
+        """
+        name = request.path[1:]
+        mime, text = _LOOKS[name]
+        if name == "favicon.svg":
+            text = MARK.replace("</svg>", _MARK_OF.get(request.query.get("state", ""), "</svg>"))
+        response = text_response(text, mime=mime)
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
         return response
 
     def error_page(self, request: Request, refusal: ProtocolError) -> Response:
@@ -13297,30 +13410,38 @@ class Pages:
     # --- inside
 
     def _page(self, request: Request, title: str, *body: Node, reload: int = 0,
-              status: int = 200) -> Response:
-        """Return a whole page that loads itself again after ``reload`` seconds, 0 for never."""
+              status: int = 200, state: str = "") -> Response:
+        """Return a whole page that loads itself again after ``reload`` seconds, 0 for never.
+
+        Where the script runs, it brings what has changed into the page instead, at the latest
+        after so many seconds. ``state`` of the farm is shown by the mark: bad, busy or nothing.
+        """
         notice = self._farm.store.notice if request.identity.roles else ""
         still = "still" in request.query
+        mark = _address("favicon.svg") + f"&state={state}"
         head = element(
-            "head", element("meta", charset="utf-8"), element("title", title),
+            "head", element("meta", charset="utf-8"),
+            element("title", f"{'! ' * (state == 'bad')}{title}"),
             element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", http_equiv="refresh", content=reload) if reload and not still else None,
-            element("link", rel="icon", href="/favicon.svg"),
-            element("link", rel="stylesheet", href=_STYLE_ADDRESS))
-        you = request.identity
-        user = element("span", f"You are {you.name} ", self._form(request, "/logout", "Log out"),
-                       class_="row") if "person" in you.roles else element(
-            "span", "Read-only. To make changes: ", element("code", "povfarm.py login")) \
-            if you.roles else None
-        mark = element("img", src="/favicon.svg", alt="", width=28, height=28)
-        switch = element("a", "Reload this page automatically" if still else
-                         "Stop reloading this page",
-                         href=_same_page(request, **({} if still else {"still": "1"})))
+            element("noscript", element("meta", http_equiv="refresh", content=reload))
+            if reload and not still else None,
+            element("link", rel="icon", id="icon", href=mark),
+            element("link", rel="stylesheet", href=_address("style.css")),
+            element("script", src=_address("script.js"), defer=""))
+        switch = element("noscript", element(
+            "a", "Reload this page automatically" if still else "Stop reloading this page",
+            href=_same_page(request, **({} if still else {"still": "1"}))))
+        with self._farm.store.read() as tx:
+            event = tx.last_event()
+        now = time.strftime("%H:%M:%S", time.localtime(self._farm.clock.time()))
         page = element("html", head, element(
-            "body", element("header", element("a", mark, self._api.name, href="/"), user),
-            element("main", element("p", notice, class_="notice failed") if notice else None, body),
-            element("footer", switch if reload else None,
-                    element("span", f"povfarm {VERSION}"))), lang="en")
+            "body", element("a", "Skip to what is shown", href="#main", class_="skip"),
+            self._header(request, mark, now), element(
+                "main", element("p", notice, class_="notice failed") if notice else None, body,
+                id="main", tabindex=-1, data_event=event,
+                data_reload=None if still else reload or 30),
+            element("footer", switch if reload else None, element("span", f"povfarm {VERSION}"))),
+            lang="en")
         text = with_commands(page, lambda name: html.escape(self._typed(name)))
         if request.place:  # in what is quoted here, no quote is left
             text = re.sub(' (href|src|action)="(?=/)', rf' \1="{request.place}', text)
@@ -13328,9 +13449,25 @@ class Pages:
         response.headers.update(PAGE_HEADERS)
         return response
 
-    def _view(self, tx: Look, job: Job) -> View:
-        """Return API's view of a job, and the frame that was finished last as ``newest``."""
-        return {**self._api.views.job(tx, job, whole=True), "newest": tx.newest_task_of(job.id)}
+    def _header(self, request: Request, mark: str, now: str) -> Html:
+        """Return what is above every page: where one is, and who one is."""
+        you = request.identity
+        user = element("span", f"You are {you.name} ", self._form(request, "/logout", "Log out"),
+                       class_="row") if "person" in you.roles else element(
+            "span", "Read-only. To make changes: ", element("code", "povfarm.py login")) \
+            if you.roles else None
+        places = (("/", "Farm"), ("/computers", "Computers"))
+        return element("header", element(
+            "a", element("img", src=mark, alt="", width=28, height=28), self._api.name, href="/",
+            class_="home"), element("span", element("i"), element("span", f"As of {now}"),
+                                    id="live", role="status"), element("nav", [
+                element("a", name, href=to, aria_current="page" if to == request.path else None)
+                for to, name in places] if you.roles else None, aria_label="Pages"), user)
+
+    def _views(self, tx: Look, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Return API's views of jobs, each with the frame that was finished last as ``newest``."""
+        return [{**view, "newest": tx.newest_task_of(view["id"])}
+                for view in self._api.views.jobs(tx, jobs, whole=True)]
 
     def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
         response = redirect("/" if request.place else f"{place}/")
@@ -13339,46 +13476,117 @@ class Pages:
         response.headers.update({**PAGE_HEADERS, "Set-Cookie": cookie})
         return response
 
-    def _form(self, request: Request, address: str, label: str, kind: str | None = None) -> Html:
-        token = self._access.form_token(request)
-        return element("form", element("input", type="hidden", name="token", value=token),
+    def _form(self, request: Request, address: str, label: str, kind: str | None = None,
+              **values: str) -> Html:
+        fields = {"token": self._access.form_token(request), **values}
+        return element("form", [element("input", type="hidden", name=name, value=value)
+                                for name, value in fields.items()],
                        element("button", label, class_=kind), method="post", action=address)
 
-    def _asks_to_join(self, request: Request, worker: View) -> Html:
+    def _may_steer(self, request: Request, view: View) -> bool:
+        you = request.identity
+        return "admin" in you.roles or ("user" in you.roles and you.name == view["owner"])
+
+    def _needs(self, request: Request, views: Sequence[View],
+               workers: Sequence[View]) -> list[_Need]:
+        """Return what waits for a person, the worst first, each cause once and with its cure."""
+        lately = self._farm.clock.time() - 86400
+        needs = [self._failed(request, view) for view in views
+                 if view["frames"]["failed"] and (view["finished"] or math.inf) > lately]
+        waiting: dict[str, list[View]] = {}
+        for view in views:
+            if view["waiting_for"] and view["state"] == JobState.ACTIVE:
+                text = view["waiting_for"].replace(f"set {view['id']} ", "set JOB ")
+                waiting.setdefault(text, []).append(view)
+        needs += [self._asks_to_join(request, worker) for worker in workers if "code" in worker]
+        for some in waiting.values():
+            first, cure = some[0], some[0]["cure"]
+            more = f" and {counted(len(some) - 1, 'more job')}" if len(some) > 1 else ""
+            needs.append(_Need("◷", "", [element("strong", first["name"]), f"{more}: ",
+                                         first["waiting_for"]],
+                               self._cures(request, first, cure)))
+        admin = "admin" in request.identity.roles
+        for worker in workers:
+            address, words = f"/workers/{worker['id']}", element("strong", worker["name"])
+            if worker["state"] == "sick":
+                needs.append(_Need("✕", "computer", [words, f" is set aside: {worker['reason']}"],
+                                   self._asked(request, "Remove…", f"{address}/remove",
+                                               "Remove it from the farm") if admin else None))
+            elif worker["state"] == "gone" and worker["seen"] is not None and (
+                    self._farm.lease_time < worker["seen"] < GONE_FOR):
+                needs.append(_Need("◌", "computer", [
+                    words, f" has been silent for {_lasting(worker['seen'])}. What it rendered "
+                    "went to others."], None))
+        return needs
+
+    def _failed(self, request: Request, view: View) -> _Need:
+        """Return that frames of a job failed, with what POV-Ray said of the first."""
+        failure, text = view["failure"], view["why"]
+        if view["state"] not in (JobState.PAUSED, JobState.FAILED):
+            text = f"{counted(view['frames']['failed'], 'frame')} failed"
+        log = failure and element("a", "Log", class_="button", href=(
+            f"/jobs/{view['id']}/frames/{failure['frame']}#log"))
+        return _Need("✕", "", [
+            element("a", element("strong", view["name"]), href=f"/jobs/{view['id']}"), f": {text}",
+            [" ", element("q", failure["message"])] if failure else None],
+            [log, self._cures(request, view, "retry")], bad=True)
+
+    def _cures(self, request: Request, view: View, cure: str) -> Node:
+        """Return the button for what would help a job."""
+        if not cure or not self._may_steer(request, view):
+            return None
+        address = f"/jobs/{view['id']}/{cure if '=' not in cure else 'set'}"
+        name, _, value = cure.partition("=")
+        return self._form(request, address, {"povray": "Let any POV-Ray render it"}.get(
+            name, name.title()), **({name: value} if value else {}))
+
+    def _quick(self, request: Request, view: View) -> Node:
+        """Return the button for what is done to a job most often."""
+        action = {JobState.ACTIVE.value: "pause", JobState.PAUSED.value: "resume"}.get(
+            view["state"], "")
+        return self._cures(request, view, action)
+
+    def _asks_to_join(self, request: Request, worker: View) -> _Need:
         code = worker["code"]
-        how = self._form(request, f"/workers/{code}/admit", "Admit", "good") \
+        how = [self._form(request, f"/workers/{worker['id']}/remove", "Refuse"),
+               self._form(request, f"/workers/{code}/admit", "Admit", "good")] \
             if "admin" in request.identity.roles else element(
                 "span", "To let it in: ", element("code", f"povfarm.py admit {code}"))
-        return element("div", element("p", element("strong", worker["name"]), " asks to join. "
-                                      "Does it show the code ", element("strong", code), "?"),
-                       how, class_="notice")
+        return _Need("?", "computer", [
+            element("strong", worker["name"]), " asks to join. Does it show the code ",
+            element("strong", code), "?"], how)
 
-    def _workers(self, request: Request, workers: Sequence[View]) -> Html:
-        """Return the table of the workers, and what to type to be one."""
-        heads = ["Name", "State", "Cores", "Renders", "POV-Ray", "Heard of"]
+    def _workers(self, request: Request, workers: Sequence[View]) -> Node:
+        """Return the table of the workers."""
+        heads = ["Name", "State", "Cores", "Renders", "POV-Ray", "System", "Heard of"]
         admin = "admin" in request.identity.roles
         rows = [element("tr", element("th", worker["name"], scope="row"), [
             element("td", cell) for cell in (
                 [_badge(worker["state"]), f" {worker.get('reason', '')}"], worker["cores"],
-                worker["runs"], worker["engines"].get("povray", ""),
+                worker["runs"], worker["engines"].get("povray", ""), worker["system"],
                 "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
             element("td", self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
                                       "Remove it from the farm")) if admin else None)
-            for worker in sorted(workers, key=lambda worker: _WORKER_ORDER.index(worker["state"]))]
+            for worker in workers]
         table = element("table", element("thead", element(
             "tr", [element("th", head, scope="col") for head in heads],
             element("td") if admin else None)), element("tbody", rows))
+        return element("div", table, class_="scroll") if workers else None
+
+    def _join(self, request: Request) -> Html:
+        """Return what to type to bring one more computer."""
         host = request.headers.get("host", "")
         if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
             host = f"HOST:{PORT}"
         here = re.match(r"localhost|127\.|\[::1\]", host)
         server = f"https://{host} --pin {self._pin}" if self._pin else f"http://{host}"
         return _section(
-            "Workers", element("div", table, class_="scroll") if workers else None,
+            "Add a computer",
             element("p", "Any computer with Python and POV-Ray can help. "
                     f"{'On this one, type' if here else 'Type there'}:"),
-            element("pre", f"povfarm.py work --server {server}"),
-            element("p", "On another computer you can leave --server out: it finds the farm."))
+            _typed_there(f"povfarm.py work --server {server}"),
+            element("p", "On another computer you can leave --server out: it finds the farm."),
+            id="add")
 
     def _asked(self, request: Request, word: str, address: str, label: str) -> Html:
         """Return a link to the same page with a form in its place; that page does not reload."""
@@ -13423,7 +13631,7 @@ def _same_page(request: Request, **query: str) -> str:
 
 
 _STATE_WORDS: Mapping[str, str] = {
-    "waiting": "… waiting for its files", "active": "◷ waiting for its turn",
+    "waiting": "… waiting for its files", "active": "◷ waiting:",
     "rendering": "● rendering", "paused": "‖ paused", "done": "✓ finished", "failed": "✕ failed",
     "cancelled": "⊘ cancelled", "queued": "◷ queued", "leased": "● in work",
     "working": "● working", "idle": "○ idle", "gone": "◌ gone", "sick": "✕ sick",
@@ -13467,13 +13675,29 @@ def _ago(seconds: float) -> str:
     return f"{_count_of(int(seconds / 86400 + 0.5), 'day')} ago"
 
 
+def _lasting(seconds: float) -> str:
+    """Return a time as people say it, which reads as no time of day."""
+    for limit, unit, word in ((100, 1, "second"), (5400, 60, "minute"), (172_800, 3600, "hour")):
+        if seconds < limit:
+            return _count_of(max(round(seconds / unit), 1), word)
+    return _count_of(round(seconds / 86400), "day")
+
+
+def _clock(at: float, now: float) -> str:
+    return time.strftime("%H:%M" if at - now < 72_000 else "%H:%M on %A, %d %B" if at - now < 6e6
+                         else "%d %B %Y", time.localtime(at))
+
+
 def _frame_name(view: View, frame: int) -> str:
     return "The image" if view["frames"]["total"] == 1 else f"Frame {frame}"
 
 
+def _is_busy(view: View) -> bool:
+    return bool(view["state"] == JobState.ACTIVE and view["frames"]["leased"])
+
+
 def _state(view: View) -> str:
-    busy = view["state"] == JobState.ACTIVE and view["frames"]["leased"]
-    return "rendering" if busy else str(view["state"])
+    return "rendering" if _is_busy(view) else str(view["state"])
 
 
 def _ended(view: View) -> bool:
@@ -13489,7 +13713,7 @@ def _badge(state: str) -> Html:
 
 
 def _busy(views: Sequence[View]) -> list[View]:
-    return [view for view in views if _state(view) == "rendering"]
+    return list(filter(_is_busy, views))
 
 
 def _title(views: Sequence[View], name: str) -> str:
@@ -13497,31 +13721,157 @@ def _title(views: Sequence[View], name: str) -> str:
                    for view in _busy(views)[:1]) + name
 
 
-def _summary(views: Sequence[View]) -> str:
+def _verdict(views: Sequence[View], now: float) -> str:
     busy = _busy(views)
     if not busy:
         idle = [view["name"] for view in views if view["state"] == JobState.ACTIVE]
         return f"{idle[0]} is waiting" if idle else "Nothing to render"
-    more = f" and {_count_of(len(busy) - 1, 'more job')}" if len(busy) > 1 else ""
+    what = busy[0]["name"] if len(busy) == 1 else counted(len(busy), "job")
     left = max(view["eta"] or 0.0 for view in busy)
-    return f"Rendering {busy[0]['name']}{more}" + (
-        f", about {format_duration(left)} left" if left else "")
+    return f"Rendering {what}" + (f", done at about {_clock(now + left, now)}" if left else "")
 
 
-def _at_hand(live: Sequence[View]) -> str:
+def _at_hand(views: Sequence[View], live: Sequence[View], workers: Sequence[View]) -> str:
+    """Return how long it takes, and who is there for it."""
+    if not live:
+        return "No computer is here"
+    busy = _busy(views)
+    left, rate = max((view["eta"] or 0.0 for view in busy), default=0.0), 3600 * sum(
+        view["rate"] for view in busy)
     cores = sum(worker["cores"] for worker in live)
-    return (f"{_count_of(len(live), 'worker')} with {_count_of(cores, 'core')} at hand"
-            if live else "No worker is here")
+    used = sum(min(worker["cores"], worker["does"]["threads"]) for worker in live if worker["does"])
+    working = sum(worker["state"] == "working" for worker in live)
+    return " · ".join(filter(None, (
+        f"{_lasting(left)} left" if left else "",
+        f"{working} of {_count_of(len(workers), 'computer')} at work" if working else
+        f"{_count_of(len(live), 'computer')} with {_count_of(cores, 'core')} at hand",
+        f"{used} of {_count_of(cores, 'core')} busy" if working else "",
+        f"{rate:,.0f} frames an hour" if rate >= 1 else "")))
+
+
+def _sort(views: list[dict[str, Any]], workers: list[dict[str, Any]], order: list[int]) -> None:
+    """Put jobs in the order in which they are rendered, and workers in that of their states."""
+    place = {job: number for number, job in enumerate(order)}
+    views.sort(key=lambda view: (_ended(view), not _is_busy(view), place.get(
+        view["id"], len(place)), -view["id"] if _ended(view) else view["id"]))
+    workers.sort(key=lambda worker: _WORKER_ORDER.index(worker["state"]))
+
+
+def _needs_you(needs: Sequence[_Need]) -> Node:
+    if not needs:
+        return None
+    bad = any(need.bad for need in needs)
+    return element("section", element("h2", "Needs you ", element(
+        "span", len(needs), class_="count")), element("ul", [element(
+            "li", element("span", need.mark, class_="mark" + " bad" * need.bad), element(
+                "p", need.words), need.buttons) for need in needs]),
+        class_="needs" + " bad" * bad)
+
+
+def _typed_there(command: str) -> Html:
+    """Return a command with a button that copies it, which the script shows."""
+    return element("div", element("pre", command), element(
+        "button", "Copy", type="button", class_="copy"), class_="typed")
+
+
+def _now(view: View | None, growing: Sequence[View]) -> Node:
+    """Return the largest job that is rendered: its newest frame, or the one that grows."""
+    if view is None:
+        return None
+    newest = view["newest"]
+    picture = _growing(view, growing[0]) if growing else _picture(view, newest, "large")
+    said = f"{_frame_name(view, newest.frame)}, {format_duration(newest.wall or 0)}" \
+        if newest and not growing else f"{100 * view['progress']:.0f} %"
+    return element("section", picture, element(
+        "div", element("h2", element("a", view["name"], href=f"/jobs/{view['id']}"), id="film"),
+        element("span", f"● {said}", class_="badge rendering"), class_="cap"), _bar(view),
+        class_="film", aria_labelledby="film")
+
+
+def _room(workers: Sequence[View], pictures: Mapping[int, Task | None],
+          views: Sequence[View]) -> Node:
+    """Return a card for each computer, those that have been gone for long apart."""
+    here = [worker for worker in workers if worker["state"] != "gone"
+            or (worker["seen"] or math.inf) < GONE_FOR]
+    known = {view["id"]: view for view in views}
+    rest = len(workers) - len(here[:CARDS_SHOWN])
+    return _section("The room", element("ul", [
+        _card(worker, pictures.get(worker["id"]), known) for worker in here[:CARDS_SHOWN]]),
+        element("p", element("a", f"{_count_of(rest, 'other computer')}", href="/computers"))
+        if rest else None, class_="room") if workers else None
+
+
+def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html:
+    """Return a computer's last picture, what it does, and its cores, those in use filled."""
+    does, state = worker["does"], worker["state"]
+    what: Node = None
+    if does:
+        job = views.get(does["job"])
+        name = job["name"] if job else f"job {does['job']}"
+        rows = f", rows {does['top']} to {does['bottom'] - 1}" if does["kind"] == "slice" else ""
+        frame = "" if job and job["frames"]["total"] == 1 else f" frame {does['frame']}"
+        more = f", {does['tasks']} in hand" if does["tasks"] > 1 else ""
+        what = element("a", f"{name}{frame}{rows}{more}", href=f"/jobs/{does['job']}")
+    elif state == "gone" and worker["seen"] is not None:
+        what = f"heard of {_ago(worker['seen'])}"
+    job = views.get(picture.job) if picture else None
+    used, shown = min(does["threads"], worker["cores"]) if does else 0, min(worker["cores"], 16)
+    cores = [element("i", class_="on" if core * worker["cores"] < used * shown else None)
+             for core in range(shown)]
+    return element(
+        "li", _picture(job, picture) if job else element("div", class_="picture"), element(
+            "div", element("h3", worker["name"]), _badge(state), " ", what,
+            element("progress", value=f"{does['progress']:.2f}", max=1, aria_label="how far it is")
+            if does else None),
+        element("span", cores, class_="cores", role="img",
+                aria_label=f"{used} of {_count_of(worker['cores'], 'core')} busy"),
+        id=f"w{worker['id']}")
+
+
+def _queue(views: Sequence[View], button: Callable[[View], Node]) -> Node:
+    going = [view for view in views if not _ended(view)]
+    return _section("Queue", element(
+        "ol", [_job_row(view, button(view)) for view in going], class_="jobs")) if going else None
+
+
+def _job_row(view: View, button: Node) -> Html:
+    frames, state = view["frames"], view["state"]
+    still = frames["total"] == 1
+    figures = f"{100 * view['progress']:.0f} %" if still else \
+        f"{frames['done']:,} of {frames['total']:,}"
+    why = view["why"] if view["why"] != PAUSED_BY_HAND else "by hand"
+    return element(
+        "li", _picture(view, view["newest"]), element(
+            "div", element("h3", element("a", view["name"], href=f"/jobs/{view['id']}"),
+                           element("span", f" #{view['id']} · {view['owner']}", class_="dim")),
+            _badge(_state(view)), element("span", f" {why}", class_="dim") if why else None),
+        _bar(view), element("span", figures, class_="fig"), element(
+            "span", view["eta"] and f"{_lasting(view['eta'])} left", class_="dim eta"), button,
+        id=f"j{view['id']}", class_=state)
+
+
+def _finished(views: Sequence[View]) -> Node:
+    """Return what has ended, as a contact sheet."""
+    ended = [view for view in views if _ended(view)]
+    return _section("Finished", element("ul", [element(
+        "li", _picture(view, view["newest"]), element(
+            "h3", element("a", view["name"], href=f"/jobs/{view['id']}")), _badge(_state(view)),
+        element("p", f"#{view['id']} · {view['owner']} · "
+                f"{_count_of(view['frames']['done'], 'frame')} in {_lasting(view['elapsed'])}",
+                class_="dim"), id=f"j{view['id']}")
+        for view in ended], class_="sheet")) if ended else None
 
 
 def _bar(view: View) -> Html:
     """Return a job's progress as a picture, in thousandths: done, in work, failed."""
     total = max(view["frames"]["total"], 1)
     done, failed = view["frames"]["done"] / total, view["frames"]["failed"] / total
-    rects = [element("rect", class_=name, x=f"{1000 * x:.1f}", width=f"{1000 * part:.1f}", height=1)
-             for name, x, part in (("done", 0.0, done), ("live", done, view["progress"] - done),
-                                   ("failed", view["progress"], failed))]
-    return element("svg", rects, class_="bar", viewBox="0 0 1000 1", preserveAspectRatio="none",
+    rects = [element("rect", class_=name, x=f"{1000 * x:.1f}", width=f"{1000 * part:.1f}", y=y,
+                     height=height)  # told apart by their shapes too
+             for name, x, part, y, height in (
+                 ("done", 0.0, done, 0, 10), ("live", done, view["progress"] - done, 5, 5),
+                 ("failed", view["progress"], failed, -3, 16))]
+    return element("svg", rects, class_="bar", viewBox="0 0 1000 10", preserveAspectRatio="none",
                    role="img", aria_label=f"{100 * view['progress']:.0f} percent")
 
 
@@ -13538,9 +13888,9 @@ def _figures(view: View) -> Html:
         "slices done": f"{slices['done']}" if slices["total"] else None,
         "finished": f"{100 * view['progress']:.0f} %" if still and not _ended(view) else None,
         "an hour": None if still or not rate else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}",
-        "left": f"≈ {format_duration(view['eta'])}"
+        "left": f"≈ {_lasting(view['eta'])}"
                 if view["eta"] and not _ended(view) else None,
-        "spent": format_duration(view["elapsed"]) if view["started"] else None,
+        "spent": _lasting(view["elapsed"]) if view["started"] else None,
         "failed": f"{frames['failed']:,}" if frames["failed"] else None,
     })
 
@@ -13549,8 +13899,7 @@ def _warnings(view: View) -> Node:
     failure = view["failure"]
     address = failure and f"/jobs/{view['id']}/frames/{failure['frame']}#log"
     return [
-        element("p", f"Paused: {view['reason']}", class_="notice") if view["reason"] else None,
-        element("p", view["waiting_for"], class_="notice") if view["waiting_for"] else None,
+        element("p", view["why"], class_="notice") if view["why"] else None,
         element("p", element("a", f"{_frame_name(view, failure['frame'])} failed", href=address),
                 f": {failure['message']}", class_="notice failed") if failure else None,
     ]
@@ -13590,28 +13939,19 @@ def _growing(view: View, frame: View) -> Html:
         class_="picture large")
 
 
-def _job_card(view: View) -> Html:
-    counts = _count_of(view["frames"]["done"], "frame")
-    return element(
-        "article", _picture(view, view["newest"]), element(
-            "div", element("h3", element("a", view["name"], href=f"/jobs/{view['id']}")),
-            _badge(_state(view)), element("span", f" · {view['owner']}", class_="dim"),
-            element("p", f"{counts} in {format_duration(view['elapsed'])}") if _ended(view) else
-            [_bar(view), _figures(view)], _warnings(view)), class_="card")
-
-
-def _job_cards(views: Sequence[View]) -> Node:
-    going = sorted((view for view in views if not _ended(view)),
-                   key=lambda view: _state(view) != "rendering")
-    return [_section(title, element("div", map(_job_card, some), class_=f"cards {title.lower()}"))
-            for title, some in (("Jobs", going), ("Ended", list(filter(_ended, views)))) if some]
-
-
 def _no_jobs() -> Html:
     return element(
         "section", element("img", src="/favicon.svg", alt="", width=120, height=120),
         element("p", "Give the farm a scene. In the directory where it is, type:"),
-        element("pre", "povfarm.py submit scene.pov +W640 +H480"), class_="empty")
+        _typed_there("povfarm.py submit scene.pov +W640 +H480"), class_="empty")
+
+
+def _latest(tx: Look) -> list[Event]:
+    """Return what happened last: a few thousand frames hide nothing of the farm's own."""
+    newest = tx.events(tx.last_event() - EVENTS_READ, EVENTS_READ)
+    known = {event.id for event in newest}
+    older = [event for event in tx.events_of_farm(NEWS_SHOWN) if event.id not in known]
+    return [*older, *newest]
 
 
 def _story(events: Sequence[Event], views: Sequence[View], now: float) -> Node:
@@ -13623,7 +13963,7 @@ def _story(events: Sequence[Event], views: Sequence[View], now: float) -> Node:
             same = (event.job, event.what, event.text)
             lines.setdefault(event.id if event.frame is None else same, []).append(event)
     items = [element("li", _event_line(line[0], len(line) - 1, known), " ", element(
-        "time", _ago(now - line[0].time))) for line in itertools.islice(lines.values(), 14)]
+        "time", _ago(now - line[0].time))) for line in itertools.islice(lines.values(), NEWS_SHOWN)]
     return _section("What happened", element("ul", items, class_="story")) if items else None
 
 
@@ -13737,104 +14077,273 @@ MARK = (
 )
 STYLE = """\
 :root { color-scheme: light dark; --bg: #f4f2ec; --card: #fffefb; --ink: #1d2126; --dim: #575d65;
-  --line: #dcd8cd; --mat: #e9e5db; --link: #1c57a5; --done: #1b7765; --live: #976000;
-  --bad: #b3261e; --on: #fff; --glow: #f3dfb0; }
+  --line: #dcd8cd; --edge: #7d7767; --mat: #e3ded2; --link: #1c57a5; --done: #1b7765;
+  --live: #8a5600; --bad: #b3261e; --hold: #54509c; --on: #fff; --glow: #f0b850; }
 @media (prefers-color-scheme: dark) { :root { --bg: #101317; --card: #181c22; --ink: #e6e9ed;
-  --dim: #9ca5b0; --line: #2c333c; --mat: #0a0c0e; --link: #93beff; --done: #46b39b;
-  --live: #f0b850; --bad: #ff8d7e; --on: #07110f; --glow: #5a4416; } }
+  --dim: #9ca5b0; --line: #343c47; --edge: #76808c; --mat: #0a0c0e; --link: #93beff;
+  --done: #46b39b; --live: #f0b850; --bad: #ff8d7e; --hold: #b3aef5; --on: #07110f;
+  --glow: #5a4416; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 90rem; padding: 0 clamp(1rem, 3vw, 2.5rem); color: var(--ink);
-  background: var(--bg); overflow-wrap: anywhere; font: 1rem/1.55 system-ui, "Segoe UI", Roboto,
+  background: var(--bg); overflow-wrap: anywhere; font: 1rem/1.5 system-ui, "Segoe UI", Roboto,
   "Noto Sans", "Liberation Sans", sans-serif; font-variant-numeric: tabular-nums; }
-header, footer, .notice, .row, .links, .legend { display: flex; flex-wrap: wrap;
-  gap: .5rem 1rem; align-items: center; }
-header, footer { padding: 1rem 0; color: var(--dim); font-size: .875rem; }
-header, footer, div.notice { justify-content: space-between; }
-header a { display: flex; gap: .6rem; align-items: center; color: inherit; font-weight: 600;
-  text-decoration: none; }
-footer { margin-top: 3rem; border-top: 1px solid var(--line); }
-h1 { margin: .5rem 0; font-size: clamp(1.6rem, 4vw, 2.3rem); font-weight: 650; line-height: 1.2; }
-h2 { margin: 2.2rem 0 .8rem; font-size: 1.05rem; } h3 { margin: 0; font-size: 1.15rem; }
-.grid + h3 { margin: 1.2rem 0 .6rem; }
-p { margin: .5rem 0; } ul { margin: 0; padding: 0; list-style: none; }
-a { color: var(--link); text-underline-offset: .2em; } h1 a { color: inherit;
-  text-decoration-thickness: .06em; }
-:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .3rem; }
-.lead, .dim, dt, time, thead, section > p { color: var(--dim); } .lead { font-size: 1.1rem; }
-.cards { display: grid; gap: 1.25rem; }
-.jobs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
-.ended { grid-template-columns: repeat(auto-fill, minmax(clamp(9rem, 18vw, 13rem), 1fr)); }
-.card { position: relative; overflow: hidden; border: 1px solid var(--line);
-  border-radius: .9rem; background: var(--card); }
-.card:hover { border-color: var(--dim); } .card > :last-child { padding: 1rem 1.2rem 1.1rem; }
-.card h3 a { color: inherit; text-decoration: none; }
-.card h3 a::after { content: ""; position: absolute; inset: 0; }
+header, footer, .row, .links, .legend { display: flex; flex-wrap: wrap; gap: .5rem 1rem;
+  align-items: center; }
+header { padding: .6rem 0; font-size: .875rem; } header .home { display: flex; gap: .6rem;
+  align-items: center; color: inherit; font-size: 1rem; font-weight: 600; text-decoration: none; }
+header nav { display: flex; flex: 1; gap: 1rem; } header nav a { padding: .25rem 0; }
+[aria-current] { color: inherit; text-decoration-thickness: .15em; }
+header .row { margin: 0; }
+#live { display: flex; gap: .4rem; align-items: center; color: var(--dim); }
+#live i { width: .6rem; height: .6rem; border: 2px solid var(--dim); border-radius: 50%; }
+.js #live i { border-color: var(--done); background: var(--done); }
+.js #live.away { color: var(--bad); font-weight: 600; }
+.js #live.away i { border-color: var(--bad); background: none; }
+.skip { position: absolute; left: -99rem; } .skip:focus { left: 1rem; top: .5rem; z-index: 1;
+  padding: .5rem 1rem; background: var(--card); }
+main:focus { outline: none; }
+footer { margin-top: 2rem; padding: 1rem 0; border-top: 1px solid var(--line); color: var(--dim);
+  font-size: .8125rem; justify-content: space-between; }
+h1 { margin: .3rem 0 0; font-size: clamp(1.5rem, 3.4vw, 2rem); font-weight: 650; line-height: 1.2; }
+h2 { margin: 0 0 .5rem; font-size: 1rem; } h3 { margin: 0; font-size: 1rem; font-weight: 600; }
+section { margin: 0 0 1.5rem; } .grid + h3 { margin: 1rem 0 .5rem; }
+p { margin: .25rem 0; } .lead { margin: 0 0 .75rem; }
+ul, ol { margin: 0; padding: 0; list-style: none; }
+a { color: var(--link); text-underline-offset: .2em; } h1 a, h2 a, h3 a { color: inherit; }
+h2 a, h3 a { text-decoration: none; } h2 a:hover, h3 a:hover { text-decoration: underline; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .25rem; }
+.lead, .dim, dt, time, thead, section > p { color: var(--dim); } q { color: var(--dim); }
+.dim, dt, time { font-size: .8125rem; font-weight: 400; }
+.needs { padding: .5rem 1rem; border: 1px solid var(--line); border-left: .3rem solid var(--live);
+  border-radius: .5rem; background: var(--card); } .needs.bad { border-left-color: var(--bad); }
+.needs h2 { margin: 0; font-size: .875rem; } .needs .row { margin: 0; }
+.count { padding: 0 .5rem; border-radius: 1rem; background: var(--live); color: var(--bg);
+  font-size: .8125rem; } .bad .count { background: var(--bad); color: var(--on); }
+.needs li { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: center;
+  padding: .25rem 0; border-top: 1px solid var(--line); } .needs li:first-child { border: 0; }
+.needs p { flex: 1 1 16rem; margin: 0; } .mark { color: var(--live); font-weight: 600; }
+.mark.bad { color: var(--bad); }
 .picture { display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); place-items: center;
-  overflow: hidden; aspect-ratio: 16 / 9; background: var(--mat); color: var(--dim);
-  text-align: center; }
-.picture span { padding: 1rem; }
-.picture img { display: block; width: 100%; height: 100%; object-fit: contain; }
-.large { min-height: 12rem; aspect-ratio: auto; border-radius: .9rem; }
-.large img { width: auto; height: auto; max-width: 100%; max-height: 80vh; }
-.large svg { display: block; width: 100%; max-height: 80vh; stroke: var(--mat); }
+  overflow: hidden; aspect-ratio: 16 / 9; border-radius: .4rem; background: var(--mat);
+  color: var(--dim); font-size: .8125rem; text-align: center; }
+.picture span { padding: .25rem; } .picture img { display: block; width: 100%; height: 100%;
+  object-fit: cover; }
+.large { min-height: 12rem; aspect-ratio: auto; border-radius: .8rem; font-size: 1rem; }
+.large img { width: auto; height: auto; max-width: 100%; max-height: 80vh; object-fit: contain; }
+.large svg { display: block; width: 100%; max-height: 80vh; stroke: var(--edge); }
 .large .leased { fill: var(--glow); } .large .queued { fill: var(--line); }
 .large .done { fill: var(--done); } .large .failed { fill: var(--bad); }
 .large + dl { margin-top: 1rem; } .stage .large a, .stage .large img { width: 100%; }
-.board { gap: .75rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
-.board a { color: var(--dim); font-size: .8rem; text-decoration: none; }
-.board .picture { border-radius: .4rem; } .board span { visibility: hidden; }
-@media (min-width: 56rem) { .columns, .stage, .jobs > :only-child { display: grid;
-    gap: 0 3rem; grid-template-columns: 3fr 2fr; }
-  .stage, .jobs > :only-child { align-items: center; } .jobs:has(> :only-child) {
-    display: block; } .jobs > :only-child { gap: 0; } }
-.badge { display: inline-block; color: var(--dim); font-size: .9rem; font-weight: 600; }
+.film { position: relative; } .film .picture { height: 21rem; min-height: 0; }
+.film .picture a, .film .picture svg { display: block; height: 100%; max-height: none; }
+.film .picture img { width: 100%; height: 100%; max-height: none; }
+.cap { position: relative; display: inline-flex; gap: 0 .75rem; flex-wrap: wrap; margin-top: -2rem;
+  align-items: baseline; padding: .25rem 1rem; border-radius: 0 .8rem 0 .8rem;
+  background: var(--card); } .cap h2 { margin: 0; }
+.room li { display: grid; grid-template-columns: 5.6rem 1fr auto; gap: .75rem; align-items: center;
+  margin-bottom: .5rem; padding: .3rem .75rem .3rem .3rem; border: 1px solid var(--line);
+  border-radius: .6rem; background: var(--card); } .room .picture { height: 3.8rem; width: 5.6rem; }
+.room li a { font-size: .875rem; }
+progress { display: block; width: 100%; height: .4rem; accent-color: var(--live); }
+.cores { display: grid; grid-template-columns: repeat(2, .8rem); gap: 3px; }
+.cores:has(:nth-child(7)) { grid-template-columns: repeat(4, .8rem); }
+.cores i { height: .8rem; border: 1px solid var(--edge); border-radius: 2px; }
+.cores .on { border-color: var(--live); background: var(--live); }
+.jobs li { display: grid; grid-template-columns: 6rem minmax(10rem, 1.4fr) minmax(6rem, 2fr) 8rem
+  7rem 6rem; gap: 1rem; align-items: center; min-height: 4.5rem; padding: .4rem 0;
+  border-top: 1px solid var(--line); } .jobs .picture { height: 3.4rem; } .jobs .bar { margin: 0; }
+.sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
+.sheet .picture { aspect-ratio: 4 / 3; } .sheet p { margin: 0; }
+.board { display: grid; gap: .75rem;
+  grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+.board a { color: var(--dim); font-size: .8125rem; text-decoration: none; }
+.board .picture span { visibility: hidden; }
+@media (min-width: 56rem) { .now, .stage { display: grid; gap: 0 1.5rem;
+    grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); } .stage { align-items: start; }
+  .now > :only-child { grid-column: 1 / 3; } .now > .room:only-child ul { display: grid;
+    gap: 0 1rem; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); } }
+.badge { display: inline-block; color: var(--dim); font-size: .875rem; font-weight: 600; }
 .badge.done, .badge.idle { color: var(--done); } .badge.failed, .badge.sick { color: var(--bad); }
 .badge.rendering, .badge.working, .badge.leased, .badge.pending { color: var(--live); }
-.bar { display: block; width: 100%; height: .6rem; margin: .5rem 0 .8rem; border-radius: .3rem;
+.badge.paused { color: var(--hold); }
+.bar { display: block; width: 100%; height: .9rem; margin: .5rem 0 .75rem; overflow: visible;
   background: var(--line); }
-.bar .done { fill: var(--done); } .bar .live { fill: var(--live); }
-.bar .failed { fill: var(--bad); }
+.bar .done { fill: var(--done); } .bar .live { fill: var(--live); } .bar .failed {
+  fill: var(--bad); }
 dl { display: flex; flex-wrap: wrap; gap: .5rem 1.3rem; margin: 0; }
-dt { font-size: .8rem; } dd { margin: 0; font-weight: 600; }
-.notice { margin: 1rem 0; padding: .7rem 1rem; border: 1px solid var(--line); border-left:
+dd { margin: 0; font-weight: 600; }
+.notice { margin: 1rem 0; padding: .5rem 1rem; border: 1px solid var(--line); border-left:
   .3rem solid var(--live); border-radius: .5rem; background: var(--card); }
-.notice.failed { display: block; border-left-color: var(--bad); } .notice a { position: relative; }
-.card .notice { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4;
-  overflow: hidden; margin: .8rem 0 0; padding: 0 0 0 .7rem; border-width: 0 0 0 .2rem;
-  border-radius: 0; font-size: .85rem; }
-.row, .links { margin: 1rem 0; align-items: start; }
-button, .button { display: inline-block; padding: .4rem 1rem; font: inherit;
-  border: 1px solid var(--dim); border-radius: .5rem; background: var(--card); color: var(--ink);
-  text-decoration: none; cursor: pointer; }
+.notice.failed { border-left-color: var(--bad); }
+.row, .links { margin: .75rem 0; } form { display: flex; flex-wrap: wrap; gap: .5rem; }
+button, .button { display: inline-block; min-height: 2rem; padding: .2rem .8rem; font: inherit;
+  font-size: .875rem; line-height: 1.5; border: 1px solid var(--edge); border-radius: .5rem;
+  background: var(--card); color: var(--ink); text-decoration: none; cursor: pointer; }
 button:hover, .button:hover { border-color: var(--ink); }
-.good { background: var(--done); color: var(--on); } .asks { color: var(--bad); }
-.bad { background: var(--bad); color: var(--on); }
-code, pre { font: .9em/1.5 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
+.good { border-color: var(--done); background: var(--done); color: var(--on); }
+.asks { color: var(--bad); } button.bad { border-color: var(--bad); background: var(--bad);
+  color: var(--on); }
+code, pre { font: .875rem/1.5 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
 section > p code { margin-right: .7em; }
-pre { overflow: auto; max-height: 40rem; padding: .8rem 1rem; border: 1px solid var(--line);
-  border-radius: .5rem; background: var(--card); }
-.empty { padding: 2rem 0; text-align: center; } .empty pre { display: inline-block; }
+pre { overflow: auto; max-height: 40rem; margin: .5rem 0; padding: .75rem 1rem; border: 1px solid
+  var(--line); border-radius: .5rem; background: var(--card); white-space: pre-wrap; }
+.typed { display: flex; flex-wrap: wrap; gap: 0 .5rem; align-items: center; }
+.copy { display: none; } .js .copy { display: inline-block; }
+.empty { padding: 2rem 0; text-align: center; } .empty .typed { justify-content: center; }
 .scroll { margin-bottom: 1rem; overflow-x: auto; } table { width: 100%; border-collapse: collapse; }
-th, td { padding: .45rem .9rem .45rem 0; border-bottom: 1px solid var(--line); font-weight: 400;
-  text-align: left; overflow-wrap: normal; } thead { font-size: .8rem; }
-td, time, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 600; }
-.story li { padding: .3rem 0; } time { font-size: .85rem; }
-.legend { margin-bottom: .8rem; } .legend span { display: inline-block; width: 1.8rem;
+th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); font-weight: 400;
+  text-align: left; overflow-wrap: normal; } thead { font-size: .8125rem; }
+td, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 600; }
+.story li { padding: .25rem 0; }
+.legend { margin-bottom: .75rem; } .legend span { display: inline-block; width: 1.8rem;
   margin-right: .4rem; }
 .grid { display: grid; gap: 3px; grid-template-columns: repeat(auto-fill, minmax(3rem, 1fr)); }
-.grid a, .legend span { border: 1px solid var(--dim); border-radius: .25rem; color: var(--dim);
-  font-size: .75rem; line-height: 1.6rem; text-align: center; text-decoration: none; }
+.grid a, .legend span { border: 1px solid var(--edge); border-radius: .25rem; color: var(--dim);
+  font-size: .8125rem; line-height: 1.6rem; text-align: center; text-decoration: none; }
 .grid .done, .legend .done { border-color: var(--done); background: var(--done); color: var(--on); }
 .grid .leased, .legend .leased { outline: 2px solid var(--live); outline-offset: -2px;
   color: var(--ink); }
 .grid .queued, .legend .queued { border-style: dashed; }
 .grid .failed, .legend .failed { border-color: var(--bad); background: var(--bad);
   color: var(--on); font-weight: 700; } .grid .failed::before { content: "✕ "; }
-.grid .cancelled, .legend .cancelled { background: var(--line); }
+.grid .cancelled, .legend .cancelled { background: var(--line); color: var(--ink); }
 .grid .cancelled { text-decoration: line-through; }
-.grid [class*=" p"] { background: linear-gradient(var(--glow) 0 0) bottom / 100% 0 no-repeat; }
+.grid [class*=" p"] { background: linear-gradient(var(--glow) 0 0) bottom / 100% 0 no-repeat;
+  color: var(--ink); }
+@media (max-width: 56rem) { header nav { order: 9; flex-basis: 100%; } .film .picture {
+    height: auto; } .jobs li { grid-template-columns: 5rem 1fr auto; gap: .25rem .75rem; }
+  .jobs .picture { grid-row: 1 / 3; } .jobs .bar { grid-column: 2 / 4; grid-row: 2; }
+  .jobs .fig, .jobs .eta { grid-row: 3; } .jobs .fig { grid-column: 2; } .jobs form {
+    grid-column: 3; grid-row: 1; }
+  .sheet { grid-template-columns: 1fr 1fr; } }
+@media (pointer: coarse) { button, .button { min-height: 2.75rem; padding: .5rem 1rem; }
+  header nav a, .links a, .grid a { padding: .6rem 0; } }
+@media (prefers-reduced-motion: no-preference) { progress, .bar rect { transition: .3s; } }
 """ + "".join(f".grid .p{tenth} {{ background-size: 100% {tenth}0%; }}\n" for tenth in range(1, 11))
-_STYLE_ADDRESS = f"/style.css?{hashlib.sha256(STYLE.encode()).hexdigest()[:12]}"
+SCRIPT = """\
+"use strict";
+(() => {
+const find = what => document.querySelector(what), main = find("#main"), live = find("#live");
+const place = (/^\\/-[0-9a-f]{16}(?=\\/)/.exec(location.pathname) || [""])[0];
+const key = node => node.id || (node.getAttribute && node.getAttribute("action")) || "";
+const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+let event = +main.dataset.event, loaded = Date.now(), away = false, timer = 0, since = loaded;
+
+// Makes one element like another and keeps what is the same, so that focus, selection,
+// scrolling, what is open and what is typed stay as they are.
+function morph(old, now) {
+  if (old.nodeType !== 1) {
+    if (old.nodeValue !== now.nodeValue) old.nodeValue = now.nodeValue;
+    return;
+  }
+  const own = name => name === "open" && old.nodeName === "DETAILS";
+  for (const {name} of [...old.attributes])
+    if (!now.hasAttribute(name) && !own(name)) old.removeAttribute(name);
+  for (const {name, value} of now.attributes)
+    if (old.getAttribute(name) !== value && !own(name)) {
+      old.setAttribute(name, value);
+      if (name === "src" && !calm) old.animate([{opacity: .4}, {opacity: 1}], 150);
+    }
+  const fresh = new Set([...now.childNodes].map(key)), known = new Map();
+  for (const child of [...old.childNodes])
+    if (!fresh.has(key(child)) || known.has(key(child))) child.remove();
+    else if (key(child)) known.set(key(child), child);
+  let at = old.firstChild;
+  for (const child of [...now.childNodes]) {
+    const name = key(child);
+    let same = name ? known.get(name) : at;
+    known.delete(name);
+    while (!name && same && (key(same) || same.nodeName !== child.nodeName))
+      same = same.nextSibling;
+    if (!same || same.nodeName !== child.nodeName) {
+      old.insertBefore(child, at);
+      continue;
+    }
+    while (!name && at !== same && !key(at)) {
+      const next = at.nextSibling;
+      at.remove();
+      at = next;
+    }
+    if (same === at) at = at.nextSibling;
+    else old.insertBefore(same, at);
+    morph(same, child);
+  }
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
+  }
+}
+
+function ask(address) {
+  const stop = new AbortController(), over = setTimeout(() => stop.abort(), 4000);
+  const asked = fetch(address, {headers: {Accept: "text/html"}, signal: stop.signal});
+  return asked.then(async answer => {
+    if (answer.status >= 500) throw answer;
+    return [answer, await answer.text()];
+  }).finally(() => clearTimeout(over));
+}
+
+async function load() {
+  const [answer, text] = await ask(location.href);
+  if (answer.status === 401) return location.reload();
+  const page = new DOMParser().parseFromString(text, "text/html");
+  const icon = page.querySelector("#icon");
+  morph(main, page.querySelector("#main"));
+  document.title = page.title;
+  if (find("#icon").href !== icon.href) find("#icon").href = icon.href;
+  loaded = Date.now();
+}
+
+function tell(text) {
+  live.classList.toggle("away", away);
+  if (live.lastChild.textContent !== text) live.lastChild.textContent = text;
+}
+
+async function beat() {
+  clearTimeout(timer);
+  try {
+    const farm = JSON.parse((await ask(place + "/api/v1/farm"))[1]), now = Date.now();
+    if (farm.event !== event) since = now;
+    if ((away || farm.event !== event || now - loaded > 1000 * main.dataset.reload)
+        && now - loaded > 1900) {
+      await load();
+      event = farm.event;
+    }
+    away = false;
+    tell("Live");
+  } catch (error) {
+    away = true;
+    const then = new Date(loaded).toLocaleTimeString([], {timeStyle: "short"});
+    tell("Reconnecting, data from " + then);
+  }
+  timer = setTimeout(beat, document.hidden ? 15000 : Date.now() - since > 60000 ? 2000 : 1000);
+}
+
+document.documentElement.classList.add("js");
+document.addEventListener("click", click => {
+  const copy = click.target.closest(".copy");
+  if (!copy) return;
+  getSelection().selectAllChildren(copy.previousElementSibling);
+  copy.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl-C";
+});
+document.addEventListener("visibilitychange", () => document.hidden || beat());
+if (main.dataset.reload) beat();
+else tell("Not reloading");
+})();
+"""
+_LOOKS: Mapping[str, tuple[str, str]] = {
+    "style.css": ("text/css", STYLE), "script.js": ("text/javascript", SCRIPT),
+    "favicon.svg": ("image/svg+xml", MARK)}
+_MARK_OF: Mapping[str, str] = {
+    state: f'<circle cx="25" cy="7" r="6.5" fill="{color}" stroke="#fff"/></svg>'
+    for state, color in (("bad", "#d93025"), ("busy", "#e8a317"))}
+
+
+@functools.lru_cache(maxsize=8)
+def _address(name: str) -> str:
+    """Return where a page finds what it looks like: another address for another content."""
+    return f"/{name}?{hashlib.sha256(_LOOKS[name][1].encode()).hexdigest()[:12]}"
 
 
 # === 17. COORDINATOR =========================================================
@@ -19050,8 +19559,7 @@ def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
             f"{job['frames']['done']}/{job['frames']['total']}", f"{100 * job['progress']:.0f} %",
             f"{3600 * job['rate']:.0f}/h" if left else "", left))
         failed = f"{job['frames']['failed']} failed" if job["frames"]["failed"] else ""
-        rows += filter(None, (", ".join(filter(None, (failed, _slices_of(job)))), job["reason"],
-                              job["waiting_for"]))
+        rows += filter(None, (", ".join(filter(None, (failed, _slices_of(job)))), job["why"]))
     return _table(rows, 1)
 
 
@@ -19063,7 +19571,7 @@ def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
         ("leased", "in work"), ("failed", "failed"), ("cancelled", "cancelled")) if frames[state])
     facts = {
         "job": str(job["id"]), "name": job["name"], "state": job["state"],
-        "reason": job["reason"], "waiting": job["waiting_for"],
+        "reason": job["reason"], "waiting": "" if job["reason"] else job["why"],
         "frames": ", ".join([f"{frames['done']} of {frames['total']} done", *states]),
         "slices": _slices_of(job), "progress": f"{100 * job['progress']:.0f} %",
         "rate": f"{3600 * job['rate']:.1f} frames an hour" if job["eta"] else "",

@@ -1081,3 +1081,18 @@ def test_the_farm_names_itself(farm: Farm) -> None:
     answer = farm.ask("GET", "/api/v1/farm", key=None).json()
     assert answer == {"name": "box", "version": povfarm.VERSION, "farm_id": "f" * 16, "event": 0, "notice": "",
                       "you": "", "workers": 0, "uptime": 60.0}
+
+
+def test_the_clock_of_a_paused_job_stands_still(farm: Farm) -> None:
+    anna, job = farm.worker(), farm.submit(4)
+    for _ in range(2):
+        lease = farm.lease(anna)
+        farm.clock.advance(10)
+        farm.finish(anna, lease)
+    farm.scheduler.pause(job)
+    farm.scheduler.leave(anna)
+    names = ("elapsed", "rate", "eta", "progress")
+    before = farm.ask("GET", f"/api/v1/jobs/{job}").json()
+    farm.clock.advance(3600)
+    after = farm.ask("GET", f"/api/v1/jobs/{job}").json()
+    assert [after[name] for name in names] == [before[name] for name in names] == [20, 0.1, 20, 0.5]

@@ -103,7 +103,7 @@ def test_no_name_and_no_message_runs_in_a_real_browser(povray: str, tmp_path: Pa
     need("chromium", browser is not None, "Chromium is not installed: apt-get install chromium")
     printed, message = real_error(tmp_path)
     farm = Coordinator(tmp_path / "data", bind="127.0.0.1", name=hostile("farm"), durable=False)
-    pages = ["/", "/jobs/1", "/jobs/1/frames/1", "/jobs/1/frames/2", "/jobs/2", "/jobs/9",
+    pages = ["/", "/computers", "/jobs/1", "/jobs/1/frames/1", "/jobs/1/frames/2", "/jobs/2", "/jobs/9",
              "/" + povfarm.urllib.parse.quote(hostile("path")), "/taken", "/policy"]
     farm.server.router = stage = Stage(farm.router, pages)  # type: ignore[assignment]
     farm.start()

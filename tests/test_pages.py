@@ -12,6 +12,7 @@ import pytest
 
 import povfarm
 from helpers.base import need, run_povray
+from helpers.browser import browser
 from helpers.invariants import broken
 from helpers.pages import Dom, Recorder, chromium
 from helpers.pictures import png
@@ -147,12 +148,12 @@ def test_an_empty_farm_says_what_to_type(farm: Farm) -> None:
     dom = farm.page("/")
     assert "the attic" in dom.text and "Nothing to render" in dom.text
     assert "povfarm.py submit scene.pov +W640 +H480" in dom.text
-    assert "povfarm.py work --server http://farm.local:2271" in dom.text
+    assert "povfarm.py work --server http://farm.local:2271" in farm.page("/computers").text
 
 
 @pytest.mark.parametrize("host", ["x;rm -rf ~", "$(id)", "<b>", ""])
 def test_a_host_that_a_shell_would_act_on_is_not_shown(farm: Farm, host: str) -> None:
-    dom = farm.page("/", host=host)
+    dom = farm.page("/computers", host=host)
     assert "work --server http://HOST:2271" in dom.text and (not host or host not in dom.text)
 
 
@@ -162,13 +163,14 @@ def test_the_farm_while_it_renders(farm: Farm) -> None:
     lease = farm.lease(worker)
     farm.scheduler.beat(worker, {lease.id: {lease.tasks[0].id: 0.5}}, 0)
     dom = farm.page("/")
-    assert "Rendering marbles" in dom.text and "1 worker with 2 cores" in dom.text
-    assert "2 of 5" in dom.text and "● working" in dom.text and "3.7.0.10" in dom.text
+    assert "Rendering marbles" in dom.text and "1 of 1 computer at work" in dom.text
+    assert "2 of 5" in dom.text and "● working marbles frame 3" in dom.text
+    assert "1 of 2 cores busy" in dom.text and "3.7.0.10" in farm.page("/computers").text
     assert "frame 2 is done, like 1 other before it" in dom.text and "was submitted, by somebody: 5 frames" in dom.text
     assert dom.all("img", src=f"/api/v1/jobs/{job}/frames/2/image")
-    bar, = dom.all("svg")
-    assert bar["aria-label"] == "50 percent"
-    assert [float(rect["width"]) for rect in dom.all("rect")] == [400, 100, 0]
+    bars = dom.all("svg")
+    assert [bar["aria-label"] for bar in bars] == ["50 percent"] * 2, "now, and in the queue"
+    assert [float(rect["width"]) for rect in dom.all("rect")] == [400, 100, 0] * 2
     assert dom.all("title") and "50 % marbles" in dom.text
 
 
@@ -248,15 +250,16 @@ def test_an_ended_job_has_no_image_yet_to_come(farm: Farm) -> None:
     for address in ("/", f"/jobs/{job}"):
         text = farm.page(address).text
         assert "No image" in text and "No image yet" not in text
-    assert "Ended" in farm.page("/").text and "Finished" not in farm.page("/").text
 
 
 def test_what_is_rendered_now_comes_first(farm: Farm) -> None:
     for name in ("first", "second", "third"):
         farm.submit(name=name)
     farm.lease(farm.join())
-    links = [link["href"] for link in farm.page("/").all("a", href="/jobs/")]
-    assert list(dict.fromkeys(links))[:3] == ["/jobs/1", "/jobs/3", "/jobs/2"]
+    page = farm.page("/")
+    links = [link["href"] for link in page.all("a", href="/jobs/")]
+    assert list(dict.fromkeys(links))[:3] == ["/jobs/1", "/jobs/2", "/jobs/3"], "as they are served"
+    assert "◷ waiting: next in line" in page.text and "◷ waiting: 1 job before it" in page.text
 
 
 def test_a_still_in_slices(farm: Farm) -> None:
@@ -295,7 +298,7 @@ def test_what_a_worker_does_is_told_in_words(farm: Farm, state: str, words: str)
         farm.lease(worker)
     elif state == "gone":
         farm.scheduler.leave(worker)
-    assert words in farm.page("/").text
+    assert words in farm.page("/computers").text
 
 
 def test_nothing_hostile_becomes_html(farm: Farm) -> None:
@@ -321,16 +324,20 @@ def test_every_page_has_the_policy_and_is_not_kept(farm: Farm) -> None:
                       for part in headers["Content-Security-Policy"].split(";"))
         assert policy == {
             "default-src": "'none'", "img-src": "'self'", "style-src": "'self'",
+            "script-src": "'self'", "connect-src": "'self'",
             "form-action": "'self'", "frame-ancestors": "'none'", "base-uri": "'none'"}
         assert headers["Cache-Control"] == "no-store"
         assert headers["Referrer-Policy"] == "same-origin"
 
 
-@pytest.mark.parametrize("path, mime", [("/style.css", "text/css"), ("/favicon.svg", "image/svg")])
+@pytest.mark.parametrize("path, mime", [
+    ("/style.css", "text/css"), ("/favicon.svg", "image/svg"), ("/script.js", "text/javascript")])
 def test_what_pages_are_made_with_is_served(farm: Farm, path: str, mime: str) -> None:
-    link, = farm.page("/").all("link", href=path)
-    response = farm.send("GET", link["href"])
+    page = farm.page("/")
+    link, = page.all("link", href=path) or page.all("script", src=path)
+    response = farm.send("GET", link.get("href") or link["src"])
     assert response.headers["Content-Type"].startswith(mime) and response.status == 200
+    assert "immutable" in response.headers["Cache-Control"]
     assert b"http:" not in response.body.replace(b"http://www.w3.org/2000/svg", b"")  # type: ignore
 
 
@@ -427,10 +434,10 @@ def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
 
 def test_an_admin_removes_a_worker(farm: Farm) -> None:
     worker = farm.join()
-    assert not farm.page("/").all("form")
-    assert not farm.page("/", farm.admin).all("form", action="remove")
-    page = asked(farm, "/?before=99", f"/workers/{worker}/remove")
-    assert page.all("a", href="/?before=99")  # "No"
+    assert not farm.page("/computers").all("form")
+    assert not farm.page("/computers", farm.admin).all("form", action="remove")
+    page = asked(farm, "/computers?before=99", f"/workers/{worker}/remove")
+    assert page.all("a", href="/computers?before=99")  # "No"
     form, = page.all("form", action="remove")
     assert form["action"] == f"/workers/{worker}/remove"
     body = {"token": farm.token(farm.admin)}
@@ -535,6 +542,79 @@ def test_chromium_shows_a_real_farm(povray: str, tmp_path: Path) -> None:
         "/": 200, "/style.css": 200, image: 200}
 
 
+def act(farm: Coordinator, worker: int, count: int) -> None:
+    """Deliver so many frames, one after the other."""
+    for _ in range(count):
+        lease, = farm.scheduler.lease(worker, Offer(1, 1, 1), 0, always)
+        farm.scheduler.finish(worker, lease.id, lease.tasks[0].id, png(), b"", Cost(20, 20))
+
+
+def served(place: Path, port: int = 0) -> Coordinator:
+    farm = Coordinator(place, bind="127.0.0.1", name="the attic", durable=False, port=port)
+    farm.start()
+    return farm
+
+
+@pytest.mark.slow
+def test_what_one_does_on_a_page_survives_what_happens_on_the_farm(tmp_path: Path) -> None:
+    """Focus, selection, scroll; the coordinator ends and comes back; nothing is complained of."""
+    farm = served(tmp_path / "data")
+    worker = farm.scheduler.join(WorkerInfo("anna", 2, 1, "x", {}), "t", "10.0.0.7")
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "3", "Final_Frame": "40",
+                  "Output_File_Type": "N"}, (), (), ".")
+    try:
+        for name in ("marbles", "later", "last"):
+            farm.scheduler.submit(name, "me", pov, Manifest(()), JobOptions())
+        act(farm, worker, 1)
+        with browser(tmp_path, height=400) as window:
+            window.open(farm.url + f"/login/{farm.access.login_code()}")
+            window.wait("document.querySelector('#live').textContent === 'Live'", "it never lives")
+            window.run("""
+                window.button = document.querySelector('form[action$="/jobs/2/pause"] button');
+                window.button.focus();
+                getSelection().selectAllChildren(document.querySelector('#j3 h3'));
+                scrollTo(0, 300);""")
+            for done in (2, 3):
+                act(farm, worker, 1)
+                window.wait(f"document.body.innerText.includes('{done} of 40')", "no news", 10)
+            assert window.run("""return [document.activeElement === window.button,
+                getSelection().toString(), scrollY]""") == [True, "last #3 · me", 300]
+            window.press("\ue007")  # Enter, on the button with the focus
+            window.wait("document.querySelector('h1') && location.pathname.endsWith('/jobs/2')",
+                        "the button does nothing")
+            assert "‖ paused" in window.text()
+            port = farm.port
+            farm.stop()
+            window.wait("document.querySelector('#live').textContent.startsWith('Reconnecting, data"
+                        " from ')", "it does not say that nobody answers", 10)
+            assert "later" in window.text() and "‖ paused" in window.text()
+            farm = served(tmp_path / "data", port)
+            window.wait("document.querySelector('#live').textContent === 'Live'", "it stays away")
+            assert [text for text in window.complaints() if "ERR_CONNECTION" not in text] == []
+    finally:
+        farm.stop()
+
+
+@pytest.mark.slow
+def test_without_javascript_the_page_reloads_and_its_forms_work(tmp_path: Path) -> None:
+    farm = served(tmp_path / "data")
+    worker = farm.scheduler.join(WorkerInfo("anna", 2, 1, "x", {}), "t", "10.0.0.7", "ABCDEF")
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "3"}, (), (), ".")
+    farm.scheduler.submit("marbles", "me", pov, Manifest(()), JobOptions())
+    try:
+        with browser(tmp_path, javascript=False, width=320) as window:
+            window.open(farm.url + f"/login/{farm.access.login_code()}")
+            assert "asks to join" in window.text() and "As of " in window.text()
+            window.click("form[action$='/admit'] button")
+            window.wait("!document.body.innerText.includes('the code')", "it is not let in")
+            assert "○ idle" in window.text()
+            assert window.run("return document.documentElement.scrollWidth") <= 320
+            farm.scheduler.remove_worker(worker)
+            window.wait("document.body.innerText.includes('No computer is here')", "no reload", 20)
+    finally:
+        farm.stop()
+
+
 # --- people
 
 def add(farm: Farm, name: str, role: Role = Role.USER) -> str:
@@ -584,9 +664,139 @@ def test_only_my_jobs(farm: Farm) -> None:
              for page in (everything, mine)]
     assert {one["href"] for one in cards[0]} == {"/jobs/1", "/jobs/2"}
     assert "apples" in mine.text and "anna" in mine.text
-    assert len(mine.all("article", class_="card")) == 1
-    assert len(everything.all("article", class_="card")) == 2
+    assert [len(page.all("li", id="j")) for page in (everything, mine)] == [2, 1]
     assert not farm.page("/").all("a", href="/?mine=1")
+
+
+# --- what waits for somebody, and why
+
+def test_a_job_that_fails_needs_somebody_and_one_click_tries_again(farm: Farm) -> None:
+    job, worker = farm.submit(), farm.join()
+    for _ in range(3):
+        farm.fail(worker, "line 5: undeclared identifier 'Goldd'")
+    page, text = farm.page("/", farm.admin), farm.page("/").text
+    assert "Needs you 1" in text and "the first frames all failed" in text
+    assert "undeclared identifier 'Goldd'" in text and text.startswith("! ")
+    icon, = page.all("link", rel="icon")
+    assert icon["href"].endswith("state=bad") and b"#d93025" in bytes(farm.send(  # type: ignore[arg-type]
+        "GET", icon["href"]).body)
+    assert page.all("a", class_="button", href=f"/jobs/{job}/frames/1#log")
+    form, *_ = page.all("form", action=f"/jobs/{job}/retry")
+    assert not farm.page("/").all("form")
+    assert farm.send("POST", form["action"], farm.admin,
+                     {"token": farm.token(farm.admin)}).status == 303
+    assert "Needs you" not in farm.page("/").text
+
+
+def test_one_cause_for_many_jobs_is_one_row(farm: Farm) -> None:
+    for number in range(3):
+        farm.submit(name=f"job{number}")
+    for address in ("/", "/jobs/1"):
+        assert "no worker is there: start one with 'povfarm.py work'" in farm.page(address).text
+    text = farm.page("/").text
+    assert "Needs you 1" in text and "job0 and 2 more jobs: no worker is there" in text
+    worker = farm.join()
+    farm.lease(worker)
+    assert "Needs you" not in farm.page("/").text
+    assert "next in line" in farm.page("/jobs/2").text
+    assert "1 job before it" in farm.page("/jobs/3").text
+
+
+def test_a_job_for_another_povray_has_a_button_that_lets_any_render_it(farm: Farm) -> None:
+    old, new = farm.join("old"), farm.join("new", version="3.8.0")
+    job = farm.submit()
+    farm.deliver(old, 1)
+    farm.scheduler.leave(old)
+    page = farm.page("/", farm.admin)
+    assert "rendered with POV-Ray 3.7.0.10, theirs is 3.8.0" in page.text
+    form, = page.all("form", action=f"/jobs/{job}/set")
+    assert page.all("input", name="povray", value="any")
+    body = {"token": farm.token(farm.admin), "povray": "any"}
+    assert farm.send("POST", form["action"], farm.admin, body).status == 303
+    assert farm.lease(new).job == job
+    for wrong in ({"povray": "$"}, {"priority": "much"}):
+        answer = farm.send("POST", form["action"], farm.admin, {**body, **wrong})
+        assert answer.status == 400, wrong
+
+
+def test_who_has_as_many_workers_as_may_be_is_told_so(farm: Farm) -> None:
+    farm.access.add("anna", Role.USER, {"workers": 1}, "a-ticket-that-is-new")
+    first, second = submit_for(farm, "anna"), submit_for(farm, "anna")
+    lease = farm.lease(farm.join())
+    farm.join("idle")
+    waits = second if lease.job == first else first
+    assert "as many workers as anna may have (1) render other jobs" in farm.page(f"/jobs/{waits}").text
+
+
+def test_a_full_disk_is_told_above_everything(farm: Farm) -> None:
+    farm.submit()
+    farm.store.notice = "the disk is full: free 3 GB"
+    for address in ("/", "/jobs/1", "/computers"):
+        page = farm.page(address)
+        assert page.all("p", class_="notice failed") and "the disk is full: free 3 GB" in page.text
+    farm.store.notice = ""
+
+
+def test_thousands_of_frames_hide_nothing_that_happened_to_the_farm(farm: Farm) -> None:
+    farm.submit(frames=500)
+    farm.deliver(farm.join("a rare name"), 450)
+    text = farm.page("/").text
+    assert "a rare name joined" in text and "like" in text and "others before it" in text
+
+
+def test_what_a_hand_paused_asks_nobody(farm: Farm) -> None:
+    farm.scheduler.pause(farm.submit())
+    page = farm.page("/", farm.admin)
+    assert "Needs you" not in page.text and "‖ paused by hand" in page.text
+    assert page.all("form", action="/jobs/1/resume")
+
+
+def test_refusing_a_worker_is_a_button_too(farm: Farm) -> None:
+    worker = farm.join(admitted=False)
+    form, = farm.page("/", farm.admin).all("form", action="/remove")
+    assert form["action"] == f"/workers/{worker}/remove"
+
+
+# --- how it looks
+
+def brightness(color: str) -> float:
+    """The relative luminance of #rrggbb, as WCAG 2 defines it."""
+    digits = color if len(color) == 7 else "#" + "".join(digit * 2 for digit in color[1:])
+    parts = [int(digits[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((brightness(one), brightness(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_colours_can_be_told_apart(scheme: int) -> None:
+    """Text at 4.5:1 on what it stands on, the edges of controls and of states at 3:1."""
+    found = re.findall(r":root \{([^}]*)\}", povfarm.STYLE)
+    colors: Dict[str, str] = {}
+    for block in found[:scheme + 1]:
+        colors.update(re.findall(r"--(\w+): (#[0-9a-f]{3,6})", block))
+    assert len(found) == 2 and len(colors) == 14
+    texts = [(text, ground) for text in ("ink", "dim", "link", "done", "live", "bad", "hold")
+             for ground in ("bg", "card")]
+    texts += [("on", "done"), ("on", "bad"), ("bg", "live"), ("ink", "mat"), ("ink", "line"),
+              ("dim", "mat"), ("ink", "glow")]
+    assert {pair: round(contrast(*(colors[name] for name in pair)), 2) for pair in texts
+            if contrast(*(colors[name] for name in pair)) < 4.5} == {}
+    shapes = [("edge", "bg"), ("edge", "card"), ("done", "line"), ("live", "line"), ("bad", "line")]
+    assert {pair for pair in shapes if contrast(*(colors[name] for name in pair)) < 3} == set()
+
+
+def test_style_and_script_are_small() -> None:
+    assert len(povfarm.STYLE.encode()) + len(povfarm.SCRIPT.encode()) < 60_000
+
+
+def test_tab_reaches_what_is_shown_by_two_stops(farm: Farm) -> None:
+    page = farm.page("/")
+    assert page.all("a")[0]["href"] == "#main" and page.all("main", id="main", tabindex="-1")
 
 
 def test_the_story_tells_who_did_it(farm: Farm) -> None:
