@@ -13483,10 +13483,6 @@ class Pages:
                                 for name, value in fields.items()],
                        element("button", label, class_=kind), method="post", action=address)
 
-    def _may_steer(self, request: Request, view: View) -> bool:
-        you = request.identity
-        return "admin" in you.roles or ("user" in you.roles and you.name == view["owner"])
-
     def _needs(self, request: Request, views: Sequence[View],
                workers: Sequence[View]) -> list[_Need]:
         """Return what waits for a person, the worst first, each cause once and with its cure."""
