@@ -6184,10 +6184,10 @@ class Router:
             return response
         if request.identity.name:
             raise ProtocolError(403, f"{request.identity.name} may not do this: it takes the "
-                                "farm's key, which 'serve' prints on the coordinator, for --key")
-        raise ProtocolError(401, "log in first: give the farm's key with --key ('serve' prints it "
-                            "on the coordinator, where it is not needed), or in a browser open the "
-                            "link that 'login' prints there",
+                                "farm's key: --key-file with a copy of the coordinator's farm.key")
+        raise ProtocolError(401, "log in first: give --key-file with a copy of the coordinator's "
+                            "farm.key (there it is not needed), or in a browser open the link that "
+                            "'login' prints there",
                             WWW_Authenticate="Povfarm")
 
     def _for_stranger(self, bound: BoundRoute, request: Request) -> Response:
@@ -11037,8 +11037,8 @@ class Access:
             removed = row is None and tx.was_removed(secret)
         if removed:
             raise ProtocolError(401, "this worker was removed from the farm: to let it work again, "
-                                "start it with the farm's --key ('serve' prints it on the "
-                                "coordinator), or without, and admit it")
+                                "start it with --key-file and a copy of the coordinator's "
+                                "farm.key, or without, and admit it")
         if row is None:
             raise self._wrong_key(remote, who)
         if row.state is WorkerState.PENDING:  # a stranger whose turn may come
@@ -11050,8 +11050,8 @@ class Access:
         if who and not who.startswith(WORKER):
             return ProtocolError(401, f"this key of {urllib.parse.unquote(who)[:40]!r} is good for "
                                  "nothing (any more): ask for an invitation, and come with --code")
-        return ProtocolError(401, "this key is not the farm's: 'serve' prints the right one, "
-                             "for --key, on the coordinator")
+        return ProtocolError(401, "this key is not the farm's: give a copy of the coordinator's "
+                             "farm.key, with --key-file")
 
     # --- people
 
@@ -20061,9 +20061,10 @@ def _find_coordinator(options: Options, stop: threading.Event | None = None) -> 
     name = "" if options.command == "submit" else options.name  # there it is the job's
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, FarmError):
         note = json.loads((options.data / "coordinator.json").read_text(encoding="utf-8"))
-        if name in ("", note["name"]):
+        if key and name in ("", note["name"]):  # it has to prove that it is the one
             client = _client(options, note["url"], key, note["pin"], patience)
-            return _check_coordinator(client, options, retry_for=0)
+            client.get("/api/v1/farm", timeout=10, retry_for=0)
+            return client
     kept = {} if options.key else _kept(options)
     with contextlib.suppress(ServerGone, LookupError, TypeError):
         if kept and name in ("", kept["name"]):
@@ -20176,7 +20177,7 @@ def _discover(options: Options, key: str, name: str) -> list[Found]:
     others = [] if found else discover(1.5, None, options.discovery_port, name or None)
     if others and options.key and known:
         raise FarmError(f"{others[0].name} at {others[0].url} has another key than the one given: "
-                        "copy the worker command that 'serve' prints there")
+                        "give a copy of that coordinator's farm.key, with --key-file")
     return found or others
 
 
@@ -20198,9 +20199,9 @@ def _choose(found: Sequence[Found], options: Options, name: str) -> Found:
     return found[0]
 
 
-def _check_coordinator(client: Client, options: Options, retry_for: float | None = None) -> Client:
-    """Fail, in one line, when there is no coordinator within that time or the key is wrong."""
-    ask = functools.partial(client.request, "GET", "/api/v1/farm", timeout=10, retry_for=retry_for)
+def _check_coordinator(client: Client, options: Options) -> Client:
+    """Fail, in one line, when there is no coordinator or the key is wrong."""
+    ask = functools.partial(client.request, "GET", "/api/v1/farm", timeout=10)
     key = client.token
     try:
         farm = ask().json()

@@ -6,10 +6,8 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import re
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,9 +19,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import pytest
 
 import povfarm
-from helpers.base import need
+from helpers.lan import Lan, ip, lan
 from helpers.sockets import KEY, beacon, shared_socket
 from povfarm import Beacon, Found, discover, look_out
+
+__all__ = ["lan"]
 
 ROUND = 0.25  # seconds, with the first probe and a second one
 
@@ -346,57 +346,6 @@ def test_a_worker_hears_of_coordinators_that_start_and_of_nothing_else() -> None
 
 
 # Hosts on a LAN
-
-
-def ip(*args: str) -> None:
-    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
-
-
-class Lan:
-    """Hosts 10.77.0.1, 2, ... on one bridge, each a network namespace without other routes."""
-
-    def __init__(self, hosts: int) -> None:
-        tag = f"pf{random.randrange(10**6):06}"
-        self.switch = f"{tag}s"
-        self.hosts = [f"{tag}h{n}" for n in range(1, hosts + 1)]
-
-    def __enter__(self) -> Lan:
-        try:
-            ip("netns", "add", self.switch)
-            ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
-            ip("-n", self.switch, "link", "set", "br0", "up")
-            for number, host in enumerate(self.hosts, 1):
-                ip("netns", "add", host)
-                ip("-n", host, "link", "add", "eth0", "type", "veth",
-                   "peer", "name", f"port{number}", "netns", self.switch)
-                ip("-n", self.switch, "link", "set", f"port{number}", "master", "br0", "up")
-                ip("-n", host, "addr", "add", f"10.77.0.{number}/24", "brd", "+", "dev", "eth0")
-                ip("-n", host, "link", "set", "eth0", "up")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name in [*self.hosts, self.switch]:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-    def python(self, number: int, script: str, *args: str) -> List[str]:
-        """A command line that runs on a host."""
-        host = self.hosts[number - 1]
-        return ["ip", "netns", "exec", host, sys.executable, "-c", script, *args]
-
-
-@pytest.fixture(scope="module")
-def lan() -> Iterator[Lan]:
-    need("netns", sys.platform == "linux" and shutil.which("ip") is not None,
-         "network namespaces need Linux and the ip program: apt-get install iproute2")
-    need("netns", os.geteuid() == 0, "network namespaces need root")
-    try:
-        with Lan(3) as one:
-            yield one
-    except subprocess.CalledProcessError as error:
-        need("netns", False, f"no network namespaces here: {error.stderr.strip()}")
 
 
 # Looks on until a worker has probed three times in vain, and only then becomes a coordinator.

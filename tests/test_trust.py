@@ -24,10 +24,11 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 
 import povfarm
-from helpers.base import POVFARM, ROOT, tried
+from helpers.base import POVFARM, REQUIRED, ROOT, need, tried
 from helpers.farm import Farm as Processes
 from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, FakeClock, Farm, Reply, farm_fixture
+from helpers.lan import why_no_lan
 from helpers.trust import Signer, join_at, join_by, signer_of
 from povfarm import (
     Access,
@@ -559,8 +560,12 @@ def test_a_cookie_is_for_one_port_and_one_place(served: Coordinator, tmp_path: P
 
 @pytest.mark.slow
 def test_who_heard_everything_comes_in_nowhere(tmp_path: Path, povray: str) -> None:
-    number, let_in = attacker.attack(tmp_path, most=25)
-    tried("what a listener has heard", number, let_in=len(let_in))
+    """Nor who passes it on, or takes the coordinator's place; on a network where there may be one."""
+    if "netns" in REQUIRED:
+        need("netns", not why_no_lan(), why_no_lan())
+    with attacker.Loopback() if why_no_lan() else attacker.Network(attacker.SQUATTER) as net:
+        number, let_in = attacker.attack(tmp_path, net, most=20)
+    tried("what a listener, a relay and a rogue have heard", number, let_in=len(let_in))
     assert not let_in, let_in
     assert number > 400
 
@@ -596,3 +601,11 @@ def test_a_project_is_not_given_to_whoever_answers(
         povfarm._find_coordinator(options_of(tmp_path, "submit"))
     client = povfarm._find_coordinator(options_of(tmp_path, "status"))
     assert client is not None and client.token == "", "one may look"
+    # What has its coordinator's place may be the program of another user.
+    (tmp_path / "coordinator.json").write_text(json.dumps(
+        {"name": "mine", "url": served.url, "pin": ""}))
+    with pytest.raises(UserError, match="would be given your project"):
+        povfarm._find_coordinator(options_of(tmp_path, "submit"))
+    (tmp_path / "farm.key").write_text(served.key)
+    client = povfarm._find_coordinator(options_of(tmp_path, "submit"))
+    assert client is not None and client.token == served.key
