@@ -473,26 +473,19 @@ def hold_file(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def is_running(process: int) -> bool:
-    """Tell whether there is a process with this number."""
-    if sys.platform == "win32":  # where os.kill would end it
-        kernel = ctypes.WinDLL("kernel32")
-        handle = kernel.OpenProcess(0x100000, False, process)  # SYNCHRONIZE
-        return bool(handle) and bool(kernel.CloseHandle(handle))
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it lives, and is another user's
-    return True
-
-
 def is_orphan(owner: str) -> bool:
     """Tell whether the process with this number, which made something, is no more."""
     if not owner.isdecimal() or int(owner) == os.getpid():  # in a container, of the one before us
         return True
-    return not is_running(int(owner))
+    if sys.platform == "win32":  # where os.kill would end it
+        kernel = ctypes.WinDLL("kernel32")
+        handle = kernel.OpenProcess(0x100000, False, int(owner))  # SYNCHRONIZE
+        return not (handle and kernel.CloseHandle(handle))
+    try:
+        os.kill(int(owner), 0)
+    except OSError as error:  # another one says that it lives, and is another user's
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 PARTS = ".[0-9]*.*.part"  # the names that ``placed`` gives, as a pattern
@@ -1201,11 +1194,6 @@ class PovOptions:
     def extension(self) -> str:
         """The extension of the pictures with its dot; PPM keeps ``.ppm`` also when it is grey."""
         return IMAGE_TYPES[self.output_type].extension
-
-    @property
-    def threads(self) -> int | None:
-        """``+WT``; None where the command line leaves it to POV-Ray."""
-        return int(self.values["Work_Threads"]) if "Work_Threads" in self.values else None
 
     @property
     def to_file(self) -> bool:
@@ -3581,7 +3569,11 @@ class _Scan:
         """Scan everything from the scene on."""
         self._take(scene, True, True)
         self._note_version(scene.local)
-        self._refer_values(values)
+        if header := values.get("Include_Header", ""):
+            self._refer("#include", header, None, 0, True)
+        samples = values.get("Radiosity_File_Name", "object.rca")
+        if values.get("Radiosity_From_File") == "On" and is_file(self._search.cwd / samples):
+            self._refer("load_file", samples, None, 0, True)
         for name in also:
             # Where one is missed its neighbours will be, too: tex/t1.png, tex/t2.png.
             folder, _, file = name.rpartition("/")
@@ -3770,14 +3762,6 @@ class _Scan:
             found = self._search.find("string", read, here_only=True) if name.whole else None
             if found:
                 self._accept(found, read, True, [], False)
-
-    def _refer_values(self, values: Mapping[str, str]) -> None:
-        """Take along what the command line names."""
-        if header := values.get("Include_Header", ""):
-            self._refer("#include", header, None, 0, True)
-        samples = values.get("Radiosity_File_Name", "object.rca")
-        if values.get("Radiosity_From_File") == "On" and is_file(self._search.cwd / samples):
-            self._refer("load_file", samples, None, 0, True)
 
     def _refer(self, kind: str, name: str, path: Path | None, line: int, certain: bool) -> None:
         here, absolute, include = kind == "load_file", _is_absolute(name), kind == "#include"
@@ -5668,11 +5652,7 @@ class Session:
         """Return what makes a request this end's own: it fits no other, and not twice."""
         count = next(self._counts)
         return (f"Povfarm session={self.name},count={count},"
-                f"mac={self._mark(count, method, target, sha256)}")
-
-    def has_signed(self, given: str, count: int, method: str, target: str, sha256: str) -> bool:
-        """Tell whether the other end has signed this request."""
-        return hmac.compare_digest(given, self._mark(count, method, target, sha256))
+                f"mac={self.mark(count, method, target, sha256)}")
 
     def takes(self, count: int) -> bool:
         """Tell whether this count comes for the first time. Not for two threads at once."""
@@ -5686,7 +5666,8 @@ class Session:
         first, self._taken = not self._taken & bit, self._taken | bit
         return first
 
-    def _mark(self, count: int, *request: str) -> str:
+    def mark(self, count: int, *request: str) -> str:
+        """Return what whoever has this session makes of a request."""
         return mac(self._key, [count, *request])
 
 
@@ -6218,7 +6199,10 @@ class Router:
         host = request.headers.get("host")
         if host is not None and self._hosts:
             name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
-            if name not in self._hosts and not _is_address(name):
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_address(name)
+                return
+            if name not in self._hosts:
                 raise ProtocolError(403, f"this coordinator does not know that it is called "
                                     f"{name!r}: start it with --host NAME")
 
@@ -6947,12 +6931,6 @@ def _error_in_json(refusal: ProtocolError) -> Response:
     return json_response({"error": str(refusal), "detail": refusal.detail}, refusal.status)
 
 
-def _is_address(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return False
-
-
 def _fields(text: str) -> dict[str, str]:
     """Return the fields of a query or a form; ``ProtocolError`` 400 for too many."""
     if not text:
@@ -7275,11 +7253,6 @@ class Task:
     def is_part(self) -> bool:
         """True for a slice or a pass."""
         return self.parent is not None
-
-    @property
-    def uncut(self) -> int:
-        """How many rows of a sliced frame no slice has yet."""
-        return 0 if self.cut is None else self.bottom - self.cut
 
 
 @dataclass(frozen=True)
@@ -7794,8 +7767,8 @@ def kept_name(task: Task, attempt: int) -> str:
     return f"{task.id}.{attempt}{PurePosixPath(task.name).suffix}"
 
 
-class Look:
-    """One look at the database: every question that the farm asks it, by name."""
+class _Register:
+    """One look at the database: the workers and the people."""
 
     def __init__(self, connection: sqlite3.Connection, known: _Known) -> None:
         self._db = connection
@@ -7810,35 +7783,6 @@ class Look:
 
     def _one(self, kind: type[_Record], sql: str, /, **values: Any) -> _Record | None:
         return next(iter(self._all(kind, sql, **values)), None)
-
-    # --- the farm itself
-
-    def meta(self, key: str) -> str:
-        """Return a value of the farm itself, or an empty text."""
-        row = self._do("SELECT value FROM meta WHERE key = :key", key=key).fetchone()
-        return row["value"] if row else ""
-
-    def events(self, after: int, limit: int) -> list[Event]:
-        """Return events with a higher id, oldest first."""
-        return self._all(Event, "SELECT * FROM event WHERE id > :after ORDER BY id LIMIT :limit",
-                         after=after, limit=limit)
-
-    def events_of_farm(self, limit: int) -> list[Event]:
-        """Return the newest events that are of no frame, the oldest first."""
-        return self._all(Event, """
-            SELECT * FROM event WHERE frame IS NULL ORDER BY id DESC LIMIT :limit""",
-                         limit=limit)[::-1]
-
-    def last_event(self) -> int:
-        """Return the id of the newest event, 0 when there is none."""
-        return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
-
-    def first_event(self, job: int) -> int:
-        """Return the id of the event with which a job began."""
-        return int(self._do("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
-                            job=job).fetchone()[0])
-
-    # --- workers
 
     def worker(self, worker: int) -> Member:
         """Return a worker that is known, or was removed."""
@@ -7877,8 +7821,6 @@ class Look:
                 self._known.lists[kind] = self.changes, known
         return known
 
-    # --- people
-
     def person(self, name: str, invited: bool = False) -> Person | None:
         """Return one of the people, however large or small the letters are written.
 
@@ -7906,6 +7848,37 @@ class Look:
         """Tell whether there are jobs, finished or not, of somebody with nearly this name."""
         return owner.casefold() in {row["owner"].casefold() for row in self._do(
             "SELECT DISTINCT owner FROM job")}
+
+
+class Look(_Register):
+    """One look at the database: every question that the farm asks it, by name."""
+
+    # --- the farm itself
+
+    def meta(self, key: str) -> str:
+        """Return a value of the farm itself, or an empty text."""
+        row = self._do("SELECT value FROM meta WHERE key = :key", key=key).fetchone()
+        return row["value"] if row else ""
+
+    def events(self, after: int, limit: int) -> list[Event]:
+        """Return events with a higher id, oldest first."""
+        return self._all(Event, "SELECT * FROM event WHERE id > :after ORDER BY id LIMIT :limit",
+                         after=after, limit=limit)
+
+    def events_of_farm(self, limit: int) -> list[Event]:
+        """Return the newest events that are of no frame, the oldest first."""
+        return self._all(Event, """
+            SELECT * FROM event WHERE frame IS NULL ORDER BY id DESC LIMIT :limit""",
+                         limit=limit)[::-1]
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 when there is none."""
+        return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
+
+    def first_event(self, job: int) -> int:
+        """Return the id of the event with which a job began."""
+        return int(self._do("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
+                            job=job).fetchone()[0])
 
     # --- files
 
@@ -9870,7 +9843,7 @@ class _Deal:
             if self._is_ready(part) and self._may_try(job, part):
                 return part
         for frame in self._tx.frames_to_cut(job.id):
-            if frame.uncut and self._is_ready(frame):
+            if frame.cut != frame.bottom and self._is_ready(frame):
                 return self._cut(job, frame)
         if self._wants_slices(job) and self._may_begin(job):
             for frame in self._next(job, 1):
@@ -10995,8 +10968,8 @@ class Access:
         match = _PROOF.fullmatch(proof)
         session = match and (self._proven.get(match[1]) or self._new_session(match[1]))
         sha256 = request.headers.get("x-sha256", "")
-        if not (match and session and session.has_signed(
-                match[3], int(match[2]), request.method, request.target, sha256)):
+        if not (match and session and hmac.compare_digest(match[3], session.mark(
+                int(match[2]), request.method, request.target, sha256))):
             raise self._wrong_key(request.remote, _whose(match[1]) if match else FARM)
         self._use(session, int(match[2]))
         request.body.expect(sha256)
@@ -11851,7 +11824,8 @@ class Api:
             raise UserError("this is not what the commitment was made of")
         secret, code = mine.agree(share, [self._access.farm_id, self._access.pin, info.name,
                                           share, nonce, mine.share, mine.nonce])
-        admitted = self._admit_private and _is_private(request.remote)
+        address = ipaddress.ip_address(request.remote.partition("%")[0])
+        admitted = self._admit_private and any(address in network for network in _PRIVATE)
         worker = self._farm.join(info, secret_hash(secret), request.remote,
                                  "" if admitted else code)
         return json_response({"id": worker, "admitted": admitted}, 201)
@@ -11934,11 +11908,6 @@ _MIME: Mapping[str, str] = {kind.extension: kind.mime for kind in IMAGE_TYPES.va
 _PRIVATE = tuple(map(ipaddress.ip_network, (
     "127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16",
     "::1/128", "fc00::/7", "fe80::/10")))
-
-
-def _is_private(remote: str) -> bool:
-    address = ipaddress.ip_address(remote.partition("%")[0])
-    return any(address in network for network in _PRIVATE)
 
 
 def _cut_off(image: Path, size: int) -> dict[str, Path | None]:
@@ -15686,9 +15655,7 @@ def _split_url(base_url: str) -> urllib.parse.SplitResult:
 
 def _gone(base_url: str, error: Exception) -> ServerGone:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ServerGone(
-        f"{base_url} does not answer ({reason}): is 'serve' running there?"
-    )
+    return ServerGone(f"{base_url} does not answer ({reason}): is 'serve' running there?")
 
 
 def _to_json(value: Any) -> bytes:
@@ -15787,7 +15754,7 @@ class Process:
         self.kill = kill
         self.pid = 0
         self._output = output
-        self._ended: concurrent.futures.Future[Ended] = concurrent.futures.Future()
+        self.ended: concurrent.futures.Future[Ended] = concurrent.futures.Future()
 
     def lines(self) -> Iterator[str]:
         """Yield what the process prints, line by line.
@@ -15795,10 +15762,7 @@ class Process:
         A status line, which ends with a carriage return, keeps it.
         """
         rest = ""
-        while True:
-            data = self._output.read1(BUFFER)
-            if not data:
-                break
+        while data := self._output.read1(BUFFER):
             *whole, rest = re.split(r"(?<=\r)|\n", rest + data.decode("utf-8", "replace"))
             yield from whole
             if len(rest) > BUFFER:
@@ -15808,13 +15772,9 @@ class Process:
         if rest:
             yield rest
 
-    def ended(self, result: Ended) -> None:
-        """Record the end; for the launcher."""
-        self._ended.set_result(result)
-
     def wait(self) -> Ended:
         """Wait for the end."""
-        return self._ended.result()
+        return self.ended.result()
 
     def cpu_now(self) -> float | None:
         """Return the CPU seconds used so far, or None where the system does not tell."""
@@ -15901,13 +15861,14 @@ class Launcher:
                     process.pid = answer["pid"]
                 else:
                     del self._processes[answer["id"]]
-                    process.ended(Ended(answer["code"], answer["cpu"], answer["memory"]))
+                    process.ended.set_result(
+                        Ended(answer["code"], answer["cpu"], answer["memory"]))
         self.gone = True
         with self._lock:  # no renderer is added any more: sending fails from now on
             for process in self._processes.values():
                 if process.pid:  # only Linux ends them by itself
                     _kill_group(process.pid)
-                process.ended(Ended(-signal.SIGKILL, 0.0, 0))
+                process.ended.set_result(Ended(-signal.SIGKILL, 0.0, 0))
 
 
 class _LauncherProcess:
@@ -16255,7 +16216,7 @@ class WindowsLauncher:
     def _wait(self, program: subprocess.Popen[bytes], process: Process) -> None:
         code = program.wait()
         self._running.discard(program)
-        process.ended(Ended(code, _windows_cpu(program), 0))
+        process.ended.set_result(Ended(code, _windows_cpu(program), 0))
 
 
 def _windows_cpu(program: subprocess.Popen[bytes]) -> float:
@@ -16516,6 +16477,55 @@ class RunState:
         options = self.lease.pov.options
         most = 0 if self.text.scene_is_wrong else PIXEL_SIZE * options.width * options.height
         return self.ended.code != 0 and min(self.free, free) < most * self.crowd
+
+    def begin_from(self, plan: Run, path: Path) -> None:
+        """Let the renderer go on from a state, as far as that fits; the file goes."""
+        with open(path, "rb") as source, open(plan.state, "wb") as target:
+            state = copy_state(source, target, plan.region, plan.block)
+        path.unlink()
+        if not state.pixels:
+            plan.state.unlink()
+        region = plan.region
+        pixels = (region.bottom - region.top) * (region.right - region.left)
+        self.text = PovText(100 * state.pixels // pixels)
+
+    def is_cut(self, plan: Run) -> bool:
+        """Tell whether the rows that others did not take over seem to be finished."""
+        bottom = self.bottoms.get(self.task.id)
+        if bottom is None or self.cut or self.task.frame not in self.open:
+            return False
+        region = plan.region
+        rows = min(bottom, region.bottom) - region.top
+        # POV-Ray tells whole percents, rounded down, of what it has added to a state.
+        if not 100 * rows / (region.bottom - region.top) - 2 < self.text.percent < 97:
+            return False
+        # Only the state tells: one thread may be at a block while others are far below it.
+        start = self.clock.monotonic()
+        if start < self.look_again:
+            return False
+        finished = False
+        with contextlib.suppress(OSError), open(
+                replace(plan, frames=(self.task.frame,)).state, "rb") as state:
+            finished = copy_state(state, None, region, plan.block).rows >= rows
+            now = self.clock.monotonic()
+            self.look_again = now + 10 * (now - start)  # it may be hundreds of megabytes
+        return finished
+
+    def shortened(self, plan: Run) -> Run:
+        """Return the run that makes the picture of what is finished down to where others began."""
+        task = self.task
+        short = replace(task, kind=TaskKind.SLICE, bottom=self.bottoms[task.id])
+        self.open[task.frame] = short
+        pov = plan.lease.pov  # the same blocks as before, for the state has those
+        pov = replace(pov, values={**pov.values, "Render_Block_Size": str(plan.block)})
+        lease = replace(plan.lease, tasks=(short,), pov=pov)
+        self.cut, self.lease, self.text, old = True, lease, PovText(), plan.place / "state"
+        state = replace(plan, frames=(task.frame,)).state
+        shorter = replace(plan, lease=lease, frames=(task.frame,))
+        if state.is_file():
+            os.replace(state, old)
+            self.begin_from(shorter, old)
+        return shorter
 
     def written(self) -> int:
         """Return the bytes in its own directory."""
@@ -17189,7 +17199,7 @@ class Worker:
                     self._get_state(run, plan)
                 measure = run.measure = _Measure(run, self._clock)
                 while self._watch(run, plan, measure):
-                    plan = self._shortened(run, plan)
+                    plan = run.shortened(plan)
                 if run.open and self._stopping.is_set():
                     self._hand_in(run, replace(plan, frames=(run.task.frame,)))
         finally:
@@ -17219,17 +17229,7 @@ class Worker:
             path = plan.place / "state"
             self.client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30,
                                  stop=run.stopped)
-            self._begin_from(run, plan, path)
-
-    def _begin_from(self, run: RunState, plan: Run, path: Path) -> None:
-        with open(path, "rb") as source, open(plan.state, "wb") as target:
-            state = copy_state(source, target, plan.region, plan.block)
-        path.unlink()
-        if not state.pixels:
-            plan.state.unlink()
-        region = plan.region
-        pixels = (region.bottom - region.top) * (region.right - region.left)
-        run.text = PovText(100 * state.pixels // pixels)
+            run.begin_from(plan, path)
 
     def _hand_in(self, run: RunState, plan: Run) -> None:
         """Give what is finished of a frame to whoever goes on with it."""
@@ -17241,44 +17241,6 @@ class Worker:
                 self.client.request(
                     "PUT", f"/api/v1/leases/{run.lease.id}/tasks/{run.task.id}/state",
                     body=whole.getvalue(), timeout=60, retry_for=20)
-
-    def _is_cut(self, run: RunState, plan: Run) -> bool:
-        """Tell whether the rows that others did not take over seem to be finished."""
-        bottom = run.bottoms.get(run.task.id)
-        if bottom is None or run.cut or run.task.frame not in run.open:
-            return False
-        region = plan.region
-        rows = min(bottom, region.bottom) - region.top
-        # POV-Ray tells whole percents, rounded down, of what it has added to a state.
-        if not 100 * rows / (region.bottom - region.top) - 2 < run.text.percent < 97:
-            return False
-        # Only the state tells: one thread may be at a block while others are far below it.
-        start = self._clock.monotonic()
-        if start < run.look_again:
-            return False
-        finished = False
-        with contextlib.suppress(OSError), open(
-                replace(plan, frames=(run.task.frame,)).state, "rb") as state:
-            finished = copy_state(state, None, region, plan.block).rows >= rows
-            now = self._clock.monotonic()
-            run.look_again = now + 10 * (now - start)  # it may be hundreds of megabytes
-        return finished
-
-    def _shortened(self, run: RunState, plan: Run) -> Run:
-        """Return the run that makes the picture of what is finished down to where others began."""
-        task = run.task
-        short = replace(task, kind=TaskKind.SLICE, bottom=run.bottoms[task.id])
-        run.open[task.frame] = short
-        pov = plan.lease.pov  # the same blocks as before, for the state has those
-        pov = replace(pov, values={**pov.values, "Render_Block_Size": str(plan.block)})
-        lease = replace(plan.lease, tasks=(short,), pov=pov)
-        run.cut, run.lease, run.text, old = True, lease, PovText(), plan.place / "state"
-        state = replace(plan, frames=(task.frame,)).state
-        shorter = replace(plan, lease=lease, frames=(task.frame,))
-        if state.is_file():
-            os.replace(state, old)
-            self._begin_from(run, shorter, old)
-        return shorter
 
     def _watch(self, run: RunState, plan: Run, measure: _Measure) -> bool:
         """Render; True when it was ended because others render what is left."""
@@ -17293,7 +17255,7 @@ class Worker:
                 run.began = self._clock.monotonic()
                 if self._stopping.is_set() or run.stopped.is_set():
                     process.kill()
-            elif run.bottoms and not cut and self._is_cut(run, plan):
+            elif run.bottoms and not cut and run.is_cut(plan):
                 cut = True
                 process.kill()
             measure.tracing(run.text.percent / 100)
@@ -17382,17 +17344,16 @@ class Worker:
             self.outbox.put(delivery)
 
     def _gone(self, run: RunState) -> None:
-        """Note that a frame of a run is delivered, or given up."""
-        self._measured(run)
-        self._let_go(run, 1)
+        """Note that a frame of a run is delivered, or given up.
 
-    def _measured(self, run: RunState) -> None:
-        """Learn from a run when the coordinator knows what it cost, too: it gives by that."""
+        What a run cost is learned when the coordinator knows it, too: it gives by that.
+        """
         with self._changed:
             measure, frames = run.measure, len(run.lease.tasks)
             if measure and measure.frames == frames:
                 run.measure = None
                 self._pace.measured(run.job, frames, measure.cpu, measure.wall, run.threads)
+        self._let_go(run, 1)
 
 
 class _Measure:
@@ -17601,12 +17562,6 @@ class Draft:
     def chosen(self) -> str:
         """The frames to render, as text; none when they are all."""
         return self.plan.listed(self.frames) if len(self.frames) < len(self.plan.frames) else ""
-
-    def appended_to(self, names: Iterable[str]) -> dict[str, Path]:
-        """Return those of the names of written files that are here, with what was added to."""
-        return {name: self.directory / name for name in names
-                if self.pov.appends_to(name) and f"append {name}" not in self.pov.uses
-                and is_file(self.directory / name)} if self.keeps_files else {}
 
     def ordered(self) -> Draft:
         """Return the same job with its frames rendered in order."""
@@ -19090,7 +19045,9 @@ class _Follower:
                 return replace(draft, collect=collect).over(project), (
                     f"POV-Ray missed '{missed[0]}', which is here and is sent now")
         names, why = self._names_written(), ""
-        old = draft.appended_to(names)
+        old = {name: draft.directory / name for name in names if draft.pov.appends_to(name)
+               and f"append {name}" not in draft.pov.uses and is_file(draft.directory / name)
+               } if draft.keeps_files else {}
         read = draft.project.read_by_others(names)
         if self._options.in_order is None and draft.plan.animation and not draft.options.in_order \
                 and (read or ((names or draft.may_depend) and self._fails_later(view))):
@@ -19448,10 +19405,7 @@ class _Owners:
 
 def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:
     after = -1
-    while True:
-        frames = client.get(f"/api/v1/jobs/{job}/frames?after={after}")["frames"]
-        if not frames:
-            return
+    while frames := client.get(f"/api/v1/jobs/{job}/frames?after={after}")["frames"]:
         yield from (frame for frame in frames if frame["state"] == TaskState.DONE.value)
         after = frames[-1]["frame"]
 
@@ -19487,11 +19441,8 @@ def _jobs(client: Client, text: str, newest: bool = False) -> list[dict[str, Any
 
 def _listed(client: Client, after: int = 0, limit: int = 100) -> Iterator[dict[str, Any]]:
     """Yield the jobs, the newest first; with ``after`` those of a lower number."""
-    while True:
-        page = client.get(f"/api/v1/jobs?after={after}&limit={min(limit, 100)}")["jobs"]
+    while page := client.get(f"/api/v1/jobs?after={after}&limit={min(limit, 100)}")["jobs"]:
         yield from page
-        if not page:
-            return
         after = page[-1]["id"]
 
 

@@ -538,10 +538,10 @@ def test_properties(tmp_path: Path) -> None:
     options = read_command_line(args, tmp_path, {}, [])
     assert (options.output_type, options.extension) == ("J", ".jpg")
     assert options.values["Bits_Per_Color"] == "85"
-    assert (options.threads, options.width, options.height) == (3, 7, 120)
+    assert (options.values["Work_Threads"], options.width, options.height) == ("3", 7, 120)
     assert options.to_file is False
     assert options.scene == "s.pov"
-    assert read_command_line(["s.pov"], tmp_path, {}, []).threads is None
+    assert "Work_Threads" not in read_command_line(["s.pov"], tmp_path, {}, []).values
 
 
 def test_numbers_without_end(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from povfarm import (
     TaskKind,
     TaskSpec,
     UserError,
-    Worker,
     lease_size,
 )
 
@@ -338,11 +337,10 @@ def test_a_slice_ends_when_its_rows_are_there(
     plan.state.write_bytes(STATE_HEADER + b"".join(blocks))
     run = RunState(plan.lease, povfarm.Clock())
     run.text.percent, run.bottoms = percent, {task.id: 8}
-    worker = Worker(None, None, None, None, 1)  # type: ignore[arg-type]
     run.look_again = math.inf
-    assert not worker._is_cut(run, plan)
+    assert not run.is_cut(plan)
     run.look_again = 0.0
-    assert worker._is_cut(run, plan) is cut
+    assert run.is_cut(plan) is cut
     looked = percent == 66
     assert (run.look_again > 0) is looked
 
@@ -358,7 +356,7 @@ def test_what_was_said_before_a_run_was_shortened_counts_no_more(tmp_path: Path)
     for line in ("Rendering frame 2 of 2 (#2)", "Rendered 53 of 64 pixels (83%)\r",
                  "Trace Time: 3 seconds"):
         run.text.feed(line)
-    shorter = Worker._shortened(None, run, plan)  # type: ignore[arg-type]
+    shorter = run.shortened(plan)
     assert shorter.region.bottom == run.open[2].bottom == 8 and run.cut
     assert not run.text.traced and run.text.percent == 0
     assert run.task.id == 7 and run.progress() == {"7": 1.0}
