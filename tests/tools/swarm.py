@@ -29,7 +29,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple
 
 sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
 
-from helpers.pictures import png
+from helpers.pictures import HEIGHT, WIDTH, png
 from helpers.trust import join_at, signer_at
 from povfarm import Client
 
@@ -71,9 +71,9 @@ class Serve:
             "engines": {"povray": "3.7.0.10"}, "tags": []})
 
     def submit(self, frames: int, name: str = "swarm", priority: int = 0) -> int:
-        """A job without files, of 8x8 frames; its number."""
-        values = {"Input_File_Name": "scene.pov", "Output_File_Name": "out", "Width": "8",
-                  "Height": "8", "Initial_Frame": "1", "Final_Frame": str(frames)}
+        """A job without files, of tiny frames; its number."""
+        values = {"Input_File_Name": "scene.pov", "Output_File_Name": "out", "Width": str(WIDTH),
+                  "Height": str(HEIGHT), "Initial_Frame": "1", "Final_Frame": str(frames)}
         pov = {"values": values, "declares": [], "library": [], "run_dir": ".", "uses": []}
         return int(self.call("POST", "/api/v1/jobs", {
             "name": name, "pov": pov, "manifest": {"files": []},
