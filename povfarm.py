@@ -10773,7 +10773,7 @@ def _check_room(place: Path, size: int) -> None:
 # Who may come in, and the farm's own JSON under /api/v1. Decodes, calls
 # SCHEDULER, encodes; decides nothing. docs/api.md describes every route.
 
-MAX_WAIT = 120.0  # seconds that a request may ask to be held open
+MAX_WAIT = 300.0  # seconds that a request may ask to be held open
 MAX_LISTED = 1000  # jobs or frames in one answer
 MAX_EVENTS = 1000
 MAX_COST = 1e9  # seconds
@@ -16308,7 +16308,7 @@ def _proc_stat(pid: int) -> list[str] | None:
 # as it is there; keeps the cores busy and the leases alive. Decides nothing
 # about jobs: what the coordinator says is done.
 
-LEASE_WAIT = 110.0  # seconds that a request for work is held open
+LEASE_WAIT = 240.0  # seconds that a request for work is held open
 PATIENCE = 60.0  # seconds that a worker that is asked to stop renders on, as it looks
 HAND_IN_TIME = 20.0  # seconds that a worker that ends at once takes to hand in what it has begun
 HANG_TIME = 600.0  # seconds without a sign of life after which a renderer is ended

@@ -31,10 +31,10 @@ sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the help
 
 from helpers.pictures import HEIGHT, WIDTH, png
 from helpers.trust import join_at, signer_at
-from povfarm import Client
+from povfarm import LEASE_WAIT, Client
 
 PROGRAM = Path(os.environ.get("POVFARM_PY", Path(__file__).resolve().parents[2] / "povfarm.py"))
-LEASE_WAIT, BEAT_WAIT = 110.0, 2.0  # seconds, as of a real worker
+BEAT_WAIT = 2.0  # seconds, as of a real worker
 SPREAD = 20.0  # seconds in which many begin to wait: a connection without a request may be closed
 TRIVIAL = {"cpu": 0.03, "wall": 0.35}  # what POV-Ray's smallest render costs, in seconds
 Then = Callable[[int, Any, float], None]  # status, answer, seconds
