@@ -7901,6 +7901,12 @@ class Look(_Register):
         row = self._do("SELECT wire FROM manifest WHERE key = :key", key=key).fetchone()
         return row["wire"] if row else ""
 
+    def unknown_manifests(self, keys: Sequence[str]) -> list[str]:
+        """Return those of the keys that are no job's (any more)."""
+        return [row["value"] for row in self._do("""
+            SELECT value FROM json_each(:keys) WHERE value NOT IN (SELECT key FROM manifest)""",
+            keys=json.dumps(keys))] if keys else []
+
     def extent(self, job: int) -> tuple[int, int, int]:
         """Return how many files a job's project has (each content once), their bytes, and the
         number of the files that its scene wrote."""
@@ -8664,13 +8670,15 @@ class Offer:
     """What a worker asks for: up to ``want`` runs at once.
 
     ``slots`` is how many runs it keeps going at a time, ``idle`` how many of
-    its cores have nothing to do. ``job`` is the only one that it takes, 0 for any.
+    its cores have nothing to do. ``job`` is the only one that it takes, 0 for any. It has these
+    ``projects``, by their keys, and is answered at once when no job has one of them any more.
     """
 
     want: int
     slots: int
     idle: int
     job: int = 0
+    projects: tuple[str, ...] = ()
 
 
 class Guest(NamedTuple):
@@ -9664,13 +9672,17 @@ class _Dealing:
                 looked = now if over else looked
                 leases = self._deal(worker, offer, over, stays)
                 left = end - clock.monotonic()
-                if leases or left <= 0 or waiting.closed:
+                if leases or left <= 0 or waiting.closed or self._are_gone(offer.projects):
                     bell.rung |= called and not leases
                     return leases
                 if called:
                     waiting.call(1)
                 waiting.wait(bell, min(left, pause if any(self._states.grants) else math.inf,
                                        self._crew.lease_time * 5 / 6))
+
+    def _are_gone(self, projects: Sequence[str]) -> bool:
+        with self._states.store.read() as look:
+            return bool(look.unknown_manifests(projects))
 
     def _deal(self, worker: int, offer: Offer, over: bool, stays: int) -> list[LeaseSpec]:
         """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
@@ -10660,6 +10672,7 @@ class Scheduler:
             tx.drop_rows(job, STEP)
             tx.drop_manifests()
             self._states.news.work = math.inf  # perhaps its owner had too much
+            self._states.news.workers |= self.live_workers()  # they delete its project, too
         self._deliveries.wait_for_all()
         with self.store.gate.outside():
             shutil.rmtree(self.store.job_directory(row.id, row.name), ignore_errors=True)
@@ -11695,19 +11708,22 @@ class Api:
 
     @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, summary="Ask for work")
     def lease(self, request: Request) -> Response:
-        """Body: want, slots, idle, wait. Held open until there is something to render.
+        """Body: want, slots, idle, wait, projects. Held open until there is something to render.
 
         ``open`` is how many tasks the farm has left; ``pending`` that this worker
-        is not admitted yet.
+        is not admitted yet; ``gone`` which of the projects, given by their keys, no job has.
         """
         wire = request.json()
-        offer = Offer(*(min(max(number, 0), 1000) for number in fields_of(Wish, wire).values()))
+        offer = Offer(**{name: min(max(number, 0), 1000)
+                         for name, number in fields_of(Wish, wire).items()},
+                      projects=_projects(request, wire))
         worker = request.identity.worker
         leases = self._farm.lease(worker, offer, _seconds(wire.get("wait", 0)), request.alive)
         with self._store.read() as tx:
             pending = tx.worker(worker).state is WorkerState.PENDING
             return json_response({"leases": [lease.to_wire() for lease in leases],
-                                  "open": 0 if pending else tx.open_tasks(), "pending": pending})
+                                  "open": 0 if pending else tx.open_tasks(), "pending": pending,
+                                  "gone": tx.unknown_manifests(offer.projects)})
 
     @route("POST", "/api/v1/beat", role="worker", takes=Beat, summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
@@ -11940,6 +11956,14 @@ def _seconds(value: Any, most: float = MAX_WAIT) -> float:
     if math.isnan(number):
         raise UserError("that is not a number of seconds")
     return min(max(number, 0.0), most)
+
+
+def _projects(request: Request, wire: Any) -> tuple[str, ...]:
+    """Return the keys of projects that a worker says it has; a stranger learns of none."""
+    keys = want({"projects": [], **wire}, "projects", list)
+    if len(keys) > MAX_LISTED or not all(isinstance(key, str) for key in keys):
+        raise UserError(f"the projects of a worker are at most {MAX_LISTED} keys")
+    return tuple(keys) if "worker" in request.identity.roles else ()
 
 
 def _task(text: str) -> int:
@@ -16626,8 +16650,14 @@ class InPlace:
         """Give the file system as it is; of use to the one job that it was made for."""
         yield self._tree
 
+    def known(self) -> list[str]:
+        """Return no keys: what is here is not ours."""
+        return []
+
     def empty(self) -> None:
-        """Delete nothing: what is here is not ours."""
+        """Delete nothing."""
+
+    forget = staticmethod(lambda keys: None)
 
     def keep(self, run: Run, names: Iterable[str], given: Mapping[str, Old]) -> None:
         """Copy what a run has written; of two runs the later frames' stays.
@@ -16658,12 +16688,14 @@ class Cache:
     """Projects of this worker, by the key of their manifest, within a size in bytes.
 
     ``near`` tells where the coordinator keeps contents by their hash, for a
-    worker in its own process: they are copied, not sent.
+    worker in its own process: they are copied, not sent. A project is deleted when the
+    coordinator has no job any more that has it, unless one of another ``farm`` has.
     """
 
     def __init__(self, root: Path, limit: int, client: Client,
-                 near: Callable[[str], Path] | None = None) -> None:
+                 near: Callable[[str], Path] | None = None, farm: str = "") -> None:
         self.root = root
+        self._mark = f"of-{farm}"
         self.limit = limit
         self._client = client
         self._near = near
@@ -16704,6 +16736,20 @@ class Cache:
         """Delete every project that is not in use."""
         self._trim(0)
 
+    def known(self) -> list[str]:
+        """Return the keys of projects that this farm has sent, some of them where they are many."""
+        return [mark.parent.name for mark in self.root.glob(f"*/{self._mark}")][:1000]
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Delete projects that the farm has no more."""
+        for place in (self.root / key for key in {*keys} & {*self.known()}):
+            with self._lock, contextlib.suppress(OSError):
+                if not self._using[place.name]:
+                    (place / self._mark).unlink()
+                    if not any(place.glob("of-*")):
+                        shutil.rmtree(place)
+                        self._ready.pop(place.name, None)
+
     def _trim(self, limit: int) -> None:
         """Delete the projects that were not used for longest until the rest fits."""
         with self._lock:
@@ -16730,6 +16776,7 @@ class Cache:
             atomic_write(path, reply.body)
         if manifest.key != key:
             raise ServerGone("the coordinator sent another project than the one asked for")
+        (path.parent / self._mark).touch()
         return manifest
 
     def _fill(self, key: str, manifest: Manifest, last_frame: int,
@@ -16753,6 +16800,8 @@ class Cache:
                 elif not self._copy(key, file, path):
                     self._client.download(f"/api/v1/blobs/{file.sha256}", path, file.sha256,
                                           limit=file.size, stop=stop)
+            with contextlib.suppress(OSError, OverflowError):  # a time that this system has not
+                os.utime(path, (file.mtime, file.mtime))
             ready.add(file.path)
 
     def _copy(self, key: str, wanted: FileEntry, to: Path) -> bool:
@@ -17071,9 +17120,11 @@ class Worker:
         if self.until_idle:
             wait = min(wait, 1.0)
         idle = int(self._pace.cores - self._pace.load(runs) + 0.5)
-        offer = {"want": room, "slots": len(runs) + room, "idle": max(idle, 0), "wait": wait}
+        offer = {"want": room, "slots": len(runs) + room, "idle": max(idle, 0), "wait": wait,
+                 "projects": self.cache.known()}
         reply = self.client.request("POST", "/api/v1/lease", json=offer, timeout=wait + 30,
                                     retry_for=math.inf, stop=self._stopping).json()
+        self.cache.forget(reply.get("gone", ()))
         if self._admitted is not None and not reply["pending"]:
             self._admitted()
             self._admitted = None
@@ -19756,7 +19807,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     elif options.command == "work":
         begin()
     projects = near if isinstance(near, InPlace) else Cache(
-        home / "cache", options.cache_size, own, near)
+        home / "cache", options.cache_size, own, near, farm_id)
     bounds = Bounds(None if options.unconfined else (), memory=options.memory or total_memory())
     worker = Worker(own, engine, launcher, projects, cores, options.until_idle, bounds=bounds,
                     admitted=None if admitted else begin)

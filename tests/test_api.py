@@ -250,7 +250,7 @@ def test_without_a_key_a_worker_waits_to_be_admitted(farm: Farm) -> None:
     answer = join(farm, key=None)
     assert answer["admitted"] is False and re.fullmatch("[A-Z2-9]{6}", answer["code"])
     reply = farm.ask("POST", "/api/v1/lease", key=answer["key"], json_body=OFFER).json()
-    assert reply == {"leases": [], "open": 0, "pending": True}
+    assert reply == {"leases": [], "open": 0, "pending": True, "gone": []}
     assert farm.ask("GET", "/api/v1/workers").json()["workers"][0]["code"] == answer["code"]
     admit = farm.ask("POST", "/api/v1/workers/admit", json_body={"code": answer["code"]})
     assert admit.json() == {"name": "anna"}
@@ -789,6 +789,28 @@ def test_frames_that_have_changed_since_a_time(farm: Farm) -> None:
 @pytest.mark.parametrize("since", ["soon", "nan", ""])
 def test_a_time_that_is_none_is_refused(farm: Farm, since: str) -> None:
     assert is_refusal(farm.ask("GET", f"/api/v1/jobs/{farm.submit()}/frames?since={since}"))
+
+
+def test_a_worker_is_told_which_of_its_projects_no_job_has_as_soon_as_that_is_so(farm: Farm) -> None:
+    token = join(farm)["key"]
+    jobs = [farm.submit(1, files={"scene.pov": data}) for data in (b"1", b"2", b"1")]
+    keys = [farm.job(job).manifest for job in jobs]
+    for job in jobs:
+        farm.scheduler.cancel(job)
+
+    def gone(*projects: Any, wait: float = 0.0) -> Any:
+        return farm.ask("POST", "/api/v1/lease", key=token, json_body={
+            **OFFER, "wait": wait, "projects": projects}).json()["gone"]
+
+    assert gone(*keys) == gone() == [] and gone("0" * 64, keys[0]) == ["0" * 64]
+    began = farm.clock.monotonic()
+    farm.clock.meanwhile += [lambda job=job: farm.scheduler.delete(job) for job in jobs[:2]]
+    assert gone(keys[0], keys[1], wait=100) == [keys[1]]  # the first is that of another job, too
+    assert farm.clock.monotonic() < began + 10
+    assert is_refusal(farm.ask("POST", "/api/v1/lease", key=token, json_body={
+        **OFFER, "projects": [1]}))
+    assert is_refusal(farm.ask("POST", "/api/v1/lease", key=token, json_body={
+        **OFFER, "projects": ["0"] * 1001}))
 
 
 IMAGE = "/api/v1/jobs/1/frames/0/image"

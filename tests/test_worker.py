@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -125,7 +126,7 @@ class FakeCoordinator:
         for path, data in sorted(files.items()):
             sha256 = hashlib.sha256(data).hexdigest()
             self.blobs[sha256] = data
-            entries.append(FileEntry(path, sha256, len(data), 0.0, late.get(path)))
+            entries.append(FileEntry(path, sha256, len(data), 1e9 + len(data), late.get(path)))
         manifest = Manifest(tuple(entries))
         self.manifests[manifest.key] = manifest
         return manifest.key
@@ -164,6 +165,52 @@ def test_a_project_is_fetched_once_and_only_what_changed(
     again: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
     with again.project(second, 1):
         assert len(farm.asked) == 4
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_files_have_the_times_that_they_had_where_they_come_from(
+        farm: FakeCoordinator, tmp_path: Path, near: bool) -> None:
+    key = farm.project({"a.pov": b"1", "sub/b.inc": b"22", "c.inc": b"333"}, {})
+    for name, data in ((hashlib.sha256(data).hexdigest(), data) for data in farm.blobs.values()):
+        (tmp_path / name).write_bytes(data)
+    cache: Any = Cache(tmp_path / "cache", 10**9, farm,  # type: ignore[arg-type]
+                       tmp_path.joinpath if near else None)
+    with cache.project(key, 1) as (tree, *_):
+        assert {path.name: path.stat().st_mtime for path in tree.rglob("*.*")} == {
+            "a.pov": 1e9 + 1, "b.inc": 1e9 + 2, "c.inc": 1e9 + 3}
+
+
+@pytest.mark.parametrize("time", [1e18, -1e18, 2.0**62])
+def test_a_time_that_no_file_can_have_stops_nothing(
+        farm: FakeCoordinator, tmp_path: Path, time: float) -> None:
+    key = farm.project({"a.pov": b"1"}, {})
+    entry = dataclasses.replace(farm.manifests[key].files[0], mtime=time)
+    farm.manifests[key] = Manifest((entry,))
+    cache: Any = Cache(tmp_path, 10**9, farm)  # type: ignore[arg-type]
+    with cache.project(key, 1) as (tree, *_):
+        assert (tree / "a.pov").read_bytes() == b"1"
+
+
+def test_projects_are_deleted_that_their_farm_has_no_more(
+        farm: FakeCoordinator, tmp_path: Path) -> None:
+    ours, theirs = (Cache(tmp_path, 10**9, farm, farm=name)  # type: ignore[arg-type]
+                    for name in ("ours", "theirs"))
+    keys = [farm.project({"a.pov": bytes([number])}, {}) for number in range(4)]
+    for cache, key in ((ours, 0), (ours, 1), (ours, 2), (theirs, 2), (theirs, 3)):
+        with cache.project(keys[key], 1):
+            pass
+    assert sorted(ours.known()) == sorted(keys[:3]) and sorted(theirs.known()) == sorted(keys[2:])
+    (tmp_path / "other").mkdir()
+    with ours.project(keys[1], 1):  # it is in use
+        ours.forget([*keys, "../other", "other", "0" * 64])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {keys[1], keys[2], keys[3], "other"}  # the third is of another farm, too
+    assert ours.known() == [keys[1]] and sorted(theirs.known()) == sorted(keys[2:])
+    ours.forget([keys[1]])
+    theirs.forget([keys[2]])
+    assert {path.name for path in tmp_path.iterdir()} == {keys[3], "other"}
+    with ours.project(keys[0], 1) as (tree, *_):  # as if it had never been here
+        assert (tree / "a.pov").read_bytes() == bytes([0]) and ours.known() == [keys[0]]
 
 
 def test_files_of_later_frames_come_when_they_are_needed(
