@@ -257,8 +257,8 @@ def test_a_worker_is_removed_by_its_name_or_its_number(
 
 
 def test_a_key_that_is_another_farms_does_not_keep_anybody_from_looking(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The address of a farm that was killed may be that of another one by now."""
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address of a farm that was killed may be that of another one by now: one looks for it."""
     farm = povfarm.Coordinator(tmp_path / "farm", bind="127.0.0.1", durable=False)
     farm.start()
     try:
@@ -266,6 +266,11 @@ def test_a_key_that_is_another_farms_does_not_keep_anybody_from_looking(
         note = (tmp_path / "farm" / "coordinator.json").read_bytes()
         (tmp_path / "data" / "coordinator.json").write_bytes(note)
         (tmp_path / "data" / "farm.key").write_text("0" * 64)
+        answering: List[povfarm.Found] = []
+        monkeypatch.setattr(povfarm, "discover", lambda *_: answering)
+        assert main(["workers", "--json"]) == 1
+        answering.append(povfarm.Found("farm", farm.access.farm_id, farm.url, False, "127.0.0.1"))
+        capsys.readouterr()
         assert main(["workers", "--json"]) == 0, capsys.readouterr().err
     finally:
         farm.stop()
