@@ -15732,7 +15732,7 @@ def _save(to: Path, sha256: str | None, limit: int, answer: Answer) -> bytes:
     named = re.fullmatch('"([0-9a-f]{64})"', answer.headers.get("etag", ""))
     wanted = sha256 or (named and named[1])
     digest = hashlib.sha256()
-    with writing(to), placed(to) as part, part.open("wb") as file:
+    with writing(real_path(to.parent) / to.name), placed(to) as part, part.open("wb") as file:
         for block in _pieces(answer, limit, to.name):
             digest.update(block)
             file.write(block)
@@ -17910,8 +17910,8 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
         if frame["name"] in strange and not _has_hash(path, frame["sha256"]):
             raise UserError(f"{path} is here and not of this job: name another directory with "
                             "--output, or delete what is there")
-        fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", path,
-                          frame["sha256"])
+        fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", directory,
+                          frame["name"], frame["sha256"])
     if not options.json:
         print(f"{len(fetched)} new of {counted(len(frames), 'finished image')} in {directory}"
               if frames else
@@ -19319,8 +19319,8 @@ def _fetch_written(client: Client, job: int, directory: Path, owners: _Owners | 
                 get == _fetch and os.path.lexists(path) and file["path"] in unknown):
             strange.append(file["path"])
         else:
-            fetched += get(client, f"/api/v1/jobs/{job}/files/{file['sha256']}", path,
-                           file["sha256"])
+            fetched += get(client, f"/api/v1/jobs/{job}/files/{file['sha256']}", directory,
+                           file["path"], file["sha256"])
     _say_left(strange, "what is here already may not be of this job (delete it to get the other), "
               "and no program or INI file is replaced")
     return fetched
@@ -19340,30 +19340,54 @@ def _place_of(directory: Path, name: str) -> Path:
     return path
 
 
-def _fetch_appended(client: Client, route: str, to: Path, sha256: str) -> list[str]:
+@contextlib.contextmanager
+def _held(directory: Path, name: str) -> Iterator[Path]:
+    """Give the place of a farm's file, in directories that nobody can swap for links meanwhile.
+
+    Where the system cannot hold them, they were looked at just before.
+    """
+    place = _place_of(directory, name)
+    with writing(place), contextlib.ExitStack() as stack:
+        if sys.platform != "linux":
+            place.parent.mkdir(parents=True, exist_ok=True)
+            yield place
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        held = os.open(directory, os.O_DIRECTORY)
+        stack.callback(os.close, held)
+        for folder in name.split("/")[:-1]:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, dir_fd=held)
+            held = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=held)
+            stack.callback(os.close, held)
+        yield Path(f"/proc/self/fd/{held}", place.name)
+
+
+def _fetch_appended(client: Client, route: str, directory: Path, name: str,
+                    sha256: str) -> list[str]:
     """Get a file that a scene appended to, in place of its beginning; beside any other text."""
-    if sha256_file(to) == sha256:
-        return []
-    beside = to.with_name(f"{to.stem}-{sha256[:8]}{to.suffix}")
-    fetched = _fetch(client, route, beside, sha256)
-    old, new = to.read_bytes(), beside.read_bytes()
-    if new.startswith(old):
-        with open(to, "ab") as file:
-            file.write(new[len(old):])
-        beside.unlink()
-        return [str(to)]
+    path = PurePosixPath(name)
+    beside = str(path.with_name(f"{path.stem}-{sha256[:8]}{path.suffix}"))
+    fetched = _fetch(client, route, directory, beside, sha256)
+    with _held(directory, name) as to, _held(directory, beside) as new:
+        old = to.read_bytes()
+        with open(new, "rb") as file:
+            begins = file.read(len(old)) == old
+        if begins:
+            os.replace(new, to)
+            return [str(directory / name)]
     if fetched:
-        _say(f"{to} holds what this job's does not: that is in {beside}")
+        _say(f"{directory / name} holds what this job's does not: that is in {directory / beside}")
     return fetched
 
 
-def _fetch(client: Client, route: str, to: Path, sha256: str) -> list[str]:
+def _fetch(client: Client, route: str, directory: Path, name: str, sha256: str) -> list[str]:
     """Get a file unless it is there already; return where it is if it was got."""
-    if is_file(to) and sha256_file(to) == sha256:
-        return []
-    to.parent.mkdir(parents=True, exist_ok=True)
-    client.download(route, to, sha256)
-    return [str(to)]
+    with _held(directory, name) as to:
+        if is_file(to) and sha256_file(to) == sha256:
+            return []
+        client.download(route, to, sha256)
+    return [str(directory / name)]
 
 
 def _own_directory(job: Mapping[str, Any], data: Path) -> Path:

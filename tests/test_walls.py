@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import sys
 import threading
 import time
 import zipfile
@@ -20,7 +22,7 @@ from helpers.base import wait_until
 from helpers.farm import run
 from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, farm_fixture, manifest, pov_job
 from helpers.trust import join_by
-from povfarm import BodyReader, Request, Response, Shares, UserError
+from povfarm import BodyReader, FarmError, Request, Response, Shares, UserError
 
 __all__ = ["farm_fixture"]
 
@@ -211,6 +213,41 @@ def test_what_a_job_has_brought_it_may_bring_again(tmp_path: Path) -> None:
     assert fetch(here, Rogue(["a.png"], ["sub/log.txt"], b"first")) == ""
     assert fetch(here, Rogue(["a.png"], ["sub/log.txt"], b"again")) == ""
     assert (here / "a.png").read_bytes() == (here / "sub/log.txt").read_bytes() == b"again"
+
+
+class Swapper(Rogue):
+    """Meanwhile another program of the computer puts a link in the place of a directory."""
+
+    def swap(self, place: Path) -> None:
+        while place.name != "sub":
+            place = place.parent
+        if not place.is_symlink():
+            place.rename(place.with_name("moved"))
+            place.symlink_to(place.parent.parent / "out")
+
+    def download(self, target: str, to: Path, sha256: str = "") -> None:
+        self.swap(Path(os.path.realpath(to.parent)))
+        super().download(target, to)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system cannot hold a directory so")
+@pytest.mark.parametrize("when", ["after the look", "during the download"])
+@pytest.mark.parametrize("what", ["image", "file", "appended"])
+def test_nothing_is_put_through_a_link_that_comes_meanwhile(
+        what: str, when: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = {"image": "sub/a.png", "file": "sub/deep/a.txt", "appended": "sub/a.log"}[what]
+    assert fetch(home, Rogue([name] if what == "image" else [], [name], b"")) == ""
+    farm = Swapper([name] if what == "image" else [], [] if what == "image" else [name])
+    if when == "after the look":
+        look = povfarm._place_of
+        monkeypatch.setattr(farm, "swap", lambda place: None)
+        monkeypatch.setattr(povfarm, "_place_of", lambda directory, name: [
+            look(directory, name), Swapper.swap(farm, directory / name)][0])
+    with contextlib.suppress(FarmError):  # it may say so
+        fetch(home, farm)
+    assert (home / "sub").is_symlink()
+    assert sorted(path.name for path in (home.parent / "out").rglob("*")) == [
+        "target.png", "target.txt", "x.txt"]
 
 
 @pytest.mark.slow
