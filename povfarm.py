@@ -742,6 +742,8 @@ _tls = functools.partial(
     _word, pattern="auto", refusal="not 'auto': give your own certificate with --tls-cert")
 
 
+_engine = functools.partial(_word, pattern=r"[A-Za-z][\w.-]{0,39}",
+                            refusal="not a name of letters and digits, such as blender")
 _role = functools.partial(_word, pattern="user|viewer|submit",
                           refusal="not one of user, viewer, submit")
 _most = functools.partial(_whole, least=0, most=2**50, refusal="a whole number from 0 up")
@@ -877,6 +879,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("tags", str, "", "words that describe the worker, separated by commas", "work", "A,B"),
     Setting("cache-size", parse_size, 10 * 1000**3, "size limit of the cache of projects",
             "work render serve", "SIZE"),
+    Setting("engine", _engine, "",
+            "the program that renders it instead of POV-Ray, such as blender", "job", "NAME"),
     Setting("root", _path, None, "directory of the project; default: the current or the scene's",
             "job", "DIR"),
     Setting("priority", _priority, 0, "jobs with a higher priority go first", "submit set", "N"),
@@ -1979,10 +1983,10 @@ class ImageInfo:
 def check_image(source: Path | bytes, extension: str, width: int, height: int) -> ImageInfo:
     """Return what ``source`` is when it is one whole picture of this type and size.
 
-    ``extension`` is one of ``IMAGE_TYPES``. Raises ``ImageError`` with one line
-    for a picture that ends early or late, has another type or size, or is
-    damaged where its format lets one see it: all of a PNG and of an EXR's
-    pixels, but only the structure of the others; and for a file that cannot be
+    ``extension`` is one of ``IMAGE_TYPES``; with a ``width`` of 0 any size is right.
+    Raises ``ImageError`` with one line for a picture that ends early or late, has
+    another type or size, or is damaged where its format lets one see it: all of a PNG
+    and of an EXR's pixels, but only the structure of the others; and for a file that cannot be
     read. What is expected is what POV-Ray 3.7 writes (measured with 3.7.0.10),
     not all that a format allows.
     """
@@ -1991,7 +1995,7 @@ def check_image(source: Path | bytes, extension: str, width: int, height: int) -
         known = ", ".join(_CHECKS)
         raise ImageError(f"'{extension}' is not a picture that POV-Ray writes: it writes {known}")
     with _opened(source, extension) as data:
-        return check(data, (width, height)).info
+        return check(data, (width, height) if width else None).info
 
 
 def crop_rows(source: Path | bytes, extension: str, top: int, rows: int, to: Path) -> None:
@@ -2993,6 +2997,15 @@ def collect_project(
         {key: _as_povray_reads(name) for key, name in scan.new_names("").items()},
         frozenset(named), frozenset(scan.written), scan.explain,
     )
+
+
+def plain_project(scene: Path) -> Project:
+    """Return a project of one file, which is for another program than POV-Ray."""
+    if not is_file(scene):
+        raise UserError(f"there is no file {scene}")
+    entries, _ = _entries({scene.name: (scene, _EVERY_FRAME)}, {scene.name}, {})
+    return Project(Manifest(entries, ()), {scene.name: scene}, ".", scene.name, (), (), frozenset(),
+                   named=frozenset({scene.name}))
 
 
 _Members = Dict[str, Tuple[Union[Path, bytes], float]]  # by place: what is there, for frames after
@@ -4732,6 +4745,23 @@ class PovJob(Wired):
         return any(name == text if word == "append" else name.startswith(text)
                    for word, text in words if word in ("append", "appends"))
 
+    @functools.cached_property
+    def engine(self) -> str:
+        """The program that renders it in POV-Ray's place, which a worker's owner has named."""
+        named = (use[len(_BY_PROGRAM):] for use in self.uses if use.startswith(_BY_PROGRAM))
+        return next(named, "")
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What such a program is given beside the scene, by the names of its placeholders."""
+        found = (use.split(" ", 2) for use in self.uses if use.startswith("argument "))
+        return {words[1]: words[2] for words in found if len(words) == 3}
+
+    @property
+    def width(self) -> int:
+        """The width of its pictures, 0 where that is in the scene."""
+        return 0 if self.engine else self.options.width
+
     @property
     def thread_safe(self) -> bool:
         """True when the picture does not depend on the number of threads.
@@ -4744,6 +4774,7 @@ class PovJob(Wired):
 
 _NEEDS = re.compile(r"povray (\d+\.\d+) (.+)")  # among ``uses``
 SENT = "renderonline "
+_BY_PROGRAM = "engine "  # begins one of ``uses``
 
 
 @functools.lru_cache(maxsize=1024)
@@ -4907,6 +4938,8 @@ def unrenderable(pov: PovJob, povray: str) -> str:
 
 def unverifiable(pov: PovJob, options: JobOptions) -> str:
     """Return why two renders of a frame cannot be compared, or nothing."""
+    if pov.engine:
+        return f"{pov.engine} renders it, and not POV-Ray"
     if not pov.thread_safe:
         return "with radiosity or photons no two renders of a frame are quite the same"
     if options.in_order:
@@ -5128,6 +5161,217 @@ def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
     return JobState.FAILED if counts[TaskState.FAILED] else JobState.DONE
 
 
+# --- renderers of the settings file, for scenes that are one file
+
+POVRAY = "povray"
+UPLOADED, OUTPUT = "@uploaded_file", "@output"  # the scene, and how its pictures' names begin
+FIRST, LAST, FORMAT = "start_frame", "end_frame", "output_format"
+_ARGUMENT_TYPES = {kind: re.compile(pattern, re.ASCII) for kind, pattern in {
+    "file": r"[a-zA-Z0-9_\-]+\.[a-zA-Z0-9]{1,4}", "path": r"(/[a-zA-Z0-9_\-]+)+/?",
+    "extension": r"\.[a-zA-Z0-9]{1,4}", "word": r"\w+", "sentence": r"[a-zA-Z0-9\s,.!?'-]+",
+    "natural": r"\d+", "integer": r"-?\d+", "real": r"-?\d+(\.\d+)?"}.items()}
+_PLACEHOLDER = re.compile(r"\$RENDERONLINE:(@?\w+)", re.ASCII)
+# An option of POV-Ray's whose beginning no client can choose, and that leads nowhere else.
+_TEMPLATE_ITEM = re.compile(r"\$RENDERONLINE:@uploaded_file|[+-][A-Za-z]\S*|[A-Za-z_]+=\S*")
+_LEADS_ELSEWHERE = re.compile(r"([+-]l|library_path=|include_ini=).*", re.IGNORECASE)
+_PLAIN_VALUE = re.compile(r"[^\s;#'\"\x00-\x1f]{1,200}")  # POV-Ray takes no other for one word
+# What clients call picture formats, and POV-Ray's letter.
+_FORMATS = {"png": "N", "jpeg": "J", "jpg": "J", "bmp": "B", "hdr": "H", "tga": "T"}
+NAMES_OF = {"N": "PNG", "J": "JPEG", "B": "BMP", "H": "HDR", "T": "TGA"}
+
+
+@dataclass(frozen=True)
+class OnlineEngine:
+    """A renderer, the files with an ``extension`` that it takes, and the words that it is given.
+
+    In these placeholders stand for what a client chooses, or a job. POV-Ray is one of them.
+    """
+
+    id: int
+    name: str
+    extension: str
+    template: str
+
+    @property
+    def program(self) -> str:
+        """The program: its path or name, which may stand before the words."""
+        first = shlex.split(self.template)[0]
+        return first if self._is_program(first) else self.name
+
+    @property
+    def words(self) -> list[str]:
+        """The words that follow the program, one by one."""
+        words = shlex.split(self.template)
+        return words[self._is_program(words[0]):]
+
+    @property
+    def places(self) -> list[str]:
+        """The names of the placeholders."""
+        return _PLACEHOLDER.findall(self.template)
+
+    def _is_program(self, word: str) -> bool:
+        return Path(word).is_absolute() or word == self.name
+
+    def arguments(self, values: Mapping[str, str]) -> list[str]:
+        """Return the words for these values, no shell; ``UserError`` for what cannot be one."""
+        for name in self.places:
+            if name not in values:
+                raise UserError(f"Argument {name} is missing.")
+        for word in self.words:
+            first = _PLACEHOLDER.match(word)
+            if first and re.match(r"-(?!\d)", values[first[1]]):
+                raise UserError(f"Argument {first[1]} cannot begin with a dash.")
+        words = [_PLACEHOLDER.sub(lambda found: values[found[1]], word) for word in self.words]
+        return words if self.name != POVRAY else [
+            re.sub(r"(?i)^(\+F|Output_File_Type=)\.?(\w{3,4})$", lambda found: found[1]
+                   + _FORMATS.get(found[2].lower(), found[2]), word) for word in words]
+
+    def job(self, values: Mapping[str, str]) -> PovJob:
+        """Return the job of one who chose these values; not for POV-Ray."""
+        kind, own = values.get(FORMAT, "PNG"), set(self.places) & set(values)
+        first = values[FIRST] if FIRST in own else "0"
+        return program_job(
+            self.name, values[UPLOADED],
+            {"Initial_Frame": first, "Final_Frame": values[LAST] if LAST in own else first,
+             "Output_File_Type": _FORMATS.get(kind.lstrip(".").lower(), kind)},
+            PurePosixPath(values[UPLOADED]).stem,
+            {name: values[name] for name in own - {FIRST, LAST, FORMAT} if name[0] != "@"})
+
+    def values_in(self, words: Sequence[str]) -> dict[str, str] | None:
+        """Return the values from which ``arguments`` makes these words; None if it never does."""
+        values: dict[str, str] = {}
+        for mine, word in zip(self.words, words):
+            parts = _PLACEHOLDER.split(mine)  # every second one is a name
+            found = re.fullmatch("(.+)".join(map(re.escape, parts[::2])), word)
+            values.update(zip(parts[1::2], found.groups() if found else ()))
+        with contextlib.suppress(UserError):
+            return values if self.arguments(values) == list(words) else None
+        return None
+
+
+@dataclass(frozen=True)
+class OnlineRules:
+    """The engines, and the arguments by their names: the type, and what a value must match."""
+
+    engines: tuple[OnlineEngine, ...]
+    arguments: Mapping[str, tuple[str, re.Pattern[str]]]
+
+    @classmethod
+    def of(cls, lines: Iterable[tuple[str, str, str]], node: bool = False) -> OnlineRules:
+        """Read lines of the settings file: name, text and place; a ``UserError`` names the place.
+
+        They are ``engine NAME = .EXTENSION TEMPLATE`` and ``argument NAME = TYPE [REGEX]``. For a
+        ``node`` the pictures may have any names, as it does not look for them.
+        """
+        engines: list[tuple[OnlineEngine, str]] = []
+        arguments = {}
+        for key, text, source in lines:
+            what, _, name = key.partition(" ")
+            first, _, rest = text.partition(" ")
+            if what == "engine" and re.fullmatch(r"[A-Za-z][\w.-]{0,39}", name) and rest.strip():
+                engine = OnlineEngine(len(engines) + 1, name, first, rest.strip())
+                engines.append((engine, source))
+            elif what == "argument" and re.fullmatch(r"\w+", name, re.ASCII):
+                arguments[name] = first, _argument_type(first, rest.strip(), source)
+            else:
+                raise UserError(f"{source}: write 'engine NAME = .EXTENSION ARGUMENTS' or "
+                                "'argument NAME = TYPE'")
+        for engine, source in engines:
+            if problem := _template_problem(engine, arguments, node):
+                raise UserError(f"{source}: {problem}")
+        return cls(tuple(engine for engine, _ in engines), arguments)
+
+    def engine(self, text: str) -> OnlineEngine:
+        """Return an engine by its number; the desktop client counts from 0."""
+        for engine in self.engines:
+            if text == str(engine.id) or (text == "0" and engine.id == 1):
+                return engine
+        raise UserError(f"Engine with identifier {text} not found.")
+
+    def named(self, name: str) -> OnlineEngine | None:
+        """Return the first engine of a name, which is the same in small letters, or None."""
+        return next((one for one in self.engines if one.name.lower() == name.lower()), None)
+
+    def check(self, name: str, value: str) -> None:
+        """Raise ``UserError`` for a value that an argument does not take."""
+        if name not in self.arguments:
+            raise UserError(f"Argument type identifier {name} must be present in database.")
+        kind, pattern = self.arguments[name]
+        if not (_PLAIN_VALUE.fullmatch(value) and pattern.fullmatch(value)):
+            raise UserError(f"Value {value} must be of type {kind}.")
+
+
+def _argument_type(kind: str, pattern: str, source: str) -> re.Pattern[str]:
+    if kind not in _ARGUMENT_TYPES:
+        raise UserError(f"{source}: Type {kind} is not valid for RenderOnline: there are "
+                        + ", ".join(_ARGUMENT_TYPES))
+    try:
+        return re.compile(pattern, re.ASCII) if pattern else _ARGUMENT_TYPES[kind]
+    except re.error as error:
+        raise UserError(f"{source}: '{pattern}' is not a regular expression: {error}") from None
+
+
+def _template_problem(engine: OnlineEngine, arguments: Collection[str], node: bool) -> str:
+    """Say what is wrong with an engine, or nothing."""
+    povray = engine.name == POVRAY
+    try:
+        words = engine.words
+    except ValueError as error:
+        return f"the options cannot be taken apart: {error}"
+    names = _PLACEHOLDER.findall(" ".join(words))
+    unknown = [name for name in names if name not in (
+        UPLOADED, *arguments, *(() if povray else (OUTPUT, "@threads")))]
+    problem = ""
+    if povray and engine.extension != ".pov":
+        problem = f"povray renders files with the extension .pov, not '{engine.extension}'"
+    elif not re.fullmatch(r"\.[A-Za-z0-9]{1,12}", engine.extension):
+        problem = f"'{engine.extension}' is not an extension, such as .blend"
+    elif unknown:
+        problem = f"there is no line 'argument {unknown[0]} = TYPE'"
+    elif UPLOADED not in names:
+        problem = f"write $RENDERONLINE:{UPLOADED} where the scene's name belongs"
+    elif OUTPUT not in names and not (povray or node):
+        problem = f"write $RENDERONLINE:{OUTPUT} where the pictures' names begin"
+    return problem or (_povray_problem(words) if povray else "")
+
+
+def _povray_problem(words: Sequence[str]) -> str:
+    for word in words:
+        if not _TEMPLATE_ITEM.fullmatch(word) or _LEADS_ELSEWHERE.fullmatch(word):
+            return f"'{word}' could lead to files of this computer: leave it out"
+    try:  # what no client chooses
+        read_command_line([word for word in words if "$" not in word], Path("/dev/null"), {}, (),
+                          strict=False)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def program_job(engine: str, scene: str, frames: Mapping[str, str], stem: str,
+                arguments: Mapping[str, str]) -> PovJob:
+    """Return a job for another program than POV-Ray, which renders a scene that is one file.
+
+    ``frames`` are POV-Ray's options for frames and the type of the pictures. ``UserError``
+    for what POV-Ray would take and such a program not.
+    """
+    fitting = {"Initial_Frame", "Final_Frame", "Subset_Start_Frame", "Subset_End_Frame",
+               "Output_File_Type", "Output_File_Name", "Input_File_Name"}
+    frames = {name: value for name, value in frames.items() if name != "Output_To_File"}
+    if others := sorted(set(frames) - fitting):
+        raise UserError(f"{engine} does not know {others[0]}: give it only frames (+KFI, +KFF, "
+                        "+SF, +EF) and the type of the pictures (+F)")
+    if frames.get("Output_File_Type", "N") not in NAMES_OF:
+        raise UserError(f"{engine} makes no pictures of this type: choose "
+                        + ", ".join(f"+F{letter} ({name})" for letter, name in NAMES_OF.items()))
+    if min(int(frames.get(name, "1")) for name in ("Initial_Frame", "Final_Frame")) < 0:
+        raise UserError("frames are numbered from 0 up")
+    uses = {f"{_BY_PROGRAM}{engine}",
+            *(f"argument {name} {value}" for name, value in arguments.items())}
+    return PovJob.from_wire(PovJob(
+        {**frames, "Input_File_Name": scene, "Output_File_Name": stem}, (), (), ".",
+        tuple(sorted(uses))).to_wire())
+
+
 # === 7. SLICING ==============================================================
 # How a picture is shared out: where it may be cut, how high the next slice is, what
 # slices share, how long a task still takes, where one that drags is divided. Pure.
@@ -5145,6 +5389,8 @@ class SliceCost(NamedTuple):
 
 def unsliceable(pov: PovJob, in_order: bool, slices: str = "auto") -> str:
     """Return why the frames of a job cannot be put together from slices, or nothing."""
+    if pov.engine:
+        return f"{pov.engine} renders whole frames"
     if slices == "auto" and pov.options.stochastic:
         return "stochastic anti-aliasing (+AM3) draws other pixels in slices"
     if in_order:
@@ -9520,6 +9766,8 @@ class Muster:
         return (guest is None or guest.takes(self._look, job)) and self._fits(job, worker)
 
     def _fits(self, job: Job, worker: Member) -> bool:
+        if job.pov.engine:  # a guest takes such a job or not
+            return bool(self._states.presence(worker.id).guest) or job.pov.engine in worker.engines
         wanted, least, begun = job.options.povray, job.pov.needs[0], has_begun(job)
         key = job.id, begun, worker.engines_json
         if key not in self._fitting:
@@ -9619,6 +9867,9 @@ class Muster:
         return why
 
     def _why_unfit(self, job: Job, unfit: Sequence[Member]) -> str:
+        if job.pov.engine:
+            return (f"{_waiting(unfit)}: {job.pov.engine} renders it, and it must stand in the "
+                    "povfarm.ini of a worker's owner (see the manual)")
         wanted = job.options.povray
         if wanted == "auto":
             began = [job.engines_json] if has_begun(job) else self._prevailing(job)
@@ -10097,7 +10348,7 @@ class _Deliveries:
             if not least <= bottom <= options.height:
                 raise ImageError("the picture does not hold the rows that were asked for")
             with self.aside(image):
-                check_image(image, options.extension, options.width, bottom - row.top)
+                check_image(image, options.extension, job.pov.width, bottom - row.top)
         elif not next(file_blocks(image), b""):
             raise ImageError("nothing came of what the slices should share")
         delivery = _Delivery(self, (worker, lease, task), image, log_text, cost, bottom, written)
@@ -12749,130 +13000,10 @@ end 1
 
 TASKS_SHOWN = 15  # the newest of a user, as the protocol has it
 MAX_SCENE = 64 << 20  # bytes of a scene, with the form that it comes in
-_UPLOADED = "@uploaded_file"
 _ANY_ORIGIN = {f"Access-Control-Allow-{what}": "*" for what in ("Origin", "Methods", "Headers")}
 # What a client may ask for, and the field of the answer that says whether it was done.
 _ASKED_FOR = {"info": "IsSuccess", "enqueue": "IsAdded", "dequeue": "IsRemoved",
               "download": "DownloadProvided", "delete": "IsDeleted"}
-_ARGUMENT_TYPES = {kind: re.compile(pattern, re.ASCII) for kind, pattern in {
-    "file": r"[a-zA-Z0-9_\-]+\.[a-zA-Z0-9]{1,4}", "path": r"(/[a-zA-Z0-9_\-]+)+/?",
-    "extension": r"\.[a-zA-Z0-9]{1,4}", "word": r"\w+", "sentence": r"[a-zA-Z0-9\s,.!?'-]+",
-    "natural": r"\d+", "integer": r"-?\d+", "real": r"-?\d+(\.\d+)?"}.items()}
-_PLACEHOLDER = re.compile(r"\$RENDERONLINE:(@uploaded_file|\w+)", re.ASCII)
-# An option of POV-Ray's whose beginning no client can choose, and that leads nowhere else.
-_TEMPLATE_ITEM = re.compile(r"\$RENDERONLINE:@uploaded_file|[+-][A-Za-z]\S*|[A-Za-z_]+=\S*")
-_LEADS_ELSEWHERE = re.compile(r"([+-]l|library_path=|include_ini=).*", re.IGNORECASE)
-_PLAIN_VALUE = re.compile(r"[^\s;#'\"\x00-\x1f]{1,200}")  # POV-Ray takes no other for one word
-# What clients call picture formats, and POV-Ray's letter.
-_FORMATS = {"png": "N", "jpeg": "J", "jpg": "J", "bmp": "B", "hdr": "H", "tga": "T"}
-
-
-@dataclass(frozen=True)
-class OnlineEngine:
-    """What a client may have rendered: files with an ``extension``, by POV-Ray with these
-    options, in which placeholders stand for what the client chooses."""
-
-    id: int
-    name: str
-    extension: str
-    template: str
-
-    @property
-    def words(self) -> list[str]:
-        """The options, one by one; the name of the program may stand before them."""
-        words = shlex.split(self.template)
-        return words[words[:1] == [self.name]:]
-
-    def arguments(self, values: Mapping[str, str]) -> list[str]:
-        """Return POV-Ray's command line; ``ProtocolError`` 400 for a value that is missing."""
-        for name in _PLACEHOLDER.findall(self.template):
-            if name not in values:
-                raise ProtocolError(400, f"Argument {name} is missing.")
-        words = [_PLACEHOLDER.sub(lambda found: values[found[1]], word) for word in self.words]
-        return [re.sub(r"(?i)^(\+F|Output_File_Type=)\.?(\w{3,4})$", lambda found: found[1]
-                       + _FORMATS.get(found[2].lower(), found[2]), word) for word in words]
-
-
-@dataclass(frozen=True)
-class OnlineRules:
-    """The engines, and the arguments by their names: the type, and what a value must match."""
-
-    engines: tuple[OnlineEngine, ...]
-    arguments: Mapping[str, tuple[str, re.Pattern[str]]]
-
-    @classmethod
-    def of(cls, lines: Iterable[tuple[str, str, str]]) -> OnlineRules:
-        """Read lines of the settings file: name, text and place; a ``UserError`` names the place.
-
-        They are ``engine NAME = .EXTENSION TEMPLATE`` and ``argument NAME = TYPE [REGEX]``.
-        """
-        engines: list[tuple[OnlineEngine, str]] = []
-        arguments = {}
-        for key, text, source in lines:
-            what, _, name = key.partition(" ")
-            first, _, rest = text.partition(" ")
-            if what == "engine" and name == "povray" and rest.strip():
-                engine = OnlineEngine(len(engines) + 1, name, first, rest.strip())
-                engines.append((engine, source))
-            elif what == "argument" and re.fullmatch(r"\w+", name, re.ASCII):
-                arguments[name] = first, _argument_type(first, rest.strip(), source)
-            else:
-                raise UserError(f"{source}: write 'engine povray = .pov OPTIONS' or 'argument NAME "
-                                "= TYPE'")
-        for engine, source in engines:
-            if problem := _template_problem(engine, arguments):
-                raise UserError(f"{source}: {problem}")
-        return cls(tuple(engine for engine, _ in engines), arguments)
-
-    def engine(self, text: str) -> OnlineEngine:
-        """Return an engine by its number; the desktop client counts from 0."""
-        for engine in self.engines:
-            if text == str(engine.id) or (text == "0" and engine.id == 1):
-                return engine
-        raise ProtocolError(400, f"Engine with identifier {text} not found.")
-
-    def check(self, name: str, value: str) -> None:
-        """Raise ``ProtocolError`` 400 for a value that an argument does not take."""
-        if name not in self.arguments:
-            raise ProtocolError(
-                400, f"Argument type identifier {name} must be present in database.")
-        kind, pattern = self.arguments[name]
-        if not (_PLAIN_VALUE.fullmatch(value) and pattern.fullmatch(value)):
-            raise ProtocolError(400, f"Value {value} must be of type {kind}.")
-
-
-def _argument_type(kind: str, pattern: str, source: str) -> re.Pattern[str]:
-    if kind not in _ARGUMENT_TYPES:
-        raise UserError(f"{source}: Type {kind} is not valid for RenderOnline: there are "
-                        + ", ".join(_ARGUMENT_TYPES))
-    try:
-        return re.compile(pattern, re.ASCII) if pattern else _ARGUMENT_TYPES[kind]
-    except re.error as error:
-        raise UserError(f"{source}: '{pattern}' is not a regular expression: {error}") from None
-
-
-def _template_problem(engine: OnlineEngine, arguments: Collection[str]) -> str:
-    """Say what is wrong with an engine, or nothing."""
-    if engine.extension != ".pov":
-        return f"povray renders files with the extension .pov, not '{engine.extension}'"
-    try:
-        words = engine.words
-    except ValueError as error:
-        return f"the options cannot be taken apart: {error}"
-    names = _PLACEHOLDER.findall(" ".join(words))
-    unknown = [name for name in names if name not in (_UPLOADED, *arguments)]
-    if unknown or _UPLOADED not in names:
-        return (f"there is no line 'argument {unknown[0]} = TYPE'" if unknown else
-                f"write $RENDERONLINE:{_UPLOADED} where the scene's name belongs")
-    for word in words:
-        if not _TEMPLATE_ITEM.fullmatch(word) or _LEADS_ELSEWHERE.fullmatch(word):
-            return f"'{word}' could lead to files of this computer: leave it out"
-    try:  # what no client chooses
-        read_command_line([word for word in words if "$" not in word], Path(os.devnull), {}, (),
-                          strict=False)
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def online_token(farm_key: str, name: str, added: float) -> str:
@@ -12959,10 +13090,14 @@ class RenderOnline:
             for argument, value in given:
                 self._rules.check(argument, value)
             scene = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("-.")[-100:]
-            words = chosen.arguments({**dict(reversed(given)), _UPLOADED: scene})
+            values = {**dict(reversed(given)), UPLOADED: scene, OUTPUT: "image", "@threads": "1"}
+            words = chosen.arguments(values)
             (place / "files").mkdir()
             (place / "upload").rename(place / "files" / scene)
-            self._submit(owner, scene, words, chosen, place / "files")
+            pov, project = (
+                self._read(owner, words, place / "files") if chosen.name == POVRAY else
+                (chosen.job(values), plain_project(place / "files" / scene)))
+            self._submit(owner, scene, words, chosen, pov, project)
         return _online_answer("enqueue", True, "Task successfully enqueued.")
 
     def _dequeue(self, request: Request) -> Response:
@@ -13035,12 +13170,12 @@ class RenderOnline:
             raise ProtocolError(400, "Only 1 file may be uploaded per request.")
         return names[0], engine, given
 
-    def _submit(self, owner: str, scene: str, words: Sequence[str], engine: OnlineEngine,
-                place: Path) -> None:
-        """Make a job of a scene that lies alone in a directory."""
+    def _read(self, owner: str, words: Sequence[str],
+              place: Path) -> tuple[PovJob, Project]:
+        """Read POV-Ray's command line for a scene that lies alone in a directory."""
         pov = read_command_line(words, place, {}, (), strict=False)
         plan = plan_frames(pov)
-        with self._store.read() as look:
+        with self._store.read() as look:  # before the scene is looked into
             self._farm.people.check(look, owner, len(plan.frames))
         try:
             with self._store.gate.outside(), self._scanning:
@@ -13050,16 +13185,19 @@ class RenderOnline:
         except UserError as error:  # the rest says what there is on this computer
             raise UserError(f"{str(error).partition(', which ')[0]}: it can only use what is in "
                             "the scene itself, and POV-Ray's own files") from None
-        render = {"FileName": scene, "FilePath": "", "FileSize": (place / scene).stat().st_size,
+        uses = {*project.uses, *([f"povray {' '.join(pov.needs)}"] if pov.needs[0] else ())}
+        return PovJob({**pov.values, **project.values, "Input_File_Name": project.scene},
+                      pov.declares, pov.library, project.run_dir, tuple(uses)), project
+
+    def _submit(self, owner: str, scene: str, words: Sequence[str], engine: OnlineEngine,
+                pov: PovJob, project: Project) -> None:
+        """Make a job of a scene, with what clients are told of it."""
+        render = {"FileName": scene, "FilePath": "", "FileSize": project.manifest.files[0].size,
                   "Arguments": " ".join([engine.name, *words]), "EngineId": engine.id}
-        uses = {*project.uses, SENT + json.dumps(render)}
-        uses |= {f"povray {' '.join(pov.needs)}"} if pov.needs[0] else set()
+        pov = replace(pov, uses=tuple(sorted({*pov.uses, SENT + json.dumps(render)})))
         job, missing = self._farm.submit(
-            PurePosixPath(scene).stem, owner,
-            PovJob.from_wire(PovJob(
-                {**pov.values, **project.values, "Input_File_Name": project.scene}, pov.declares,
-                pov.library, project.run_dir, tuple(sorted(uses))).to_wire()),
-            project.manifest, JobOptions(in_order=plan.animation and "own-output" in project.uses))
+            PurePosixPath(scene).stem, owner, PovJob.from_wire(pov.to_wire()), project.manifest,
+            JobOptions(in_order=pov.plan.animation and "own-output" in project.uses))
         try:
             for file in project.manifest.files:
                 if file.sha256 in missing:
@@ -14589,6 +14727,11 @@ class Run:
     def made(self, frame: int) -> Path:
         """Return the image that the run makes of a frame: where the scene expects it."""
         plan = self.lease.pov.plan
+        if self.lease.pov.engine:  # which has its own way to write numbers
+            number = f"0*{frame}" if plan.animation else "[0-9]*"
+            found = (path for path in self.place.glob(f"{_IMAGE}*{plan.extension}")
+                     if re.fullmatch(_IMAGE + number, path.stem))
+            return next(found, self.place / f"{_IMAGE}{plan.extension}")
         name = PurePosixPath(plan.output_name(frame))
         inside = not name.is_absolute() and ".." not in name.parts and _is_plain(str(name.parent))
         number = name.name[len(plan.stem.rpartition("/")[2]):]
@@ -14614,6 +14757,8 @@ class Run:
 
         Names begin at ``place``, so that those of files above it begin with ``../``.
         """
+        if self.lease.pov.engine:
+            return {}
         images = {str(self.made(frame)) for frame in self.frames}
         found, place = {}, str(self.place)
         for folder, _, names in os.walk(self.own):
@@ -14829,6 +14974,57 @@ class WindowsEngine(Engine):
         return Command(argv, dict(os.environ), {run.place / _INI: text}, {})
 
 
+@dataclass(frozen=True)
+class Program:
+    """A renderer beside POV-Ray that the owner of this computer has named, by its line."""
+
+    line: OnlineEngine
+    rules: OnlineRules
+    path: str
+
+    def command(self, run: Run) -> Command:
+        """Return how to render a run: what the job says are values in the owner's words."""
+        pov, plan, values = run.lease.pov, run.lease.pov.plan, run.lease.pov.arguments
+        for name, value in values.items():
+            self.rules.check(name, value)
+        still = [int(pov.values.get("Initial_Frame", "0"))]
+        frames = run.frames if plan.animation else still
+        words = self.line.arguments({
+            FORMAT: NAMES_OF[pov.options.output_type], **values,
+            FIRST: str(frames[0]), LAST: str(frames[-1]), "@threads": str(run.lease.threads),
+            UPLOADED: str(safe_join(run.tree, pov.values["Input_File_Name"])),
+            OUTPUT: str(run.place / _IMAGE)})
+        return Command((self.path, *words), program_environment(run.place), {}, {},
+                       program_parts(self.path))
+
+    def shared(self, run: Run) -> dict[str, bytes]:
+        """Return no files: frames are whole."""
+        return {}
+
+
+def owned_programs(rules: OnlineRules) -> dict[str, Program]:
+    """Return the programs for pictures that the lines name and that are here, by name."""
+    found: dict[str, Program] = {}
+    for line in rules.engines:
+        path = shutil.which(line.program) if line.name != POVRAY and OUTPUT in line.places else None
+        if path:
+            found.setdefault(line.name, Program(line, rules, os.path.abspath(path)))  # noqa: PTH100
+    return found
+
+
+def program_environment(home: Path) -> dict[str, str]:
+    """Return the environment of a program that is to write nowhere but in one directory."""
+    return {"HOME": str(home), "TMPDIR": str(home), "PATH": os.defpath, "LANG": "C.UTF-8"}
+
+
+def program_parts(program: str) -> tuple[str, ...]:
+    """Return where a program's own files lie; not a whole home, nor all of the system."""
+    path = Path(program).resolve()
+    home = Path.home().resolve()
+    shared = path.parent in (home, *home.parents) or path.parent.name == "bin"
+    return _parts(program) if shared else (str(path.parent),)
+
+
 @functools.lru_cache(maxsize=16)
 def _parts(program: str) -> tuple[str, ...]:
     path = Path(program).resolve()
@@ -14842,6 +15038,7 @@ LINK = "_povfarm"  # begins the names of the links to a project's directories
 _INI = "povfarm.ini"
 _LOG = "povray.txt"  # what POV-Ray for Windows prints
 _OWN_FILES = re.compile(rf"pov\d+|.*\.pov-state|{_LOG}")  # POV-Ray's: pixels of a big image, states
+_IMAGE = "image"  # begins the names of what another program than POV-Ray makes
 _SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read
 
 
@@ -15118,6 +15315,42 @@ class PovText:
             # Which one stands only in what goes before it.
             best = [line for line in whole if "Cannot find file" in line] + best
         return best[0] if best else ""
+
+
+class ProgramText(PovText):
+    """Follows the text of another program for these ``frames``, as Blender writes it.
+
+    ``Fra:7`` and what follows say that it is at frame 7, ``3/16`` how far.
+    """
+
+    def __init__(self, frames: Sequence[int]) -> None:
+        super().__init__()
+        self._frames = frames
+
+    def feed(self, line: str) -> bool:
+        """Take a line; True when it says that the next frame of the run has begun."""
+        match = re.match(r"Fra: ?(\d{1,9})\b", line)
+        if match is None:
+            self.lines.append(line)
+            self.traced = self.traced or line.startswith("Saved: ")
+            if len(self.lines) > 3 * KEPT_LINES:
+                self.lines[KEPT_LINES:-KEPT_LINES] = ["(povfarm left out what came here)"]
+            return False
+        frame = int(match[1])
+        index = self._frames.index(frame) if frame in self._frames else self.index
+        begun = index > self.index
+        if begun:
+            self.index, self.percent, self.traced = index, 0, False
+            self.before, self.lines = self.text, []
+        if parts := re.findall(r"\b(\d{1,9})/(\d{1,9})\b", line):
+            done, of = map(int, parts[-1])
+            self.percent = min(100 * done // max(of, 1), 100)
+        return begun
+
+    def error(self) -> str:
+        """Return the program's own words for what went wrong, in one line; or nothing."""
+        return next((line.strip() for line in self.lines
+                     if re.match(r"(?i)\W*(?:\w*error|fatal|povfarm)\b", line)), "")
 
 
 _REMARKS = re.compile(
@@ -16486,7 +16719,8 @@ class RunState:
                 used - cpu > 0.02 * HANG_TIME):
             self._signs, self._alive = (self.text.index, self.text.percent, used), now
         if now - self._alive > HANG_TIME:
-            return f"POV-Ray did nothing for {format_duration(HANG_TIME)}"
+            name = self.lease.pov.engine or "POV-Ray"
+            return f"{name} did nothing for {format_duration(HANG_TIME)}"
         return ""
 
     def lacked_room(self, free: int) -> bool:
@@ -16980,15 +17214,17 @@ class Worker:
     ``stop`` once lets the frames under way finish and hands the rest back, with
     what is done of those that take longer than a minute; twice ends everything
     at once. ``until_idle`` ends when there is nothing left. ``admitted`` is called when
-    the coordinator lets a worker in that waits for it.
+    the coordinator lets a worker in that waits for it. ``programs`` render beside the engine.
     """
 
     def __init__(self, client: Client, engine: Engine, launcher: Launcher | WindowsLauncher,
                  cache: Cache | InPlace, cores: int, until_idle: bool = False,
                  clock: Clock | None = None, bounds: Bounds = Bounds(()),
-                 admitted: Callable[[], Any] | None = None) -> None:
+                 admitted: Callable[[], Any] | None = None,
+                 programs: Mapping[str, Program] = {}) -> None:
         self.client = client
         self.engine = engine
+        self.programs = programs
         self.cache = cache
         self.until_idle = until_idle
         self.bounds = bounds
@@ -17243,6 +17479,8 @@ class Worker:
         try:
             with self.cache.project(lease.manifest, frames[-1], run.stopped) as tree:
                 plan, run.reads = Run(lease, tree.path, own, frames), tree.reads
+                if lease.pov.engine:
+                    run.text = ProgramText(frames)
                 _check_system_files(lease.pov)
                 run.given = _make_directories(plan, tree)
                 self._get_shared(run, plan.place)
@@ -17332,9 +17570,13 @@ class Worker:
 
     def _start(self, run: RunState, plan: Run) -> Process | None:
         """Start the renderer, with all that it looks for in its place; None when it is too late."""
-        command = self.engine.command(plan)
+        name = plan.lease.pov.engine
+        if name and name not in self.programs:
+            raise RenderFailed(f"the owner of this computer lets it run no '{name}'")
+        engine = self.programs[name] if name else self.engine
+        command = engine.command(plan)
         texts = {path: text.encode() for path, text in command.files.items()}
-        texts.update({plan.place / name: text for name, text in self.engine.shared(plan).items()})
+        texts.update({plan.place / name: text for name, text in engine.shared(plan).items()})
         for path, data in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
@@ -17372,7 +17614,7 @@ class Worker:
         until = self._clock.monotonic() + START_SLEEP
         while run.open and self._clock.monotonic() < until:
             try:
-                check_image(path, options.extension, options.width, options.height)
+                check_image(path, options.extension, run.lease.pov.width, options.height)
             except ImageError:
                 time.sleep(0.01)
                 continue
@@ -17455,18 +17697,18 @@ _FILE_TOO_LARGE = 25  # SIGXFSZ, which Windows does not have
 
 def _why_it_failed(run: RunState, bounds: Bounds) -> tuple[str, bool]:
     """Return what went wrong, best in POV-Ray's words, and whether the scene is to blame."""
-    error, ended = run.text.error(), run.ended
+    error, ended, name = run.text.error(), run.ended, run.lease.pov.engine or "POV-Ray"
     if run.overdue:
         return run.overdue, False
     if run.fills_disk:
-        return "POV-Ray wrote so much that it would have filled the disk", False
+        return f"{name} wrote so much that it would have filled the disk", False
     if ended.code == -9:
-        return "POV-Ray was killed, perhaps because the computer ran out of memory", False
+        return f"{name} was killed, perhaps because the computer ran out of memory", False
     # POV-Ray that gets no more memory often fails without a word about it.
     if re.search("bad_alloc|(Out of|out of|Insufficient) memory", run.text.text) or (
             ended.memory > bounds.memory / 2 > 0 and not error.startswith("File ")):
-        return f"POV-Ray needed more than {format_size(bounds.memory)} of memory", False
-    error = error or f"POV-Ray ended without a picture (exit code {ended.code})"
+        return f"{name} needed more than {format_size(bounds.memory)} of memory", False
+    error = error or f"{name} ended without a picture (exit code {ended.code})"
     return error, run.text.scene_is_wrong
 
 
@@ -18532,12 +18774,9 @@ def _engine_here() -> Engine | None:
 
 def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
     """Read the command line and the project; nothing is started or changed."""
-    try:
-        here = Path.cwd()
-    except FileNotFoundError:
-        raise UserError("the current directory was deleted: go to another one first") from None
-    if any("\ud800" <= letter <= "\udfff" for letter in str(here)):
-        raise UserError(f"the name of the directory {str(here)!r} is not UTF-8: rename it")
+    here = _here()
+    if options.engine:
+        return _program_draft(options, scratch, here)
     arguments, cwd, named = _whole_project(options.rest, here, scratch)
     if not arguments:
         raise UserError(f"which scene is it? For example: povfarm.py {options.command} "
@@ -18580,6 +18819,38 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
         if problem := unrenderable(draft.pov, version):
             raise UserError(problem)
     return draft.ordered() if in_order else draft
+
+
+def _here() -> Path:
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the current directory was deleted: go to another one first") from None
+    if any("\ud800" <= letter <= "\udfff" for letter in str(here)):
+        raise UserError(f"the name of the directory {str(here)!r} is not UTF-8: rename it")
+    return here
+
+
+def _program_draft(options: Options, scratch: Path, here: Path) -> Draft:
+    """Read the command line of a job that another program renders than POV-Ray."""
+    files = [item for item in options.rest if item[:1] not in "+-" and "=" not in item]
+    if len(files) != 1:
+        raise UserError(f"{options.engine} renders one file, with all in it: name that")
+    pov = read_command_line([item for item in options.rest if item not in files], here, {}, (),
+                            strict=False)
+    if options.command == "render" and not options.lan and options.engine not in owned_programs(
+            OnlineRules.of(options.renderonline_lines, node=True)):
+        raise UserError(f"no line 'engine {options.engine}' of {options.data / 'povfarm.ini'} "
+                        "names a program that is here: the manual shows one")
+    collect = functools.partial(plain_project, real_path(here / files[0]))
+    project = collect()
+    stem = pov.values.get("Output_File_Name") or PurePosixPath(project.scene).stem
+    job = program_job(options.engine, project.scene, pov.values, stem, {})
+    limits = JobOptions().changed({
+        name: getattr(options, row.name.replace("-", "_")) for name, row in JOB_OPTIONS.items()
+        if name != "in_order"})
+    return Draft(options.name or PurePosixPath(project.scene).stem, job, project, job.plan,
+                 job.plan.chosen(options.frames), here, limits, True, collect, scratch)
 
 
 def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
@@ -18747,7 +19018,7 @@ def _is_there(draft: Draft, frame: int) -> bool:
     wanted, path = draft.pov.options, draft.destination(frame)
     try:
         if is_file(path):
-            check_image(path, draft.plan.extension, wanted.width, wanted.height)
+            check_image(path, draft.plan.extension, draft.pov.width, wanted.height)
             return True
     except ImageError as error:
         _say(f"{path} is rendered again: {error}")
@@ -19810,11 +20081,12 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     """
     launcher, engine = tools
     cores = options.cores or _cores()
+    programs = owned_programs(OnlineRules.of(options.renderonline_lines, node=True))
     info = {
         "name": _worker_name(options),
         "cores": cores, "memory": total_memory(),
         "system": f"{platform.system()} {platform.release()}",
-        "engines": engine.versions() if engine.version else {},
+        "engines": {**(engine.versions() if engine.version else {}), **dict.fromkeys(programs, "")},
         "tags": [tag for tag in options.tags.split(",") if tag],
         "ticket": secrets.token_urlsafe(32),
     }
@@ -19824,7 +20096,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     farm_id = own.claims(stop)
     kept = _Kept(home / "workers", str(info["name"]), farm_id)
     admitted, code = _admission(own, client.token, kept, info, stop)
-    begin = functools.partial(_begin_work, own, engine, options, kept)
+    begin = functools.partial(_begin_work, own, engine, programs, options, kept)
     if not admitted:
         _say(f"waiting to be let in: if the status page at {own.base_url} shows the code {code}, "
              f"press Admit there, or type there: povfarm.py admit --server {own.base_url} {code}")
@@ -19834,7 +20106,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
         home / "cache", options.cache_size, own, near, farm_id)
     bounds = Bounds(None if options.unconfined else (), memory=options.memory or total_memory())
     worker = Worker(own, engine, launcher, projects, cores, options.until_idle, bounds=bounds,
-                    admitted=None if admitted else begin)
+                    admitted=None if admitted else begin, programs=programs)
     try:
         yield worker
     finally:
@@ -19886,9 +20158,11 @@ def _pair(own: Client, farm_id: str, info: Mapping[str, Any],
     return own.token, reply["admitted"], code
 
 
-def _begin_work(client: Client, engine: Engine, options: Options, kept: _Kept) -> None:
+def _begin_work(client: Client, engine: Engine, programs: Iterable[str], options: Options,
+                kept: _Kept) -> None:
     """Say for whom a worker works that was let in, and remember it for the next time."""
-    _say(f"working for {client.base_url} with POV-Ray {engine.version} "
+    renderers = " and ".join([f"POV-Ray {engine.version}", *programs])
+    _say(f"working for {client.base_url} with {renderers} "
          "(Ctrl-C finishes what is under way, twice stops at once)")
     with contextlib.suppress(FarmError, OSError):
         kept.write(client.token, True)

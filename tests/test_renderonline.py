@@ -21,7 +21,7 @@ from helpers.farm import STILL, run
 from helpers.farm import Farm as RealFarm
 from helpers.farm_in_a_box import KEY, Farm, Reply
 from helpers.pictures import pixels
-from povfarm import Coordinator, OnlineRules, ProtocolError, RenderOnline, Role, Router, UserError
+from povfarm import Coordinator, OnlineRules, RenderOnline, Role, Router, UserError, WorkerInfo
 
 LINES = """\
 engine povray = .pov povray $RENDERONLINE:@uploaded_file +W4 +H3 \
@@ -367,6 +367,46 @@ def test_a_files_name_is_made_a_plain_one(name: str, kept: str, farm: OnlineFarm
     assert farm.info()["Tasks"][0]["Render"]["FileName"] == kept
 
 
+BLENDER = """\
+engine blender = .blend blender -b $RENDERONLINE:@uploaded_file -o $RENDERONLINE:@output \
+-F $RENDERONLINE:output_format -s $RENDERONLINE:start_frame -e $RENDERONLINE:end_frame \
+-t $RENDERONLINE:threads -a
+argument start_frame = natural
+argument end_frame = natural
+argument threads = natural
+argument output_format = word
+"""
+BLEND = b"BLENDER-v304" + bytes(range(256))
+
+
+def test_another_programs_scene_is_a_job_for_those_who_have_it(tmp_path: Path) -> None:
+    farm = OnlineFarm(tmp_path / "data", BLENDER)
+    given = [*FRAMES, ("threads", "2")]
+    assert farm.enqueue(("request", None, wish(given)), ("file", "a.blend", BLEND)) == (200, QUEUED)
+    with farm.store.read() as tx:
+        job = tx.job(tx.newest_job())
+    assert (job.pov.engine, job.pov.arguments) == ("blender", {"threads": "2"})
+    assert [job.pov.plan.output_name(frame) for frame in job.pov.plan.frames] == [
+        "a1.png", "a2.png", "a3.png"]
+    (task,) = farm.info()["Tasks"]
+    assert task["Render"]["Arguments"] == (
+        "blender -b a.blend -o image -F PNG -s 1 -e 3 -t 2 -a")
+    assert task["Engine"]["Name"] == "blender" and task["Render"]["FileSize"] == len(BLEND)
+    plain, has = farm.worker("plain"), farm.scheduler.join(WorkerInfo(
+        "has", 1, 1 << 30, "Linux", {"povray": "3.7.0", "blender": ""}), "5" * 64, "127.0.0.1")
+    assert farm.leases(plain) == [] and len(farm.leases(has)) == 1
+    for more, words in (((("output_format", "AVIJPEG"),), "makes no pictures of this type"),
+                        ((("threads", "x"),), "Value x must be of type natural."),
+                        ((), "Argument threads is missing.")):
+        changed = [*more, *(FRAMES if not more else given)]
+        status, reply = farm.enqueue(("request", None, wish(changed)), ("file", "a.blend", BLEND))
+        assert status == 400 and words in reply["ErrorMessage"]
+    assert farm.enqueue(("request", None, wish()), FILE) == (400, {
+        "IsAdded": False,
+        "ErrorMessage": "Engine extension .blend not matching with files extension .pov."})
+    farm.close()
+
+
 def test_as_the_desktop_client_asks(farm: OnlineFarm) -> None:
     """Its engine is the place in a list, its keys may be in any case, and a format has its name."""
     for form_at, letter in (("PNG", "N"), ("JPEG", "J"), ("BMP", "B"), ("TGA", "T"), ("HDR", "H")):
@@ -415,7 +455,7 @@ def test_every_type_takes_what_the_document_says(
     for value in good:
         mine.check("x", value)
     for value in bad:
-        with pytest.raises(ProtocolError, match=re.escape(f"Value {value} must be of type {kind}.")):
+        with pytest.raises(UserError, match=re.escape(f"Value {value} must be of type {kind}.")):
             mine.check("x", value)
 
 
@@ -423,7 +463,7 @@ def test_a_regular_expression_takes_the_types_place_and_must_fit_the_whole() -> 
     mine = rules("argument x = word PNG|JPEG")
     mine.check("x", "JPEG")
     for value in ("PNGs", "png", "a"):
-        with pytest.raises(ProtocolError, match="must be of type word"):
+        with pytest.raises(UserError, match="must be of type word"):
             mine.check("x", value)
 
 
@@ -431,7 +471,8 @@ def test_a_regular_expression_takes_the_types_place_and_must_fit_the_whole() -> 
     ("argument x = colour", "here: Type colour is not valid for RenderOnline: there are file, path"),
     ("argument x = word (", "is not a regular expression"), ("argument x y = word", "write 'engine"),
     ("motor x = y", "write 'engine"), ("engine povray = .pov", "write 'engine"),
-    ("engine blender = .blend $RENDERONLINE:@uploaded_file", "write 'engine"),
+    ("engine blender = .blend $RENDERONLINE:@uploaded_file", "where the pictures' names begin"),
+    ("engine ../sh = .sh $RENDERONLINE:@uploaded_file", "write 'engine"),
     ("engine povray = .ini $RENDERONLINE:@uploaded_file", "renders files with the extension .pov"),
     ("engine povray = .pov +W640", "where the scene's name belongs"),
     ("engine povray = .pov $RENDERONLINE:@uploaded_file +W$RENDERONLINE:width",
