@@ -925,6 +925,7 @@ SETTINGS: tuple[Setting, ...] = (
             "write all that POV-Ray prints to a file, in the order of the frames", "render",
             "FILE"),
     Setting("mine", bool, False, "show only your own jobs", "status"),
+    Setting("totals", bool, False, "show what was rendered, and by whom", "workers"),
     Setting("watch", bool, False, "keep showing changes until stopped", "status"),
     Setting("json", bool, False, "print JSON for programs", "render talk doctor backup engines"),
     Setting("verbose", bool, False,
@@ -2439,6 +2440,34 @@ def _write_png(out: BinaryIO, strips: Sequence[_Strip]) -> None:
     out.writelines(data.blocks(png.end, len(data)))
 
 
+def png_of_ppm(source: Path, size: tuple[int, int], depth: int, rows: range, to: Path) -> None:
+    """Write some ``rows`` of a PPM picture of a ``size`` as the PNG that POV-Ray makes of them.
+
+    ``ImageError`` for one that is damaged, grey, or not of ``depth`` bits a colour.
+    """
+    with _opened(source, ".ppm") as data, open(to, "wb") as out:
+        picture = _read_ppm(data, size)
+        _need(picture.info.channels == 3 and picture.form.endswith(f" to {(1 << depth) - 1}"),
+              f"the PPM picture does not have three colours of {depth} bits")
+        header = struct.pack(">IIBBBBB", size[0], len(rows), depth, 2, 0, 0, 0)
+        out.writelines([b"\x89PNG\r\n\x1a\n", _png_chunk(b"IHDR", header),
+                        _png_chunk(b"gAMA", struct.pack(">I", 45455)), _png_chunk(b"sRGB", b"\0")])
+        deflate = zlib.compressobj(6, zlib.DEFLATED, 15, 8, zlib.Z_FILTERED)
+        left = bytes(3 * depth // 8)
+        for row in (data[picture.rows[y]:picture.rows[y + 1]] for y in rows):
+            filtered = _differences(row, (left + row)[:len(row)])
+            if packed := deflate.compress(b"\1" + filtered.to_bytes(len(row), "little")):
+                out.write(_png_chunk(b"IDAT", packed))
+        out.writelines([_png_chunk(b"IDAT", deflate.flush()), _png_chunk(b"IEND", b"")])
+
+
+def _differences(one: bytes, other: bytes) -> int:
+    """Return the differences of bytes at the same places, the first lowest."""
+    a, b = int.from_bytes(one, "little"), int.from_bytes(other, "little")
+    high, low = (int.from_bytes(each * len(one), "little") for each in (b"\x80", b"\x7f"))
+    return ((a | high) - (b & low)) ^ ((a ^ b) & high) ^ high
+
+
 _TEXT_HEADERS = {
     "PPM": re.compile(rb"P([56])(?:\s|#[^\n]*\n)+(\d{1,9})(?:\s|#[^\n]*\n)+(?P<height>\d{1,9})"
                       rb"(?:\s|#[^\n]*\n)+(\d{1,9})\s"),
@@ -2679,10 +2708,8 @@ class _ExrBlock(NamedTuple):
 
 def _exr_differences(order: bytes) -> bytes:
     size = len(order)
-    number, before = (int.from_bytes(each, "little") for each in (order, b"\0" + order[:-1]))
-    high, low = (int.from_bytes(each * size, "little") for each in (b"\x80", b"\x7f"))
-    steps = ((number | high) - (before & low)) ^ ((number ^ before) & high) ^ 0x80
-    return steps.to_bytes(size, "little")
+    bias = int.from_bytes(b"\0" + b"\x80" * (size - 1), "little")
+    return (_differences(order, (b"\0" + order)[:size]) ^ bias).to_bytes(size, "little")
 
 
 def _exr_sums(steps: bytes) -> bytes:
@@ -6077,13 +6104,11 @@ class BodyReader:
 class Request:
     """One request. ``path`` is decoded; ``headers`` has lower-case names.
 
-    ``params`` holds what the route's wildcards matched, ``secret`` what is where the
-    route says that one stands; ``secure`` says that it came over TLS, ``inside`` that it
-    comes from this process. ``target`` is what the request line has; ``place`` is what is
-    before the ``path`` for a browser that is logged in. ``alive()`` is
-    False once the client has gone or the server is stopping: a handler that waits looks
-    at it now and then. ``enter`` is told who it is from, and refuses it when there are
-    too many.
+    ``params`` holds what the route's wildcards matched; ``secure`` says that it came over TLS,
+    ``inside`` that it comes from this process. ``target`` is what the request line has; ``place``
+    is what is before the ``path`` for a browser that is logged in. ``alive()`` is False once the
+    client has gone or the server is stopping: a handler that waits looks at it now and then.
+    ``enter`` is told who it is from, and refuses it when there are too many.
     """
 
     method: str
@@ -6094,7 +6119,6 @@ class Request:
     remote: str = "127.0.0.1"
     identity: Identity = field(default_factory=Identity)
     params: Mapping[str, Any] = field(default_factory=dict)
-    secret: str | None = None
     secure: bool = False
     inside: bool = False
     target: str = ""
@@ -6295,9 +6319,8 @@ class route:  # noqa: N801 - it is used as a decorator
     number, and ``<rest:path>`` slashes too. ``role`` is who may come in, one
     of ``ROLES``; it has no default so that nothing is open by forgetfulness.
     ``takes`` is the record that the JSON body has the fields of.
-    ``secret`` names the wildcard or the field of the query where a secret stands;
-    without it that is in the header. What ``waits`` is held open until something happens;
-    what is ``shared`` is made once for all strangers who wait for it.
+    What ``waits`` is held open until something happens; what is ``shared`` is made once for all
+    strangers who wait for it.
     """
 
     method: str
@@ -6305,7 +6328,6 @@ class route:  # noqa: N801 - it is used as a decorator
     role: str
     max_body: int = BODY_LIMIT
     summary: str = ""
-    secret: str = ""
     takes: Any = None
     waits: bool = False
     shared: bool = False
@@ -6398,8 +6420,6 @@ class Router:
             for group, value in match.groupdict().items() for name, kind in [group.split("_")]
         }
         request.body.limit = bound.route.max_body
-        if place := bound.route.secret:
-            request.secret = str(request.params.get(place, request.query.get(place, "")))
         request.identity = self._authenticate(request)
         if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
             request.enter(request.identity, bound.route.waits)
@@ -7269,7 +7289,7 @@ def _descriptors(wanted: int) -> int:
 # All SQL, and the directory of blobs. Methods are single statements with a
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
 
-SCHEMA_VERSION = 9  # the database's PRAGMA user_version; 1 to 8 came before the first release
+SCHEMA_VERSION = 10  # the database's PRAGMA user_version; 1 to 9 came before the first release
 _LESS = """UPDATE turn SET
     active = active - (OLD.state = 'active'), runs = runs - OLD.runs, kept = kept - OLD.kept,
     jobs = jobs - (OLD.finished IS NULL),
@@ -7287,13 +7307,15 @@ SCHEMA = f"""
     CREATE TABLE meta (
         key TEXT PRIMARY KEY, value TEXT NOT NULL
     ) WITHOUT ROWID;
-    -- aside: why its pictures are not trusted; owner: with whose key it has joined
+    -- aside: why its pictures are not trusted; owner: with whose key it has joined; frames, with
+    -- slices as parts of some, wall (seconds) and failures: what it has done so far
     CREATE TABLE worker (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, token TEXT NOT NULL UNIQUE,
         state TEXT NOT NULL, code TEXT NOT NULL, cores INTEGER NOT NULL, memory INTEGER NOT NULL,
         system TEXT NOT NULL, engines_json TEXT NOT NULL, tags_json TEXT NOT NULL,
         address TEXT NOT NULL, joined REAL NOT NULL, aside TEXT NOT NULL DEFAULT '',
-        owner TEXT NOT NULL DEFAULT ''
+        owner TEXT NOT NULL DEFAULT '', frames REAL NOT NULL DEFAULT 0,
+        wall REAL NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0
     );
     -- People and programs, and invitations, which have uses: how many may still come.
     -- token: the hash of what they show, or a secret that keys are made of
@@ -7609,6 +7631,9 @@ def engines_of(text: str) -> Mapping[str, str]:
     """Read a worker's engines: the same for most."""
     engines: dict[str, str] = json.loads(text)
     return engines
+
+
+DONE = ("frames", "wall", "failures")  # what is counted of a worker's
 
 
 class _Known:
@@ -8038,6 +8063,20 @@ class _Register:
         """Return one worker."""
         return self._one(Member, "SELECT * FROM worker WHERE id = :id", id=worker)
 
+    def totals(self) -> list[tuple[Member, list[float]]]:
+        """Return what each worker has done, also one that is gone or was removed: frames, seconds,
+        and tries that failed."""
+        return [(row, [vars(row)[name] for name in DONE]) for row in self._all(
+            Member, "SELECT * FROM worker ORDER BY id")]
+
+    def idle_guests(self, before: float) -> list[int]:
+        """Return the workers of other systems, whose tokens are no hashes, without a try since."""
+        return [row["id"] for row in self._do("""
+            SELECT id FROM worker WHERE state = 'admitted' AND token LIKE '% %'
+            AND joined < :before AND COALESCE((
+              SELECT started FROM attempt WHERE attempt.worker = worker.id
+              ORDER BY attempt.id DESC LIMIT 1), 0) < :before""", before=before)]
+
     def was_removed(self, token: str) -> bool:
         """Tell whether a worker that was removed had the secret with this hash."""
         return self._do("""
@@ -8306,19 +8345,21 @@ class Look(_Register):
             SELECT * FROM task WHERE job = :job AND state = :state AND slice = 0
             ORDER BY frame""", job=job, state=state.value)
 
-    def next_tasks(self, job: int, worker: int, limit: int, low: int, high: int) -> list[Task]:
+    def next_tasks(self, job: int, worker: int, limit: int, low: int, high: int,
+                   fresh: bool = False) -> list[Task]:
         """Return queued whole frames from ``low`` to ``high`` that this worker has not failed or
-        rendered yet."""
+        rendered yet; only ``fresh`` ones, which nobody failed, or all."""
         return self._all(Task, """
             SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
-            AND frame BETWEEN :low AND :high AND cut IS NULL AND NOT EXISTS (
+            AND frame BETWEEN :low AND :high AND cut IS NULL AND tries * :fresh = 0
+            AND NOT EXISTS (
               SELECT 1 FROM attempt WHERE attempt.task = task.id
               AND attempt.worker = :worker AND attempt.state = 'failed')
             AND NOT EXISTS (
               SELECT 1 FROM attempt WHERE attempt.task = task.id
               AND attempt.worker = :worker AND attempt.state = 'kept')
             ORDER BY frame LIMIT :limit""",
-            job=job, worker=worker, limit=limit, low=low, high=high)
+            job=job, worker=worker, limit=limit, low=low, high=high, fresh=fresh)
 
     def last_queued(self, job: int, low: int, high: int) -> int:
         """Return the last frame from ``low`` to ``high`` that is queued, ``low`` if none is."""
@@ -8581,6 +8622,19 @@ class Tx(Look):
         """Forget a worker that was never admitted."""
         self.changes = -1
         self._do("DELETE FROM worker WHERE id = :id AND state = 'pending'", id=worker)
+
+    def forget_guest(self, worker: int) -> None:
+        """Forget the token of a worker that has done something: it may come as a new one."""
+        self.changes = -1
+        self._do("UPDATE worker SET state = 'removed', token = 'gone ' || id WHERE id = :id",
+                 id=worker)
+
+    def count_work(self, worker: int, frames: float, wall: float, failures: int = 0) -> None:
+        """Add to what a worker has done."""
+        self._do("""
+            UPDATE worker SET frames = frames + :frames, wall = wall + :wall,
+                              failures = failures + :failures WHERE id = :id""",
+            id=worker, frames=frames, wall=wall, failures=failures)
 
     # --- people
 
@@ -8895,6 +8949,7 @@ class Tx(Look):
 
 KEEP_BLOBS = 24 * 3600.0  # seconds that contents nobody names any more are kept
 KEEP_EVENTS = 10_000
+KEEP_GUESTS = 7 * 24 * 3600.0  # seconds that a worker of another system is shown when it is gone
 LOOK_AGAIN = 1.0  # seconds after which an idle worker looks at what others render
 RECENT = 8.0  # seconds over which the speed of a task is taken
 SICK_PAUSE = 600.0  # seconds until a sick worker gets one task, to see whether it is well
@@ -8928,14 +8983,17 @@ class Offer:
 
 
 class Guest(NamedTuple):
-    """How a worker of another system differs from ours, beside rendering whole frames only.
+    """How a worker of another system differs from ours.
 
-    It may be silent for ``silence`` seconds, and renders the jobs that ``takes`` accepts, ``most``
-    frames at a time.
+    It may be silent for ``silence`` seconds, for ``pause`` seconds while it has nothing. It renders
+    the jobs that ``takes`` accepts, ``most`` frames at a time, and slices of those that ``cuts``
+    does.
     """
 
     silence: float
+    pause: float
     takes: Callable[[Look, Job], bool]
+    cuts: Callable[[Job], bool]
     most: int | None = None
 
 
@@ -9681,16 +9739,18 @@ class _Crew:
         self.states.presence(worker).guest = guest
 
     def silence(self, worker: int) -> float:
-        """Return the seconds without a beat after which a worker's leases run out."""
+        """Return the seconds without a beat after which a worker is gone, and its leases too."""
         guest = self.states.presence(worker).guest
-        return self.lease_time if guest is None else max(guest.silence, self.lease_time)
+        if guest is None:
+            return self.lease_time
+        busy = self.states.grants.of_worker(worker)
+        return max(guest.silence if busy else guest.pause, self.lease_time)
 
     def live_workers(self) -> set[int]:
         """Return the workers that were heard of within the time that a lease lives."""
         now = self.clock.monotonic()
         return {worker for worker, presence in list(self.states.presences.items())
-                if presence.seen is not None and presence.seen >= now - (
-                    self.silence(worker) if presence.guest else self.lease_time)}
+                if presence.seen is not None and presence.seen >= now - self.silence(worker)}
 
     def seen(self, worker: int) -> float | None:
         """Return how many seconds ago a worker was heard of, None when never."""
@@ -9765,6 +9825,11 @@ class Muster:
         guest = self._states.presence(worker.id).guest
         return (guest is None or guest.takes(self._look, job)) and self._fits(job, worker)
 
+    def cuts(self, job: Job, worker: Member) -> bool:
+        """Tell whether a worker renders slices of a job."""
+        guest = self._states.presence(worker.id).guest
+        return guest is None or guest.cuts(job)
+
     def _fits(self, job: Job, worker: Member) -> bool:
         if job.pov.engine:  # a guest takes such a job or not
             return bool(self._states.presence(worker.id).guest) or job.pov.engine in worker.engines
@@ -9811,7 +9876,7 @@ class Muster:
         """
         if (job.id, part) not in self._helping:
             well = {row.id for row in self.crew if not self.sickness(row) and self.suits(job, row)
-                    and not (part and self._states.presence(row.id).guest)}
+                    and (not part or self.cuts(job, row))}
             hopeful = {worker for worker in well if not self.is_hopeless(job, worker)}
             self._helping[job.id, part] = hopeful or well
         return self._helping[job.id, part]
@@ -10043,22 +10108,28 @@ class _Deal:
         return self._frames(job) if self._may_begin(job) else []
 
     def _whole(self, job: Job, guest: Guest) -> list[Task]:
-        """Find frames for a guest, unless others had better slice them."""
-        whole = unsliceable(job.pov, False, job.options.slices)
-        tasks = self._frames(job) if whole or not self._wants_slices(job) else []
+        """Find a slice or frames for a guest; no frames that others had better slice.
+
+        One that fails with a frame may end: so what was failed comes last, unless it fails all.
+        """
+        if guest.cuts(job) and (part := self._part(job)):
+            return [part]
+        whole = unsliceable(job.pov, False, job.options.slices) or not self._wants_slices(job)
+        fresh = not self._muster.is_hopeless(job, self._worker.id)
+        tasks = self._frames(job, fresh) if whole else []
         # It fails with all frames at once: those of which one is bad are tried one by one.
         alike = list(itertools.takewhile(lambda task: not task.tries, tasks))
         return alike[:guest.most] or tasks[:1]
 
-    def _frames(self, job: Job) -> list[Task]:
-        """Find queued neighbours, for one run."""
+    def _frames(self, job: Job, fresh: bool = False) -> list[Task]:
+        """Find queued neighbours, for one run; ``fresh`` ones first, which nobody failed."""
         slots = self._offer.slots + sum(self._states.presence(other).slots
                                         for other in self._muster.live - {self._worker.id})
         longest = SHORT_TURN if job.owner != ADMIN or self._tx.people() else 10.0
         alone = job.options.order in ("spread", "random")
         size = job.options.batch or (1 if alone else lease_size(
             job.queued, slots, job.mean_cost, job.runs, longest))
-        tasks = self._next(job, size)
+        tasks = (self._next(job, size, fresh) if fresh else []) or self._next(job, size)
         if not tasks and job.queued:
             return [task for task in self._tx.tasks_in(job.id, TaskState.QUEUED)
                     if task.cut is None and self._may_try(job, task)][:1]
@@ -10069,7 +10140,7 @@ class _Deal:
                 break
         return sorted(tasks, key=operator.attrgetter("frame"))
 
-    def _next(self, job: Job, size: int) -> list[Task]:
+    def _next(self, job: Job, size: int, fresh: bool = False) -> list[Task]:
         """Find so many queued frames at most, as the job wants them to be handed out."""
         options, frames = job.options, job.pov.plan.frames
         dealt, backwards = sum(job.counts.values()) - job.queued, options.order == "reverse"
@@ -10079,7 +10150,8 @@ class _Deal:
                 last = self._tx.last_queued(job.id, low, high)
                 start = max(last - (size - 1) * frames.step, low)
             for begin in (start, low):
-                tasks = self._tx.next_tasks(job.id, self._worker.id, size, begin, high)
+                tasks = self._tx.next_tasks(job.id, self._worker.id, size, begin, high,
+                                            fresh)
                 if tasks:
                     return tasks[::-1] if backwards else tasks
         return []
@@ -10254,7 +10326,7 @@ class _Deal:
                 mean = cost.row * (one.bottom - one.top) + cost.parse + START
             if (self._now - one.grant.granted > max(1.5 * mean, 5.0)
                     and len(self._grants.at(one.task)) == 1
-                    and (one.kind is TaskKind.FRAME or not self._presence.guest)
+                    and (one.kind is TaskKind.FRAME or self._muster.cuts(job, self._worker))
                     and mine not in self._had_turn(one.task) | {one.grant.worker}):
                 return [self._tx.task(one.task)]
         return []
@@ -10382,6 +10454,7 @@ class _Deliveries:
                 if attempt.state is not AttemptState.LIVE:
                     return
                 states.end_attempt(tx, row.id, lease, AttemptState.FAILED, message, log_name)
+                tx.count_work(worker, 0, self.states.clock.time() - attempt.started, 1)
                 states.presence(worker).well = False
                 if row.state is TaskState.LEASED and not states.grants.at(row.id):
                     tx.set_tries(row.id, row.tries + 1)
@@ -10635,6 +10708,7 @@ class _Delivery:
         """Let another worker render a frame whose image is kept beside the finished ones."""
         task, why = tx.task(self.task.id), self.verdict.keep
         tx.add_job_cost(task.job, self._cost)
+        tx.count_work(self._worker, 0, self._cost.wall)
         self._end(tx, AttemptState.KEPT, why)
         if task.state is TaskState.LEASED and not self._states.grants.at(task.id):
             self._states.move(tx, task, TaskState.QUEUED, why)
@@ -10650,6 +10724,10 @@ class _Delivery:
             tx.set_task_result(task.id, self._worker, sha256, size, spent,
                                self._states.clock.time())
             tx.add_job_cost(task.job, spent)
+            if task.kind is not TaskKind.PASS:
+                height = self.job.pov.options.height
+                rows = (task.bottom or height) - task.top
+                tx.count_work(self._worker, rows / height, spent.wall)
             if mine:
                 accepted = True
                 self._end(tx, AttemptState.DONE)
@@ -10969,7 +11047,10 @@ class Scheduler:
         self._crew.expire()
 
     def tidy(self) -> None:
-        """Delete old blobs, which nobody has named for ``KEEP_BLOBS`` seconds, and old events."""
+        """Delete old blobs, which nobody has named for ``KEEP_BLOBS`` seconds, and old events.
+
+        Forget guests that are long gone.
+        """
         with self._states.tx() as tx:
             tx.drop_manifests()
             unused = tx.unused_blobs(self.clock.time() - KEEP_BLOBS)
@@ -10977,6 +11058,10 @@ class Scheduler:
                 tx.drop_blob(sha256)
             tx.drop_events(tx.last_event() - KEEP_EVENTS)
             self.people.tidy(tx)
+            live = self.live_workers()
+            for worker in tx.idle_guests(self.clock.time() - KEEP_GUESTS):
+                if worker not in live:
+                    tx.forget_guest(worker)
         for sha256 in unused:
             with self.store.tx() as tx:  # whoever stores it again looks for the file in a tx too
                 if not tx.is_stored(sha256):
@@ -11089,14 +11174,10 @@ class Access:
         self._sessions: dict[str, tuple[float, str]] = {}
         self._tries: dict[str, tuple[int, float]] = {}  # by address: how often, when last
         self._held: collections.Counter[str] = collections.Counter()
-        self.dialects: list[Callable[[Request], Identity | None]] = []  # with cookies of their own
+        self.dialects: list[Callable[[Request], Identity | None]] = []  # that know their guests
 
     def identify(self, request: Request) -> Identity:
         """Return the sender of a request; a stranger may at most read."""
-        if request.secret is not None:
-            if self.fits(request.secret, self.guest_key, request.remote):
-                return _GUEST
-            raise ProtocolError(404, f"there is no {request.path} here")
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() in ("povfarm", "bearer"):
             self.check_patience(request.remote)
@@ -11398,7 +11479,7 @@ _ROLES_OF: Mapping[Role, frozenset[str]] = {
     Role.VIEWER: frozenset({"reader", "person"}),
     Role.SUBMIT: frozenset({"submit"}),
 }
-_GUEST = Identity(frozenset({"guest"}), name="guest")
+GUEST = Identity(frozenset({"guest"}), name="guest")
 _WORKER = frozenset({"reader", "pending", "worker"})
 
 
@@ -11420,9 +11501,10 @@ class Views:
         muster = muster or self._farm.muster(tx)
         counts = {state.value: number for state, number in job.counts.items()}
         total = sum(counts.values())
+        grants = self._farm.grants.of_job(job.id)
         frames = {portion.task: self._farm.progress(portion.task)
-                  for grant in self._farm.grants.of_job(job.id)
-                  for portion in list(grant.portions.values()) if portion.kind is TaskKind.FRAME}
+                  for grant in grants for portion in list(grant.portions.values())
+                  if portion.kind is TaskKind.FRAME}
         slices = [view for frame in tx.frames_to_cut(job.id)
                   for view in self._slices(tx, frame, {})]
         part = sum(frames.values()) + sum(view["share"] * view["progress"] for view in slices)
@@ -11440,7 +11522,7 @@ class Views:
         view["why"], view["cure"] = muster.why(job)
         view.update(
             progress=work / total if total else 0.0, elapsed=spent,
-            rate=rate, eta=left / rate if rate and left else None,
+            rate=rate, eta=left / rate if rate and left and grants else None,
             frames={"total": total, **counts},
             slices={"total": len(slices), **{
                 name: sum(view["state"] == name for view in slices) for name in counts}},
@@ -11515,6 +11597,23 @@ class Views:
                 "bottom": task.bottom, "tasks": len(portions),
                 "threads": sum(grant.threads for grant in held),
                 "progress": self._farm.progress(task.id)} if task else None
+
+    def totals(self, tx: Look) -> dict[str, list[dict[str, Any]]]:
+        """Return frames, seconds and failures of all workers, computers and groups so far.
+
+        A client of another system may have its computer after an @; tags are the groups.
+        """
+        sums: dict[str, dict[Any, list[float]]] = {"workers": {}, "computers": {}, "groups": {}}
+        for row, done in tx.totals():
+            computer, groups = row.name.rpartition("@")[2], json.loads(row.tags_json) or [""]
+            for kind, names in ("workers", [(row.name, row.id)]), ("computers", [(computer,)]), (
+                    "groups", [(group,) for group in groups]):
+                for name in names if any(done) else ():
+                    before = sums[kind].get(name, (0, 0, 0))
+                    sums[kind][name] = [a + b for a, b in zip(before, done)]
+        return {kind: [{"name": name[0], **dict(zip(DONE, done))}
+                       for name, done in sorted(named.items(), key=lambda one: -one[1][0])]
+                for kind, named in sums.items()}
 
     def log(self, tx: Look, job: Job, task: Task, plain: bool) -> str:
         """Return what POV-Ray printed of a frame, ``plain`` without lines between the attempts."""
@@ -11765,6 +11864,12 @@ class Api:
         """Every worker with what it does: working, idle, gone, sick or pending."""
         with self._store.read() as tx:
             return json_response({"workers": self.views.workers(tx)})
+
+    @route("GET", "/api/v1/totals", role="reader", summary="What was rendered, and by whom")
+    def totals(self, request: Request) -> Response:
+        """Frames (slices as parts of some), seconds and failures by workers, computers, groups."""
+        with self._store.read() as tx:
+            return json_response(self.views.totals(tx))
 
     @route("GET", "/api/v1/events", role="reader", waits=True,
            summary="What happens, as it happens")
@@ -12237,10 +12342,11 @@ def _sha256(request: Request) -> str:
 # under its own id; its frames have the job's own numbers, so that all that a
 # scene can ask POV-Ray for (clock, frame_number, final_frame) is as it should be.
 
-MAX_GUESTS = 100  # at a time
+MAX_GUESTS = 100  # computers at a time
 CLIENT_SILENCE = 130.0  # seconds: they tell every 60 that they still render
+CLIENT_PAUSE = 40.0  # seconds between two questions for work: clients can be told to sleep for 30
 CLIENT_FEATURES = 2  # the second number of the version that clients should have
-_CLIENT_VERSION = re.compile(r"([1-9][0-9]{0,3})\.([0-9]{1,4})(?:\.[0-9.]*)?")
+_CLIENT_VERSION = re.compile(r"[1-9][0-9]{0,3}\.[0-9]{1,4}(?:\.[0-9.]*)?")
 _CLIENT = re.compile(r"[!-9;-~]{1,80}:[0-9]{1,10}")
 _COMMANDS = {"getjob": ("client",), "getbatch": ("job", "client"),
              **dict.fromkeys(("postbatch", "abortbatch", "active"), ("job", "batch", "client"))}
@@ -12263,17 +12369,36 @@ class Dialect:
         self._store = scheduler.store
         self._access = access
         self._joining = threading.Lock()
-        self._guest = Guest(CLIENT_SILENCE, self._takes, self.most)
+        self._guest = Guest(CLIENT_SILENCE, CLIENT_PAUSE, self._takes, self._cuts, self.most)
         self._portable: dict[str, bool] = {}  # by manifest: whether clients can unpack it
+        access.dialects.append(self._identity)
         with self._store.read() as tx:
             known = [row.id for row in tx.workers() if row.token.startswith(self.mark)]
         for worker in known:
             scheduler.receive(worker, self._guest)
 
+    def _identity(self, request: Request) -> Identity | None:
+        """Return who sends a request, if it is one of ours and from somebody who may."""
+        raise NotImplementedError
+
     def _join(self, info: WorkerInfo, token: str, remote: str) -> int:
         worker = self._farm.join(info, self.mark + token, remote)
         self._farm.receive(worker, self._guest)
         return worker
+
+    def _save(self, request: Request, name: str, to: Path) -> None:
+        """Save the file of a form that has this name."""
+        with open(to, "wb") as file:
+            for block in uploaded(request, name):
+                self._store.need(len(block))
+                file.write(block)
+
+    def _finish(self, worker: int, attempt: Attempt, image: Path, text: bytes, cost: Cost) -> None:
+        """Deliver all that was given, also where others were given its lower rows since."""
+        with self._store.read() as tx:
+            height = tx.job(attempt.job).pov.options.height
+        self._farm.finish(worker, attempt.lease, attempt.task, image, text, cost,
+                          attempt.given or height)
 
     def _fail(self, worker: int, attempt: Attempt, message: str, text: bytes = b"") -> None:
         if attempt.state == AttemptState.LIVE:
@@ -12284,12 +12409,15 @@ class Dialect:
         key = job.manifest
         if key not in self._portable:
             files = Manifest.from_wire(json.loads(tx.manifest(key))).files
-            self._portable[key] = all(
-                file.path.isascii() and file.after_frame is None for file in files)
+            self._portable[key] = all(file.path.isascii() for file in files)
         options = job.options
         return (self._portable[key] and not options.in_order and options.radiosity != "animation"
-                and options.slices in ("auto", "off", "1") and _renders_alike(job.pov_json)
-                and job.pov.options.output_type in self.formats)
+                and (options.slices in ("auto", "off", "1") or self._cuts(job))
+                and _renders_alike(job.pov_json) and job.pov.options.output_type in self.formats)
+
+    def _cuts(self, job: Job) -> bool:
+        """Tell whether clients can render slices of a job."""
+        return False
 
     def _entries(self, job: Job, manifest: Manifest,
                  top: str) -> Iterator[tuple[str, Path | bytes]]:
@@ -12319,42 +12447,21 @@ class Httpov(Dialect):
 
     def __init__(self, scheduler: Scheduler, access: Access) -> None:
         super().__init__(scheduler, access)
-        self._workers: dict[str, int] = {}  # by client: also one that was removed meanwhile
+        self._workers: dict[str, int] = {}  # by computer: also one that was removed meanwhile
+        self._holders: dict[str, str] = {}  # by lease: the client of its computer that has it
 
-    @route("GET", "/httpov.php", role="guest", secret="cgroup",
-           summary="What an HTTPov client asks")
-    @route("GET", "/<guest>/httpov.php", role="guest", secret="guest",
-           summary="What an HTTPov client asks")
-    @route("POST", "/httpov.php", role="guest", secret="cgroup", max_body=MAX_IMAGE,
+    @route("GET", "/httpov.php", role="anyone", summary="What an HTTPov client asks")
+    @route("GET", "/<key>/httpov.php", role="anyone", summary="What an HTTPov client asks")
+    @route("POST", "/httpov.php", role="anyone", max_body=MAX_IMAGE,
            summary="What an HTTPov client rendered")
-    @route("POST", "/<guest>/httpov.php", role="guest", secret="guest", max_body=MAX_IMAGE,
+    @route("POST", "/<key>/httpov.php", role="anyone", max_body=MAX_IMAGE,
            summary="What an HTTPov client rendered")
     def command(self, request: Request) -> Response:
         """Query: command, client, version; job and batch where there is one; cgroup."""
-        version = _CLIENT_VERSION.fullmatch(request.query.get("version", ""))
-        if version is None:
-            return _lines("command=sleep", "message=HTTPov client 1.0 or later required.")
-        command = request.query.get("command", "")
-        if command == "hello":
-            return _lines("message=HTTPov server version 0.8 ready.")
-        if command not in _COMMANDS:
-            return _lines("command=unknown")
-        missing = [name for name in _COMMANDS[command] if not request.query.get(name)]
-        if missing or not _CLIENT.fullmatch(request.query["client"]):
-            return _lines(f"error={' and '.join(missing) or 'client'} must be in the request")
-        worker = self._worker(request)
-        if worker is None:
-            return _lines("error=this client was removed from the farm")
-        answer = _lines(*getattr(self, f"_{command}")(request, worker))
-        if command == "getjob" and int(version[2]) < CLIENT_FEATURES:
-            answer.body = cast(bytes, answer.body) + (
-                f"message=HTTPov client {version[1]}.{CLIENT_FEATURES} or later recommended.\n"
-            ).encode()
-        return answer
+        return text_response("".join(f"{line}\n" for line in self._answer(request)))
 
     @route("GET", "/jobs/<name>.zip", role="anyone", summary="A job for HTTPov clients")
-    @route("GET", "/<guest>/jobs/<name>.zip", role="guest", secret="guest",
-           summary="A job for HTTPov clients")
+    @route("GET", "/<key>/jobs/<name>.zip", role="anyone", summary="A job for HTTPov clients")
     def archive(self, request: Request) -> Response:
         """The project in one directory, with a pov.ini that renders the job's frames."""
         name = request.params["name"]
@@ -12362,14 +12469,48 @@ class Httpov(Dialect):
         with self._store.read() as tx:
             job = tx.find_job(int(number[0])) if number else None
             if job is None or not hmac.compare_digest(name.encode(), self._name(job).encode()):
-                job = None
+                self._access.slow_down(request.remote)
             elif self._takes(tx, job):
                 manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
                 return stream_response(
                     zip_stream(self._entries(job, manifest, f"{name}/")), "application/zip")
-        if job is None:
-            self._access.slow_down(request.remote)
         raise ProtocolError(404, f"there is no {name}.zip here")
+
+    def _identity(self, request: Request) -> Identity | None:
+        """Return a guest for whoever shows the key, in the path or as the name of a group."""
+        if not request.path.endswith("/httpov.php"):
+            return None
+        key = request.params.get("key", request.query.get("cgroup", ""))
+        return GUEST if self._access.fits(key, self._access.guest_key, request.remote) else None
+
+    def _answer(self, request: Request) -> list[str]:
+        """Return the lines of an answer; a client prints one with ``error``, and ends."""
+        command = request.query.get("command", "")
+        if lines := self._problem(request, command):
+            return lines
+        if not (worker := self._worker(request)):
+            return (["command=sleep", "message=Too many clients work here."] if worker is None else
+                    ["error=this client was removed from the farm"])
+        lines = list(getattr(self, f"_{command}")(request, worker))
+        major, minor = request.query["version"].split(".")[:2]
+        if command == "getjob" and int(minor) < CLIENT_FEATURES:
+            lines.append(f"message=HTTPov client {major}.{CLIENT_FEATURES} or later recommended.")
+        return lines
+
+    def _problem(self, request: Request, command: str) -> list[str]:
+        """Return the lines for what is no command of a client that may come, or nothing."""
+        if request.identity != GUEST:
+            return ["error=the key is wrong: set HP_GROUP to the one that 'povfarm.py serve "
+                    "--httpov' prints"]
+        if not _CLIENT_VERSION.fullmatch(request.query.get("version", "")):
+            return ["command=sleep", "message=HTTPov client 1.0 or later required."]
+        if command not in _COMMANDS:
+            return ["message=HTTPov server version 0.8 ready." if command == "hello" else
+                    "command=unknown"]
+        missing = [name for name in _COMMANDS[command] if not request.query.get(name)]
+        if missing or not _CLIENT.fullmatch(request.query["client"]):
+            return [f"error={' and '.join(missing) or 'client'} must be in the request"]
+        return []
 
     # --- the commands
 
@@ -12392,9 +12533,16 @@ class Httpov(Dialect):
         if lease is None:
             return ["command=getjob"]
         with self._store.read() as tx:
-            frames = [attempt.frame for attempt in tx.attempts_of_lease(lease[0])]
-        return ["command=render", f"batch={lease[0]}", f"startframe={frames[0]}",
-                f"stopframe={frames[-1]}"]
+            attempts = tx.attempts_of_lease(lease[0])
+            first, region = attempts[0], tx.job(lease[1]).region
+            above = [part for part in tx.parts(first.parent or 0, TaskKind.SLICE)
+                     if part.top < first.top]
+        lines = ["command=render", f"batch={lease[0]}", f"startframe={first.frame}",
+                 f"stopframe={attempts[-1].frame}"]
+        if first.given:
+            lines += [f"slice={len(above)}", f"startrow={max(first.top, region.top) + 1}",
+                      f"endrow={min(first.given, region.bottom)}"]
+        return lines
 
     def _active(self, request: Request, worker: int) -> list[str]:
         self._farm.beat(worker, {request.query["batch"]: {}}, 0.0)
@@ -12404,16 +12552,18 @@ class Httpov(Dialect):
         attempts = self._attempts(request, worker)
         for attempt in attempts:
             self._fail(worker, attempt, "POV-Ray failed: the log is where the client runs")
-        if attempts:  # then the client ends
+        if attempts and not self._farm.grants.of_worker(worker):  # then the client ends
             self._farm.leave(worker)
         return ["status=error"]
 
     def _postbatch(self, request: Request, worker: int) -> list[str]:
-        attempts = self._attempts(request, worker)
-        if all(attempt.state in (AttemptState.DONE, AttemptState.KEPT) for attempt in attempts):
-            return ["status=error"]
+        """What a client delivers a second time changes nothing."""
+        attempts = [attempt for attempt in self._attempts(request, worker)
+                    if attempt.state not in (AttemptState.DONE, AttemptState.KEPT)]
+        if not attempts:
+            return [f"status={'ok' if self._attempts(request, worker) else 'error'}"]
         with self._store.incoming() as place:
-            images, text, problem = self._images(request, place)
+            images, text, problem = self._images(request, place, attempts[0])
             wall = (self._farm.clock.time() - attempts[0].started) / len(attempts)
             cost, good = Cost(max(wall, 0.0), max(wall, 0.0)), True
             for attempt in attempts:
@@ -12421,8 +12571,7 @@ class Httpov(Dialect):
                 try:
                     if attempt.frame not in images:
                         raise ImageError(missing)
-                    self._farm.finish(worker, attempt.lease, attempt.task,
-                                      images[attempt.frame], text, cost)
+                    self._finish(worker, attempt, images[attempt.frame], text, cost)
                 except ImageError as error:
                     self._fail(worker, attempt, str(error), text)
                     good = False
@@ -12431,21 +12580,28 @@ class Httpov(Dialect):
     # --- inside
 
     def _worker(self, request: Request) -> int | None:
-        """Return the worker that a client is, None when it was removed."""
-        client = request.query["client"]
+        """Return the worker that a client's computer is, 0 when it was removed; None for one too
+        many.
+
+        What fails on a computer fails there again, whatever number the next client has.
+        """
+        computer, group = request.query["client"].rpartition(":")[0], request.query.get("cgroup")
+        tags = (one_line(group)[:100],) if group not in (None, "", self._access.guest_key) else ()
+        info = WorkerInfo(computer, 1, 0, "HTTPov", {}, tags)
         with self._joining:  # it may ask twice at the same time
             with self._store.read() as tx:
-                row = (tx.worker(self._workers[client]) if client in self._workers
-                       else tx.worker_by_token(self.mark + client))
-            if row is not None:
-                self._workers[client] = row.id
-                return None if row.state == WorkerState.REMOVED else int(row.id)
-            live = self._farm.live_workers()
-            if sum(worker in live for worker in self._workers.values()) >= MAX_GUESTS:
-                raise ProtocolError(429, "too many clients work here", Retry_After="30")
-            info = WorkerInfo(client.replace(":", "-"), 1, 0, "HTTPov", {})
-            worker = self._workers[client] = self._join(info, client, request.remote)
-            return worker
+                known = self._workers.get(computer, 0)
+                row = tx.find_worker(known) or tx.worker_by_token(self.mark + computer)
+            if row is not None and row.token.startswith("removed "):
+                return 0
+            if row is None or row.state is WorkerState.REMOVED:  # it was forgotten
+                live = self._farm.live_workers()
+                if sum(worker in live for worker in self._workers.values()) >= MAX_GUESTS:
+                    return None
+                self._workers[computer] = self._join(info, computer, request.remote)
+            elif self._workers.setdefault(computer, row.id) and row.tags_json != json.dumps(tags):
+                self._farm.rejoin(row.id, info, request.remote)
+            return self._workers[computer]
 
     def _lease(self, request: Request, worker: int, job: int) -> tuple[str, int] | None:
         """Return lease and job of what a client is to render, of this job or any (0).
@@ -12453,37 +12609,66 @@ class Httpov(Dialect):
         What it has not delivered yet comes first: the answer to an earlier
         request was lost, or it only knows of the job so far.
         """
-        for grant in self._farm.grants.of_worker(worker):
-            if job in (0, grant.job):
+        client, grants = request.query["client"], self._farm.grants
+        for grant in grants.of_worker(worker):
+            if job in (0, grant.job) and self._holders.setdefault(grant.id, client) == client:
                 self._farm.beat(worker, {grant.id: {}}, 0.0)
                 return grant.id, grant.job
         leases = self._farm.lease(worker, Offer(1, 1, 1, job), 0.0, request.alive)
-        return (leases[0].id, leases[0].job) if leases else None
+        if not leases:
+            return None
+        self._holders = {lease: holder for lease, holder in self._holders.items()
+                         if grants.get(lease)}
+        self._holders[leases[0].id] = client
+        return leases[0].id, leases[0].job
 
-    def _images(self, request: Request, place: Path) -> tuple[dict[int, Path], bytes, str]:
+    def _cuts(self, job: Job) -> bool:
+        """Tell whether the rows of the PPM that clients make of a slice are those of the PNG.
+
+        That has no alpha and no mark of a gamma. What slices share is not in their reach.
+        """
+        values = job.pov.values
+        return (not {"radiosity", "photons"}.intersection(job.pov.uses)
+                and "On" not in map(values.get, ("Output_Alpha", "Dither", "Grayscale_Output"))
+                and "File_Gamma" not in values
+                and values.get("Bits_Per_Color", "8") in ("8", "16"))
+
+    def _images(self, request: Request, place: Path,
+                first: Attempt) -> tuple[dict[int, Path], bytes, str]:
         """Return the pictures of an upload by their frames, the log, and what is wrong with it."""
         images, text = {}, b""
         try:
-            with open(place / "zip", "wb") as file:
-                for block in uploaded(request, "filedata"):
-                    self._store.need(len(block))
-                    file.write(block)
+            self._save(request, "filedata", place / "zip")
             files = unpack_files(place / "zip", place / "files", MAX_IMAGE)
-        except UserError as error:
+            for name, path in files.items():
+                number = re.search(r"_([0-9]{1,9})\.(png|ppm)$", name)
+                if number and path and number[2] == "png" and not first.given:
+                    images[int(number[1])] = path
+                elif number and path and number[2] == "ppm" and first.given:
+                    images[first.frame] = self._strip(first, path)
+                elif re.search(r"batchreport(_[0-9]+)?\.txt$", name) and path:
+                    with open(path, "rb") as report:
+                        text = report.read(MAX_LOG)
+        except (UserError, ImageError) as error:
             return {}, b"", f"{error}"
-        for name, path in files.items():
-            number = re.search(r"_([0-9]{1,9})\.png$", name)
-            if number and path:
-                images[int(number[1])] = path
-            elif name.endswith("batchreport.txt") and path:
-                with open(path, "rb") as report:
-                    text = report.read(MAX_LOG)
         return images, text, ""
 
-    def _attempts(self, request: Request, worker: int) -> list[Attempt]:
+    def _strip(self, attempt: Attempt, picture: Path) -> Path:
+        """Return the rows of a slice as a PNG; a client's picture has all rows of its frame."""
         with self._store.read() as tx:
-            return [attempt for attempt in tx.attempts_of_lease(request.query["batch"])
-                    if attempt.worker == worker]
+            options = tx.job(attempt.job).pov.options
+        depth, strip = int(options.values.get("Bits_Per_Color", 8)), picture.with_suffix(".strip")
+        with self._store.gate.outside():
+            png_of_ppm(picture, (options.width, options.height), depth,
+                       range(attempt.top, attempt.given), strip)
+        return strip
+
+    def _attempts(self, request: Request, worker: int) -> list[Attempt]:
+        """Return the tries of a client's batch; none of another's of its computer."""
+        batch, client = request.query["batch"], request.query["client"]
+        with self._store.read() as tx:
+            return [attempt for attempt in tx.attempts_of_lease(batch) if attempt.worker == worker
+                    and self._holders.get(batch, client) == client]
 
     def _name(self, job: Job) -> str:
         """Return what clients call a job: nobody can guess it who was not told."""
@@ -12532,10 +12717,6 @@ def client_ini(pov: PovJob) -> str:
         declares += [f"final_frame={number}", "initial_clock=0", "final_clock=0"]
     library = [place for place in pov.library if place != STANDARD]
     return to_ini(values, declares, library)
-
-
-def _lines(*lines: str) -> Response:
-    return text_response("".join(f"{line}\n" for line in lines))
 
 
 def uploaded(request: Request, name: str) -> Iterator[bytes]:
@@ -12591,7 +12772,6 @@ class Sheepit(Dialect):
         super().__init__(scheduler, access)
         self._admin = secret_hash(key)
         self._archives: dict[int, str] = {}  # by job: the MD5 of its archive
-        access.dialects.append(self._identity)
 
     @route("GET", "/server/<what>.php", role="anyone", summary="What a SheepIt client asks")
     @route("POST", "/server/<what>.php", role="anyone", max_body=MAX_IMAGE,
@@ -12696,13 +12876,9 @@ class Sheepit(Dialect):
         wall = float(_numeral(values.get("rendertime", "")) or 0)
         memory = (_numeral(values.get("memoryused", "")) or 0) * 1000
         with self._store.incoming() as place:
-            with open(place / "image", "wb") as file:
-                for block in uploaded(request, "file"):
-                    self._store.need(len(block))
-                    file.write(block)
+            self._save(request, "file", place / "image")
             try:
-                self._farm.finish(worker, attempt.lease, attempt.task, place / "image", b"",
-                                  Cost(wall, wall, memory))
+                self._finish(worker, attempt, place / "image", b"", Cost(wall, wall, memory))
                 return _Said(0)
             except ImageError as error:
                 self._fail(worker, attempt, str(error))
@@ -18057,8 +18233,10 @@ def status(options: Options) -> int:
 
 @command("workers", "[remove NAME|ID]", "show the workers, or remove one", ("talk",))
 def workers(options: Options) -> int:
-    """Print the workers and what they do."""
+    """Print the workers and what they do, or what was done."""
     client = _coordinator(options)
+    if options.totals:
+        return _show_totals(client, options)
     views = client.get("/api/v1/workers")["workers"]
     if options.rest:
         return _remove_worker(client, views, options)
@@ -18071,6 +18249,17 @@ def workers(options: Options) -> int:
         rows += [view["reason"]] if "reason" in view else []
     _show(options, views, _table(rows, 1) if views else
           _typed("no worker has joined: start one with 'povfarm.py work'"))
+    return 0
+
+
+def _show_totals(client: Client, options: Options) -> int:
+    totals, texts = client.get("/api/v1/totals"), []
+    for kind, views in totals.items():
+        rows = [(kind[:-1], "frames", "time", "failed tries")]
+        rows += [(view["name"] or "-", f"{view['frames']:,.1f}".removesuffix(".0"),
+                  format_duration(view["wall"]), f"{view['failures']:,}") for view in views]
+        texts.append(_table(rows, 0))
+    _show(options, totals, "\n\n".join(texts))
     return 0
 
 
