@@ -5999,7 +5999,7 @@ def worker_secret(key: str, farm_id: str, ticket: str) -> str:
 # by the function that Router is given. Deadlines here are the real time's, not a
 # Clock's: they bound what a socket may cost.
 
-ROLES = ("anyone", "reader", "person", "submit", "user", "pending", "worker", "guest", "admin")
+ROLES = ("anyone", "reader", "person", "submit", "user", "pending", "worker", "admin")
 BODY_LIMIT = 1 << 20  # bytes that a request's body may have where its route says nothing
 _SOON = 0.02  # seconds that a thread stays with a connection for its next request
 _DRAIN_LIMIT = 1 << 16  # an unread body up to this size is read away to keep the connection

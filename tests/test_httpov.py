@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import io
 import os
+import random
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
@@ -21,12 +25,12 @@ from helpers.base import ROOT, need, run_povray
 from helpers.clients import ANIMATION, PART
 from helpers.farm_in_a_box import KEY, SCENE, Farm, manifest, pov_job
 from helpers.invariants import broken
-from helpers.pictures import png
+from helpers.pictures import chunk, png, png_file, png_rows
 from povfarm import Coordinator, Httpov, JobOptions, PovJob, Router
 
 WHO = "client=anna:17&version=1.2"
 OTHER = "client=bob:4&version=2.2"
-ZEROS = "0" * 32
+RECORDED = ROOT / "tests" / "data" / "httpov"
 
 
 class OldFarm(Farm):
@@ -114,17 +118,21 @@ def test_the_key_is_in_the_path_or_the_name_of_the_group(farm: OldFarm) -> None:
                 200, b"message=HTTPov server version 0.8 ready.\n"), target
 
 
-def test_any_other_key_is_not_found_and_slowed_down(farm: OldFarm) -> None:
-    def took(target: str, key: Optional[str] = None) -> float:
+def test_any_other_key_is_told_where_it_belongs_and_slowed_down(farm: OldFarm) -> None:
+    """Both clients print a line with error, and end; what is not 200 makes one try for minutes."""
+    def took(target: str) -> float:
         began = farm.clock.mono
-        assert farm.ask("GET", target, key=key, remote="10.0.0.66").status == 404
+        reply = farm.ask("GET", target, key=None, remote="10.0.0.66")
+        assert (reply.status, reply.body) == ((404, reply.body) if target[:6] == "/jobs/" else (
+            200, b"error=the key is wrong: set HP_GROUP to the one that 'povfarm.py serve --httpov' "
+            b"prints\n"))
         return farm.clock.mono - began
 
     wrong = [f"/{KEY}/httpov.php?command=hello&{WHO}", f"/httpov.php?command=hello&{WHO}",
              f"/httpov.php?command=hello&{WHO}&cgroup={KEY}",
              f"/{farm.guest_key[:-1]}/httpov.php?command=hello&{WHO}",
              f"/x/httpov.php?command=hello&{WHO}&cgroup={farm.guest_key}", "/jobs/1-ball-abc.zip"]
-    assert [took(target, KEY) for target in wrong[:5]] == [0] * 5
+    assert [took(target) for target in wrong[:5]] == [0] * 5
     assert [took(target) > 0 for target in wrong] == [True] * 6
     assert farm.ask("GET", "/api/v1/jobs", key=farm.guest_key).status == 401
 
@@ -241,13 +249,20 @@ def test_a_batch_is_of_the_job_that_the_client_has(farm: OldFarm) -> None:
 
 
 def test_clients_are_workers_of_their_own(farm: OldFarm) -> None:
-    farm.submit(3)
-    for who in (WHO, OTHER, WHO, "client=anna:18&version=1.2"):
+    job = farm.submit(3)
+    for who in (WHO, OTHER, WHO, f"{OTHER}&cgroup=attic"):
         farm.get("getjob", who)
     views = farm.ask("GET", "/api/v1/workers").json()["workers"]
-    assert [(view["name"], view["system"], view["state"]) for view in views] == [
-        ("anna-17", "HTTPov", "working"), ("bob-4", "HTTPov", "working"),
-        ("anna-18", "HTTPov", "working")]
+    assert [(view["name"], view["system"], view["state"], view["tags"]) for view in views] == [
+        ("anna", "HTTPov", "working", []), ("bob", "HTTPov", "working", ["attic"])]
+    second = fields(farm.get(f"getbatch&job={job}", "client=anna:18&version=1.2"))
+    assert second["startframe"] == "3" and farm.states(job) == ["leased"] * 3
+    assert {one: fields(farm.get(f"getbatch&job={job}", f"client=anna:{one}&version=1.2"))
+            ["startframe"] for one in (17, 18)} == {17: "1", 18: "3"}
+    farm.get(f"abortbatch&job={job}&batch={second['batch']}")  # another one's of its computer
+    assert farm.states(job) == ["leased"] * 3
+    farm.get(f"abortbatch&job={job}&batch={second['batch']}", "client=anna:18&version=1.2")
+    assert farm.states(job) == ["leased", "leased", "queued"] and len(farm.scheduler.live_workers()) == 2
     for secret in ("HTTPov anna:17", "anna:17"):  # nobody is let in by a name
         assert farm.ask("GET", "/api/v1/farm", key=secret).status == 401
     farm.scheduler.remove_worker(views[0]["id"])
@@ -295,7 +310,7 @@ def test_a_second_upload_changes_nothing(farm: OldFarm) -> None:
     before = farm.tasks(job)
     again = {"N_frame_00000001/N_1.png": png(99)}
     assert farm.get(f"active&job=0&batch={batch}") == "status=ok\n"
-    assert farm.post(batch, again, job=0) == farm.post(batch, again) == "status=error\n"
+    assert farm.post(batch, again, job=0) == farm.post(batch, again) == "status=ok\n"
     assert farm.tasks(job) == before
     assert farm.ask("GET", f"/api/v1/jobs/{job}/frames/1/image").body == png(1)
 
@@ -440,25 +455,28 @@ def test_frames_that_failed_together_are_tried_one_by_one(farm: OldFarm) -> None
     assert last > first + 1
     assert farm.get(f"abortbatch&job={job}&batch={batch['batch']}") == "status=error\n"
     assert {farm.task(job, frame).tries for frame in range(first, last + 1)} == {1}
-    for cid in range(20, 20 + last - first + 1):  # a client that is started again is another one
-        one = farm.batch(job, f"client=anna:{cid}&version=1.2")
-        assert one["startframe"] == one["stopframe"] == str(first + cid - 20)
-    after = farm.batch(job, "client=anna:50&version=1.2")
-    assert int(after["startframe"]) == last + 1
+    after = []
+    while not after or after[-1]:
+        farm.get(f"getjob&client=c{len(after)}:1&version=1.2", "")
+        batch = fields(farm.get(f"getbatch&job={job}&client=c{len(after)}:1&version=1.2", ""))
+        after.append(range(int(batch.get("startframe", 1)), int(batch.get("stopframe", 0)) + 1))
+    assert after[0][0] == last + 1  # what failed comes last, and alone
+    assert after[-1 - (last - first + 1):] == [
+        *(range(frame, frame + 1) for frame in range(first, last + 1)), range(1, 1)]
 
 
 def test_a_client_that_failed_has_ended_and_nobody_waits_for_it(farm: OldFarm) -> None:
-    job, worker = farm.submit(2), farm.worker()
+    job, worker = farm.submit(2), farm.worker("ours")
     batch = farm.batch(job)
     farm.get(f"abortbatch&job={job}&batch={batch['batch']}", OTHER)  # not its own: nothing happens
     assert len(farm.scheduler.live_workers()) == 3
     farm.get(f"abortbatch&job={job}&batch={batch['batch']}")
     views = farm.ask("GET", "/api/v1/workers").json()["workers"]
     assert {view["name"]: view["state"] for view in views} == {
-        "anna": "idle", "anna-17": "gone", "bob-4": "idle"}
+        "ours": "idle", "anna": "gone", "bob": "idle"}
     assert farm.render(worker, job) == [1, 2]
     log = farm.ask("GET", f"/api/v1/jobs/{job}/frames/1/log").body.decode()
-    assert "frame 1 on anna-17: failed: POV-Ray failed" in log
+    assert "frame 1 on anna: failed: POV-Ray failed" in log
 
 
 # --- which jobs
@@ -466,7 +484,7 @@ def test_a_client_that_failed_has_ended_and_nobody_waits_for_it(farm: OldFarm) -
 @pytest.mark.parametrize("values, options, uses, files", [
     ({"Output_File_Type": "J"}, {}, (), {}), ({"Output_File_Type": "P"}, {}, (), {}),
     ({"Frame_Step": "2"}, {}, (), {}), ({}, {"in_order": True}, (), {}),
-    ({}, {"slices": "3"}, (), {}), ({}, {"radiosity": "animation"}, ("radiosity",), {}),
+    ({"Height": "600", "Output_Alpha": "On"}, {"slices": "3"}, (), {}), ({}, {"radiosity": "animation"}, ("radiosity",), {}),
     ({}, {}, ("own-output",), {}), ({}, {}, ("photons", "load_file a.ph"), {}),
     ({}, {}, (), {"\u00fc.inc": b""}), ({"Input_File_Name": "\u00fc.pov"}, {}, (), {}),
     ({"Initial_Frame": "5", "Final_Frame": "5"}, {}, (), {}),
@@ -497,7 +515,7 @@ def test_a_job_of_which_files_would_be_found_elsewhere_is_not_given_to_them(
     assert farm.get("getjob") == "command=sleep\n"
 
 
-def test_a_job_whose_files_come_and_go_is_not_given_to_them(farm: OldFarm) -> None:
+def test_a_job_whose_files_come_later_is_given_to_them_with_all_of_them(farm: OldFarm) -> None:
     for after in (None, 2):
         files = [povfarm.FileEntry("scene.pov", povfarm.hashlib.sha256(SCENE).hexdigest(),
                                    len(SCENE), 1.0, after)]
@@ -506,14 +524,17 @@ def test_a_job_whose_files_come_and_go_is_not_given_to_them(farm: OldFarm) -> No
         for sha256 in missing:
             farm.scheduler.put_blob(sha256, [SCENE])
     assert farm.get("getbatch&job=1").startswith("command=render\n")
-    assert farm.get("getbatch&job=2") == "command=getjob\n"
+    assert farm.get("getbatch&job=2", OTHER).startswith("command=render\n")
 
 
 BIG = {"Width": "4", "Height": "600"}
 
 
-def test_clients_get_no_slices_and_leave_frames_to_be_sliced(farm: OldFarm) -> None:
-    job = farm.submit(3, values=BIG)
+ALPHA = {**BIG, "Output_Alpha": "On"}
+
+
+def test_clients_get_no_slices_with_alpha_and_leave_frames_to_be_sliced(farm: OldFarm) -> None:
+    job = farm.submit(3, values=ALPHA)
     ours = [farm.worker(name) for name in ("anna", "berta", "carla", "dora")]
     for worker in ours:
         farm.lease(worker)
@@ -526,7 +547,7 @@ def test_clients_get_no_slices_and_leave_frames_to_be_sliced(farm: OldFarm) -> N
 
 
 def test_a_slice_does_not_wait_for_a_client(farm: OldFarm) -> None:
-    job = farm.submit(1, values=BIG, slices="2")
+    job = farm.submit(1, values=ALPHA, slices="2")
     worker = farm.worker()
     farm.get("getjob")
     lease = farm.lease(worker)
@@ -545,6 +566,137 @@ def test_a_frame_to_compare_does_not_wait_for_a_client_that_never_gets_it(farm: 
     image = farm_bmp()
     farm.finish(worker, lease, image=image)
     assert farm.states(job)[0] == "done"
+
+
+# --- slices
+
+def ppm(rows: bytes, width: int = 4, height: int = 600, most: int = 255, form: int = 6) -> bytes:
+    """A picture as POV-Ray writes it with +FP, of rows that may be fewer than it has."""
+    size = width * height * (3 if form == 6 else 2) * (1 + (most > 255))
+    return (b"P%d\n# Software: POV-Ray 3.7.0.10.unofficial\n%d %d\n%d\n"
+            % (form, width, height, most)) + rows.ljust(size, b"\0")
+
+
+def noise(rows: int, width: int = 4, size: int = 3) -> bytes:
+    return random.Random(rows).randbytes(rows * width * size)
+
+
+def strip(rows: bytes, bits: int = 8) -> bytes:
+    """What one of ours delivers of a slice."""
+    step = 4 * 3 * bits // 8
+    filtered = b"".join(b"\0" + rows[at:at + step] for at in range(0, len(rows), step))
+    return png_file(
+        chunk(b"IHDR", struct.pack(">IIBBBBB", 4, len(rows) // step, bits, 2, 0, 0, 0)),
+        chunk(b"gAMA", struct.pack(">I", 45455)), chunk(b"IDAT", zlib.compress(filtered)),
+        chunk(b"IEND", b""))
+
+
+def sliced(picture: bytes, number: int = 0, report: bytes = b"printed") -> Dict[str, bytes]:
+    return {f"N_frame_00000000/slice_{number:04d}.ppm": picture,
+            f"N_frame_00000000/batchreport_{number:04d}.txt": report}
+
+
+@pytest.mark.parametrize("bits, size", [("8", 3), ("16", 6)])
+def test_clients_render_slices_of_one_picture_with_ours(bits: str, size: int, farm: OldFarm) -> None:
+    job = farm.submit(1, values={**BIG, "Bits_Per_Color": bits}, slices="3")
+    first, most = farm.get("getjob") and farm.get(f"getbatch&job={job}"), (1 << int(bits)) - 1
+    assert re.fullmatch("command=render\nbatch=[0-9a-f]{32}\nstartframe=0\nstopframe=0\nslice=0\n"
+                        "startrow=1\nendrow=200\n", first), first
+    second = farm.get(f"getbatch&job={job}", OTHER)
+    assert second.endswith("\nslice=1\nstartrow=201\nendrow=400\n")
+    assert farm.get(f"getbatch&job={job}", OTHER) == second
+    worker, rows = farm.worker("ours"), noise(600, size=size)
+    mine = farm.lease(worker)
+    assert (mine.tasks[0].top, mine.tasks[0].bottom) == (400, 600)
+    step = 4 * size
+    for text, top, bottom, who in ((second, 200, 400, OTHER), (first, 0, 200, WHO)):
+        farm.clock.advance(5)
+        picture = ppm(bytes(top * step) + rows[top * step:bottom * step], most=most)
+        assert farm.post(fields(text)["batch"], sliced(picture), who) == "status=ok\n"
+    farm.finish(worker, mine, image=strip(rows[400 * step:], int(bits)))
+    assert farm.states(job) == ["done"]
+    image = farm.ask("GET", f"/api/v1/jobs/{job}/frames/0/image").body
+    assert b"".join(png_rows(image)) == rows
+    log = farm.ask("GET", f"/api/v1/jobs/{job}/frames/0/log").body.decode()
+    assert "frame 0, rows 0 to 199 on anna: done\nprinted" in log
+    totals = farm.ask("GET", "/api/v1/totals").json()["computers"]
+    assert {view["name"]: round(3 * view["frames"], 6) for view in totals} == {
+        "anna": 1, "bob": 1, "ours": 1}
+
+
+@pytest.mark.parametrize("picture, words", [
+    (ppm(b"")[:-1], "ends too early"), (ppm(b"") + b"x", "goes on"), (b"", "empty"),
+    (ppm(b"", height=200), "4 x 200 pixels, not 4 x 600"), (ppm(b"", width=5), "5 x 600"),
+    (ppm(b"", most=65535), "three colours of 8 bits"), (ppm(b"", most=31), "three colours of 8 bits"),
+    (ppm(b"", form=5), "three colours of 8 bits"), (png(1, height=600), "not a PPM"),
+])
+def test_a_slice_that_is_wrong_costs_a_try(picture: bytes, words: str, farm: OldFarm) -> None:
+    job = farm.submit(1, values=BIG, slices="2")
+    batch = farm.batch(job)["batch"]
+    assert farm.post(batch, sliced(picture)) == "status=error\n"
+    failure = farm.ask("GET", f"/api/v1/jobs/{job}").json()["failure"]
+    assert words in failure["message"] and farm.states(job) == ["queued"]
+
+
+def test_whole_frames_are_no_slices_and_slices_no_frames(farm: OldFarm) -> None:
+    job = farm.submit(1, values=BIG, slices="2")
+    assert farm.post(farm.batch(job)["batch"], {"N_0.png": png(1, height=600)}) == "status=error\n"
+    other = farm.submit(2, values=BIG, slices="off", priority=9)
+    batch = farm.batch(other, OTHER)["batch"]
+    assert farm.post(batch, sliced(ppm(b"")), OTHER, other) == "status=error\n"
+    assert farm.states(job) == ["queued"] and farm.states(other) == ["queued", "queued"]
+
+
+def test_slices_are_of_the_rows_that_are_asked_for(farm: OldFarm) -> None:
+    """The first and the last have what is outside of them, which the client leaves black."""
+    job = farm.submit(1, values={**BIG, "Start_Row": "101", "End_Row": "500"}, slices="2")
+    rows, found = noise(600), []
+    for who in (WHO, OTHER):
+        batch = farm.batch(job, who)
+        found.append((batch["startrow"], batch["endrow"]))
+        top, bottom = int(batch["startrow"]) - 1, int(batch["endrow"])
+        picture = ppm(bytes(12 * top) + rows[12 * top:12 * bottom])
+        assert farm.post(batch["batch"], sliced(picture), who) == "status=ok\n"
+    assert found == [("101", "300"), ("301", "500")]
+    image = farm.ask("GET", f"/api/v1/jobs/{job}/frames/0/image").body
+    assert b"".join(png_rows(image)) == bytes(1200) + rows[1200:6000] + bytes(1200)
+
+
+def test_anti_aliased_slices_begin_with_a_block(farm: OldFarm) -> None:
+    job = farm.submit(1, values={**BIG, "Antialias": "On"}, slices="7")
+    ends = []
+    for number in range(7):
+        batch = farm.batch(job, f"client=c{number}:1&version=1.2")
+        assert (int(batch["startrow"]) - 1) % 32 == 0
+        ends.append(int(batch["endrow"]))
+    assert ends[-1] == 600
+
+
+def test_a_slice_of_which_others_got_the_lower_rows_is_taken_with_all_of_them(farm: OldFarm) -> None:
+    job, ours, rows = farm.submit(1, values=BIG), list(map(farm.worker, "abc")), noise(600)
+    batch = farm.batch(job, OTHER)
+    top, bottom = int(batch["startrow"]) - 1, int(batch["endrow"])
+    grant = next(iter(farm.scheduler.grants))
+    for part in (0.1, 0.2):
+        farm.scheduler.beat(grant.worker, {grant.id: dict.fromkeys(grant.portions, part)}, 0.0)
+        farm.clock.advance(20)
+    for worker in ours * 20:
+        farm.beat(worker)
+        for lease in farm.leases(worker) if not grant.cut else ():
+            task = lease.tasks[0]
+            if not grant.cut:
+                farm.finish(worker, lease, image=strip(rows[12 * task.top:12 * task.bottom]))
+    assert grant.cut
+    assert grant.cut[1] < bottom
+    assert fields(farm.get(f"getbatch&job={job}", OTHER)) == batch, "it knows nothing of that"
+    picture = ppm(bytes(12 * top) + rows[12 * top:12 * bottom])
+    assert farm.post(batch["batch"], sliced(picture), OTHER) == "status=ok\n"
+    assert farm.states(job) == ["done"]
+    image = farm.ask("GET", f"/api/v1/jobs/{job}/frames/0/image").body
+    assert b"".join(png_rows(image)) == rows
+    frames = {view["name"]: view["frames"] for view in farm.ask(
+        "GET", "/api/v1/totals").json()["computers"]}
+    assert frames["bob"] == (bottom - top) / 600 and sum(frames.values()) == pytest.approx(1)
 
 
 def farm_bmp() -> bytes:
@@ -570,7 +722,6 @@ def test_an_archive_is_one_directory_and_always_the_same_bytes(farm: OldFarm) ->
     one = farm.ask("GET", f"/jobs/{name}.zip", key=None)
     two = farm.ask("GET", f"/{farm.guest_key}/jobs/{name}.zip", key=None)
     assert one.status == two.status == 200 and one.body == two.body
-    assert farm.ask("GET", f"/{ZEROS}/jobs/{name}.zip", key=None).status == 404
     with zipfile.ZipFile(io.BytesIO(one.body)) as archive:
         assert archive.testzip() is None
         assert archive.namelist() == [f"{name}/{path}" for path in (
@@ -617,6 +768,79 @@ def test_what_the_clients_own_ini_file_might_say_is_said(farm: OldFarm) -> None:
     ini = povfarm.client_ini(PovJob({"Input_File_Name": "a.pov"}, (), (povfarm.STANDARD,), "."))
     assert {"Antialias=Off", "Width=160", "Height=120", "Output_To_File=On"} <= set(
         ini.splitlines())
+
+
+# --- recorded conversations
+
+def told(sock: socket.socket) -> bytes:
+    """The body of an answer."""
+    with sock, http.client.HTTPResponse(sock) as answer:
+        answer.begin()
+        return answer.read()
+
+
+@pytest.mark.parametrize("name", ["bash-sliced", "python-sliced"])
+def test_a_recorded_client_is_answered_as_it_was(name: str, tmp_path: Path) -> None:
+    """Byte for byte, but for the numbers of batches, the name of the job, and the key."""
+    project, farm = {}, Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False, httpov=True)
+    packed = (RECORDED / name / "02-archive.response").read_bytes().partition(b"\r\n\r\n")[2]
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        for path in archive.namelist():
+            if not path.endswith(("/", ".ini")):
+                project[path.partition("/")[2]] = archive.read(path)
+    pov = PovJob({"Input_File_Name": "scene.pov", "Output_File_Name": "ball", "Width": "64",
+                  "Height": "64", "Initial_Frame": "0", "Final_Frame": "1", "Antialias": "On",
+                  "Antialias_Threshold": "0.3"}, (), (povfarm.STANDARD,), ".")
+    farm.scheduler.submit("ball", "admin", pov, manifest(project), JobOptions(slices="2"))
+    for data in project.values():
+        farm.scheduler.put_blob(povfarm.hashlib.sha256(data).hexdigest(), [data])
+    farm.start()
+    key, batch, calls, rows = farm.access.guest_key.encode(), b"", 0, {0: b"", 1: b""}
+    known = {b"ball": b"ball"}
+    try:
+        for path in sorted((RECORDED / name).glob("*.request")):
+            data = path.read_bytes()
+            recorded = path.with_suffix(".response").read_bytes().partition(b"\r\n\r\n")[2]
+            data = (data.replace(b" /", b" /" + key + b"/", 1) if name == "bash-sliced" else
+                    data.replace(b"cgroup=attic", b"cgroup=" + key, 1))
+            data = re.sub(rb"&batch=\d+", b"&batch=" + batch, data, count=1)
+            data = data.replace(b"/ball.zip", b"/" + known[b"ball"] + b".zip", 1)
+            sock = socket.create_connection(("127.0.0.1", farm.port), timeout=30)
+            sock.sendall(data)
+            answer = told(sock)
+            found = re.search(rb"batch=(\w+)", answer)
+            batch = found[1] if found else batch
+            if "archive" in path.name:
+                with zipfile.ZipFile(io.BytesIO(answer)) as archive:
+                    assert {one.partition("/")[2]: archive.read(one) for one in archive.namelist()
+                            if not one.endswith(("/", ".ini"))} == project
+                continue
+            if answer.startswith(b"command=getbatch"):
+                known[b"ball"] = answer.split()[2][5:]
+                recorded = recorded.replace(b"ball", known[b"ball"]).replace(
+                    b"frames=2", b"frames=1")  # of which only the number of digits counts
+            calls += 1
+            assert answer == re.sub(rb"batch=\d+", b"batch=" + batch, recorded), path.name
+            if b"filedata" in data:
+                edge = re.search(rb"boundary=(\S+)", data)
+                assert edge
+                body = data.partition(b"\r\n\r\n")[2].partition(b"\r\n\r\n")[2]
+                with zipfile.ZipFile(io.BytesIO(body[:body.rfind(b"\r\n--" + edge[1])])) as archive:
+                    sent = next(one for one in archive.namelist() if one.endswith(".ppm"))
+                    frame, number = int(sent[11:19]), int(sent[-8:-4])
+                    pixels = archive.read(sent)[-64 * 64 * 3:]
+                    rows[frame] = rows[frame][:6144 * number] + pixels[6144 * number:][:6144]
+        with farm.store.read() as tx:
+            assert [task.state for task in tx.tasks(1)] == ["done", "done"]
+            views = {view["name"]: view for view in farm.api.views.workers(tx)}
+        assert views["host1"]["tags"] == (["attic"] if name == "bash-sliced" else [])
+        assert calls == {"bash-sliced": 11, "python-sliced": 12}[name]
+        assert broken(farm.scheduler) == []
+    finally:
+        farm.stop()
+    for frame in (0, 1):
+        image = (tmp_path / "data" / "jobs" / "1-ball" / f"ball{frame}.png").read_bytes()
+        assert b"".join(png_rows(image)) == rows[frame]
 
 
 # --- a client's own steps, with the real POV-Ray

@@ -8,6 +8,7 @@ import socket
 import sqlite3
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterator, List, Mapping, Tuple
+from urllib.parse import parse_qsl
 
 import pytest
 
@@ -34,11 +35,10 @@ READER, PENDING = frozenset({"reader"}), frozenset({"reader", "pending"})
 WORKER, ADMIN = PENDING | {"worker"}, READER | {"person", "submit", "user", "admin"}
 USER, VIEWER = ADMIN - {"admin"}, READER | {"person"}
 PROGRAM = READER | {"submit"}  # like a stranger, it looks only where everybody may
-GUEST = READER | {"guest"}  # its key is in the address of its own routes, and nowhere else
 # What each kind of sender may be; None is a key that is refused wherever it is shown.
 SENDERS: Dict[str, Any] = {
     "nobody": READER, "worker asking to join": PENDING, "worker": WORKER, "another worker": WORKER,
-    "HTTPov client": GUEST, "admin": ADMIN, "browser": ADMIN, "browser that logged out": READER, "made-up cookie": READER,
+    "HTTPov client": READER, "admin": ADMIN, "browser": ADMIN, "browser that logged out": READER, "made-up cookie": READER,
     "made-up key": None, "removed worker": None, "made-up worker": None,
     "user": USER, "viewer": VIEWER, "submitting program": PROGRAM, "browser of a user": USER,
     "browser of a viewer": VIEWER, "somebody under another's name": None, "removed person": None,
@@ -133,12 +133,12 @@ class House:
     def send(self, method: str, path: str, who: str, body: bytes = b"",
              **headers: str) -> Response:
         target = path
-        path, _, group = path.partition("?cgroup=")
+        path, _, query = path.partition("?")
         fields = {"host": "127.0.0.1", "content-type": "application/json", **self.headers[who],
                   **self.signer.headers(self.keys.get(who), method, target, body),
                   **{name.replace("_", "-"): value for name, value in headers.items()}}
         place = place_of(self.access, fields.get("cookie", ""))
-        return self.router.handle(Request(method, place + path, {"cgroup": group}, fields,
+        return self.router.handle(Request(method, place + path, dict(parse_qsl(query)), fields,
                                           BodyReader.of(body), target=target))
 
     def truth(self) -> Tuple[Any, ...]:
@@ -191,10 +191,9 @@ def knock(house: House, who: str, private: bool) -> int:
     roles: FrozenSet[str] = SENDERS[who]
     house.spy()
     for bound in house.router.routes:
-        method, guest = bound.route.method, bound.route.role == "guest"
-        path = example(bound)
-        if who == "HTTPov client":
-            path = example(bound, guest=house.access.guest_key)
+        method = bound.route.method
+        # Its key is good at its own routes alone, where others are refused in its own words.
+        path = example(bound, **({"key": house.access.guest_key} if who == "HTTPov client" else {}))
         first = next(one for one in house.router.routes
                      if one.route.method == method and one.regex.fullmatch(path))
         house.entered.clear()
@@ -209,7 +208,7 @@ def knock(house: House, who: str, private: bool) -> int:
             continue
         assert house.entered == [], place
         refusal = 401 if roles is None or who in (*STRANGERS, "browser of a removed person") else 403
-        assert response.status == (404 if guest else refusal), place
+        assert response.status == refusal, place
     return len(house.router.routes)
 
 
@@ -232,7 +231,8 @@ def test_each_role_is_used_and_every_change_needs_one(house: House) -> None:
     # RenderOnline's clients are refused in their own words, which the next test looks at.
     assert {one.pattern for one in routes if one.role == "anyone" and one.method != "GET"} == {
         "/api/v1/hello", "/api/v1/workers", "/api/v1/users/come", "/renderapi/v1/<what>",
-        "/server/<what>.php"}  # for these clients, test_sheepit.py does
+        "/server/<what>.php",  # for these clients, test_sheepit.py does
+        "/httpov.php", "/<key>/httpov.php"}
     assert not [one for one in routes if one.role == "reader" and one.method != "GET"]
 
 
@@ -249,6 +249,21 @@ def test_renderonlines_routes_are_for_its_tokens_alone(who: str, house: House) -
     tried("calls of RenderOnline without a token", len(calls), let_in=0)
     right = povfarm.online_token(house.coordinator.key, "eve", 5.0)
     assert house.send("GET", "/renderapi/v1/info", who, email="eve", token=right).status == 200
+
+
+@pytest.mark.parametrize("who", SENDERS)
+def test_httpovs_routes_are_for_its_key_alone(who: str, house: House) -> None:
+    before, right = house.truth(), house.access.guest_key
+    query = "client=a:1&version=1.2&job=1&batch=1"
+    for command in ("hello", "getjob", "getbatch", "postbatch", "abortbatch", "active", "dance"):
+        for method in ("GET", "POST"):
+            for path in ("/httpov.php", f"/{right[::-1]}/httpov.php"):
+                answer = house.send(method, f"{path}?command={command}&{query}", who)
+                refused = SENDERS[who] is None or b"error=the key is wrong: set HP_GROUP" in (
+                    answer.body if isinstance(answer.body, bytes) else b"")
+                tried("commands of HTTPov without its key", let_in=not refused)
+                assert refused, (command, answer)
+    assert house.truth() == before
 
 
 def test_a_key_in_another_scheme_or_place_is_none(house: House) -> None:
@@ -336,9 +351,8 @@ def test_a_browser_changes_nothing_without_the_token_of_a_form(house: House) -> 
             path = example(bound, **values)
             for body in (b"", b"token=", b"token=" + other.encode(), b"token=%FF"):
                 answer = house.send(bound.route.method, path, "browser", body, content_type=form)
-                refusal = 404 if bound.route.role == "guest" else 403
-                tried("forms without their token", let_in=answer.status != refusal)
-                assert answer.status == refusal, (path, body)
+                tried("forms without their token", let_in=answer.status != 403)
+                assert answer.status == 403, (path, body)
     assert house.truth() == before
     assert "user" in house.access.identify(
         request_of(house.access, house.headers["browser"])).roles, "it is still logged in"

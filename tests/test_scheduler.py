@@ -1819,9 +1819,9 @@ def test_what_scenes_wrote_lives_as_long_as_their_job(farm: Farm) -> None:
 # --- workers of other systems
 
 def guest(farm: Farm, name: str = "old", takes: Callable[[Any, Any], bool] = lambda tx, job: True,
-          ) -> int:
+          cuts: bool = False) -> int:
     worker = farm.worker(name)
-    farm.scheduler.receive(worker, povfarm.Guest(130.0, takes))
+    farm.scheduler.receive(worker, povfarm.Guest(130.0, 40.0, takes, lambda job: cuts))
     return worker
 
 
@@ -1871,6 +1871,113 @@ def test_frames_are_not_sliced_for_the_sake_of_guests(farm: Farm) -> None:
     farm.submit(1, values=BIG)
     farm.worker()
     assert farm.lease(guest(farm)).tasks[0].kind is povfarm.TaskKind.FRAME
+
+
+def test_a_guest_that_has_nothing_is_gone_sooner(farm: Farm) -> None:
+    farm.submit(1)
+    old, idle = guest(farm), guest(farm, "idle")
+    farm.lease(old)
+    assert not farm.leases(idle)
+    for seconds, there in ((39, {old, idle}), (2, {old}), (88, {old}), (2, set())):
+        farm.clock.advance(seconds)
+        assert farm.scheduler.live_workers() == there
+
+
+def test_a_guest_that_can_gets_slices_as_ours_do(farm: Farm) -> None:
+    job = farm.submit(1, values=BIG, slices="2")
+    old, worker, whole = guest(farm, cuts=True), farm.worker(), guest(farm, "whole")
+    lease = farm.lease(old)
+    assert (lease.tasks[0].kind, lease.tasks[0].top, lease.tasks[0].bottom) == (
+        povfarm.TaskKind.SLICE, 0, 300)
+    assert farm.leases(whole) == []
+    farm.fail(old, lease)
+    assert farm.lease(worker).tasks[0].top == 0 and farm.lease(old).tasks[0].top == 300
+    assert farm.states(job) == ["leased"]
+
+
+def test_what_a_guest_failed_comes_last_until_it_fails_all(farm: Farm) -> None:
+    farm.submit(9)
+    frames = []
+    for name in ("a", "b", "c"):
+        one = guest(farm, name)
+        lease = farm.lease(one)
+        farm.fail(one, lease)
+        farm.scheduler.leave(one)
+        frames.append(lease.tasks[0].frame)
+    assert frames == [1, 2, 3]
+    last = guest(farm, "d")
+    rest = list(iter(lambda: [task.frame for lease in farm.leases(last) for task in lease.tasks], []))
+    assert [frame for some in rest for frame in some] == [4, 5, 6, 7, 8, 9, 1, 2, 3]
+    assert rest[-3:] == [[1], [2], [3]]
+
+
+def test_guests_that_fail_everything_find_out_that_the_scene_is_bad(farm: Farm) -> None:
+    job, some = farm.submit(50), [guest(farm, name) for name in "abcd"]
+    for _ in range(20):
+        for one in some:
+            for lease in farm.leases(one):
+                farm.fail(one, lease)
+    assert farm.state(job) == "paused" and farm.states(job).count("failed") == 3
+
+
+def test_a_guest_that_is_long_gone_is_forgotten_but_not_what_it_did(farm: Farm) -> None:
+    farm.submit(2)
+    info = povfarm.WorkerInfo("attic", 1, 0, "HTTPov", {}, ("roof",))
+    old, idle = (farm.scheduler.join(info, f"HTTPov {name}", "::1") for name in ("a", "b"))
+    ours = farm.worker()
+    lease = farm.lease(old)
+    farm.finish(old, lease)
+
+    def known(seconds: float) -> List[int]:
+        farm.clock.advance(seconds)
+        farm.leases(idle, wait=0)  # it goes on asking
+        farm.scheduler.tidy()
+        with farm.store.read() as tx:
+            return [row.id for row in tx.workers()]
+
+    assert known(povfarm.KEEP_GUESTS - 1) == [old, idle, ours]
+    assert known(2) == [idle, ours]
+    totals = farm.ask("GET", "/api/v1/totals").json()
+    assert totals["computers"] == [{"name": "attic", "frames": 1.0, "wall": 1.0, "failures": 0}]
+    assert "attic" in farm.ask("GET", "/api/v1/jobs/1/frames/1/log").body.decode()
+    assert farm.scheduler.join(info, "HTTPov a", "::1") not in (old, idle, ours)
+
+
+# --- what was done so far
+
+def test_totals_tell_who_did_what(farm: Farm) -> None:
+    job = farm.submit(3)
+    some = [farm.scheduler.join(povfarm.WorkerInfo(name, 1, 0, "", {}, tags), name * 64, "::1")
+            for name, tags in (("ann", ("roof", "night")), ("eve@roof-pc", ()), ("bob@roof-pc", ("roof",)))]
+    for one in some:
+        farm.finish(one, farm.lease(one), cpu=2.5)
+    sliced = farm.submit(1, values=BIG, slices="4")
+    for one, rows in ((some[0], 3), (some[1], 1)):
+        for _ in range(rows):
+            lease = farm.lease(one)
+            farm.finish(one, lease, image=png(1, height=150))
+    bad = farm.submit(1)
+    lease = farm.lease(some[2])
+    farm.clock.advance(7)
+    farm.fail(some[2], lease)
+    farm.scheduler.delete(job)
+    farm.scheduler.remove_worker(some[2])
+    assert farm.state(sliced) == "done" and farm.state(bad) == "active"
+    totals = farm.ask("GET", "/api/v1/totals").json()
+    assert {kind: [tuple(view.values()) for view in views] for kind, views in totals.items()} == {
+        "workers": [("ann", 1.75, 5.5, 0), ("eve@roof-pc", 1.25, 3.5, 0),
+                    ("bob@roof-pc", 1.0, 9.5, 1)],
+        "computers": [("roof-pc", 2.25, 13.0, 1), ("ann", 1.75, 5.5, 0)],
+        "groups": [("roof", 2.75, 15.0, 1), ("night", 1.75, 5.5, 0), ("", 1.25, 3.5, 0)]}
+
+
+def test_nobody_knows_when_a_job_is_done_that_nobody_renders(farm: Farm) -> None:
+    job, worker = farm.submit(3), farm.worker()
+    farm.finish(worker, farm.lease(worker))
+    farm.clock.advance(10)
+    assert farm.ask("GET", f"/api/v1/jobs/{job}").json()["eta"] is None
+    farm.lease(worker)
+    assert farm.ask("GET", f"/api/v1/jobs/{job}").json()["eta"] == 20.0
 
 
 @pytest.mark.slow

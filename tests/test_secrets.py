@@ -47,7 +47,8 @@ def key_of_guests(farm: Farm, right: bool) -> bool:
     router = Router(farm.api, Httpov(farm.scheduler, farm.access), authenticate=farm.access.identify)
     key = farm.access.guest_key if right else farm.access.guest_key[::-1]
     query = {"command": "getjob", "client": "anna:1", "version": "1.2"}
-    return router.handle(Request("GET", f"/{key}/httpov.php", query, {"host": "box"})).status == 200
+    answer = router.handle(Request("GET", f"/{key}/httpov.php", query, {"host": "box"}))
+    return answer.body == b"command=sleep\n"
 
 
 def answer_of_a_beacon(farm: Farm, right: bool) -> bool:

@@ -644,7 +644,7 @@ def test_all_that_render_share_one_job(tmp_path: Path) -> None:
         for lease in farm.leases(ours):
             for index in range(len(lease.tasks)):
                 farm.finish(ours, lease, index)
-        who = "client=anna:17&version=1.2"
+        who = "client=attic:17&version=1.2"
         farm.ask("GET", f"{server}?command=getjob&{who}", key=None)
         batch = farm.ask("GET", f"{server}?command=getbatch&job={job}&{who}", key=None).body
         found = re.search(rb"batch=(\w+)\nstartframe=(\d+)\nstopframe=(\d+)", batch)
@@ -660,7 +660,7 @@ def test_all_that_render_share_one_job(tmp_path: Path) -> None:
     for row in farm.tasks(job):
         assert [state for _, state in farm.attempts(row.id)] == ["done"], row.frame
     names = {name for row in farm.tasks(job) for name, _ in farm.attempts(row.id)}
-    assert names == {"anna", "anna-17", "admin@host1"}
+    assert names == {"anna", "attic", "admin@host1"}
     farm.close()
 
 
