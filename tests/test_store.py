@@ -155,6 +155,8 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "put_person": lambda tx: tx.put_person(
         povfarm.Person("anna", povfarm.Role.USER, "t", "{}", 1.0)),
     "forget_worker": lambda tx: tx.forget_worker(1),
+    "forget_guest": lambda tx: tx.forget_guest(1),
+    "count_work": lambda tx: tx.count_work(1, 1.0, 1.0),
     "drop_person": lambda tx: tx.drop_person("anna"),
     "begin_turn": lambda tx: tx.begin_turn("anna", 0),
     "set_aside": lambda tx: tx.set_aside(1, "odd"),
