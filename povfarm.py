@@ -11732,15 +11732,13 @@ class Newcomer(Wired):
 class Api:
     """The routes of /api/v1. ``routes`` is set once the router has them all."""
 
-    def __init__(self, scheduler: Scheduler, access: Access, name: str,
-                 admit_private: bool) -> None:
+    def __init__(self, scheduler: Scheduler, access: Access, name: str) -> None:
         self.routes: Sequence[BoundRoute] = ()
         self.views = Views(scheduler)
         self._farm = scheduler
         self._store = scheduler.store
         self._access = access
         self.name = name
-        self._admit_private = admit_private
         self._started = scheduler.clock.monotonic()
 
     # --- looking
@@ -11960,107 +11958,7 @@ class Api:
         self._farm.delete(request.params["job"], request.identity.name)
         return Response(204)
 
-    @route("POST", "/api/v1/workers/admit", role="admin", takes=Code,
-           summary="Admit a pending worker")
-    def admit(self, request: Request) -> Response:
-        """Body: code, as the worker shows it."""
-        return json_response({"name": self._farm.admit(
-            fields_of(Code, request.json())["code"], request.identity.name)})
-
-    @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
-    def remove_worker(self, request: Request) -> Response:
-        """Take its work back and let it in no more."""
-        self._farm.remove_worker(request.params["worker"], request.identity.name)
-        return Response(204)
-
-    @route("POST", "/api/v1/login", role="person", summary="Make a login link")
-    def login_link(self, request: Request) -> Response:
-        """Answer the path of a link that logs one browser in, as whoever asks for it."""
-        return json_response({"path": f"/login/{self._access.login_code(request.identity.name)}"})
-
-    # --- people
-
-    @route("GET", "/api/v1/users", role="person", summary="The people")
-    def users(self, request: Request) -> Response:
-        """Everybody with role, limits and what they have; to others than the admin themselves."""
-        everybody = "admin" in request.identity.roles
-        with self._store.read() as tx:
-            return json_response({"users": [
-                {"name": row.name, "role": row.role, "added": row.added,
-                 "limits": vars(self._farm.people.allowance(tx, row.name)),
-                 "jobs": has.jobs, "frames": has.frames, "kept": has.space}
-                for row in tx.people() for has in [tx.usage(row.name)]
-                if everybody or row.name == request.identity.name]})
-
-    @route("POST", "/api/v1/users", role="admin", takes=Newcomer, summary="Add a person, or invite")
-    def add_user(self, request: Request) -> Response:
-        """Body: name, role, limits, ticket, uses. Both ends make the key, or where there are
-        ``uses`` and no name the code, of the farm's key and the ticket."""
-        one = Newcomer.from_wire(request.json())
-        self._access.add(one.name, one.role, one.limits, one.ticket, one.uses,
-                         request.identity.name)
-        return Response(204)
-
-    @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
-           summary="Come by an invitation")
-    def come(self, request: Request) -> Response:
-        """Body: name, ticket, share, and a proof, which is made of the code. Answers ours."""
-        return json_response(self._access.come(
-            **fields_of(Comer, request.json()), remote=request.remote), 201)
-
-    @route("PATCH", "/api/v1/users/<name>", role="admin", summary="Change a person's limits")
-    def change_user(self, request: Request) -> Response:
-        """Body: any of the limits."""
-        limits = checked(want({"limits": request.json()}, "limits", dict), ALLOWANCES)
-        self._farm.people.change(request.params["name"], limits, request.identity.name)
-        return Response(204)
-
-    @route("DELETE", "/api/v1/users/<name>", role="admin", summary="Remove a person")
-    def remove_user(self, request: Request) -> Response:
-        """Its key is good for nothing from now on, nor are its workers'; the jobs stay."""
-        who = request.identity.name
-        for worker in self._farm.people.remove(request.params["name"], who):
-            self._farm.remove_worker(worker, who)
-        return Response(204)
-
-    @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello,
-           summary="Prove to each other that a secret is known")
-    def hello(self, request: Request) -> Response:
-        """Body: who (``farm`` for the farm key, or the ``who`` of a worker), nonce.
-
-        Answers the coordinator's proof, and the name of a session for signing requests.
-        """
-        hello = fields_of(Hello, request.json())
-        if len(hello["who"]) > 100 or not re.fullmatch("[0-9a-f]{32,64}", hello["nonce"]):
-            raise UserError("a nonce has 32 to 64 hexadecimal digits")
-        return json_response(self._access.hello(hello["who"], hello["nonce"]))
-
     # --- working
-
-    @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, takes=WorkerInfo,
-           summary="Join as a worker")
-    def join(self, request: Request) -> Response:
-        """Body: name, cores, memory, system, engines, tags. Answers id, admitted.
-
-        With the farm key, and a ticket of 32 letters and digits or more, it is admitted at
-        once: its secret is made of both. A known worker is the same worker again. Without,
-        it sends a commitment, gets share and nonce, sends its own, and is pending: see
-        ``Pairing``. The same again is answered with the same worker.
-        """
-        wire = request.json()
-        info = WorkerInfo.from_wire(wire)
-        if worker := request.identity.worker:
-            self._farm.rejoin(worker, info, request.remote)
-            return json_response({"id": worker, "admitted": "worker" in request.identity.roles})
-        if not {"admin", "user"} & request.identity.roles:
-            return self._pair(request, info, fields_of(Pair, wire))
-        ticket = want(wire, "ticket", str)
-        if not re.fullmatch("[A-Za-z0-9_-]{32,100}", ticket):
-            raise UserError("a ticket has 32 to 100 letters and digits")
-        secret = self._access.secret_for(request.identity.name, ticket)
-        worker = self._farm.join(info, secret_hash(secret), request.remote,
-                                 who=request.identity.name)
-        return json_response({"id": worker, "admitted": True}, 201)
 
     @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, summary="Ask for work")
     def lease(self, request: Request) -> Response:
@@ -12183,25 +12081,6 @@ class Api:
 
     # --- inside
 
-    def _pair(self, request: Request, info: WorkerInfo, pair: Mapping[str, str]) -> Response:
-        """Answer one of the two requests of a worker that has no key."""
-        share, nonce = pair["share"], pair["nonce"]
-        if not share:
-            self._access.slow_down(request.remote)
-            self._farm.make_room(request.remote)
-        mine = self._access.pairings.of(pair["commitment"], begin=not share)
-        if not share:
-            return json_response({"share": mine.share, "nonce": mine.nonce})
-        if secret_hash(f"{share} {nonce}") != pair["commitment"]:
-            raise UserError("this is not what the commitment was made of")
-        secret, code = mine.agree(share, [self._access.farm_id, self._access.pin, info.name,
-                                          share, nonce, mine.share, mine.nonce])
-        address = ipaddress.ip_address(request.remote.partition("%")[0])
-        admitted = self._admit_private and any(address in network for network in _PRIVATE)
-        worker = self._farm.join(info, secret_hash(secret), request.remote,
-                                 "" if admitted else code)
-        return json_response({"id": worker, "admitted": admitted}, 201)
-
     @contextlib.contextmanager
     def _delivered(self, request: Request, log_size: int = 0
                    ) -> Iterator[tuple[tuple[int, str, int], bytes, Path | bytes]]:
@@ -12244,6 +12123,136 @@ class Api:
                 yield f"id: {after}\nevent: change\ndata: {data}\n\n".encode()
             if not events:
                 yield b""
+
+
+class Entrance:
+    """The routes under /api/v1 by which people and workers come in, and are shown out."""
+
+    def __init__(self, scheduler: Scheduler, access: Access, admit_private: bool) -> None:
+        self._farm = scheduler
+        self._access = access
+        self._admit_private = admit_private
+
+    @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello,
+           summary="Prove to each other that a secret is known")
+    def hello(self, request: Request) -> Response:
+        """Body: who (``farm`` for the farm key, or the ``who`` of a worker), nonce.
+
+        Answers the coordinator's proof, and the name of a session for signing requests.
+        """
+        hello = fields_of(Hello, request.json())
+        if len(hello["who"]) > 100 or not re.fullmatch("[0-9a-f]{32,64}", hello["nonce"]):
+            raise UserError("a nonce has 32 to 64 hexadecimal digits")
+        return json_response(self._access.hello(hello["who"], hello["nonce"]))
+
+    @route("POST", "/api/v1/login", role="person", summary="Make a login link")
+    def login_link(self, request: Request) -> Response:
+        """Answer the path of a link that logs one browser in, as whoever asks for it."""
+        return json_response({"path": f"/login/{self._access.login_code(request.identity.name)}"})
+
+    # --- people
+
+    @route("GET", "/api/v1/users", role="person", summary="The people")
+    def users(self, request: Request) -> Response:
+        """Everybody with role, limits and what they have; to others than the admin themselves."""
+        everybody = "admin" in request.identity.roles
+        with self._farm.store.read() as tx:
+            return json_response({"users": [
+                {"name": row.name, "role": row.role, "added": row.added,
+                 "limits": vars(self._farm.people.allowance(tx, row.name)),
+                 "jobs": has.jobs, "frames": has.frames, "kept": has.space}
+                for row in tx.people() for has in [tx.usage(row.name)]
+                if everybody or row.name == request.identity.name]})
+
+    @route("POST", "/api/v1/users", role="admin", takes=Newcomer, summary="Add a person, or invite")
+    def add_user(self, request: Request) -> Response:
+        """Body: name, role, limits, ticket, uses. Both ends make the key, or where there are
+        ``uses`` and no name the code, of the farm's key and the ticket."""
+        one = Newcomer.from_wire(request.json())
+        self._access.add(one.name, one.role, one.limits, one.ticket, one.uses,
+                         request.identity.name)
+        return Response(204)
+
+    @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
+           summary="Come by an invitation")
+    def come(self, request: Request) -> Response:
+        """Body: name, ticket, share, and a proof, which is made of the code. Answers ours."""
+        return json_response(self._access.come(
+            **fields_of(Comer, request.json()), remote=request.remote), 201)
+
+    @route("PATCH", "/api/v1/users/<name>", role="admin", summary="Change a person's limits")
+    def change_user(self, request: Request) -> Response:
+        """Body: any of the limits."""
+        limits = checked(want({"limits": request.json()}, "limits", dict), ALLOWANCES)
+        self._farm.people.change(request.params["name"], limits, request.identity.name)
+        return Response(204)
+
+    @route("DELETE", "/api/v1/users/<name>", role="admin", summary="Remove a person")
+    def remove_user(self, request: Request) -> Response:
+        """Its key is good for nothing from now on, nor are its workers'; the jobs stay."""
+        who = request.identity.name
+        for worker in self._farm.people.remove(request.params["name"], who):
+            self._farm.remove_worker(worker, who)
+        return Response(204)
+
+    # --- workers
+
+    @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, takes=WorkerInfo,
+           summary="Join as a worker")
+    def join(self, request: Request) -> Response:
+        """Body: name, cores, memory, system, engines, tags. Answers id, admitted.
+
+        With the farm key, and a ticket of 32 letters and digits or more, it is admitted at
+        once: its secret is made of both. A known worker is the same worker again. Without,
+        it sends a commitment, gets share and nonce, sends its own, and is pending: see
+        ``Pairing``. The same again is answered with the same worker.
+        """
+        wire = request.json()
+        info = WorkerInfo.from_wire(wire)
+        if worker := request.identity.worker:
+            self._farm.rejoin(worker, info, request.remote)
+            return json_response({"id": worker, "admitted": "worker" in request.identity.roles})
+        if not {"admin", "user"} & request.identity.roles:
+            return self._pair(request, info, fields_of(Pair, wire))
+        ticket = want(wire, "ticket", str)
+        if not re.fullmatch("[A-Za-z0-9_-]{32,100}", ticket):
+            raise UserError("a ticket has 32 to 100 letters and digits")
+        secret = self._access.secret_for(request.identity.name, ticket)
+        worker = self._farm.join(info, secret_hash(secret), request.remote,
+                                 who=request.identity.name)
+        return json_response({"id": worker, "admitted": True}, 201)
+
+    @route("POST", "/api/v1/workers/admit", role="admin", takes=Code,
+           summary="Admit a pending worker")
+    def admit(self, request: Request) -> Response:
+        """Body: code, as the worker shows it."""
+        return json_response({"name": self._farm.admit(
+            fields_of(Code, request.json())["code"], request.identity.name)})
+
+    @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
+    def remove_worker(self, request: Request) -> Response:
+        """Take its work back and let it in no more."""
+        self._farm.remove_worker(request.params["worker"], request.identity.name)
+        return Response(204)
+
+    def _pair(self, request: Request, info: WorkerInfo, pair: Mapping[str, str]) -> Response:
+        """Answer one of the two requests of a worker that has no key."""
+        share, nonce = pair["share"], pair["nonce"]
+        if not share:
+            self._access.slow_down(request.remote)
+            self._farm.make_room(request.remote)
+        mine = self._access.pairings.of(pair["commitment"], begin=not share)
+        if not share:
+            return json_response({"share": mine.share, "nonce": mine.nonce})
+        if secret_hash(f"{share} {nonce}") != pair["commitment"]:
+            raise UserError("this is not what the commitment was made of")
+        secret, code = mine.agree(share, [self._access.farm_id, self._access.pin, info.name,
+                                          share, nonce, mine.share, mine.nonce])
+        address = ipaddress.ip_address(request.remote.partition("%")[0])
+        admitted = self._admit_private and any(address in network for network in _PRIVATE)
+        worker = self._farm.join(info, secret_hash(secret), request.remote,
+                                 "" if admitted else code)
+        return json_response({"id": worker, "admitted": admitted}, 201)
 
 
 def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
@@ -13653,7 +13662,7 @@ class Pages:
     def remove(self, request: Request) -> Response:
         """Take its work back and let it in no more."""
         self._access.check_form(request)
-        self._api.remove_worker(request)
+        self._farm.remove_worker(request.params["worker"], request.identity.name)
         return redirect("/")
 
     @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
@@ -14695,7 +14704,8 @@ class Coordinator:
         self.scheduler = Scheduler(self.store, self.clock, lease_time, allowance)
         self.access = Access(self.store, self.key, private, self.clock, self.scheduler.people,
                              self.pin)
-        self.api = Api(self.scheduler, self.access, self.name, admit_private)
+        self.api = Api(self.scheduler, self.access, self.name)
+        entrance = Entrance(self.scheduler, self.access, admit_private)
         pages = Pages(self.api, self.scheduler, self.access, self.pin, typed)
         dialects: list[object] = [Httpov(self.scheduler, self.access)] if httpov else []
         dialects += [Sheepit(self.scheduler, self.access, self.key)] if sheepit else []
@@ -14703,7 +14713,7 @@ class Coordinator:
         if renderonline:
             online = RenderOnline(self.scheduler, self.access, self.key, renderonline)
             dialects, identify = [*dialects, online], online.identify
-        self.router = Router(self.api, pages, *dialects, authenticate=identify,
+        self.router = Router(self.api, entrance, pages, *dialects, authenticate=identify,
                              hosts=_own_names(hosts), error_page=pages.error_page,
                              gate=self.store.gate)
         self.api.routes = self.router.routes

@@ -56,7 +56,7 @@ class Farm:
             tx.set_meta("farm_id", "0123456789abcdef")
         self.scheduler = Scheduler(self.store, Clock())
         self.access = Access(self.store, "k" * 64, private, Clock(), self.scheduler.people)
-        self.api = Api(self.scheduler, self.access, "the attic", False)
+        self.api = Api(self.scheduler, self.access, "the attic")
         pages = Pages(self.api, self.scheduler, self.access)
         self.router = Router(self.api, pages, authenticate=self.access.identify,
                              error_page=pages.error_page)

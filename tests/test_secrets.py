@@ -44,7 +44,8 @@ def code_of_a_worker(farm: Farm, right: bool) -> bool:
 
 
 def key_of_guests(farm: Farm, right: bool) -> bool:
-    router = Router(farm.api, Httpov(farm.scheduler, farm.access), authenticate=farm.access.identify)
+    router = Router(farm.api, farm.entrance, Httpov(farm.scheduler, farm.access),
+                    authenticate=farm.access.identify)
     key = farm.access.guest_key if right else farm.access.guest_key[::-1]
     query = {"command": "getjob", "client": "anna:1", "version": "1.2"}
     answer = router.handle(Request("GET", f"/{key}/httpov.php", query, {"host": "box"}))

@@ -63,7 +63,7 @@ class Flock(Farm):
     def __init__(self, root: Path, *args: Any, **more: Any) -> None:
         super().__init__(root, *args, **more)
         self.sheepit = Sheepit(self.scheduler, self.access, KEY)
-        self.router = Router(self.api, self.sheepit, authenticate=self.access.identify)
+        self.router = Router(self.api, self.entrance, self.sheepit, authenticate=self.access.identify)
 
     def restarted(self) -> Flock:
         again = super().restarted()
@@ -634,7 +634,8 @@ def test_all_that_render_share_one_job(tmp_path: Path) -> None:
     """Ours, HTTPov's and SheepIt's, in turns: every frame once."""
     farm = Flock(tmp_path / "data")
     httpov = povfarm.Httpov(farm.scheduler, farm.access)
-    farm.router = Router(farm.api, farm.sheepit, httpov, authenticate=farm.access.identify)
+    farm.router = Router(farm.api, farm.entrance, farm.sheepit, httpov,
+                         authenticate=farm.access.identify)
     job, ours, sheep = farm.submit(30), farm.worker(), [farm.client(), farm.client()]
     server, done = f"/{farm.access.guest_key}/httpov.php", 0
     while farm.state(job) == "active":

@@ -22,6 +22,7 @@ from povfarm import (
     BodyReader,
     Clock,
     Cost,
+    Entrance,
     FileEntry,
     FileSlice,
     JobOptions,
@@ -112,8 +113,9 @@ class Farm:
         self.scheduler = Scheduler(self.store, self.clock, lease_time,
                                    allowance or povfarm.Allowance())
         self.access = Access(self.store, KEY, private, self.clock, self.scheduler.people)
-        self.api = Api(self.scheduler, self.access, "box", admit_private)
-        self.router = Router(self.api, authenticate=self.access.identify)
+        self.api = Api(self.scheduler, self.access, "box")
+        self.entrance = Entrance(self.scheduler, self.access, admit_private)
+        self.router = Router(self.api, self.entrance, authenticate=self.access.identify)
         self.api.routes = self.router.routes
         self.signer = signer_of(self.access)
 
