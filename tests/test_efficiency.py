@@ -198,3 +198,7 @@ def test_the_load_of_strangers_who_are_gone_tells_nothing() -> None:
     assert load.is_good(figures)
     for name in ("held", "lease_seconds_median", "memory", "memory_before"):
         assert not load.is_good({**figures, name: 0}), name
+    looks = {"pages": 9, "beat_seconds_median": 0.01, "beat_seconds_99": 0.02, "memory": 40e6}
+    assert load.looks_good(looks)
+    for name in looks:
+        assert not load.looks_good({**looks, name: 0}), name

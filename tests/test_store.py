@@ -165,7 +165,6 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "count_task": lambda tx: tx.count_task(1, TaskState.QUEUED, TaskState.LEASED),
     "set_task_state": lambda tx: tx.set_task_state(1, TaskState.QUEUED, TaskState.LEASED),
     "set_task_result": lambda tx: tx.set_task_result(1, 1, HELLO, 5, Cost(), 1.0),
-    "make_void": lambda tx: tx.make_void(1),
     "set_tries": lambda tx: tx.set_tries(1, 1),
     "add_lease": lambda tx: tx.add_lease("L", 1, 1, [1], 1.0),
     "end_lease": lambda tx: tx.end_lease("L", 1, "why", 1.0),

@@ -612,7 +612,7 @@ def main() -> int:
         number, let_in = attack(Path(scratch), net, tell=print)
     print(*let_in, sep="\n")
     print(f"tried {number:,}, let in {len(let_in)} ({time.monotonic() - began:.0f} s)")
-    return 1 if let_in else 0
+    return 0 if number and not let_in else 1
 
 
 if __name__ == "__main__":
