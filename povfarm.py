@@ -1175,8 +1175,7 @@ class PovOptions:
     @property
     def scene(self) -> str:
         """The scene file as it was written; ``UserError`` when none was named."""
-        scene = self.values.get("Input_File_Name", "")
-        if not scene:
+        if not (scene := self.values.get("Input_File_Name", "")):
             raise UserError("no scene: name a .pov file, or an INI file with Input_File_Name in it")
         return scene
 
@@ -1624,8 +1623,7 @@ class _CommandLine:
         wanted = True
         while True:
             text.take(_LINES if text.path else _BLANKS)
-            char = text.peek()
-            if not char:
+            if not (char := text.peek()):
                 return
             if text.path and char == "[":
                 name = text.take(_SECTION)[1:].rstrip("]")
@@ -3152,10 +3150,9 @@ def read_zip(path: Path, into: Path) -> None:
             with _zip_of(path) as archive:
                 _unpack(archive, unpacked, path.stat().st_size)
             unpacked.rename(into)
-    except OSError as error:
-        raise UserError(f"{path} cannot be unpacked: {error.strerror or error}") from None
-    except UserError as error:
-        raise UserError(f"{path} cannot be unpacked: {error}") from None
+    except (OSError, UserError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be unpacked: {why}") from None
 
 
 def find_project(path: Path) -> Path:
@@ -3399,8 +3396,7 @@ class _Search:
         if "\\" in name and os.name != "nt":
             return ": write its directories with forward slashes"
         for directory in [*self.directories, *self._standard]:
-            other = _other_case(directory, name) if directory else None
-            if other:
+            if directory and (other := _other_case(directory, name)):
                 return f": there is '{other}', so mind capital and small letters"
         if beside != self.cwd and is_file(beside / name):
             return f", but in {beside}: go there first, or add +L{beside}"
@@ -3648,8 +3644,7 @@ class _Scan:
 
     def text(self, path: str, local: Path) -> Path | bytes:
         """Return a file, or what it says when it names others of the tree by their whole paths."""
-        names = self.new_names(path)
-        if not names:
+        if not (names := self.new_names(path)):
             return local
         data = local.read_bytes()
         for old, new in names.items():
@@ -3673,8 +3668,7 @@ class _Scan:
             return False, f"'{name}' is {self._search.places()}{also}{hint}"
         if found.place == _OWN:
             return False, f"'{name}' is POV-Ray's own here, and that computer's has none"
-        why = self._reach.forbids(found.local)
-        if why:
+        if why := self._reach.forbids(found.local):
             return False, (f"{found.path} is here but was not sent, because it is {why}: copy it "
                            "into the project, or name its directory with --root or +L")
         if self._listing is None:
@@ -3799,8 +3793,7 @@ class _Scan:
         """Take the file along, for the run's own directory, that the scene appends to."""
         for read in _garbled(name.text):
             self.uses.add(f"append {read}" if name.whole else f"appends {read}")
-            found = self._search.find("string", read, here_only=True) if name.whole else None
-            if found:
+            if name.whole and (found := self._search.find("string", read, here_only=True)):
                 self._accept(found, read, True, [], False)
 
     def _refer(self, kind: str, name: str, path: Path | None, line: int, certain: bool) -> None:
@@ -3952,8 +3945,7 @@ class _Flow:
                 self._values[f"{calls[-1]} "].add(given)
             self._mentions[self._macros[-1][1]].add(word)
             how, start = _file_use(words, index)
-            name = self._name(start) if how else None
-            if name:
+            if how and (name := self._name(start)):
                 self._use(how, name)
 
     def _use(self, how: str, name: _Name) -> None:
@@ -4292,8 +4284,7 @@ class _Listing:
             return "it is an image that this job makes"
         if str(path.parent) in self.folders and not _JUNK.fullmatch(path.name):
             return "a .bsac file leaves it out"
-        listed = [folder for folder in path.parents if str(folder) in self.folders]
-        if listed:
+        if any(str(folder) in self.folders for folder in path.parents):
             return "hidden files, and images that povfarm has made, are not sent"
         return "it is not below the scene's or the current directory"
 
@@ -6207,8 +6198,7 @@ class _Form:
         return head.decode("utf-8", "replace")
 
     def _next(self) -> bytes:
-        block = next(self._blocks, b"")
-        if not block:
+        if not (block := next(self._blocks, b"")):
             raise UserError("the form that the client sent ends too early")
         return block
 
@@ -6829,8 +6819,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self.rest()
 
     def _receive(self) -> None:
-        data = self.connection.recv(BUFFER)
-        if not data:
+        if not (data := self.connection.recv(BUFFER)):
             raise ConnectionError("the client has closed it")
         self._buffer += data
 
@@ -7636,6 +7625,10 @@ def engines_of(text: str) -> Mapping[str, str]:
 DONE = ("frames", "wall", "failures")  # what is counted of a worker's
 
 
+def _said(info: WorkerInfo) -> dict[str, Any]:
+    return {**vars(info), "engines": json.dumps(dict(info.engines)), "tags": json.dumps(info.tags)}
+
+
 class _Known:
     """The workers by their secrets, and the people by their names in small letters.
 
@@ -7698,8 +7691,7 @@ class Store:
         self._closed = False
         self.notice = ""
         try:
-            version = self._version(root)
-            if version:
+            if version := self._version(root):
                 _check_version(root, version)
             for name in ("blobs", "jobs"):
                 self._make(root / name)
@@ -8592,10 +8584,9 @@ class Tx(Look):
             INSERT INTO worker (name, token, state, code, cores, memory, system,
                                 engines_json, tags_json, address, joined, owner)
             VALUES (:name, :token, :state, :code, :cores, :memory, :system, :engines, :tags,
-                    :address, :now, :owner)""", owner=owner,
-            name=info.name, token=token, state=state.value, code=code, cores=info.cores,
-            memory=info.memory, system=info.system, engines=json.dumps(dict(info.engines)),
-            tags=json.dumps(info.tags), address=address, now=now)
+                    :address, :now, :owner)""",
+            owner=owner, token=token, state=state.value, code=code, address=address, now=now,
+            **_said(info))
         return int(cursor.lastrowid or 0)
 
     def set_worker_info(self, worker: int, info: WorkerInfo, address: str) -> None:
@@ -8606,8 +8597,7 @@ class Tx(Look):
                               engines_json = :engines, tags_json = :tags,
                               address = :address, aside = ''
             WHERE id = :id""",
-            id=worker, name=info.name, cores=info.cores, memory=info.memory, system=info.system,
-            engines=json.dumps(dict(info.engines)), tags=json.dumps(info.tags), address=address)
+            id=worker, address=address, **_said(info))
 
     def set_worker_state(self, worker: int, state: WorkerState) -> bool:
         """Admit or remove a worker, and forget its secret then; False when there is none."""
@@ -9325,8 +9315,7 @@ class _States:
 
     def start(self, tx: Tx, job: Job) -> None:
         """Make a job active, or let it wait for its files."""
-        missing = tx.missing_blobs(job.manifest)
-        if missing:
+        if missing := tx.missing_blobs(job.manifest):
             self.missing[job.id] = set(missing)
         self.move_job(tx, job, JobState.WAITING if missing else JobState.ACTIVE, "")
 
@@ -9762,8 +9751,8 @@ class _Crew:
         return Muster(self.states, look, self.live_workers(), self._people)
 
     def _held(self, worker: int, leases: Iterable[str]) -> list[Grant]:
-        found = map(self.states.grants.get, leases)
-        return [grant for grant in found if grant is not None and grant.worker == worker]
+        found = filter(None, map(self.states.grants.get, leases))
+        return [grant for grant in found if grant.worker == worker]
 
     def _see(self, worker: int) -> Presence:
         presence = self.states.presence(worker)
@@ -11092,8 +11081,7 @@ def _picture_name(plan: FramePlan, frame: int) -> str:
 
 def _check_options(pov: PovJob, options: JobOptions) -> JobOptions:
     """Refuse what a job cannot be made to do; frames that are compared stay whole."""
-    problem = unrenderable(pov, options.povray)
-    if problem:
+    if problem := unrenderable(pov, options.povray):
         raise UserError(problem)
     problem = unsliceable(pov, options.in_order, options.slices)
     if problem and options.slices.isdecimal() and options.slices != "1":
@@ -11104,8 +11092,7 @@ def _check_options(pov: PovJob, options: JobOptions) -> JobOptions:
         pov.plan.chosen(options.first)  # refuses what is no frame
     if not options.verify:
         return options
-    problem = unverifiable(pov, options)
-    if problem:
+    if problem := unverifiable(pov, options):
         raise UserError(f"this job cannot be verified: {problem}")
     return replace(options, slices="off")
 

@@ -175,6 +175,7 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
         SimpleNamespace(id=1, job=1, frame=1, name="a"), TaskKind.SLICE, 0, 1),
     "set_cut": lambda tx: tx.set_cut(1, 0, 1),
     "drop_parts": lambda tx: tx.drop_parts(1),
+    "make_void": lambda tx: tx.make_void(1),
     "set_bottom": lambda tx: tx.set_bottom(1, 1),
     "set_state_of": lambda tx: tx.set_state_of(1, "3.7"),
     "move_attempts": lambda tx: tx.move_attempts(1, 2),
