@@ -867,6 +867,7 @@ class BashClient:
         self.server, self.place = server, place
         self.tail = "client=anna:17&version=1.2" + (f"&cgroup={group}" if group else "")
         self.batches: List[Tuple[int, int]] = []
+        self.slices = 0
 
     def run(self, *words: str, cwd: Optional[Path] = None) -> str:
         done = subprocess.run(words, cwd=cwd or self.place, stdin=subprocess.DEVNULL, check=True,
@@ -897,15 +898,21 @@ class BashClient:
             return False
         first, last = int(batch["startframe"]), int(batch["stopframe"])
         self.batches.append((first, last))
+        self.slices += "slice" in batch
+        rows = [f"+SR{batch['startrow']}", f"+ER{batch['endrow']}", "+FP"] if "slice" in batch else []
         report = self.run("povray", "-D", "pov.ini", f"+O{name}_", f"+SF{first}", f"+EF{last}",
-                          cwd=here)
+                          *rows, cwd=here)
         assert "Aborting render" not in report and "Parse Error" not in report, report
         packed = here / f"{name}_frame_{first:08d}"
         packed.mkdir()
         for frame in range(first, last + 1):
-            image = f"{name}_{str(frame).zfill(len(job['frames']))}.png"
-            (here / image).rename(packed / image)
+            image = f"{name}_{str(frame).zfill(len(job['frames']))}.{'ppm' if rows else 'png'}"
+            (here / image).rename(
+                packed / (f"slice_{int(batch['slice']):04d}.ppm" if rows else image))
+            if rows:
+                (packed / f"batchreport_{int(batch['slice']):04d}.txt").write_text(report)
         self.run("zip", "-r", packed.name, packed.name, cwd=here)
+        shutil.rmtree(packed)
         self.run("curl", "-sS", "-o", "upload", "-F",
                  f"filedata=@{packed}.zip;filename={packed.name}.zip",
                  f"{self.server}/httpov.php?command=postbatch&job={job['job']}"
@@ -963,3 +970,63 @@ def test_a_clients_pictures_are_those_of_plain_povray(
     assert len(expected) == number and made.keys() == expected.keys()
     for name, path in expected.items():
         assert chunks(made[name].read_bytes()) == chunks(path.read_bytes()), name
+
+
+SLICED = """#version 3.7;
+global_settings { assumed_gamma 1 }
+camera { location <0, 1, -5> look_at clock * y }
+light_source { <5, 5, -5>, 1 }
+plane { y, -1 pigment { checker rgb 1, rgb <0.2, 0.3, 0.6> } }
+sphere { 0, 1 pigment { rgb <1, 0.5, 0> } finish { phong 0.7 } }
+"""
+
+
+@pytest.mark.parametrize("args, frames, ours", [
+    (["+FN8", "+A0.1", "+KFI3", "+KFF4"], 2, True), (["+FN16", "+SR25", "+ER170"], 1, False),
+])
+def test_slices_of_clients_and_ours_make_the_picture_of_plain_povray(
+        args: List[str], frames: int, ours: bool, povray: str, tmp_path: Path) -> None:
+    for program in ("curl", "zip", "unzip"):
+        need(program, shutil.which(program) is not None, f"apt-get install {program}")
+    project, plain, place = (tmp_path / name for name in ("project", "plain", "client"))
+    for one in (project, place):
+        one.mkdir()
+    (project / "scene.pov").write_text(SLICED)
+    shutil.copytree(project, plain)
+    command = ["scene.pov", "+W80", "+H192", *args]
+    assert run_povray(command, plain).returncode == 0
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False, httpov=True)
+    farm.start()
+    main = [sys.executable, str(ROOT / "povfarm.py")]
+    reach = ["--server", farm.url, "--key", farm.key]
+    try:
+        done = subprocess.run(
+            [*main, "submit", *reach, "--slices", "4", *command], cwd=project, check=False,
+            capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        client = BashClient(f"{farm.url.partition('//')[2]}/{farm.access.guest_key}", "", place)
+        job = client.ask("command=getjob")
+        client.run("curl", "-sS", "-o", "job.zip", f"{client.server}/jobs/{job['name']}.zip")
+        client.run("unzip", "-o", "job.zip")
+        assert client.render(job)
+        if ours:
+            subprocess.run([*main, "work", *reach, "--until-idle", "--cores", "1", "--data",
+                            str(tmp_path / "worker")], check=True, capture_output=True, timeout=60)
+        else:
+            while client.render(job):
+                pass
+        with farm.store.read() as tx:
+            assert [row.state for row in tx.tasks(1)] == ["done"] * frames
+            totals = farm.api.views.totals(tx)["workers"]
+        assert client.slices == (1 if ours else 4) and len(totals) == 1 + ours
+        assert sum(view["frames"] for view in totals) == pytest.approx(frames)
+        assert broken(farm.scheduler) == []
+    finally:
+        farm.stop()
+    made = sorted((tmp_path / "data" / "jobs").rglob("*.png"))
+    expected = sorted(plain.glob("*.png"))
+    assert len(expected) == frames and [path.name for path in made] == [
+        path.name for path in expected]
+    for one, other in zip(made, expected):
+        assert one.read_bytes()[:29] == other.read_bytes()[:29]  # size, depth and colours
+        assert png_rows(one.read_bytes()) == png_rows(other.read_bytes()), one.name
