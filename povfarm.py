@@ -11650,6 +11650,11 @@ class Views:
         return "\n".join(lines) + "\n"
 
 
+def said_frames(frames: float) -> str:
+    """Return a number of frames, with slices as parts of some, for people."""
+    return f"{frames:,.1f}".removesuffix(".0")
+
+
 # What the bodies of requests have, beside the records of MODEL.
 Submission = TypedDict("Submission", {
     "name": str, "pov": PovJob, "manifest": Manifest, "options": Mapping[str, Any],
@@ -13671,14 +13676,15 @@ class Pages:
     def computers(self, request: Request) -> Response:
         """Every worker with what it is and does, and how one more joins."""
         with self._farm.store.read() as tx:
-            workers = self._api.views.workers(tx)
+            workers, totals = self._api.views.workers(tx), self._api.views.totals(tx)
         _sort([], workers, [])
         needs = [need for need in self._needs(request, [], workers) if need.about]
         return self._page(
             request, f"Computers · {self._api.name}", element("h1", "Computers"),
             element("p", _at_hand([], [worker for worker in workers if worker["state"] in (
                 "working", "idle")], workers), class_="lead"),
-            _needs_you(needs), self._workers(request, workers), self._join(request), reload=5)
+            _needs_you(needs), self._workers(request, workers), self._join(request),
+            _totals(totals), reload=5)
 
     @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
     @route("GET", "/script.js", role="anyone", summary="What keeps the pages up to date")
@@ -14005,6 +14011,20 @@ def _ended(view: View) -> bool:
 
 def _section(title: str, *children: Node, **attributes: str) -> Html:
     return element("section", element("h2", title), *children, **attributes)
+
+
+def _totals(totals: Mapping[str, Sequence[View]]) -> Node:
+    """Return tables of what was rendered, by each worker, computer and group."""
+    tables = [element("table", element("thead", element("tr", [
+        element("th", head, scope="col") for head in (
+            kind.capitalize()[:-1], "Frames", "Time", "Failed tries")])), element("tbody", [
+                element("tr", element("th", view["name"] or "none", scope="row"), [
+                    element("td", cell) for cell in (
+                        said_frames(view["frames"]), format_duration(view["wall"]),
+                        f"{view['failures']:,}")]) for view in views]))
+              for kind, views in totals.items()]
+    return _section("Rendered so far", *[element("div", table, class_="scroll")
+                                         for table in tables]) if totals["workers"] else None
 
 
 def _badge(state: str) -> Html:
@@ -18253,8 +18273,8 @@ def _show_totals(client: Client, options: Options) -> int:
     totals, texts = client.get("/api/v1/totals"), []
     for kind, views in totals.items():
         rows = [(kind[:-1], "frames", "time", "failed tries")]
-        rows += [(view["name"] or "-", f"{view['frames']:,.1f}".removesuffix(".0"),
-                  format_duration(view["wall"]), f"{view['failures']:,}") for view in views]
+        rows += [(view["name"] or "-", said_frames(view["frames"]), format_duration(view["wall"]),
+                  f"{view['failures']:,}") for view in views]
         texts.append(_table(rows, 0))
     _show(options, totals, "\n\n".join(texts))
     return 0

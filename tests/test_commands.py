@@ -57,6 +57,19 @@ def farm_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert not problems
 
 
+def test_totals_are_of_workers_computers_and_groups(farm: Served) -> None:
+    farm.submit(2)
+    one = farm.scheduler.join(povfarm.WorkerInfo("eve@attic", 1, 0, "", {}, ("roof",)), "t", "::1")
+    farm.finish(one, farm.lease(one), cpu=90.0)
+    farm.fail(one, farm.lease(one))
+    assert [line.split() for line in farm.says("workers", "--totals")[0].splitlines()] == [
+        ["worker", "frames", "time", "failed", "tries"], ["eve@attic", "1", "1:30", "1"], [],
+        ["computer", "frames", "time", "failed", "tries"], ["attic", "1", "1:30", "1"], [],
+        ["group", "frames", "time", "failed", "tries"], ["roof", "1", "1:30", "1"]]
+    assert farm.wire("workers", "--totals")["groups"] == [
+        {"name": "roof", "frames": 1.0, "wall": pytest.approx(90, abs=5), "failures": 1}]
+
+
 # --- which jobs are meant
 
 def test_jobs_are_named_by_number_range_name_and_last(farm: Served) -> None:

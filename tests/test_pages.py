@@ -151,6 +151,16 @@ def test_an_empty_farm_says_what_to_type(farm: Farm) -> None:
     assert "povfarm.py work --server http://farm.local:2271" in farm.page("/computers").text
 
 
+def test_who_rendered_what_is_told_below_the_workers(farm: Farm) -> None:
+    assert "Rendered so far" not in farm.page("/computers").text
+    farm.submit()
+    farm.deliver(farm.join(), 2)
+    text = farm.page("/computers").text.partition("Rendered so far")[2]
+    heads = "FramesTimeFailed tries"
+    assert text.startswith("".join(f"{kind}{heads}{name}240 s0" for kind, name in (
+        ("Worker", "laptop"), ("Computer", "laptop"), ("Group", "none")))), text
+
+
 @pytest.mark.parametrize("host", ["x;rm -rf ~", "$(id)", "<b>", ""])
 def test_a_host_that_a_shell_would_act_on_is_not_shown(farm: Farm, host: str) -> None:
     dom = farm.page("/computers", host=host)
