@@ -1957,7 +1957,8 @@ def _ini_quoted(key: str, value: str) -> str:
 
 # === 4. IMAGE ================================================================
 # The picture formats that POV-Ray writes: is this the whole picture that was
-# asked for? Its rows, cut out and joined again; frames as an animated PNG.
+# asked for? Its rows, cut out and joined again; frames as an animated PNG; a picture
+# of any kind as a small PNG.
 # A picture is a file, or bytes that would be in one. However large it is, only blocks
 # of it are in memory, and a list of where its rows begin; but all of a JPEG.
 
@@ -2099,6 +2100,43 @@ def animated_png(
                    _png_chunk(b"fdAT", struct.pack(">I", next(sequence)) + packed))
     _need(number == count > 0, f"there are {number} pictures, not {count}")
     yield tail
+
+
+def small_png(source: Path | bytes, extension: str, width: int) -> bytes:
+    """Return a picture as a PNG of 8 bits a colour, at most so wide, for a browser.
+
+    Of one that becomes smaller each pixel is the mean of four. Transparency is left out. EXR and
+    HDR hold light, of which 1 and more is white: it gets the curve of sRGB (IEC 61966-2-1).
+    The picture has passed ``check_image``. Raises ``ImageError`` for a JPEG, whose pixels are
+    not unpacked here.
+    """
+    with _opened(source, extension) as data:
+        picture = _read(data, extension)
+        across, down = picture.info.width, picture.info.height
+        wide = min(width, across)
+        high = max(round(down * wide / across), 1)
+        colors = _COLORS[extension](picture)
+        parts = (0.25, 0.75) if wide < across else (0.0,)  # of a pixel, where it is looked at
+        picks = [operator.itemgetter(*(place for x in range(wide) for place in colors.places(
+            int((x + part) * across / wide)))) for part in parts]
+        lines = [[int((y + part) * down / high) for part in parts] for y in range(high)]
+        rows = zip(sorted({y for line in lines for y in line}), colors.rows(
+            sorted({y for line in lines for y in line})))
+        packed, seen = zlib.compressobj(6), dict[int, list[bytes]]()
+        out = []
+        for line in lines:
+            while line[-1] not in seen:
+                y, row = next(rows)
+                seen[y] = [colors.bright(pick(row)) for pick in picks]
+            four = [sample for y in line for sample in seen[y]]
+            mean = four[0] if len(four) == 1 else bytes(
+                [(a + b + c + d + 2) >> 2 for a, b, c, d in zip(*four)])
+            seen = {line[-1]: seen[line[-1]]}
+            out.append(packed.compress(
+                b"\1" + mean[:3] + bytes(map(_BYTE, map(operator.sub, mean[3:], mean)))))
+    return b"".join([b"\x89PNG\r\n\x1a\n", _png_chunk(b"IHDR", struct.pack(
+        ">IIBBBBB", wide, high, 8, 2, 0, 0, 0)), _png_chunk(
+            b"IDAT", b"".join(out) + packed.flush()), _png_chunk(b"IEND", b"")])
 
 
 class _Data:
@@ -2361,21 +2399,40 @@ def _png_rows(png: _Png) -> Iterator[bytes]:
 
 
 def _png_plain(rows: Iterable[bytes], step: int) -> Iterator[bytes]:
-    """Yield rows without their filters (PNG, section 9): slow, each byte is computed in Python."""
+    """Yield rows without their filters (PNG, section 9), each colour's bytes by themselves."""
     above = b""
     for row in rows:
-        kind, out = row[0], bytearray(step) + row[1:]
-        above = above or bytes(len(out))
-        for at in range(step, len(out)):
-            a, b, c = out[at - step], above[at], above[at - step]
-            if kind == 4:
-                p = a + b - c
-                guess = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
-            else:
-                guess = (0, a, b, (a + b) // 2)[kind]
-            out[at] = (out[at] + guess) & 255
+        above = above or bytes(len(row) - 1)
+        if row[0] == 0:
+            out = bytearray(row[1:])
+        elif row[0] == 2:
+            out = bytearray(map(_BYTE, map(operator.add, row[1:], above)))
+        else:
+            out = bytearray(len(above))
+            for at in range(step):
+                out[at::step] = _unfiltered(row[0], row[1 + at::step], above[at::step])
         above = bytes(out)
-        yield above[step:]
+        yield above
+
+
+_BYTE = (255).__and__
+
+
+def _unfiltered(kind: int, left: bytes, above: bytes) -> bytes:
+    """Return the bytes of one colour in a row of which a filter left so much."""
+    if kind == 1:
+        return bytes(map(_BYTE, itertools.accumulate(left)))
+    out, a, c = bytearray(), 0, 0
+    if kind == 3:
+        for x, b in zip(left, above):
+            a = (x + (a + b) // 2) & 255
+            out.append(a)
+    for x, b in zip(left, above) if kind == 4 else ():
+        p, q, r = abs(b - c), abs(a - c), abs(a + b - c - c)
+        a = (x + (a if p <= q and p <= r else b if q <= r else c)) & 255
+        c = b
+        out.append(a)
+    return bytes(out)
 
 
 def _png_crop(png: _Png, top: int, rows: int) -> Iterator[bytes]:
@@ -2772,6 +2829,135 @@ _LAYOUTS: Mapping[str, _Layout] = {
 }
 _CHECKS: Mapping[str, Callable[[_Data, tuple[int, int] | None], _Picture]] = {
     **{extension: layout.read for extension, layout in _LAYOUTS.items()}, ".jpg": _check_jpeg,
+}
+
+
+class _Colors(NamedTuple):
+    """How the colours of a picture are read.
+
+    ``rows`` yields the rows of some numbers, which ascend; ``places`` tells where in a row the
+    values of a pixel are, and ``bright`` makes bytes of values that were found there.
+    """
+
+    rows: Callable[[Sequence[int]], Iterator[Sequence[Any]]]
+    places: Callable[[int], tuple[int, ...]]
+    bright: Callable[[Any], bytes] = bytes
+
+
+def _plain_rows(picture: _Picture, wanted: Sequence[int]) -> Iterator[bytes]:
+    for y in wanted:
+        start, end = sorted((picture.rows[y], picture.rows[y + 1]))
+        yield picture.data[start:end]
+
+
+def _runs(packed: bytes, size: int) -> bytes:
+    """Unpack a row of a TGA: runs of one pixel, or so many pixels as they are."""
+    out, at = bytearray(), 0
+    while at < len(packed):
+        count = (packed[at] & 127) + 1
+        end = at + 1 + (size if packed[at] & 128 else size * count)
+        out += packed[at + 1:end] * (count if packed[at] & 128 else 1)
+        at = end
+    return bytes(out)
+
+
+def _hdr_planes(packed: bytes, width: int) -> bytes:
+    """Return the red, green and blue of a row, then the exponents they share."""
+    if len(packed) == 4 * width and packed[:2] != b"\2\2":
+        return b"".join(packed[at::4] for at in range(4))
+    out, at = bytearray(), 4
+    while at < len(packed):
+        run = packed[at] > 128
+        end = at + 2 if run else at + 1 + packed[at]
+        out += packed[at + 1:end] * (packed[at] - 128 if run else 1)
+        at = end
+    return bytes(out)
+
+
+def _light(value: float) -> int:
+    """Return the byte that sRGB shows so much light by."""
+    if not value > 0:  # not a number either
+        return 0
+    curved = 12.92 * value if value <= 0.0031308 else 1.055 * min(value, 1) ** (1 / 2.4) - 0.055
+    return int(255 * curved + 0.5)
+
+
+@functools.lru_cache(maxsize=1)
+def _half_light() -> bytes:
+    return bytes(_light(struct.unpack("<e", struct.pack("<H", bits))[0]) for bits in range(65536))
+
+
+@functools.lru_cache(maxsize=256)
+def _rgbe_light(exponent: int) -> bytes:
+    return bytes(_light(math.ldexp(value, exponent - 136) if exponent else 0.0)
+                 for value in range(256))
+
+
+def _png_colors(picture: _Picture) -> _Colors:
+    png: _Png = picture.rows
+    size, last = png.info.depth // 8, png.info.channels > 2
+    _need(size > 0, f"the PNG file {_ODD}")
+    return _Colors(
+        lambda wanted: itertools.compress(
+            _png_plain(_png_rows(png), png.step), map(set(wanted).__contains__, itertools.count())),
+        lambda x: tuple(png.step * x + size * last * color for color in range(3)))
+
+
+def _ppm_colors(picture: _Picture) -> _Colors:
+    channels, size = picture.info.channels, picture.info.depth // 8
+    most = int(_header("PPM", picture.data)[4]) if channels > 1 else 65535
+    return _Colors(
+        functools.partial(_plain_rows, picture),
+        lambda x: tuple(size * (channels * x + (color if channels > 1 else 0)) + byte
+                        for color in range(3) for byte in range(size)),
+        bytes if size == 1 else lambda values: bytes(
+            (256 * high + low) * 255 // most for high, low in zip(values[::2], values[1::2])))
+
+
+def _bgr_colors(picture: _Picture) -> _Colors:
+    """TGA and BMP have blue first."""
+    step, rows = picture.info.channels, functools.partial(_plain_rows, picture)
+    packed = picture.data[:2] != b"BM" and picture.data[2:3] > b"\3"
+    return _Colors(
+        (lambda wanted: (_runs(row, step) for row in rows(wanted))) if packed else rows,
+        lambda x: tuple(step * x + color * (step > 2) for color in (2, 1, 0)))
+
+
+def _hdr_colors(picture: _Picture) -> _Colors:
+    width = picture.info.width
+    return _Colors(
+        lambda wanted: (_hdr_planes(row, width) for row in _plain_rows(picture, wanted)),
+        lambda x: tuple(plane * width + x for color in range(3) for plane in (color, 3)),
+        lambda values: bytes(_rgbe_light(exponent)[value]
+                             for value, exponent in zip(values[::2], values[1::2])))
+
+
+def _exr_colors(picture: _Picture) -> _Colors:
+    """A row has its channels one after the other, in the order of their names."""
+    width = picture.info.width
+    fields, _ = _exr_fields(head := picture.data[:BUFFER])
+    names = list(types := _exr_channels(head[fields[b"channels"]]))
+    _need(len(set(types.values())) == 1, f"the EXR file {_ODD}")
+    half = types[names[0]] == 1
+    planes = [names.index(name) if name in names else 0 for name in "RGB"]
+    return _Colors(functools.partial(_exr_rows, picture, "<{}H" if half else "<{}f"),
+                   lambda x: tuple(width * plane + x for plane in planes),
+                   lambda values: bytes(map(_half_light().__getitem__ if half else _light, values)))
+
+
+def _exr_rows(picture: _Picture, kind: str, wanted: Sequence[int]) -> Iterator[Sequence[Any]]:
+    for number, rows in itertools.groupby(wanted, lambda y: y // 16):
+        block: _ExrBlock = picture.rows[number]
+        raw = block.raw()
+        for y in rows:
+            start = y % 16 * block.size
+            yield struct.unpack(kind.format(block.size // struct.calcsize(kind.format(1))),
+                                raw[start:start + block.size])
+
+
+_COLORS: Mapping[str, Callable[[_Picture], _Colors]] = {
+    ".png": _png_colors, ".ppm": _ppm_colors, ".tga": _bgr_colors, ".bmp": _bgr_colors,
+    ".hdr": _hdr_colors, ".exr": _exr_colors,
 }
 # The types whose rows can be cut and joined: JPEG's cannot without a loss.
 STRIP_TYPES = frozenset(_LAYOUTS)
@@ -13470,7 +13656,10 @@ PAGE_HEADERS: Mapping[str, str] = {
                                "form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "Referrer-Policy": "same-origin", "Cache-Control": "no-store",
 }
-BROWSER_TYPES = frozenset({".png", ".jpg", ".jpeg", ".bmp"})  # what <img> can show
+BROWSER_TYPES = frozenset({".png", ".jpg", ".bmp"})  # what <img> can show
+# Pixels that a picture is made small to, and bytes up to which it is shown as it is.
+SMALL: Mapping[int, int] = {160: 40_000, 320: 80_000, 640: 300_000, 4096: MAX_IMAGE}
+PORTRAIT_TIME = 10.0  # seconds until a job gets another small picture
 JOBS_SHOWN = 48  # on one page
 CELLS_SHOWN = 400  # in a grid of frames; of more frames than that, a cell shows several
 CARDS_SHOWN = 12  # computers on the farm's page
@@ -13519,6 +13708,8 @@ class Pages:
         self._access = access
         self._pin = pin  # of the certificate that is shown
         self._typed = typed  # how commands are written, see with_commands
+        self._portraits: dict[int, tuple[float, Task]] = {}  # of jobs, and when they are outdated
+        self._making = threading.Lock()  # small pictures: one at a time
 
     @route("GET", "/", role="reader", shared=True, summary="The status page")
     def home(self, request: Request) -> Response:
@@ -13556,9 +13747,10 @@ class Pages:
                 else element("a", "Only my jobs", href="/?mine=1")]
                 if "user" in request.identity.roles else None, class_="lead"),
             _needs_you(needs),
-            element("div", _now(stage, growing), _room(workers, pictures, views), class_="now")
+            element("div", _now(stage, self._portrait(stage, 640), growing) if stage else None,
+                    _room(workers, pictures, views), class_="now")
             if (stage or workers) and not before else None,
-            _queue(views, functools.partial(self._quick, request)),
+            _queue(views, functools.partial(self._quick, request), self._portrait),
             _finished(views), None if views or before else _no_jobs(),
             element("p", element("a", "Older jobs", href=f"/?before={older}{'&mine=1' * mine}"))
             if older else None, story,
@@ -13584,7 +13776,7 @@ class Pages:
         return self._page(
             request, _title([view], view["name"]),
             element("div", _growing(view, growing[0]) if growing
-                    else _picture(view, view["newest"], "large"), element(
+                    else _picture(view, view["newest"], "large", 4096), element(
                 "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
                 _figures(view), _warnings(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
@@ -13614,7 +13806,7 @@ class Pages:
             request, f"Frame {number} · {row.name}",
             element("h1", element("a", row.name, href=address)),
             element("p", f"{_frame_name(view, number)} ", _badge(frame["state"]), class_="lead"),
-            _picture(view, task, "large") if frame["state"] == TaskState.DONE else
+            _picture(view, task, "large", 4096) if frame["state"] == TaskState.DONE else
             _growing(view, frame) if "slices" in frame else None,
             [element("p", words, class_="notice failed") for words in failures[-1:]],
             _frame_facts(frame),
@@ -13626,6 +13818,28 @@ class Pages:
             _section("What POV-Ray printed", element("pre", text or "Nothing yet.", tabindex=0),
                      id="log"),
             reload=5 if frame["state"] in ("queued", "leased") else 0)
+
+    @route("GET", "/jobs/<job:int>/frames/<frame:int>/thumb/<size:int>/<hash>", role="reader",
+           waits=True, summary="A frame for a browser")
+    def thumb(self, request: Request) -> Response:
+        """A finished image as a PNG at most so wide, made when it is first asked for."""
+        size, frame = request.params["size"], request.params["frame"]
+        with self._farm.store.read() as tx:
+            job = tx.job(request.params["job"])
+            task = tx.task_of_frame(job.id, frame)
+        if size not in SMALL or task is None or request.params["hash"] != task.sha256:
+            raise ProtocolError(404, f"frame {frame} of job {job.id} does not look so any more")
+        image = self._farm.store.place(job, task)
+        path = image.parent / "thumbs" / f"{size}-{task.sha256}.png"
+        with self._farm.store.gate.outside(), self._making:
+            if not path.is_file():
+                small = small_png(image, image.suffix, size)
+                with contextlib.suppress(NoRoom, OSError), self._farm.store.placing(path) as part:
+                    part.write_bytes(small)
+        response = file_response(path, "image/png", request) if path.is_file() else \
+            Response(200, {"Content-Type": "image/png"}, small)
+        response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
+        return response
 
     @route("POST", "/jobs/<job:int>/<action>", role="user", summary="Steer a job by a form")
     def steer(self, request: Request) -> Response:
@@ -13777,6 +13991,17 @@ class Pages:
         """Return API's views of jobs, each with the frame that was finished last as ``newest``."""
         return [{**view, "newest": tx.newest_task_of(view["id"])}
                 for view in self._api.views.jobs(tx, jobs, whole=True)]
+
+    def _portrait(self, view: View, size: int = 160) -> Task | None:
+        """Return the frame that stands for a job: not each is worth making a small one of."""
+        newest: Task | None = view["newest"]
+        now = self._farm.clock.monotonic()
+        if newest and (newest.size or 0) > SMALL[size] and not _ended(view):
+            until, shown = self._portraits.get(newest.job, (-math.inf, newest))
+            if until > now:
+                return shown
+            self._portraits[newest.job] = now + PORTRAIT_TIME, newest
+        return newest
 
     def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
         response = redirect("/" if request.place else f"{place}/")
@@ -14093,12 +14318,10 @@ def _typed_there(command: str) -> Html:
         "button", "Copy", type="button", class_="copy"), class_="typed")
 
 
-def _now(view: View | None, growing: Sequence[View]) -> Node:
+def _now(view: View, newest: Task | None, growing: Sequence[View]) -> Html:
     """Return the largest job that is rendered: its newest frame, or the one that grows."""
-    if view is None:
-        return None
-    newest = view["newest"]
-    picture = _growing(view, growing[0]) if growing else _picture(view, newest, "large")
+    picture = _growing(view, growing[0]) if growing else _picture(
+        view, newest, "large", 640)
     said = f"{_frame_name(view, newest.frame)}, {format_duration(newest.wall or 0)}" \
         if newest and not growing else f"{100 * view['progress']:.0f} %"
     return element("section", picture, element(
@@ -14147,20 +14370,22 @@ def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html
         id=f"w{worker['id']}")
 
 
-def _queue(views: Sequence[View], button: Callable[[View], Node]) -> Node:
+def _queue(views: Sequence[View], button: Callable[[View], Node],
+           portrait: Callable[[View], Task | None]) -> Node:
     going = [view for view in views if not _ended(view)]
     return _section("Queue", element(
-        "ol", [_job_row(view, button(view)) for view in going], class_="jobs")) if going else None
+        "ol", [_job_row(view, button(view), _picture(view, portrait(view))) for view in going],
+        class_="jobs")) if going else None
 
 
-def _job_row(view: View, button: Node) -> Html:
+def _job_row(view: View, button: Node, picture: Html) -> Html:
     frames, state = view["frames"], view["state"]
     still = frames["total"] == 1
     figures = f"{100 * view['progress']:.0f} %" if still else \
         f"{frames['done']:,} of {frames['total']:,}"
     why = view["why"] if view["why"] != PAUSED_BY_HAND else "by hand"
     return element(
-        "li", _picture(view, view["newest"]), element(
+        "li", picture, element(
             "div", element("h3", element("a", view["name"], href=f"/jobs/{view['id']}"),
                            element("span", f" #{view['id']} · {view['owner']}", class_="dim")),
             _badge(_state(view)), element("span", f" {why}", class_="dim") if why else None),
@@ -14173,7 +14398,7 @@ def _finished(views: Sequence[View]) -> Node:
     """Return what has ended, as a contact sheet."""
     ended = [view for view in views if _ended(view)]
     return _section("Finished", element("ul", [element(
-        "li", _picture(view, view["newest"]), element(
+        "li", _picture(view, view["newest"], size=320), element(
             "h3", element("a", view["name"], href=f"/jobs/{view['id']}")), _badge(_state(view)),
         element("p", f"#{view['id']} · {view['owner']} · "
                 f"{_count_of(view['frames']['done'], 'frame')} in {_lasting(view['elapsed'])}",
@@ -14224,18 +14449,29 @@ def _warnings(view: View) -> Node:
     ]
 
 
-def _picture(view: View, task: Task | None, kind: str = "") -> Html:
-    """Return the image of a finished task, or a box that says why there is none."""
+def _picture(view: View, task: Task | None, kind: str = "", size: int = 160) -> Html:
+    """Return the image of a finished task, made small or as it is, or a box that says why none."""
     content, address = element("span", "No image" if _ended(view) else "No image yet"), ""
     if task is not None and task.state == TaskState.DONE:
-        suffix = PurePosixPath(task.name).suffix.lower()
         address = f"/api/v1/jobs/{view['id']}/frames/{task.frame}/image"
-        content = element(
-            "img", src=address, alt=f"frame {task.frame} of {view['name']}",
-            width=view["width"], height=view["height"]) if suffix in BROWSER_TYPES else element(
-            "span", f"{suffix[1:].upper()} image: a browser cannot show it")
+        content = element("img", src=_shown(view["id"], task, size), loading="lazy",
+                          alt=f"frame {task.frame} of {view['name']}",
+                          width=view["width"], height=view["height"])
+        if PurePosixPath(task.name).suffix.lower() not in BROWSER_TYPES:
+            address = _shown(view["id"], task, 4096)
     return element("div", element("a", content, href=address) if kind and address else content,
                    class_=f"picture {kind}")
+
+
+def _shown(job: int, task: Task, size: int) -> str:
+    """Return where a browser gets an image: as it is where it can show it and it is small enough.
+
+    A JPEG is small, and not unpacked here.
+    """
+    suffix = PurePosixPath(task.name).suffix.lower()
+    if suffix in BROWSER_TYPES and (suffix == ".jpg" or (task.size or 0) <= SMALL[size]):
+        return f"/api/v1/jobs/{job}/frames/{task.frame}/image"
+    return f"/jobs/{job}/frames/{task.frame}/thumb/{size}/{task.sha256}"
 
 
 def _growing(view: View, frame: View) -> Html:
@@ -14315,7 +14551,7 @@ def _job_links(view: View) -> Html:
 
 def _storyboard(view: View, board: Sequence[Task]) -> Node:
     """Return eight images from all over an animation, the same ones at every look."""
-    if not board or not view["frames"]["done"] or view["extension"] not in BROWSER_TYPES:
+    if not board or not view["frames"]["done"]:
         return None
     return _section("Storyboard", element("div", [
         element("a", _picture(view, task), f"Frame {task.frame}",

@@ -20,7 +20,7 @@ import pytest
 
 import povfarm
 from helpers.base import need, run_povray, tried
-from helpers.pictures import chunk, crop_rows, join_rows, png_apart, png_file, png_rows
+from helpers.pictures import chunk, crop_rows, join_rows, png_apart, png_file, png_of, png_rows
 
 NOISE = """#version 3.7; global_settings { assumed_gamma 1 }
 plane { z, 1 pigment { cells scale 0.001 } finish { emission 1 diffuse 0 } }
@@ -681,3 +681,47 @@ def test_ffmpeg_decodes_the_animation(rendered: Dict[str, bytes], tmp_path: Path
         ["ffmpeg", "-loglevel", "error", "-f", "apng", "-i", "film.png", "-f", "rawvideo",
          "-pix_fmt", "rgb24", "-"], cwd=tmp_path, capture_output=True, check=True).stdout
     assert raw == b"".join(row for frame in frames for row in png_rows(frame))
+
+
+# --- small pictures for browsers
+
+def shown(data: bytes, extension: str, width: int = 4096) -> List[bytes]:
+    return png_rows(povfarm.small_png(data, extension, width))
+
+
+def apart(one: List[bytes], other: List[bytes]) -> int:
+    """The largest difference of two pictures' bytes."""
+    assert [len(row) for row in one] == [len(row) for row in other]
+    return max(abs(a - b) for mine, theirs in zip(one, other) for a, b in zip(mine, theirs))
+
+
+@pytest.mark.parametrize("kind, most", [
+    ("+FN", 0), ("+FP", 0), ("+FT", 0), ("+FB", 0), ("+FC", 1), ("+FP16", 1), ("+FP12", 1),
+    ("+FE", 1), ("+FH", 3)])
+def test_every_kind_of_picture_is_shown_as_povray_makes_a_png_of_it(
+        pictures: Dict[str, bytes], kind: str, most: int) -> None:
+    """EXR and HDR hold rounded light: what sRGB's curve makes of that is as near as they are."""
+    switches = f"{kind} +W37 +H29"
+    wanted = png_rows(pictures["+FN +W37 +H29"])
+    assert apart(shown(pictures[switches], WRITTEN[switches][0]), wanted) <= most
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if WRITTEN[kind][0] != ".jpg"])
+def test_what_povray_writes_gets_small(pictures: Dict[str, bytes], kind: str) -> None:
+    extension, (width, height) = WRITTEN[kind][0], size_of(kind)
+    small = povfarm.small_png(pictures[kind], extension, 10)
+    info = povfarm.check_image(small, ".png", min(width, 10), max(round(height * min(width, 10) / width), 1))
+    assert (info.channels, info.depth) == (3, 8)
+    if kind.endswith("+W37 +H29") and "+UA" not in kind and "g" not in kind:
+        assert apart(png_rows(small), shown(pictures["+FN +W37 +H29"], ".png", 10)) <= 3
+
+
+def test_a_pixel_of_a_small_picture_is_the_mean_of_four() -> None:
+    rows = b"".join(b"\0" + bytes([shade, 0, 9] * 2 + [shade + 40, 0, 9] * 2) for shade in (0, 0, 80, 80))
+    assert shown(png_of(rows, 4, 4), ".png", 2) == [bytes([0, 0, 9, 40, 0, 9]), bytes([80, 0, 9, 120, 0, 9])]
+    assert shown(png_of(rows, 4, 4), ".png", 1) == [bytes([60, 0, 9])]
+
+
+def test_a_jpeg_is_not_made_small(pictures: Dict[str, bytes]) -> None:
+    with pytest.raises(povfarm.ImageError):
+        povfarm.small_png(pictures["+FJ +W37 +H29"], ".jpg", 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import urllib.parse
@@ -15,7 +16,7 @@ from helpers.base import need, run_povray
 from helpers.browser import browser
 from helpers.invariants import broken
 from helpers.pages import Dom, Recorder, chromium
-from helpers.pictures import png
+from helpers.pictures import png, png_of, png_rows
 from helpers.trust import place_of
 from povfarm import (
     Access,
@@ -244,13 +245,35 @@ def test_ten_thousand_frames_are_a_small_page_of_blocks(farm: Farm) -> None:
         f"frame {number}" for number in range(26, 51)]
 
 
-def test_a_type_that_no_browser_shows_is_named(farm: Farm) -> None:
+def test_a_type_that_no_browser_shows_is_shown_as_a_png(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     job, worker = farm.submit(Output_File_Type="P"), farm.join()
-    farm.deliver(worker, 1, b"P6\n4 3\n255\n" + bytes(36))
-    for address in ("/", f"/jobs/{job}"):
-        dom = farm.page(address)
-        assert "PPM image" in dom.text and not dom.all("img", src="/api/")
-    assert dom.all("a", href=f"/api/v1/jobs/{job}/frames/1/image"), "to look at it elsewhere"
+    pixels = bytes(range(36))
+    farm.deliver(worker, 1, b"P6\n4 3\n255\n" + pixels)
+    for address in ("/", f"/jobs/{job}", f"/jobs/{job}/frames/1"):
+        image, *_ = farm.page(address).all("img", src="/thumb/")
+    assert image["src"].startswith(f"/jobs/{job}/frames/1/thumb/4096/")
+    answer = farm.send("GET", image["src"])
+    assert isinstance(answer.body, bytes) and b"".join(png_rows(answer.body)) == pixels
+    assert "immutable" in answer.headers["Cache-Control"]
+    monkeypatch.setattr(povfarm, "small_png", None)
+    assert farm.send("GET", image["src"]).body == answer.body, "it is made once"
+    for wrong in (image["src"][:-1], image["src"].replace("4096", "4095"),
+                  image["src"].replace("frames/1", "frames/2")):
+        assert farm.send("GET", wrong).status == 404, wrong
+    farm.scheduler.delete(job)
+    assert not list(farm.store.root.rglob("*thumbs*"))
+
+
+def test_a_large_picture_is_shown_small(farm: Farm) -> None:
+    noise = b"".join(b"\0" + random.Random(row).randbytes(600) for row in range(150))
+    job, worker = farm.submit(Width="200", Height="150"), farm.join()
+    farm.deliver(worker, 1, png_of(noise, 200, 150))
+    thumb, = [one["src"] for one in farm.page("/").all("img", src="/thumb/160/")][:1]
+    answer = farm.send("GET", thumb)
+    assert isinstance(answer.body, bytes)
+    info = povfarm.check_image(answer.body, ".png", 160, 120)
+    assert info.channels == 3 and not farm.page(f"/jobs/{job}").all("img", src="/thumb/4096")
 
 
 def test_an_ended_job_has_no_image_yet_to_come(farm: Farm) -> None:
