@@ -13659,7 +13659,7 @@ PAGE_HEADERS: Mapping[str, str] = {
 BROWSER_TYPES = frozenset({".png", ".jpg", ".bmp"})  # what <img> can show
 # Pixels that a picture is made small to, and bytes up to which it is shown as it is.
 SMALL: Mapping[int, int] = {160: 40_000, 320: 80_000, 640: 300_000, 4096: MAX_IMAGE}
-PORTRAIT_TIME = 10.0  # seconds until a job gets another small picture
+SHOWN_FOR = 10.0  # seconds until a job gets another small picture
 JOBS_SHOWN = 48  # on one page
 CELLS_SHOWN = 400  # in a grid of frames; of more frames than that, a cell shows several
 CARDS_SHOWN = 12  # computers on the farm's page
@@ -14000,7 +14000,7 @@ class Pages:
             until, shown = self._portraits.get(newest.job, (-math.inf, newest))
             if until > now:
                 return shown
-            self._portraits[newest.job] = now + PORTRAIT_TIME, newest
+            self._portraits[newest.job] = now + SHOWN_FOR, newest
         return newest
 
     def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
