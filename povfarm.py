@@ -13698,8 +13698,8 @@ class _Need(NamedTuple):
     bad: bool = False
 
 
-class Pages:
-    """What people see: the farm, a job, a frame, and the forms that steer them."""
+class _Sheets:
+    """What all pages share: the frame around them, the forms on them, who may use those."""
 
     def __init__(self, api: Api, scheduler: Scheduler, access: Access, pin: str = "",
                  typed: Callable[[str], str] = "povfarm.py {}".format) -> None:
@@ -13710,6 +13710,228 @@ class Pages:
         self._typed = typed  # how commands are written, see with_commands
         self._portraits: dict[int, tuple[float, Task]] = {}  # of jobs, and when they are outdated
         self._making = threading.Lock()  # small pictures: one at a time
+
+    def _page(self, request: Request, title: str, *body: Node, reload: int = 0,
+              status: int = 200, state: str = "") -> Response:
+        """Return a whole page that loads itself again after ``reload`` seconds, 0 for never.
+
+        Where the script runs, it brings what has changed into the page instead, at the latest
+        after so many seconds. ``state`` of the farm is shown by the mark: bad, busy or nothing.
+        """
+        notice = self._farm.store.notice if request.identity.roles else ""
+        still = "still" in request.query
+        mark = _address("favicon.svg") + f"&state={state}"
+        head = element(
+            "head", element("meta", charset="utf-8"),
+            element("title", f"{'! ' * (state == 'bad')}{title}"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("noscript", element("meta", http_equiv="refresh", content=reload))
+            if reload and not still else None,
+            element("link", rel="icon", id="icon", href=mark),
+            element("link", rel="stylesheet", href=_address("style.css")),
+            element("script", src=_address("script.js"), defer=""))
+        switch = element("noscript", element(
+            "a", "Reload this page automatically" if still else "Stop reloading this page",
+            href=_same_page(request, **({} if still else {"still": "1"}))))
+        with self._farm.store.read() as tx:
+            event = tx.last_event()
+        now = time.strftime("%H:%M:%S", time.localtime(self._farm.clock.time()))
+        page = element("html", head, element(
+            "body", element("a", "Skip to what is shown", href="#main", class_="skip"),
+            self._header(request, mark, now), element(
+                "main", element("p", notice, class_="notice failed") if notice else None, body,
+                id="main", tabindex=-1, data_event=event,
+                data_reload=None if still else reload or 30),
+            element("footer", switch if reload else None, element("span", f"povfarm {VERSION}"))),
+            lang="en")
+        text = with_commands(page, lambda name: html.escape(self._typed(name)))
+        if request.place:  # in what is quoted here, no quote is left
+            text = re.sub(' (href|src|action)="(?=/)', rf' \1="{request.place}', text)
+        response = text_response(f"<!DOCTYPE html>{text}", status, "text/html")
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+    def _header(self, request: Request, mark: str, now: str) -> Html:
+        """Return what is above every page: where one is, and who one is."""
+        you = request.identity
+        user = element("span", f"You are {you.name} ", self._form(request, "/logout", "Log out"),
+                       class_="row") if "person" in you.roles else element(
+            "span", "Read-only. To make changes: ", element("code", "povfarm.py login")) \
+            if you.roles else None
+        places = (("/", "Farm"), ("/computers", "Computers"))
+        return element("header", element(
+            "a", element("img", src=mark, alt="", width=28, height=28), self._api.name, href="/",
+            class_="home"), element("span", element("i"), element("span", f"As of {now}"),
+                                    id="live", role="status"), element("nav", [
+                element("a", name, href=to, aria_current="page" if to == request.path else None)
+                for to, name in places] if you.roles else None, aria_label="Pages"), user)
+
+    def _views(self, tx: Look, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Return API's views of jobs, each with the frame that was finished last as ``newest``."""
+        return [{**view, "newest": tx.newest_task_of(view["id"])}
+                for view in self._api.views.jobs(tx, jobs, whole=True)]
+
+    def _portrait(self, view: View, size: int = 160) -> Task | None:
+        """Return the frame that stands for a job: not each is worth making a small one of."""
+        newest: Task | None = view["newest"]
+        now = self._farm.clock.monotonic()
+        if newest and (newest.size or 0) > SMALL[size] and not _ended(view):
+            until, shown = self._portraits.get(newest.job, (-math.inf, newest))
+            if until > now:
+                return shown
+            self._portraits[newest.job] = now + SHOWN_FOR, newest
+        return newest
+
+    def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
+        response = redirect("/" if request.place else f"{place}/")
+        more += "; Secure" if request.secure else ""
+        cookie = f"{self._access.cookie}={value}; HttpOnly; SameSite=Strict; Path={place}/{more}"
+        response.headers.update({**PAGE_HEADERS, "Set-Cookie": cookie})
+        return response
+
+    def _form(self, request: Request, address: str, label: str, kind: str | None = None,
+              **values: str) -> Html:
+        fields = {"token": self._access.form_token(request), **values}
+        return element("form", [element("input", type="hidden", name=name, value=value)
+                                for name, value in fields.items()],
+                       element("button", label, class_=kind), method="post", action=address)
+
+    def _needs(self, request: Request, views: Sequence[View],
+               workers: Sequence[View]) -> list[_Need]:
+        """Return what waits for a person, the worst first, each cause once and with its cure."""
+        lately = self._farm.clock.time() - 86400
+        needs = [self._failed(request, view) for view in views
+                 if view["frames"]["failed"] and (view["finished"] or math.inf) > lately]
+        waiting: dict[str, list[View]] = {}
+        for view in views:
+            if view["waiting_for"] and view["state"] == JobState.ACTIVE:
+                text = view["waiting_for"].replace(f"set {view['id']} ", "set JOB ")
+                waiting.setdefault(text, []).append(view)
+        needs += [self._asks_to_join(request, worker) for worker in workers if "code" in worker]
+        for some in waiting.values():
+            first, cure = some[0], some[0]["cure"]
+            more = f" and {counted(len(some) - 1, 'more job')}" if len(some) > 1 else ""
+            needs.append(_Need("◷", "", [element("strong", first["name"]), f"{more}: ",
+                                         first["waiting_for"]],
+                               self._cures(request, first, cure)))
+        admin = "admin" in request.identity.roles
+        for worker in workers:
+            address, words = f"/workers/{worker['id']}", element("strong", worker["name"])
+            if worker["state"] == "sick":
+                needs.append(_Need("✕", "computer", [words, f" is set aside: {worker['reason']}"],
+                                   self._asked(request, "Remove…", f"{address}/remove",
+                                               "Remove it from the farm") if admin else None))
+            elif worker["state"] == "gone" and worker["seen"] is not None and (
+                    self._farm.lease_time < worker["seen"] < GONE_FOR):
+                needs.append(_Need("◌", "computer", [
+                    words, f" has been silent for {_lasting(worker['seen'])}. What it rendered "
+                    "went to others."], None))
+        return needs
+
+    def _failed(self, request: Request, view: View) -> _Need:
+        """Return that frames of a job failed, with what POV-Ray said of the first."""
+        failure, text = view["failure"], view["why"]
+        if view["state"] not in (JobState.PAUSED, JobState.FAILED):
+            text = f"{counted(view['frames']['failed'], 'frame')} failed"
+        log = failure and element("a", "Log", class_="button", href=(
+            f"/jobs/{view['id']}/frames/{failure['frame']}#log"))
+        return _Need("✕", "", [
+            element("a", element("strong", view["name"]), href=f"/jobs/{view['id']}"), f": {text}",
+            [" ", element("q", failure["message"])] if failure else None],
+            [log, self._cures(request, view, "retry")], bad=True)
+
+    def _cures(self, request: Request, view: View, cure: str) -> Node:
+        """Return the button for what would help a job."""
+        if not cure or not self._may_steer(request, view):
+            return None
+        address = f"/jobs/{view['id']}/{cure if '=' not in cure else 'set'}"
+        name, _, value = cure.partition("=")
+        return self._form(request, address, {"povray": "Let any POV-Ray render it"}.get(
+            name, name.title()), **({name: value} if value else {}))
+
+    def _quick(self, request: Request, view: View) -> Node:
+        """Return the button for what is done to a job most often."""
+        action = {JobState.ACTIVE.value: "pause", JobState.PAUSED.value: "resume"}.get(
+            view["state"], "")
+        return self._cures(request, view, action)
+
+    def _asks_to_join(self, request: Request, worker: View) -> _Need:
+        code = worker["code"]
+        how = [self._form(request, f"/workers/{worker['id']}/remove", "Refuse"),
+               self._form(request, f"/workers/{code}/admit", "Admit", "good")] \
+            if "admin" in request.identity.roles else element(
+                "span", "To let it in: ", element("code", f"povfarm.py admit {code}"))
+        return _Need("?", "computer", [
+            element("strong", worker["name"]), " asks to join. Does it show the code ",
+            element("strong", code), "?"], how)
+
+    def _workers(self, request: Request, workers: Sequence[View]) -> Node:
+        """Return the table of the workers."""
+        heads = ["Name", "State", "Cores", "Renders", "POV-Ray", "System", "Heard of"]
+        admin = "admin" in request.identity.roles
+        rows = [element("tr", element("th", worker["name"], scope="row"), [
+            element("td", cell) for cell in (
+                [_badge(worker["state"]), f" {worker.get('reason', '')}"], worker["cores"],
+                worker["runs"], worker["engines"].get("povray", ""), worker["system"],
+                "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
+            element("td", self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
+                                      "Remove it from the farm")) if admin else None)
+            for worker in workers]
+        table = element("table", element("thead", element(
+            "tr", [element("th", head, scope="col") for head in heads],
+            element("td") if admin else None)), element("tbody", rows))
+        return element("div", table, class_="scroll") if workers else None
+
+    def _join(self, request: Request) -> Html:
+        """Return what to type to bring one more computer."""
+        host = request.headers.get("host", "")
+        if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
+            host = f"HOST:{PORT}"
+        here = re.match(r"localhost|127\.|\[::1\]", host)
+        server = f"https://{host} --pin {self._pin}" if self._pin else f"http://{host}"
+        return _section(
+            "Add a computer",
+            element("p", "Any computer with Python and POV-Ray can help. "
+                    f"{'On this one, type' if here else 'Type there'}:"),
+            _typed_there(f"povfarm.py work --server {server}"),
+            element("p", "On another computer you can leave --server out: it finds the farm."),
+            id="add")
+
+    def _asked(self, request: Request, word: str, address: str, label: str) -> Html:
+        """Return a link to the same page with a form in its place; that page does not reload."""
+        if request.query.get("ask") != address:
+            return element("a", word, class_="button asks",
+                           href=f"{_same_page(request, still='1', ask=address)}#asked")
+        return element("div", self._form(request, address, label, "bad"),
+                       element("a", "No", class_="button", href=_same_page(request)),
+                       class_="row", id="asked")
+
+    def _may_steer(self, request: Request, view: View) -> bool:
+        you = request.identity
+        return "admin" in you.roles or ("user" in you.roles and you.name == view["owner"])
+
+    def _buttons(self, request: Request, view: View) -> Node:
+        """Return what can be done to a job by its owner, or the admin.
+
+        Only an ended one can be deleted, after a question.
+        """
+        if not self._may_steer(request, view):
+            return None
+        state, frames, address = JobState(view["state"]), view["frames"], f"/jobs/{view['id']}"
+        possible = {
+            "Resume": state is JobState.PAUSED,
+            "Pause": (state, JobState.PAUSED) in JOB_TRANSITIONS,
+            "Cancel": (state, JobState.CANCELLED) in JOB_TRANSITIONS,
+            "Retry": frames["failed"] + frames["cancelled"] > 0,
+        }
+        delete = self._asked(request, "Delete…", f"{address}/delete", "Delete it and "
+                             + _count_of(frames["done"], "image")) if state in FINISHED else None
+        return element("div", [self._form(request, f"{address}/{action.lower()}", action)
+                               for action, can in possible.items() if can], delete, class_="row")
+
+
+class Pages(_Sheets):
+    """What people see: the farm, a job, a frame, and the forms that steer them."""
 
     @route("GET", "/", role="reader", shared=True, summary="The status page")
     def home(self, request: Request) -> Response:
@@ -13929,226 +14151,6 @@ class Pages:
             request, title, element("h1", title), element("p", words, class_="lead"),
             element("p", element("a", "To the farm", href="/", class_="button")),
             status=refusal.status)
-
-    # --- inside
-
-    def _page(self, request: Request, title: str, *body: Node, reload: int = 0,
-              status: int = 200, state: str = "") -> Response:
-        """Return a whole page that loads itself again after ``reload`` seconds, 0 for never.
-
-        Where the script runs, it brings what has changed into the page instead, at the latest
-        after so many seconds. ``state`` of the farm is shown by the mark: bad, busy or nothing.
-        """
-        notice = self._farm.store.notice if request.identity.roles else ""
-        still = "still" in request.query
-        mark = _address("favicon.svg") + f"&state={state}"
-        head = element(
-            "head", element("meta", charset="utf-8"),
-            element("title", f"{'! ' * (state == 'bad')}{title}"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("noscript", element("meta", http_equiv="refresh", content=reload))
-            if reload and not still else None,
-            element("link", rel="icon", id="icon", href=mark),
-            element("link", rel="stylesheet", href=_address("style.css")),
-            element("script", src=_address("script.js"), defer=""))
-        switch = element("noscript", element(
-            "a", "Reload this page automatically" if still else "Stop reloading this page",
-            href=_same_page(request, **({} if still else {"still": "1"}))))
-        with self._farm.store.read() as tx:
-            event = tx.last_event()
-        now = time.strftime("%H:%M:%S", time.localtime(self._farm.clock.time()))
-        page = element("html", head, element(
-            "body", element("a", "Skip to what is shown", href="#main", class_="skip"),
-            self._header(request, mark, now), element(
-                "main", element("p", notice, class_="notice failed") if notice else None, body,
-                id="main", tabindex=-1, data_event=event,
-                data_reload=None if still else reload or 30),
-            element("footer", switch if reload else None, element("span", f"povfarm {VERSION}"))),
-            lang="en")
-        text = with_commands(page, lambda name: html.escape(self._typed(name)))
-        if request.place:  # in what is quoted here, no quote is left
-            text = re.sub(' (href|src|action)="(?=/)', rf' \1="{request.place}', text)
-        response = text_response(f"<!DOCTYPE html>{text}", status, "text/html")
-        response.headers.update(PAGE_HEADERS)
-        return response
-
-    def _header(self, request: Request, mark: str, now: str) -> Html:
-        """Return what is above every page: where one is, and who one is."""
-        you = request.identity
-        user = element("span", f"You are {you.name} ", self._form(request, "/logout", "Log out"),
-                       class_="row") if "person" in you.roles else element(
-            "span", "Read-only. To make changes: ", element("code", "povfarm.py login")) \
-            if you.roles else None
-        places = (("/", "Farm"), ("/computers", "Computers"))
-        return element("header", element(
-            "a", element("img", src=mark, alt="", width=28, height=28), self._api.name, href="/",
-            class_="home"), element("span", element("i"), element("span", f"As of {now}"),
-                                    id="live", role="status"), element("nav", [
-                element("a", name, href=to, aria_current="page" if to == request.path else None)
-                for to, name in places] if you.roles else None, aria_label="Pages"), user)
-
-    def _views(self, tx: Look, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Return API's views of jobs, each with the frame that was finished last as ``newest``."""
-        return [{**view, "newest": tx.newest_task_of(view["id"])}
-                for view in self._api.views.jobs(tx, jobs, whole=True)]
-
-    def _portrait(self, view: View, size: int = 160) -> Task | None:
-        """Return the frame that stands for a job: not each is worth making a small one of."""
-        newest: Task | None = view["newest"]
-        now = self._farm.clock.monotonic()
-        if newest and (newest.size or 0) > SMALL[size] and not _ended(view):
-            until, shown = self._portraits.get(newest.job, (-math.inf, newest))
-            if until > now:
-                return shown
-            self._portraits[newest.job] = now + SHOWN_FOR, newest
-        return newest
-
-    def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
-        response = redirect("/" if request.place else f"{place}/")
-        more += "; Secure" if request.secure else ""
-        cookie = f"{self._access.cookie}={value}; HttpOnly; SameSite=Strict; Path={place}/{more}"
-        response.headers.update({**PAGE_HEADERS, "Set-Cookie": cookie})
-        return response
-
-    def _form(self, request: Request, address: str, label: str, kind: str | None = None,
-              **values: str) -> Html:
-        fields = {"token": self._access.form_token(request), **values}
-        return element("form", [element("input", type="hidden", name=name, value=value)
-                                for name, value in fields.items()],
-                       element("button", label, class_=kind), method="post", action=address)
-
-    def _needs(self, request: Request, views: Sequence[View],
-               workers: Sequence[View]) -> list[_Need]:
-        """Return what waits for a person, the worst first, each cause once and with its cure."""
-        lately = self._farm.clock.time() - 86400
-        needs = [self._failed(request, view) for view in views
-                 if view["frames"]["failed"] and (view["finished"] or math.inf) > lately]
-        waiting: dict[str, list[View]] = {}
-        for view in views:
-            if view["waiting_for"] and view["state"] == JobState.ACTIVE:
-                text = view["waiting_for"].replace(f"set {view['id']} ", "set JOB ")
-                waiting.setdefault(text, []).append(view)
-        needs += [self._asks_to_join(request, worker) for worker in workers if "code" in worker]
-        for some in waiting.values():
-            first, cure = some[0], some[0]["cure"]
-            more = f" and {counted(len(some) - 1, 'more job')}" if len(some) > 1 else ""
-            needs.append(_Need("◷", "", [element("strong", first["name"]), f"{more}: ",
-                                         first["waiting_for"]],
-                               self._cures(request, first, cure)))
-        admin = "admin" in request.identity.roles
-        for worker in workers:
-            address, words = f"/workers/{worker['id']}", element("strong", worker["name"])
-            if worker["state"] == "sick":
-                needs.append(_Need("✕", "computer", [words, f" is set aside: {worker['reason']}"],
-                                   self._asked(request, "Remove…", f"{address}/remove",
-                                               "Remove it from the farm") if admin else None))
-            elif worker["state"] == "gone" and worker["seen"] is not None and (
-                    self._farm.lease_time < worker["seen"] < GONE_FOR):
-                needs.append(_Need("◌", "computer", [
-                    words, f" has been silent for {_lasting(worker['seen'])}. What it rendered "
-                    "went to others."], None))
-        return needs
-
-    def _failed(self, request: Request, view: View) -> _Need:
-        """Return that frames of a job failed, with what POV-Ray said of the first."""
-        failure, text = view["failure"], view["why"]
-        if view["state"] not in (JobState.PAUSED, JobState.FAILED):
-            text = f"{counted(view['frames']['failed'], 'frame')} failed"
-        log = failure and element("a", "Log", class_="button", href=(
-            f"/jobs/{view['id']}/frames/{failure['frame']}#log"))
-        return _Need("✕", "", [
-            element("a", element("strong", view["name"]), href=f"/jobs/{view['id']}"), f": {text}",
-            [" ", element("q", failure["message"])] if failure else None],
-            [log, self._cures(request, view, "retry")], bad=True)
-
-    def _cures(self, request: Request, view: View, cure: str) -> Node:
-        """Return the button for what would help a job."""
-        if not cure or not self._may_steer(request, view):
-            return None
-        address = f"/jobs/{view['id']}/{cure if '=' not in cure else 'set'}"
-        name, _, value = cure.partition("=")
-        return self._form(request, address, {"povray": "Let any POV-Ray render it"}.get(
-            name, name.title()), **({name: value} if value else {}))
-
-    def _quick(self, request: Request, view: View) -> Node:
-        """Return the button for what is done to a job most often."""
-        action = {JobState.ACTIVE.value: "pause", JobState.PAUSED.value: "resume"}.get(
-            view["state"], "")
-        return self._cures(request, view, action)
-
-    def _asks_to_join(self, request: Request, worker: View) -> _Need:
-        code = worker["code"]
-        how = [self._form(request, f"/workers/{worker['id']}/remove", "Refuse"),
-               self._form(request, f"/workers/{code}/admit", "Admit", "good")] \
-            if "admin" in request.identity.roles else element(
-                "span", "To let it in: ", element("code", f"povfarm.py admit {code}"))
-        return _Need("?", "computer", [
-            element("strong", worker["name"]), " asks to join. Does it show the code ",
-            element("strong", code), "?"], how)
-
-    def _workers(self, request: Request, workers: Sequence[View]) -> Node:
-        """Return the table of the workers."""
-        heads = ["Name", "State", "Cores", "Renders", "POV-Ray", "System", "Heard of"]
-        admin = "admin" in request.identity.roles
-        rows = [element("tr", element("th", worker["name"], scope="row"), [
-            element("td", cell) for cell in (
-                [_badge(worker["state"]), f" {worker.get('reason', '')}"], worker["cores"],
-                worker["runs"], worker["engines"].get("povray", ""), worker["system"],
-                "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
-            element("td", self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
-                                      "Remove it from the farm")) if admin else None)
-            for worker in workers]
-        table = element("table", element("thead", element(
-            "tr", [element("th", head, scope="col") for head in heads],
-            element("td") if admin else None)), element("tbody", rows))
-        return element("div", table, class_="scroll") if workers else None
-
-    def _join(self, request: Request) -> Html:
-        """Return what to type to bring one more computer."""
-        host = request.headers.get("host", "")
-        if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
-            host = f"HOST:{PORT}"
-        here = re.match(r"localhost|127\.|\[::1\]", host)
-        server = f"https://{host} --pin {self._pin}" if self._pin else f"http://{host}"
-        return _section(
-            "Add a computer",
-            element("p", "Any computer with Python and POV-Ray can help. "
-                    f"{'On this one, type' if here else 'Type there'}:"),
-            _typed_there(f"povfarm.py work --server {server}"),
-            element("p", "On another computer you can leave --server out: it finds the farm."),
-            id="add")
-
-    def _asked(self, request: Request, word: str, address: str, label: str) -> Html:
-        """Return a link to the same page with a form in its place; that page does not reload."""
-        if request.query.get("ask") != address:
-            return element("a", word, class_="button asks",
-                           href=f"{_same_page(request, still='1', ask=address)}#asked")
-        return element("div", self._form(request, address, label, "bad"),
-                       element("a", "No", class_="button", href=_same_page(request)),
-                       class_="row", id="asked")
-
-    def _may_steer(self, request: Request, view: View) -> bool:
-        you = request.identity
-        return "admin" in you.roles or ("user" in you.roles and you.name == view["owner"])
-
-    def _buttons(self, request: Request, view: View) -> Node:
-        """Return what can be done to a job by its owner, or the admin.
-
-        Only an ended one can be deleted, after a question.
-        """
-        if not self._may_steer(request, view):
-            return None
-        state, frames, address = JobState(view["state"]), view["frames"], f"/jobs/{view['id']}"
-        possible = {
-            "Resume": state is JobState.PAUSED,
-            "Pause": (state, JobState.PAUSED) in JOB_TRANSITIONS,
-            "Cancel": (state, JobState.CANCELLED) in JOB_TRANSITIONS,
-            "Retry": frames["failed"] + frames["cancelled"] > 0,
-        }
-        delete = self._asked(request, "Delete…", f"{address}/delete", "Delete it and "
-                             + _count_of(frames["done"], "image")) if state in FINISHED else None
-        return element("div", [self._form(request, f"{address}/{action.lower()}", action)
-                               for action, can in possible.items() if can], delete, class_="row")
 
 
 # --- parts of pages
