@@ -18408,9 +18408,6 @@ def work(options: Options) -> int:
                          args=(worker.client.hurry, options.discovery_port)).start()
         if free:
             _say(f"scenes can read and write whatever you can: {free}")
-        if sys.platform != "win32" and os.geteuid() == 0:
-            _say("this worker runs as root, so a hole in its confinement would open the whole "
-                 "computer: let it run as another user")
         _Background(worker.run).join()
         lost = len(worker.outbox) + worker.outbox.given_up
         _say(f"rendered {counted(worker.outbox.taken, 'frame')}" + (
@@ -20551,6 +20548,10 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     bounds = Bounds(None if options.unconfined else (), memory=options.memory or total_memory())
     worker = Worker(own, engine, launcher, projects, cores, options.until_idle, bounds=bounds,
                     admitted=None if admitted else begin, programs=programs)
+    # No more than said: in a container everybody is root, and renders are confined as any others.
+    if options.command != "render" and sys.platform != "win32" and os.geteuid() == 0:
+        _say("this worker runs as root, so a hole in its confinement would open the whole "
+             "computer: let it run as another user")
     try:
         yield worker
     finally:

@@ -570,6 +570,7 @@ def test_without_a_key_nothing_is_rendered_unconfined(povray: str, tmp_path: Pat
         key = (tmp_path / "farm" / "farm.key").read_text()
         known = work_without_landlock(tmp_path, *server, "--key", key)
         assert known.returncode == 0 and "no Landlock" in known.stderr
+        assert ("this worker runs as root" in known.stderr) is (os.geteuid() == 0)
         told = work_without_landlock(tmp_path, *server, "--key", key, "--unconfined")
         assert told.returncode == 0 and "--unconfined was given" in told.stderr
     finally:
