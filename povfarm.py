@@ -3694,9 +3694,12 @@ class _Event(NamedTuple):
     certain: bool  # not between #if, #macro and the like and their #end
 
 
-# A string without its closing quote reaches to the end, so that nothing is tried twice.
+# A string without its closing quote reaches to the end, so that nothing is tried twice. It is
+# read in pieces, as the memory that a match takes grows with what it repeats.
+_STRING = r'[^"\\]*(?:\\.[^"\\]*){0,1000}("?)'
+_REST_OF_STRING = re.compile(_STRING, re.DOTALL)
 _TOKEN = re.compile(
-    r'"[^"\\]*(?:\\.[^"\\]*)*("?)|//[^\r\n]*|/\*|#\s*[a-z]+|[A-Za-z_]\w*|[][{}()]', re.DOTALL)
+    '"' + _STRING + r'|//[^\r\n]*|/\*|#\s*[a-z]+|[A-Za-z_]\w*|[][{}()]', re.DOTALL)
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 _VERSION = re.compile(r"#\s*version\s+(\d+\.\d+)\s*;")
 
@@ -3710,8 +3713,14 @@ def _tokens(text: str) -> Iterator[tuple[int, str]]:
             depth += 1 if token == "/*" else -1
         elif token[0] == "#":
             yield match.start(), "#" + token[1:].lstrip()
-        elif token[0] == '"' and not match[1]:
-            return  # it is not closed, and POV-Ray reads no further
+        elif token[0] == '"':
+            begin = match.start()
+            while not match[1]:
+                match = _REST_OF_STRING.match(text, at)
+                if match is None or match.end() == at:
+                    return  # it is not closed, and POV-Ray reads no further
+                at = match.end()
+            yield begin, text[begin:at]
         elif token[:2] != "//":
             yield match.start(), token
 

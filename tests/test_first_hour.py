@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Iterator, List
 import pytest
 
 from helpers.base import ROOT
+from helpers.farm import stop_renderer
 from helpers.sockets import free_port
 
 TYPED = subprocess.run([str(ROOT / ".ci" / "run"), "--print"], stdout=subprocess.PIPE, text=True,
@@ -210,6 +212,26 @@ def test_a_worker_says_that_it_works_when_it_is_let_in(terminals: Terminals) -> 
     assert until(worker, "working for").count("\n") == 1
     again = terminals.run(f"{WAY} work --data w --server 127.0.0.1:1", 1)
     assert again.startswith("povfarm: a worker runs on this computer already") and "--worker-name" in again
+
+
+def test_a_worker_is_let_into_a_render_from_another_terminal(terminals: Terminals) -> None:
+    """As the render itself says how; its worker is held, or it would be done before that."""
+    calls = f"--discovery-port {free_port(socket.SOCK_DGRAM)}"
+    render = terminals.start(f"{WAY} render --lan scene.pov +W32 +H24 {calls}")
+    said = re.search(rf"others help with: ({WAY} work --server \S+) \(and to let them in, here: "
+                     rf"({WAY} admit --server \S+) CODE,", until(render, "others help with"))
+    assert said, "it does not say how"
+    held = stop_renderer(terminals.place.parent)
+    try:
+        worker = terminals.start(f"{said[1]} --data w {calls}")
+        code = re.search(r"the code (\w{6}),", until(worker, "waiting to be let in"))
+        assert code
+        assert "log in first" in terminals.run(f"{said[2]} {code[1]} --data w", 1)
+        assert "may work now" in terminals.run(f"{said[2]} {code[1]}")
+        until(worker, "working for")
+    finally:
+        os.kill(int(held), signal.SIGCONT)
+    assert render.wait(60) == 0
 
 
 def test_a_worker_waits_for_the_address_that_it_was_given(terminals: Terminals) -> None:
