@@ -5304,6 +5304,9 @@ def pause_reason(done: int, failed: int) -> str:
     return ""
 
 
+FRAME_PAUSE = 0.25  # seconds that POV-Ray sleeps between two frames
+
+
 def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0,
                longest: float = 10.0) -> int:
     """Return how many neighbouring frames one run of the renderer should get.
@@ -5324,8 +5327,15 @@ def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0,
     share = math.ceil(queued / max(slots, 1))
     cheap = min(math.ceil(0.4 / max(cost.cpu, 0.001)),
                 math.ceil(queued / max(slots - runs, slots // 4, 1)))
-    long = max(int(longest / (cost.cpu + 0.25)), 1)  # POV-Ray sleeps so long between two frames
+    long = max(int(longest / (cost.cpu + FRAME_PAUSE)), 1)
     return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
+
+
+def runs_at_once(cores: int, cost: Cost | None) -> int:
+    """Return how many runs keep the cores busy: POV-Ray sleeps between frames that cost this."""
+    if cost is None:
+        return 0
+    return round(cores * min((cost.cpu + FRAME_PAUSE) / max(cost.cpu, 0.001), 16))
 
 
 def spans_of(first: str, frames: range) -> list[tuple[int, int]]:
@@ -10307,8 +10317,10 @@ class _Deal:
 
     def _frames(self, job: Job, fresh: bool = False) -> list[Task]:
         """Find queued neighbours, for one run; ``fresh`` ones first, which nobody failed."""
-        slots = self._offer.slots + sum(self._states.presence(other).slots
-                                        for other in self._muster.live - {self._worker.id})
+        slots = sum(self._states.presence(other).slots
+                    for other in self._muster.live - {self._worker.id})
+        slots += self._offer.slots if self._presence.guest else max(
+            self._offer.slots, runs_at_once(self._worker.cores, job.mean_cost))
         longest = SHORT_TURN if job.owner != ADMIN or self._tx.people() else 10.0
         alone = job.options.order in ("spread", "random")
         size = job.options.batch or (1 if alone else lease_size(

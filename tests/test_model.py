@@ -26,6 +26,7 @@ from povfarm import (
     job_state,
     lease_size,
     pause_reason,
+    runs_at_once,
 )
 
 Q, L, D, F, C = (TaskState.QUEUED, TaskState.LEASED, TaskState.DONE, TaskState.FAILED,
@@ -140,6 +141,13 @@ def test_cheap_frames_go_to_those_who_have_none_yet() -> None:
         queued, runs = queued - sizes[-1], runs + 1
     assert queued < 12 and max(sizes) == sizes[0] == 5
     assert [lease_size(8, 32, Cost(0.02, 0.3), runs) for runs in (30, 36)] == [1, 1]
+
+
+def test_frames_that_hardly_compute_take_many_runs_to_keep_a_core_busy() -> None:
+    assert runs_at_once(2, None) == 0
+    assert runs_at_once(2, Cost(100, 100)) == 2
+    assert runs_at_once(2, Cost(0.05, 0.3)) == 12
+    assert runs_at_once(3, Cost(0.0, 0.3)) == 48
 
 
 def test_no_slots_are_as_one() -> None:

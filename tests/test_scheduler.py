@@ -488,25 +488,26 @@ def test_leases_grow_with_what_was_measured_and_shrink_at_the_end(farm: Farm) ->
         sizes.append(len(leases[0].tasks))
         for index in range(sizes[-1]):
             farm.finish(worker, leases[0], index, cpu=0.5)
-    assert sizes[0] == 1 and max(sizes) >= 10 and sizes[-1] == 1
+    assert sizes[0] == 1 and max(sizes) >= 6 and sizes[-1] == 1
     assert sum(sizes) == 40
 
 
 def test_a_lease_is_a_run_of_neighbours(farm: Farm) -> None:
     anna, bert = farm.worker("anna"), farm.worker("bert")
-    job = farm.submit(9)
+    job = farm.submit(90)
     first, second = farm.lease(bert, slots=4), farm.lease(anna, slots=4)
     farm.scheduler.release(bert, first.id)
-    farm.finish(anna, second, cpu=0.01)
-    assert farm.states(job)[:3] == ["queued", "done", "queued"]
+    for index in range(len(second.tasks)):
+        farm.finish(anna, second, index, cpu=0.01)
+    assert farm.states(job)[:4] == ["queued", "done", "done", "queued"]
     assert [task.frame for task in farm.lease(anna).tasks] == [1]
     frames = [task.frame for task in farm.lease(anna).tasks]
-    assert frames == list(range(3, 3 + len(frames))) and len(frames) > 1
+    assert frames == list(range(4, 4 + len(frames))) and len(frames) > 1
 
 
 def test_neighbours_of_every_second_frame_are_two_apart(farm: Farm) -> None:
     worker = farm.worker()
-    farm.submit(21, values={"Frame_Step": "2"})
+    farm.submit(201, values={"Frame_Step": "2"})
     farm.finish(worker, farm.lease(worker), cpu=0.01)
     frames = [task.frame for task in farm.lease(worker).tasks]
     assert frames[:3] == [3, 5, 7]
@@ -620,7 +621,7 @@ def test_progress_is_taken_only_from_the_holder_of_the_lease(farm: Farm) -> None
 
 def test_a_beat_that_is_held_open_brings_no_old_progress_back(farm: Farm) -> None:
     worker = farm.worker()
-    farm.submit(9)
+    farm.submit(90)
     farm.finish(worker, farm.lease(worker), cpu=0.01)
     lease = farm.lease(worker)
     assert len(lease.tasks) > 1
@@ -641,14 +642,14 @@ def test_what_expires_costs_no_try_however_often(farm: Farm) -> None:
 
 def test_only_the_unfinished_part_of_a_lease_is_handed_back(farm: Farm) -> None:
     worker = farm.worker()
-    job = farm.submit(9)
+    job = farm.submit(90)
     farm.finish(worker, farm.lease(worker), cpu=0.01)
     lease = farm.lease(worker)
     farm.finish(worker, lease, 0)
     farm.fail(worker, lease, 1)
     farm.scheduler.release(worker, lease.id)
-    assert farm.states(job) == ["done", "done"] + ["queued"] * 7
-    assert [task.tries for task in farm.tasks(job)] == [0, 0, 1] + [0] * 6
+    assert farm.states(job) == ["done", "done"] + ["queued"] * 88
+    assert [task.tries for task in farm.tasks(job)] == [0, 0, 1] + [0] * 87
 
 
 def test_a_lease_ends_with_its_last_frame(farm: Farm) -> None:
@@ -1184,6 +1185,15 @@ def test_threads_are_for_stills_and_for_the_last_frames(
 def test_a_job_in_order_has_the_idle_cores_for_its_one_run(farm: Farm) -> None:
     farm.submit(9, in_order=True)
     assert farm.lease(farm.worker(), want=8, slots=8, idle=8).threads == 8
+
+
+def test_cheap_frames_are_kept_for_the_runs_that_their_worker_has_not_begun_yet(farm: Farm) -> None:
+    worker = farm.worker()
+    farm.submit(130)
+    for lease in farm.leases(worker, want=8, slots=8):
+        farm.finish(worker, lease, cpu=0.02)
+    # A run sleeps twelve times as long as it computes: two cores have room for more than eight.
+    assert max(len(lease.tasks) for lease in farm.leases(worker, want=20, slots=8)) <= 12
 
 
 # --- polls
