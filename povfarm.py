@@ -4684,6 +4684,12 @@ class _Listed(io.FileIO):
             raise zipfile.BadZipFile("its list of files is too long")
         return super().read(size)
 
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Go to a place, but not to one before the file."""
+        if offset < 0 and not whence:
+            raise zipfile.BadZipFile("its list of files leads out of it")
+        return super().seek(offset, whence)
+
 
 @contextlib.contextmanager
 def _zip_of(path: Path, what: str = "", most: int = MAX_LIST) -> Iterator[zipfile.ZipFile]:

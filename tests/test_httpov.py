@@ -16,13 +16,13 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 import pytest
 
 import povfarm
 from helpers.base import ROOT, need, run_povray
-from helpers.clients import ANIMATION, PART
+from helpers.clients import ANIMATION, PART, BashClient, fields
 from helpers.farm_in_a_box import KEY, SCENE, Farm, manifest, pov_job
 from helpers.invariants import broken
 from helpers.pictures import chunk, png, png_file, png_rows
@@ -67,10 +67,6 @@ class OldFarm(Farm):
             key=None, body=body, headers={"content-type": kind})
         assert reply.status == 200
         return reply.body.decode()
-
-
-def fields(text: str) -> Dict[str, str]:
-    return dict(line.split("=", 1) for line in text.splitlines())
 
 
 def zipped(files: Mapping[str, bytes]) -> bytes:
@@ -269,6 +265,60 @@ def test_clients_are_workers_of_their_own(farm: OldFarm) -> None:
     assert farm.get("getjob") == "error=this client was removed from the farm\n"
 
 
+def test_too_many_computers_are_told_to_come_later(
+        farm: OldFarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "MAX_GUESTS", 2)
+    for who in (WHO, OTHER, f"{OTHER}1"):
+        assert farm.get("getjob", who) == "command=sleep\n"
+    late = "client=late:1&version=1.2"
+    for command in ("getjob", "getbatch&job=1", "active&job=1&batch=1"):
+        assert farm.get(command, late) == "command=sleep\nmessage=Too many clients work here.\n"
+    farm.clock.advance(povfarm.CLIENT_PAUSE + 1)
+    assert farm.get("getjob", late) == "command=sleep\n"
+
+
+def test_a_computer_that_was_forgotten_may_come_again(farm: OldFarm) -> None:
+    farm.get("getjob")
+    farm.clock.advance(povfarm.KEEP_GUESTS + 1)
+    farm.scheduler.tidy()
+    assert farm.ask("GET", "/api/v1/workers").json()["workers"] == []
+    job = farm.submit(1)
+    assert farm.post(farm.batch(job)["batch"], {"N_0.png": png(1)}) == "status=ok\n"
+    assert [view["name"] for view in farm.ask("GET", "/api/v1/workers").json()["workers"]] == ["anna"]
+
+
+def test_a_broken_client_in_a_loop_does_not_fail_a_good_job(farm: OldFarm) -> None:
+    """It is started again and again, each time with another number; one that is well looks in."""
+    job, failed = farm.submit(12), 0
+    for number in range(100):
+        who = f"client=broken:{number + 1}&version=1.2"
+        farm.get("getjob", who)
+        batch = fields(farm.get(f"getbatch&job={job}", who))
+        if batch["command"] == "render":
+            farm.get(f"abortbatch&job={job}&batch={batch['batch']}", who)
+            failed += 1
+        farm.clock.advance(1)
+        if number % 20 == 5 and farm.state(job) == "active":
+            good = farm.batch(job)
+            farm.post(good["batch"], frames(*range(
+                int(good["startframe"]), int(good["stopframe"]) + 1)))
+        elif number % 20 < 5 or number % 20 > 15:
+            farm.get("getjob")
+    while farm.state(job) == "active":
+        good = farm.batch(job)
+        farm.post(good["batch"], frames(*range(int(good["startframe"]), int(good["stopframe"]) + 1)))
+    assert failed > 1 and farm.states(job) == ["done"] * 12
+
+
+def test_a_job_in_fixed_batches_is_given_to_clients_in_these(farm: OldFarm) -> None:
+    job = farm.submit(10, batch=4)
+    found = []
+    for number in range(3):
+        batch = farm.batch(job, f"client=c{number}:1&version=1.2")
+        found.append((batch["startframe"], batch["stopframe"]))
+    assert found == [("1", "4"), ("5", "8"), ("9", "10")]
+
+
 # --- what comes back
 
 @pytest.mark.parametrize("form", ["curl", "python"])
@@ -329,7 +379,8 @@ def test_whoever_is_first_wins_and_the_other_is_thanked(farm: OldFarm) -> None:
 
 
 @pytest.mark.parametrize("data, words", [
-    (b"", "damaged"), (b"no zip", "damaged"), (zipped({}), "frame 1 is not in"),
+    (b"", "damaged"), (b"no zip", "damaged"), (zipped(frames(1))[50:], "damaged"),
+    (zipped({}), "frame 1 is not in"),
     (zipped({"N_2.png": png(1)}), "frame 1 is not in"),
     (zipped({"N_1.ppm": png(1)}), "frame 1 is not in"),
     (zipped({"N_1.png": png(1)[:-20]}), "PNG"), (zipped({"N_1.png": png(1, width=9)}), "9"),
@@ -858,66 +909,6 @@ Library_Path=parts
 Output_Alpha=On
 File_Gamma=1.8
 """
-
-
-class BashClient:
-    """Does what the bash client does, with the programs that it starts."""
-
-    def __init__(self, server: str, group: str, place: Path) -> None:
-        self.server, self.place = server, place
-        self.tail = "client=anna:17&version=1.2" + (f"&cgroup={group}" if group else "")
-        self.batches: List[Tuple[int, int]] = []
-        self.slices = 0
-
-    def run(self, *words: str, cwd: Optional[Path] = None) -> str:
-        done = subprocess.run(words, cwd=cwd or self.place, stdin=subprocess.DEVNULL, check=True,
-                              capture_output=True, timeout=60)
-        return (done.stdout + done.stderr).decode(errors="replace")
-
-    def ask(self, query: str, *options: str) -> Dict[str, str]:
-        text = self.run("curl", "-sS", *options, f"{self.server}/httpov.php?{query}&{self.tail}")
-        return fields(text)
-
-    def work(self) -> None:
-        """Render all that there is."""
-        while True:
-            job = self.ask("command=getjob")
-            if job["command"] != "getbatch":
-                return
-            self.run("curl", "-sS", "-o", f"{job['name']}.zip",
-                     f"{self.server}/jobs/{job['name']}.zip")
-            self.run("unzip", "-o", f"{job['name']}.zip")
-            while self.render(job):
-                pass
-            shutil.rmtree(self.place / job["name"])
-
-    def render(self, job: Mapping[str, str]) -> bool:
-        name, here = job["name"], self.place / job["name"]
-        batch = self.ask(f"command=getbatch&job={job['job']}")
-        if batch["command"] != "render":
-            return False
-        first, last = int(batch["startframe"]), int(batch["stopframe"])
-        self.batches.append((first, last))
-        self.slices += "slice" in batch
-        rows = [f"+SR{batch['startrow']}", f"+ER{batch['endrow']}", "+FP"] if "slice" in batch else []
-        report = self.run("povray", "-D", "pov.ini", f"+O{name}_", f"+SF{first}", f"+EF{last}",
-                          *rows, cwd=here)
-        assert "Aborting render" not in report and "Parse Error" not in report, report
-        packed = here / f"{name}_frame_{first:08d}"
-        packed.mkdir()
-        for frame in range(first, last + 1):
-            image = f"{name}_{str(frame).zfill(len(job['frames']))}.{'ppm' if rows else 'png'}"
-            (here / image).rename(
-                packed / (f"slice_{int(batch['slice']):04d}.ppm" if rows else image))
-            if rows:
-                (packed / f"batchreport_{int(batch['slice']):04d}.txt").write_text(report)
-        self.run("zip", "-r", packed.name, packed.name, cwd=here)
-        shutil.rmtree(packed)
-        self.run("curl", "-sS", "-o", "upload", "-F",
-                 f"filedata=@{packed}.zip;filename={packed.name}.zip",
-                 f"{self.server}/httpov.php?command=postbatch&job={job['job']}"
-                 f"&batch={batch['batch']}&{self.tail}")
-        return True
 
 
 def chunks(data: bytes) -> List[Tuple[bytes, bytes]]:

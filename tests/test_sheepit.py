@@ -27,7 +27,7 @@ import pytest
 
 import povfarm
 from helpers.base import POVFARM, ROOT, need, run_povray, tried, wait_until
-from helpers.clients import ANIMATION, PART
+from helpers.clients import ANIMATION, FORM, MACHINE, PART, SheepitClient, form_of
 from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, Reply, manifest, pov_job
 from helpers.invariants import broken
@@ -48,11 +48,6 @@ from tools import fuzz
 
 RECORDED = ROOT / "tests" / "data" / "sheepit"
 VERSIONS = ("2015-03", "2016-10")
-EDGE = "***232404jkg4220957934FW**"
-FORM = {"content-type": f"multipart/form-data;boundary={EDGE}"}
-MACHINE = {"cpu_family": "26", "cpu_model": "2", "cpu_model_name": "AMD EPYC", "cpu_cores": "2",
-           "os": "linux", "ram": "24903680", "bits": "64bit", "version": "5.0.0",
-           "hostname": "host1", "extras": ""}
 PASSWORD = sheepit_password(secret_hash(KEY))
 ADMIN = {"login": "admin", "password": PASSWORD}
 
@@ -115,11 +110,6 @@ class Flock(Farm):
             "send_frame", {"job": job["id"], "frame": job["frame"], "rendertime": "2",
                            "memoryused": "12500", "extras": "", **values}, cookie,
             form_of(png(int(job["frame"])) if image is None else image), headers=FORM)
-
-
-def form_of(data: bytes, name: str = "file") -> bytes:
-    return (f'--{EDGE}\r\nContent-Disposition: form-data; name="{name}"; filename="7_1.png"\r\n\r\n'
-            .encode() + data + f"\r\n--{EDGE}--\r\n".encode())
 
 
 def worker_of(cookie: str) -> int:
@@ -872,99 +862,6 @@ def test_requests_changed_at_random_are_answered_in_the_protocols_words(farm: Fl
 
 # --- the renderer that clients are given
 
-class Client:
-    """Does what the clients do, the worst of all of them: what it is given, it deletes early."""
-
-    def __init__(self, server: str, login: Mapping[str, str], cache: Path, cores: int = 0) -> None:
-        self.server, self.login, self.cache, self.cores = server, login, cache, cores
-        self.cookie, self.paths, self.frames = "", {}, []  # type: str, Dict[str, str], List[str]
-        self.downloads: List[str] = []
-        self.printed: List[str] = []
-        cache.mkdir()
-
-    def ask(self, path: str, query: Mapping[str, Any] = {}, body: Optional[bytes] = None,
-            kind: str = "application/x-www-form-urlencoded") -> bytes:
-        url = self.server + path + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        headers = {"Content-type": kind, **({"Cookie": self.cookie} if self.cookie else {})}
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers),
-                                    timeout=120) as reply:
-            self.cookie = reply.headers.get("Set-Cookie", self.cookie)
-            return bytes(reply.read())
-
-    def log_in(self) -> None:
-        said = ElementTree.fromstring(self.ask("/server/config.php", {**MACHINE, **self.login}))
-        self.paths = {one.attrib["type"]: one.attrib["path"] for one in said}
-
-    def log_out(self) -> None:
-        self.ask(self.paths["logout"])
-
-    def task(self) -> Tuple[str, Dict[str, str], Dict[str, str]]:
-        """Ask what to do; return the status, the job and the renderer."""
-        held = "".join(f'<file md5="{path.stem}"/>' for path in self.cache.glob("*.zip"))
-        said = ElementTree.fromstring(self.ask(
-            self.paths["request-job"], {"computemethod": 1},
-            f'<?xml version="1.0" encoding="UTF-8"?><cache>{held}</cache>'.encode()))
-        job, renderer = (dict(element.attrib) for path in ("job", "job/renderer")
-                         for element in [*said.findall(path), ElementTree.Element("none")][:1])
-        return said.attrib["status"], job, renderer
-
-    def work(self) -> None:
-        """Render until there is nothing to do."""
-        while True:
-            status, job, renderer = self.task()
-            if status != "0":
-                assert status == "200"
-                return
-            self.render(job, renderer)
-
-    def fetch(self, kind: str, job: str, md5: str) -> Path:
-        """Return the directory of an archive, fetched unless it is in the cache."""
-        archive, place = self.cache / f"{md5}.zip", self.cache / md5
-        if not archive.exists():
-            self.downloads.append(kind)
-            archive.write_bytes(self.ask(self.paths["download-archive"], {"type": kind, "job": job}))
-            assert hashlib.md5(archive.read_bytes()).hexdigest() == md5
-        if not place.exists():
-            shutil.unpack_archive(archive, place)
-            for path in place.rglob("*"):
-                path.chmod(0o755)
-        return place
-
-    def render(self, job: Mapping[str, str], renderer: Mapping[str, str]) -> None:
-        program = self.fetch("binary", job["id"], renderer["md5"]) / "rend.exe"
-        scene = self.fetch("job", job["id"], job["archive_md5"])
-        words: List[str] = []
-        for word in renderer["commandline"].split(" "):
-            words += {".e": [str(program), *(["-t", str(self.cores)] if self.cores else [])],
-                      ".c": [str(scene / job["path"]), "-P", str(self.cache / "script_1")],
-                      ".o": [str(self.cache / f"{job['id']}_")], ".f": [job["frame"]]}.get(
-                          word, [word])
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT)
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                self.printed.append(line.decode())
-                shutil.rmtree(scene, ignore_errors=True)
-        process.wait()
-        name = f"{job['id']}_{job['frame']}"
-        images = [path for path in self.cache.iterdir() if path.name.startswith(name)]
-        ends = {"job": job["id"], "frame": job["frame"], "extras": job["extras"]}
-        if not images:
-            crash = self.cache / job["path"].replace(".ini", ".crash.txt")
-            text = "renderer output\n" + "".join(self.printed) + "end of rendering\n"
-            self.ask(self.paths["error"], {"type": "12" if crash.exists() else "8", **ends},
-                     form_of(text.encode()), FORM["content-type"])
-            crash.unlink()  # it is there: else the client would wait for five minutes
-            return
-        self.frames.append(job["frame"])
-        said = self.ask(self.paths["validate-job"], {**ends, "rendertime": 1, "memoryused": 12500},
-                        form_of(images[0].read_bytes()), FORM["content-type"])
-        assert b'<jobvalidate status="0"/>' in said
-        images[0].unlink()
-        shutil.rmtree(scene, ignore_errors=True)
-
-
 INI = """Input_File_Name=scene.pov
 Width=40
 Height=30
@@ -1011,7 +908,7 @@ def test_a_clients_pictures_are_those_of_plain_povray(
     plain = shutil.copytree(project, tmp_path / "plain")
     assert run_povray(args, plain).returncode == 0
     queue(wire.farm, project, *args)
-    client = Client(wire.farm.url, wire.login, tmp_path / "cache", cores)
+    client = SheepitClient(wire.farm.url, wire.login, tmp_path / "cache", cores)
     client.log_in()
     thread = threading.Thread(target=client.work)
     thread.start()
@@ -1035,7 +932,7 @@ def test_a_scene_that_povray_cannot_parse_fails_with_its_words(
         povray: str, project: Path, wire: Wire, tmp_path: Path) -> None:
     (project / "scene.pov").write_text(ANIMATION + "#if (frame_number = 9) shpere {} #end\n")
     queue(wire.farm, project, "scene.ini", "--retries", "1")
-    client = Client(wire.farm.url, wire.login, tmp_path / "cache")
+    client = SheepitClient(wire.farm.url, wire.login, tmp_path / "cache")
     client.log_in()
     thread = threading.Thread(target=client.work)
     thread.start()
@@ -1074,9 +971,9 @@ def test_what_serve_prints_lets_a_client_render_also_across_a_kill(
         login = json.loads(run(tmp_path, "users", "password", "--json", "--key", key, "--server",
                                told["-server"], cwd=project).stdout)
         assert login["login"] == "anna" and login["password"] not in (key, told["-password"])
-        first = Client(told["-server"], {"login": told["-login"], "password": told["-password"]},
+        first = SheepitClient(told["-server"], {"login": told["-login"], "password": told["-password"]},
                        tmp_path / "first")
-        second = Client(told["-server"], login, tmp_path / "second")
+        second = SheepitClient(told["-server"], login, tmp_path / "second")
         for client in (first, second):
             client.log_in()
         assert run(tmp_path, "submit", "scene.ini", cwd=project).returncode == 0

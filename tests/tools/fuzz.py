@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import random
 import re
@@ -27,10 +28,12 @@ import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
+from xml.etree import ElementTree
 
 sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
 
 import povfarm
+from helpers.farm_in_a_box import SCENE, FakeClock, manifest, pov_job, sha256
 from helpers.invariants import broken
 from helpers.pictures import crop_rows, join_rows, png_of
 from helpers.trust import signer_of
@@ -266,6 +269,165 @@ def job_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
         assert problems == []
 
 
+# --- clients of other systems: forms, zip files, XML and JSON
+
+SIDE = 16  # pixels
+ENGINE = [("engine povray", ".pov povray $RENDERONLINE:@uploaded_file +W16 +H16 "
+           "+KFF$RENDERONLINE:last", "here"), ("argument last", "natural", "here")]
+
+
+def form_of(*parts: Tuple[str, str, bytes]) -> bytes:
+    """A form whose boundary is EDGE: the name, the name of the file and what is in it."""
+    return b"".join(b'--EDGE\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (
+        name.encode(), b'; filename="%s"' % file.encode() if file else b"", data)
+        for name, file, data in parts) + b"--EDGE--\r\n"
+
+
+def zip_of(files: Dict[str, bytes], method: int) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", method) as archive:
+        for name, contents in files.items():
+            archive.writestr(name, contents)
+    return data.getvalue()
+
+
+class Strangers:
+    """Clients of HTTPov, SheepIt and RenderOnline at a coordinator that takes them all."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.clock = FakeClock()
+        self.farm = povfarm.Coordinator(
+            scratch / "farm", bind="127.0.0.1", durable=False, httpov=True, sheepit=True,
+            renderonline=povfarm.OnlineRules.of(ENGINE), clock=self.clock)
+        size = {"Width": f"{SIDE}", "Height": f"{SIDE}"}
+        for values, slices in (({}, "2"), ({"Output_Alpha": "On"}, "off")):
+            self.farm.scheduler.submit(
+                "ball", "admin", pov_job(20_000, **size, **values), manifest({"scene.pov": SCENE}),
+                povfarm.JobOptions(slices=slices, retry_limit=99))
+        self.farm.scheduler.put_blob(sha256(SCENE), [SCENE])
+        self.farm.access.add("anna", povfarm.Role.USER, {}, "a-ticket-that-is-new")
+        with self.farm.store.read() as tx:
+            self.token = povfarm.online_token(self.farm.key, "anna", tx.people()[0].added)
+        self.picture = b"P6\n# x\n%d %d\n255\n" % (SIDE, SIDE) + bytes(range(256)) * 3
+
+    def ask(self, path: str, query: Dict[str, str], body: bytes = b"", kind: str = "",
+            method: str = "POST", **headers: str) -> Tuple[int, bytes]:
+        self.clock.advance(1)
+        answer = self.farm.router.handle(Request(
+            method, path, query, {"host": "127.0.0.1", "content-type": kind, **headers},
+            BodyReader.of(body)))
+        with contextlib.closing(answer):
+            data = answer.body if isinstance(answer.body, bytes) else b""
+        assert answer.status < 500, (path, query, answer)
+        return answer.status, data
+
+    def httpov(self, chance: random.Random, number: int) -> Result:
+        """A slice: the picture, the zip file that it is in, or the form is changed, or the query."""
+        key = self.farm.access.guest_key
+        query = {"client": f"h{number}:1", "version": "1.2", "cgroup": key, "job": "1"}
+        batch = self.ask("/httpov.php", {**query, "command": "getbatch"})[1]
+        if not batch.startswith(b"command=render\n"):
+            return "wrong"
+        query["batch"] = batch.split()[1][6:].decode()
+        where = chance.randrange(4)
+        picture = mutated(self.picture, chance) if where == 0 else self.picture
+        packed = zip_of({"N_frame_00000001/slice_0000.ppm": picture,
+                         "N_frame_00000001/batchreport_0000.txt": b"printed"}, chance.choice((0, 8)))
+        form = form_of(("filedata", "N.zip", mutated(packed, chance) if where == 1 else packed))
+        if where == 3:
+            name = chance.choice([*query])
+            query[name] = mutated(query[name].encode(), chance).decode("utf-8", "replace")
+        answer = self.ask("/httpov.php", {"command": "postbatch", **query}, mutated(
+            form, chance) if where == 2 else form, "multipart/form-data; boundary=EDGE")[1]
+        if not re.fullmatch(rb"(?:(?:status|command|error|message)=[^\n]+\n){1,2}", answer):
+            return "wrong"
+        head = re.match(rb"P6(?:\s|#[^\n]*\n)+(\d+)\s+(\d+)\s+255\s", picture)
+        good = head and (int(head[1]), int(head[2])) == (SIDE, SIDE) and len(
+            picture) == head.end() + SIDE * SIDE * 3
+        if answer == b"status=ok\n":
+            return "accepted" if good or where else "wrong"
+        return "refused"
+
+    def sheepit(self, chance: random.Random, number: int) -> Result:
+        """A login, a request with the list of a cache, a frame, an error."""
+        login = {"login": "admin", "password": povfarm.sheepit_password(
+            povfarm.secret_hash(self.farm.key)), "cpu_cores": "2", "os": "linux", "bits": "64bit",
+            "version": "5.0.0", "hostname": f"s{number}"}
+        answer = self.farm.router.handle(Request("GET", "/server/config.php", login))
+        cookie = answer.headers["Set-Cookie"]
+        cache = b'<?xml version="1.0" encoding="UTF-8"?><cache><file md5="%s"/></cache>' % (b"ab" * 16)
+        said = self.ask("/server/request_job.php", {"computemethod": "1"}, mutated(cache, chance)
+                        if chance.random() < 0.5 else cache, "application/x-www-form-urlencoded",
+                        cookie=cookie)[1]
+        frame = re.search(rb'frame="(\d+)"', said)
+        values = {"job": "2", "frame": str(int(frame[1])) if frame else "1", "rendertime": "3",
+                  "memoryused": "5", "extras": "", "type": "12"}
+        if chance.random() < 0.3:
+            name = chance.choice([*values])
+            values[name] = mutated(values[name].encode(), chance).decode("utf-8", "replace")
+        rows = (b"\0" + bytes(range(4 * SIDE))) * SIDE
+        picture = png_of(rows, SIDE, SIDE, 8, 6)
+        what = chance.choice(("send_frame", "send_frame", "error", "keepmealive"))
+        form = form_of(("file", "1.png", picture if what == "send_frame" else b"renderer output\nx"))
+        said = self.ask(f"/server/{what}.php", values, mutated(form, chance) if chance.random() < 0.7
+                        else form, "multipart/form-data; boundary=EDGE", cookie=cookie)[1]
+        root = ElementTree.fromstring(said)
+        return "accepted" if root.attrib["status"] == "0" else "refused"
+
+    def online(self, chance: random.Random, number: int) -> Result:
+        """A scene with a wish in JSON, then what becomes of it."""
+        fields = {"email": "anna", "token": self.token}
+        wish = json.dumps({"EngineId": "1", "Arguments": [{"ArgTypeId": "last", "Value": "3"}]}).encode()
+        where = chance.randrange(3)
+        form = form_of(("request", "", mutated(wish, chance) if where == 0 else wish),
+                       ("file", "a.pov", SCENE))
+        status, said = self.ask("/renderapi/v1/enqueue", {}, mutated(form, chance) if where == 1
+                                else form, "multipart/form-data; boundary=EDGE", **fields)
+        if json.loads(said)["IsAdded"] is not (status == 200):
+            return "wrong"
+        with self.farm.store.read() as tx:
+            newest = tx.newest_job()
+        call = b'{"TaskId": %d}' % newest
+        for what, flag in (("dequeue", "IsRemoved"), ("delete", "IsDeleted")):
+            answer = self.ask(f"/renderapi/v1/{what}", {}, mutated(call, chance) if where == 2 else
+                              call, "application/json", **fields)
+            if json.loads(answer[1])[flag] is not (answer[0] == 200):
+                return "wrong"
+        with self.farm.store.read() as tx:
+            left = tx.find_job(newest) if newest > 2 else None
+        if left is not None:
+            self.farm.scheduler.delete(newest)
+        return "accepted" if status == 200 else "refused"
+
+    def tidy(self, number: int) -> None:
+        self.clock.advance(300)
+        self.farm.scheduler.expire()
+        if number % 100 == 99:
+            self.clock.advance(povfarm.KEEP_GUESTS)
+            self.farm.scheduler.tidy()
+
+
+@contextlib.contextmanager
+def dialects_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
+    """What clients of other systems send, through the whole coordinator, without a socket."""
+    strangers, numbers = Strangers(scratch), itertools.count()
+
+    def once(chance: random.Random) -> Result:
+        number = next(numbers)
+        result = chance.choice((strangers.httpov, strangers.sheepit, strangers.online))(
+            chance, number)
+        strangers.tidy(number)
+        outside = sorted(one.name for one in scratch.iterdir()) != ["farm"]
+        return "wrong" if outside or list((scratch / "farm").glob("incoming/*")) else result
+
+    try:
+        yield once
+    finally:
+        problems = broken(strangers.farm.scheduler)
+        strangers.farm.stop()
+        assert problems == []
+
+
 # --- pictures
 
 def picture_seeds(scratch: Path) -> List[Tuple[bytes, str]]:
@@ -383,6 +545,7 @@ def ini_target(scratch: Path) -> Iterator[Callable[[random.Random], Result]]:
 
 TARGETS: Dict[str, Any] = {
     "http": http_target, "udp": udp_target, "zip": zip_target, "job": job_target,
+    "dialects": dialects_target,
     "picture": picture_target, "ini": ini_target,
 }
 
