@@ -16269,10 +16269,6 @@ class Client:
         """Try at once what waits to be tried again: there may be a coordinator again."""
         self._hurried = self._clock.monotonic()
 
-    def close(self) -> None:
-        """Close the connections that nobody uses now."""
-        self.transport.close()
-
     def _persist(self, call: Call, retry_for: float | None,
                  consume: Callable[[Answer], bytes]) -> Reply:
         """Try until there is an answer that is not "later"."""

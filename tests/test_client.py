@@ -187,7 +187,7 @@ def test_one_connection_serves_many_requests() -> None:
         with contextlib.suppress(RequestRefused):
             one.request("GET", path)
     assert server.connections == first and len(first) == 1
-    one.close()
+    one.transport.close()
     with server.changed:
         assert server.changed.wait_for(lambda: not server.connections, 60)
     server.stop()
@@ -553,7 +553,7 @@ def test_of_connections_that_are_dead_only_one_is_waited_for(server: Server) -> 
     one = Client(transport._base_url, transport=transport, clock=pauses.clock)
     assert one.request("GET", "/echo", timeout=1, stop=pauses).status == 200
     assert len(pauses.waits) == 1 and [ours.fileno() for ours, _ in pairs] == [-1] * 3
-    one.close()
+    one.transport.close()
     for _, other in pairs:
         other.close()
 
@@ -591,7 +591,7 @@ def test_tls_accepts_only_the_right_certificate(
             assert one.request("GET", "/data").body == DATA
             assert one.request("GET", "/stream").body == DATA
             assert one.request("PUT", "/blob", body=certificate / "cert.pem").status == 200
-            one.close()
+            one.transport.close()
         monkeypatch.delenv("SSL_CERT_FILE")
         for fingerprint, match in (("0" * 64, "another certificate"), ("", "not trusted")):
             with pytest.raises(povfarm.UserError, match=match):

@@ -486,7 +486,7 @@ def test_localhost_is_the_coordinators_own_address(served: Coordinator) -> None:
         server.start()
         client = Client(f"http://localhost:{server.port}", served.key, retry_for=0)
         assert client.get("/api/v1/farm")["farm_id"] == served.access.farm_id
-        client.close()
+        client.transport.close()
         server.stop()
 
 

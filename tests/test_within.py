@@ -47,7 +47,7 @@ def test_answers_are_those_that_would_be_sent(client: Client, tmp_path: Path) ->
 
 
 def test_a_closed_client_asks_nothing_more(client: Client) -> None:
-    client.close()
+    client.transport.close()
     with pytest.raises(ServerGone):
         client.get("/api/v1/farm")
 

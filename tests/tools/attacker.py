@@ -347,7 +347,8 @@ class Attacker:
         """Show each, and sign with it, as everybody."""
         def hello(who: str, nonce: str) -> Dict[str, str]:
             url = f"http://{self.net.address(COORDINATOR)}:{self.farm.port}"
-            with contextlib.closing(povfarm.Client(url, retry_for=0)) as client:
+            client = povfarm.Client(url, retry_for=0)
+            with contextlib.closing(client.transport):
                 told: Dict[str, str] = client.request(
                     "POST", povfarm.HELLO, json={"who": who, "nonce": nonce}).json()
             return told
