@@ -8536,11 +8536,16 @@ class Look(_Register):
         return cast("float | None", self._do(
             "SELECT MAX(granted) FROM lease WHERE job = :job", job=job).fetchone()[0])
 
-    def frame_states(self, job: int) -> list[tuple[int, str]]:
-        """Return the number and the state of each frame of a job."""
-        return list(map(tuple, self._do("""
-            SELECT frame, state FROM task WHERE job = :job AND slice = 0
-            ORDER BY frame""", job=job)))
+    def frame_states(self, job: int) -> tuple[list[str], str]:
+        """Return the numbers of a job's frames, and the first letter of the state of each.
+
+        So 100,000 of them take some hundredths of a second.
+        """
+        row = self._do("""
+            SELECT group_concat(frame) AS numbers, group_concat(letter, '') AS letters FROM (
+              SELECT frame, substr(state, 1, 1) AS letter FROM task
+              WHERE job = :job AND slice = 0 ORDER BY frame)""", job=job).fetchone()
+        return (row["numbers"] or "").split(","), row["letters"] or ""
 
     def tasks_in(self, job: int, state: TaskState) -> list[Task]:
         """Return the frames of a job that are in one state."""
@@ -13690,6 +13695,8 @@ SHOWN_FOR = 10.0  # seconds until a job gets another small picture
 JOBS_SHOWN = 48  # on one page
 CELLS_SHOWN = 400  # in a grid of frames; of more frames than that, a cell shows several
 CARDS_SHOWN = 12  # computers on the farm's page
+STRIP = 12  # images from all over an animation
+RANGES_SHOWN = 4000  # of finished frames, that a film is played from
 EVENTS_READ = 400  # of which the story's few lines are made
 NEWS_SHOWN = 14
 GONE_FOR = 3600.0  # seconds for which a computer that fell silent keeps its card
@@ -13736,6 +13743,7 @@ class _Sheets:
         self._pin = pin  # of the certificate that is shown
         self._typed = typed  # how commands are written, see with_commands
         self._portraits: dict[int, tuple[float, Task]] = {}  # of jobs, and when they are outdated
+        self._maps: dict[int, tuple[int, list[str], str]] = {}  # of jobs' frames, as of an event
         self._making = threading.Lock()  # small pictures: one at a time
 
     def _page(self, request: Request, title: str, *body: Node, reload: int = 0,
@@ -13797,6 +13805,39 @@ class _Sheets:
         """Return API's views of jobs, each with the frame that was finished last as ``newest``."""
         return [{**view, "newest": tx.newest_task_of(view["id"])}
                 for view in self._api.views.jobs(tx, jobs, whole=True)]
+
+    def _frame_states(self, tx: Look, job: int) -> tuple[list[str], str]:
+        """Return what ``Look.frame_states`` does, once for all until something happens."""
+        event = tx.last_event()
+        if self._maps.get(job, (-1,))[0] != event:
+            kept = list(self._maps.items())[-9:]
+            self._maps = {**dict(kept), job: (event, *tx.frame_states(job))}
+        return self._maps[job][1:]
+
+    def _again(self, request: Request, view: View) -> Node:
+        """Return the form that renders some frames again; the script fills in what is selected."""
+        if not self._may_steer(request, view) or view["frames"]["total"] == 1:
+            return None
+        token = self._access.form_token(request)
+        return element(
+            "form", element("input", type="hidden", name="token", value=token), element(
+                "label", "Frames ", element("input", name="frames", id="picked", size=24,
+                                            placeholder="1-10,50", required="")),
+            element("button", "Render again"), method="post", action=f"/jobs/{view['id']}/retry",
+            class_="again")
+
+    def _settings(self, request: Request, view: View, row: Job) -> Node:
+        """Return the job's options as a form."""
+        if not self._may_steer(request, view) or _ended(view):
+            return None
+        fields = [element("label", setting.name.replace("-", " "), _field(
+            name, setting, getattr(row.options, name)), element("small", setting.help))
+                  for name, setting in JOB_OPTIONS.items()]
+        token = self._access.form_token(request)
+        return element("details", element("summary", "Change how it is treated"), element(
+            "form", element("input", type="hidden", name="token", value=token),
+            element("div", fields, class_="fields"), element("button", "Set", class_="good"),
+            method="post", action=f"/jobs/{view['id']}/set"), id="settings")
 
     def _portrait(self, view: View, size: int = 160) -> Task | None:
         """Return the frame that stands for a job: not each is worth making a small one of."""
@@ -14012,25 +14053,32 @@ class Pages(_Sheets):
         with self._farm.store.read() as tx:
             row = tx.job(request.params["job"])
             view, = self._views(tx, [row])
-            states = tx.frame_states(row.id)
-            size = -(-len(states) // CELLS_SHOWN)
+            numbers, letters = self._frame_states(tx, row.id)
+            size = -(-len(numbers) // CELLS_SHOWN)
             first = _query_digits(request, "from")
-            shown = [] if size > 1 and first not in (frame for frame, _ in states[::size]) else (
+            shown = [] if size > 1 and str(first) not in numbers[::size] else (
                 tx.tasks(row.id, first - 1, size) if size > 1 else tx.tasks(row.id))
             chosen = [self._api.views.frame(tx, task, {}) for task in shown]
-            board = [present(tx.task_of_frame(row.id, states[part * len(states) // 8][0]))
-                     for part in range(8 if len(states) >= 8 else 0)]
+            board = [present(tx.task_of_frame(row.id, int(numbers[part * len(numbers) // STRIP])))
+                     for part in range(STRIP if len(numbers) >= STRIP else 0)]
             growing = [self._api.views.frame(tx, task, {}) for task in tx.frames_to_cut(row.id)]
+            failed = view["failure"] and tx.task_of_frame(row.id, view["failure"]["frame"])
+            said = self._api.views.log(tx, row, failed, False)[:LOG_SHOWN] if failed else ""
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
             request, _title([view], view["name"]),
-            element("div", _growing(view, growing[0]) if growing
-                    else _picture(view, view["newest"], "large", 4096), element(
+            element("div", element("div", _growing(view, growing[0]) if growing else _picture(
+                view, view["newest"], "large", 4096), _player(view, numbers, letters)), element(
                 "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
                 _figures(view), _warnings(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
-            _storyboard(view, board), _frames(view, states, chosen, size), _options(view, row),
-            reload=reloads.get(view["state"], 0))
+            _storyboard(view, board), _frames(view, numbers, letters, chosen, size),
+            self._again(request, view), _section(
+                f"What POV-Ray printed of frame {view['failure']['frame']}",
+                element("pre", said, tabindex=0)) if said else None,
+            _options(view, row), self._settings(request, view, row),
+            reload=reloads.get(view["state"], 0),
+            state="bad" if view["frames"]["failed"] else "busy" if _is_busy(view) else "")
 
     @route("GET", "/jobs/<job:int>/frames/<frame:int>", role="reader", summary="A frame's page")
     def frame(self, request: Request) -> Response:
@@ -14076,6 +14124,8 @@ class Pages(_Sheets):
         with self._farm.store.read() as tx:
             job = tx.job(request.params["job"])
             task = tx.task_of_frame(job.id, frame)
+        if size in SMALL and task and task.sha256 and request.params["hash"] == "latest":
+            return redirect(_shown(job.id, task, size))
         if size not in SMALL or task is None or request.params["hash"] != task.sha256:
             raise ProtocolError(404, f"frame {frame} of job {job.id} does not look so any more")
         image = self._farm.store.place(job, task)
@@ -14098,10 +14148,16 @@ class Pages(_Sheets):
             self._api.delete(request)
             return redirect("/")
         if request.params["action"] == "set":
-            self._farm.change(request.params["job"], {
-                name: row.parse(given[name], name) for name, row in JOB_OPTIONS.items()
-                if name in given}, request.identity.name)
+            with self._farm.store.read() as tx:
+                options = tx.job(request.params["job"]).options
+            values = {name: row.parse(given[name], name) for name, row in JOB_OPTIONS.items()
+                      if name in given}
+            if new := {name: value for name, value in values.items()
+                       if value != getattr(options, name)}:
+                self._farm.change(request.params["job"], new, request.identity.name)
         else:
+            request.query = {**request.query, **{
+                name: text for name, text in given.items() if name == "frames"}}
             self._api.steer(request)
         return redirect(f"/jobs/{request.params['job']}")
 
@@ -14579,13 +14635,42 @@ def _job_links(view: View) -> Html:
 
 
 def _storyboard(view: View, board: Sequence[Task]) -> Node:
-    """Return eight images from all over an animation, the same ones at every look."""
+    """Return images from all over an animation, the same ones at every look."""
     if not board or not view["frames"]["done"]:
         return None
-    return _section("Storyboard", element("div", [
-        element("a", _picture(view, task), f"Frame {task.frame}",
-                href=f"/jobs/{view['id']}/frames/{task.frame}")
-        for task in board], class_="cards board"))
+    return element("div", [
+        element("a", _picture(view, task), element("span", task.frame),
+                href=f"/jobs/{view['id']}/frames/{task.frame}", class_=task.state)
+        for task in board], class_="strip", aria_label="Storyboard")
+
+
+def _player(view: View, numbers: Sequence[str], letters: str) -> Node:
+    """Return what the script plays: the finished frames, and where their images are."""
+    ranges: list[str] = []
+    for done in re.finditer("d+", letters):
+        first, last = done.start(), done.end() - 1
+        ends = numbers[first], numbers[last]
+        whole = int(ends[1]) - int(ends[0]) == last - first
+        ranges += [f"{ends[0]}-{ends[1]}"] if whole else numbers[first:last + 1]
+    if len(letters) < 2 or not ranges:
+        return None
+    shown = f"/api/v1/jobs/{view['id']}/frames/*/image" if view["extension"] in BROWSER_TYPES \
+        else f"/jobs/{view['id']}/frames/*/thumb/640/latest"
+    return element(
+        "div", element("button", "▶", type="button", class_="play",
+                       aria_label="Play the frames so far"),
+        element("input", type="range", min=0, max=0, aria_label="Frame"), element("output"),
+        class_="player", id="player", data_shown=shown,
+        data_frames=",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]),
+        title="space plays, arrows step, J and L set the pace, F fills the screen")
+
+
+def _field(name: str, setting: Setting, value: Any) -> Html:
+    if setting.is_flag:
+        return element("select", [element(
+            "option", word, value=word, selected="" if value == (word == "yes") else None)
+            for word in ("no", "yes")], name=name)
+    return element("input", name=name, value=value)
 
 
 def _cell(job: int, frame: View) -> Html:
@@ -14594,23 +14679,24 @@ def _cell(job: int, frame: View) -> Html:
     if state == TaskState.LEASED and frame["progress"]:
         text, tenth = f"{100 * frame['progress']:.0f}%", f" p{int(10 * frame['progress'])}"
     return element("a", text, class_=state + tenth, title=f"frame {number}: {_STATE_WORDS[state]}",
+                   data_frames=f"{number}-{number}",
                    href=f"/jobs/{job}/frames/{number}{'#log' if state == 'failed' else ''}")
 
 
-def _block(job: int, frames: Sequence[tuple[int, str]]) -> Html:
+def _block(job: int, numbers: Sequence[str], letters: str) -> Html:
     """Return one cell for several frames, in the state that a person should look at first."""
-    counts = collections.Counter(state for _, state in frames)
-    states = [state for state in map(TaskState, ("failed", "leased", "cancelled", "queued", "done"))
-              if counts[state]]
-    done = counts[TaskState.DONE]
-    tenth = f" p{10 * done // len(frames)}" if states[0] in ("leased", "queued") else ""
-    first, states_said = frames[0][0], ", ".join(
-        f"{counts[state]} {_STATE_WORDS[state]}" for state in states)
-    return element("a", first, class_=states[0] + tenth, href=f"/jobs/{job}?from={first}#part",
-                   title=f"frames {first} to {frames[-1][0]}: {states_said}")
+    counts = {state: letters.count(state[0]) for state in
+              ("failed", "leased", "cancelled", "queued", "done") if state[0] in letters}
+    worst, first = next(iter(counts)), numbers[0]
+    tenth = f" p{10 * counts.get('done', 0) // len(letters)}" \
+        if worst in ("leased", "queued") else ""
+    states_said = ", ".join(f"{count} {_STATE_WORDS[state]}" for state, count in counts.items())
+    return element("a", first, class_=worst + tenth, href=f"/jobs/{job}?from={first}#part",
+                   title=f"frames {first} to {numbers[-1]}: {states_said}",
+                   data_frames=f"{first}-{numbers[-1]}")
 
 
-def _frames(view: View, states: Sequence[tuple[int, str]], chosen: Sequence[View],
+def _frames(view: View, numbers: Sequence[str], letters: str, chosen: Sequence[View],
             size: int) -> Html:
     """Return a cell for each frame, or for each ``size`` frames and then for each chosen one."""
     job, frames = view["id"], view["frames"]
@@ -14619,8 +14705,8 @@ def _frames(view: View, states: Sequence[tuple[int, str]], chosen: Sequence[View
               for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
     blocks = None if size == 1 else [
         element("p", f"A cell is {size} frames: choose one to see them."),
-        element("div", [_block(job, states[index:index + size])
-                        for index in range(0, len(states), size)], class_="grid"),
+        element("div", [_block(job, numbers[index:index + size], letters[index:index + size])
+                        for index in range(0, len(numbers), size)], class_="grid"),
         element("h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}") if chosen else None]
     return _section(
         "Frames", element("ul", legend, class_="legend"), blocks,
@@ -14738,10 +14824,25 @@ progress { display: block; width: 100%; height: .4rem; accent-color: var(--live)
   border-top: 1px solid var(--line); } .jobs .picture { height: 3.4rem; } .jobs .bar { margin: 0; }
 .sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
 .sheet .picture { aspect-ratio: 4 / 3; } .sheet p { margin: 0; }
-.board { display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
-.board a { color: var(--dim); font-size: .8125rem; text-decoration: none; }
-.board .picture span { visibility: hidden; }
+.strip { display: grid; gap: 3px; margin: .75rem 0; grid-template-columns: repeat(12, 1fr); }
+.strip a { position: relative; color: var(--ink); } .strip .picture span { visibility: hidden; }
+.strip a > span { position: absolute; right: 2px; bottom: 2px; padding: 0 .2rem;
+  font-size: .8125rem; border-radius: .2rem; background: var(--card); }
+.strip a:not(.done) .picture { border: 1px dashed var(--edge); }
+.player { display: none; gap: .75rem; align-items: center; margin-top: .5rem; }
+.js .player { display: flex; } .player input { flex: 1; accent-color: var(--live); }
+.play { min-width: 3rem; } output { min-width: 6rem; font-size: .875rem; }
+:fullscreen { display: grid; place-content: center; background: #000; border-radius: 0; }
+:fullscreen img { width: 100vw; height: 100vh; max-height: none; }
+label { font-size: .875rem; font-weight: 600; } small { display: block; color: var(--dim);
+  font-size: .8125rem; font-weight: 400; } summary { padding: .25rem 0; cursor: pointer;
+  font-weight: 600; } .again { align-items: center; margin-bottom: 1.5rem; }
+input, select { min-height: 2rem; padding: .2rem .5rem; font: inherit; font-size: .875rem;
+  border: 1px solid var(--edge); border-radius: .4rem; background: var(--card); color: var(--ink); }
+.fields { display: grid; flex: 1 0 100%; gap: .75rem 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
+.fields input, .fields select { display: block; width: 100%; }
+.grid [data-picked] { outline: 3px solid var(--link); outline-offset: 0; }
 @media (min-width: 56rem) { .now, .stage { display: grid; gap: 0 1.5rem;
     grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); } .stage { align-items: start; }
   .now > :only-child { grid-column: 1 / 3; } .now > .room:only-child ul { display: grid;
@@ -14799,8 +14900,9 @@ td, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 6
   .jobs .picture { grid-row: 1 / 3; } .jobs .bar { grid-column: 2 / 4; grid-row: 2; }
   .jobs .fig, .jobs .eta { grid-row: 3; } .jobs .fig { grid-column: 2; } .jobs form {
     grid-column: 3; grid-row: 1; }
-  .sheet { grid-template-columns: 1fr 1fr; } }
-@media (pointer: coarse) { button, .button { min-height: 2.75rem; padding: .5rem 1rem; }
+  .sheet { grid-template-columns: 1fr 1fr; } .strip { grid-template-columns: repeat(6, 1fr); } }
+@media (pointer: coarse) { button, .button, input, select { min-height: 2.75rem;
+    padding: .5rem 1rem; }
   header nav a, .links a, .grid a { padding: .6rem 0; } }
 @media (prefers-reduced-motion: no-preference) { progress, .bar rect { transition: .3s; } }
 """ + "".join(f".grid .p{tenth} {{ background-size: 100% {tenth}0%; }}\n" for tenth in range(1, 11))
@@ -14820,7 +14922,9 @@ function morph(old, now) {
     if (old.nodeValue !== now.nodeValue) old.nodeValue = now.nodeValue;
     return;
   }
-  const own = name => name === "open" && old.nodeName === "DETAILS";
+  const own = name => name === "open" || name === "tabindex" || name === "data-picked"
+    || (film.own && old === screen() && (name === "src" || name === "alt"))
+    || (old.parentNode.id === "player" && (name === "max" || name === "aria-label"));
   for (const {name} of [...old.attributes])
     if (!now.hasAttribute(name) && !own(name)) old.removeAttribute(name);
   for (const {name, value} of now.attributes)
@@ -14874,10 +14978,128 @@ async function load() {
   const page = new DOMParser().parseFromString(text, "text/html");
   const icon = page.querySelector("#icon");
   morph(main, page.querySelector("#main"));
+  arrange();
   document.title = page.title;
   if (find("#icon").href !== icon.href) find("#icon").href = icon.href;
   loaded = Date.now();
 }
+
+// The film: finished frames one after the other. It follows the newest until somebody plays.
+const film = {own: false, at: 0, pace: 12, timer: 0, playing: false, said: "", list: []};
+const player = () => find("#player"), screen = () => find(".stage .large img");
+
+function frames() {
+  const said = player().dataset.frames;
+  if (said !== film.said) {
+    film.said = said;
+    film.list = said.split(",").flatMap(part => {
+      const [first, last = first] = part.split("-").map(Number);
+      return Array.from({length: last - first + 1}, (_, at) => first + at);
+    });
+    player().querySelector("input").max = film.list.length - 1;
+  }
+  return film.list;
+}
+
+function show(at) {
+  clearTimeout(film.timer);
+  if (!player() || !screen()) return;
+  const list = frames(), next = new Image(), began = Date.now();
+  film.own = true;
+  film.at = at = (at % list.length + list.length) % list.length;
+  player().querySelector("input").value = at;
+  player().querySelector("output").textContent = "frame " + list[at];
+  next.onload = next.onerror = () => {
+    if (film.at !== at || !screen()) return;
+    if (next.naturalWidth) screen().src = next.src;
+    const left = Math.max(1000 / film.pace - (Date.now() - began), 0);
+    if (film.playing) film.timer = setTimeout(() => show(film.at + 1), left);
+  };
+  next.src = place + player().dataset.shown.replace("*", list[at]);
+}
+
+function play(on) {
+  film.playing = on;
+  const button = player().querySelector(".play");
+  button.textContent = on ? "‖" : "▶";
+  button.setAttribute("aria-label", on ? "Stop" : "Play the frames so far");
+  show(film.own ? film.at + on : 0);
+}
+
+const pressed = {
+  " ": () => play(!film.playing), k: () => play(false), ArrowRight: () => show(film.at + 1),
+  ArrowLeft: () => show(film.at - 1), j: () => film.pace = Math.max(film.pace / 2, 1),
+  l: () => film.playing ? film.pace = Math.min(film.pace * 2, 48) : play(true),
+  f: () => document.fullscreenElement ? document.exitFullscreen()
+    : screen().closest(".picture").requestFullscreen(),
+};
+
+// The map of frames: one stop for Tab, arrows from there; what is dragged over is selected.
+let from = null, moved = false;
+
+function arrange() {
+  for (const grid of document.querySelectorAll(".grid")) {
+    const all = [...grid.children], held = all.find(cell => cell.tabIndex === 0) || all[0];
+    for (const cell of all) cell.tabIndex = cell === held ? 0 : -1;
+  }
+  if (player() && !film.own) {
+    film.at = frames().length - 1;
+    player().querySelector("input").value = film.at;
+    player().querySelector("output").textContent = "frame " + film.list[film.at];
+  }
+}
+
+function pick(to) {
+  const field = find("#picked"), all = [...from.parentNode.children], ends = [from, to].map(
+    cell => all.indexOf(cell)).sort((a, b) => a - b);
+  all.forEach((cell, at) => cell.toggleAttribute("data-picked", at >= ends[0] && at <= ends[1]));
+  const first = all[ends[0]].dataset.frames.split("-")[0];
+  if (field) field.value = first + "-" + all[ends[1]].dataset.frames.split("-")[1];
+}
+
+function step(cell, key, shift) {
+  const all = [...cell.parentNode.children];
+  const row = all.filter(one => one.offsetTop === all[0].offsetTop).length;
+  const by = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: row, ArrowUp: -row}[key];
+  const to = all[all.indexOf(cell) + by];
+  if (!to) return;
+  cell.tabIndex = -1;
+  to.tabIndex = 0;
+  to.focus();
+  if (!shift) from = null;
+  else {
+    from = from || cell;
+    pick(to);
+  }
+}
+
+document.addEventListener("keydown", press => {
+  const at = press.target, cell = at.closest(".grid a");
+  if (press.ctrlKey || press.altKey || press.metaKey) return;
+  if (cell && press.key.startsWith("Arrow")) step(cell, press.key, press.shiftKey);
+  else if (!player() || at.closest("input:not([type=range]), select, button, summary, pre")) return;
+  else if (!pressed[press.key]) return;
+  else pressed[press.key]();
+  press.preventDefault();
+});
+document.addEventListener("input", change => {
+  if (change.target.closest("#player")) show(+change.target.value);
+});
+document.addEventListener("pointerdown", down => {
+  const cell = down.target.closest(".grid a");
+  if (cell && down.pointerType === "mouse" && !down.shiftKey) from = cell;
+  moved = false;
+});
+document.addEventListener("pointerover", over => {
+  const cell = over.target.closest(".grid a");
+  if (cell && from && over.buttons === 1 && cell !== from && cell.parentNode === from.parentNode) {
+    moved = true;
+    pick(cell);
+  }
+});
+document.addEventListener("dragstart", drag => {
+  if (drag.target.closest(".grid")) drag.preventDefault();
+});
 
 function tell(text) {
   live.classList.toggle("away", away);
@@ -14906,12 +15128,19 @@ async function beat() {
 
 document.documentElement.classList.add("js");
 document.addEventListener("click", click => {
+  const cell = click.target.closest(".grid a");
+  if (cell && (moved || (click.shiftKey && from))) {
+    click.preventDefault();
+    if (!moved) pick(cell);
+  }
+  if (click.target.closest(".play")) play(!film.playing);
   const copy = click.target.closest(".copy");
   if (!copy) return;
   getSelection().selectAllChildren(copy.previousElementSibling);
   copy.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl-C";
 });
 document.addEventListener("visibilitychange", () => document.hidden || beat());
+arrange();
 if (main.dataset.reload) beat();
 else tell("Not reloading");
 })();

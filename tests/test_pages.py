@@ -13,7 +13,7 @@ import pytest
 
 import povfarm
 from helpers.base import need, run_povray
-from helpers.browser import browser
+from helpers.browser import ELEMENT, browser
 from helpers.invariants import broken
 from helpers.pages import Dom, Recorder, chromium
 from helpers.pictures import png, png_of, png_rows
@@ -201,7 +201,9 @@ def test_the_page_of_a_job(farm: Farm) -> None:
     assert dom.all("a", href=f"/api/v1/jobs/{job}/archive.zip")
     assert "Width=4" in dom.text and "somebody" in dom.text
     assert "2 finished" in dom.text and "1 in work" in dom.text and "1 failed" in dom.text
-    assert len(dom.all("div", class_="picture")) == 1 + 8, "the newest image and the storyboard"
+    assert len(dom.all("div", class_="picture")) == 1, "the newest image"
+    player, = dom.all("div", id="player")
+    assert player["data-frames"] == "1-2"
     farm.scheduler.leave(worker)
 
 
@@ -406,7 +408,8 @@ def test_only_what_is_possible_has_a_button(farm: Farm, state: str, actions: Lis
     elif state != "active":
         getattr(farm.scheduler, {"paused": "pause", "cancelled": "cancel"}[state])(job)
     page = farm.page(f"/jobs/{job}", farm.admin)
-    may = [form["action"] for form in page.all("form", action="/jobs/")]
+    may = [form["action"] for form in page.all("form", action="/jobs/")
+           if form.get("class") != "again" and not form["action"].endswith("/set")]
     may += [f"/jobs/{job}/delete"] * len(page.all("a", href=f"ask=%2Fjobs%2F{job}%2Fdelete"))
     assert may == [f"/jobs/{job}/{action}" for action in actions]
     assert not farm.page(f"/jobs/{job}").all("form"), "a stranger has no forms"
@@ -427,7 +430,7 @@ def test_the_forms_steer_a_job(farm: Farm) -> None:
         page = farm.page(f"/jobs/{job}", farm.admin)
         if action == "delete":
             page = asked(farm, f"/jobs/{job}", f"/jobs/{job}/delete")
-        form, = page.all("form", action=f"/jobs/{job}/{action}")
+        form = page.all("form", action=f"/jobs/{job}/{action}")[0]
         token = page.all("input", name="token")[0]["value"]
         answer = farm.send("POST", form["action"], farm.admin, {"token": token})
         assert (answer.status, answer.headers["Location"]) == (
@@ -447,7 +450,7 @@ def test_a_frame_is_rendered_again_by_a_button_for_who_may_steer_its_job(farm: F
     answer = farm.send("POST", form["action"], farm.admin, {"token": farm.token(farm.admin)})
     assert (answer.status, answer.headers["Location"]) == (303, f"/jobs/{job}")
     with farm.store.read() as tx:
-        assert [state for _, state in tx.frame_states(job)] == ["queued", "done"]
+        assert tx.frame_states(job) == (["1", "2"], "qd")
 
 
 def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
@@ -629,6 +632,60 @@ def test_what_one_does_on_a_page_survives_what_happens_on_the_farm(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_film_is_played_and_frames_are_chosen_by_keys_and_by_hand(tmp_path: Path) -> None:
+    farm = served(tmp_path / "data")
+    worker = farm.scheduler.join(WorkerInfo("anna", 2, 1, "x", {}), "t", "10.0.0.7")
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "3", "Final_Frame": "30",
+                  "Output_File_Type": "P"}, (), (), ".")
+    farm.scheduler.submit("marbles", "me", pov, Manifest(()), JobOptions())
+    try:
+        for number in range(4):
+            lease, = farm.scheduler.lease(worker, Offer(1, 1, 1), 0, always)
+            farm.scheduler.finish(worker, lease.id, lease.tasks[0].id,
+                                  b"P6 4 3 255\n" + bytes([number]) * 36, b"", Cost(20, 20))
+        with browser(tmp_path) as window:
+            window.open(farm.url + f"/login/{farm.access.login_code()}")
+            window.open(window.run("return location.href") + "jobs/1")
+            said = "document.querySelector('output').textContent"
+            assert window.run(f"return {said}") == "frame 4"
+            window.run("document.activeElement.blur()")
+            window.press("\ue012")  # arrow left
+            window.wait(f"{said} === 'frame 3'", "no step")
+            window.wait("document.querySelector('.stage img').currentSrc.includes('/frames/3/thumb/')",
+                        "another image")
+            window.press("\ue012", "\ue012", "\ue012")
+            window.wait(f"{said} === 'frame 4'", "the film does not go round")
+            window.run("window.seen = new Set(); setInterval(() => seen.add("
+                       f"{said}), 5)")
+            window.press(" ")
+            window.wait("seen.size === 4", "it is not played")
+            window.press(" ")
+            stops = window.run("return [...document.querySelectorAll('a, button, input, select, "
+                               "summary, [tabindex]')].filter(one => one.tabIndex >= 0 && "
+                               "one.checkVisibility()).length")
+            assert stops <= 40
+            window.run("document.querySelector('#part a').focus()")
+            window.press("\ue014")  # arrow right
+            assert window.run("return document.activeElement.textContent") == "2"
+            window.send("actions", actions=[{"type": "key", "id": "keys", "actions": [
+                {"type": "keyDown", "value": "\ue008"}, {"type": "keyDown", "value": "\ue014"},
+                {"type": "keyUp", "value": "\ue014"}, {"type": "keyUp", "value": "\ue008"}]}])
+            assert window.run("return document.querySelector('#picked').value") == "2-3"
+            cells = [window.element(f"#part a:nth-child({number})") for number in (1, 4)]
+            window.send("actions", actions=[{"type": "pointer", "id": "mouse", "actions": [
+                {"type": "pointerMove", "origin": {ELEMENT: cells[0]}, "x": 0, "y": 0},
+                {"type": "pointerDown", "button": 0},
+                {"type": "pointerMove", "origin": {ELEMENT: cells[1]}, "x": 0, "y": 0},
+                {"type": "pointerUp", "button": 0}]}])
+            assert window.run("return document.querySelector('#picked').value") == "1-4"
+            window.click(".again button")
+            window.wait("document.querySelectorAll('#part .queued').length === 30", "none again")
+            assert window.complaints() == []
+    finally:
+        farm.stop()
+
+
+@pytest.mark.slow
 def test_without_javascript_the_page_reloads_and_its_forms_work(tmp_path: Path) -> None:
     farm = served(tmp_path / "data")
     worker = farm.scheduler.join(WorkerInfo("anna", 2, 1, "x", {}), "t", "10.0.0.7", "ABCDEF")
@@ -671,7 +728,7 @@ def test_a_page_says_who_one_is_and_steers_only_what_is_theirs(farm: Farm) -> No
             dom = farm.page(f"/jobs/{job}", cookie)
             assert f"You are {who} " in dom.text
             assert {form["action"] for form in dom.all("form")} == {"/logout"} | (
-                {f"/jobs/{job}/pause", f"/jobs/{job}/cancel"} if job in mine else set())
+                {f"/jobs/{job}/{action}" for action in ("pause", "cancel", "retry", "set")} if job in mine else set())
     assert "Read-only" in farm.page(f"/jobs/{hers}").text
 
 
@@ -788,6 +845,50 @@ def test_refusing_a_worker_is_a_button_too(farm: Farm) -> None:
     worker = farm.join(admitted=False)
     form, = farm.page("/", farm.admin).all("form", action="/remove")
     assert form["action"] == f"/workers/{worker}/remove"
+
+
+# --- a job's page
+
+def test_the_options_of_a_job_are_a_form(farm: Farm) -> None:
+    job = farm.submit()
+    page = farm.page(f"/jobs/{job}", farm.admin)
+    assert {one["name"] for one in [*page.all("input"), *page.all("select")] if one.get("name")} == {
+        "token", "frames", *povfarm.JOB_OPTIONS}
+    fields = {one["name"]: one["value"] for one in page.all("input") if one.get("name") in povfarm.JOB_OPTIONS}
+    body = {"token": farm.token(farm.admin), **fields, "in_order": "no", "priority": "7"}
+    assert farm.send("POST", f"/jobs/{job}/set", farm.admin, body).status == 303
+    with farm.store.read() as tx:
+        assert tx.job(job).options.priority == 7
+        assert [event.text for event in tx.events(0, 99) if event.what == "changed"] == ["priority = 7"]
+
+
+def test_frames_that_are_named_are_rendered_again(farm: Farm) -> None:
+    job, worker = farm.submit(frames=6), farm.join()
+    farm.deliver(worker, 6)
+    form, = farm.page(f"/jobs/{job}", farm.admin).all("form", class_="again")
+    body = {"token": farm.token(farm.admin), "frames": "2-3,5"}
+    assert farm.send("POST", form["action"], farm.admin, body).status == 303
+    with farm.store.read() as tx:
+        assert tx.frame_states(job) == (list("123456"), "dqqdqd")
+    player, = farm.page(f"/jobs/{job}").all("div", id="player")
+    assert player["data-frames"] == "1-1,4-4,6-6"
+
+
+def test_what_povray_said_of_a_failed_frame_is_on_its_jobs_page(farm: Farm) -> None:
+    job, worker = farm.submit(), farm.join()
+    farm.fail(worker, "the sky fell")
+    text = farm.page(f"/jobs/{job}").text
+    assert "What POV-Ray printed of frame 1" in text
+    assert text.index("the sky fell\n") < text.index("POV-Ray says")
+
+
+def test_the_film_strip_is_from_all_over_the_animation(farm: Farm) -> None:
+    job, worker = farm.submit(frames=120), farm.join()
+    farm.deliver(worker, 50)
+    links = farm.page(f"/jobs/{job}").all("a", href=f"/jobs/{job}/frames/")
+    strip = [one for one in links if "data-frames" not in one and one.get("class") in ("done", "queued", "leased")]
+    assert [one["href"].rpartition("/")[2] for one in strip] == [str(n) for n in range(1, 120, 10)]
+    assert [one["class"] for one in strip].count("done") == 5
 
 
 # --- how it looks
