@@ -662,6 +662,7 @@ class Setting:
     help: str
     commands: str
     metavar: str = ""
+    bare: str = ""  # the value of an option that is given without one, where it may be
 
     @property
     def is_flag(self) -> bool:
@@ -780,6 +781,11 @@ def _lease_time(text: str) -> float:
     return seconds
 
 
+def _listening(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    return f"{host}:{_port(port)}"
+
+
 def _rate(text: str) -> Fraction:
     with contextlib.suppress(ValueError, ZeroDivisionError):
         if Fraction(1, 1000) <= Fraction(text) <= 1000:
@@ -881,6 +887,11 @@ SETTINGS: tuple[Setting, ...] = (
             "work render serve", "SIZE"),
     Setting("engine", _engine, "",
             "the program that renders it instead of POV-Ray, such as blender", "job", "NAME"),
+    Setting("status-port", _listening, "",
+            "show what the worker does in a browser, on this port; default: 2270", "work",
+            "[[ADDRESS:]PORT]", "2270"),
+    Setting("hold", bool, False, "keep finished frames here, too, until told to delete them",
+            "work"),
     Setting("root", _path, None, "directory of the project; default: the current or the scene's",
             "job", "DIR"),
     Setting("priority", _priority, 0, "jobs with a higher priority go first", "submit set", "N"),
@@ -11403,7 +11414,7 @@ class Access:
             return identity
         # A page elsewhere can make a browser send the cookie: with it alone one
         # may only look. What the forms of PAGES change, check_form guards as well.
-        _check_origin(request.headers)
+        check_origin(request.headers)
         looks = replace(identity, roles=identity.roles & {"reader"})
         return looks if request.path.startswith("/api/") else identity
 
@@ -11654,7 +11665,7 @@ class Access:
                                 Retry_After="2")
 
 
-def _check_origin(headers: Mapping[str, str]) -> None:
+def check_origin(headers: Mapping[str, str]) -> None:
     """Refuse what a browser says that a page of another origin made it send."""
     site = headers.get("sec-fetch-site")
     origin = headers.get("origin", "").partition("//")[2]
@@ -17470,7 +17481,7 @@ class RunState:
 
     def written(self) -> int:
         """Return the bytes in its own directory."""
-        return _bytes_in(self.own) if self.own else 0
+        return bytes_in(self.own) if self.own else 0
 
     def stop(self) -> None:
         """End the renderer, at once unless it is writing the image that it has finished."""
@@ -17611,7 +17622,7 @@ class Cache:
 
     def __init__(self, root: Path, limit: int, client: Client,
                  near: Callable[[str], Path] | None = None, farm: str = "") -> None:
-        self.root = root
+        self.root, self.held = root, root.parent / "held"
         self._mark = f"of-{farm}"
         self.limit = limit
         self._client = client
@@ -17655,11 +17666,20 @@ class Cache:
 
     def known(self) -> list[str]:
         """Return the keys of projects that this farm has sent, some of them where they are many."""
-        return [mark.parent.name for mark in self.root.glob(f"*/{self._mark}")][:1000]
+        return [*{mark.parent.name for base in (self.root, self.held)
+                  for mark in base.glob(f"*/{self._mark}")}][:1000]
+
+    def hold(self, lease: LeaseSpec, name: str, image: Path) -> None:
+        """Move an image to where it stays until somebody deletes it, or the farm its job."""
+        place = self.held / lease.manifest / f"{lease.job}-{_plain_name(lease.job_name)}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place.parent / self._mark).touch()
+        os.replace(image, place / PurePosixPath(name).name)
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Delete projects that the farm has no more."""
-        for place in (self.root / key for key in {*keys} & {*self.known()}):
+        """Delete projects that the farm has no more, and what is held of them."""
+        known = {*keys} & {*self.known()}
+        for place in (base / key for base in (self.root, self.held) for key in known):
             with self._lock, contextlib.suppress(OSError):
                 if not self._using[place.name]:
                     (place / self._mark).unlink()
@@ -17672,7 +17692,7 @@ class Cache:
         with self._lock:
             projects = sorted(
                 (path.stat().st_mtime, path) for path in self.root.iterdir() if path.is_dir())
-            sizes = {path: _bytes_in(path) for _, path in projects}
+            sizes = {path: bytes_in(path) for _, path in projects}
             total = sum(sizes.values())
             for _, path in projects:
                 if total > limit and not self._using[path.name]:
@@ -17733,7 +17753,11 @@ class Cache:
         return False
 
 
-def _bytes_in(directory: Path) -> int:
+def _plain_name(text: str) -> str:
+    return re.sub(r"[^\w-]+", "-", text)[:60]
+
+
+def bytes_in(directory: Path) -> int:
     """Return the size of what is in a directory, while others may write and delete there."""
     size = 0
     for path in directory.rglob("*"):
@@ -17752,12 +17776,13 @@ class Outbox:
     """Finished frames on their way to the coordinator, each kept until it is taken or refused.
 
     ``trouble`` is told what the coordinator cannot do, ``gone`` each run of which a frame has
-    left; ``ending`` gives up what is here.
+    left; ``ending`` gives up what is here. With ``hold`` whole frames stay when they are taken.
     """
 
     def __init__(self, client: Client, cache: Cache | InPlace, clock: Clock,
                  ending: threading.Event, trouble: Callable[[str], None],
-                 gone: Callable[[RunState], None]) -> None:
+                 gone: Callable[[RunState], None], hold: bool = False) -> None:
+        self._hold = hold
         self.taken = 0
         self.given_up = 0
         self._client = client
@@ -17865,9 +17890,10 @@ class Outbox:
         start = self._clock.monotonic()
         while True:
             try:
-                self._client.request("PUT", f"{path}?{query}", body=body, timeout=120,
-                                    retry_for=math.inf, stop=self._ending)
+                reply = self._client.request("PUT", f"{path}?{query}", body=body, timeout=120,
+                                             retry_for=math.inf, stop=self._ending)
                 self.taken += 1
+                self._was_taken(delivery, bool(reply.json()["accepted"]))
                 return
             except RequestRefused as error:
                 if error.status == 422:
@@ -17880,6 +17906,17 @@ class Outbox:
                     raise
                 self._trouble(str(error))
             self._ending.wait(random.uniform(5, 10))
+
+
+    def _was_taken(self, delivery: Delivery, accepted: bool) -> None:
+        lease, task = delivery.run.lease, delivery.task
+        log.info("frame %d of job %d (%s) is delivered", task.frame, lease.job, lease.job_name)
+        if accepted and self._hold and task.kind is TaskKind.FRAME and isinstance(
+                self._cache, Cache):
+            try:
+                self._cache.hold(lease, task.name, delivery.image)
+            except OSError as error:
+                log.warning("frame %d is delivered, but cannot be kept here: %s", task.frame, error)
 
 
 def written_by(run: RunState, plan: Run) -> dict[str, int]:
@@ -17904,7 +17941,7 @@ class Worker:
                  cache: Cache | InPlace, cores: int, until_idle: bool = False,
                  clock: Clock | None = None, bounds: Bounds = Bounds(()),
                  admitted: Callable[[], Any] | None = None,
-                 programs: Mapping[str, Program] = {}) -> None:
+                 programs: Mapping[str, Program] = {}, hold: bool = False) -> None:
         self.client = client
         self.engine = engine
         self.programs = programs
@@ -17921,7 +17958,9 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._ending = threading.Event()
-        self.outbox = Outbox(client, cache, self._clock, self._ending, self._in_trouble, self._gone)
+        self._hushed = threading.Event()  # nothing is asked for: it is stopping, or paused
+        self.outbox = Outbox(client, cache, self._clock, self._ending, self._in_trouble, self._gone,
+                             hold)
         self._patience = PATIENCE
         self._trouble = ""  # why nothing more is asked for
         self._rest = (0.0, 0)  # until when, unless more is free than then
@@ -17937,8 +17976,8 @@ class Worker:
             while not self._stopping.is_set() and not self._idle:
                 try:
                     self._ask()
-                except ServerGone:  # only when it was stopped meanwhile
-                    break
+                except ServerGone:  # only when it was stopped or paused meanwhile
+                    continue
                 except RequestRefused as error:
                     if error.status < 500:
                         raise
@@ -17964,10 +18003,44 @@ class Worker:
         if self._stopping.is_set():
             self._ending.set()
         self._patience = patience
-        self._stopping.set()
+        self._ask_no_more()
         with self._changed:
             self._stop_long()
             self._changed.notify_all()
+
+    def _ask_no_more(self) -> None:
+        self._stopping.set()
+        self._hushed.set()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it asks for no more work until it is told to; what is under way is finished."""
+        return self._hushed.is_set()
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        """Pause, or go on unless it is stopping."""
+        with self._changed:
+            if paused:
+                self._hushed.set()
+            elif not self._stopping.is_set():
+                self._hushed.clear()
+            self._changed.notify_all()
+
+    def view(self) -> dict[str, Any]:
+        """Return what it does, for people and programs."""
+        with self._changed:
+            runs = sorted(self._runs, key=operator.attrgetter("started"))
+            return {
+                "farm": self.client.base_url, "trouble": self._trouble,
+                "state": "stopping" if self._stopping.is_set() else "paused" if self.paused
+                else "working" if runs else "idle",
+                "delivered": self.outbox.taken, "waiting": len(self.outbox),
+                "runs": [{
+                    "job": run.job, "name": run.lease.job_name, "frame": run.task.frame,
+                    "percent": run.text.percent, "threads": run.threads,
+                    "frames": [task.frame for task in run.lease.tasks],
+                    "seconds": self._clock.monotonic() - run.started} for run in runs]}
 
     def _stop_long(self) -> None:
         """Stop the runs that are not waited for, in whatever they are."""
@@ -18023,7 +18096,7 @@ class Worker:
         return bool(self._trouble)
 
     def _ask(self) -> None:
-        if self._must_rest():
+        if self.paused or self._must_rest():
             with self._changed:
                 self._changed.wait(1.0)
             return
@@ -18042,7 +18115,7 @@ class Worker:
         offer = {"want": room, "slots": len(runs) + room, "idle": max(idle, 0), "wait": wait,
                  "projects": self.cache.known()}
         reply = self.client.request("POST", "/api/v1/lease", json=offer, timeout=wait + 30,
-                                    retry_for=math.inf, stop=self._stopping).json()
+                                    retry_for=math.inf, stop=self._hushed).json()
         self.cache.forget(reply.get("gone", ()))
         if self._admitted is not None and not reply["pending"]:
             self._admitted()
@@ -18127,7 +18200,7 @@ class Worker:
             self._rest = (self._clock.monotonic() + 60, then)
         if self._launcher.gone:
             message = ""
-            self._stopping.set()  # not stop(), which gives up what is finished when it comes twice
+            self._ask_no_more()  # not stop(), which gives up what is finished when it comes twice
         if run.open and not run.stopped.is_set():
             self._give_up(run, message, scene)
         run.open.clear()
@@ -18653,6 +18726,11 @@ def work(options: Options) -> int:
             if not signals.count:
                 raise
             return 130
+        if options.status_port:
+            page = _WorkerPage([worker], options.status_port, options.data / "workers" / (
+                f"{_file_name(_worker_name(options))}.link"))
+            page.start()
+            stack.callback(page.stop)
         signals.action = worker.stop
         if signals.count:  # while it joined
             return 130
@@ -19158,8 +19236,9 @@ def _run(arguments: list[str]) -> int:
         print(_command_help(tag))
         return 0
     options = _parse(tag, arguments[1:])
-    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING,
-                        format="%(message)s", handlers=[_Log()])
+    least = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(level=logging.INFO if options.status_port else least,
+                        format="%(message)s", handlers=[_Log(least)])
     return function(options)
 
 
@@ -19180,11 +19259,13 @@ def _given(tag: command, arguments: Sequence[str]) -> tuple[dict[str, str], list
     rows = {f"--{row.name}": row for row in tag.settings()}
     given: dict[str, str] = {}
     rest: list[str] = []
-    items = iter(arguments)
-    for item in items:
+    items = collections.deque(arguments)
+    while items:
+        item = items.popleft()
         if item == "--":
             rest += items
-        elif not item.startswith("--"):
+            break
+        if not item.startswith("--"):
             rest.append(item)
         else:
             name, equals, text = item.partition("=")
@@ -19192,10 +19273,11 @@ def _given(tag: command, arguments: Sequence[str]) -> tuple[dict[str, str], list
             if row is None:
                 raise UserError(
                     f"'{tag.name}' has no option {name}: see 'povfarm.py help {tag.name}'")
-            value = text if equals else "on" if row.is_flag else next(items, None)
-            if value is None:
+            alone = not items or (row.bare and items[0].startswith("--"))
+            if not (equals or row.is_flag) and alone and not row.bare:
                 raise UserError(f"{name} needs a value")
-            given[row.name] = value
+            given[row.name] = text if equals else "on" if row.is_flag else (
+                row.bare if alone else items.popleft())
     return given, rest
 
 
@@ -19365,7 +19447,12 @@ def _tell(options: Options, data: Any, text: str) -> None:
 
 
 def _say(text: str) -> None:
-    _write(f"povfarm: {plain(_typed(text))}\n", sys.stderr)
+    line = plain(_typed(text))
+    _SAID.append(f"{time.strftime('%H:%M:%S')} {line}")
+    _write(f"povfarm: {line}\n", sys.stderr)
+
+
+_SAID: collections.deque[str] = collections.deque(maxlen=300)  # for a worker's own page
 
 
 def _write(text: str, file: Any) -> None:
@@ -19374,12 +19461,19 @@ def _write(text: str, file: Any) -> None:
 
 
 class _Log(logging.Handler):
-    """What other sections log is said as CLI says things."""
+    """What other sections log is said as CLI says things; below ``least`` only the page has it."""
+
+    def __init__(self, least: int = logging.WARNING) -> None:
+        super().__init__()
+        self._least = least
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say a record: in one line what others have said, and then a traceback."""
         record.msg, record.args = one_line(record.getMessage()), None
-        _say(self.format(record))
+        if record.levelno >= self._least:
+            _say(self.format(record))
+        else:
+            _SAID.append(f"{time.strftime('%H:%M:%S')} {record.msg}")
 
 
 @contextlib.contextmanager
@@ -20799,7 +20893,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
         home / "cache", options.cache_size, own, near, farm_id)
     bounds = Bounds(None if options.unconfined else (), memory=options.memory or total_memory())
     worker = Worker(own, engine, launcher, projects, cores, options.until_idle, bounds=bounds,
-                    admitted=None if admitted else begin, programs=programs)
+                    admitted=None if admitted else begin, programs=programs, hold=options.hold)
     # No more than said: in a container everybody is root, and renders are confined as any others.
     if options.command != "render" and sys.platform != "win32" and os.geteuid() == 0:
         _say("this worker runs as root, so a hole in its confinement would open the whole "
@@ -20900,6 +20994,190 @@ def _work_here(worker: Worker) -> None:
         worker.run()
     except FarmError as error:
         _say(f"this computer has stopped rendering: {error}")
+
+
+class _WorkerPage:
+    """What workers of this process do, for a browser on their computer, and what can be done there.
+
+    Who may come in has the cookie that a link gives, once, and a path of its own goes with it, as
+    with the coordinator's pages. The next link is in ``file``, which others cannot read.
+    """
+
+    def __init__(self, workers: Sequence[Worker], listen: str, file: Path) -> None:
+        self._workers, self._file = workers, file
+        self._code, self._session = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+        self._place = f"/-{derived(self._session, 'place')[:16]}"
+        self._token = derived(self._session, "form")
+        host, _, port = listen.rpartition(":")
+        host = host.strip("[]") or "127.0.0.1"
+        router = Router(self, authenticate=self._identify, hosts=("localhost",),
+                        error_page=self._error)
+        self.server = Server(router, host, int(port), limits=Limits(connections=100))
+        shown = f"[{host}]" if ":" in host else own_addresses()[0] if host == "0.0.0.0" else host
+        self._url = f"http://{shown}:{self.server.port}"
+        self._cookie = f"povfarm-work-{self.server.port}"
+
+    def start(self) -> None:
+        """Serve, and say where."""
+        self._offer_link()
+        self.server.start()
+        _say(f"what this worker does is shown at {self._url}/login/{self._code} (the link works "
+             f"once; the next one is then in {self._file})")
+
+    def stop(self) -> None:
+        """Serve no more."""
+        self._file.unlink(missing_ok=True)
+        self.server.stop()
+
+    @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
+    def login(self, request: Request) -> Response:
+        """Exchange a link's code for a cookie."""
+        if request.method == "HEAD" or not hmac.compare_digest(
+                request.params["code"].encode(), self._code.encode()):
+            raise ProtocolError(403, "this link was used before: the worker said where the next is")
+        self._code = secrets.token_urlsafe(24)
+        self._offer_link()
+        response = redirect(f"{self._place}/")
+        response.headers.update({**PAGE_HEADERS, "Set-Cookie": (
+            f"{self._cookie}={self._session}; HttpOnly; SameSite=Strict; Path={self._place}/")})
+        return response
+
+    @route("GET", "/style.css", role="anyone", summary="How the page looks")
+    def style(self, request: Request) -> Response:
+        """The style sheet of all pages."""
+        return text_response(STYLE, mime="text/css")
+
+    @route("GET", "/", role="admin", summary="What the worker does")
+    def home(self, request: Request) -> Response:
+        """Show runs, what is held, and what was said last."""
+        views = [worker.view() for worker in self._workers]
+        paused = any(view["state"] == "paused" for view in views)
+        return self._page(
+            "Worker", element("h1", f"Worker {', '.join({view['state'] for view in views})}"),
+            element("div", self._button("resume" if paused else "pause"),
+                    self._button("stop"), class_="row"),
+            [self._facts(view) for view in views], self._projects(),
+            _part_of_page("What it said", element("pre", "\n".join(reversed(_SAID)))),
+            reload=5)
+
+    @route("GET", "/status.json", role="admin", summary="The same for programs")
+    def status(self, request: Request) -> Response:
+        """What the page shows but for the log."""
+        return json_response({"workers": [worker.view() for worker in self._workers], "held": {
+            name: [path.name for path in images] for name, images in self._held().items()}})
+
+    @route("GET", "/held/<key>/<job>.zip", role="admin", summary="Frames that are held")
+    def held(self, request: Request) -> Response:
+        """A zip of them, made while it is sent."""
+        images = self._found(request)
+        return stream_response(zip_stream([(path.name, path) for path in images]),
+                               "application/zip")
+
+    @route("POST", "/held/<key>/<job>/delete", role="admin", summary="Hold frames no more")
+    def drop(self, request: Request) -> Response:
+        """Delete the frames of a job that are held."""
+        self._check(request)
+        shutil.rmtree(self._found(request)[0].parent, ignore_errors=True)
+        return redirect("/")
+
+    @route("POST", "/<action>", role="admin", summary="Steer the worker")
+    def steer(self, request: Request) -> Response:
+        """Action: pause, resume or stop, as the first Ctrl-C does."""
+        self._check(request)
+        action = request.params["action"]
+        if action not in ("pause", "resume", "stop"):
+            raise ProtocolError(404, f"a worker cannot be asked to {action}")
+        for worker in self._workers:
+            if action == "stop":
+                worker.stop()
+            else:
+                worker.paused = action == "pause"
+        _say({"pause": "paused", "resume": "resumed"}.get(action, "stopping") + " on its page")
+        return redirect("/")
+
+    # --- inside
+
+    def _offer_link(self) -> None:
+        atomic_write(self._file, f"{self._url}/login/{self._code}\n".encode(), 0o600)
+
+    def _identify(self, request: Request) -> Identity:
+        cookies = [part.strip() for part in request.headers.get("cookie", "").split(";")]
+        mine = f"{self._cookie}={self._session}".encode()
+        if request.place == self._place and any(
+                hmac.compare_digest(cookie.encode(), mine) for cookie in cookies):
+            return Identity(frozenset({"admin"}), name="you")
+        if request.path == "/style.css" or request.path.startswith("/login/"):
+            return Identity()
+        raise ProtocolError(401, "open the link that the worker has printed")
+
+    def _check(self, request: Request) -> None:
+        """Refuse a form that is not of this page."""
+        check_origin(request.headers)
+        given = request.form().get("token", "")
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            raise ProtocolError(403, "this form is too old: load the page again")
+
+    def _held(self) -> dict[str, list[Path]]:
+        """Return the images that are held, by project and job."""
+        bases = {worker.cache.held for worker in self._workers if isinstance(worker.cache, Cache)}
+        found: dict[str, list[Path]] = collections.defaultdict(list)
+        for path in sorted(path for base in bases for path in base.glob("*/*/*")):
+            found[f"{path.parent.parent.name}/{path.parent.name}"].append(path)
+        return found
+
+    def _found(self, request: Request) -> list[Path]:
+        images = self._held().get(f"{request.params['key']}/{request.params['job']}")
+        if not images:
+            raise ProtocolError(404, "no such frames are held here")
+        return images
+
+    def _button(self, action: str, address: str = "") -> Html:
+        return element("form", element("input", type="hidden", name="token", value=self._token),
+                       element("button", action.capitalize()), method="post",
+                       action=f"{self._place}/{address or action}")
+
+    def _facts(self, view: Mapping[str, Any]) -> Html:
+        rows = [element("tr", [element("td", cell) for cell in (
+            f"{run['job']} {run['name']}", run["frame"], f"{run['percent']} %", run["threads"],
+            format_duration(run["seconds"]))]) for run in view["runs"]]
+        heads = [element("th", head, scope="col") for head in (
+            "Job", "Frame", "Done", "Threads", "For")]
+        return _part_of_page(
+            f"For {view['farm']}: {view['state']}",
+            element("p", view["trouble"], class_="notice failed") if view["trouble"] else None,
+            element("table", element("thead", element("tr", heads)), element("tbody", rows))
+            if rows else element("p", "Nothing is rendered at the moment."),
+            element("p", f"{counted(view['delivered'], 'frame')} delivered, {view['waiting']} wait "
+                    "for the coordinator."))
+
+    def _projects(self) -> Html:
+        caches = {worker.cache.root: worker.cache for worker in self._workers}
+        keys = {key for cache in caches.values() for key in cache.known()}
+        size = sum(map(bytes_in, caches))
+        held = [element("tr", element("td", name.partition("/")[2]), element(
+            "td", counted(len(images), "image")), element("td", element(
+                "a", "Get them", href=f"{self._place}/held/{name}.zip")), element(
+                    "td", self._button("delete", f"held/{name}/delete")))
+                for name, images in self._held().items()]
+        return _part_of_page("What is kept here", element(
+            "p", f"{counted(len(keys), 'project')}, {format_size(size)}."),
+            element("table", element("tbody", held)) if held else None)
+
+    def _page(self, title: str, *body: Any, reload: int = 0, status: int = 200) -> Response:
+        head = element("head", element("meta", charset="utf-8"), element("title", title),
+                       element("meta", http_equiv="refresh", content=reload) if reload else None,
+                       element("link", rel="stylesheet", href="/style.css"))
+        page = element("html", head, element("body", element("main", body)), lang="en")
+        response = text_response(f"<!DOCTYPE html>{page}", status, "text/html")
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+    def _error(self, request: Request, refusal: ProtocolError) -> Response:
+        return self._page("That did not work", element("p", str(refusal)), status=refusal.status)
+
+
+def _part_of_page(title: str, *children: Any) -> Html:
+    return element("section", element("h2", title), *children)
 
 
 def _cores() -> int:

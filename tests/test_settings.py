@@ -21,6 +21,7 @@ SAMPLES: Dict[str, Any] = {
     "lease-time": "1m30s", "frame-timeout": "1h", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
     "max-workers": "2", "retries": "5", "slices": "7", "povray-version": "3.7", "verify": "25",
     "radiosity": "off", "apng": "film.png", "log": "log.txt", "first": "1,50-60", "order": "spread", "batch": "20",
+    "status-port": "[::]:8082",
     "video": "film.mp4", "fps": "30000/1001",
     "role": "viewer", "uses": "30", "invite": "25", "jobs-limit": "5", "frames-limit": "500", "priority-limit": "3",
     "workers-limit": "4", "space-limit": "5G",
@@ -32,6 +33,7 @@ VALUES: Dict[str, Any] = {
     "discovery-port": 8081, "lease-time": 90.0, "frame-timeout": 3600, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "povray-version": "3.7", "verify": 25,
     "radiosity": "off", "first": "1,50-60", "order": "spread", "batch": 20,
+    "status-port": "[::]:8082",
     "apng": Path("film.png"), "log": Path("log.txt"), "video": Path("film.mp4"), "fps": Fraction(30000, 1001),
     "role": "viewer", "uses": 30, "invite": 25, "jobs-limit": 5, "frames-limit": 500, "priority-limit": 3,
     "workers-limit": 4, "space-limit": 5 * 10**9,
@@ -139,7 +141,7 @@ def test_flags_are_on_or_off(text: str, value: bool) -> None:
     ("nice", "20"), ("nice", "-1"), ("fps", "0"), ("fps", "-25"), ("fps", "1001"), ("fps", "1/0"),
     ("fps", "fast"), ("fps", "nan"), ("cores", "9" * 5000), ("port", "9" * 5000),
     ("frame-timeout", "9" * 400), ("memory", "9" * 400), ("first", "5-"), ("first", "1,"), ("first", "1-2-3"),
-    ("first", ",1"), ("order", "sideways"), ("batch", "-1"), ("batch", "1001"),
+    ("status-port", "here"), ("status-port", "::70000"), ("status-port", "127.0.0.1:"), ("first", ",1"), ("order", "sideways"), ("batch", "-1"), ("batch", "1001"),
 ])
 def test_a_bad_value_is_refused_with_the_place_where_it_stands(name: str, text: str) -> None:
     with pytest.raises(UserError) as caught:
