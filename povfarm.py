@@ -17391,6 +17391,13 @@ class RunState:
         """The task under way."""
         return self.lease.tasks[min(self.text.index, len(self.lease.tasks) - 1)]
 
+    def view(self) -> dict[str, Any]:
+        """Return what it does, for people and programs."""
+        return {"job": self.job, "name": self.lease.job_name, "frame": self.task.frame,
+                "percent": self.text.percent, "threads": self.threads,
+                "frames": [task.frame for task in self.lease.tasks],
+                "seconds": self.clock.monotonic() - self.started}
+
     def left(self) -> float:
         """Return the seconds that the task under way will still take as it looks."""
         made, spent = self.text.percent - self.text.done, self.clock.monotonic() - self.began
@@ -18036,11 +18043,7 @@ class Worker:
                 "state": "stopping" if self._stopping.is_set() else "paused" if self.paused
                 else "working" if runs else "idle",
                 "delivered": self.outbox.taken, "waiting": len(self.outbox),
-                "runs": [{
-                    "job": run.job, "name": run.lease.job_name, "frame": run.task.frame,
-                    "percent": run.text.percent, "threads": run.threads,
-                    "frames": [task.frame for task in run.lease.tasks],
-                    "seconds": self._clock.monotonic() - run.started} for run in runs]}
+                "runs": [run.view() for run in runs]}
 
     def _stop_long(self) -> None:
         """Stop the runs that are not waited for, in whatever they are."""
@@ -18239,53 +18242,16 @@ class Worker:
                     run.text = ProgramText(frames)
                 _check_system_files(lease.pov)
                 run.given = _make_directories(plan, tree)
-                self._get_shared(run, plan.place)
+                _get_shared(self.client, run, plan.place)
                 if run.task.state and run.task.frame == frames[0]:  # not so where it is in order
-                    self._get_state(run, plan)
+                    _get_state(self.client, run, plan)
                 measure = run.measure = _Measure(run, self._clock)
                 while self._watch(run, plan, measure):
                     plan = run.shortened(plan)
                 if run.open and self._stopping.is_set():
-                    self._hand_in(run, replace(plan, frames=(run.task.frame,)))
+                    _hand_in(self.client, run, replace(plan, frames=(run.task.frame,)))
         finally:
             shutil.rmtree(own, ignore_errors=True)
-
-    def _get_shared(self, run: RunState, place: Path) -> None:
-        """Get what the passes of a frame have rendered, and put it together."""
-        for number in run.lease.shares:
-            path = place / "pass.zip"
-            self.client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300,
-                                 stop=run.stopped)
-            files = unpack_files(path, place / "pass.files", MAX_SHARED)
-            samples, photons = files.get(SAMPLE_FILE), files.get(PHOTON_FILE)
-            if samples and has_samples(samples.read_bytes()):
-                with open(place / SAMPLE_FILE, "ab") as target, open(samples, "rb") as source:
-                    shutil.copyfileobj(source, target, BUFFER)
-            if photons and photons.stat().st_size:  # every pass has shot them all
-                photons.replace(place / PHOTON_FILE)
-            path.unlink()
-            shutil.rmtree(place / "pass.files")
-
-    # --- stopped renders
-
-    def _get_state(self, run: RunState, plan: Run) -> None:
-        """Go on from where another worker stopped; from the start when its state does not fit."""
-        with contextlib.suppress(FarmError):
-            path = plan.place / "state"
-            self.client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30,
-                                 stop=run.stopped)
-            run.begin_from(plan, path)
-
-    def _hand_in(self, run: RunState, plan: Run) -> None:
-        """Give what is finished of a frame to whoever goes on with it."""
-        if run.task.kind is TaskKind.PASS:
-            return
-        whole = io.BytesIO()  # of a state with radiosity nothing is taken, see copy_state
-        with contextlib.suppress(FarmError, OSError), open(plan.state, "rb") as source:
-            if copy_state(source, whole, plan.region, plan.block).pixels:
-                self.client.request(
-                    "PUT", f"/api/v1/leases/{run.lease.id}/tasks/{run.task.id}/state",
-                    body=whole.getvalue(), timeout=60, retry_for=20)
 
     def _watch(self, run: RunState, plan: Run, measure: _Measure) -> bool:
         """Render; True when it was ended because others render what is left."""
@@ -18437,6 +18403,44 @@ class _Measure:
         """Take what part of a frame is rendered, 0 to 1."""
         if part and not self._seen[1]:
             self._seen = (self._clock.monotonic() - self._start, part)
+
+
+def _get_shared(client: Client, run: RunState, place: Path) -> None:
+    """Get what the passes of a frame have rendered, and put it together."""
+    for number in run.lease.shares:
+        path = place / "pass.zip"
+        client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300,
+                        stop=run.stopped)
+        files = unpack_files(path, place / "pass.files", MAX_SHARED)
+        samples, photons = files.get(SAMPLE_FILE), files.get(PHOTON_FILE)
+        if samples and has_samples(samples.read_bytes()):
+            with open(place / SAMPLE_FILE, "ab") as target, open(samples, "rb") as source:
+                shutil.copyfileobj(source, target, BUFFER)
+        if photons and photons.stat().st_size:  # every pass has shot them all
+            photons.replace(place / PHOTON_FILE)
+        path.unlink()
+        shutil.rmtree(place / "pass.files")
+
+
+def _get_state(client: Client, run: RunState, plan: Run) -> None:
+    """Go on from where another worker stopped; from the start when its state does not fit."""
+    with contextlib.suppress(FarmError):
+        path = plan.place / "state"
+        client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30,
+                        stop=run.stopped)
+        run.begin_from(plan, path)
+
+
+def _hand_in(client: Client, run: RunState, plan: Run) -> None:
+    """Give what is finished of a frame to whoever goes on with it."""
+    if run.task.kind is TaskKind.PASS:
+        return
+    whole = io.BytesIO()  # of a state with radiosity nothing is taken, see copy_state
+    with contextlib.suppress(FarmError, OSError), open(plan.state, "rb") as source:
+        if copy_state(source, whole, plan.region, plan.block).pixels:
+            client.request(
+                "PUT", f"/api/v1/leases/{run.lease.id}/tasks/{run.task.id}/state",
+                body=whole.getvalue(), timeout=60, retry_for=20)
 
 
 def _sweep(cache: Path) -> None:

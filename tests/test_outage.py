@@ -483,7 +483,7 @@ def test_a_render_that_takes_longer_than_it_looked_ends_a_minute_after_the_stop(
 def test_what_cannot_be_handed_in_does_not_hold_up_a_worker_that_ends_at_once(
         room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     handing_in, gone = threading.Event(), threading.Event()
-    monkeypatch.setattr(Worker, "_hand_in", lambda *_: handing_in.set() or gone.wait(60))
+    monkeypatch.setattr(povfarm, "_hand_in", lambda *_: handing_in.set() or gone.wait(60))
     room.farm.submit(frames=1)
     room.worker.engine = Sleeper("", "3.7", ())
     room.start()
