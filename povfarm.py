@@ -11343,7 +11343,7 @@ MAX_LISTED = 1000  # jobs or frames in one answer
 MAX_EVENTS = 1000
 MAX_COST = 1e9  # seconds
 MAX_IMAGE = 1 << 30  # bytes
-MAX_LOG = 16 << 20  # bytes
+MAX_LOG = 4 << 20  # bytes: six for each of KEPT_LETTERS
 MAX_BLOB = 1 << 40  # bytes
 SESSION_TIME = 12 * 3600.0  # seconds that a login in a browser lasts
 FREE_TRIES = 5  # wrong keys from an address before they are answered more and more slowly,
@@ -12317,15 +12317,15 @@ class Api:
             data = request.body.read()
             yield mine, data[:max(log_size, 0)], data[max(log_size, 0):]
             return
-        text = bytearray()
+        left = max(log_size, 0)
         with self._store.incoming() as place:
-            with open(place / "image", "wb") as file:
+            with open(place / "log", "wb") as log, open(place / "image", "wb") as file:
                 for block in request.body.blocks():
                     self._store.need(len(block))
-                    head = max(log_size - len(text), 0)
-                    text += block[:head]
-                    file.write(block[head:])
-            yield mine, bytes(text), place / "image"
+                    log.write(block[:left])
+                    file.write(block[left:])
+                    left = max(left - len(block), 0)
+            yield mine, (place / "log").read_bytes(), place / "image"
 
     def _frame(self, tx: Look, request: Request) -> tuple[Job, Task]:
         job = tx.job(request.params["job"])
@@ -15922,6 +15922,8 @@ def _state_messages(source: BinaryIO, pixels: int) -> Iterator[tuple[bytes, dict
 # --- reading what POV-Ray prints
 
 KEPT_LINES = 2000  # of what is printed for a frame: at its beginning and at its end
+KEPT_LETTERS = 600_000  # of these lines, likewise
+_LEFT_OUT = "(povfarm left out what came here)"
 _OUR_LINK = re.compile(rf"\b({LINK}\d+)\b(/?)")
 _FRAME = re.compile(r"Rendering frame (\d+) of \d+")
 _PERCENT = re.compile(r"(?:Rendered|pretrace:) .*\((\d+)%\)")
@@ -15972,7 +15974,7 @@ class PovText:
         elif line or not self._status:
             self.lines.append(line)
             if len(self.lines) > 3 * KEPT_LINES:  # a scene can print without end
-                self.lines[KEPT_LINES:-KEPT_LINES] = ["(povfarm left out what came here)"]
+                self.lines[KEPT_LINES:-KEPT_LINES] = [_LEFT_OUT]
             self.traced = self.traced or "Trace Time:" in line
         else:
             self._status = False
@@ -15981,7 +15983,10 @@ class PovText:
     @property
     def text(self) -> str:
         """What was printed since the frame began."""
-        return self.with_names("\n".join(self.lines) + "\n")
+        text, half = "\n".join(self.lines), KEPT_LETTERS // 2
+        if len(text) > KEPT_LETTERS:
+            text = f"{text[:half]}\n{_LEFT_OUT}\n{text[-half:]}"
+        return self.with_names(f"{text}\n")
 
     def with_names(self, text: str) -> str:
         """Return a text with what our links stand for in place of them."""
@@ -16032,7 +16037,7 @@ class ProgramText(PovText):
             self.lines.append(line)
             self.traced = self.traced or line.startswith("Saved: ")
             if len(self.lines) > 3 * KEPT_LINES:
-                self.lines[KEPT_LINES:-KEPT_LINES] = ["(povfarm left out what came here)"]
+                self.lines[KEPT_LINES:-KEPT_LINES] = [_LEFT_OUT]
             return False
         frame = int(match[1])
         index = self._frames.index(frame) if frame in self._frames else self.index

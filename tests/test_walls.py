@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import os
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -460,6 +463,46 @@ def test_a_body_for_no_lease_is_refused_unread(method: str, target: str, farm: F
         method, path, {"log": "5"} if query else {}, headers, BodyReader(unread(), 400 << 20),
         "10.0.0.1", target=target))
     assert response.status == 410
+
+
+def test_no_log_is_in_memory_before_it_is_whole(farm: Farm) -> None:
+    """One worker can send many at a time, and slowly."""
+    farm.submit(1)
+    worker = {"name": "anna", "cores": 1, "memory": 0, "system": "", "tags": [],
+              "engines": {"povray": "3.7"}}
+    joined = join_by(farm.ask, KEY, worker, farm.access.farm_id)
+    lease = farm.lease(joined["id"])
+    target, grown = f"/api/v1/leases/{lease.id}/tasks/{lease.tasks[0].id}?log={povfarm.MAX_LOG}", []
+
+    def slowly() -> Iterator[bytes]:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(povfarm.MAX_LOG // povfarm.BUFFER):
+            yield b"x" * povfarm.BUFFER
+        grown.append(tracemalloc.get_traced_memory()[0] - before)
+        yield b"no picture"
+
+    size = povfarm.MAX_LOG + 10
+    sha256 = hashlib.sha256(b"x" * povfarm.MAX_LOG + b"no picture").hexdigest()
+    tracemalloc.start()
+    try:
+        response = farm.router.handle(Request(
+            "PUT", target.partition("?")[0], {"log": str(povfarm.MAX_LOG)},
+            farm.signer.headers(joined["key"], "PUT", target, sha256=sha256),
+            BodyReader(slowly(), size), "10.0.0.1", target=target))
+    finally:
+        tracemalloc.stop()
+    assert response.status == 422 and grown[0] < 1 << 20, (response.body, grown)
+
+
+@pytest.mark.parametrize("line", ["x" * 5000, "\u00e9" * 5000, "\x01" * 5000])
+def test_no_text_of_a_renderer_is_too_long_for_its_coordinator(line: str) -> None:
+    said = povfarm.PovText()
+    for number in range(6000):
+        said.feed(f"{number} {line}")
+    body = json.dumps({"message": "", "scene": False, "log": said.text})
+    assert len(said.text) > 100_000 and len(body) < povfarm.MAX_LOG
+    assert said.text.startswith("0 ") and said.text.endswith(f"{line}\n") and (
+        povfarm._LEFT_OUT in said.text)
 
 
 def packed(tmp_path: Path, entries: int = 1, size: int = 10, comment: int = 0) -> Path:
