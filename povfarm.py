@@ -892,6 +892,11 @@ SETTINGS: tuple[Setting, ...] = (
             "[[ADDRESS:]PORT]", "2270"),
     Setting("hold", bool, False, "keep finished frames here, too, until told to delete them",
             "work"),
+    Setting("hpc", _listening, "",
+            "join no farm, be a node of RenderOnline's at this port, here or at the address",
+            "work", "[ADDRESS:]PORT"),
+    Setting("hpc-files", _path, None,
+            "directory of a node's scenes and pictures; default: DATA/hpc", "work", "DIR"),
     Setting("root", _path, None, "directory of the project; default: the current or the scene's",
             "job", "DIR"),
     Setting("priority", _priority, 0, "jobs with a higher priority go first", "submit set", "N"),
@@ -4987,6 +4992,15 @@ class PovJob(Wired):
         found = (use.split(" ", 2) for use in self.uses if use.startswith("argument "))
         return {words[1]: words[2] for words in found if len(words) == 3}
 
+    def gaps(self, frames: Sequence[int], scene: Path, output: Path,
+             threads: int = 1) -> dict[str, str]:
+        """Return what fills the gaps in the words for such a program, for some of its frames."""
+        if not self.plan.animation:
+            frames = [int(self.values.get("Initial_Frame", "0"))]
+        return {FORMAT: NAMES_OF[self.options.output_type], **self.arguments,
+                FIRST: str(frames[0]), LAST: str(frames[-1]), "@threads": str(threads),
+                UPLOADED: str(scene), OUTPUT: str(output)}
+
     @property
     def width(self) -> int:
         """The width of its pictures, 0 where that is in the scene."""
@@ -5585,6 +5599,35 @@ def _povray_problem(words: Sequence[str]) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def any_case(value: Any) -> Any:
+    """Return JSON with the names of all fields in small letters."""
+    if isinstance(value, dict):
+        return {name.lower(): any_case(one) for name, one in value.items()}
+    return list(map(any_case, value)) if isinstance(value, list) else value
+
+
+RENDERS_ALREADY = "There already is an active render!"  # what a node says then
+
+
+def words_of(text: str) -> list[str]:
+    """Take a command line of a node's apart, as .NET does: at blanks, but for those in quotes.
+
+    ``UserError`` for what it would read in another way than we.
+    """
+    if re.search(r'\\"|""|[\0-\x1f]', text) or text.count('"') % 2:
+        raise UserError("the arguments cannot be taken apart")
+    return [word.replace('"', "") for word in re.findall(r'(?:[^\s"]|"[^"]*")+', text)]
+
+
+def node_text(words: Iterable[str]) -> str:
+    """Return the command line that ``words_of`` takes apart; ``UserError`` where there is none."""
+    words = list(words)
+    text = " ".join(f'"{word}"' if re.search(r"\s", word) or not word else word for word in words)
+    if words_of(text) != words:
+        raise UserError("a name cannot be told to a node: it has a quote in it")
+    return text
 
 
 def program_job(engine: str, scene: str, frames: Mapping[str, str], stem: str,
@@ -12921,8 +12964,13 @@ def _renders_alike(text: str) -> bool:
     return False
 
 
-def client_ini(pov: PovJob) -> str:
+MADE = "made/image"  # how names of pictures begin where the place is known
+
+
+def client_ini(pov: PovJob, place: str = "", frames: Sequence[int] = ()) -> str:
     """Return the pov.ini with which a client's POV-Ray renders a job's frames.
+
+    Where its ``place`` is known it may be started anywhere, and renders these ``frames``.
 
     POV-Ray's own include files are where the client's own INI file says, which
     comes before this one. A still becomes the first frame of an animation, as
@@ -12945,7 +12993,11 @@ def client_ini(pov: PovJob) -> str:
         values.update(Initial_Frame="0", Final_Frame="2", Initial_Clock=clock, Final_Clock=clock)
         number = pov.values.get("Final_Frame", "0")
         declares += [f"final_frame={number}", "initial_clock=0", "final_clock=0"]
-    library = [place for place in pov.library if place != STANDARD]
+    library = [one for one in pov.library if one != STANDARD]
+    if place:
+        values.update(Output_File_Name=f"{place}/{MADE}", Subset_Start_Frame=str(frames[0]),
+                      Subset_End_Frame=str(frames[-1]), Display="Off")
+        library = [place, *(f"{place}/{one}" for one in library)]
     return to_ini(values, declares, library)
 
 
@@ -13536,7 +13588,7 @@ class RenderOnline:
         """Return the task that a request names: this user's, and one of such a client's."""
         request.body.limit = BODY_LIMIT
         try:
-            number = _any_case(request.json())["taskid"]
+            number = any_case(request.json())["taskid"]
             if type(number) is not int or not 0 <= number < 1 << 63:
                 raise ValueError
         except (ProtocolError, KeyError, TypeError, ValueError) as error:
@@ -13655,17 +13707,10 @@ def _render_of(job: Job) -> dict[str, Any]:
     return {}
 
 
-def _any_case(value: Any) -> Any:
-    """Return JSON with the names of all fields in small letters."""
-    if isinstance(value, dict):
-        return {name.lower(): _any_case(one) for name, one in value.items()}
-    return list(map(_any_case, value)) if isinstance(value, list) else value
-
-
 def _wish(text: bytes) -> tuple[str, list[tuple[str, str]]]:
     """Return the engine and the arguments, in their order, that a client wants."""
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        wish = _any_case(json.loads(text))
+        wish = any_case(json.loads(text))
         given = [(one["argtypeid"], one["value"]) for one in wish["arguments"]]
         texts = [wish["engineid"], *itertools.chain(*given)]
         if isinstance(wish["arguments"], list) and "".join(texts).isprintable():
@@ -13684,6 +13729,212 @@ def _base_name(text: str) -> str:
 
 def _moment(seconds: float | None) -> str | None:
     return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+
+
+# --- nodes, which render what they are told
+
+NODE_PAUSE = 15.0  # seconds between two looks at a node that is busy or gone
+NODE_LOOK = 1.0  # the same at one that renders for us
+NODE_SECONDS = 100.0  # that a node may take to answer, and
+NODE_PATIENCE = 3.0  # when we stop
+MAX_NODE_ANSWER = 1 << 20  # bytes
+Machine = TypedDict("Machine", {"address": str, "directory": Optional[str]})
+
+
+class Machines(Dialect):
+    """Nodes of RenderOnline's, used as its RenderAPI uses them: each is a worker, and has a thread.
+
+    A node is told where the scene lies and where the pictures belong: in a directory that it finds
+    under the same name as we. ``rules`` are the words for other programs than POV-Ray. Who knows
+    a node can have it render: the protocol has no keys.
+    """
+
+    mark = "Machine "
+    formats = "".join(IMAGE_TYPES)
+
+    def __init__(self, scheduler: Scheduler, access: Access, rules: OnlineRules) -> None:
+        super().__init__(scheduler, access)
+        self._rules = rules
+        self._used: dict[str, tuple[threading.Event, threading.Thread]] = {}  # what ends a thread
+        with self._store.read() as tx:
+            self._known: dict[str, str] = json.loads(tx.meta("machines") or "{}")
+
+    def start(self) -> None:
+        """Use the nodes that are known."""
+        for address in self._known:
+            self._use(address)
+
+    def stop(self) -> None:
+        """Use them no more; what one renders is rendered again."""
+        for over, _ in self._used.values():
+            over.set()
+        for _, thread in self._used.values():
+            thread.join(NODE_PATIENCE)
+
+    @route("GET", "/api/v1/machines", role="admin", summary="The nodes of RenderOnline's")
+    def show(self, request: Request) -> Response:
+        """Each with the directory that it shares with us."""
+        return json_response({"machines": [
+            {"address": address, "directory": place} for address, place in self._known.items()]})
+
+    @route("POST", "/api/v1/machines", role="admin", takes=Machine, summary="Use a node")
+    def add(self, request: Request) -> Response:
+        """Body: address, as HOST:PORT, and directory, which is DATA/hpc if it is missing."""
+        wish = fields_of(Machine, request.json())
+        address, place = wish["address"], wish["directory"] or str(self._store.root / "hpc")
+        if not re.fullmatch(r"([\w.-]{1,250}|\[[0-9A-Fa-f:]{2,45}\]):[0-9]{1,5}", address):
+            raise UserError(f"'{address[:60]}' is not an address: write HOST:PORT")
+        if not Path(place).is_absolute() or not place.isprintable() or '"' in place:
+            raise UserError("the directory must be a whole path, without quotes, that the node "
+                            "knows by the same name")
+        self._change({**self._known, address: place})
+        self._use(address)
+        return Response(204)
+
+    @route("DELETE", "/api/v1/machines/<address>", role="admin", summary="Use a node no more")
+    def remove(self, request: Request) -> Response:
+        """What it renders goes to others."""
+        address = request.params["address"]
+        if address not in self._known:
+            raise NotFound(f"no machine {address} was added")
+        self._change({one: place for one, place in self._known.items() if one != address})
+        self._used.pop(address)[0].set()
+        with self._store.read() as tx:
+            member = tx.worker_by_token(self.mark + address)
+        if member:
+            self._farm.remove_worker(member.id, request.identity.name)
+        return Response(204)
+
+    def _identity(self, request: Request) -> Identity | None:
+        return None  # it is asked, and does not ask
+
+    def _change(self, machines: dict[str, str]) -> None:
+        with self._store.tx() as tx:
+            tx.set_meta("machines", json.dumps(machines))
+        self._known = machines
+
+    def _use(self, address: str) -> None:
+        if address in self._used:
+            self._used[address][0].set()
+        over = threading.Event()
+        thread = threading.Thread(target=self._drive, args=(address, over), daemon=True,
+                                  name=f"machine-{address}")
+        self._used[address] = over, thread
+        thread.start()
+
+    def _drive(self, address: str, over: threading.Event) -> None:
+        """Give a node what it can render, until it is ``over``."""
+        worker = self._join(WorkerInfo(f"machine-{address.replace(':', '-')}", 1, 0, "RenderOnline",
+                                       {}), address, address.rpartition(":")[0])
+        while not over.is_set():
+            try:
+                if not self._give(address, worker, over):
+                    over.wait(NODE_PAUSE)
+            except (FarmError, OSError, http.client.HTTPException, LookupError, TypeError,
+                    ValueError) as error:
+                log.warning("machine %s: %s", address, error or type(error).__name__)
+                self._farm.leave(worker)
+                over.wait(NODE_PAUSE)
+        with contextlib.suppress(sqlite3.Error):  # when we stop, and a node did not answer in time
+            self._farm.leave(worker)
+
+    def _give(self, address: str, worker: int, over: threading.Event) -> bool:
+        """Have a node render one lease; False when it is busy."""
+        status = self._ask(address, "status")
+        if status["Task"] and status["Task"]["IsRunning"]:
+            return False
+        engines = {str(name).lower() for name in status["EngineIds"]}
+        self._farm.receive(worker, self._guest._replace(
+            takes=functools.partial(self._renders, engines)))
+        for lease in self._farm.lease(worker, Offer(1, 1, 1), 30.0, lambda: not over.is_set()):
+            with self._store.read() as tx:
+                job, attempts = tx.job(lease.job), tx.attempts_of_lease(lease.id)
+            place = Path(self._known[address]) / f"{job.id}-{lease.id}"
+            try:
+                engine, words = self._lay_out(job, place, [one.frame for one in attempts])
+                self._render(address, attempts, engine, words, place, over)
+            except UserError as error:
+                self._fail(worker, attempts[0], str(error))
+                self._farm.release(worker, lease.id)
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+        return True
+
+    def _renders(self, engines: Collection[str], tx: Look, job: Job) -> bool:
+        """Tell whether a node with these engines can render a job."""
+        name = job.pov.engine
+        if name:
+            return name.lower() in engines and self._rules.named(name) is not None
+        return POVRAY in engines and self._takes(tx, job)
+
+    def _lay_out(self, job: Job, place: Path, frames: Sequence[int]) -> tuple[str, list[str]]:
+        """Put what is needed where a node finds it; return the engine and what to tell it."""
+        with self._store.read() as tx:
+            manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
+        with self._store.gate.outside():
+            (place / MADE).parent.mkdir(parents=True)
+            for file in manifest.files:
+                to = safe_join(place, file.path)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._store.blob_path(file.sha256), to)
+        line = self._rules.named(job.pov.engine) if job.pov.engine else None
+        if line is None:
+            (place / "povfarm.ini").write_text(client_ini(job.pov, str(place), frames))
+            return POVRAY, [str(place / "povfarm.ini")]
+        return line.name, line.arguments(job.pov.gaps(
+            frames, place / job.pov.values["Input_File_Name"], place / MADE))
+
+    def _render(self, address: str, attempts: Sequence[Attempt], engine: str,
+                words: Sequence[str], place: Path, over: threading.Event) -> None:
+        """Start a node, wait for its end, and take what it made."""
+        one, begun = attempts[0], self._farm.clock.monotonic()
+        answer = self._ask(address, "start", {
+            "EngineId": engine, "TaskId": one.id, "Arguments": node_text(words)})
+        if not answer["IsSuccess"]:  # somebody else was first, or it never will
+            busy = answer["Message"] == RENDERS_ALREADY
+            raise (TryAgain if busy else UserError)(f"{address} refused it: {answer['Message']}")
+        while not over.wait(NODE_LOOK):
+            task = self._ask(address, "status")["Task"]
+            if not task or task["TaskId"] != one.id:
+                raise UserError(f"{address} renders something else meanwhile")
+            if not task["IsRunning"]:
+                wall = (self._farm.clock.monotonic() - begun) / len(attempts)
+                return self._collect(attempts, place, wall, address)
+            if self._farm.beat(one.worker, {one.lease: {}}, 0.0)[0]:
+                break
+        self._ask(address, "stop", {"TaskId": one.id})
+        return None
+
+    def _collect(self, attempts: Sequence[Attempt], place: Path, wall: float,
+                 address: str) -> None:
+        """Deliver the pictures that are there; what is missing has failed."""
+        folder = (place / MADE).parent
+        made = {int(number[1]): path for path in folder.iterdir()
+                if (number := re.fullmatch(r"image(\d{1,9})\.\w+", path.name))
+                and real_path(path) == real_path(folder) / path.name}
+        for attempt in attempts:
+            try:
+                with self._store.incoming() as own:
+                    if attempt.frame not in made:
+                        raise ImageError(f"{address} made no picture of it: only there it is told "
+                                         "why")
+                    shutil.copyfile(made[attempt.frame], own / "image")
+                    self._finish(attempt.worker, attempt, own / "image", b"", Cost(wall, wall))
+            except ImageError as error:
+                self._fail(attempt.worker, attempt, str(error))
+
+    def _ask(self, address: str, what: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Ask a node as RenderOnline's RenderAPI does; return its answer, a refusal too."""
+        with self._store.gate.outside(), contextlib.closing(
+                http.client.HTTPConnection(address, timeout=NODE_SECONDS)) as connection:
+            headers = {"Content-Type": "application/json; charset=utf-8"} if body else {}
+            connection.request("POST" if body else "GET", f"/hpc/{what}",
+                               json.dumps(body, separators=(",", ":")).encode() if body else None,
+                               headers)
+            answer = json.loads(connection.getresponse().read(MAX_NODE_ANSWER))
+        if not isinstance(answer, dict):
+            raise ValueError("it is no node of RenderOnline's")
+        return answer
 
 
 # === 16. PAGES ===============================================================
@@ -15185,11 +15436,11 @@ class Coordinator:
     is served. ``discovery_port`` None answers no probes. ``hosts`` are names that
     this computer has beside its own. ``tls`` are the PEM files of a certificate and
     its key; ``pin`` is then the certificate's SHA-256. ``httpov`` lets HTTPov's
-    clients in, ``sheepit`` SheepIt's, ``renderonline`` RenderOnline's. ``typed`` tells how
-    commands are typed on this computer, see ``with_commands``. Raises ``UserError`` for a port in
-    use or a bad certificate
-    and ``StoreError`` for a data directory that cannot be used or that another
-    povfarm holds.
+    clients in, ``sheepit`` SheepIt's, ``renderonline`` RenderOnline's; ``programs`` are the
+    words that RenderOnline's nodes are given. ``typed`` tells how commands are typed on
+    this computer, see ``with_commands``. Raises ``UserError`` for a port in use or a bad
+    certificate and ``StoreError`` for a data directory that cannot be used or that
+    another povfarm holds.
     """
 
     def __init__(self, data: Path, *, bind: str = "", port: int | None = 0, name: str = "",
@@ -15198,6 +15449,7 @@ class Coordinator:
                  tls: tuple[Path, Path] | None = None, durable: bool = True,
                  lease_time: float = 30.0, httpov: bool = False, sheepit: bool = False,
                  renderonline: OnlineRules | None = None,
+                 programs: OnlineRules = OnlineRules((), {}),
                  allowance: Allowance = Allowance(),
                  typed: Callable[[str], str] = "povfarm.py {}".format,
                  clock: Clock | None = None) -> None:
@@ -15225,9 +15477,10 @@ class Coordinator:
         if renderonline:
             online = RenderOnline(self.scheduler, self.access, self.key, renderonline)
             dialects, identify = [*dialects, online], online.identify
-        self.router = Router(self.api, entrance, pages, *dialects, authenticate=identify,
-                             hosts=_own_names(hosts), error_page=pages.error_page,
-                             gate=self.store.gate)
+        self.machines = Machines(self.scheduler, self.access, programs)
+        self.router = Router(self.api, entrance, pages, self.machines, *dialects,
+                             authenticate=identify, hosts=_own_names(hosts),
+                             error_page=pages.error_page, gate=self.store.gate)
         self.api.routes = self.router.routes
         self.server: Server | Inside = Inside(self.router) if port is None else Server(
             self.router, bind or "0.0.0.0", port, context)
@@ -15251,6 +15504,7 @@ class Coordinator:
         if self.beacon is not None:
             self.beacon.start()
         self._house.start()
+        self.machines.start()
         note = {"url": self.url, "pin": self.pin, "name": self.name, "pid": os.getpid()}
         atomic_write(self.data / "coordinator.json", json.dumps(note).encode())
 
@@ -15258,6 +15512,7 @@ class Coordinator:
         """Answer everybody who waits, and stop serving. Leases live on in the database."""
         self._stopped.set()
         self.scheduler.close()
+        self.machines.stop()
         if self.beacon is not None:
             self.beacon.stop()
         self.server.stop()
@@ -15547,7 +15802,7 @@ class Engine:
             if inside:
                 links[run.place / library[-1]] = path
         text = to_ini(values, run.lease.pov.declares, library)
-        files = {run.place / ".povray" / version / "povray.conf": _CONF
+        files = {run.place / ".povray" / version / "povray.conf": POVRAY_CONF
                  for version in ("3.7", "3.8")}
         files[run.place / _INI] = text
         return Command((self.program,), environment, files, links, self.parts())
@@ -15682,16 +15937,12 @@ class Program:
 
     def command(self, run: Run) -> Command:
         """Return how to render a run: what the job says are values in the owner's words."""
-        pov, plan, values = run.lease.pov, run.lease.pov.plan, run.lease.pov.arguments
-        for name, value in values.items():
+        pov = run.lease.pov
+        for name, value in pov.arguments.items():
             self.rules.check(name, value)
-        still = [int(pov.values.get("Initial_Frame", "0"))]
-        frames = run.frames if plan.animation else still
-        words = self.line.arguments({
-            FORMAT: NAMES_OF[pov.options.output_type], **values,
-            FIRST: str(frames[0]), LAST: str(frames[-1]), "@threads": str(run.lease.threads),
-            UPLOADED: str(safe_join(run.tree, pov.values["Input_File_Name"])),
-            OUTPUT: str(run.place / _IMAGE)})
+        words = self.line.arguments(pov.gaps(
+            run.frames, safe_join(run.tree, pov.values["Input_File_Name"]), run.place / _IMAGE,
+            run.lease.threads))
         return Command((self.path, *words), program_environment(run.place), {}, {},
                        program_parts(self.path))
 
@@ -15747,7 +15998,7 @@ def _is_plain(name: str) -> bool:
 
 # POV-Ray 3.7 minds the second setting, and the first only where it writes All_File
 # and its like. Without the file its text begins with a complaint.
-_CONF = """[File I/O Security]
+POVRAY_CONF = """[File I/O Security]
 restricted
 [Shellout Security]
 forbidden
@@ -18531,6 +18782,175 @@ def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
     return given
 
 
+# --- a node of RenderOnline's
+
+class HpcNode:
+    """This computer as a node of RenderOnline's: renders one thing at a time, for whoever asks.
+
+    It renders what ``rules`` name, in the owner's words and with values that fit: with POV-Ray
+    also an INI file that povfarm has written. Scene and pictures lie below ``place``; a
+    render reads and writes only in the scene's own directory. Answers are the protocol's.
+    """
+
+    def __init__(self, rules: OnlineRules, place: Path, engine: Engine,
+                 launcher: Launcher | WindowsLauncher, bounds: Bounds) -> None:
+        self._rules, self._place, self._engine = rules, real_path(place), engine
+        self._launcher, self._bounds = launcher, bounds
+        self._changing = threading.Lock()  # what follows
+        self._task: dict[str, Any] | None = None  # the last, as it is shown
+        self._process: Process | None = None  # while it runs
+        self._began = 0.0
+
+    @route("GET", "/hpc/status", role="anyone", summary="What a node of RenderOnline's does")
+    def status(self, request: Request) -> Response:
+        """The engines, and the last task."""
+        with self._changing:
+            if self._task and self._process:
+                self._task["TotalSeconds"] = int(time.monotonic() - self._began)
+            names = dict.fromkeys(engine.name for engine in self._rules.engines)
+            return json_response({"EngineIds": [*names], "Task": self._task})
+
+    @route("POST", "/hpc/start", role="anyone", summary="Have a node render")
+    def start(self, request: Request) -> Response:
+        """Body: EngineId, TaskId, Arguments as one text."""
+        with self._changing:
+            if self._process:
+                return _node_answer(RENDERS_ALREADY, 400)
+            try:
+                wish = any_case(request.json())
+            except ProtocolError:
+                return Response(500)
+            problem = self._begin(wish if isinstance(wish, dict) else {})
+            if problem is None:
+                return _node_answer("Rendering using engine with identifier: "
+                                    f"{wish['engineid']}")
+            return _node_answer(problem, 400)
+
+    @route("POST", "/hpc/stop", role="anyone", summary="Stop a node's render")
+    def stop(self, request: Request) -> Response:
+        """Body: TaskId."""
+        with self._changing:
+            if self._process is None or self._task is None:
+                return _node_answer("No active render!")
+            try:
+                wish = any_case(request.json())
+            except ProtocolError:
+                return _node_answer("Failed to terminate the current render task!", 400)
+            if not isinstance(wish, dict):
+                return _node_answer("Invalid render arguments!", 400)
+            if wish.get("taskid") != self._task["TaskId"]:
+                return _node_answer("No process running with provided task identifier!", 400)
+            self._process.kill()
+            return _node_answer("Active render terminated!")
+
+    def close(self) -> None:
+        """End what is rendered."""
+        with self._changing:
+            if self._process:
+                self._process.kill()
+
+    # --- inside
+
+    def _begin(self, wish: Mapping[str, Any]) -> str | None:
+        """Start a render; return why there is none."""
+        name, number, text = (wish.get(key) for key in ("engineid", "taskid", "arguments"))
+        number = 0 if number is None else number
+        if type(number) is not int or not 0 <= number < 1 << 64:
+            return "Invalid render arguments!"
+        if self._task and wish:  # as RenderOnline's own nodes do
+            self._task.update(TaskId=number, IsSuccess=False)
+        if not isinstance(name, str) or not isinstance(text, str):
+            return "Invalid render arguments!"
+        if self._rules.named(name) is None:
+            return f"Requested rendering engine not configured: {one_line(name)[:100]}"
+        try:
+            found = [self._files_of(line, words_of(text)) for line in self._rules.engines
+                     if line.name.lower() == name.lower()]
+            scene, argv, ini = next(one for one in found if one)
+        except (StopIteration, UserError, OSError) as error:
+            log.warning("task %d is refused: %s", number, str(error) or
+                        f"the arguments are not those of the line 'engine {name}': {text[:200]}")
+            return "Invalid render arguments!"
+        try:
+            self._launch(number, scene.parent, argv, ini)
+        except (FarmError, OSError) as error:
+            log.warning("task %d was not started: %s", number, error)
+            return ""
+        return None
+
+    def _files_of(self, line: OnlineEngine,
+                  words: list[str]) -> tuple[Path, list[str], str] | None:
+        """Return the scene, what to start, and an INI text; None if a line is not meant."""
+        povray = line.name == POVRAY
+        if povray and len(words) == 1 and words[0].endswith(".ini"):
+            scene = self._inside(words[0])
+            text = scene.read_text("utf-8")
+            check_ini(text)
+            return scene, [self._engine.program], text
+        words = words[words[:1] == [line.name]:]  # the document's example has it once more
+        values = line.values_in(words)
+        if values is None:
+            return None
+        scene = self._inside(values[UPLOADED])
+        if scene.suffix != line.extension:
+            raise UserError(f"{scene} does not end in {line.extension}")
+        for name, value in values.items():
+            if name == OUTPUT and scene.parent not in real_path(value).parents:
+                raise UserError(f"{value} is not beside the scene")
+            if name[0] != "@":
+                self._rules.check(name, value)
+        if povray:
+            read_command_line(words, scene.parent, {}, (), strict=False)  # nothing is started
+            ini = to_ini({"Display": "Off"}, (), self._engine.library)
+            return scene, [self._engine.program, *words], ini
+        program = shutil.which(line.program)
+        if program is None:
+            raise UserError(f"there is no program {line.program}")
+        return scene, [os.path.abspath(program), *words], ""  # noqa: PTH100
+
+    def _inside(self, name: str) -> Path:
+        path = real_path(self._place / name)
+        if self._place not in path.parents or not is_file(path):
+            raise UserError(f"{name} is no file in {self._place}")
+        return path
+
+    def _launch(self, number: int, folder: Path, argv: Sequence[str], ini: str) -> None:
+        """Start a program for a scene in a directory, which has an own one in it meanwhile."""
+        own = Path(tempfile.mkdtemp(prefix=".povfarm-", dir=folder))
+        environment = program_environment(own)
+        if ini:
+            for version in ("3.7", "3.8"):
+                (own / ".povray" / version).mkdir(parents=True)
+                (own / ".povray" / version / "povray.conf").write_text(POVRAY_CONF)
+            (own / "povfarm.ini").write_text(ini)
+            environment.update(POVINI=str(own / "povfarm.ini"), POV_TEMP_DIR=str(own))
+        parts = self._engine.parts() if ini else program_parts(argv[0])
+        bounds = replace(
+            self._bounds, writes=str(folder), file_size=shutil.disk_usage(folder).free // 2,
+            reads=None if self._bounds.reads is None else (str(folder), *parts))
+        process = self._launcher.start(argv, folder, environment, bounds)
+        self._process, self._began = process, time.monotonic()
+        self._task = {"TaskId": number, "IsSuccess": False, "IsRunning": True, "TotalSeconds": 0}
+        log.warning("task %d: %s", number, " ".join(argv))
+        threading.Thread(target=self._watch, args=(process, own), daemon=True).start()
+
+    def _watch(self, process: Process, own: Path) -> None:
+        last = collections.deque(process.lines(), maxlen=10)
+        ended = process.wait()
+        shutil.rmtree(own, ignore_errors=True)
+        with self._changing:
+            self._process = None
+            if self._task is not None:
+                self._task.update(IsRunning=False, IsSuccess=ended.code == 0,
+                                  TotalSeconds=int(time.monotonic() - self._began))
+                log.warning("task %d ended with code %d%s", self._task["TaskId"], ended.code,
+                            "".join(f"\n  {line}" for line in last if ended.code and line))
+
+
+def _node_answer(message: str, status: int = 200) -> Response:
+    return json_response({"IsSuccess": status == 200, "Message": message}, status)
+
+
 # === 22. CLI =================================================================
 # What a person types. One small function per command, the only place that
 # prints, and the only one that sees both towers. Results go to stdout,
@@ -18691,6 +19111,7 @@ def serve(options: Options) -> int:
             tls=_tls_files(options), lease_time=options.lease_time, httpov=options.httpov,
             sheepit=options.sheepit,
             renderonline=_online_rules(options) if options.renderonline else None,
+            programs=OnlineRules.of(options.renderonline_lines, node=True),
             allowance=Allowance(**{name: getattr(options, row.name.replace("-", "_"))
                                    for name, row in ALLOWANCES.items()}),
             typed=_command_typed)
@@ -18718,6 +19139,8 @@ def work(options: Options) -> int:
         tools = stack.enter_context(_tools(options))
         stop = threading.Event()
         signals = _Signals(stop.set)
+        if options.hpc:
+            return _be_node(options, tools, stop)
         client = _find_coordinator(options, stop)
         if client is None:
             return 130
@@ -18753,6 +19176,34 @@ def work(options: Options) -> int:
             f"; {lost} more did not reach the coordinator and will be rendered again"
             if lost else ""))
         return 130 if signals.count else 0
+
+
+def _be_node(options: Options, tools: _Tools, stop: threading.Event) -> int:
+    """Render what is asked for at a port, until ``stop``."""
+    if not landlock_abi() and not options.unconfined:
+        raise UserError("this system cannot confine what is rendered for whoever asks (it has no "
+                        "Landlock): say --unconfined to let scenes do what you can do")
+    rules = _online_rules(options, node=True)
+    place = options.hpc_files or options.data / "hpc"
+    place.mkdir(parents=True, exist_ok=True)
+    host, _, port = options.hpc.rpartition(":")
+    launcher, engine = tools
+    node = HpcNode(rules, place, engine, launcher, Bounds(
+        None if options.unconfined else (), memory=options.memory or total_memory()))
+    server = Server(Router(node, authenticate=lambda request: Identity(), hosts=(
+        "localhost", socket.gethostname().lower())), host.strip("[]") or "127.0.0.1", int(port))
+    server.start()
+    try:
+        names = ", ".join(dict.fromkeys(one.name for one in rules.engines))
+        _say(f"a node of RenderOnline's at {host or '127.0.0.1'}:{server.port} renders with "
+             f"{names} what lies in {place} (Ctrl-C ends it). Whoever reaches that port can have "
+             "it render: the protocol has no keys")
+        while not stop.wait(1):
+            pass
+        return 130
+    finally:
+        node.close()
+        server.stop()
 
 
 @command("submit", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]",
@@ -19117,12 +19568,32 @@ def engines(options: Options) -> int:
     return 0
 
 
-def _online_rules(options: Options) -> OnlineRules:
-    rules = OnlineRules.of(options.renderonline_lines)
+def _online_rules(options: Options, node: bool = False) -> OnlineRules:
+    rules = OnlineRules.of(options.renderonline_lines, node)
     if not rules.engines:
         raise UserError(f"{options.data / 'povfarm.ini'} has no engine for RenderOnline's clients: "
                         "add the lines that the manual shows, under [renderonline]")
     return rules
+
+
+@command("machines", "[add HOST:PORT [DIRECTORY] | remove HOST:PORT]",
+         "list nodes of RenderOnline's that render for the farm, or change which", ("talk",))
+def machines(options: Options) -> int:
+    """Print the nodes; with words add or remove one."""
+    client, rest = _coordinator(options), options.rest
+    if rest[:1] == ["add"] and len(rest) in (2, 3):
+        place = str(Path(rest[2]).expanduser().absolute()) if rest[2:] else ""
+        client.request("POST", "/api/v1/machines", json={"address": rest[1], "directory": place})
+    elif rest[:1] == ["remove"] and len(rest) == 2:
+        client.request("DELETE", f"/api/v1/machines/{urllib.parse.quote(rest[1], safe='')}")
+    elif rest:
+        raise UserError(_usage(_command("machines")[0]))
+    found = client.get("/api/v1/machines")["machines"]
+    rows: list[Sequence[str] | str] = [("machine", "directory")]
+    rows += [(one["address"], one["directory"]) for one in found]
+    _show(options, found, _table(rows) if found else
+          "no machine is used: add one that runs 'work --hpc', or HPCServer")
+    return 0
 
 
 @command("backup", "DIRECTORY", "copy all data of a coordinator, even while it runs")

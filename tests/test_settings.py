@@ -17,6 +17,7 @@ NAMES = [row.name for row in SETTINGS]
 SOURCE = Path(povfarm.__file__).read_text(encoding="utf-8")
 # A text that each kind of value takes, and what it then is.
 SAMPLES: Dict[str, Any] = {
+    "hpc": "0.0.0.0:5001", "hpc-files": "/srv/hpc",
     "data": "farm", "root": "scenes", "output": "out", "port": "8080", "discovery-port": "8081",
     "lease-time": "1m30s", "frame-timeout": "1h", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
     "max-workers": "2", "retries": "5", "slices": "7", "povray-version": "3.7", "verify": "25",
@@ -29,6 +30,7 @@ SAMPLES: Dict[str, Any] = {
     "pin": "AB:" + "0c" * 31,
 }
 VALUES: Dict[str, Any] = {
+    "hpc": "0.0.0.0:5001", "hpc-files": Path("/srv/hpc"),
     "data": Path("farm"), "root": Path("scenes"), "output": Path("out"), "port": 8080,
     "discovery-port": 8081, "lease-time": 90.0, "frame-timeout": 3600, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "povray-version": "3.7", "verify": 25,
