@@ -14055,7 +14055,7 @@ class _Sheets:
                        class_="row") if "person" in you.roles else element(
             "span", "Read-only. To make changes: ", element("code", "povfarm.py login")) \
             if you.roles else None
-        places = (("/", "Farm"), ("/computers", "Computers"))
+        places = (("/", "Farm"), ("/computers", "Computers"), ("/events", "What happened"))
         return element("header", element(
             "a", element("img", src=mark, alt="", width=28, height=28), self._api.name, href="/",
             class_="home"), element("span", element("i"), element("span", f"As of {now}"),
@@ -14286,6 +14286,8 @@ class Pages(_Sheets):
             stage = max(_busy(views), key=lambda view: view["frames"]["total"], default=None)
             growing = [self._api.views.frame(tx, task, {}) for task in
                        (tx.frames_to_cut(stage["id"])[:1] if stage else ())]
+            numbers, letters = self._frame_states(tx, stage["id"]) if stage else ([], "")
+            board = _board(tx, stage["id"], numbers) if stage else []
             story = _story(_latest(tx), views, self._farm.clock.time())
         needs = self._needs(request, views, workers)
         live = [worker for worker in workers if worker["state"] in ("working", "idle")]
@@ -14299,7 +14301,8 @@ class Pages(_Sheets):
                 else element("a", "Only my jobs", href="/?mine=1")]
                 if "user" in request.identity.roles else None, class_="lead"),
             _needs_you(needs),
-            element("div", _now(stage, self._portrait(stage, 640), growing) if stage else None,
+            element("div", _now(stage, self._portrait(stage, 640), growing, [
+                _player(stage, numbers, letters), _storyboard(stage, board)]) if stage else None,
                     _room(workers, pictures, views), class_="now")
             if (stage or workers) and not before else None,
             _queue(views, functools.partial(self._quick, request), self._portrait),
@@ -14321,8 +14324,7 @@ class Pages(_Sheets):
             shown = [] if size > 1 and str(first) not in numbers[::size] else (
                 tx.tasks(row.id, first - 1, size) if size > 1 else tx.tasks(row.id))
             chosen = [self._api.views.frame(tx, task, {}) for task in shown]
-            board = [present(tx.task_of_frame(row.id, int(numbers[part * len(numbers) // STRIP])))
-                     for part in range(STRIP if len(numbers) >= STRIP else 0)]
+            board = _board(tx, row.id, numbers)
             growing = [self._api.views.frame(tx, task, {}) for task in tx.frames_to_cut(row.id)]
             failed = view["failure"] and tx.task_of_frame(row.id, view["failure"]["frame"])
             said = self._api.views.log(tx, row, failed, False)[:LOG_SHOWN] if failed else ""
@@ -14452,6 +14454,22 @@ class Pages(_Sheets):
         self._access.check_form(request)
         self._access.log_out(request)
         return self._with_cookie(request, "", request.place, "; Max-Age=0")
+
+    @route("GET", "/events", role="reader", shared=True, summary="The page of what happened")
+    def happened(self, request: Request) -> Response:
+        """What happened to jobs, computers and people. Query: before (an event), for older ones."""
+        before = _query_digits(request, "before")
+        with self._farm.store.read() as tx:
+            last = min(before or math.inf, tx.last_event() + 1)
+            events = tx.events(int(last) - 1 - EVENTS_READ, EVENTS_READ)
+            rows = [tx.find_job(job) for job in {event.job for event in events if event.job}]
+            views = self._api.views.jobs(tx, [row for row in rows if row])
+        events = [event for event in events if event.id < last]
+        return self._page(
+            request, f"What happened · {self._api.name}",
+            _story(events, views, self._farm.clock.time(), EVENTS_READ),
+            element("p", element("a", "Older", href=f"/events?before={events[0].id}"))
+            if events and events[0].id > 1 else None, reload=0 if before else 5)
 
     @route("GET", "/computers", role="reader", shared=True, summary="The page of the workers")
     def computers(self, request: Request) -> Response:
@@ -14665,7 +14683,7 @@ def _typed_there(command: str) -> Html:
         "button", "Copy", type="button", class_="copy"), class_="typed")
 
 
-def _now(view: View, newest: Task | None, growing: Sequence[View]) -> Html:
+def _now(view: View, newest: Task | None, growing: Sequence[View], film: Node) -> Html:
     """Return the largest job that is rendered: its newest frame, or the one that grows."""
     picture = _growing(view, growing[0]) if growing else _picture(
         view, newest, "large", 640)
@@ -14673,7 +14691,7 @@ def _now(view: View, newest: Task | None, growing: Sequence[View]) -> Html:
         if newest and not growing else f"{100 * view['progress']:.0f} %"
     return element("section", picture, element(
         "div", element("h2", element("a", view["name"], href=f"/jobs/{view['id']}"), id="film"),
-        element("span", f"● {said}", class_="badge rendering"), class_="cap"), _bar(view),
+        element("span", f"● {said}", class_="badge rendering"), class_="cap"), film, _bar(view),
         class_="film", aria_labelledby="film")
 
 
@@ -14856,7 +14874,8 @@ def _latest(tx: Look) -> list[Event]:
     return [*older, *newest]
 
 
-def _story(events: Sequence[Event], views: Sequence[View], now: float) -> Node:
+def _story(events: Sequence[Event], views: Sequence[View], now: float,
+           most: int = NEWS_SHOWN) -> Node:
     """Return the newest events in words; frames with the same fate share a line."""
     known = {view["id"]: view for view in views}
     lines: dict[Any, list[Event]] = {}
@@ -14865,7 +14884,7 @@ def _story(events: Sequence[Event], views: Sequence[View], now: float) -> Node:
             same = (event.job, event.what, event.text)
             lines.setdefault(event.id if event.frame is None else same, []).append(event)
     items = [element("li", _event_line(line[0], len(line) - 1, known), " ", element(
-        "time", _ago(now - line[0].time))) for line in itertools.islice(lines.values(), NEWS_SHOWN)]
+        "time", _ago(now - line[0].time))) for line in itertools.islice(lines.values(), most)]
     return _section("What happened", element("ul", items, class_="story")) if items else None
 
 
@@ -14904,6 +14923,12 @@ def _storyboard(view: View, board: Sequence[Task]) -> Node:
         element("a", _picture(view, task), element("span", task.frame),
                 href=f"/jobs/{view['id']}/frames/{task.frame}", class_=task.state)
         for task in board], class_="strip", aria_label="Storyboard")
+
+
+def _board(tx: Look, job: int, numbers: Sequence[str]) -> list[Task]:
+    """Return frames from all over an animation, if it is one."""
+    return [present(tx.task_of_frame(job, int(numbers[part * len(numbers) // STRIP])))
+            for part in range(STRIP if len(numbers) >= STRIP else 0)]
 
 
 def _player(view: View, numbers: Sequence[str], letters: str) -> Node:
@@ -15066,12 +15091,12 @@ h2 a, h3 a { text-decoration: none; } h2 a:hover, h3 a:hover { text-decoration: 
 .large .leased { fill: var(--glow); } .large .queued { fill: var(--line); }
 .large .done { fill: var(--done); } .large .failed { fill: var(--bad); }
 .large + dl { margin-top: 1rem; } .stage .large a, .stage .large img { width: 100%; }
-.film { position: relative; } .film .picture { height: 21rem; min-height: 0; }
-.film .picture a, .film .picture svg { display: block; height: 100%; max-height: none; }
-.film .picture img { width: 100%; height: 100%; max-height: none; }
-.cap { position: relative; display: inline-flex; gap: 0 .75rem; flex-wrap: wrap; margin-top: -2rem;
-  align-items: baseline; padding: .25rem 1rem; border-radius: 0 .8rem 0 .8rem;
-  background: var(--card); } .cap h2 { margin: 0; }
+.film { position: relative; } .film > .picture { height: 21rem; min-height: 0; }
+.film > .picture a, .film > .picture svg { display: block; height: 100%; max-height: none; }
+.film > .picture img { width: 100%; height: 100%; max-height: none; }
+.film .player { margin-top: 0; } .cap { position: relative; display: inline-flex;
+  gap: 0 .75rem; flex-wrap: wrap; margin-top: -2rem; align-items: baseline; padding: .25rem 1rem;
+  border-radius: 0 .8rem 0 .8rem; background: var(--card); } .cap h2 { margin: 0; }
 .room li { display: grid; grid-template-columns: 5.6rem 1fr auto; gap: .75rem; align-items: center;
   margin-bottom: .5rem; padding: .3rem .75rem .3rem .3rem; border: 1px solid var(--line);
   border-radius: .6rem; background: var(--card); } .room .picture { height: 3.8rem; width: 5.6rem; }
@@ -15099,7 +15124,8 @@ progress { display: block; width: 100%; height: .4rem; accent-color: var(--live)
 label { font-size: .875rem; font-weight: 600; } small { display: block; color: var(--dim);
   font-size: .8125rem; font-weight: 400; } summary { padding: .25rem 0; cursor: pointer;
   font-weight: 600; } .again { align-items: center; margin-bottom: 1.5rem; }
-input, select { min-height: 2rem; padding: .2rem .5rem; font: inherit; font-size: .875rem;
+input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem .5rem;
+  font: inherit; font-size: .875rem;
   border: 1px solid var(--edge); border-radius: .4rem; background: var(--card); color: var(--ink); }
 .fields { display: grid; flex: 1 0 100%; gap: .75rem 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
@@ -15157,9 +15183,10 @@ td, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 6
 .grid .cancelled { text-decoration: line-through; }
 .grid [class*=" p"] { background: linear-gradient(var(--glow) 0 0) bottom / 100% 0 no-repeat;
   color: var(--ink); }
-@media (max-width: 56rem) { header nav { order: 9; flex-basis: 100%; } .film .picture {
+@media (max-width: 56rem) { header nav { order: 9; flex-basis: 100%; } .film > .picture {
     height: auto; } .jobs li { grid-template-columns: 5rem 1fr auto; gap: .25rem .75rem; }
-  .jobs .picture { grid-row: 1 / 3; } .jobs .bar { grid-column: 2 / 4; grid-row: 2; }
+  .jobs .picture { grid-row: 1 / 4; height: auto; align-self: start; } .jobs .bar {
+    grid-column: 2 / 4; grid-row: 2; }
   .jobs .fig, .jobs .eta { grid-row: 3; } .jobs .fig { grid-column: 2; } .jobs form {
     grid-column: 3; grid-row: 1; }
   .sheet { grid-template-columns: 1fr 1fr; } .strip { grid-template-columns: repeat(6, 1fr); } }
@@ -15248,7 +15275,7 @@ async function load() {
 
 // The film: finished frames one after the other. It follows the newest until somebody plays.
 const film = {own: false, at: 0, pace: 12, timer: 0, playing: false, said: "", list: []};
-const player = () => find("#player"), screen = () => find(".stage .large img");
+const player = () => find("#player"), screen = () => find(".large img");
 
 function frames() {
   const said = player().dataset.frames;

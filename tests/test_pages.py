@@ -180,6 +180,7 @@ def test_the_farm_while_it_renders(farm: Farm) -> None:
     assert "frame 2 is done, like 1 other before it" in dom.text and "was submitted, by somebody: 5 frames" in dom.text
     assert dom.all("img", src=f"/api/v1/jobs/{job}/frames/2/image")
     bars = dom.all("svg")
+    assert dom.all("div", id="player")[0]["data-frames"] == "1-2"
     assert [bar["aria-label"] for bar in bars] == ["50 percent"] * 2, "now, and in the queue"
     assert [float(rect["width"]) for rect in dom.all("rect")] == [400, 100, 0] * 2
     assert dom.all("title") and "50 % marbles" in dom.text
@@ -832,6 +833,20 @@ def test_thousands_of_frames_hide_nothing_that_happened_to_the_farm(farm: Farm) 
     farm.deliver(farm.join("a rare name"), 450)
     text = farm.page("/").text
     assert "a rare name joined" in text and "like" in text and "others before it" in text
+
+
+def test_all_that_happened_is_on_a_page(farm: Farm) -> None:
+    farm.submit(name="marbles", frames=500)
+    farm.deliver(farm.join("a rare name"), 450)
+    page = farm.page("/events")
+    assert "marbles frame 450 is done, like" in page.text
+    older = page.all("a", href="/events?before=")
+    seen = [page.text]
+    while older:
+        page = farm.page(older[0]["href"])
+        seen.append(page.text)
+        older = page.all("a", href="/events?before=")
+    assert "a rare name joined" in seen[-1] and "was submitted" in seen[-1] and len(seen) > 1
 
 
 def test_what_a_hand_paused_asks_nobody(farm: Farm) -> None:
