@@ -2798,11 +2798,6 @@ def _exr_sums(steps: bytes) -> bytes:
     return (even | total << 8).to_bytes(size, "little")
 
 
-def _exr_packed(raw: bytes) -> bytes:
-    packed = zlib.compress(_exr_differences(raw[0::2] + raw[1::2]), 4)
-    return packed if len(packed) < len(raw) else raw
-
-
 def _exr_blocks(strips: Sequence[_Strip]) -> Iterator[bytes]:
     """Yield the packed blocks of a picture of these rows; one that was a block is copied."""
     raw, rows_left = b"", _height(strips)
@@ -2815,8 +2810,10 @@ def _exr_blocks(strips: Sequence[_Strip]) -> Iterator[bytes]:
             elif first < last:
                 raw += block.raw()[first * block.size:last * block.size]
             while raw and len(raw) >= min(16, rows_left) * block.size:
-                yield _exr_packed(raw[:16 * block.size])
-                raw, rows_left = raw[16 * block.size:], rows_left - 16
+                plain_rows, raw = raw[:16 * block.size], raw[16 * block.size:]
+                packed = zlib.compress(_exr_differences(plain_rows[0::2] + plain_rows[1::2]), 4)
+                yield packed if len(packed) < len(plain_rows) else plain_rows
+                rows_left -= 16
 
 
 def _write_exr(out: BinaryIO, strips: Sequence[_Strip]) -> None:
@@ -10651,7 +10648,7 @@ class _Deliveries:
     def __init__(self, states: _States, crew: _Crew) -> None:
         self.states, self.crew = states, crew
         # Of two images of one frame only the accepted one is on disk: they take turns, by frame.
-        self._turns = [threading.Lock() for _ in range(32)]
+        self.turns = [threading.Lock() for _ in range(32)]
         self._joining = threading.Lock()
 
     def check_lease(self, worker: int, lease: str, task: int) -> None:
@@ -10766,13 +10763,7 @@ class _Deliveries:
         return {frame: path for frame, path in paths.items() if path.is_file()}
 
     def turn(self, task: Task) -> threading.Lock:
-        return self._turns[task.frame % len(self._turns)]
-
-    def wait_for_all(self) -> None:
-        """Wait until whoever has begun to store something has ended."""
-        for turn in self._turns:
-            with turn:
-                pass
+        return self.turns[task.frame % len(self.turns)]
 
     def join_frames(self) -> None:
         """Put together every frame of which all slices are there."""
@@ -11263,7 +11254,9 @@ class Scheduler:
             tx.drop_manifests()
             self._states.news.work = math.inf  # perhaps its owner had too much
             self._states.news.workers |= self.live_workers()  # they delete its project, too
-        self._deliveries.wait_for_all()
+        for turn in self._deliveries.turns:  # until whoever has begun to store something has ended
+            with turn:
+                pass
         with self.store.gate.outside():
             shutil.rmtree(self.store.job_directory(row.id, row.name), ignore_errors=True)
         self._work_off()
@@ -19240,9 +19233,11 @@ def submit(options: Options) -> int:
     if "output" in options.typed and not options.wait:
         raise UserError("--output needs --wait, which puts the images there; without it, get them "
                         "later: povfarm.py fetch JOB --output DIR")
-    client = _coordinator(options)
+    client, here = _coordinator(options), None
+    with contextlib.suppress(UserError):
+        here = locate_engine("")
     with _scratch() as scratch:
-        draft = replace(_draft(options, scratch, _Renderer(options, _engine_here())),
+        draft = replace(_draft(options, scratch, _Renderer(options, here)),
                         keeps_files=False)
         if options.wait and options.output is not None:
             owners = _Owners(options.output, options.data)
@@ -20058,12 +20053,6 @@ class _Renderer:
             inis += system_ini(OLDEST, program)
         return read_command_line(arguments, cwd, os.environ, inis, version,
                                  strict=bool(self.version))
-
-
-def _engine_here() -> Engine | None:
-    with contextlib.suppress(UserError):
-        return locate_engine("")
-    return None
 
 
 def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
