@@ -925,7 +925,7 @@ SETTINGS: tuple[Setting, ...] = (
             "which POV-Ray renders the job: auto (the one on most cores), any, or e.g. 3.7",
             "job set", "VERSION"),
     Setting("frame-timeout", _frame_timeout, 0,
-            "time limit for a frame, such as 30m; default: 20 times the median",
+            "time limit for a frame, such as 30m; default: 20 times the median, at least 10m",
             "job set", "TIME"),
     Setting("verify", _percent, 0,
             "percentage of frames that two workers render, to compare them", "job set", "P"),
@@ -5395,7 +5395,7 @@ def frame_state(slices: Collection[TaskState], state: TaskState) -> TaskState:
     return TaskState.LEASED if begun else TaskState.QUEUED
 
 
-def frame_timeout(walls: Sequence[float]) -> int:
+def default_frame_timeout(walls: Sequence[float]) -> int:
     """Return the seconds that one frame may take where others took ``walls``; 0 without limit.
 
     A frame may well be much heavier than the others, and its worker slower.
@@ -6178,9 +6178,9 @@ class Session:
         """Return what makes a request this end's own: it fits no other, and not twice."""
         count = next(self._counts)
         return (f"Povfarm session={self.name},count={count},"
-                f"mac={self.mark(count, method, target, sha256)}")
+                f"mac={self.mac_of(count, method, target, sha256)}")
 
-    def takes(self, count: int) -> bool:
+    def is_new(self, count: int) -> bool:
         """Tell whether this count comes for the first time. Not for two threads at once."""
         if count > self._newest:
             self._taken = (self._taken << min(count - self._newest, _REPLAYED)) & (
@@ -6192,7 +6192,7 @@ class Session:
         first, self._taken = not self._taken & bit, self._taken | bit
         return first
 
-    def mark(self, count: int, *request: str) -> str:
+    def mac_of(self, count: int, *request: str) -> str:
         """Return what whoever has this session makes of a request."""
         return mac(self._key, [count, *request])
 
@@ -9204,12 +9204,12 @@ class Tx(Look):
 # Scheduler is the door to them, and steers jobs. What is in memory (leases that
 # live, who was heard of, who waits) may be lost with the process without harm.
 
-KEEP_BLOBS = 24 * 3600.0  # seconds that contents nobody names any more are kept
+KEEP_BLOBS = 24 * 3600.0  # seconds after which contents that nobody names may go
 KEEP_EVENTS = 10_000
 KEEP_GUESTS = 7 * 24 * 3600.0  # seconds that a worker of another system is shown when it is gone
 LOOK_AGAIN = 1.0  # seconds after which an idle worker looks at what others render
 RECENT = 8.0  # seconds over which the speed of a task is taken
-SICK_PAUSE = 600.0  # seconds until a sick worker gets one task, to see whether it is well
+SICK_PAUSE = 600.0  # seconds until a worker that only fails gets one task, as a trial
 LEASE_COST = 0.1  # seconds that a lease counts in addition to those that it takes
 SHORT_TURN = 1.0  # seconds of frames that a run gets where people take turns
 MAX_BROUGHT = 20  # workers of one person
@@ -10057,7 +10057,8 @@ class Muster:
     def sickness(self, worker: Member) -> str:
         """Say what makes a worker sick: wrong pictures, or nothing but failures; else nothing.
 
-        While all fail nobody is sick: then the scenes are to blame.
+        While all fail nobody is sick: then the scenes are to blame. Who only fails gets a task
+        every ``SICK_PAUSE`` seconds; who is set aside gets nothing until it joins again.
         """
         if worker.aside:
             return worker.aside
@@ -10327,12 +10328,12 @@ class _Deal:
             others = {grant.worker for grant in self._grants.of_job(job.id)} - {mine}
             if len(others) >= options.max_workers:
                 return False
-        if (options.in_order and job.leased) or not self._has_room(job):
+        if (options.in_order and job.leased) or not self._may_have_another(job):
             return False
         return (self._sick or not self._muster.is_hopeless(job, mine)
                 or mine in self._muster.helpers(job))
 
-    def _has_room(self, job: Job) -> bool:
+    def _may_have_another(self, job: Job) -> bool:
         """Tell whether the worker may have another slice or pass beside those that it has."""
         slices = job.options.slices
         parts = [portion for grant in self._grants.of_worker(self._worker.id)
@@ -10612,7 +10613,7 @@ class _Deal:
         return LeaseSpec(
             lease, job.id, job.name, grant.threads, specs, job.manifest, job.pov,
             job.options.in_order, self._passes(job, tasks[0]),
-            job.options.frame_timeout or frame_timeout(tx.recent_walls(job.id)))
+            job.options.frame_timeout or default_frame_timeout(tx.recent_walls(job.id)))
 
     def _passes(self, job: Job, task: Task) -> tuple[int, ...]:
         """Return the passes whose results a task reads."""
@@ -10677,7 +10678,7 @@ class _Deliveries:
             bottom = bottom or least
             if not least <= bottom <= options.height:
                 raise ImageError("the picture does not hold the rows that were asked for")
-            with self.aside(image):
+            with self.gate_open(image):
                 check_image(image, options.extension, job.pov.width, bottom - row.top)
         elif not next(file_blocks(image), b""):
             raise ImageError("nothing came of what the slices should share")
@@ -10688,7 +10689,7 @@ class _Deliveries:
             self.join_frames()
         return accepted
 
-    def aside(self, image: Path | bytes) -> ContextManager[None]:
+    def gate_open(self, image: Path | bytes) -> ContextManager[None]:
         """Let others in while an image is computed with that is not small."""
         small = isinstance(image, bytes) and len(image) <= BUFFER
         return contextlib.nullcontext() if small else self.states.store.gate.outside()
@@ -10892,7 +10893,7 @@ class _Delivery:
         if not is_chosen(job.id, task.frame, job.options.verify):
             odd = not kept and self._is_odd(look, extension)
             return VERDICTS["odd" if odd else "same", True], None
-        with self._room.aside(self._image):
+        with self._room.gate_open(self._image):
             same = [same_pixels(self.directory / "parts" / kept_name(task, row.id), self._image,
                                 extension) for row in kept]
         by = [row.worker for row in kept]
@@ -10937,7 +10938,7 @@ class _Delivery:
                 piece.top == self.task.top and piece.bottom >= self._bottom):
             self._store.put_image(place, name, self._image)
         else:
-            with self._room.aside(self._image), self._store.placing(place / name) as part:
+            with self._room.gate_open(self._image), self._store.placing(place / name) as part:
                 crop_rows(self._image, Path(name).suffix, piece.top - self.task.top,
                           piece.bottom - piece.top, part)
         return piece.id, sha256_file(place / name), (place / name).stat().st_size
@@ -10949,7 +10950,7 @@ class _Delivery:
             accepted = True
         else:
             accepted = self._accept(tx, stored)
-            self._conclude(tx)
+            self._set_odd_worker_aside(tx)
         for path, (sha256, size) in self.files.items() if accepted else ():
             if sha256:
                 self._states.add_blob(tx, sha256, size)
@@ -10994,8 +10995,8 @@ class _Delivery:
         self._states.end_attempt(tx, self.task.id, self.attempt.lease, state, message,
                                  self.log_name)
 
-    def _conclude(self, tx: Tx) -> None:
-        """Tell of a doubt, and set the worker aside whose picture is the odd one."""
+    def _set_odd_worker_aside(self, tx: Tx) -> None:
+        """Of pictures that differ (``VERDICTS``): tell of a doubt, and of whose is the odd one."""
         task, worker = self.task, self.odd.worker if self.odd else 0
         if self.verdict.doubt:
             self._states.tell(tx, "doubtful", self.verdict.doubt, task.job, task.frame)
@@ -11301,7 +11302,7 @@ class Scheduler:
         self._crew.expire()
 
     def tidy(self) -> None:
-        """Delete old blobs, which nobody has named for ``KEEP_BLOBS`` seconds, and old events.
+        """Delete the files of old blobs (``KEEP_BLOBS``) that nobody names, and old events.
 
         Forget guests that are long gone.
         """
@@ -11565,7 +11566,7 @@ class Access:
         match = _PROOF.fullmatch(proof)
         session = match and (self._proven.get(match[1]) or self._new_session(match[1]))
         sha256 = request.headers.get("x-sha256", "")
-        if not (match and session and hmac.compare_digest(match[3], session.mark(
+        if not (match and session and hmac.compare_digest(match[3], session.mac_of(
                 int(match[2]), request.method, request.target, sha256))):
             raise self._wrong_key(request.remote, _whose(match[1]) if match else FARM)
         self._use(session, int(match[2]))
@@ -11588,7 +11589,7 @@ class Access:
             session = self._proven.pop(session.name, session)
             self._proven[session.name] = session
             session.used = now
-            if not session.takes(count):
+            if not session.is_new(count):
                 raise _session_over()
             oldest = next(iter(self._proven.values()))
             if len(self._proven) > MAX_SESSIONS or now - oldest.used > IDLE_SESSION:
@@ -13285,7 +13286,7 @@ class Sheepit(Dialect):
         """Return the seconds that a try may take when it has taken longer, or 0."""
         with self._store.read() as tx:
             limit = (tx.job(attempt.job).options.frame_timeout
-                     or frame_timeout(tx.recent_walls(attempt.job)))
+                     or default_frame_timeout(tx.recent_walls(attempt.job)))
         spent = spent or self._farm.clock.time() - attempt.started  # the oldest do not tell
         return limit if spent > limit else 0
 
@@ -17595,7 +17596,7 @@ class Pace:
         """Return how many cores the runs use, as measured or as they look so far."""
         return sum(run.threads * (self.duty(run.job) or run.duty_so_far()) for run in runs)
 
-    def room(self, runs: Sequence[RunState], free_memory: int) -> int:
+    def more_runs(self, runs: Sequence[RunState], free_memory: int) -> int:
         """Return how many more runs to start now: how many POV-Rays run at once is decided here.
 
         Runs that sleep at random leave cores idle by chance even where their
@@ -17679,7 +17680,7 @@ class RunState:
         made, spent = self.text.percent - self.text.done, self.clock.monotonic() - self.began
         return spent * (100 - self.text.percent) / made if made else spent
 
-    def too_long(self) -> str:
+    def why_overdue(self) -> str:
         """Return why the renderer should be ended: it takes too long, or does nothing; or nothing.
 
         A renderer that waits for something that never comes still polls: that
@@ -18383,7 +18384,7 @@ class Worker:
             runs = list(self._runs)
             # What is known of a run grows by the moment until the first of its job has ended.
             growing = any(self._pace.duty(run.job) is None for run in runs)
-            room = self._pace.room(runs, available_memory())
+            room = self._pace.more_runs(runs, available_memory())
             if room == 0:
                 self._changed.wait(0.1 if growing else 5.0)
                 return
@@ -18441,7 +18442,7 @@ class Worker:
                     self._changed.wait()
                 runs = list(self._watched)
             for run in runs:
-                run.overdue = run.overdue or run.too_long()
+                run.overdue = run.overdue or run.why_overdue()
                 if run.overdue:
                     run.kill()
             if nearly_full(self.cache.root):
@@ -20175,7 +20176,7 @@ def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
 
 
 def _readable_places(options: Options, cwd: Path) -> tuple[str, ...]:
-    """Return what scenes of a render in place may read: all but what is private.
+    """Return what scenes of ``render`` without ``--lan`` may read: all but what is private.
 
     A hidden place that a person names, or stands in, is not hidden from the scene; fonts are not
     secret, nor is what POV-Ray itself keeps in a home.
@@ -20485,7 +20486,7 @@ class _Follower:
         except FarmError as error:
             self._bar.close()
             if self._stop.is_set() and self._here:
-                signals.release()
+                signals.end_at_next()
                 raise Stopped(self._kept(self._here)) from None
             if self._stop.is_set():
                 raise Stopped(_goes_on(self._job, self._options)) from None
@@ -21994,7 +21995,7 @@ class _Signals:
     """Calls ``action`` for every Ctrl-C or SIGTERM, and counts them.
 
     What a second Ctrl-C does is the action's: ``work`` has ``Worker.stop``, which then
-    ends at once; ``render`` lets it end the program (``release``); others ignore it.
+    ends at once; ``render`` lets it end the program (``end_at_next``); others ignore it.
 
     Not by an exception, which would be lost where it hits a ``__del__``, nor
     in the handler itself, which runs in the middle of anything, locks too.
@@ -22006,7 +22007,7 @@ class _Signals:
         for name in _stop_signals():
             signal.signal(name, self._handle)
 
-    def release(self) -> None:
+    def end_at_next(self) -> None:
         """Let the next one end the program at once; a terminal that is closed may say so twice."""
         for name in _stop_signals():
             signal.signal(name, signal.SIG_IGN if name == getattr(signal, "SIGHUP", 0)

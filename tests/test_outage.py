@@ -397,7 +397,7 @@ def test_a_renderer_that_computes_without_a_word_is_left_alone(room: Room) -> No
         runs += room.worker._watched
         for _ in range(4):
             cpu[0] += 0.03 * povfarm.HANG_TIME
-            assert runs[0].too_long() == ""
+            assert runs[0].why_overdue() == ""
             room.clock.skipped += 0.9 * povfarm.HANG_TIME
         assert room.farm.state(job) == "active" and not runs[0].overdue
         room.clock.skipped += 0.9 * povfarm.HANG_TIME

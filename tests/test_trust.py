@@ -158,11 +158,11 @@ def test_requests_that_overtake_each_other_are_all_taken_once(farm: Farm) -> Non
     session = farm.signer.session(KEY)
     counts = list(range(1, 3000))
     random.Random(1).shuffle(counts)
-    assert all(session.takes(count) for count in counts)
-    assert not any(session.takes(count) for count in counts)
-    assert session.takes(10 ** 15) and not session.takes(2), "it is too old to be known as new"
-    assert not session.takes(10 ** 15) and session.takes(10 ** 15 - 4095)
-    assert not session.takes(10 ** 15 - 4096) and not session.takes(0)
+    assert all(session.is_new(count) for count in counts)
+    assert not any(session.is_new(count) for count in counts)
+    assert session.is_new(10 ** 15) and not session.is_new(2), "it is too old to be known as new"
+    assert not session.is_new(10 ** 15) and session.is_new(10 ** 15 - 4095)
+    assert not session.is_new(10 ** 15 - 4096) and not session.is_new(0)
 
 
 def test_many_threads_at_once_are_each_taken_once(farm: Farm) -> None:

@@ -52,48 +52,48 @@ LOTS = 10**12
 def test_frames_that_only_sleep_get_many_processes() -> None:
     pace = Pace(2)
     pace.measured(1, 6, cpu=0.15, wall=1.9, threads=1)
-    assert pace.room([FakeRun()] * 4, LOTS) >= 12
+    assert pace.more_runs([FakeRun()] * 4, LOTS) >= 12
 
 
 def test_heavy_frames_get_a_process_a_core() -> None:
     pace = Pace(4)
     pace.measured(1, 1, cpu=60, wall=60.5, threads=1)
-    assert pace.room([FakeRun()] * 4, LOTS) == 0
-    assert pace.room([FakeRun()] * 3, LOTS) == 1
+    assert pace.more_runs([FakeRun()] * 4, LOTS) == 0
+    assert pace.more_runs([FakeRun()] * 3, LOTS) == 1
 
 
 def test_runs_that_sleep_half_of_the_time_get_more_than_two_a_core() -> None:
     """Four of them would leave a core idle, by chance, for a fifth of the time."""
     pace = Pace(2)
     pace.measured(1, 1, cpu=0.52, wall=1.04, threads=1)
-    assert pace.room([FakeRun()] * 4, LOTS) in (2, 3)
+    assert pace.more_runs([FakeRun()] * 4, LOTS) in (2, 3)
 
 
 def test_waiting_for_a_core_is_not_taken_for_sleep() -> None:
     """Eight runs on two cores take four times as long: that is no reason to start more."""
     pace = Pace(2)
     pace.measured(1, 1, cpu=10, wall=40, threads=1)
-    assert pace.room([FakeRun()] * 2, LOTS) == 0
+    assert pace.more_runs([FakeRun()] * 2, LOTS) == 0
 
 
 def test_a_still_on_every_core_leaves_no_room() -> None:
     pace = Pace(8)
-    assert pace.room([FakeRun(threads=8, so_far=1.0)], LOTS) == 0
+    assert pace.more_runs([FakeRun(threads=8, so_far=1.0)], LOTS) == 0
 
 
 def test_memory_holds_the_runs_down() -> None:
     pace = Pace(4)
     pace.measured(1, 6, cpu=0.15, wall=1.9, threads=1)
     pace.measured_memory(1, 1000)
-    assert pace.room([FakeRun()] * 2, free_memory=2600) == 2
-    assert pace.room([FakeRun()] * 2, free_memory=100) == 0
+    assert pace.more_runs([FakeRun()] * 2, free_memory=2600) == 2
+    assert pace.more_runs([FakeRun()] * 2, free_memory=100) == 0
 
 
 def test_the_number_of_runs_is_bounded() -> None:
     pace = Pace(2)
     pace.measured(1, 1, cpu=0.0, wall=1.0, threads=1)
-    assert pace.room([FakeRun()] * 30, LOTS) == 2
-    assert pace.room([FakeRun()] * 32, LOTS) == 0
+    assert pace.more_runs([FakeRun()] * 30, LOTS) == 2
+    assert pace.more_runs([FakeRun()] * 32, LOTS) == 0
 
 
 @pytest.mark.parametrize(("queued", "slots", "cpu", "size"), [
