@@ -31,7 +31,7 @@ from helpers.clients import ANIMATION, FORM, MACHINE, PART, SheepitClient, form_
 from helpers.farm import environment, run
 from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, Reply, manifest, pov_job
 from helpers.invariants import broken
-from helpers.pictures import png
+from helpers.pictures import png, png_rows
 from povfarm import (
     BodyReader,
     Coordinator,
@@ -680,6 +680,24 @@ def test_who_logs_out_hands_back_what_it_has(farm: Flock) -> None:
                      method="GET").body == b"bye\n"
     assert farm.states(job) == ["queued", "queued"] and not farm.scheduler.live_workers()
     assert farm.send("/account.php", {}, method="GET").status == 200
+
+
+def test_a_frame_of_which_others_got_the_lower_rows_is_taken_whole(farm: Flock) -> None:
+    """The client tells how far it is, so others may be given a part; it knows nothing of that."""
+    job, cookie = farm.submit(1, values={"Height": "600"}), farm.client()
+    task, ours = farm.job_of(cookie), farm.worker()
+    for spent in (20, 40):
+        farm.clock.advance(20)
+        assert farm.status("keepmealive", {"frame": task["frame"], "job": task["id"], "rendertime":
+                                           str(spent), "remainingtime": "400"}, cookie) == 0
+    for _ in range(5):
+        farm.leases(ours)
+    grant = next(grant for grant in farm.scheduler.grants if grant.worker == worker_of(cookie))
+    assert grant.cut, "nobody helps it"
+    assert farm.deliver(task, cookie, png(1, height=600)) == 0
+    assert farm.states(job) == ["done"]
+    image = farm.ask("GET", f"/api/v1/jobs/{job}/frames/0/image").body
+    assert png_rows(image) == png_rows(png(1, height=600))
 
 
 # --- recorded conversations
