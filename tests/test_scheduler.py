@@ -1931,7 +1931,7 @@ def test_guests_that_fail_everything_find_out_that_the_scene_is_bad(farm: Farm) 
 
 
 def test_a_guest_that_is_long_gone_is_forgotten_but_not_what_it_did(farm: Farm) -> None:
-    farm.submit(2)
+    farm.submit(1)
     info = povfarm.WorkerInfo("attic", 1, 0, "HTTPov", {}, ("roof",))
     old, idle = (farm.scheduler.join(info, f"HTTPov {name}", "::1") for name in ("a", "b"))
     ours = farm.worker()
