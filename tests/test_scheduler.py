@@ -1949,7 +1949,7 @@ def test_a_guest_that_is_long_gone_is_forgotten_but_not_what_it_did(farm: Farm) 
     assert known(2) == [idle, ours]
     totals = farm.ask("GET", "/api/v1/totals").json()
     assert totals["computers"] == [{"name": "attic", "frames": 1.0, "wall": 1.0, "failures": 0}]
-    assert "attic" in farm.ask("GET", "/api/v1/jobs/1/frames/1/log").body.decode()
+    assert "attic" in farm.ask("GET", "/api/v1/jobs/1/frames/0/log").body.decode()
     assert farm.scheduler.join(info, "HTTPov a", "::1") not in (old, idle, ours)
 
 
