@@ -12653,6 +12653,14 @@ class Dialect:
         self._farm.receive(worker, self._guest)
         return worker
 
+    def _held(self, worker: int, mine: Callable[[Grant], bool] = bool) -> Grant | None:
+        """Return a lease of which a client has not delivered all, and keep it: the answer to an
+        earlier request was lost, or it gets what it has in parts."""
+        for grant in filter(mine, self._farm.grants.of_worker(worker)):
+            self._farm.beat(worker, {grant.id: {}}, 0.0)
+            return grant
+        return None
+
     def _save(self, request: Request, name: str, to: Path) -> None:
         """Save the file of a form that has this name."""
         with open(to, "wb") as file:
@@ -12825,10 +12833,11 @@ class Httpov(Dialect):
 
     def _postbatch(self, request: Request, worker: int) -> list[str]:
         """What a client delivers a second time changes nothing."""
-        attempts = [attempt for attempt in self._attempts(request, worker)
+        known = self._attempts(request, worker)
+        attempts = [attempt for attempt in known
                     if attempt.state not in (AttemptState.DONE, AttemptState.KEPT)]
         if not attempts:
-            return [f"status={'ok' if self._attempts(request, worker) else 'error'}"]
+            return ["status=ok" if known else "status=error"]
         with self._store.incoming() as place:
             images, text, problem = self._images(request, place, attempts[0])
             wall = (self._farm.clock.time() - attempts[0].started) / len(attempts)
@@ -12873,19 +12882,17 @@ class Httpov(Dialect):
     def _lease(self, request: Request, worker: int, job: int) -> tuple[str, int] | None:
         """Return lease and job of what a client is to render, of this job or any (0).
 
-        What it has not delivered yet comes first: the answer to an earlier
-        request was lost, or it only knows of the job so far.
+        What it has not delivered yet comes first; perhaps it only knows of the job so far.
         """
-        client, grants = request.query["client"], self._farm.grants
-        for grant in grants.of_worker(worker):
-            if job in (0, grant.job) and self._holders.setdefault(grant.id, client) == client:
-                self._farm.beat(worker, {grant.id: {}}, 0.0)
-                return grant.id, grant.job
+        client = request.query["client"]
+        if held := self._held(worker, lambda grant: job in (
+                0, grant.job) and self._holders.setdefault(grant.id, client) == client):
+            return held.id, held.job
         leases = self._farm.lease(worker, Offer(1, 1, 1, job), 0.0, request.alive)
         if not leases:
             return None
         self._holders = {lease: holder for lease, holder in self._holders.items()
-                         if grants.get(lease)}
+                         if self._farm.grants.get(lease)}
         self._holders[leases[0].id] = client
         return leases[0].id, leases[0].job
 
@@ -12909,15 +12916,15 @@ class Httpov(Dialect):
             files = unpack_files(place / "zip", place / "files", MAX_IMAGE)
             for name, path in files.items():
                 number = re.search(r"_([0-9]{1,9})\.(png|ppm)$", name)
-                if number and path and number[2] == "png" and not first.given:
-                    images[int(number[1])] = path
-                elif number and path and number[2] == "ppm" and first.given:
-                    images[first.frame] = self._strip(first, path)
+                if number and path and number[2] == ("ppm" if first.given else "png"):
+                    images[first.frame if first.given else int(number[1])] = path
                 elif re.search(r"batchreport(_[0-9]+)?\.txt$", name) and path:
                     with open(path, "rb") as report:
                         text = report.read(MAX_LOG)
+            if images and first.given:
+                images = {first.frame: self._strip(first, images[first.frame])}
         except (UserError, ImageError) as error:
-            return {}, b"", f"{error}"
+            return {}, text, f"{error}"
         return images, text, ""
 
     def _strip(self, attempt: Attempt, picture: Path) -> Path:
@@ -13126,7 +13133,7 @@ class Sheepit(Dialect):
                 return _Said(refusal)
         if held is None:  # when we stop, the client is to come again soon
             return _Said(200 if request.alive() else 204)
-        return _Said(0, self._task(*held) + self._stale(body))
+        return _Said(0, self._task(held) + self._stale(body))
 
     def _download(self, request: Request, values: Mapping[str, str]) -> Response:
         job = _numeral(values.get("job", ""))
@@ -13266,14 +13273,6 @@ class Sheepit(Dialect):
 
     # --- what there is to do
 
-    def _held(self, worker: int) -> tuple[int, int] | None:
-        """Return job and frame of what a client has not delivered yet, and keep its lease."""
-        for grant in self._farm.grants.of_worker(worker):
-            self._farm.beat(worker, {grant.id: {}}, 0.0)
-            with self._store.read() as tx:
-                return grant.job, tx.task(next(iter(grant.portions))).frame
-        return None
-
     def _attempt(self, worker: int, job: int, frame: int) -> Attempt | None:
         """Return the last try of a client at a frame."""
         with self._store.read() as tx:
@@ -13290,10 +13289,10 @@ class Sheepit(Dialect):
         spent = spent or self._farm.clock.time() - attempt.started  # the oldest do not tell
         return limit if spent > limit else 0
 
-    def _task(self, number: int, frame: int) -> str:
-        """Return a frame as an answer."""
+    def _task(self, grant: Grant) -> str:
+        """Return the first frame of a lease as an answer."""
         with self._store.read() as tx:
-            job = tx.job(number)
+            job, frame = tx.job(grant.job), tx.task(next(iter(grant.portions))).frame
         renderer = {"md5": self._md5(None), "commandline": ".e .c .o .f",
                     "update_method": "remainingtime"}
         left = job.queued + job.leased
@@ -13302,9 +13301,9 @@ class Sheepit(Dialect):
             "credits_session": 0, "credits_total": 0, "frame_remaining": left,
             "waiting_project": 1, "connected_machine": len(self._farm.live_workers()),
             "renderable_project": 1}) + _tag("frames", {"remaining": left}) + _tag("job", {
-                "id": number, "use_gpu": 0, "archive_md5": self._md5(job), "revision": 0,
+                "id": job.id, "use_gpu": 0, "archive_md5": self._md5(job), "revision": 0,
                 "path": "pov.ini", "frame": str(frame).zfill(digits), "synchronous_upload": 0,
-                "extras": number, "name": job.name, "password": ""},
+                "extras": job.id, "name": job.name, "password": ""},
                 _tag("renderer", renderer) + _tag("script", {}))
 
     def _stale(self, cache: bytes) -> str:

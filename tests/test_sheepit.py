@@ -135,7 +135,8 @@ def test_by_itself_a_coordinator_knows_nothing_of_sheepit(tmp_path: Path) -> Non
         for path in ("/server/config.php", "/server/request_job.php", "/account.php"):
             reply = farm.router.handle(Request("GET", path))
             assert reply.status == (200 if sheepit else 404), path
-        assert bool(farm.access.dialects) == sheepit
+        assert any(isinstance(getattr(one, "__self__", None), Sheepit)
+                   for one in farm.access.dialects) == sheepit
         farm.stop()
 
 
