@@ -4994,7 +4994,7 @@ class PovJob(Wired):
         """Return what fills the gaps in the words for such a program, for some of its frames."""
         if not self.plan.animation:
             frames = [int(self.values.get("Initial_Frame", "0"))]
-        return {FORMAT: NAMES_OF[self.options.output_type], **self.arguments,
+        return {FORMAT: NAMES_OF.get(self.options.output_type, "PNG"), **self.arguments,
                 FIRST: str(frames[0]), LAST: str(frames[-1]), "@threads": str(threads),
                 UPLOADED: str(scene), OUTPUT: str(output)}
 
@@ -13443,7 +13443,7 @@ end 1
 
 
 # === 15. RENDERONLINE ========================================================
-# The dialect of RenderOnline's clients: decodes what they ask at /renderapi/v1,
+# The dialect of RenderOnline's clients and nodes: decodes what they ask at /renderapi/v1,
 # calls SCHEDULER, encodes its answers as JSON in the dialect's own words. A task
 # is a job under its own number; a user is one of the people, who shows a token
 # that is good for nothing else. What a client may choose of POV-Ray's command line
@@ -13753,7 +13753,9 @@ class Machines(Dialect):
             self._known: dict[str, str] = json.loads(tx.meta("machines") or "{}")
 
     def start(self) -> None:
-        """Use the nodes that are known."""
+        """Use the nodes that are known; what was laid out before we were killed goes."""
+        for place in set(self._known.values()):
+            shutil.rmtree(self._own(place), ignore_errors=True)
         for address in self._known:
             self._use(address)
 
@@ -13801,6 +13803,10 @@ class Machines(Dialect):
     def _identity(self, request: Request) -> Identity | None:
         return None  # it is asked, and does not ask
 
+    def _own(self, place: str) -> Path:
+        """Return what is this farm's of a directory that several may use."""
+        return Path(place) / f"farm-{self._access.farm_id}"
+
     def _change(self, machines: dict[str, str]) -> None:
         with self._store.tx() as tx:
             tx.set_meta("machines", json.dumps(machines))
@@ -13842,7 +13848,7 @@ class Machines(Dialect):
         for lease in self._farm.lease(worker, Offer(1, 1, 1), 30.0, lambda: not over.is_set()):
             with self._store.read() as tx:
                 job, attempts = tx.job(lease.job), tx.attempts_of_lease(lease.id)
-            place = Path(self._known[address]) / f"{job.id}-{lease.id}"
+            place = self._own(self._known[address]) / f"{job.id}-{lease.id}"
             try:
                 engine, words = self._lay_out(job, place, [one.frame for one in attempts])
                 self._render(address, attempts, engine, words, place, over)
@@ -13874,8 +13880,10 @@ class Machines(Dialect):
         if line is None:
             (place / "povfarm.ini").write_text(client_ini(job.pov, str(place), frames))
             return POVRAY, [str(place / "povfarm.ini")]
-        return line.name, line.arguments(job.pov.gaps(
-            frames, place / job.pov.values["Input_File_Name"], place / MADE))
+        for name, value in job.pov.arguments.items():
+            self._rules.check(name, value)
+        scene = safe_join(place, job.pov.values["Input_File_Name"])
+        return line.name, line.arguments(job.pov.gaps(frames, scene, place / MADE))
 
     def _render(self, address: str, attempts: Sequence[Attempt], engine: str,
                 words: Sequence[str], place: Path, over: threading.Event) -> None:
@@ -13892,19 +13900,24 @@ class Machines(Dialect):
                 raise UserError(f"{address} renders something else meanwhile")
             if not task["IsRunning"]:
                 wall = (self._farm.clock.monotonic() - begun) / len(attempts)
-                return self._collect(attempts, place, wall, address)
+                return self._collect(attempts, place, wall, address, task["IsSuccess"] is True)
             if self._farm.beat(one.worker, {one.lease: {}}, 0.0)[0]:
                 break
         self._ask(address, "stop", {"TaskId": one.id})
         return None
 
-    def _collect(self, attempts: Sequence[Attempt], place: Path, wall: float,
-                 address: str) -> None:
-        """Deliver the pictures that are there; what is missing has failed."""
+    def _collect(self, attempts: Sequence[Attempt], place: Path, wall: float, address: str,
+                 good: bool) -> None:
+        """Deliver the pictures that are there; what is missing has failed.
+
+        Where the program did not end well its last picture is not looked at.
+        """
         folder = (place / MADE).parent
         made = {int(number[1]): path for path in folder.iterdir()
                 if (number := re.fullmatch(r"image(\d{1,9})\.\w+", path.name))
                 and real_path(path) == real_path(folder) / path.name}
+        if made and not good:
+            del made[max(made)]
         for attempt in attempts:
             try:
                 with self._store.incoming() as own:

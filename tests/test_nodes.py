@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import threading
+from dataclasses import replace
 from hashlib import sha256 as _sha256
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, cast
@@ -416,7 +417,7 @@ def test_a_node_renders_the_frames_of_a_job(kind: str, farm: NodeFarm) -> None:
     assert body == json.dumps(wish, separators=(",", ":")).encode()
     assert headers["Content-Type"] == JSON and headers["Content-Length"] == str(len(body))
     assert "User-Agent" not in headers and "Transfer-Encoding" not in headers
-    wait_until(lambda: not list((farm.root / "hpc").iterdir()))
+    wait_until(lambda: not list((farm.root / "hpc").glob("*/*")))
     (machine,) = farm.ask("GET", "/api/v1/workers").json()["workers"]
     assert machine["name"] == f"machine-{farm.node.address.replace(':', '-')}"
 
@@ -480,6 +481,45 @@ def test_nodes_get_only_what_they_render_as_we_do(farm: NodeFarm) -> None:
         "GET", "/api/v1/jobs").json()["jobs"]) == 1)
     assert {json.loads(body)["EngineId"] for path, _, body in farm.node.asked
             if path == "/hpc/start"} == {"povray"}
+
+
+def test_of_a_program_that_ended_badly_the_last_picture_is_not_taken(farm: NodeFarm) -> None:
+    made = farm.node.render
+
+    def fail(body: Any) -> None:
+        made(body)
+        assert farm.node.task
+        farm.node.task["IsSuccess"] = False
+
+    farm.node.render = fail  # type: ignore[method-assign]
+    job = farm.submit(1, retry_limit=1)
+    farm.use()
+    assert farm.ended(job)["state"] == "failed"
+
+
+def test_a_job_tells_a_node_nothing_that_the_lines_do_not_allow(farm: NodeFarm) -> None:
+    for uses, values in (({"quality": "x"}, {}), ({"width": "--python"}, {}), ({}, {"scene": 1})):
+        pov = program_job("render", "a.blend", {}, "a", uses)
+        if values:
+            pov = replace(pov, values={**pov.values, "Input_File_Name": "../../etc/x.blend"})
+        farm.scheduler.submit("a", "admin", pov, manifest({"a.blend": b"the scene"}),
+                              JobOptions(retry_limit=1))
+        farm.scheduler.put_blob(sha256(b"the scene"), [b"the scene"])
+    farm.use()
+    for job in (1, 2, 3):
+        assert farm.ended(job)["state"] == "failed"
+    assert "/hpc/start" not in {path for path, _, _ in farm.node.asked}
+
+
+def test_what_a_killed_coordinator_laid_out_goes(farm: NodeFarm) -> None:
+    farm.use()
+    left = farm.root / "hpc" / f"farm-{farm.access.farm_id}" / "1-abc"
+    left.mkdir(parents=True)
+    (farm.root / "hpc" / "anothers").mkdir()
+    again = Machines(farm.scheduler, farm.access, rules())
+    again.start()
+    again.stop()
+    assert not left.exists() and (farm.root / "hpc" / "anothers").exists()
 
 
 def test_a_picture_is_taken_from_the_jobs_own_directory_only(farm: NodeFarm, tmp_path: Path) -> None:
