@@ -262,7 +262,7 @@ FILE = ("file", "a.pov", SCENE)
     ([("request", None, b" " * povfarm.BODY_LIMIT + wish()), FILE], 400,
      'Header "request" is empty.'),
     ([("request", None, wish()), ("file", "a.pov", bytes(povfarm.MAX_SCENE))], 413,
-     "the body is larger than 67.1 MB"),
+     "the body is larger than 8.4 MB"),
     ([("request", None, wish()), FILE, ("other", "b.pov", b"")], 400,
      "Only 1 file may be uploaded per request."),
     *(([("request", None, wish(engine=engine)), FILE], 400,

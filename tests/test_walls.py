@@ -135,6 +135,25 @@ def test_names_that_are_missing_are_not_looked_for_one_by_one(tmp_path: Path) ->
     assert 0 < listed < 500
 
 
+def test_no_more_strings_are_tried_than_a_project_has_files(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: List[str] = []
+    monkeypatch.setattr(povfarm, "MAX_FILES", 50)
+    monkeypatch.setattr(povfarm._Scan, "_try_string", lambda scan, name, readers: tried.append(name))
+    collect(tmp_path, "".join(f'"f{number}" ' for number in range(80)))
+    assert tried == [f"f{number}" for number in range(50)]
+
+
+def test_the_memory_for_a_string_does_not_grow_with_its_escapes() -> None:
+    text = '"' + '\\"' * 1_000_000 + '" "b"'
+    tracemalloc.start()
+    try:
+        assert [token[-3:] for _, token in povfarm._tokens(text)] == ['\\""', '"b"']
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
 def test_ini_files_that_name_each_other_end(tmp_path: Path) -> None:
     for number in range(25):
         (tmp_path / f"{number}.ini").write_text(f"{number + 1}.ini\n" * 2)
