@@ -36,11 +36,18 @@ def need(name: str, present: bool, why: str) -> None:
 
 
 def run_povray(args: List[str], cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """Run plain POV-Ray as a person would, without a display window."""
-    return subprocess.run(
-        ["povray", *args, "-D"], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, errors="replace", timeout=600, check=False,
-    )
+    """Run plain POV-Ray as a person would, without a display window.
+
+    It gives up when its threads do not start in time, as on a very busy computer: then again.
+    """
+    for _ in range(10):
+        done = subprocess.run(
+            ["povray", *args, "-D"], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, errors="replace", timeout=600, check=False,
+        )
+        if "waiting for worker thread startup" not in done.stderr:
+            break
+    return done
 
 
 def wait_until(true: Callable[[], Any], why: str = "it does not come about",
