@@ -11829,7 +11829,8 @@ class Views:
                 "id", "name", "cores", "memory", "system", "address", "joined", "owner")}
             held = self._farm.grants.of_worker(row.id)
             view.update(engines=row.engines, tags=json.loads(row.tags_json), runs=len(held),
-                        seen=self._farm.seen(row.id), does=self._does(tx, held))
+                        seen=self._farm.seen(row.id), does=self._does(tx, held),
+                        guest=" " in row.token)
             if row.state == WorkerState.PENDING:
                 view.update(state="pending", code=row.code)
             elif row.id not in muster.live:
@@ -14162,7 +14163,7 @@ class _Sheets:
                                    self._asked(request, "Remove…", f"{address}/remove",
                                                "Remove it from the farm") if admin else None))
             elif worker["state"] == "gone" and worker["seen"] is not None and (
-                    self._farm.lease_time < worker["seen"] < GONE_FOR):
+                    self._farm.lease_time < worker["seen"] < GONE_FOR) and not worker["guest"]:
                 needs.append(_Need("◌", "computer", [
                     words, f" has been silent for {_lasting(worker['seen'])}. What it rendered "
                     "went to others."], None))

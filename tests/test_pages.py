@@ -152,6 +152,14 @@ def test_an_empty_farm_says_what_to_type(farm: Farm) -> None:
     assert "povfarm.py work --server http://farm.local:2271" in farm.page("/computers").text
 
 
+def test_only_workers_of_ours_are_missed(farm: Farm) -> None:
+    """Clients of other systems sleep for minutes, and end without a word."""
+    for name, token in (("attic", "HTTPov attic"), ("cellar", "c" * 64)):
+        worker = farm.scheduler.join(povfarm.WorkerInfo(name, 1, 0, "", {}), token, "::1")
+        farm.scheduler._states.presence(worker).seen = farm.scheduler.clock.monotonic() - 200
+    assert re.findall(r"(\w+) has been silent", farm.page("/").text) == ["cellar"]
+
+
 def test_who_rendered_what_is_told_below_the_workers(farm: Farm) -> None:
     assert "Rendered so far" not in farm.page("/computers").text
     farm.submit()
