@@ -6694,9 +6694,11 @@ class Router:
     def _for_stranger(self, bound: BoundRoute, request: Request) -> Response:
         """Return the response for a stranger, one at a time, so that others wait for no more.
 
-        What was begun since this one came is as good as new: so all who wait share a page.
+        What was begun since this one came is as good as new: so all who wait share a page. Who
+        asks with ``Cache-Control: max-age=1`` also takes one that is a second old.
         """
-        came = time.monotonic()
+        willing = re.fullmatch(r"max-age=(\d)", request.headers.get("cache-control", ""))
+        came = time.monotonic() - (int(willing[1]) if willing else 0)
         key = (request.path, *sorted(request.query.items()), request.secure, request.place,
                request.headers.get("host"))
         with self.gate.outside():
@@ -14045,13 +14047,13 @@ class _Sheets:
             event = tx.last_event()
         now = time.strftime("%H:%M:%S", time.localtime(self._farm.clock.time()))
         page = element("html", head, element(
-            "body", element("a", "Skip to what is shown", href="#main", class_="skip"),
+            "body", element("a", "Skip to what is shown", href="#main", class_="skip"), " ",
             self._header(request, mark, now), element(
                 "main", element("p", notice, class_="notice failed") if notice else None, body,
                 id="main", tabindex=-1, data_event=event,
                 data_reload=None if still else reload or 30),
-            element("footer", switch if reload else None, element("span", f"povfarm {VERSION}"))),
-            lang="en")
+            element("footer", switch if reload else None, " ",
+                    element("span", f"povfarm {VERSION}"))), lang="en")
         text = with_commands(page, lambda name: html.escape(self._typed(name)))
         if request.place:  # in what is quoted here, no quote is left
             text = re.sub(' (href|src|action)="(?=/)', rf' \1="{request.place}', text)
@@ -14067,12 +14069,14 @@ class _Sheets:
             "span", "Read-only. To make changes: ", element("code", "povfarm.py login")) \
             if you.roles else None
         places = (("/", "Farm"), ("/computers", "Computers"), ("/events", "What happened"))
-        return element("header", element(
-            "a", element("img", src=mark, alt="", width=28, height=28), self._api.name, href="/",
-            class_="home"), element("span", element("i"), element("span", f"As of {now}"),
-                                    id="live", role="status"), element("nav", [
-                element("a", name, href=to, aria_current="page" if to == request.path else None)
-                for to, name in places] if you.roles else None, aria_label="Pages"), user)
+        links = [element("a", name, href=to, aria_current="page" if to == request.path else None)
+                 for to, name in places if you.roles]
+        return element("header", _apart((
+            element("a", element("img", src=mark, alt="", width=28, height=28), self._api.name,
+                    href="/", class_="home"),
+            element("span", element("i"), element("span", f"As of {now}"), id="live",
+                    role="status"),
+            element("nav", _apart(links), aria_label="Pages"), user)))
 
     def _views(self, tx: Look, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Return API's views of jobs, each with the frame that was finished last as ``newest``."""
@@ -14109,8 +14113,9 @@ class _Sheets:
         token = self._access.form_token(request)
         return element("details", element("summary", "Change how it is treated"), element(
             "form", element("input", type="hidden", name="token", value=token),
-            element("div", fields, class_="fields"), element("button", "Set", class_="good"),
-            method="post", action=f"/jobs/{view['id']}/set"), id="settings")
+            element("div", _apart(fields), class_="fields"),
+            element("button", "Set", class_="good"), method="post",
+            action=f"/jobs/{view['id']}/set"), id="settings")
 
     def _portrait(self, view: View, size: int = 160) -> Task | None:
         """Return the frame that stands for a job: not each is worth making a small one of."""
@@ -14565,6 +14570,11 @@ def _markup(node: Node) -> str:
     return "".join(_markup(child) for child in node)
 
 
+def _apart(nodes: Iterable[Node]) -> list[Node]:
+    """Return nodes with spaces between them, for browsers that know no style."""
+    return [part for node in nodes for part in (node, " ")]
+
+
 def _query_digits(request: Request, name: str) -> int:
     text = request.query.get(name, "")
     return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0
@@ -14765,8 +14775,8 @@ def _job_row(view: View, button: Node, picture: Html) -> Html:
             "div", element("h3", element("a", view["name"], href=f"/jobs/{view['id']}"),
                            element("span", f" #{view['id']} · {view['owner']}", class_="dim")),
             _badge(_state(view)), element("span", f" {why}", class_="dim") if why else None),
-        _bar(view), element("span", figures, class_="fig"), element(
-            "span", view["eta"] and f"{_lasting(view['eta'])} left", class_="dim eta"), button,
+        _bar(view), element("span", figures, class_="fig"), " ", element(
+            "span", view["eta"] and f"{_lasting(view['eta'])} left", class_="dim eta"), " ", button,
         id=f"j{view['id']}", class_=state)
 
 
@@ -14921,7 +14931,7 @@ def _job_links(view: View) -> Html:
     frame = failure["frame"] if failure else newest.frame if newest else None
     return element(
         "nav", element("a", "All images (zip)", href=f"/api/v1{address}/archive.zip")
-        if view["frames"]["done"] else None,
+        if view["frames"]["done"] else None, " ",
         None if frame is None else element("a", f"{_frame_name(view, frame)}: log",
                                            href=f"{address}/frames/{frame}#log"), class_="links")
 
@@ -15003,12 +15013,13 @@ def _frames(view: View, numbers: Sequence[str], letters: str, chosen: Sequence[V
               for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
     blocks = None if size == 1 else [
         element("p", f"A cell is {size} frames: choose one to see them."),
-        element("div", [_block(job, numbers[index:index + size], letters[index:index + size])
-                        for index in range(0, len(numbers), size)], class_="grid"),
+        element("div", _apart(
+            _block(job, numbers[index:index + size], letters[index:index + size])
+            for index in range(0, len(numbers), size)), class_="grid"),
         element("h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}") if chosen else None]
     return _section(
         "Frames", element("ul", legend, class_="legend"), blocks,
-        element("div", [_cell(job, frame) for frame in chosen], class_="grid", id="part"))
+        element("div", _apart(_cell(job, frame) for frame in chosen), class_="grid", id="part"))
 
 
 def _options(view: View, row: Job) -> Html:
@@ -15264,8 +15275,9 @@ function morph(old, now) {
 }
 
 function ask(address) {
-  const stop = new AbortController(), over = setTimeout(() => stop.abort(), 4000);
-  const asked = fetch(address, {headers: {Accept: "text/html"}, signal: stop.signal});
+  const stop = new AbortController(), over = setTimeout(() => stop.abort(), 10000);
+  const headers = {Accept: "text/html", "Cache-Control": "max-age=1"};
+  const asked = fetch(address, {headers, signal: stop.signal});
   return asked.then(async answer => {
     if (answer.status >= 500) throw answer;
     return [answer, await answer.text()];
@@ -15412,9 +15424,9 @@ async function beat() {
     const farm = JSON.parse((await ask(place + "/api/v1/farm"))[1]), now = Date.now();
     if (farm.event !== event) since = now;
     if ((away || farm.event !== event || now - loaded > 1000 * main.dataset.reload)
-        && now - loaded > 1900) {
+        && now - loaded > 1400) {
       await load();
-      event = farm.event;
+      event = +main.dataset.event;
     }
     away = false;
     tell("Live");

@@ -189,6 +189,8 @@ def test_the_farm_while_it_renders(farm: Farm) -> None:
     assert dom.all("img", src=f"/api/v1/jobs/{job}/frames/2/image")
     bars = dom.all("svg")
     assert dom.all("div", id="player")[0]["data-frames"] == "1-2"
+    assert "Farm Computers What happened" in dom.text, "also in a browser that knows no style"
+    assert re.search(r"2 of 5 \d+ seconds? left", dom.text)
     assert [bar["aria-label"] for bar in bars] == ["50 percent"] * 2, "now, and in the queue"
     assert [float(rect["width"]) for rect in dom.all("rect")] == [400, 100, 0] * 2
     assert dom.all("title") and "50 % marbles" in dom.text
@@ -841,6 +843,17 @@ def test_thousands_of_frames_hide_nothing_that_happened_to_the_farm(farm: Farm) 
     farm.deliver(farm.join("a rare name"), 450)
     text = farm.page("/").text
     assert "a rare name joined" in text and "like" in text and "others before it" in text
+
+
+def test_who_keeps_a_page_up_to_date_shares_one_that_is_some_seconds_old(farm: Farm) -> None:
+    live = {"cache-control": "max-age=9"}
+    assert "marbles" not in farm.page("/", **live).text
+    farm.submit()
+    assert "marbles" not in farm.page("/", **live).text
+    assert "marbles" in farm.page("/").text, "who asks for it anew gets a new one"
+    assert "marbles" in farm.page("/", **live).text
+    farm.submit(name="pebbles")
+    assert "pebbles" in farm.page("/", farm.admin, **live).text
 
 
 def test_all_that_happened_is_on_a_page(farm: Farm) -> None:
