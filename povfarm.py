@@ -236,6 +236,12 @@ def real_path(path: Path | str) -> Path:
     return Path(os.path.realpath(path))
 
 
+def homes() -> list[Path]:
+    """Return this person's home and what it lies in, which hold far more than one project."""
+    home = real_path(Path.home())
+    return [home, *home.parents]
+
+
 @contextlib.contextmanager
 def placed(path: Path) -> Iterator[Path]:
     """Give the name of a file to make, which becomes ``path`` when it is whole, or is deleted.
@@ -582,6 +588,13 @@ def sha256_file(*parts: Path | bytes) -> str:
     for block in itertools.chain.from_iterable(map(file_blocks, parts)):
         digest.update(block)
     return digest.hexdigest()
+
+
+def has_hash(path: Path, sha256: str, size: int | None = None) -> bool:
+    """Tell whether a file is there and has this hash; one of another size is not read."""
+    with contextlib.suppress(OSError):
+        return size in (None, path.stat().st_size) and sha256_file(path) == sha256
+    return False
 
 
 def format_size(size: float) -> str:
@@ -3469,7 +3482,7 @@ class _Reach:
         self._cwd = cwd
         self._ceiling = ceiling
         self._in_place = in_place  # what may be read is the renderer's confinement
-        self._homes = [Path.home().resolve(), *Path.home().resolve().parents]
+        self._homes = homes()
         self._folders: dict[tuple[Path, Path], str] = {}
 
     def is_proper(self, directory: Path) -> bool:
@@ -17495,8 +17508,7 @@ def confined(program: str, reads: str, writes: str) -> Callable[[], None] | None
         return None
     kernel, installed = _Kernel(), Path(program).resolve()
     prefix = installed.parent.parent
-    own = installed.parent.name == "bin" and prefix not in (Path("/"), *Path.home().parents,
-                                                            Path.home())
+    own = installed.parent.name == "bin" and prefix not in homes()
     runs = (*_SYSTEM, str(prefix if own else installed))
     return functools.partial(_confine, kernel, runs, reads, writes)
 
@@ -18041,7 +18053,7 @@ class Cache:
                                       and last_frame <= file.after_frame):
                 continue
             path = safe_join(tree, file.path)
-            if not _holds(path, file):
+            if not has_hash(path, file.sha256, file.size):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if file.size > free_room(tree):  # or it would be full before that is noticed
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -18061,7 +18073,7 @@ class Cache:
                 if (other.name != key and (other / "manifest.json").is_file()
                         and source.stat().st_size == wanted.size):
                     shutil.copyfile(source, to)
-                    if _holds(to, wanted):
+                    if has_hash(to, wanted.sha256, wanted.size):
                         return True
         return False
 
@@ -18077,12 +18089,6 @@ def bytes_in(directory: Path) -> int:
         with contextlib.suppress(OSError):
             size += path.lstat().st_size
     return size
-
-
-def _holds(path: Path, file: FileEntry) -> bool:
-    with contextlib.suppress(OSError):
-        return path.stat().st_size == file.size and sha256_file(path) == file.sha256
-    return False
 
 
 class Outbox:
@@ -19432,7 +19438,7 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
     frames = [_place_of(directory, frame["name"]) for frame in done]
     fetched = []
     for frame, path in zip(done, frames):
-        if frame["name"] in strange and not _has_hash(path, frame["sha256"]):
+        if frame["name"] in strange and not has_hash(path, frame["sha256"]):
             raise UserError(f"{path} is here and not of this job: name another directory with "
                             "--output, or delete what is there")
         fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", directory,
@@ -20418,17 +20424,10 @@ def _send_files(client: Client, project: Project, missing: Iterable[str],
             else:
                 client.request("PUT", f"/api/v1/blobs/{sha256}", body=source)
         except (FarmError, OSError):
-            if isinstance(source, Path) and not _has_hash(source, sha256):
+            if isinstance(source, Path) and not has_hash(source, sha256):
                 return sha256
             raise
     return ""
-
-
-def _has_hash(path: Path, sha256: str) -> bool:
-    try:
-        return sha256_file(path) == sha256
-    except OSError:
-        return False
 
 
 def _put_image(image: Path, to: Path) -> None:
@@ -20872,11 +20871,11 @@ def _is_program(path: Path) -> bool:
 
 def _may_leave(to: Path, base: Path, private: Collection[Path]) -> bool:
     """Tell whether a scene that runs in ``base`` may leave a file there."""
-    home, where = real_path(Path.home()), real_path(to.parent)
+    where = real_path(to.parent)
     hidden = to.name.startswith(".")
     if to.name.lower() == "povray.ini" or (hidden and to.exists()) or _is_program(to):
         return False
-    if where in (home, *home.parents) and (hidden or where != base):
+    if where in homes() and (hidden or where != base):
         return False
     return not any(place in (where, *where.parents) and place not in (base, *base.parents)
                    for place in private)
@@ -20896,7 +20895,7 @@ def _fetch_written(client: Client, job: int, directory: Path, owners: _Owners | 
               "none with a dot in front of its name or outside of the project")
     for file in written:
         path = _place_of(directory, file["path"]) if file["sha256"] else directory
-        if not file["sha256"] or _has_hash(path, file["sha256"]):
+        if not file["sha256"] or has_hash(path, file["sha256"]):
             continue
         get = _fetch_appended if file["appended"] and is_file(path) else _fetch
         if _is_program(path) or (path.name.lower() == "povray.ini") or (

@@ -73,6 +73,20 @@ def test_a_job_takes_the_povray_that_most_cores_have_whoever_comes_first(farm: F
     assert farm.render(anna, job) == [1, 2, 3]
 
 
+def test_who_lies_about_its_povray_keeps_the_others_out_until_somebody_decides(farm: Farm) -> None:
+    """It is said so, and there are two ways out."""
+    others = [worker(farm, f"w{number}", cores=8, povray="3.7.0.10") for number in range(2)]
+    liar = worker(farm, "liar", cores=10_000, povray="9.9")
+    one, two = farm.submit(1), farm.submit(1)
+    assert farm.leases(others[0]) == []
+    assert "theirs is 3.7.0.10" in waiting_for(farm, one)
+    farm.scheduler.change(one, {"povray": "3.7"}, "admin")
+    assert farm.render(others[0], one) == [0]
+    assert farm.leases(others[0]) == []
+    farm.scheduler.remove_worker(liar, "admin")
+    assert farm.render(others[1], two) == [0]
+
+
 def test_who_failed_in_a_job_of_which_nothing_is_done_has_no_say(farm: Farm) -> None:
     anna = worker(farm, "anna", povray="3.8.0")
     others = [worker(farm, f"w{number}", cores=4, povray="3.7.0.10") for number in range(2)]
