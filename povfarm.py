@@ -11805,8 +11805,9 @@ class Views:
                 files=files, size=size, written=written,
                 active=job.state is JobState.ACTIVE, last_start=tx.last_start(job.id),
                 directory=f"jobs/{self._store.job_directory(job.id, job.name).name}",
-                pov=json.loads(job.pov_json), engine=job.engines.get("povray", ""),
-                notice=self._store.notice, width=options.width, height=options.height,
+                pov=json.loads(job.pov_json), notice=self._store.notice,
+                engine=job.pov.engine or job.engines.get("povray", ""),
+                width=job.pov.width or None, height=options.height if job.pov.width else None,
                 extension=options.extension,
                 failure=failure and {"frame": failure.frame, "message": failure.message + (
                     " (if frames read what others write, submit it with --in-order)"
@@ -14888,7 +14889,7 @@ def _growing(view: View, frame: View) -> Html:
             parts.append(element("rect", element("title", words), class_=part["state"], **place))
     done = sum(part["state"] == TaskState.DONE for part in frame["slices"])
     return element("div", element(
-        "svg", parts, viewBox=f"0 0 {view['width']} {view['height']}", role="img",
+        "svg", parts, viewBox=f"0 0 {view['width'] or 4} {view['height'] or 3}", role="img",
         aria_label=f"{_frame_name(view, frame['frame'])}, {done} slices of it finished"),
         class_="picture large")
 
@@ -21185,8 +21186,10 @@ def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
         "started": _date(job["started"]), "finished": _date(job["finished"]),
         "took": format_duration(job["elapsed"]) if job["started"] else "",
         "CPU time": format_duration(job["cpu"]) if job["cpu"] else "",
-        "size": f"{job['width']} x {job['height']} pixels, {job['extension']}",
-        "POV-Ray": " ".join(filter(None, [job["engine"], f"({job['povray']})"])),
+        "size": (f"{job['width']} x {job['height']} pixels" if job["width"] else "as the scene says"
+                 ) + f", {job['extension']}",
+        **({"POV-Ray": " ".join(filter(None, [job["engine"], f"({job['povray']})"]))}
+           if job["width"] else {"program": job["engine"]}),
         "options": _options_of({**job, "slices": job["slicing"]}),
         "command": " ".join([f"{name}={value}" for name, value in sorted(pov["values"].items())]
                             + [f"Declare={declare}" for declare in pov["declares"]]),

@@ -271,6 +271,8 @@ def test_blenders_frames_through_the_farm_are_those_made_by_hand(
         logs = run(tmp_path, "logs", str(bad), cwd=tmp_path).stdout
         assert "Failed to read blend file" in logs.splitlines()[0] + logs.splitlines()[1]
         wait_until(lambda: "houdini renders it" in farm.job(other)["waiting_for"])
+        shown = run(tmp_path, "status", str(film), cwd=tmp_path).stdout
+        assert "as the scene says, .png" in shown and re.search("program +blender", shown)
         escaped = run(tmp_path, "logs", str(film), "1", cwd=tmp_path).stdout
         assert run(tmp_path, "fetch", str(film), "--output", str(tmp_path / "made"),
                    cwd=tmp_path).returncode == 0
