@@ -164,7 +164,8 @@ def test_a_login_over_tls_is_only_ever_sent_over_tls(
     assert answer.read() == b"" and answer.status == 303
     assert {part.strip() for part in cookie.split(";")[1:]} == {
         "HttpOnly", "SameSite=Strict", f"Path={answer.getheader('Location')}", "Secure"}
-    connection.request("GET", answer.getheader("Location") or "", headers={"Cookie": cookie.partition(";")[0]})
+    connection.request("GET", f"{answer.getheader('Location')}computers",
+                       headers={"Cookie": cookie.partition(";")[0]})
     page = connection.getresponse().read().decode()
     assert "Log out" in page and f"--server https://127.0.0.1:{port} --pin {note['pin']}" in page
     connection.close()
