@@ -17591,6 +17591,7 @@ GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to bla
 MOST_WAITING = 100  # finished frames on their way, beyond which no more work is asked for
 MAX_SHARED = 1 << 30  # bytes of samples and photons that a pass may leave
 OFFER_TIME = 600.0  # seconds that a frame is offered to a coordinator that makes mistakes with it
+TURN = 30.0  # seconds for which a computer renders for one of several farms
 START_SLEEP, FRAME_SLEEP = 0.3, 0.22  # seconds that POV-Ray 3.7 sleeps: at its start, per frame
 
 
@@ -18248,6 +18249,91 @@ def written_by(run: RunState, plan: Run) -> dict[str, int]:
             if before.get(name) != (time, size)}
 
 
+class Rota:
+    """Whose turn it is of the workers of one computer, each of which renders for another farm.
+
+    Where others want it, a turn ends after ``TURN`` seconds, as soon as what was begun is rendered;
+    one that has nothing gives it away at once. Next comes who has had least for its share; what
+    was not used is not made up for. Who is alone has the turn always.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()  # of what follows
+        self._shares: dict[Worker, float] = {}
+        self._spent: dict[Worker, float] = {}  # seconds for a share of 1
+        self._wants: dict[Worker, bool] = {}  # as it said last
+        self._deaf: dict[Worker, float] = {}  # until when what it says does not count
+        self._turn: Worker | None = None
+        self._since = self._until = 0.0  # it is accounted for, and it lasts
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._shares)
+
+    def add(self, worker: Worker, share: float) -> None:
+        """Take in one more."""
+        with self._lock:
+            self._spent[worker] = min(self._spent.values(), default=0.0)
+            self._shares[worker] = share
+
+    def remove(self, worker: Worker) -> None:
+        """Let one go."""
+        with self._lock:
+            for known in (self._shares, self._spent, self._wants):
+                known.pop(worker, None)
+            self._turn = None if self._turn is worker else self._turn
+
+    def has_turn(self, worker: Worker, busy: bool) -> bool:
+        """Tell whether a worker may ask for more. ``busy`` with what it has it keeps its turn."""
+        with self._lock:
+            now = self._clock.monotonic()
+            if self._turn is None:
+                self._begin(worker, now)
+            over = now >= self._until and any(
+                wants for one, wants in self._wants.items() if one is not self._turn)
+            if self._turn is worker and over:
+                self._account(now)
+                self._wants[worker] = True
+                after = min(self._shares, key=self._rank)
+                if after is worker or not busy:
+                    self._begin(after, now)
+                over = after is not worker
+            return self._turn is worker and not over
+
+    def hear(self, worker: Worker, wants: bool) -> None:
+        """Note whether somebody who has not the turn has something to do."""
+        with self._lock:
+            now = self._clock.monotonic()
+            wants = wants and self._deaf.get(worker, 0.0) < now
+            if wants and not self._wants.get(worker) and self._turn is not None:
+                self._account(now)
+                self._spent[worker] = max(self._spent[worker], self._spent[self._turn])
+            self._wants[worker] = wants
+
+    def has_nothing(self, worker: Worker) -> None:
+        """Give a turn away: there is nothing to be done."""
+        with self._lock:
+            if self._turn is worker and len(self._shares) > 1:
+                now = self._clock.monotonic()
+                self._wants[worker], self._deaf[worker] = False, now + TURN / 3
+                self._account(now)
+                self._begin(min((one for one in self._shares if one is not worker),
+                                key=self._rank), now)
+
+    def _begin(self, worker: Worker, now: float) -> None:
+        self._turn, self._since, self._until = worker, now, now + TURN
+
+    def _account(self, now: float) -> None:
+        last = self._turn
+        assert last is not None  # it is one of them who calls
+        self._spent[last] += (now - self._since) / self._shares[last]
+        self._since = now
+
+    def _rank(self, worker: Worker) -> tuple[bool, float, bool]:
+        return not self._wants.get(worker), self._spent[worker], worker is self._turn
+
+
 class Worker:
     """Renders for one coordinator until it is stopped.
 
@@ -18278,6 +18364,9 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._ending = threading.Event()
+        self.rota = Rota(self._clock)  # with whom it takes turns
+        self._prefix = f"run-{os.getpid()}-{secrets.token_hex(3)}-"
+        _OURS.add(self._prefix)
         self._hushed = threading.Event()  # nothing is asked for: it is stopping, or paused
         self.outbox = Outbox(client, cache, self._clock, self._ending, self._in_trouble, self._gone,
                              hold)
@@ -18310,7 +18399,7 @@ class Worker:
             for run in list(self._runs):
                 run.stop()
             # Also of runs whose frames are delivered and whose POV-Ray sleeps before it ends.
-            for path in self.cache.root.parent.glob(f"run-{os.getpid()}-*"):
+            for path in self.cache.root.parent.glob(f"{self._prefix}*"):
                 shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(FarmError):
                 self.client.request("POST", "/api/v1/leave", json={}, retry_for=0, timeout=5)
@@ -18383,7 +18472,7 @@ class Worker:
     def _directory(self, kind: str = "") -> Path:
         """Make a directory that ``_sweep`` knows as this process's."""
         return Path(tempfile.mkdtemp(
-            prefix=f"run-{os.getpid()}-{kind}", dir=self.cache.root.parent))
+            prefix=f"{self._prefix}{kind}", dir=self.cache.root.parent))
 
     # --- asking for work
 
@@ -18413,25 +18502,38 @@ class Worker:
 
     def _ask(self) -> None:
         if self.paused or self._must_rest():
+            self.rota.has_nothing(self)
             with self._changed:
                 self._changed.wait(1.0)
             return
+        alone = len(self.rota) < 2
+        turn = alone or self.rota.has_turn(self, bool(self._runs))
         with self._changed:
             runs = list(self._runs)
             # What is known of a run grows by the moment until the first of its job has ended.
             growing = any(self._pace.duty(run.job) is None for run in runs)
-            room = self._pace.more_runs(runs, available_memory())
-            if room == 0:
+            room = self._pace.more_runs(runs, available_memory()) if turn else 0
+            if room == 0 and turn:
                 self._changed.wait(0.1 if growing else 5.0)
                 return
         wait = 0.1 if growing else LEASE_WAIT
-        if self.until_idle:
-            wait = min(wait, 1.0)
+        if self.until_idle or not alone:
+            wait = min(wait, float(turn))
         idle = int(self._pace.cores - self._pace.load(runs) + 0.5)
         offer = {"want": room, "slots": len(runs) + room, "idle": max(idle, 0), "wait": wait,
                  "projects": self.cache.known()}
-        reply = self.client.request("POST", "/api/v1/lease", json=offer, timeout=wait + 30,
-                                    retry_for=math.inf, stop=self._hushed).json()
+        try:
+            reply = self.client.request(
+                "POST", "/api/v1/lease", json=offer, timeout=wait + 30,
+                retry_for=math.inf if alone else 0, stop=self._hushed).json()
+        except FarmError:
+            self.rota.has_nothing(self)
+            raise
+        if not turn:
+            self.rota.hear(self, reply["open"] > 0)
+            self._stopping.wait(1.0)
+        elif not (reply["leases"] or runs):
+            self.rota.has_nothing(self)
         self.cache.forget(reply.get("gone", ()))
         if self._admitted is not None and not reply["pending"]:
             self._admitted()
@@ -18756,10 +18858,13 @@ def _hand_in(client: Client, run: RunState, plan: Run) -> None:
                 body=whole.getvalue(), timeout=60, retry_for=20)
 
 
+_OURS: set[str] = set()  # how the directories of this process's workers begin
+
+
 def _sweep(cache: Path) -> None:
     """Delete what workers left that were killed: their runs, and files that came by half."""
     for path in cache.parent.glob("run-*-*"):
-        if is_orphan(path.name.split("-")[1]):
+        if is_orphan(path.name.split("-")[1]) and not path.name.startswith((*_OURS,)):
             shutil.rmtree(path, ignore_errors=True)
     for place in (cache, cache.parent / "workers"):
         sweep_parts(place.rglob(PARTS))
@@ -19190,49 +19295,35 @@ def serve(options: Options) -> int:
 
 @command("work", "", "start a worker: it finds the coordinator and renders until stopped")
 def work(options: Options) -> int:
-    """Render for a coordinator; the first Ctrl-C finishes the frames under way."""
+    """Render for a coordinator, or for several; the first Ctrl-C finishes what is under way."""
     keep_private(options.data)
+    servers = options.server.split() or [""]
+    shares = [re.fullmatch(r"[^=]*(?:=([1-9]\d{0,3}))?", server) for server in servers]
+    if not all(shares) or (len(servers) > 1 and (options.code or options.pin)):
+        raise UserError("--server is an address, of several farms one each, such as --server "
+                        "studio=2 --server attic for two turns and one; --code and --pin are for "
+                        "one farm")
     with contextlib.ExitStack() as stack:
         tools = stack.enter_context(_tools(options))
-        stop = threading.Event()
-        signals = _Signals(stop.set)
+        shifts = _Shifts(options, tools)
         if options.hpc:
-            return _be_node(options, tools, stop)
-        client = _find_coordinator(options, stop)
-        if client is None:
-            return 130
-        _come(client, options)
-        free = "" if landlock_abi() else "this system cannot confine them (it has no Landlock)"
-        if options.unconfined:
-            free = "--unconfined was given"
-        elif free and not client.token:
-            raise UserError(f"nobody vouches for the scenes of this farm, and {free}: give the "
-                            "farm's --key, or say --unconfined to let them do what you can do")
-        try:
-            worker = stack.enter_context(
-                _joined(client, tools, options, options.data, stop=stop))
-        except ServerGone:
-            if not signals.count:
-                raise
-            return 130
+            return _be_node(options, tools, shifts.stop)
         if options.status_port:
-            page = _WorkerPage([worker], options.status_port, options.data / "workers" / (
+            page = _WorkerPage(shifts.workers, options.status_port, options.data / "workers" / (
                 f"{_file_name(_worker_name(options))}.link"))
             page.start()
             stack.callback(page.stop)
-        signals.action = worker.stop
-        if signals.count:  # while it joined
-            return 130
-        threading.Thread(target=listen_for_hints, name="hints", daemon=True,
-                         args=(worker.client.hurry, options.discovery_port)).start()
-        if free:
-            _say(f"scenes can read and write whatever you can: {free}")
-        _Background(worker.run).join()
-        lost = len(worker.outbox) + worker.outbox.given_up
-        _say(f"rendered {counted(worker.outbox.taken, 'frame')}" + (
-            f"; {lost} more did not reach the coordinator and will be rendered again"
-            if lost else ""))
-        return 130 if signals.count else 0
+        ends = [_Background(functools.partial(
+            shifts.work if len(servers) == 1 else shifts.try_to_work, server.partition("=")[0],
+            int(share[1] or 1))) for server, share in zip(servers, shares) if share]
+        good = [end.join() for end in ends]
+        lost = sum(len(worker.outbox) + worker.outbox.given_up for worker in shifts.workers)
+        taken = sum(worker.outbox.taken for worker in shifts.workers)
+        if shifts.workers:
+            _say(f"rendered {counted(taken, 'frame')}" + (
+                f"; {lost} more did not reach the coordinator and will be rendered again"
+                if lost else ""))
+        return 130 if shifts.signals.count else int(not all(good))
 
 
 def _be_node(options: Options, tools: _Tools, stop: threading.Event) -> int:
@@ -19815,8 +19906,10 @@ def _given(tag: command, arguments: Sequence[str]) -> tuple[dict[str, str], list
             alone = not items or (row.bare and items[0].startswith("--"))
             if not (equals or row.is_flag) and alone and not row.bare:
                 raise UserError(f"{name} needs a value")
-            given[row.name] = text if equals else "on" if row.is_flag else (
+            value = text if equals else "on" if row.is_flag else (
                 row.bare if alone else items.popleft())
+            several = (tag.name, row.name) == ("work", "server") and row.name in given
+            given[row.name] = f"{given[row.name]} {value}" if several else value
     return given, rest
 
 
@@ -21524,6 +21617,70 @@ def _work_here(worker: Worker) -> None:
         _say(f"this computer has stopped rendering: {error}")
 
 
+class _Shifts:
+    """Lets this computer work for farms, in turn where they are several."""
+
+    def __init__(self, options: Options, tools: _Tools) -> None:
+        self._options, self._tools = options, tools
+        self.workers: list[Worker] = []
+        self._rota = Rota(Clock())
+        self.stop = threading.Event()
+        self.signals = _Signals(self._end)
+
+    def _end(self) -> None:
+        self.stop.set()
+        for worker in self.workers:
+            worker.stop()
+
+    def _hurry(self) -> None:
+        for worker in self.workers:
+            worker.client.hurry()
+
+    def try_to_work(self, server: str, share: int) -> bool:
+        """Work for one of several farms; say what keeps it from that, and tell whether it went."""
+        try:
+            return self.work(server, share)
+        except FarmError as error:
+            _say(f"nothing is rendered for {server} any more: {error}")
+            return False
+
+    def work(self, server: str, share: int) -> bool:
+        """Find a farm, join it, and work until stopped."""
+        options = Options(**{**vars(self._options), "server": server})
+        client = _find_coordinator(options, self.stop)
+        if client is None:
+            return True
+        _come(client, options)
+        free = "" if landlock_abi() else "this system cannot confine them (it has no Landlock)"
+        if options.unconfined:
+            free = "--unconfined was given"
+        elif free and not client.token:
+            raise UserError(f"nobody vouches for the scenes of this farm, and {free}: give the "
+                            "farm's --key, or say --unconfined to let them do what you can do")
+        try:
+            with _joined(client, self._tools, options, options.data, stop=self.stop) as worker:
+                self._run(worker, share, free)
+        except ServerGone:
+            if not self.stop.is_set():
+                raise
+        return True
+
+    def _run(self, worker: Worker, share: int, free: str) -> None:
+        worker.rota = self._rota
+        self.workers.append(worker)
+        self._rota.add(worker, share)
+        if free:
+            _say(f"scenes can read and write whatever you can: {free}")
+        if len(self.workers) == 1:
+            threading.Thread(target=listen_for_hints, name="hints", daemon=True,
+                             args=(self._hurry, self._options.discovery_port)).start()
+        try:
+            if not self.stop.is_set():  # while it joined
+                worker.run()
+        finally:
+            self._rota.remove(worker)
+
+
 class _WorkerPage:
     """What workers of this process do, for a browser on their computer, and what can be done there.
 
@@ -21849,6 +22006,8 @@ def _find_coordinator(options: Options, stop: threading.Event | None = None) -> 
     With ``stop`` it is waited for; None when that comes first.
     """
     key = _known_key(options)
+    if len(options.server.split()) > 1:
+        raise UserError("only a worker can have several farms: give one --server")
     patience = 20.0 if stop else 1.0
     if options.server:
         url = _server_url(options.server, bool(options.pin))

@@ -774,6 +774,41 @@ def test_two_workers_share_an_animation(farm: Farm, tmp_path: Path) -> None:
     farm.check()
 
 
+def test_one_worker_renders_for_two_farms_in_turn_while_a_third_is_away(
+        farm: Farm, tmp_path: Path) -> None:
+    (tmp_path / "other" / "farm").mkdir(parents=True)
+    shutil.copy(tmp_path / "farm" / "farm.key", tmp_path / "other" / "farm")
+    other = Farm(tmp_path / "other")
+    place, addresses = project(tmp_path), [farm.client.base_url, f"{other.client.base_url}=2"]
+    with socket.socket() as away, contextlib.closing(other):
+        away.bind(("127.0.0.1", 0))
+        addresses.append(f"http://127.0.0.1:{away.getsockname()[1]}")
+        jobs = [one.submit(place, "scene.pov", "+KFF4", *SMALL) for one in (farm, other)]
+        worker = farm.work("--cores", "1", "--data", str(tmp_path / "work"),
+                           "--key-file", str(tmp_path / "farm" / "farm.key"),
+                           *(word for address in addresses for word in ("--server", address)))
+        for one, job in zip((farm, other), jobs):
+            ended = one.finished(job, 120)
+            assert ended["frames"]["done"] == 4, ended["failure"]
+        # Also who has not the turn is there, and neither waits for the other.
+        assert [one.client.get("/api/v1/farm")["workers"] for one in (farm, other)] == [1, 1]
+        worker.send_signal(signal.SIGINT)
+        assert worker.wait(60) == 130 and worker.stdout is not None
+        text = worker.stdout.read()
+        assert "rendered 8 frames" in text and text.count("working for") == 2, text
+        other.check()
+    farm.check()
+
+
+@pytest.mark.parametrize("servers", [["a=0"], ["a=x"], ["a", "b=1=2"]])
+def test_a_share_that_is_none_is_refused(tmp_path: Path, servers: List[str]) -> None:
+    typed = [word for server in servers for word in ("--server", server)]
+    result = run(tmp_path, "work", *typed, cwd=tmp_path)
+    assert result.returncode == 2 and "--server studio=2" in result.stderr
+    result = run(tmp_path, "status", "--server", "a b", cwd=tmp_path)
+    assert result.returncode == 2 and "only a worker" in result.stderr
+
+
 def test_a_backup_made_while_frames_come_in_is_a_farm_that_finishes_them(
         farm: Farm, tmp_path: Path) -> None:
     place = project(tmp_path, HEAVY)

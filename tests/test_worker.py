@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
 import povfarm
+from helpers.farm_in_a_box import FakeClock
 from helpers.standin import STATE_HEADER, make_block
 from povfarm import (
     Cache,
@@ -471,3 +473,64 @@ def test_a_place_that_is_gone_is_not_full(tmp_path: Path, monkeypatch: pytest.Mo
     """A worker looks once a second, and deletes its place when it ends: one may come late."""
     monkeypatch.setattr(povfarm, "DISK_RESERVE", 1 << 62)
     assert povfarm.nearly_full(tmp_path) and not povfarm.nearly_full(tmp_path / "gone")
+
+
+# --- several farms in turn
+
+class Turns:
+    """Workers of several farms that ask as ``Worker`` does, in a time of its own."""
+
+    def __init__(self, *shares: int) -> None:
+        self.clock = FakeClock()
+        self.rota = povfarm.Rota(self.clock)
+        self.farms: List[Any] = [object() for _ in shares]
+        for farm, share in zip(self.farms, shares):
+            self.rota.add(farm, share)
+
+    def spend(self, seconds: int, work: Callable[[int, int], bool]) -> List[int]:
+        """Let time pass; ``work`` tells whether a farm has some. Return who rendered, by second."""
+        spent = []
+        for second in range(seconds):
+            for number, farm in enumerate(self.farms):
+                has = work(number, second)
+                if not self.rota.has_turn(farm, busy=False):
+                    self.rota.hear(farm, has)
+                elif has:
+                    spent.append(number)
+                else:
+                    self.rota.has_nothing(farm)
+            self.clock.advance(1)
+        return spent
+
+
+@pytest.mark.parametrize("shares", [(1, 1), (2, 1), (1, 3), (1, 2, 3)])
+def test_farms_have_a_computer_for_their_shares_of_the_time(shares: Tuple[int, ...]) -> None:
+    turns = Turns(*shares)
+    spent = turns.spend(20_000, lambda farm, second: True)
+    for farm, share in enumerate(shares):
+        assert abs(spent.count(farm) / len(spent) - share / sum(shares)) < 0.02
+    lengths = [len(list(group)) for _, group in itertools.groupby(spent)]
+    assert min(lengths[:-1]) >= povfarm.TURN - 1  # not by the second: what is begun is to be rendered
+    assert len(spent) > 19_600
+
+
+def test_a_farm_that_has_nothing_keeps_nobody_waiting(shares: Any = (1, 1)) -> None:
+    turns = Turns(*shares)
+    assert set(turns.spend(1000, lambda farm, second: farm == 1)) == {1}
+    spent = turns.spend(1000, lambda farm, second: farm == 0 or second > 500)
+    assert len(spent) > 950 and 200 < spent.count(1) < 300  # what it did not use is not made up for
+    turns.rota.remove(turns.farms.pop(0))
+    assert turns.spend(100, lambda farm, second: True) == [0] * 100  # who is left
+
+
+def test_a_turn_ends_when_what_was_begun_is_rendered() -> None:
+    turns = Turns(1, 1)
+    first, second = turns.farms
+    assert turns.rota.has_turn(first, busy=False) and not turns.rota.has_turn(second, busy=False)
+    turns.clock.advance(povfarm.TURN)
+    assert turns.rota.has_turn(first, busy=True)  # nobody else wants it
+    turns.rota.hear(second, True)
+    assert not turns.rota.has_turn(first, busy=True)  # it begins no more
+    assert not turns.rota.has_turn(second, busy=False)  # and has not ended
+    assert not turns.rota.has_turn(first, busy=False)
+    assert turns.rota.has_turn(second, busy=False)
