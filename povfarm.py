@@ -14337,6 +14337,7 @@ class Pages(_Sheets):
             if (stage or workers) and not before else None,
             _queue(views, functools.partial(self._quick, request), self._portrait),
             _finished(views), None if views or before else _no_jobs(),
+            None if live or before else self._join(request),
             element("p", element("a", "Older jobs", href=f"/?before={older}{'&mine=1' * mine}"))
             if older else None, story,
             reload=(3 if active else 30) if live else 5,
@@ -14843,7 +14844,8 @@ def _warnings(view: View) -> Node:
     failure = view["failure"]
     address = failure and f"/jobs/{view['id']}/frames/{failure['frame']}#log"
     return [
-        element("p", view["why"], class_="notice") if view["why"] else None,
+        element("p", view["why"], class_="notice")
+        if view["why"] and view["state"] != JobState.FAILED else None,
         element("p", element("a", f"{_frame_name(view, failure['frame'])} failed", href=address),
                 f": {failure['message']}", class_="notice failed") if failure else None,
     ]
@@ -14982,7 +14984,7 @@ def _player(view: View, numbers: Sequence[str], letters: str) -> Node:
         "div", element("button", "▶", type="button", class_="play",
                        aria_label="Play the frames so far"),
         element("input", type="range", min=0, max=0, aria_label="Frame"), element("output"),
-        class_="player", id="player", data_shown=shown,
+        class_="player", id="player", data_shown=shown, data_newest=view["newest"].frame,
         data_frames=",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]),
         title="space plays, arrows step, J and L set the pace, F fills the screen")
 
@@ -15369,7 +15371,7 @@ function arrange() {
     for (const cell of all) cell.tabIndex = cell === held ? 0 : -1;
   }
   if (player() && !film.own) {
-    film.at = frames().length - 1;
+    film.at = Math.max(frames().indexOf(+player().dataset.newest), 0);
     player().querySelector("input").value = film.at;
     player().querySelector("output").textContent = "frame " + film.list[film.at];
   }

@@ -149,7 +149,8 @@ def test_an_empty_farm_says_what_to_type(farm: Farm) -> None:
     dom = farm.page("/")
     assert "the attic" in dom.text and "Nothing to render" in dom.text
     assert "povfarm.py submit scene.pov +W640 +H480" in dom.text
-    assert "povfarm.py work --server http://farm.local:2271" in farm.page("/computers").text
+    for address in ("/", "/computers"):
+        assert "povfarm.py work --server http://farm.local:2271" in farm.page(address).text
 
 
 def test_only_workers_of_ours_are_missed(farm: Farm) -> None:

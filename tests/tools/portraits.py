@@ -4,7 +4,7 @@
 
 Starts a coordinator and a worker, lets them render an animation, a large picture and small ones
 of several kinds, with a scene that fails and a worker that asks to join, and keeps what Chromium
-shows: home, home in the dark and on a phone, a job, an empty farm, trouble. Look at each.
+shows: home, home in the dark and on a phone, a job, trouble. Look at each.
 Needs povray, chromium and chromedriver. Ends with 1 if the browser complains of anything.
 """
 
@@ -69,7 +69,6 @@ def main() -> int:
             (scenes / f"{name}.pov").write_text(text)
         farm = Farm(Path(place))
         try:
-            wrong = look(farm, to / "empty.png")
             farm.work("--cores", "2")
             for kind in "TEHJN":
                 farm.finished(farm.submit(scenes, "poster.pov", f"+F{kind}", *SMALL), 300)
@@ -84,7 +83,7 @@ def main() -> int:
                        "--data", str(Path(place, "guest")))
             wait_until(lambda: any("code" in one for one in farm.client.request(
                 "GET", "/api/v1/workers").json()["workers"]), "nobody asks to join")
-            wrong += look(farm, to / "home.png") + look(farm, to / "dark.png", dark=True)
+            wrong = look(farm, to / "home.png") + look(farm, to / "dark.png", dark=True)
             wrong += look(farm, to / "phone.png", width=390, height=844)
             wrong += look(farm, to / "job.png", f"jobs/{film}")
             wrong += look(farm, to / "trouble.png", f"jobs/{broken}")
