@@ -13469,7 +13469,7 @@ end 1
 # is in the settings file; a client's values never become words of their own there.
 
 TASKS_SHOWN = 15  # the newest of a user, as the protocol has it
-# Bytes of a scene, with the form that it comes in. To look into it takes up to 1.5 seconds and
+# Bytes of a scene, with the form that it comes in. To look into it takes up to 3 seconds and
 # 70 MB for each MB, on the coordinator.
 MAX_SCENE = 8 << 20
 _ANY_ORIGIN = {f"Access-Control-Allow-{what}": "*" for what in ("Origin", "Methods", "Headers")}
@@ -20187,6 +20187,9 @@ class _Renderer:
                                  strict=bool(self.version))
 
 
+MOST_WARNINGS = 100  # about a project, that are shown: a scene can name any number of files
+
+
 def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
     """Read the command line and the project; nothing is started or changed."""
     here = _here()
@@ -20205,8 +20208,11 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
         plan.output_name(frame) for frame in frames}, frames, renderer.library(pov), scratch)
     lost = [f"{key}={name} is not written: povfarm keeps the logs"
             for key, name in pov.texts.items() if place is None]
-    for warning in (*pov.warnings, *lost, *project.warnings):
+    warnings = (*pov.warnings, *lost, *project.warnings)
+    for warning in warnings[:MOST_WARNINGS]:
         _say(warning)
+    if len(warnings) > MOST_WARNINGS:
+        _say(f"there are {counted(len(warnings) - MOST_WARNINGS, 'more warning')}")
     in_order = options.in_order
     if in_order is None and plan.animation:
         in_order = _is_in_order(project, pov.values, options)

@@ -328,3 +328,14 @@ def test_a_job_that_has_ended_meanwhile_is_given_up_all_the_same(state: str) -> 
 
     povfarm._give_up(cast(povfarm.Client, Ended()), 7, state)
     assert asked[-1] == "DELETE /api/v1/jobs/7"
+
+
+def test_a_scene_with_ever_so_many_warnings_shows_some_and_their_number(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "".join(f'#include "{number}.inc"\n' for number in range(povfarm.MOST_WARNINGS + 50))
+    (tmp_path / "s.pov").write_text(f"#if (0)\n{lines}#end\n")
+    monkeypatch.chdir(tmp_path)
+    options = povfarm._parse(povfarm._command("submit")[0], ["s.pov", "+W8", "+H6"])
+    povfarm._draft(options, tmp_path / "scratch", povfarm._Renderer(options, None))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == povfarm.MOST_WARNINGS + 1 and said[-1] == "povfarm: there are 50 more warnings"
