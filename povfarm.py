@@ -13469,8 +13469,9 @@ end 1
 # is in the settings file; a client's values never become words of their own there.
 
 TASKS_SHOWN = 15  # the newest of a user, as the protocol has it
-# Bytes of a scene, with the form that it comes in. To look into it takes up to 3 seconds and
-# 70 MB for each MB, on the coordinator.
+MAX_FORM = 64 << 20  # bytes of a scene for any program, with the form that it comes in
+# The same of one for POV-Ray. To look into it takes up to 3 seconds and 70 MB for each MB, on
+# the coordinator.
 MAX_SCENE = 8 << 20
 _ANY_ORIGIN = {f"Access-Control-Allow-{what}": "*" for what in ("Origin", "Methods", "Headers")}
 # What a client may ask for, and the field of the answer that says whether it was done.
@@ -13511,7 +13512,7 @@ class RenderOnline:
         return Identity()
 
     @route("GET", "/renderapi/v1/info", role="anyone", summary="A RenderOnline user and tasks")
-    @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=MAX_SCENE,
+    @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=MAX_FORM,
            summary="What a RenderOnline client asks for")
     @route("OPTIONS", "/renderapi/v1/<what>", role="anyone",
            summary="Let pages of RenderOnline's client ask")
@@ -13565,6 +13566,8 @@ class RenderOnline:
             values = {**dict(reversed(given)), UPLOADED: scene, OUTPUT: "image", "@threads": "1"}
             words = chosen.arguments(values)
             (place / "files").mkdir()
+            if chosen.name == POVRAY and (place / "upload").stat().st_size > MAX_SCENE:
+                raise ProtocolError(413, f"the scene is larger than {format_size(MAX_SCENE)}")
             (place / "upload").rename(place / "files" / scene)
             pov, project = (
                 self._read(owner, words, place / "files") if chosen.name == POVRAY else

@@ -261,8 +261,10 @@ FILE = ("file", "a.pov", SCENE)
         wish().replace(b"{", b"{" + b" " * povfarm.BODY_LIMIT, 1))),
     ([("request", None, b" " * povfarm.BODY_LIMIT + wish()), FILE], 400,
      'Header "request" is empty.'),
-    ([("request", None, wish()), ("file", "a.pov", bytes(povfarm.MAX_SCENE))], 413,
-     "the body is larger than 8.4 MB"),
+    ([("request", None, wish()), ("file", "a.pov", bytes(povfarm.MAX_SCENE + 1))], 413,
+     "the scene is larger than 8.4 MB"),
+    ([("request", None, wish()), ("file", "a.pov", bytes(povfarm.MAX_FORM))], 413,
+     "the body is larger than 67.1 MB"),
     ([("request", None, wish()), FILE, ("other", "b.pov", b"")], 400,
      "Only 1 file may be uploaded per request."),
     *(([("request", None, wish(engine=engine)), FILE], 400,
@@ -376,7 +378,7 @@ argument end_frame = natural
 argument threads = natural
 argument output_format = word
 """
-BLEND = b"BLENDER-v304" + bytes(range(256))
+BLEND = b"BLENDER-v304" + bytes(povfarm.MAX_SCENE)  # more than a scene of POV-Ray may have
 
 
 def test_another_programs_scene_is_a_job_for_those_who_have_it(tmp_path: Path) -> None:
