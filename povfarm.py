@@ -953,6 +953,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("log", _path, None,
             "write all that POV-Ray prints to a file, in the order of the frames", "render",
             "FILE"),
+    Setting("serve", bool, False, "keep a list of farms for others, at TCP port 2269", "discover"),
     Setting("mine", bool, False, "show only your own jobs", "status"),
     Setting("totals", bool, False, "show what was rendered, and by whom", "workers"),
     Setting("watch", bool, False, "keep showing changes until stopped", "status"),
@@ -19765,9 +19766,14 @@ def backup(options: Options) -> int:
     return 0
 
 
-@command("discover", "", "show the coordinators on this network", ("talk",))
+@command("discover", "[ADDRESS ...]",
+         "show the coordinators on this network, or on a list that is kept elsewhere", ("talk",))
 def discover_command(options: Options) -> int:
-    """Print every coordinator that answers within a second and a half."""
+    """Print every coordinator that answers within a second and a half; or serve such a list."""
+    if options.serve:
+        return _FarmList(options).serve()
+    if options.rest:
+        return _show_list(options)
     key = _known_key(options)
     found = discover(1.5, None, options.discovery_port)
     proven = {_kept(options).get("farm_id", "")} if ":" in key else {
@@ -19781,6 +19787,67 @@ def discover_command(options: Options) -> int:
     _show(options, views, _table(rows) if found else
           _typed("no coordinator answers: start one with 'povfarm.py serve'"))
     return 0 if found or options.json else 1
+
+
+class _FarmList:
+    """A list of farms for whoever asks: those that answer here, and those that were named.
+
+    It tells what coordinators tell anybody.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._farms: list[dict[str, str]] = []
+
+    @route("GET", "/farms.json", role="anyone", summary="The farms that are there")
+    def farms(self, request: Request) -> Response:
+        """Name, address, id and pin of each, as seen within the last half minute."""
+        return json_response({"farms": self._farms})
+
+    def look(self) -> None:
+        """Look for all of them again."""
+        found = {farm.farm_id: {"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
+                                "pin": farm.pin}
+                 for farm in discover(1.5, None, self._options.discovery_port)}
+        for text in self._options.rest:
+            url = _server_url(text, bool(self._options.pin))
+            with contextlib.suppress(FarmError, LookupError, TypeError):
+                client = _client(self._options, url, "", "", 0.0)
+                farm = client.get("/api/v1/farm", timeout=10, retry_for=0)
+                found[farm["farm_id"]] = {"name": str(farm["name"]), "url": url,
+                                          "farm_id": str(farm["farm_id"]), "pin": self._options.pin}
+        self._farms = [*found.values()]
+
+    def serve(self) -> int:
+        """Serve until stopped."""
+        server = Server(Router(self, authenticate=lambda request: Identity()), "0.0.0.0",
+                        self._options.discovery_port, limits=Limits(connections=1000))
+        stop = threading.Event()
+        _Signals(stop.set)
+        self.look()
+        server.start()
+        _say(f"the list of {counted(len(self._farms), 'farm')} is at {own_addresses()[0]}:"
+             f"{server.port}: 'povfarm.py discover {own_addresses()[0]}:{server.port}' shows it")
+        while not stop.wait(30.0):
+            self.look()
+        server.stop()
+        return 130
+
+
+def _show_list(options: Options) -> int:
+    """Print the farms on lists that are kept elsewhere."""
+    rows: list[Sequence[str] | str] = [("name", "address")]
+    views = []
+    for text in options.rest:
+        address = text if re.search(r":\d+$", text) else f"{text}:{options.discovery_port}"
+        told = Client(f"http://{address}").get("/farms.json", retry_for=0, timeout=10)
+        views += [{name: one_line(str(farm.get(name, "")))
+                   for name in ("name", "url", "farm_id", "pin")}
+                  for farm in want(told, "farms", list) if isinstance(farm, dict)]
+    rows += [(view["name"], view["url"] + (f" --pin {view['pin']}" if view["pin"] else ""))
+             for view in views]
+    _show(options, views, _table(rows) if views else "no farm is on the list")
+    return 0 if views or options.json else 1
 
 
 @command("doctor", "", "check whether this computer is ready to render")

@@ -800,6 +800,20 @@ def test_one_worker_renders_for_two_farms_in_turn_while_a_third_is_away(
     farm.check()
 
 
+def test_a_list_of_farms_is_kept_for_other_networks(farm: Farm, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    away = f"127.0.0.1:{port}"
+    farm.start("discover", "--serve", "--discovery-port", port, farm.client.base_url, away)
+    told = wait_until(lambda: run(tmp_path, "discover", away, "--json", cwd=tmp_path).stdout, "no list")
+    known = farm.client.get("/api/v1/farm")
+    assert json.loads(told) == [{"name": known["name"], "url": farm.client.base_url,
+                                 "farm_id": known["farm_id"], "pin": ""}]
+    result = run(tmp_path, "discover", "127.0.0.1:9", cwd=tmp_path)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("servers", [["a=0"], ["a=x"], ["a", "b=1=2"]])
 def test_a_share_that_is_none_is_refused(tmp_path: Path, servers: List[str]) -> None:
     typed = [word for server in servers for word in ("--server", server)]
