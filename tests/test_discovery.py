@@ -390,7 +390,7 @@ print(sorted(one.url for one in povfarm.discover(0.5, sys.argv[1].encode() or No
 def run(command: List[str]) -> str:
     env = {**os.environ, "PYTHONPATH": str(Path(povfarm.__file__).parent)}
     return subprocess.run(command, env=env, check=True, text=True, stdout=subprocess.PIPE,
-                          timeout=20).stdout.strip()
+                          timeout=120).stdout.strip()
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_what_a_killed_render_left_is_deleted_by_the_next(tmp_path: Path) -> Non
         before = set(os.listdir(place.temporary))
         assert len(before) == 2
         killed.send_signal(signal.SIGKILL)
-        killed.communicate(timeout=60)
+        killed.communicate(timeout=180)
         # Its launcher and renderers go with it, and so does what they hold.
         assert place.run("render", "still.pov", *SMALL).returncode == 0
         left = set(os.listdir(place.temporary))
@@ -109,7 +109,7 @@ def test_what_a_killed_render_left_is_deleted_by_the_next(tmp_path: Path) -> Non
         (place.path / "go").touch()
     finally:
         living.send_signal(signal.SIGINT)
-        living.communicate(timeout=60)
+        living.communicate(timeout=180)
         killed.kill()
     assert os.listdir(place.temporary) == []
 
@@ -199,7 +199,7 @@ def test_who_stops_waiting_for_a_job_is_told_how_to_get_it(farm: Place, how: int
                          "--server", f"127.0.0.1:{farm.port}")
     assert waiting.stdout is not None and waiting.stdout.readline() == "1\n"
     waiting.send_signal(how)
-    _, error = waiting.communicate(timeout=60)
+    _, error = waiting.communicate(timeout=180)
     assert waiting.returncode == 130 and "job 1 goes on" in error
     assert farm.run("work", "--until-idle").returncode == 0
     command = error.rpartition("with: ")[2]
@@ -295,7 +295,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     assert process.returncode == 130 and os.listdir(place.temporary) == []
 
 
@@ -312,7 +312,7 @@ def test_frames_that_are_there_are_not_rendered_again(how: int, tmp_path: Path) 
     place = Place(tmp_path, HANGS)
     process = place.hangs()
     process.send_signal(how)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=180)
     assert ("Go on with" in error) == (how == signal.SIGINT)
     before = times(place)
     assert "s1.ppm" in before and "s4.ppm" not in before
@@ -408,7 +408,7 @@ def test_frames_that_read_earlier_images_go_on_with_the_first_that_is_missing(
     process = place.start("render", "s.pov", *SMALL, "+KFF6")
     wait_until((place.path / "s3.ppm").exists, "the third frame does not come")
     process.send_signal(signal.SIGINT)
-    assert "Go on with" in process.communicate(timeout=60)[1]
+    assert "Go on with" in process.communicate(timeout=180)[1]
     before = times(place)
     assert sorted(before) == NINE[:3]
     (place.path / "go").touch()
