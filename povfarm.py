@@ -48,6 +48,7 @@ import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import difflib
 import email.utils
 import enum
 import errno
@@ -5690,7 +5691,8 @@ def unsliceable(pov: PovJob, in_order: bool, slices: str = "auto") -> str:
     if slices == "auto" and pov.options.stochastic:
         return "stochastic anti-aliasing (+AM3) draws other pixels in slices"
     if in_order:
-        return "its frames run in order"
+        return ("its frames run in order: leave out --slices, or say --in-order=no if no "
+                "frame needs an earlier one")
     if pov.options.extension not in STRIP_TYPES:
         return "JPEG pictures cannot be put together from slices: choose +FN for PNG"
     region = region_of(pov.options)
@@ -9594,7 +9596,8 @@ class _States:
             tx.begin_turn(job.owner, job.options.priority)
         if (frm, to) not in JOB_TRANSITIONS or not tx.set_job_state(
                 job.id, frm, to, reason, finished):
-            raise IllegalTransition(f"job {job.id} is {frm.value}: it cannot become {to.value}")
+            raise IllegalTransition(f"job {job.id} is {frm.value}" + (
+                " already" if frm is to else f": it cannot become {to.value}"))
         self.news.work += math.inf if to is JobState.ACTIVE else 0
         self.tell(tx, f"job {to.value}", reason, job.id)
 
@@ -9666,14 +9669,14 @@ class _States:
         if slices and row.state is not TaskState.DONE and to is not row.state:
             self.move(tx, row, to, why)
             if to in (TaskState.FAILED, TaskState.CANCELLED):
-                self.cancel_parts(tx, row)
+                self.cancel_parts(tx, row, f"the frame is {to.value}")
 
-    def cancel_parts(self, tx: Tx, frame: Task) -> None:
+    def cancel_parts(self, tx: Tx, frame: Task, why: str) -> None:
         """End what is under way of a frame that is settled otherwise."""
         for part in tx.parts(frame.id):
-            self.end_others(tx, part.id, "the frame is settled")
+            self.end_others(tx, part.id, why)
             if part.state in (TaskState.QUEUED, TaskState.LEASED):
-                self.move(tx, part, TaskState.CANCELLED, "the frame is settled")
+                self.move(tx, part, TaskState.CANCELLED, why)
 
     def cancel(self, tx: Tx, job: Job) -> None:
         """Cancel a job, and as much of its tasks as is done in one step."""
@@ -9681,7 +9684,7 @@ class _States:
         for frame in tx.frames_with_parts(job.id):
             if frame.state in (TaskState.QUEUED, TaskState.LEASED):
                 self.move(tx, frame, TaskState.CANCELLED, "job cancelled")
-                self.cancel_parts(tx, frame)
+                self.cancel_parts(tx, frame, "job cancelled")
         self.cancel_step(tx, job.id)
 
     def cancel_step(self, tx: Tx, job: int) -> None:
@@ -11004,7 +11007,7 @@ class _Delivery:
                 self._end(tx, AttemptState.DONE)
             self._states.end_others(tx, task.id, "another was first")
             self._states.move(tx, task, TaskState.DONE, "")
-            self._states.cancel_parts(tx, task)
+            self._states.cancel_parts(tx, task, "the frame is done")
         if not accepted and self.attempt.state is AttemptState.LIVE:
             self._end(tx, AttemptState.LOST, "another was first")
         return accepted
@@ -11901,7 +11904,8 @@ class Views:
         done = task.state == TaskState.DONE
         parts = [f"{error}\n\n" for error in errors[-1:] if not (done or plain)]
         for attempt in attempts:
-            ended = attempt.state + (f": {attempt.message}" if attempt.message else "")
+            ended = ("counts no more: it is made again" if attempt.state == AttemptState.VOID
+                     else attempt.state + f": {attempt.message}" * bool(attempt.message))
             rows = (f", rows {attempt.top} to {attempt.bottom - 1}"
                     if attempt.kind == TaskKind.SLICE else "")
             what = f"frame {task.frame}{rows}"
@@ -16461,6 +16465,7 @@ class RequestRefused(FarmError):
     def __init__(self, status: int, message: str, detail: Any = None, later: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
+        self.exit_code = UserError.exit_code if status in (400, 404) else FarmError.exit_code
         self.detail = detail
         self.later = later  # seconds after which it wants to be asked again
 
@@ -19420,6 +19425,8 @@ def status(options: Options) -> int:
         mine = f"?owner={urllib.parse.quote(farm['you'], safe='')}" if options.mine else ""
         jobs = ([client.get(f"/api/v1/jobs/{job}") for job in named]
                 or client.get(f"/api/v1/jobs{mine}")["jobs"])
+        if options.watch and not options.json:
+            print(f"\n--- {_date(time.time())}")
         if _is_one(options.rest):
             _show(options, jobs[0], _job_facts(jobs[0], None if options.server else options.data))
         else:
@@ -19569,9 +19576,14 @@ def retry(options: Options) -> int:
     """Render frames again: those that failed, or any."""
     job, *frames = options.rest
     if not frames:
-        return _ask_each(options, [job], "POST", "/retry", {})
+        return _ask_each(options, [job], "POST", "/retry", {}, _NOTHING_FAILED)
+    few = f"frame {frames[0]} is" if frames[0].isdecimal() else f"frames {frames[0]} are"
     return _ask_each(options, [job], "POST", f"/retry?frames={urllib.parse.quote(frames[0])}", {},
-                     f": frames {frames[0]} are rendered again")
+                     {"": f": {few} rendered again"})
+
+
+_NOTHING_FAILED = {JobState.DONE.value: (
+    " is done and nothing failed; to render frames again, name them: 'povfarm.py retry JOB 5-9'")}
 
 
 @command("delete", "JOB ...", "delete a job and its images from the farm", ("talk",))
@@ -19587,7 +19599,7 @@ def set_option(options: Options) -> int:
     jobs, changes = _assigned(options, options.rest, JOB_OPTIONS)
     if not jobs or not changes:
         raise UserError(_usage(_command("set")[0]))
-    return _ask_each(options, jobs, "PATCH", body=changes, said=f": {_options_of(changes)}")
+    return _ask_each(options, jobs, "PATCH", body=changes, said={"": f": {_options_of(changes)}"})
 
 
 def _assigned(options: Options, words: Sequence[str],
@@ -19919,8 +19931,14 @@ def _commands() -> dict[str, tuple[command, CommandFunction]]:
 
 def _command(name: str) -> tuple[command, CommandFunction]:
     if name not in _commands():
-        raise UserError(f"there is no command '{name}': see 'povfarm.py help'")
+        raise UserError(f"there is no command '{name}'{_meant(name, _commands())}: "
+                        "see 'povfarm.py help'")
     return _commands()[name]
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """Return a guess, which goes behind a wrong name, at what was meant; nothing without any."""
+    return "".join(f" (do you mean {near}?)" for near in difflib.get_close_matches(name, known, 1))
 
 
 def _run(arguments: list[str]) -> int:
@@ -19973,8 +19991,8 @@ def _given(tag: command, arguments: Sequence[str]) -> tuple[dict[str, str], list
             name, equals, text = item.partition("=")
             row = rows.get(name)
             if row is None:
-                raise UserError(
-                    f"'{tag.name}' has no option {name}: see 'povfarm.py help {tag.name}'")
+                raise UserError(f"'{tag.name}' has no option {name}{_meant(name, rows)}: "
+                                f"see 'povfarm.py help {tag.name}'")
             alone = not items or (row.bare and items[0].startswith("--"))
             if not (equals or row.is_flag) and alone and not row.bare:
                 raise UserError(f"{name} needs a value")
@@ -20690,9 +20708,11 @@ class _Follower:
                 raise Stopped(self._kept(self._here)) from None
             if self._stop.is_set():
                 raise Stopped(_goes_on(self._job, self._options)) from None
-            if self._here or getattr(error, "status", 0) == 404:
+            if self._here:
                 raise
-            raise FarmError(f"{error}; {_goes_on(self._job, self._options)}") from None
+            gone = getattr(error, "status", 0) == 404
+            raise FarmError(str(error) if gone else
+                            f"{error}; {_goes_on(self._job, self._options)}") from None
         return _conclude(view, self._files, written, self._draft, time.monotonic() - started,
                          self._options, log)
 
@@ -21169,6 +21189,8 @@ class _Owners:
     """
 
     def __init__(self, directory: Path, data: Path) -> None:
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"{directory} is a file: name a directory with --output")
         self._directory = directory
         place = hashlib.sha256(os.fsencode(real_path(directory))).hexdigest()[:16]
         self._notes = data / "fetched" / place
@@ -21282,42 +21304,57 @@ def _is_one(words: Sequence[str]) -> bool:
 
 
 def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "",
-              body: Any = None, said: str = "") -> int:
+              body: Any = None, said: Mapping[str, str] = {}) -> int:
     """Ask the same of every job that is named; one that cannot do it does not stop the others.
 
-    ``said`` is told of those that can, in place of the state that they have then.
-    Returns the exit code: 1 when some failed, 2 when the words name no job at all.
+    ``said`` is told of those that can, by their state or of any, in place of that.
+    Neighbours that refuse for the same reason share a line. Returns the exit code: 1 when
+    some failed, 2 when all that was asked for is bad input.
     """
     told: list[dict[str, Any]] = []
-    for each in _answers(_coordinator(options), words, method, path, body):
-        told.append(each)
-        if "error" in each or not options.json:
-            _say(each.get("error") or f"job {each['job']} ({each['name']})"
-                 + (said or f" is {each['state']}"))
+    codes = set()
+    for reason, answers in itertools.groupby(
+            _answers(_coordinator(options), words, method, path, body), _why_refused):
+        jobs = []
+        for code, each in answers:
+            codes.add(code)
+            told.append(each)
+            jobs.append(str(each["job"]))
+            if not (reason or options.json):
+                _say(f"job {each['job']} ({each['name']})"
+                     + (said.get(each["state"]) or said.get("", f" is {each['state']}")))
+        if reason:
+            _say(told[-1]["error"] if len(jobs) == 1 else
+                 f"jobs {_shortened(', '.join(jobs), 60)}: each {reason}")
     if options.json:
         print(json.dumps(told))
-    return 2 if not any("name" in each for each in told) else int(
-        any("error" in each for each in told))
+    return codes.pop() if len(codes) == 1 else 1
+
+
+def _why_refused(answer: tuple[int, Mapping[str, Any]]) -> str:
+    """Return what a job was refused for, without its number; nothing of one that was not."""
+    told = answer[1]
+    return str(told.get("error", "")).replace(f"job {told['job']} ", "", 1)
 
 
 def _answers(client: Client, words: Sequence[str], method: str, path: str,
-             body: Any) -> Iterator[dict[str, Any]]:
-    """Yield what became of each job that was asked something."""
+             body: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what became of each job that was asked something, with the exit code for it."""
     for word in words:
         jobs = []
         try:
             jobs = _jobs(client, word)
         except UserError as error:
-            yield {"job": word, "error": str(error)}
+            yield error.exit_code, {"job": word, "error": str(error)}
         for job in jobs:
             told = {"job": job["id"], "name": job["name"]}
             try:
                 reply = client.request(method, f"/api/v1/jobs/{job['id']}{path}", json=body)
-                yield {**told, "state": reply.json()["state"] if reply.body else "deleted"}
+                yield 0, {**told, "state": reply.json()["state"] if reply.body else "deleted"}
             except RequestRefused as error:
                 if error.status not in (400, 404, 409):  # the others would hear the same
                     raise
-                yield {**told, "error": str(error)}
+                yield error.exit_code, {**told, "error": str(error)}
 
 
 def _file_name(text: str) -> str:

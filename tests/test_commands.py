@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator, List, Tuple
@@ -152,6 +153,69 @@ def test_frames_are_rendered_again(farm: Served) -> None:
     assert farm.states(2) == ["done", "done", "done", "queued", "done"]
 
 
+def test_retry_says_that_nothing_failed_and_counts_one_frame(farm: Served) -> None:
+    farm.submit(2)
+    farm.render(farm.worker())
+    assert farm.says("retry", 1) == ("", [
+        "povfarm: job 1 (ball) is done and nothing failed; to render frames again, name them: "
+        "'povfarm.py retry JOB 5-9'"])
+    assert farm.says("retry", 1, 2) == ("", ["povfarm: job 1 (ball): frame 2 is rendered again"])
+    log = farm.says("logs", 1, 2)[0]
+    assert "counts no more" in log and "void" not in log
+
+
+def test_jobs_that_refuse_alike_share_a_line(farm: Served) -> None:
+    for job in [farm.submit() for _ in range(4)]:
+        farm.scheduler.cancel(job)
+    assert farm.says("pause", "1-3", code=1) == ("", [
+        "povfarm: jobs 3, 2, 1: each is cancelled: it cannot become paused"])
+    assert farm.says("cancel", 4, code=1) == ("", ["povfarm: job 4 is cancelled already"])
+
+
+@pytest.mark.parametrize("words", [
+    "retry 1 40", "logs 1 99", "set 1 first=99", "admit abc", "users set nobody jobs=1",
+    "users remove ben", "users add anna", "set 1 slices=4"])
+def test_bad_input_that_the_coordinator_refuses_is_exit_code_2(words: str, farm: Served) -> None:
+    farm.submit(2)
+    farm.says("set", 1, "in-order=yes")
+    farm.says("users", "add", "anna")
+    out, errors = farm.says(*words.split(), code=2)
+    assert out == "" and len(errors) == 1
+    assert "leave out --slices" in errors[0] or "slices" not in words
+
+
+def test_a_file_is_no_directory_for_images(farm: Served) -> None:
+    rendered(farm, 2)
+    Path("afile").touch()
+    _, errors = farm.says("fetch", 1, "--output", "afile", code=2)
+    assert len(errors) == 1 and "afile is a file: name a directory with --output" in errors[0]
+
+
+def test_what_is_watched_has_a_time_above_each_table(
+        farm: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, events = povfarm.Client.request, []
+
+    def asked(client: povfarm.Client, method: str, path: str, **more: Any) -> Any:
+        if "/events?" in path:
+            events.append(path)
+            if len(events) > 1:
+                raise KeyboardInterrupt
+            farm.submit()
+        return ask(client, method, path, **more)
+
+    monkeypatch.setattr(povfarm.Client, "request", asked)
+    out, _ = farm.says("status", "--watch", code=130)
+    assert len(re.findall(r"\n\n?--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", "\n" + out)) == 2
+
+
+@pytest.mark.parametrize(("words", "meant"), [
+    ("status --wacth", "--watch"), ("sumbit", "submit"), ("status --qqqqqq", "")])
+def test_what_was_meant_is_guessed(words: str, meant: str, farm: Served) -> None:
+    errors = farm.says(*words.split(), code=2)[1]
+    assert (f"(do you mean {meant}?)" in errors[0]) is bool(meant)
+    assert bool(meant) or "mean" not in errors[0]
+
+
 def test_fetch_replaces_its_copy_of_a_frame_that_was_rendered_again(
         farm: Served, tmp_path: Path) -> None:
     worker, job, out = farm.worker(), farm.submit(3), tmp_path / "out"
@@ -172,7 +236,7 @@ def test_fetch_replaces_its_copy_of_a_frame_that_was_rendered_again(
 def test_what_is_no_frame_is_not_rendered_again(
         farm: Served, frames: str, problem: str) -> None:
     farm.submit(5)
-    out, errors = farm.says("retry", 1, frames, code=1)
+    out, errors = farm.says("retry", 1, frames, code=2)
     assert out == "" and len(errors) == 1 and problem in errors[0]
 
 
@@ -526,7 +590,7 @@ def test_which_frame_of_many_is_asked(farm: Served) -> None:
     _, errors = farm.says("logs", 1, code=2)
     assert errors == ["povfarm: job 1 has 3 frames, and none failed: name one, such as "
                       "'povfarm.py logs 1 1'"]
-    for frame, code in ((7, 1), ("x", 2), ("-1", 2)):
+    for frame, code in ((7, 2), ("x", 2), ("-1", 2)):
         out, errors = farm.says("logs", 1, frame, code=code)
         assert out == "" and len(errors) == 1 and str(frame) in errors[0]
 

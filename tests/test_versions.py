@@ -316,7 +316,7 @@ def test_the_seed_stays_when_a_job_is_begun_again_or_gone_on_with(
 def test_errors_that_are_carried_on_are_not_sliced(
         args: str, beta: Beta, tmp_path: Path) -> None:
     done = render(tmp_path, "s.pov", args, "+BS8", "--slices", "2", beta=beta)
-    assert done.returncode == 1 and "cannot be sliced" in done.stderr, done.stderr
+    assert done.returncode == 2 and "cannot be sliced" in done.stderr, done.stderr
     done = render(tmp_path, "s.pov", args, "+BS8", beta=beta)
     (values,) = beta.runs()
     assert done.returncode == 0 and values["Dither"] == "On", done.stderr
