@@ -515,6 +515,14 @@ def plain(text: str) -> str:
                    else letter for letter in text.replace("\r\n", "\n"))
 
 
+def shell_word(word: str, windows: bool = os.name == "nt") -> str:
+    """Return a word as a shell takes it, if it can be in double quotes: messages have single."""
+    if windows:
+        return subprocess.list2cmdline([word])
+    quoted = shlex.quote(word)
+    return quoted if quoted == word or re.search(r'["$`\\!]', word) else f'"{word}"'
+
+
 def one_line(text: str) -> str:
     """Return ``plain`` text that forges no second line."""
     return re.sub(r"\s", " ", plain(text))
@@ -3644,7 +3652,8 @@ def _other_case(directory: Path, name: str) -> str | None:
 
 
 def _no_scene(search: _Search, scene: str, ini_dirs: Sequence[Path]) -> _FoundFile:
-    hints = [f": it is beside its INI file, so do first: cd {directory}"
+    hints = [": it is beside its INI file, so do first: cd "
+             + shell_word(str(directory.resolve()))
              for directory in ini_dirs if is_file(directory / scene)]
     beside = (search.cwd / scene.replace("\0", "")).parent
     here = sorted(path.name for path in beside.glob("*.[pP][oO][vV]"))
@@ -10190,8 +10199,8 @@ class Muster:
         versions = [row.engines.get("povray", "") for row in self.crew
                     if not self._states.presence(row.id).guest]
         if since and all(version and release(version) < release(since) for version in versions):
-            return (f"{word} needs POV-Ray {since}, which no worker here has: start one with it "
-                    "('povfarm.py work --povray PROGRAM')")
+            return (f"{word} needs POV-Ray {since}, which no worker here has; start one with it: "
+                    "'povfarm.py work --povray PROGRAM'")
         unfit = [row for row in self.crew if not row.aside and not self._fits(job, row)]
         problem = self.people.too_much(self._look, job.owner)
         if problem or unfit:
@@ -10219,7 +10228,7 @@ class Muster:
             wanted = engines_of(min(began, default="{}")).get("povray", "")
         theirs = {row.engines.get("povray", "") for row in unfit} - {wanted}
         way = ("" if job.pov.needs[0] else
-               f" ('povfarm.py set {job.id} povray=any' lets every worker render)")
+               f": 'povfarm.py set {job.id} povray=any' lets every worker render")
         return (f"{_waiting(unfit)}: this job's frames are rendered with POV-Ray {wanted}, theirs "
                 f"is {' and '.join(sorted(theirs)) or 'the same with other include files'}{way}")
 
@@ -19771,7 +19780,7 @@ def backup(options: Options) -> int:
     keep_private(to)
     missing = Store.backup(options.data, to)
     _tell(options, {"directory": str(to), "missing": missing}, "the farm is copied: "
-          f"'povfarm.py serve --data {_shell_word(str(to))}' starts from there")
+          f"'povfarm.py serve --data {shell_word(str(to))}' starts from there")
     if missing:
         raise FarmError(f"the farm and the copy lack {counted(len(missing), 'file')}, such as "
                         f"{missing[0]}")
@@ -20020,15 +20029,7 @@ def program_typed(script: str, started: Sequence[str], windows: bool = os.name =
     elif not windows and path.name != script and os.access(path, os.X_OK) and (
             path.suffix != ".py" or words[0] == "python3"):
         words = [script]
-    return " ".join(_shell_word(word, windows) for word in words)
-
-
-def _shell_word(word: str, windows: bool = os.name == "nt") -> str:
-    """Return a word as a shell takes it, if it can be in double quotes: messages have single."""
-    if windows:
-        return subprocess.list2cmdline([word])
-    plain = shlex.quote(word)
-    return plain if plain == word or re.search(r'["$`\\!]', word) else f'"{word}"'
+    return " ".join(shell_word(word, windows) for word in words)
 
 
 @functools.cache
@@ -20052,7 +20053,7 @@ def _command_typed(name: str) -> str:
     for row in tag.settings() if tag else ():
         text = given.get(row.name) or os.environ.get(row.variable)
         if row.name in _WHICH_FARM and text:
-            words += [f"--{row.name}", _shell_word(str(row.parse(text, f"--{row.name}")))]
+            words += [f"--{row.name}", shell_word(str(row.parse(text, f"--{row.name}")))]
     return " ".join(words)
 
 
@@ -20116,19 +20117,21 @@ def _table(rows: Sequence[Sequence[str] | str], flexible: int | None = None) -> 
 def _beside(label: str, text: str) -> str:
     """Return a text to the right of a label, broken so that it keeps to ``COLUMNS``.
 
-    A command between quotes is only broken where a line does not hold it.
+    A command between quotes has a line of its own, without them, and is never broken: it is copied.
     """
     room, lines = COLUMNS - _columns(label), [""]
-    phrases = re.findall(r"'[^']*'\S*|\S+", _typed(text))
-    for word in itertools.chain.from_iterable(
-            [phrase] if _columns(phrase) <= room else phrase.split() for phrase in phrases):
-        if lines[-1] and _columns(f"{lines[-1]} {word}") > room:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-        while _columns(lines[-1]) > room:
-            head = _cut(lines[-1], room)
-            lines[-1:] = [head, lines[-1][len(head):]]
-    return label + ("\n" + " " * _columns(label)).join(lines)
+    for number, part in enumerate(re.split(r"'(povfarm\.py [^']*)'", text)):
+        if number % 2:
+            lines += [_typed(part), ""]
+            continue
+        for word in _typed(part).split():
+            if lines[-1] and _columns(f"{lines[-1]} {word}") > room:
+                lines.append("")
+            lines[-1] += f" {word}" if lines[-1] else word
+            while _columns(lines[-1]) > room:
+                head = _cut(lines[-1], room)
+                lines[-1:] = [head, lines[-1][len(head):]]
+    return label + ("\n" + " " * _columns(label)).join(filter(None, lines))
 
 
 def _columns(text: str) -> int:
@@ -20171,7 +20174,7 @@ def _tell(options: Options, data: Any, text: str) -> None:
 def _say(text: str) -> None:
     line = plain(_typed(text))
     _SAID.append(f"{time.strftime('%H:%M:%S')} {line}")
-    _write(f"povfarm: {line}\n", sys.stderr)
+    _write("".join(f"povfarm: {part}\n" for part in line.split("\n")), sys.stderr)
 
 
 _SAID: collections.deque[str] = collections.deque(maxlen=300)  # for a worker's own page
@@ -20378,7 +20381,7 @@ def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
         hot = any(part.startswith(".") or part.lower() == "povray.ini" for part in inside)
         if said and said in pov.by_file and not (fits and inside and not hot):
             raise UserError(f"{key} of an INI file leads to {real}, which only you may name: add "
-                            + _shell_word(f"{key}={said}"))
+                            + shell_word(f"{key}={said}"))
 
 
 def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
@@ -20494,7 +20497,7 @@ def _images_of(draft: Draft, options: Options) -> list[Path]:
 def _left_to_do(draft: Draft, options: Options) -> Draft:
     """Return what +C leaves to render: frames without a whole image, and from where to continue.
 
-    What is done it sees by the images themselves (``_is_there``) and by state files (``_states``).
+    What is done it sees by the images themselves (``_flaw``) and by state files (``_states``).
 
     Frames that need others are rendered again with them; those in place that
     need nothing but their images only from the first that is missing on.
@@ -20502,15 +20505,19 @@ def _left_to_do(draft: Draft, options: Options) -> Draft:
     if not (draft.goes_on and draft.keeps_files):
         return draft
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        there = list(pool.map(functools.partial(_is_there, draft), draft.frames))
-    left = [frame for frame, whole in zip(draft.frames, there) if not whole]
+        flaws = list(pool.map(functools.partial(_flaw, draft), draft.frames))
+    left = [frame for frame, flaw in zip(draft.frames, flaws) if flaw is not None]
+    for flaw, count in collections.Counter(filter(None, flaws)).items():
+        path = draft.destination(draft.frames[flaws.index(flaw)])
+        others = f" and {counted(count - 1, 'other')} are" if count > 1 else " is"
+        _say(f"{path}{others} rendered again: {flaw}")
     values = draft.pov.values
     in_order = draft.options.in_order or (draft.may_depend and options.in_order is None)
     if left and in_order:
         images_only = "own-output" in draft.pov.uses and not (
             "own-files" in draft.pov.uses or draft.project.reads or options.in_order)
         if draft.place is None or not images_only:
-            if any(there):
+            if len(left) < len(flaws):
                 _say("frames need files that earlier ones write: all are rendered again, in spite "
                      "of +C")
             return draft
@@ -20522,16 +20529,16 @@ def _left_to_do(draft: Draft, options: Options) -> Draft:
     return replace(draft, frames=left, states=states, pov=replace(draft.pov, values=values))
 
 
-def _is_there(draft: Draft, frame: int) -> bool:
-    """Tell whether the whole image of a frame is in its place."""
+def _flaw(draft: Draft, frame: int) -> str | None:
+    """Return what is wrong with a frame's image, nothing when it is not there; None if whole."""
     wanted, path = draft.pov.options, draft.destination(frame)
     try:
         if is_file(path):
             check_image(path, draft.plan.extension, draft.pov.width, wanted.height)
-            return True
+            return None
     except ImageError as error:
-        _say(f"{path} is rendered again: {error}")
-    return False
+        return str(error)
+    return ""
 
 
 def _states(draft: Draft, frames: Iterable[int]) -> dict[int, Path]:
@@ -20654,7 +20661,7 @@ def _goes_on(job: int, options: Options) -> str:
     words = [f"--{name}={options.typed[name]}" for name in ("key", "pin") if name in options.typed]
     words += ["--output", str(options.output)] if options.output else []
     return (f"job {job} goes on; get its images with: povfarm.py fetch "
-            + " ".join(map(_shell_word, [str(job), *words])))
+            + " ".join(map(shell_word, [str(job), *words])))
 
 
 class _Here(NamedTuple):
@@ -20700,7 +20707,8 @@ class _Follower:
             written = self._bring_written()
             log = self._options.log or (self._keep_log(view) if self._here else None)
             for name in self._missed(view)[:1]:
-                view["failure"]["message"] += f"; {self._draft.project.explain(name)[1]}"
+                view["failure"]["message"] = (f"{view['failure']['message'].rstrip('.')}; "
+                                              + self._draft.project.explain(name)[1])
         except FarmError as error:
             self._bar.close()
             if self._stop.is_set() and self._here:
@@ -20948,9 +20956,9 @@ class _Follower:
 def _again(options: Options, *more: str) -> str:
     """Return the command that was typed, with more words, as messages have it."""
     words = [f"--{name}" if setting(name).is_flag and text == "on" else f"--{name}={text}"
-             for name, text in options.typed.items() if name not in _WHICH_FARM]
+             for name, text in options.typed.items()]
     words += ["--"] * any(word.startswith("--") for word in options.rest) + options.rest
-    return f"povfarm.py {options.command} " + " ".join(map(_shell_word, (*words, *more)))
+    return f"povfarm.py {options.command} " + " ".join(map(shell_word, (*words, *more)))
 
 
 _JOB_ENDS = frozenset(f"job {state}" for state in ("done", "failed", "cancelled", "paused"))
@@ -20975,7 +20983,8 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
     texts = [f"{counts['failed']} of {counts['total']} frames failed"] * bool(
         counts["failed"] and many)
     if failure:
-        texts.append(failure["message"] + (f" (frame {failure['frame']})" if many else "")
+        texts.append((f"{failure['message'].rstrip('.')} (frame {failure['frame']})" if many
+                      else failure["message"])
                      + (f"\nall that POV-Ray printed is in {log}" if log else ""))
     raise FarmError(": ".join(texts) or f"the job is {view['state']}: {view['reason']}")
 
@@ -21372,9 +21381,17 @@ def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
             str(job["id"]), job["name"], _shortened(job["owner"], 12), job["state"],
             f"{job['frames']['done']}/{job['frames']['total']}", f"{100 * job['progress']:.0f} %",
             f"{3600 * job['rate']:.0f}/h" if left else "", left))
-        failed = f"{job['frames']['failed']} failed" if job["frames"]["failed"] else ""
-        rows += filter(None, (", ".join(filter(None, (failed, _slices_of(job)))), job["why"]))
+        failed = f"{job['frames']['failed']} failed" * bool(
+            job["frames"]["failed"] and job["state"] != JobState.FAILED.value)
+        logs = f"'povfarm.py logs {job['id']}'" * (job["state"] == JobState.FAILED.value)
+        why = ": ".join(filter(None, (job["why"], logs or _way_on(job))))
+        rows += filter(None, (", ".join(filter(None, (failed, _slices_of(job)))), why))
     return _table(rows, 1)
+
+
+def _way_on(job: Mapping[str, Any]) -> str:
+    """Return the command with which a stopped job goes on; what to set is told with why."""
+    return f"'povfarm.py {job['cure']} {job['id']}'" * (job["cure"] in ("resume", "retry"))
 
 
 def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
@@ -21385,7 +21402,9 @@ def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
         ("leased", "in work"), ("failed", "failed"), ("cancelled", "cancelled")) if frames[state])
     facts = {
         "job": str(job["id"]), "name": job["name"], "state": job["state"],
-        "reason": job["reason"], "waiting": "" if job["reason"] else job["why"],
+        "reason": job["reason"], "waiting": "" if job["state"] == JobState.FAILED.value
+        or job["reason"] else job["why"],
+        "go on": _way_on(job),
         "frames": ", ".join([f"{frames['done']} of {frames['total']} done", *states]),
         "slices": _slices_of(job), "progress": f"{100 * job['progress']:.0f} %",
         "rate": f"{3600 * job['rate']:.1f} frames an hour" if job["eta"] else "",
@@ -21405,7 +21424,7 @@ def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
         "written": f"{counted(job['written'], 'file')} of the scene's own" if job["written"]
         else "",
         "images": str(place) if place and place.is_dir() else "",
-        "get them": f"'povfarm.py fetch {job['id']}'",
+        "get them": f"'povfarm.py fetch {job['id']}'" * bool(frames["done"]),
         **({"failure": failure["message"], "its log":
             f"'povfarm.py logs {job['id']} {failure['frame']}'"}
            if failure and job["state"] != JobState.DONE.value else {})}
@@ -21563,7 +21582,8 @@ def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
         return Coordinator(data, port=None, name=draft.name, durable=False)
     # Workers that know this user's farm key may help without being asked for.
     data.mkdir()
-    atomic_write(data / "farm.key", farm_key(options.data).encode(), 0o600)
+    if (options.data / "farm.key").exists():
+        atomic_write(data / "farm.key", farm_key(options.data).encode(), 0o600)
     coordinator = Coordinator(data, name=draft.name, durable=False, typed=_command_typed,
                               private=True, discovery_port=options.discovery_port)
     url = f"http://{own_addresses()[0]}:{coordinator.port}"

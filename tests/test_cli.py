@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List, cast
 
 import pytest
 
 import povfarm
 from helpers.base import ROOT
+from helpers.pictures import png
 from povfarm import SETTINGS, ProgressBar, main
 
 COMMANDS = ["render", "serve", "work", "submit", "status", "workers", "logs", "fetch", "pause",
@@ -124,6 +126,33 @@ def test_how_it_was_started_is_how_it_is_typed(
     here = Path(sys.executable)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{here.parent}")
     assert povfarm.program_typed(script, started, windows) == typed.replace("PYTHON", here.name)
+
+
+def test_what_was_typed_is_typed_again_with_all_its_options(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--lan", "--discovery-port=23071", "--data=a b", "s.ini", "+W64"]
+    monkeypatch.setattr(sys, "argv", ["povfarm.py", "render", *words])
+    options = povfarm._parse(povfarm._command("render")[0], words)
+    again = povfarm._typed(povfarm._again(options, "+C"))
+    assert again.endswith('--lan --discovery-port=23071 "--data=a b" s.ini +W64 +C')
+    assert again.count("--discovery-port") == again.count("--data") == 1
+
+
+def test_every_line_says_who_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    povfarm._say("it broke\nall is in x.log")
+    assert capsys.readouterr().err == "povfarm: it broke\npovfarm: all is in x.log\n"
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+def test_a_render_that_others_help_leaves_no_key_behind(tmp_path: Path, has_key: bool) -> None:
+    key = povfarm.farm_key(tmp_path / "data") if has_key else ""
+    options = povfarm._parse(povfarm._command("render")[0], [
+        "--lan", "--discovery-port=0", "s.pov", f"--data={tmp_path / 'data'}"])
+    draft = cast(povfarm.Draft, SimpleNamespace(name="s"))
+    coordinator = povfarm._private_farm(options, tmp_path, draft)
+    coordinator.start()
+    coordinator.stop()
+    assert (tmp_path / "data").exists() == has_key and key in ("", coordinator.key)
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -307,6 +336,23 @@ def test_a_name_neither_breaks_nor_steers_the_terminal(tmp_path: Path) -> None:
         assert "\\u6771?[2J?2J" in shown.stdout
     finally:
         farm.stop()
+
+
+def test_images_of_another_size_are_told_of_in_one_line(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pov = povfarm.PovJob({"Input_File_Name": "s.pov", "Final_Frame": "60", "Width": "64",
+                          "Height": "48", "Continue_Trace": "On"}, (), (), ".")
+    for frame in range(1, 40):
+        (tmp_path / f"s{frame:02}.png").write_bytes(png(frame, *((10, 8) if frame > 1 else (64, 48))))
+    (tmp_path / "s02.png").write_bytes(b"")
+    draft = povfarm.Draft("s", pov, cast(povfarm.Project, SimpleNamespace(reads=False)), pov.plan,
+                          [*pov.plan.frames], tmp_path, povfarm.JobOptions(), True, cast(Any, None),
+                          tmp_path)
+    left = povfarm._left_to_do(draft, argparse.Namespace(command="submit", in_order=None))
+    assert left.frames == [*range(2, 61)]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and "s02.png is rendered again: " in lines[0]
+    assert "s03.png and 36 others are rendered again: the PNG picture is 10 x 8" in lines[1]
 
 
 def test_a_job_that_was_cancelled_does_not_end_with_frames_that_failed(tmp_path: Path) -> None:

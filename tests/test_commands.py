@@ -525,21 +525,39 @@ def test_all_about_a_job_is_shown_in_80_columns(farm: Served) -> None:
     assert "Height=3" in facts["command"] and "took" in facts and "CPU time" in facts
     assert {facts[word][:2] for word in ("submitted", "started")} == {"20"}
     assert facts["images"].startswith(str(farm.root)[:40])
-    assert facts["get them"] == f"'povfarm.py fetch {job}'"
-    assert facts["failure"] == "it broke" and facts["its log"] == f"'povfarm.py logs {job} 1'"
+    assert facts["get them"] == f"povfarm.py fetch {job}"
+    assert facts["go on"] == f"povfarm.py resume {job}"
+    assert facts["failure"] == "it broke" and facts["its log"] == f"povfarm.py logs {job} 1"
     place = farm.wire("status", job)["directory"]
     assert (farm.root / place / "out1.png").is_file() or (farm.root / place / "out2.png").is_file()
 
 
-def test_commands_are_not_broken_where_a_line_holds_them(
+def test_a_job_that_failed_or_is_paused_is_shown_with_what_to_type(farm: Served) -> None:
+    failed, paused = farm.submit(1, retry_limit=1), farm.submit()
+    farm.scheduler.pause(paused)
+    worker = farm.worker()
+    farm.fail(worker, farm.lease(worker))
+    lines = [line.strip() for line in farm.says("status")[0].splitlines()]
+    assert lines[lines.index("paused by hand:") + 1] == f"povfarm.py resume {paused}"
+    assert lines[lines.index("1 frame of 1 failed:") + 1] == f"povfarm.py logs {failed}"
+    assert "1 failed" not in lines
+    facts = farm.says("status", failed)[0]
+    assert "get them" not in facts and "waiting" not in facts
+    assert f"\ngo on      povfarm.py retry {failed}\n" in facts
+
+
+def test_commands_have_lines_of_their_own_and_are_never_broken(
         farm: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     job = farm.submit(povray="3.8")
     farm.worker()
     out, _ = farm.says("status", job)
-    assert f"'povfarm.py set {job} povray=any'" in out and widest(out) <= 80
-    assert f"'povfarm.py set {job} povray=any'" in farm.says("status")[0]
-    monkeypatch.setattr(povfarm, "_command_typed", f"povfarm.py {{}} --data /{'d' * 99}".format)
-    assert widest(farm.says("status")[0]) == widest(farm.says("status", job)[0]) == 80
+    command = f"povfarm.py set {job} povray=any"
+    assert command in [line.strip() for line in out.splitlines()] and widest(out) <= 80
+    place = "a/" * 50
+    monkeypatch.setattr(povfarm, "_command_typed", f"povfarm.py {{}} --data {place}".format)
+    for words in ([], [job]):
+        lines = [line.strip() for line in farm.says("status", *words)[0].splitlines()]
+        assert f"povfarm.py set --data {place} {job} povray=any" in lines
 
 
 def test_slices_and_written_files_are_counted(farm: Served) -> None:
@@ -556,7 +574,7 @@ def test_several_jobs_are_a_table_and_one_is_not(farm: Served) -> None:
         farm.submit()
     assert [job["id"] for job in farm.wire("status", "1", "3")] == [1, 3]
     assert [job["id"] for job in farm.wire("status", "2-3")] == [3, 2]
-    assert [line[0] for line in farm.says("status", 1, 2)[0].splitlines()] == ["j", "1", " ", "2", " "]
+    assert [line[0] for line in farm.says("status", 1, 2)[0].splitlines()] == [*"j1  2  "]
 
 
 def test_workers_keep_to_80_columns(farm: Served) -> None:

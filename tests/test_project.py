@@ -302,7 +302,7 @@ SCENES_MISSING = {
     "nowhere.pov": "the scene 'nowhere.pov' is neither in {cwd} nor in a library path (+L{cwd}/x)"
                    ": there is S.pov, a.pov",
     "s.pov": "there is 'S.pov', so mind capital and small letters",
-    "beside.pov": "it is beside its INI file, so do first: cd {cwd}/ini",
+    "beside.pov": "it is beside its INI file, so do first: cd \"{cwd}/an ini\"",
     "no/where.pov": "the scene 'no/where.pov' is neither",
     "": "the scene '' is neither",
 }
@@ -310,9 +310,9 @@ SCENES_MISSING = {
 
 @pytest.mark.parametrize("scene", SCENES_MISSING)
 def test_a_missing_scene_is_named_with_the_places_searched(tmp_path: Path, scene: str) -> None:
-    make(tmp_path, {"a.pov": "", "S.pov": "", "ini/beside.pov": "", "x/y": ""})
+    make(tmp_path, {"a.pov": "", "S.pov": "", "an ini/beside.pov": "", "x/y": ""})
     with pytest.raises(povfarm.UserError) as error:
-        collect(tmp_path, scene, ["x"], ini_dirs=[tmp_path / "ini"])
+        collect(tmp_path, scene, ["x"], ini_dirs=[tmp_path / "x" / ".." / "an ini"])
     assert SCENES_MISSING[scene].format(cwd=tmp_path) in str(error.value)
 
 

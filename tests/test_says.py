@@ -110,7 +110,7 @@ def test_the_log_of_a_frame_that_failed_is_kept_and_told(place: Path) -> None:
         assert result.returncode == 1
         before, error, told = result.stderr.splitlines()
         assert before == "before" and error.startswith("povfarm: File 'wrong.pov' line 7: Parse")
-        assert told == f"all that POV-Ray printed is in {place / 'wrong-2.log'}"
+        assert told == f"povfarm: all that POV-Ray printed is in {place / 'wrong-2.log'}"
     log = (place / "wrong-2.log").read_text()
     assert "before\n" in log and log.startswith("File 'wrong.pov' line 7: Parse Error")
     assert (place / "wrong.log").read_text() == "mine"
