@@ -1358,7 +1358,13 @@ def read_command_line(
         if re.search(r"[\s;#'\"]", arg) and is_file(cwd / arg):
             raise UserError(f"POV-Ray would split {arg!r}: put quotes inside the quotes: "
                             + shlex.quote(quoted(arg)))
-        reader.read_text(_Text(arg, ""))
+        try:
+            reader.read_text(_Text(arg, ""))
+        except UserError as error:
+            part = re.fullmatch(r"([+-](?:HI|[IOL])|\w+=)([^'\"]*\s[^'\"]*)", arg, re.IGNORECASE)
+            hint = (f": if all of {arg!r} is one name, put quotes inside the quotes: "
+                    + shlex.quote(part[1] + quoted(part[2]))) if part else ""
+            raise UserError(f"{error}{hint}") from None
     if environ.get("POVINC"):
         reader.set("Library_Path", "library", environ["POVINC"], "POVINC")
     return reader.finish()
@@ -3084,6 +3090,14 @@ class Manifest:
                 *self.directories]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
+    def called(self, run_dir: str, name: str) -> str:
+        """Return how a file is called that POV-Ray in ``run_dir`` finds by a garbled name."""
+        path = os.path.normpath(f"{run_dir}/{name}").replace(os.sep, "/")
+        hashes = {file.path: file.sha256 for file in self.files}
+        own = (file.path for file in self.files if not file.path.isascii()
+               and path in _garbled(file.path) and file.sha256 == hashes.get(path))
+        return "/".join(next(own, name).split("/")[-len(name.split("/")):])
+
     def to_wire(self) -> dict[str, Any]:
         """Return the form that goes through JSON."""
         return {"files": [{**vars(file)} for file in self.files],
@@ -3279,9 +3293,13 @@ def _members(tree: _Tree, listing: _Listing, scan: _Scan,
         since = members[place][1] if place in members and not certain else _EVERY_FRAME
         members[place] = (scan.text(path, local), since)
         named.add(place)
-    for place, member in list(members.items()):
+    needed = {tree.place(path) for path, (_, sure) in scan.files.items() if sure}
+    whose = {place: place for place in members}
+    for place in sorted(members, key=lambda place: (place not in needed, place not in named)):
         for blank in [] if place.isascii() else _garbled(place):
-            members.setdefault(blank, member)
+            if whose.setdefault(blank, place) != place and place in needed:
+                raise _taken_for_another(place, whose[blank])
+            members.setdefault(blank, members[place])
             named |= {blank} if place in named else set()
     return {place: member for place, member in members.items() if member[1] < last}, named
 
@@ -3324,7 +3342,11 @@ def scan_in_place(
     scan = _Scan(tree, _Renders(search.cwd / name for name in outputs), reach, None)
     scan.run(found, {}, ())
     tree.settle()
-    links = {garbled: local for name, local in scan.garbled.items() for garbled in _garbled(name)}
+    links: dict[str, Path] = {}
+    for name, local in scan.garbled.items():
+        for garbled in _garbled(name):
+            if links.setdefault(garbled, local) != local:
+                raise _taken_for_another(name, str(links[garbled]))
     folders = [*filter(is_directory, (search.cwd / name for name in scan.folders)),
                *_folders(search.cwd)]
     places = {_below(Path(os.path.normpath(path)), top) for path in folders}
@@ -3393,9 +3415,12 @@ def find_project(path: Path) -> Path:
     best = [item for item in inis if item.name.lower() == "pov.ini"] or inis or scenes
     if len(best) == 1:
         return best[0]
-    what = f"it holds {_some(item.name for item in best)}" if best else "it holds neither"
-    raise UserError(f"which INI file or scene of {path} is to be rendered? {what}: "
-                    "go there and name one, or call one pov.ini")
+    if not best:
+        raise UserError(f"{path} holds no scene (.pov) and no INI file: name the directory, or the "
+                        "scene, that is to be rendered")
+    raise UserError(f"which INI file or scene of {path} is to be rendered? it holds "
+                    f"{_some(item.name for item in best)}: go there and name one, or call one "
+                    "pov.ini")
 
 
 def zip_stream(entries: Iterable[tuple[str, Path | bytes]],
@@ -4684,6 +4709,11 @@ def _as_povray_reads(name: str, charset: str = "latin-1") -> str:
 def _garbled(name: str) -> set[str]:
     """Return what POV-Ray 3.7 reads for a name, by the charset of the scene."""
     return {_as_povray_reads(name, charset) for charset in ("latin-1", "utf-8")}
+
+
+def _taken_for_another(name: str, other: str) -> UserError:
+    return UserError("POV-Ray 3.7 reads blanks for letters beyond ASCII, and so takes "
+                     f"{name!r} for {other!r}: give one of them another name")
 
 
 def _checked(file: FileEntry) -> FileEntry:
@@ -11814,11 +11844,16 @@ class Views:
         if whole:
             options, failure = job.pov.options, tx.first_failure(job.id)
             files, size, written = tx.extent(job.id)
+            pov = json.loads(job.pov_json)
+            scene = pov["values"].get("Input_File_Name", "")
+            if " " in scene:  # for a letter beyond ASCII, maybe
+                manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
+                pov["values"]["Input_File_Name"] = manifest.called(job.pov.run_dir, scene)
             view.update(
                 files=files, size=size, written=written,
                 active=job.state is JobState.ACTIVE, last_start=tx.last_start(job.id),
                 directory=f"jobs/{self._store.job_directory(job.id, job.name).name}",
-                pov=json.loads(job.pov_json), notice=self._store.notice,
+                pov=pov, notice=self._store.notice,
                 engine=job.pov.engine or job.engines.get("povray", ""),
                 width=job.pov.width or None, height=options.height if job.pov.width else None,
                 extension=options.extension,
@@ -20446,6 +20481,8 @@ def _whole_project(arguments: Sequence[str], here: Path,
     for index, item in enumerate(arguments):
         place = here / item
         whole = is_directory(place)  # which just says no to an option that is too long for a name
+        if alone and item[0] not in "+-" and item.endswith("/") and not whole:
+            raise UserError(f"there is no directory {item.rstrip('/')}")
         if whole and item.endswith("/") and not alone:
             continue  # POV-Ray's way to name a library directory
         if not item or item[0] in "+-" or not (whole or item.lower().endswith(".zip")):

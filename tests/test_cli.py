@@ -319,6 +319,8 @@ def test_an_option_may_be_longer_than_a_name(
         povray: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["render", "Declare=size=" + "1" * 300]) == 2
     assert "no scene" in capsys.readouterr().err
+    assert main(["render", "nowhere/"]) == 2
+    assert "there is no directory nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.slow

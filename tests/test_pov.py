@@ -205,6 +205,7 @@ REFUSED = [
     (case("INI without extension", "s.pov y", files={"y": "+Q3"}), "'y'"),
     (case("section is not closed", "s.pov x[a", "[a]"), "x[a"),
     (scene("my scene.pov", ["my scene.pov"]), "'\"my scene.pov\"'"),
+    (case("picture with a blank", ["s.pov", "+Omy picture.png"]), "'+O\"my picture.png\"'"),
     (scene("it's.pov", ["it's.pov"]), "quotes inside the quotes"),
     (case("file type", "s.pov +FS"), "Output_File_Type cannot be 'S'"),
     (case("file type, nothing", "s.pov Output_File_Type="), "Output_File_Type"),

@@ -904,6 +904,22 @@ def test_zip_stream_is_a_zip_of_the_same_bytes_each_time(tmp_path: Path) -> None
     assert zipfile.ZipFile(io.BytesIO(b"".join(povfarm.zip_stream([])))).namelist() == []
 
 
+def test_names_that_are_one_for_povray_are_told_apart(tmp_path: Path) -> None:
+    make(tmp_path, {"gröxe.pov": scene(), "grüxe.pov": scene("a.inc"), "a.inc": INC})
+    for name in ("gröxe.pov", "grüxe.pov"):
+        project = collect(tmp_path, name)
+        assert project.sources[project.scene] == project.sources[name] != project.sources["a.inc"]
+        assert project.manifest.called(".", project.scene) == name
+    make(tmp_path, {"s.pov": scene("tür.inc", "tör.inc"), "tür.inc": INC, "tör.inc": "//"})
+    with pytest.raises(povfarm.UserError, match=r"takes 't.r.inc' for 't.r.inc': give one"):
+        collect(tmp_path)
+    with pytest.raises(povfarm.UserError, match=r"takes 't.r.inc' for '.*/t.r.inc': give one"):
+        povfarm.scan_in_place("s.pov", (STANDARD,), tmp_path, (), OWN)
+    (tmp_path / "gr  xe.pov").write_text("//")  # as POV-Ray reads it
+    with pytest.raises(povfarm.UserError, match=r"for 'gr  xe.pov': give one"):
+        collect(tmp_path, "grüxe.pov")
+
+
 @pytest.mark.parametrize("names, chosen", [
     ("pov.ini x.ini a.pov", "pov.ini"), ("POV.INI x.ini", "POV.INI"),
     ("x.ini a.pov b.pov", "x.ini"),
@@ -911,11 +927,11 @@ def test_zip_stream_is_a_zip_of_the_same_bytes_each_time(tmp_path: Path) -> None
     ("top/in/a.pov __MACOSX/top/in/._a.pov .DS_Store", "top/in/a.pov"),
     ("a.pov sub/pov.ini", "a.pov"),
     ("x.ini y.ini a.pov", "it holds x.ini, y.ini"), ("a.pov b.pov", "it holds a.pov, b.pov"),
-    ("readme.txt", "it holds neither"), ("one/a.pov two/b.pov", "it holds neither"),
+    ("readme.txt", "holds no scene"), ("one/a.pov two/b.pov", "holds no scene"),
 ])
 def test_what_to_render_in_a_directory(tmp_path: Path, names: str, chosen: str) -> None:
     make(tmp_path, dict.fromkeys(names.split(), ""))
-    if chosen.startswith("it holds"):
+    if "hold" in chosen:
         with pytest.raises(povfarm.UserError, match=chosen):
             povfarm.find_project(tmp_path)
     else:
