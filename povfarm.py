@@ -19572,12 +19572,13 @@ def fetch(options: Options) -> int:
         raise Stopped(f"stopped; get the rest with: {_again(options)}") from None
     if options.json:
         print(json.dumps(told[0] if _is_one(options.rest) else told))
-    return 0
+    return int(any(job["state"] == JobState.FAILED.value and not job["frames"]["done"]
+                   for job in jobs))
 
 
 def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """Get what is new of a job and make its films; return what ``fetch --json`` prints of it."""
-    job, total = view["id"], view["frames"]["total"]
+    job = view["id"]
     directory = options.output or _own_directory(view, options.data)
     done = list(_finished_frames(client, job))
     owners = _Owners(directory, options.data)
@@ -19592,18 +19593,28 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
                             "--output, or delete what is there")
         fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", directory,
                           frame["name"], frame["sha256"])
-    if not options.json:
-        print(f"{len(fetched)} new of {counted(len(frames), 'finished image')} in {directory}"
-              if frames else
-              one_line(f"job {job} ({view['name']}) is {view['state']}: none of its images is "
-                       "finished"),
+    if frames and not options.json:
+        print(f"{len(fetched)} new of {counted(len(frames), 'finished image')} in {directory}",
               flush=True)
     fetched += _fetch_written(client, job, directory, owners)
-    if total > len(frames) and (options.apng or options.video):
-        raise FarmError(f"{total - len(frames)} of {total} frames are not finished: there can be "
-                        "a film when all are")
+    if missing := _what_is_missing(view, len(frames)):
+        if options.apng or options.video:
+            raise FarmError(f"there can be no film yet: {missing}")
+        _say(missing)
     return {"job": job, "directory": str(directory), "files": fetched,
             "films": _make_films(frames, options)}
+
+
+def _what_is_missing(view: Mapping[str, Any], finished: int) -> str:
+    """Return how many frames are not among those ``finished``, and what to do; or nothing."""
+    job, total, state = view["id"], view["frames"]["total"], view["state"]
+    number = total - finished
+    again = f"'povfarm.py retry {job}' renders the rest"
+    ways = {"failed": f"'povfarm.py logs {job}' shows why, {again}", "cancelled": again,
+            "paused": f"'povfarm.py status {job}' shows why"}
+    return (f"job {job} ({view['name']}) is {state}: {number} of {counted(total, 'frame')} "
+            f"{'is' if number == 1 else 'are'} not finished; "
+            + ways.get(state, "fetch again later")) if number else ""
 
 
 @command("pause", "JOB ...", "hand out no more of a job", ("talk",))
@@ -20385,8 +20396,14 @@ def _program_draft(options: Options, scratch: Path, here: Path) -> Draft:
         raise UserError(f"{options.engine} renders one file, with all in it: name that")
     pov = read_command_line([item for item in options.rest if item not in files], here, {}, (),
                             strict=False)
+    rules = OnlineRules.of(options.renderonline_lines, node=True)
+    line, suffix = rules.named(options.engine), PurePosixPath(files[0]).suffix
+    kind = line.extension if line else {"blender": ".blend"}.get(options.engine, "")
+    if suffix.lower() != kind.lower() if kind else suffix == ".pov":
+        raise UserError(f"{options.engine} renders {kind or 'its own'} files, and not {files[0]}: "
+                        "leave out --engine for POV-Ray")
     if options.command == "render" and not options.lan and options.engine not in owned_programs(
-            OnlineRules.of(options.renderonline_lines, node=True)):
+            rules):
         raise UserError(f"no line 'engine {options.engine}' of {options.data / 'povfarm.ini'} "
                         "names a program that is here: the manual shows one")
     collect = functools.partial(plain_project, real_path(here / files[0]))
@@ -20507,13 +20524,12 @@ def _check_destination(draft: Draft, options: Options) -> None:
     log = options.log
     if log is not None and (not _is_writable(log.parent) or log.is_dir()):
         raise UserError(f"the log cannot be written to {log}: name another file with --log")
-    if options.apng or options.video:
-        if not draft.keeps_files:
-            raise UserError("a film is made of image files, and Output_To_File is off")
-        try:
-            _check_films(options, _images_of(draft, options))
-        except FarmError as error:
-            raise UserError(str(error)) from None
+    if (options.apng or options.video) and not draft.keeps_files:
+        raise UserError("a film is made of image files, and Output_To_File is off")
+    try:
+        _check_films(options, _images_of(draft, options))
+    except FarmError as error:
+        raise UserError(str(error)) from None
     directory = draft.destination(draft.plan.frames[0]).parent
     if draft.directory.name.endswith("-frames") and draft.directory == directory and (
             not directory.is_dir()):
@@ -20695,9 +20711,13 @@ def _give_up(client: Client, job: int, state: str) -> None:
 
 def _goes_on(job: int, options: Options) -> str:
     """Return how to come by the images of a job that nobody waits for any more."""
+    return f"job {job} goes on; {_get_with(job, options)}"
+
+
+def _get_with(job: int, options: Options) -> str:
     words = [f"--{name}={options.typed[name]}" for name in ("key", "pin") if name in options.typed]
     words += ["--output", str(options.output)] if options.output else []
-    return (f"job {job} goes on; get its images with: povfarm.py fetch "
+    return ("get its images with: povfarm.py fetch "
             + " ".join(map(shell_word, [str(job), *words])))
 
 
@@ -21014,6 +21034,8 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
     elif done:
         print(f"{_made(counts['total'], files, written, draft, options)}, "
               f"{format_duration(seconds)}", file=sys.stderr if draft.to_stdout else sys.stdout)
+        if options.command == "submit" and not options.output:
+            _say(_get_with(view["id"], options))
     if done:
         return 0
     failure, many = view["failure"], counts["total"] > 1
@@ -21023,7 +21045,13 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
         texts.append((f"{failure['message'].rstrip('.')} (frame {failure['frame']})" if many
                       else failure["message"])
                      + (f"\nall that POV-Ray printed is in {log}" if log else ""))
-    raise FarmError(": ".join(texts) or f"the job is {view['state']}: {view['reason']}")
+    lines = [": ".join(texts) or f"the job is {view['state']}: {view['reason']}"]
+    if options.command == "submit":
+        lines += [f"'povfarm.py logs {view['id']}' shows all that POV-Ray printed"] * bool(failure)
+        lines += [f"{counts['done']} of {counts['total']} images are finished; "
+                  + (f"they are in {options.output}" if options.output else
+                     _get_with(view["id"], options))] * bool(counts["done"])
+    raise FarmError("\n".join(lines))
 
 
 def _made(total: int, files: Sequence[str], written: Sequence[str], draft: Draft,
@@ -21546,6 +21574,9 @@ def _ffmpeg() -> str:
     return program
 
 
+FILMS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .ogv .mpg .gif .apng".split())  # that are known
+
+
 def _check_films(options: Options, frames: Sequence[Path] = ()) -> None:
     """Fail where the films that were asked for cannot be made of these images."""
     suffix = frames[0].suffix if frames else ""
@@ -21561,6 +21592,11 @@ def _check_films(options: Options, frames: Sequence[Path] = ()) -> None:
             raise FarmError(f"{film} cannot be written: name another file")
         if os.path.realpath(film) in map(os.path.realpath, frames):
             raise FarmError(f"{film} is one of the images: give the film another name")
+    if options.video and options.video.suffix.lower() not in FILMS:
+        raise UserError(f"{options.video} is no name of a film: give it one such as film.mp4, "
+                        "film.webm or film.gif")
+    if "fps" in options.typed and not (options.apng or options.video):
+        raise UserError("--fps is for a film: add --video FILE or --apng FILE")
 
 
 def _make_films(frames: Sequence[Path], options: Options) -> list[str]:

@@ -361,7 +361,7 @@ def test_a_job_that_was_cancelled_does_not_end_with_frames_that_failed(tmp_path:
     ended = view(state="cancelled", reason="by hand", failure=None)
     draft = povfarm.Draft("x", *[None] * 7, True, None, None)  # type: ignore[arg-type,call-arg]
     with pytest.raises(povfarm.FarmError, match=r"^the job is cancelled: by hand$"):
-        povfarm._conclude(ended, [], [], draft, 1.0, argparse.Namespace(json=False))
+        povfarm._conclude(ended, [], [], draft, 1.0, argparse.Namespace(json=False, command=""))
 
 
 @pytest.mark.parametrize("state", ["active", "done"])

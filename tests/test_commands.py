@@ -436,8 +436,81 @@ def test_what_a_scene_wrote_is_not_replaced_by_another_scene(farm: Served) -> No
 def test_nothing_is_made_where_nothing_is_finished(farm: Served) -> None:
     farm.submit()
     out, errors = farm.says("fetch", 1)
-    assert (out, errors) == ("job 1 (ball) is active: none of its images is finished\n", [])
+    assert (out, errors) == ("", ["povfarm: job 1 (ball) is active: 3 of 3 frames are not "
+                                  "finished; fetch again later"])
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_fetch_says_what_is_missing_and_what_to_do(farm: Served) -> None:
+    worker = farm.worker()
+    for job in [farm.submit(2, retry_limit=1) for _ in range(2)]:
+        farm.says("set", job, "batch=1")
+    farm.finish(worker, farm.lease(worker))
+    out, errors = farm.says("fetch", 1)
+    assert "1 new of 1 finished image in " in out
+    assert errors == ["povfarm: job 1 (ball) is active: 1 of 2 frames is not finished; "
+                      "fetch again later"]
+    farm.says("cancel", 1)
+    assert "retry 1' renders the rest" in farm.says("fetch", 1)[1][0]
+    farm.says("pause", 2)
+    assert "'povfarm.py status 2' shows why" in farm.says("fetch", 2)[1][0]
+
+
+def test_fetch_of_a_job_that_failed_is_no_success(farm: Served) -> None:
+    farm.submit(1, retry_limit=1)
+    farm.fail(worker := farm.worker(), farm.lease(worker))
+    assert farm.states_of(1) == ["failed"]
+    out, errors = farm.says("fetch", 1, code=1)
+    assert (out, errors) == ("", [
+        "povfarm: job 1 (ball) is failed: 1 of 1 frame is not finished; 'povfarm.py logs 1' "
+        "shows why, 'povfarm.py retry 1' renders the rest"])
+    assert "logs 1" in farm.says("fetch", 1, "--apng", "film.png", code=1)[1][0]
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    ("--video film.xyz", "film.webm"), ("--fps 12", "--fps is for a film")])
+@pytest.mark.parametrize("command", ["fetch 1", "render scene.pov +W8 +H6 +KFF2"])
+def test_what_makes_no_film_is_refused_before_anything_is_made(
+        command: str, words: str, says: str, farm: Served,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered(farm, 2)
+    monkeypatch.setattr(povfarm, "_ffmpeg", lambda: "ffmpeg")
+    Path("scene.pov").write_text("sphere { 0, 1 }")
+    errors = farm.says(*command.split(), *words.split(), code=2)[1]
+    assert len(errors) == 1 and says in errors[0]
+    assert [path.name for path in Path.cwd().iterdir()] == ["scene.pov"]
+
+
+@pytest.mark.parametrize(("name", "engine", "says"), [
+    ("a.pov", "blender", "blender renders .blend files, and not a.pov"),
+    ("a.pov", "houdini", "houdini renders its own files"), ("a.hip", "houdini", ""),
+    ("a.blend", "blender", "")])
+def test_a_program_gets_no_files_of_another_one(
+        name: str, engine: str, says: str, farm: Served) -> None:
+    Path(name).write_text("x")
+    out, errors = farm.says("submit", name, "--engine", engine, code=2 if says else 0)
+    assert says in errors[0] if says else out == "1\n"
+
+
+@pytest.mark.parametrize("output", ["", "here"])
+def test_submit_that_waits_says_where_the_images_are(
+        output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = povfarm._parse(povfarm._command("submit")[0], [
+        "s.pov", "--wait", *(["--output", output] if output else [])])
+    draft = povfarm.Draft("x", *[None] * 7, bool(output), None, None)  # type: ignore[arg-type,call-arg]
+    view = {"id": 27, "state": "done", "frames": {"total": 3, "done": 3, "failed": 0},
+            "failure": None, "reason": ""}
+    files = [str(tmp_path / f"{number}.png") for number in range(3 if output else 0)]
+    assert povfarm._conclude(view, files, [], draft, 1.0, options) == 0
+    out, errors = capsys.readouterr()
+    assert "3 frames" in out and ("fetch 27" in errors) is not bool(output)
+    view.update(state="failed", frames={"total": 4, "done": 3, "failed": 1},
+                failure={"frame": 2, "message": "no such thing"})
+    with pytest.raises(povfarm.FarmError) as caught:
+        povfarm._conclude(view, files, [], draft, 1.0, options)
+    lines = str(caught.value).split("\n")
+    assert "logs 27" in lines[1] and "3 of 4 images are finished" in lines[2]
+    assert ("they are in" in lines[2]) is bool(output) is not ("fetch 27" in lines[2])
 
 
 def test_what_a_job_is_rendered_again_as_replaces_its_images(farm: Served) -> None:

@@ -414,8 +414,8 @@ def test_films_are_made_of_all_frames(farm: Farm, tmp_path: Path) -> None:
     assert sorted(path.name for path in place.iterdir()) == [
         "50%d.pov", "film.png", "it's %d.mp4", "job-frames"]
     failed = run(tmp_path, "fetch", str(job), "--video", "film.nothing", cwd=place)
-    assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1
-    assert "ffmpeg ended with exit code" in failed.stderr and "film.nothing" in failed.stderr
+    assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 1
+    assert "film.nothing is no name of a film" in failed.stderr and "film.webm" in failed.stderr
 
 
 def test_render_makes_films_as_fetch_does(tmp_path: Path) -> None:

@@ -591,7 +591,7 @@ def test_two_of_ours_and_a_stranger_render_on_a_node(povray: str, tmp_path: Path
         assert ask("status")["Task"]["IsSuccess"]
         removed = run(tmp_path, "machines", "remove", address, cwd=tmp_path)
         assert removed.returncode == 0 and "no machine is used" in removed.stdout
-        assert run(tmp_path, "machines", "remove", address, cwd=tmp_path).returncode == 1
+        assert run(tmp_path, "machines", "remove", address, cwd=tmp_path).returncode == 2
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "scene.pov").write_text(STILL)
