@@ -15556,9 +15556,9 @@ class Coordinator:
     its key; ``pin`` is then the certificate's SHA-256. ``httpov`` lets HTTPov's
     clients in, ``sheepit`` SheepIt's, ``renderonline`` RenderOnline's; ``programs`` are the
     words that RenderOnline's nodes are given. ``typed`` tells how commands are typed on
-    this computer, see ``with_commands``. Raises ``UserError`` for a port in use or a bad
-    certificate and ``StoreError`` for a data directory that cannot be used or that
-    another povfarm holds.
+    this computer, see ``with_commands``; ``started`` are the options with which this is done. Raises
+    ``UserError`` for a port in use or a bad certificate and ``StoreError`` for a data
+    directory that cannot be used or that another povfarm holds.
     """
 
     def __init__(self, data: Path, *, bind: str = "", port: int | None = 0, name: str = "",
@@ -15570,9 +15570,9 @@ class Coordinator:
                  programs: OnlineRules = OnlineRules((), {}),
                  allowance: Allowance = Allowance(),
                  typed: Callable[[str], str] = "povfarm.py {}".format,
-                 clock: Clock | None = None) -> None:
+                 started: Sequence[str] = (), clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
-        self.data = data
+        self.data, self._started = data, started
         context, self.pin = _tls_context(*tls) if tls else (None, "")
         self.key = farm_key(data)
         self._lock = _hold(data)
@@ -15623,7 +15623,8 @@ class Coordinator:
             self.beacon.start()
         self._house.start()
         self.machines.start()
-        note = {"url": self.url, "pin": self.pin, "name": self.name, "pid": os.getpid()}
+        note = {"url": self.url, "pin": self.pin, "name": self.name, "pid": os.getpid(),
+                "serve": self._started}
         atomic_write(self.data / "coordinator.json", json.dumps(note).encode())
 
     def stop(self) -> None:
@@ -19331,7 +19332,10 @@ def serve(options: Options) -> int:
             programs=OnlineRules.of(options.renderonline_lines, node=True),
             allowance=Allowance(**{name: getattr(options, row.name.replace("-", "_"))
                                    for name, row in ALLOWANCES.items()}),
-            typed=_command_typed)
+            typed=_command_typed, started=_options_typed({
+                name: str(options.__dict__[name.replace("-", "_")]) if name.startswith("tls-")
+                else text for name, text in options.typed.items()  # a path from here is none there
+                if name not in ("data", "invite")}))
         coordinator.start()
         stack.callback(coordinator.stop)
         code = coordinator.access.add("", Role.USER, {}, secrets.token_hex(16), options.invite) \
@@ -19826,7 +19830,8 @@ def backup(options: Options) -> int:
     keep_private(to)
     missing = Store.backup(options.data, to)
     _tell(options, {"directory": str(to), "missing": missing}, "the farm is copied: "
-          f"'povfarm.py serve --data {shell_word(str(to))}' starts from there")
+          "'" + " ".join(["povfarm.py serve --data", *map(shell_word, [
+              str(to), *_served_with(options.data)])]) + "' starts from there")
     if missing:
         raise FarmError(f"the farm and the copy lack {counted(len(missing), 'file')}, such as "
                         f"{missing[0]}")
@@ -20100,7 +20105,17 @@ def _command_typed(name: str) -> str:
         text = given.get(row.name) or os.environ.get(row.variable)
         if row.name in _WHICH_FARM and text:
             words += [f"--{row.name}", shell_word(str(row.parse(text, f"--{row.name}")))]
-    return " ".join(words)
+    place = setting("data")
+    served = [] if name != "serve" else _served_with(place.parse(
+        given.get("data") or os.environ.get(place.variable, str(place.default)), "--data"))
+    return " ".join([*words, *map(shell_word, served)])
+
+
+def _served_with(data: Path) -> list[str]:
+    """Return the options of the coordinator that runs over a directory, or ran and was killed."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return [*map(str, json.loads((data / "coordinator.json").read_bytes())["serve"])]
+    return []
 
 
 def _typed(text: str) -> str:
@@ -21012,10 +21027,14 @@ class _Follower:
 
 def _again(options: Options, *more: str) -> str:
     """Return the command that was typed, with more words, as messages have it."""
-    words = [f"--{name}" if setting(name).is_flag and text == "on" else f"--{name}={text}"
-             for name, text in options.typed.items()]
+    words = _options_typed(options.typed)
     words += ["--"] * any(word.startswith("--") for word in options.rest) + options.rest
     return f"povfarm.py {options.command} " + " ".join(map(shell_word, (*words, *more)))
+
+
+def _options_typed(typed: Mapping[str, str]) -> list[str]:
+    return [f"--{name}" if setting(name).is_flag and text == "on" else f"--{name}={text}"
+            for name, text in typed.items()]
 
 
 _JOB_ENDS = frozenset(f"job {state}" for state in ("done", "failed", "cancelled", "paused"))

@@ -138,6 +138,33 @@ def test_what_was_typed_is_typed_again_with_all_its_options(
     assert again.count("--discovery-port") == again.count("--data") == 1
 
 
+def test_a_coordinator_is_to_be_started_again_as_it_was(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real, data = povfarm.Coordinator, str(tmp_path / "the farm")
+    made: List[povfarm.Coordinator] = []
+
+    class Killed(povfarm.Coordinator):
+        def start(self) -> None:
+            made.append(self)
+            raise KeyboardInterrupt
+
+    options = ["--port", "0", "--no-discovery", "--tls-cert=x/c.pem", "--name=our farm"]
+    monkeypatch.setattr(povfarm, "Coordinator", Killed)
+    monkeypatch.setattr(povfarm, "_tls_files", lambda options: None)
+    assert main(["serve", "--data", data, *options, "--invite=3"]) == 130
+    real.start(made[0])
+    again = f'--port=0 --no-discovery --tls-cert={tmp_path}/x/c.pem "--name=our farm"'
+    try:
+        assert main(["backup", str(tmp_path / "copy"), "--data", data]) == 0
+        assert f" serve --data {tmp_path}/copy {again}'" in capsys.readouterr().err
+        for words in (["--data", data], ["--data", data, "--server", "x"]):
+            monkeypatch.setattr(sys, "argv", ["povfarm.py", "status", *words])
+            assert povfarm._typed("'povfarm.py serve'").endswith(f' serve --data "{data}" {again}\'')
+    finally:
+        made[0].stop()
+    assert povfarm._typed("'povfarm.py serve'").endswith(f' serve --data "{data}"\'')
+
+
 def test_every_line_says_who_speaks(capsys: pytest.CaptureFixture[str]) -> None:
     povfarm._say("it broke\nall is in x.log")
     assert capsys.readouterr().err == "povfarm: it broke\npovfarm: all is in x.log\n"
