@@ -15556,7 +15556,7 @@ class Coordinator:
     its key; ``pin`` is then the certificate's SHA-256. ``httpov`` lets HTTPov's
     clients in, ``sheepit`` SheepIt's, ``renderonline`` RenderOnline's; ``programs`` are the
     words that RenderOnline's nodes are given. ``typed`` tells how commands are typed on
-    this computer, see ``with_commands``; ``started`` are the options with which this is done. Raises
+    this computer, see ``with_commands``; ``started`` are its options as typed. Raises
     ``UserError`` for a port in use or a bad certificate and ``StoreError`` for a data
     directory that cannot be used or that another povfarm holds.
     """
@@ -21672,10 +21672,9 @@ def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
     data = scratch / "farm"
     if not options.lan:
         return Coordinator(data, port=None, name=draft.name, durable=False)
-    # Workers that know this user's farm key may help without being asked for.
+    # Workers that know this user's farm key may help without being asked for, and admit reads it.
     data.mkdir()
-    if (options.data / "farm.key").exists():
-        atomic_write(data / "farm.key", farm_key(options.data).encode(), 0o600)
+    atomic_write(data / "farm.key", farm_key(options.data).encode(), 0o600)
     coordinator = Coordinator(data, name=draft.name, durable=False, typed=_command_typed,
                               private=True, discovery_port=options.discovery_port)
     url = f"http://{own_addresses()[0]}:{coordinator.port}"

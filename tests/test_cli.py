@@ -170,16 +170,16 @@ def test_every_line_says_who_speaks(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "povfarm: it broke\npovfarm: all is in x.log\n"
 
 
-@pytest.mark.parametrize("has_key", [True, False])
-def test_a_render_that_others_help_leaves_no_key_behind(tmp_path: Path, has_key: bool) -> None:
-    key = povfarm.farm_key(tmp_path / "data") if has_key else ""
+def test_a_render_that_others_help_leaves_the_key_that_admits_them_and_nothing_else(
+        tmp_path: Path) -> None:
     options = povfarm._parse(povfarm._command("render")[0], [
         "--lan", "--discovery-port=0", "s.pov", f"--data={tmp_path / 'data'}"])
     draft = cast(povfarm.Draft, SimpleNamespace(name="s"))
     coordinator = povfarm._private_farm(options, tmp_path, draft)
     coordinator.start()
     coordinator.stop()
-    assert (tmp_path / "data").exists() == has_key and key in ("", coordinator.key)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["farm.key"]
+    assert (tmp_path / "data" / "farm.key").read_text() == coordinator.key
 
 
 @pytest.mark.parametrize("text, shown", [
