@@ -4503,7 +4503,8 @@ class _Listing:
         guarded = guarded and not is_file(root / ".bsac")
         self.members, self.folders = {}, {}
         if guarded and not self._reach.is_proper(root):
-            self._large[root] = "is no project's own directory"
+            self._large[root] = ("is the top of a disk" if root == root.parent else
+                                 "is or holds your home directory")
         elif not self._walk(root, guarded):
             self._large[root] = f"holds more than {GUARD_FILES} files or {format_size(GUARD_SIZE)}"
         else:
@@ -6741,9 +6742,9 @@ class Router:
         if request.identity.name:
             raise ProtocolError(403, f"{request.identity.name} may not do this: it takes the "
                                 "farm's key: --key-file with a copy of the coordinator's farm.key")
-        raise ProtocolError(401, "log in first: give --key-file with a copy of the coordinator's "
-                            "farm.key (there it is not needed), or in a browser open the link that "
-                            "'login' prints there",
+        raise ProtocolError(401, "log in first: give --data DIR of the coordinator if it is here, "
+                            "--key-file with a copy of its farm.key, or --code CODE (an "
+                            "invitation); in a browser open the link that 'login' prints there",
                             WWW_Authenticate="Povfarm")
 
     def _for_stranger(self, bound: BoundRoute, request: Request) -> Response:
@@ -11896,9 +11897,11 @@ class Views:
                         seen=self._farm.seen(row.id), does=self._does(tx, held),
                         guest=" " in row.token)
             if row.state == WorkerState.PENDING:
-                view.update(state="pending", code=row.code)
-            elif row.id not in muster.live:
+                view["code"] = row.code
+            if row.id not in muster.live:
                 view["state"] = "gone"
+            elif row.state == WorkerState.PENDING:
+                view["state"] = "pending"
             elif sickness := muster.sickness(row):
                 view.update(state="sick", reason=sickness)
             else:
@@ -14219,7 +14222,8 @@ class _Sheets:
             if view["waiting_for"] and view["state"] == JobState.ACTIVE:
                 text = view["waiting_for"].replace(f"set {view['id']} ", "set JOB ")
                 waiting.setdefault(text, []).append(view)
-        needs += [self._asks_to_join(request, worker) for worker in workers if "code" in worker]
+        needs += [self._asks_to_join(request, worker) for worker in workers
+                  if worker["state"] == "pending"]
         for some in waiting.values():
             first, cure = some[0], some[0]["cure"]
             more = f" and {counted(len(some) - 1, 'more job')}" if len(some) > 1 else ""
@@ -14234,7 +14238,8 @@ class _Sheets:
                                    self._asked(request, "Remove…", f"{address}/remove",
                                                "Remove it from the farm") if admin else None))
             elif worker["state"] == "gone" and worker["seen"] is not None and (
-                    self._farm.lease_time < worker["seen"] < GONE_FOR) and not worker["guest"]:
+                    self._farm.lease_time < worker["seen"] < GONE_FOR
+                    ) and not (worker["guest"] or "code" in worker):
                 needs.append(_Need("◌", "computer", [
                     words, f" has been silent for {_lasting(worker['seen'])}. What it rendered "
                     "went to others."], None))
@@ -19512,6 +19517,8 @@ def _show_totals(client: Client, options: Options) -> int:
         rows += [(view["name"] or "-", said_frames(view["frames"]), format_duration(view["wall"]),
                   f"{view['failures']:,}") for view in views]
         texts.append(_table(rows, 0))
+    texts.append("A frame that several rendered counts as a part of one for each. A computer is "
+                 "what stands\nbehind the @ of a worker's name, or else that name.")
     _show(options, totals, "\n\n".join(texts))
     return 0
 
@@ -19527,8 +19534,9 @@ def _remove_worker(client: Client, views: Sequence[dict[str, Any]], options: Opt
                         f"'{rest[1]}': take the id from 'povfarm.py workers'")
     client.request("DELETE", f"/api/v1/workers/{found[0]['id']}")
     _tell(options, {"id": found[0]["id"], "name": found[0]["name"], "state": "removed"},
-          f"{found[0]['name']} is removed; its frames go to others. A worker that has the farm key "
-          "can come again: to keep it out, make a new key (see the manual)")
+          f"{found[0]['name']} is removed{'; its frames go to others' * bool(found[0]['runs'])}. A "
+          "worker that has the farm key can come again: to keep it out, make a new key (see the "
+          "manual)")
     return 0
 
 
@@ -19758,6 +19766,7 @@ def _show_token(client: Client, options: Options, name: str) -> int:
                         if not found else "only who has the farm key can make tokens")
     name, token = found[0]["name"], online_token(client.token, found[0]["name"], found[0]["added"])
     _show(options, {"email": name, "token": token}, token)
+    _say(f"in a RenderOnline client, {name} is the e-mail address and this is the token")
     return 0
 
 
@@ -19771,13 +19780,15 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
     if name:
         key = person_key(name, client.token, ticket)
         _show(options, {"name": name, "role": options.role, "key": key}, key)
+        _say(f"this is the key of {name}, and is not shown again: keep it in a file, and give that "
+             "with --key-file FILE")
         return 0
     code = invitation_code(client.token, ticket)
     _show(options, {"code": code, "uses": uses, "role": options.role}, code)
     many = f"{uses} people" if uses > 1 else "one person"
     _say(f"{many} may come by this code within a week: each types on another computer "
-         f"'povfarm.py work --code {code} --user NAME', or login instead of work to render "
-         "nothing there")
+         f"'povfarm.py work --server {_from_elsewhere(client)} --code {code} --user NAME', "
+         "or login instead of work to render nothing there")
     return 0
 
 
@@ -19848,11 +19859,18 @@ def discover_command(options: Options) -> int:
         return _show_list(options)
     key = _known_key(options)
     found = discover(1.5, None, options.discovery_port)
+    if options.server or (options.data / "coordinator.json").exists():  # it may answer no calls
+        with contextlib.suppress(*([] if options.server else [FarmError])):
+            client = _find_coordinator(options)
+            assert client is not None  # as for all who do not wait
+            farm = client.get("/api/v1/farm")
+            found += [Found(farm["name"], farm["farm_id"], client.base_url, bool(client.token), "")
+                      ] * (farm["farm_id"] not in [one.farm_id for one in found])
     proven = {_kept(options).get("farm_id", "")} if ":" in key else {
         farm.farm_id for farm in discover(1.0, key.encode(), options.discovery_port)} \
         if key else set()
     views = [{"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
-              "yours": farm.farm_id in proven} for farm in found]
+              "yours": farm.verified or farm.farm_id in proven} for farm in found]
     rows = [("name", "address", "")]
     rows += [(farm.name, farm.url, "has your key" if view["yours"] else "")
              for farm, view in zip(found, views)]
@@ -20019,7 +20037,13 @@ def _run(arguments: list[str]) -> int:
     least = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=logging.INFO if options.status_port else least,
                         format="%(message)s", handlers=[_Log(least)])
-    return function(options)
+    try:
+        return function(options)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if "talk" not in tag.groups or options.verbose:
+            raise
+        raise FarmError("the answer of the coordinator cannot be understood: is it a povfarm of "
+                        f"version {VERSION}? (--verbose shows where: {error!r})") from None
 
 
 def _parse(tag: command, arguments: Sequence[str]) -> Options:
@@ -21733,7 +21757,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     begin = functools.partial(_begin_work, own, engine, programs, options, kept)
     if not admitted:
         _say(f"waiting to be let in: if the status page at {own.base_url} shows the code {code}, "
-             f"press Admit there, or type there: povfarm.py admit --server {own.base_url} {code}")
+             f"press Admit there, or type the admit command that it has printed, with {code}")
     elif options.command == "work":
         begin()
     projects = near if isinstance(near, InPlace) else Cache(
@@ -22200,10 +22224,23 @@ def _key_in(file: str) -> str:
     try:
         key = sys.stdin.readline() if file == "-" else Path(file).expanduser().read_text("ascii")
     except (OSError, ValueError) as error:
-        raise UserError(f"no key can be read from {file}: {error}") from None
+        why = getattr(error, "strerror", None) or "it is not plain text"
+        raise UserError(f"no key can be read from {file}: {why}") from None
     if not key.strip():
         raise UserError(f"there is no key in {'standard input' if file == '-' else file}")
     return key.strip()
+
+
+def _from_elsewhere(client: Client) -> str:
+    """Return the address of a coordinator with the options that other computers need for it."""
+    url, pin = client.base_url, client.fingerprint
+    parts = urllib.parse.urlsplit(url)
+    if parts.hostname in ("127.0.0.1", "::1", "localhost"):
+        other = parts._replace(netloc=f"{own_addresses()[0]}:{parts.port}").geturl()
+        with contextlib.suppress(FarmError):  # this computer alone can reach it
+            Client(other, "", retry_for=0, fingerprint=pin).claims()
+            url = other
+    return f"{url} --pin {pin}" if pin else url
 
 
 def _known_key(options: Options) -> str:
@@ -22271,9 +22308,11 @@ def _find_coordinator(options: Options, stop: threading.Event | None = None) -> 
         return None
     mine = farm.verified or options.key or farm.farm_id == kept.get("farm_id")
     if options.command == "submit" and not (mine or options.code):
-        raise UserError(f"{farm} is the farm that answers here, and does not have your key: it "
-                        "would be given your project. If it is the one that is meant, give its "
-                        f"key with --key-file, and name it with --server {farm.url}")
+        raise UserError(
+            f"{farm} is the farm that answers here, and does not have your key: it would be given "
+            "your project. If it is the one that is meant, give its key with --key-file, and name "
+            f"it with --server {farm.url}" if key else f"you have no key for {farm}: come with "
+            "--code CODE (an invitation), or give its key with --key-file")
     return _client(options, farm.url, key if mine else "", farm.pin, patience)
 
 
@@ -22313,8 +22352,10 @@ class _LookOut:
             return f"{error}. Waiting for the farm of the key that was given"
         if not found:
             others = _others_than(named, self._options)
+            hint = ("or add --server URL, as whoever invited you knows it" if self._options.code
+                    else "start it with 'povfarm.py serve'")
             return f"{others}. Waiting for '{named}'" if others else (
-                "no coordinator answers yet: waiting for one (start it with 'povfarm.py serve')")
+                f"no coordinator answers yet: waiting for one ({hint})")
         for farm in found:
             if farm.farm_id == self._last_id and (farm.verified or self._proves(farm)):
                 return farm
@@ -22379,8 +22420,9 @@ def _choose(found: Sequence[Found], options: Options, name: str) -> Found:
     if not found and (others := _others_than(name, options)):
         raise UserError(f"{others}: choose one with --name or --server")
     if not found:
-        raise FarmError("no coordinator answers on this network: start one with "
-                        "'povfarm.py serve', or name it with --server URL")
+        raise FarmError("no coordinator answers on this network: "
+                        + ("add --server URL, as whoever invited you knows it" if options.code else
+                           "start one with 'povfarm.py serve', or name it with --server URL"))
     if len(found) > 1:
         raise UserError("there are several coordinators, choose one with --name or --server: "
                         + ", ".join(map(str, found)))

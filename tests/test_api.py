@@ -431,7 +431,7 @@ def test_workers_are_shown_with_what_they_do(farm: Farm) -> None:
     farm.ask("POST", "/api/v1/leave", key=token, json_body={})
     farm.clock.advance(31)
     views = farm.ask("GET", "/api/v1/workers").json()["workers"]
-    assert [view["state"] for view in views] == ["gone", "gone", "pending"]
+    assert [view["state"] for view in views] == ["gone", "gone", "gone"]
     assert farm.states(lease.job)[0] == "queued"
 
 

@@ -73,6 +73,8 @@ def test_every_setting_is_an_option_of_a_command(capsys: pytest.CaptureFixture[s
     (["work", "--cores"], "needs a value"),
     (["serve", "--port", "70000"], "70000"),
     (["set", "1", "priority"], "KEY=VALUE"),
+    (["status", "--key-file", "nowhere"], "no key can be read from nowhere: No such file or d"),
+    (["status", "--key-file", "."], "no key can be read from .: Is a directory"),
     (["render", "--in-order=perhaps", "x.pov"], "perhaps"),
     (["help", "nonsense"], "nonsense"),
 ])

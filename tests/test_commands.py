@@ -66,9 +66,54 @@ def test_totals_are_of_workers_computers_and_groups(farm: Served) -> None:
     assert [line.split() for line in farm.says("workers", "--totals")[0].splitlines()] == [
         ["worker", "frames", "time", "failed", "tries"], ["eve@attic", "1", "1:30", "1"], [],
         ["computer", "frames", "time", "failed", "tries"], ["attic", "1", "1:30", "1"], [],
-        ["group", "frames", "time", "failed", "tries"], ["roof", "1", "1:30", "1"]]
+        ["group", "frames", "time", "failed", "tries"], ["roof", "1", "1:30", "1"], [],
+        *[line.split() for line in (
+            "A frame that several rendered counts as a part of one for each. A computer is what stands",
+            "behind the @ of a worker's name, or else that name.")]]
     assert farm.wire("workers", "--totals")["groups"] == [
         {"name": "roof", "frames": 1.0, "wall": pytest.approx(90, abs=5), "failures": 1}]
+
+
+def test_what_is_made_for_people_comes_with_what_they_do(farm: Served) -> None:
+    for words, said in (("add ben", "give that with --key-file FILE"),
+                        ("token ben", "ben is the e-mail address"),
+                        ("invite", f"work --server {farm.coordinator.url} --code ")):
+        out, errors = farm.says("users", *words.split())
+        assert len(out.split()) == 1 and len(errors) == 1 and said in errors[0]
+
+
+def test_a_farm_that_answers_no_calls_is_found_where_commands_look(
+        farm: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "discover", lambda *_: [])
+    [view] = farm.wire("discover")
+    assert (view["url"], view["yours"]) == (farm.coordinator.url, True)
+    monkeypatch.setenv("POVFARM_DATA", str(tmp_path / "none"))
+    assert "no coordinator answers" in farm.says("discover", code=1)[0]
+    [view] = farm.wire("discover", "--server", farm.coordinator.url)
+    assert (view["url"], view["yours"]) == (farm.coordinator.url, False)
+
+
+def test_who_has_no_key_is_told_of_the_ways_to_come(
+        farm: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POVFARM_DATA", str(tmp_path / "none"))
+    _, errors = farm.says("admit", "--server", farm.coordinator.url, "ABCDEF", code=1)
+    assert all(way in errors[0] for way in ("--data DIR", "--key-file", "--code CODE"))
+    found = povfarm.Found("klasse", "f1", farm.coordinator.url, False, "127.0.0.1")
+    monkeypatch.setattr(povfarm, "discover", lambda *_: [found])
+    Path("s.pov").write_text("camera { location -z }")
+    _, errors = farm.says("submit", "s.pov", code=2)
+    assert "you have no key for klasse" in errors[-1] and "--code CODE" in errors[-1]
+    monkeypatch.setattr(povfarm, "discover", lambda *_: [])
+    assert "add --server URL" in farm.says("status", "--code", "A", code=1)[1][0]
+
+
+def test_answers_that_are_not_understood_are_one_line(
+        farm: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer in ({}, [], {"notice": "", "jobs": [{}]}, "x"):
+        monkeypatch.setattr(povfarm.Client, "get", lambda *_, answer=answer, **__: answer)
+        for words in ("status", "status 1", "workers", "users"):
+            out, errors = farm.says(*words.split(), code=1)
+            assert out == "" and len(errors) == 1 and "cannot be understood" in errors[0]
 
 
 # --- which jobs are meant

@@ -18,7 +18,7 @@ def test_who_has_no_key_is_told_where_it_is(farm: Farm, tmp_path: Path) -> None:
     place = project(tmp_path)
     url = f"http://127.0.0.1:{farm.port}"
     asked = run(tmp_path, "login", "--data", str(tmp_path / "none"), "--server", url, cwd=place)
-    assert asked.returncode == 1 and "log in first: give the farm's key with --key" in asked.stderr
+    assert asked.returncode == 1 and "log in first: give --data DIR" in asked.stderr
     wrong = run(tmp_path, "status", "--server", url, "--key", "wrong", cwd=place)
     assert wrong.returncode == 1 and "does not have your farm's key" in wrong.stderr
     assert "--key" in wrong.stderr and "Nothing was sent to it" in wrong.stderr
