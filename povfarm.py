@@ -11951,8 +11951,9 @@ class Views:
         done = task.state == TaskState.DONE
         parts = [f"{error}\n\n" for error in errors[-1:] if not (done or plain)]
         for attempt in attempts:
-            ended = ("counts no more: it is made again" if attempt.state == AttemptState.VOID
-                     else attempt.state + f": {attempt.message}" * bool(attempt.message))
+            ended = attempt.state + f": {attempt.message}" * bool(attempt.message)
+            if attempt.state == AttemptState.VOID:
+                ended = "counts no more, as a new picture was asked for"
             rows = (f", rows {attempt.top} to {attempt.bottom - 1}"
                     if attempt.kind == TaskKind.SLICE else "")
             what = f"frame {task.frame}{rows}"
@@ -19650,7 +19651,7 @@ def retry(options: Options) -> int:
 
 
 _NOTHING_FAILED = {JobState.DONE.value: (
-    " is done and nothing failed; to render frames again, name them: 'povfarm.py retry JOB 5-9'")}
+    " is done and nothing failed; to render frames again, name them: 'povfarm.py retry JOB FRAMES'")}
 
 
 @command("delete", "JOB ...", "delete a job and its images from the farm", ("talk",))
@@ -21424,7 +21425,7 @@ def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "
               body: Any = None, said: Mapping[str, str] = {}) -> int:
     """Ask the same of every job that is named; one that cannot do it does not stop the others.
 
-    ``said`` is told of those that can, by their state or of any, in place of that.
+    ``said`` is told of those that can, by their state or of any, in place of that; JOB is theirs.
     Neighbours that refuse for the same reason share a line. Returns the exit code: 1 when
     some failed, 2 when all that was asked for is bad input.
     """
@@ -21439,7 +21440,8 @@ def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "
             jobs.append(str(each["job"]))
             if not (reason or options.json):
                 _say(f"job {each['job']} ({each['name']})"
-                     + (said.get(each["state"]) or said.get("", f" is {each['state']}")))
+                     + (said.get(each["state"]) or said.get("", f" is {each['state']}")
+                        ).replace("JOB", str(each["job"])))
         if reason:
             _say(told[-1]["error"] if len(jobs) == 1 else
                  f"jobs {_shortened(', '.join(jobs), 60)}: each {reason}")

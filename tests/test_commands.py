@@ -203,7 +203,7 @@ def test_retry_says_that_nothing_failed_and_counts_one_frame(farm: Served) -> No
     farm.render(farm.worker())
     assert farm.says("retry", 1) == ("", [
         "povfarm: job 1 (ball) is done and nothing failed; to render frames again, name them: "
-        "'povfarm.py retry JOB 5-9'"])
+        "'povfarm.py retry 1 FRAMES'"])
     assert farm.says("retry", 1, 2) == ("", ["povfarm: job 1 (ball): frame 2 is rendered again"])
     log = farm.says("logs", 1, 2)[0]
     assert "counts no more" in log and "void" not in log

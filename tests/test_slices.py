@@ -238,6 +238,9 @@ def test_a_cancelled_job_cancels_slices_and_goes_on_where_it_was(
     assert states(farm, job) == ["done", "cancelled", "cancelled"]
     assert farm.beat(two[0], under_way) == [under_way.id]
     assert farm.leases(two[0]) == [] and farm.problems() == []
+    with farm.store.read() as look:
+        ended = [attempt.message for attempt in look.attempts(under_way.tasks[0].id)]
+    assert ended[-1] == "job cancelled"
     farm.scheduler.retry(job)
     work(farm, *two)
     assert farm.state(job) == "done" and len(set(picture(farm, job))) == 4
