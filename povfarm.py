@@ -19651,7 +19651,8 @@ def retry(options: Options) -> int:
 
 
 _NOTHING_FAILED = {JobState.DONE.value: (
-    " is done and nothing failed; to render frames again, name them: 'povfarm.py retry JOB FRAMES'")}
+    " is done and nothing failed; to render frames again, name them: "
+    "'povfarm.py retry JOB FRAMES'")}
 
 
 @command("delete", "JOB ...", "delete a job and its images from the farm", ("talk",))
