@@ -19479,8 +19479,6 @@ def status(options: Options) -> int:
         mine = f"?owner={urllib.parse.quote(farm['you'], safe='')}" if options.mine else ""
         jobs = ([client.get(f"/api/v1/jobs/{job}") for job in named]
                 or client.get(f"/api/v1/jobs{mine}")["jobs"])
-        if options.watch and not options.json:
-            print(f"\n--- {_date(time.time())}")
         if _is_one(options.rest):
             _show(options, jobs[0], _job_facts(jobs[0], None if options.server else options.data))
         else:
@@ -19488,6 +19486,8 @@ def status(options: Options) -> int:
         if not options.watch:
             return 0
         client.request("GET", f"/api/v1/events?after={farm['event']}&wait=30", timeout=60)
+        if not options.json:
+            print(f"\n--- {_date(time.time())}")
 
 
 @command("workers", "[remove NAME|ID]", "show the workers, or remove one", ("talk",))
