@@ -19768,7 +19768,8 @@ def _show_token(client: Client, options: Options, name: str) -> int:
                         if not found else "only who has the farm key can make tokens")
     name, token = found[0]["name"], online_token(client.token, found[0]["name"], found[0]["added"])
     _show(options, {"email": name, "token": token}, token)
-    _say(f"in a RenderOnline client, {name} is the e-mail address and this is the token")
+    if not options.json:
+        _say(f"in a RenderOnline client, {name} is the e-mail address and this is the token")
     return 0
 
 
@@ -19782,8 +19783,9 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
     if name:
         key = person_key(name, client.token, ticket)
         _show(options, {"name": name, "role": options.role, "key": key}, key)
-        _say(f"this is the key of {name}, and is not shown again: keep it in a file, and give that "
-             "with --key-file FILE")
+        if not options.json:
+            _say(f"this is the key of {name}, and is not shown again: keep it in a file, and give "
+                 "that with --key-file FILE")
         return 0
     code = invitation_code(client.token, ticket)
     _show(options, {"code": code, "uses": uses, "role": options.role}, code)

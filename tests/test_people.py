@@ -697,7 +697,7 @@ def test_a_class_is_ready_in_two_commands(
     assert pixels(anna.place / "out" / "scene.png")
     job = bert.run("submit scene.pov +W40 +H30 +KFF500 --name his").split()[0]
     assert "is anna's" in anna.run(f"cancel {job}", 1).lower().replace("bert's", "anna's")
-    assert "highest priority of your jobs is 0" in bert.run(f"set {job} priority=7", 1)
+    assert "highest priority of your jobs is 0" in bert.run(f"set {job} priority=7", 2)
     assert "is cancelled" in bert.run(f"cancel {job}")
     mine = json.loads(bert.run("status --mine --json"))
     assert [(view["name"], view["owner"]) for view in mine] == [("his", "Bert")]
