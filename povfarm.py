@@ -12070,6 +12070,8 @@ class Api:
         self._access = access
         self.name = name
         self._started = scheduler.clock.monotonic()
+        self.ends = False  # for good
+        self._told: set[int] = set()  # workers, of that
 
     # --- looking
 
@@ -12295,7 +12297,8 @@ class Api:
         """Body: want, slots, idle, wait, projects. Held open until there is something to render.
 
         ``open`` is how many tasks the farm has left; ``pending`` that this worker
-        is not admitted yet; ``gone`` which of the projects, given by their keys, no job has.
+        is not admitted yet; ``gone`` which of the projects, given by their keys, no job has;
+        ``ends`` that the farm is about to end, and does not come again.
         """
         wire = request.json()
         offer = Offer(**{name: min(max(number, 0), 1000)
@@ -12307,13 +12310,15 @@ class Api:
             pending = tx.worker(worker).state is WorkerState.PENDING
             return json_response({"leases": [lease.to_wire() for lease in leases],
                                   "open": 0 if pending else tx.open_tasks(), "pending": pending,
-                                  "gone": tx.unknown_manifests(offer.projects)})
+                                  "gone": tx.unknown_manifests(offer.projects),
+                                  "ends": self._tells_end(worker)})
 
     @route("POST", "/api/v1/beat", role="worker", takes=Beat, summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
         """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended.
 
-        ``cuts`` are tasks of which others render what is below a row: that may be left out.
+        ``ends`` is as with a request for work. ``cuts`` are tasks of which others render what is
+        below a row: that may be left out.
         """
         wire = request.json()
         leases = fields_of(Beat, wire)["leases"]
@@ -12324,7 +12329,17 @@ class Api:
         }
         ended, cuts = self._farm.beat(request.identity.worker, progress,
                                       _seconds(wire.get("wait", 0)))
-        return json_response({"ended": ended, "cuts": cuts})
+        ends = self._tells_end(request.identity.worker)
+        return json_response({"ended": [*leases] if ends else ended, "cuts": cuts, "ends": ends})
+
+    def _tells_end(self, worker: int) -> bool:
+        self._told |= {worker} if self.ends else set()
+        return self.ends
+
+    @property
+    def untold(self) -> set[int]:
+        """The workers that are there and have not been told that the farm ends."""
+        return self._farm.live_workers() - self._told
 
     @route("POST", "/api/v1/leave", role="pending", summary="Stop working here")
     def leave(self, request: Request) -> Response:
@@ -15551,6 +15566,7 @@ def _address(name: str) -> str:
 
 HOUSEKEEPING = 1.0  # seconds between two looks for leases that have run out
 TIDYING = 3600.0  # seconds between two clean-ups of what nobody needs
+FAREWELL = 1.0  # seconds in which workers have to ask, to hear that their farm ends for good
 
 
 class Coordinator:
@@ -15633,13 +15649,20 @@ class Coordinator:
                 "serve": self._started}
         atomic_write(self.data / "coordinator.json", json.dumps(note).encode())
 
-    def stop(self) -> None:
-        """Answer everybody who waits, and stop serving. Leases live on in the database."""
+    def stop(self, for_good: bool = False) -> None:
+        """Answer everybody who waits, and stop serving. Leases live on in the database.
+
+        A farm that ends ``for_good`` tells its workers so, as long as ``FAREWELL``.
+        """
         self._stopped.set()
+        self.api.ends = for_good
         self.scheduler.close()
         self.machines.stop()
         if self.beacon is not None:
             self.beacon.stop()
+        end = time.monotonic() + FAREWELL
+        while for_good and self.api.untold and time.monotonic() < end:
+            time.sleep(0.01)
         self.server.stop()
         if self._house.is_alive():
             self._house.join()
@@ -18396,6 +18419,16 @@ class Rota:
         return not self._wants.get(worker), self._spent[worker], worker is self._turn
 
 
+def _hear_of_end(worker: Worker, ends: bool | None) -> None:
+    """Stop a worker at once whose farm ends for good, unless it is to wait for a farm."""
+    if ends and not worker.until_idle:
+        worker._stopping.wait(5.0)
+    elif ends and not worker._ending.is_set():
+        log.warning("the farm has ended")
+        worker.stop()
+        worker.stop()
+
+
 class Worker:
     """Renders for one coordinator until it is stopped.
 
@@ -18410,10 +18443,8 @@ class Worker:
                  clock: Clock | None = None, bounds: Bounds = Bounds(()),
                  admitted: Callable[[], Any] | None = None,
                  programs: Mapping[str, Program] = {}, hold: bool = False) -> None:
-        self.client = client
-        self.engine = engine
-        self.programs = programs
-        self.cache = cache
+        self.client, self.cache = client, cache
+        self.engine, self.programs = engine, programs
         self.until_idle = until_idle
         self.bounds = bounds
         self._launcher = launcher
@@ -18597,6 +18628,7 @@ class Worker:
         elif not (reply["leases"] or runs):
             self.rota.has_nothing(self)
         self.cache.forget(reply.get("gone", ()))
+        _hear_of_end(self, reply.get("ends"))
         if self._admitted is not None and not reply["pending"]:
             self._admitted()
             self._admitted = None
@@ -18630,6 +18662,7 @@ class Worker:
             for lease in reply["ended"]:
                 if runs[lease].open:
                     runs[lease].stop()
+            _hear_of_end(self, reply.get("ends"))
             cuts = {int(task): bottom for task, bottom in reply["cuts"].items()}
             for run in runs.values():
                 run.bottoms.update(cuts)
@@ -19312,7 +19345,7 @@ def render(options: Options) -> int:
             return _all_there(draft, options)
         coordinator = _private_farm(options, scratch, draft)
         coordinator.start()
-        stack.callback(coordinator.stop)
+        stack.callback(coordinator.stop, for_good=options.lan)
         client = _client_of(coordinator)
         worker = stack.enter_context(_joined(
             client, (launcher, ours.engine or engine), options, scratch,

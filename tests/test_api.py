@@ -251,7 +251,7 @@ def test_without_a_key_a_worker_waits_to_be_admitted(farm: Farm) -> None:
     answer = join(farm, key=None)
     assert answer["admitted"] is False and re.fullmatch("[A-Z2-9]{6}", answer["code"])
     reply = farm.ask("POST", "/api/v1/lease", key=answer["key"], json_body=OFFER).json()
-    assert reply == {"leases": [], "open": 0, "pending": True, "gone": []}
+    assert reply == {"leases": [], "open": 0, "pending": True, "gone": [], "ends": False}
     assert farm.ask("GET", "/api/v1/workers").json()["workers"][0]["code"] == answer["code"]
     admit = farm.ask("POST", "/api/v1/workers/admit", json_body={"code": answer["code"]})
     assert admit.json() == {"name": "anna"}
@@ -601,7 +601,8 @@ def test_progress_and_the_time_that_is_left(farm: Farm) -> None:
     reply = farm.ask("POST", "/api/v1/lease", key=token, json_body=OFFER).json()
     second = LeaseSpec.from_wire(reply["leases"][0])
     beat = {"leases": {second.id: {str(second.tasks[0].id): 0.5}}, "wait": 0}
-    assert farm.ask("POST", "/api/v1/beat", key=token, json_body=beat).json() == {"ended": [], "cuts": {}}
+    assert farm.ask("POST", "/api/v1/beat", key=token, json_body=beat).json() == {
+        "ended": [], "cuts": {}, "ends": False}
     farm.clock.advance(5)
     view = farm.ask("GET", "/api/v1/jobs/1").json()
     assert view["progress"] == pytest.approx(1.5 / 4)

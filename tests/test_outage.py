@@ -127,6 +127,22 @@ def test_frames_that_were_finished_while_nobody_answered_are_delivered_after_an_
     room.end()
 
 
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_worker_that_stays_until_idle_goes_when_its_farm_ends_for_good(
+        room: Room, busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Copier, "command", lambda engine, run: Command(
+        ("/bin/sleep", "600"), {"PATH": os.defpath}, {}, {}))
+    room.worker.until_idle = True
+    job = room.farm.submit(frames=6, povray="auto" if busy else "3.6")
+    room.start()
+    wait_until(lambda: 1 in room.farm.scheduler.live_workers() and (
+        not busy or "leased" in room.farm.states(job)))
+    room.farm.api.ends = True
+    room.farm.scheduler.close()
+    room.thread.join(20)
+    assert not room.thread.is_alive() and room.farm.api.untold == set()
+
+
 def test_finished_frames_are_kept_on_the_disk_and_not_in_memory(room: Room) -> None:
     job = room.farm.submit(frames=6)
     room.wire.away = lambda call: call.method == "PUT"
