@@ -369,6 +369,14 @@ def test_a_name_neither_breaks_nor_steers_the_terminal(tmp_path: Path) -> None:
         farm.stop()
 
 
+def test_a_full_stop_is_not_in_the_middle_of_a_sentence() -> None:
+    ended = view(state="failed", failure={"message": "it broke.", "frame": 3})
+    ended["frames"] = {**ended["frames"], "total": 4, "failed": 1}
+    draft = povfarm.Draft("x", *[None] * 7, True, None, None)  # type: ignore[arg-type,call-arg]
+    with pytest.raises(povfarm.FarmError, match=r"^1 of 4 frames failed: it broke \(frame 3\)$"):
+        povfarm._conclude(ended, [], [], draft, 1.0, argparse.Namespace(json=False, command="render"))
+
+
 def test_images_of_another_size_are_told_of_in_one_line(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pov = povfarm.PovJob({"Input_File_Name": "s.pov", "Final_Frame": "60", "Width": "64",
