@@ -18690,12 +18690,11 @@ class Worker:
     def _work(self, run: RunState) -> None:
         message, scene = "", False
         try:
-            self._render(run)
-            if run.open and not run.stopped.is_set() and not self._stopping.is_set():
-                message, scene = _why_it_failed(run, self.bounds)
-                if scene and "Cannot find file '" in run.text.text and not isinstance(
-                        self.cache, InPlace):
-                    message = f"{message.rstrip('.')}: it did not come with the project"
+            if not self.paused:  # else it came at the last moment, and is handed back
+                self._render(run)
+                if run.open and not run.stopped.is_set() and not self._stopping.is_set():
+                    message, scene = _why_it_failed(
+                        run, self.bounds, not isinstance(self.cache, InPlace))
         except ServerGone:
             pass  # the frame is not to blame: it is handed back
         except (FarmError, OSError) as error:
@@ -18968,8 +18967,11 @@ def _sweep(cache: Path) -> None:
 _FILE_TOO_LARGE = 25  # SIGXFSZ, which Windows does not have
 
 
-def _why_it_failed(run: RunState, bounds: Bounds) -> tuple[str, bool]:
-    """Return what went wrong, best in POV-Ray's words, and whether the scene is to blame."""
+def _why_it_failed(run: RunState, bounds: Bounds, sent: bool) -> tuple[str, bool]:
+    """Return what went wrong, best in POV-Ray's words, and whether the scene is to blame.
+
+    A file that is missing where the project was ``sent`` did not come with it.
+    """
     error, ended, name = run.text.error(), run.ended, run.lease.pov.engine or "POV-Ray"
     if run.overdue:
         return run.overdue, False
@@ -18982,6 +18984,8 @@ def _why_it_failed(run: RunState, bounds: Bounds) -> tuple[str, bool]:
             ended.memory > bounds.memory / 2 > 0 and not error.startswith("File ")):
         return f"{name} needed more than {format_size(bounds.memory)} of memory", False
     error = error or f"{name} ended without a picture (exit code {ended.code})"
+    if run.text.scene_is_wrong and sent and "Cannot find file '" in run.text.text:
+        error = f"{error.rstrip('.')}: it did not come with the project"
     return error, run.text.scene_is_wrong
 
 

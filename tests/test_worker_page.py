@@ -276,10 +276,11 @@ def test_a_worker_is_watched_paused_and_stopped_in_a_browser(
     browser = Browser(wait_until(lambda: file.is_file() and file.read_text().strip(), "no page"))
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(re.sub("/-.*", "/", browser.base), timeout=20)
+    wait_until(lambda: browser.view()["workers"], "it has not joined")
     browser.post("pause")
     first = farm.submit(place, "scene.pov", "+KFF4", *SMALL)
     assert browser.view()["workers"][0]["state"] == "paused"
-    assert farm.job(first)["frames"]["queued"] == 4
+    wait_until(lambda: farm.job(first)["frames"]["queued"] == 4, "it has kept a frame")
     browser.post("resume")
     farm.finished(first)
     wait_until(lambda: [len(names) for names in browser.view()["held"].values()] == [4], "not held")
