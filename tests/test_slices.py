@@ -1182,7 +1182,7 @@ class SlicedChaos(Chaos):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 9])
+@pytest.mark.parametrize("seed", [7, 12])
 def test_after_anything_at_all_slices_make_up_their_frames(tmp_path: Path, seed: int) -> None:
     chaos = SlicedChaos(Farm(tmp_path), seed)
     for _ in range(400):
