@@ -15,7 +15,7 @@ from helpers.base import EXAMPLES, TRIED, need, tried, wait_until
 from helpers.farm import renderers
 
 # Who renders waits more than he computes, so there are more workers than cores.
-WORKERS_MORE_THAN_CORES = 2
+WORKERS_MORE_THAN_CORES = 3
 SLOW = re.compile(r"(/usr/bin/)?povray|.*/(povfarm\.py|chromium|chromium-browser|ffmpeg)")
 UNDER_WAY: List[pytest.Item] = []
 
