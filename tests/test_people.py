@@ -695,7 +695,7 @@ def test_a_class_is_ready_in_two_commands(
     # From here on everything is as short as on the coordinator's computer.
     assert anna.run("submit scene.pov +W40 +H30 --wait --output out --name hers").startswith("1\n")
     assert pixels(anna.place / "out" / "scene.png")
-    job = bert.run("submit scene.pov +W40 +H30 +KFF500 --name his").split()[0]
+    job = bert.run("submit scene.pov +W40 +H30 +KFF50000 --name his").split()[0]
     assert "is anna's" in anna.run(f"cancel {job}", 1).lower().replace("bert's", "anna's")
     assert "highest priority of your jobs is 0" in bert.run(f"set {job} priority=7", 2)
     assert "is cancelled" in bert.run(f"cancel {job}")
