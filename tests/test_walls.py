@@ -185,7 +185,8 @@ VIEW = {"id": 7, "name": "job", "created": 1.0, "state": "done", "frames": {"tot
 
 
 def fetch(here: Path, farm: Rogue) -> str:
-    options = SimpleNamespace(output=here, data=here.parent / "data", json=True, apng=None, video=None)
+    options = SimpleNamespace(output=here, data=here.parent / "data", json=True, apng=None, video=None,
+                              typed=())
     try:
         povfarm._fetch_job(farm, VIEW, options)  # type: ignore[arg-type]
     except UserError as error:
