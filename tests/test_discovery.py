@@ -194,7 +194,7 @@ def test_a_worker_with_the_key_waits_for_its_coordinator_and_follows_no_rogue(
     with rogue(reply) as port:
         options = argparse.Namespace(key=KEY.decode(), server="", data=Path("nowhere"), name="",
                                      command="work", discovery_port=port, pin="", key_file="",
-                                     worker_name="anna")
+                                     worker_name="anna", code="")
         worker = threading.Thread(
             target=lambda: found.append(povfarm._find_coordinator(options, stop)))
         worker.start()
