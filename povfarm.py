@@ -5390,6 +5390,7 @@ def pause_reason(done: int, failed: int) -> str:
 
 
 FRAME_PAUSE = 0.25  # seconds that POV-Ray sleeps between two frames
+MOST_RUNS = 16  # a core: as many as it takes to keep it busy with frames that hardly compute
 
 
 def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0,
@@ -5420,7 +5421,7 @@ def runs_at_once(cores: int, cost: Cost | None) -> int:
     """Return how many runs keep the cores busy: POV-Ray sleeps between frames that cost this."""
     if cost is None:
         return 0
-    return round(cores * min((cost.cpu + FRAME_PAUSE) / max(cost.cpu, 0.001), 16))
+    return round(cores * min((cost.cpu + FRAME_PAUSE) / max(cost.cpu, 0.001), MOST_RUNS))
 
 
 def spans_of(first: str, frames: range) -> list[tuple[int, int]]:
@@ -17670,7 +17671,6 @@ HANG_TIME = 600.0  # seconds without a sign of life after which a renderer is en
 DISK_RESERVE = 200 * 1000**2  # bytes of disk that no run may come to by writing
 BEAT_WAIT = 2.0  # seconds between two signs of life while rendering
 SLICE_BEAT_WAIT = 0.5  # the same while the rows of a picture are shared out by how far all are
-MOST_RUNS = 16  # a core: as many as it takes to keep it busy with frames that hardly compute
 PIXEL_SIZE = 36  # bytes that POV-Ray 3.7 writes for a pixel at most: 20 in its state, and the image
 GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to blame
 MOST_WAITING = 100  # finished frames on their way, beyond which no more work is asked for
