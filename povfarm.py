@@ -5204,6 +5204,11 @@ class WorkerInfo(Wired):
         return info
 
 
+def povray_of(engines: Mapping[str, str]) -> str:
+    """Return the version of a worker's POV-Ray, ``none``, or nothing where that is not known."""
+    return engines.get("povray", "none" if engines else "")
+
+
 def engine_fits(
     wanted: str, first: Mapping[str, str], engines: Mapping[str, str], least: str = ""
 ) -> bool:
@@ -5214,8 +5219,8 @@ def engine_fits(
     of itself fits everything, and so does 3.7 with 3.7.0.10: POV-Ray for
     Windows tells no more.
     """
-    version = engines.get("povray", "")
-    if version and release(version) < release(least):
+    version = povray_of(engines)
+    if version == "none" or (version and release(version) < release(least)):
         return False
     if wanted == "any":
         return True
@@ -10228,12 +10233,13 @@ class Muster:
         if job.state is not JobState.ACTIVE or not job.queued:
             return ""
         since, word = job.pov.needs
-        versions = [row.engines.get("povray", "") for row in self.crew
+        versions = [povray_of(row.engines) for row in self.crew
                     if not self._states.presence(row.id).guest]
         if since and all(version and release(version) < release(since) for version in versions):
             return (f"{word} needs POV-Ray {since}, which no worker here has; start one with it: "
                     "'povfarm.py work --povray PROGRAM'")
-        unfit = [row for row in self.crew if not row.aside and not self._fits(job, row)]
+        unfit = [row for row in self.crew if not row.aside and not self._fits(job, row)
+                 and (job.pov.engine or povray_of(row.engines) != "none")]
         problem = self.people.too_much(self._look, job.owner)
         if problem or unfit:
             return problem or self._why_unfit(job, unfit)
@@ -13820,7 +13826,8 @@ def _moment(seconds: float | None) -> str | None:
 # --- nodes, which render what they are told
 
 NODE_PAUSE = 15.0  # seconds between two looks at a node that is busy or gone
-NODE_LOOK = 1.0  # the same at one that renders for us
+NODE_LOOK = 1.0  # the same at one that renders for us,
+NODE_WAIT = 30.0  # and at one for which there is nothing
 NODE_SECONDS = 100.0  # that a node may take to answer, and
 NODE_PATIENCE = 3.0  # when we stop
 MAX_NODE_ANSWER = 1 << 20  # bytes
@@ -13938,7 +13945,8 @@ class Machines(Dialect):
         engines = {str(name).lower() for name in status["EngineIds"]}
         self._farm.receive(worker, self._guest._replace(
             takes=functools.partial(self._renders, engines)))
-        for lease in self._farm.lease(worker, Offer(1, 1, 1), 30.0, lambda: not over.is_set()):
+        for lease in self._farm.lease(worker, Offer(1, 1, 1), NODE_WAIT,
+                                      lambda: not over.is_set()):
             with self._store.read() as tx:
                 job, attempts = tx.job(lease.job), tx.attempts_of_lease(lease.id)
             place = self._own(self._known[address]) / f"{job.id}-{lease.id}"
@@ -14306,7 +14314,7 @@ class _Sheets:
         rows = [element("tr", element("th", worker["name"], scope="row"), [
             element("td", cell) for cell in (
                 [_badge(worker["state"]), f" {worker.get('reason', '')}"], worker["cores"],
-                worker["runs"], worker["engines"].get("povray", ""), worker["system"],
+                worker["runs"], povray_of(worker["engines"]), worker["system"],
                 "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
             element("td", self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
                                       "Remove it from the farm")) if admin else None)
@@ -19433,11 +19441,13 @@ def _be_node(options: Options, tools: _Tools, stop: threading.Event) -> int:
     if not landlock_abi() and not options.unconfined:
         raise UserError("this system cannot confine what is rendered for whoever asks (it has no "
                         "Landlock): say --unconfined to let scenes do what you can do")
+    launcher, engine = tools
     rules = _online_rules(options, node=True)
+    if not engine.program:
+        rules = replace(rules, engines=tuple(one for one in rules.engines if one.name != POVRAY))
     place = options.hpc_files or options.data / "hpc"
     place.mkdir(parents=True, exist_ok=True)
     host, _, port = options.hpc.rpartition(":")
-    launcher, engine = tools
     node = HpcNode(rules, place, engine, launcher, Bounds(
         None if options.unconfined else (), memory=options.memory or total_memory()))
     server = Server(Router(node, authenticate=lambda request: Identity(), hosts=(
@@ -19541,7 +19551,7 @@ def workers(options: Options) -> int:
     for view in views:
         code = f" (code {view['code']})" if "code" in view else ""
         rows.append((str(view["id"]), view["name"], view["state"] + code, str(view["cores"]),
-                     str(view["runs"]), view["engines"].get("povray", ""), view["address"]))
+                     str(view["runs"]), povray_of(view["engines"]), view["address"]))
         rows += [view["reason"]] if "reason" in view else []
     _show(options, views, _table(rows, 1) if views else
           _typed("no worker has joined: start one with 'povfarm.py work'"))
@@ -21767,7 +21777,17 @@ def _tools(options: Options) -> Iterator[_Tools]:
             raise FarmError("a worker runs on this computer already, and uses all of its cores: "
                             "another one beside it needs a --worker-name of its own") from None
         with contextlib.closing(make_launcher(options.nice)) as launcher:  # before any thread
-            yield launcher, probed(locate_engine(options.povray), launcher)
+            try:
+                engine = probed(locate_engine(options.povray), launcher)
+            except UserError:
+                if options.povray or not _programs(options):
+                    raise
+                engine = Engine("", "", ())  # there is none: only the programs render
+            yield launcher, engine
+
+
+def _programs(options: Options) -> dict[str, Program]:
+    return owned_programs(OnlineRules.of(options.renderonline_lines, node=True))
 
 
 @contextlib.contextmanager
@@ -21781,7 +21801,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     """
     launcher, engine = tools
     cores = options.cores or _cores()
-    programs = owned_programs(OnlineRules.of(options.renderonline_lines, node=True))
+    programs = _programs(options)
     info = {
         "name": _worker_name(options),
         "cores": cores, "memory": total_memory(),
@@ -21865,7 +21885,7 @@ def _pair(own: Client, farm_id: str, info: Mapping[str, Any],
 def _begin_work(client: Client, engine: Engine, programs: Iterable[str], options: Options,
                 kept: _Kept) -> None:
     """Say for whom a worker works that was let in, and remember it for the next time."""
-    renderers = " and ".join([f"POV-Ray {engine.version}", *programs])
+    renderers = " and ".join([f"POV-Ray {engine.version}"] * bool(engine.version) + [*programs])
     _say(f"working for {client.base_url} with {renderers} "
          "(Ctrl-C finishes what is under way, twice stops at once)")
     with contextlib.suppress(FarmError, OSError):
@@ -22204,7 +22224,7 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None,
           if code else []),
         "  queue a job here:            povfarm.py submit scene.pov +W640 +H480",
         f"This computer renders, too (cores: {options.cores or _cores()}, POV-Ray "
-        f"{engine.version})."
+        f"{engine.version or 'none'})."
         if engine else "This computer renders nothing itself. To make it, type in another "
         "terminal:\n                               povfarm.py work",
         "Ctrl-C stops it; nothing is lost."]

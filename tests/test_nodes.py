@@ -393,6 +393,7 @@ class NodeFarm(Farm):
 def farm_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeFarm]:
     monkeypatch.setattr(povfarm, "NODE_LOOK", 0.01)
     monkeypatch.setattr(povfarm, "NODE_PAUSE", 0.05)
+    monkeypatch.setattr(povfarm, "NODE_WAIT", 0.1)
     farm = NodeFarm(tmp_path / "data")
     yield farm
     farm.close()

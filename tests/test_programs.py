@@ -247,12 +247,13 @@ def blend_file(to: Path, script: str = "") -> None:
 
 @pytest.mark.slow
 def test_blenders_frames_through_the_farm_are_those_made_by_hand(
-        povray: str, tmp_path: Path) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need("blender", bool(shutil.which("blender")), "there is no Blender here")
     (tmp_path / "farm").mkdir()
     line = WORDS.replace("startup", "startup -y")  # it runs the file's script: what can that do?
     (tmp_path / "farm" / "povfarm.ini").write_text(
-        f"[povfarm]\n[renderonline]\nengine blender = .blend blender {line}{ARGUMENTS}")
+        f"[povfarm]\n[renderonline]\nengine blender = .blend {shutil.which('blender')} {line}"
+        f"{ARGUMENTS}")
     secret, outside = tmp_path / "farm" / "farm.key", tmp_path / "outside"
     blend_file(tmp_path / "film.blend",
                ESCAPE.format(secret=str(secret), outside=str(outside)))
@@ -265,9 +266,11 @@ def test_blenders_frames_through_the_farm_are_those_made_by_hand(
         film = farm.submit(tmp_path, "film.blend", "--engine", "blender", "+KFI1", "+KFF3")
         bad = farm.submit(tmp_path, "bad.blend", "--engine", "blender", "--retries", "1")
         other = farm.submit(tmp_path, "film.blend", "--engine", "houdini")
+        monkeypatch.setenv("PATH", "/nowhere")  # where no POV-Ray is
         farm.work("--cores", "1")
         assert farm.finished(film, 180)["state"] == "done"
         assert farm.finished(bad, 120)["state"] == "failed"
+        assert "none" in run(tmp_path, "workers", cwd=tmp_path).stdout
         logs = run(tmp_path, "logs", str(bad), cwd=tmp_path).stdout
         assert "Failed to read blend file" in logs.splitlines()[0] + logs.splitlines()[1]
         wait_until(lambda: "houdini renders it" in farm.job(other)["waiting_for"])

@@ -188,6 +188,14 @@ def test_a_job_may_ask_for_a_version(farm: Farm) -> None:
     assert farm.render(bert, job) == [1, 2]
 
 
+def test_who_has_only_other_programs_gets_no_scene_of_povrays(farm: Farm) -> None:
+    anna = worker(farm, "anna", blender="")
+    job = farm.submit(2)
+    assert farm.leases(anna) == [] and "cannot render it" in waiting_for(farm, job)
+    bert = worker(farm, "bert", povray="3.7")
+    assert waiting_for(farm, job) == "" and farm.render(bert, job) == [1, 2]
+
+
 @pytest.mark.parametrize("wanted, first, mine, fits", [
     ("auto", {}, {"povray": "3.8"}, True),
     ("auto", {"povray": "3.7.0.10"}, {"povray": "3.7.0.10"}, True),
@@ -201,6 +209,7 @@ def test_a_job_may_ask_for_a_version(farm: Farm) -> None:
     ("3.7", {"povray": "3.7", "includes": "a"}, {"povray": "3.7.1", "includes": "b"}, True),
     ("3.7.1", {}, {"povray": "3.7.0"}, False),
     ("3.1", {}, {"povray": "3.10"}, False),
+    ("any", {}, {"blender": ""}, False),
 ])
 def test_which_povray_fits(
         wanted: str, first: Dict[str, str], mine: Dict[str, str], fits: bool) -> None:
