@@ -8664,6 +8664,13 @@ class Look(_Register):
               WHERE job = :job AND slice = 0 ORDER BY frame)""", job=job).fetchone()
         return (row["numbers"] or "").split(","), row["letters"] or ""
 
+    def tasks_of_frames(self, job: int, frames: Sequence[str]) -> list[Task]:
+        """Return those of the frames that are finished, in their order."""
+        return self._all(Task, """
+            SELECT task.* FROM json_each(:frames) JOIN task
+            ON job = :job AND frame = value AND slice = 0
+            WHERE state = 'done' ORDER BY frame""", job=job, frames=f"[{','.join(frames)}]")
+
     def tasks_in(self, job: int, state: TaskState) -> list[Task]:
         """Return the frames of a job that are in one state."""
         return self._all(Task, """
@@ -11887,7 +11894,8 @@ class Views:
         """Return the slices of a frame from top to bottom; ``share`` is of the frame's rows."""
         return [{
             "id": part.id, "top": part.top, "bottom": part.bottom,
-            "state": part.state, "worker": workers.get(part.worker or 0, ""),
+            "state": part.state, "worker": workers.get(part.worker or next(
+                (portion.grant.worker for portion in self._farm.grants.at(part.id)), 0), ""),
             "share": (part.bottom - part.top) / frame.bottom,
             "progress": 1.0 if part.state == TaskState.DONE
             else self._farm.progress(part.id),
@@ -11948,27 +11956,31 @@ class Views:
     def log(self, tx: Look, job: Job, task: Task, plain: bool) -> str:
         """Return what POV-Ray printed of a frame, ``plain`` without lines between the attempts."""
         attempts = tx.attempts(task.id)
-        names = {attempt.worker: tx.worker(attempt.worker).name for attempt in attempts}
         if plain:
             attempts = [attempt for attempt in attempts if attempt.kind != TaskKind.PASS
                         and attempt.state == AttemptState.DONE] or attempts[-1:]
             attempts.sort(key=lambda attempt: int(attempt.top))
-        directory = self._store.job_directory(job.id, job.name)
         errors = [attempt.message for attempt in attempts if attempt.state == "failed"]
         done = task.state == TaskState.DONE
         parts = [f"{error}\n\n" for error in errors[-1:] if not (done or plain)]
         for attempt in attempts:
-            ended = attempt.state + f": {attempt.message}" * bool(attempt.message)
-            if attempt.state == AttemptState.VOID:
-                ended = "counts no more, as a new picture was asked for"
-            rows = (f", rows {attempt.top} to {attempt.bottom - 1}"
-                    if attempt.kind == TaskKind.SLICE else "")
-            what = f"frame {task.frame}{rows}"
-            parts += [] if plain else [f"--- {what} on {names[attempt.worker]}: {ended}\n"]
-            if attempt.log:
-                with contextlib.suppress(OSError):
-                    parts.append((directory / attempt.log).read_text("utf-8", "replace"))
+            what, ended, text = self.attempt(tx, job, attempt)
+            parts += [text] if plain else [f"--- {what}: {ended}\n", text]
         return "".join(parts)
+
+    def attempt(self, tx: Look, job: Job, attempt: Attempt) -> tuple[str, str, str]:
+        """Return what an attempt was, how it ended, and what POV-Ray printed in it."""
+        ended = attempt.state + f": {attempt.message}" * bool(attempt.message)
+        if attempt.state == AttemptState.VOID:
+            ended = "counts no more, as a new picture was asked for"
+        rows = (f", rows {attempt.top} to {attempt.bottom - 1}"
+                if attempt.kind == TaskKind.SLICE else "")
+        what, text = f"frame {attempt.frame}{rows} on {tx.worker(attempt.worker).name}", ""
+        if attempt.log:
+            directory = self._store.job_directory(job.id, job.name)
+            with contextlib.suppress(OSError):
+                text = (directory / attempt.log).read_text("utf-8", "replace")
+        return what, ended, text
 
     def made(self, tx: Look, job: Job) -> dict[str, Path]:
         """Return the finished images of a job, and the files that its scene wrote, by name."""
@@ -14070,6 +14082,9 @@ EVENTS_READ = 400  # of which the story's few lines are made
 NEWS_SHOWN = 14
 GONE_FOR = 3600.0  # seconds for which a computer that fell silent keeps its card
 LOG_SHOWN = 50_000  # characters of POV-Ray's text on a page
+SCENE_SHOWN = 4_000_000  # bytes up to which a file is read for the line with an error
+TRIES_SHOWN = 20  # of a frame, the newest
+TIMES_SHOWN = 240  # frames whose times are drawn
 
 Node = Union[None, str, int, Iterable["Node"]]
 View = Mapping[str, Any]
@@ -14210,6 +14225,53 @@ class _Sheets:
             element("div", _apart(fields), class_="fields"),
             element("button", "Set", class_="good"), method="post",
             action=f"/jobs/{view['id']}/set"), id="settings")
+
+    def _log(self, request: Request, tx: Look, view: View, row: Job, task: Task) -> Html:
+        """Return what went wrong with a frame, and where, then what was printed, newest first.
+
+        The scene is shown to its owner only: on an open farm everybody may read a log.
+        """
+        attempts, left, shown = tx.attempts(task.id)[::-1], LOG_SHOWN, list[Node]()
+        error = next((attempt.message for attempt in attempts if attempt.state == "failed"
+                      and task.state != TaskState.DONE), "")
+        scene = self._scene(tx, row, error) if self._may_steer(request, view) else None
+        for attempt in attempts[:TRIES_SHOWN]:
+            what, ended, text = self._api.views.attempt(tx, row, attempt)
+            begins = re.search(r"^==== \[", text, re.MULTILINE)
+            head, said = (text[:begins.start()], text[begins.start():]) if begins else ("", text)
+            shown.append(element(
+                "details", element("summary", f"{what}: {attempt.state}"),
+                element("p", ended) if attempt.message not in ("", error) else None, element(
+                    "details", element("summary", "Credits and options"), element("pre", head))
+                if head else None, element("pre", said[-left:] or "Nothing yet.", tabindex=0),
+                id=f"try{attempt.id}", name="try", open=None if shown else ""))
+            left = max(left - len(said), 1000)
+        plain = f"/api/v1/jobs/{row.id}/frames/{task.frame}/log"
+        return _section(
+            f"What POV-Ray printed of {_frame_name(view, task.frame).lower()}",
+            element("p", error, class_="notice failed") if error else None, scene, shown,
+            element("p", element("a", "All of it as plain text", href=plain)) if shown else
+            element("p", "Nobody has tried it yet."), id="log")
+
+    def _scene(self, tx: Look, job: Job, error: str) -> Node:
+        """Return the line of the scene that an error names, between its neighbours."""
+        named = re.search(r"File '([^'\n]+)' line (\d{1,7})", error)
+        if not named:
+            return None
+        paths = {os.path.normpath(f"{place}/{named[1]}").replace(os.sep, "/")
+                 for place in (job.pov.run_dir, *job.pov.library)}
+        at = int(named[2])
+        for file in json.loads(tx.manifest(job.manifest) or '{"files": []}')["files"]:
+            if file["path"] in paths and file["size"] <= SCENE_SHOWN:
+                with contextlib.suppress(OSError), open(
+                        self._farm.store.blob_path(file["sha256"]), encoding="utf-8",
+                        errors="replace") as scene:
+                    lines = list(itertools.islice(enumerate(scene, 1), max(at - 4, 0), at + 3))
+                    return element("pre", [element(
+                        "strong" if number == at else "span",
+                        f"{number:6}  {line.rstrip()[:200]}\n") for number, line in lines],
+                        class_="scene", aria_label=f"{file['path']}, line {at}")
+        return None
 
     def _portrait(self, view: View, size: int = 160) -> Task | None:
         """Return the frame that stands for a job: not each is worth making a small one of."""
@@ -14396,7 +14458,8 @@ class Pages(_Sheets):
             pictures = {worker["id"]: tx.newest_task_by(worker["id"])
                         for worker in workers[:CARDS_SHOWN]}
             stage = max(_busy(views), key=lambda view: view["frames"]["total"], default=None)
-            growing = [self._api.views.frame(tx, task, {}) for task in
+            names = {worker["id"]: worker["name"] for worker in workers}
+            growing = [self._api.views.frame(tx, task, names) for task in
                        (tx.frames_to_cut(stage["id"])[:1] if stage else ())]
             numbers, letters = self._frame_states(tx, stage["id"]) if stage else ([], "")
             board = _board(tx, stage["id"], numbers) if stage else []
@@ -14438,9 +14501,14 @@ class Pages(_Sheets):
                 tx.tasks(row.id, first - 1, size) if size > 1 else tx.tasks(row.id))
             chosen = [self._api.views.frame(tx, task, {}) for task in shown]
             board = _board(tx, row.id, numbers)
-            growing = [self._api.views.frame(tx, task, {}) for task in tx.frames_to_cut(row.id)]
             failed = view["failure"] and tx.task_of_frame(row.id, view["failure"]["frame"])
-            said = self._api.views.log(tx, row, failed, False)[:LOG_SHOWN] if failed else ""
+            log = self._log(request, tx, view, row, failed) if failed else None
+            step = -(-len(numbers) // TIMES_SHOWN)
+            times = [task for task in tx.tasks_of_frames(row.id, numbers[::step]) if task.wall]
+            names = {worker.id: worker.name for worker in (*tx.workers(), *(
+                tx.worker(worker) for worker in {task.worker for task in times} if worker))}
+            growing = [self._api.views.frame(tx, task, names)
+                       for task in tx.frames_to_cut(row.id)[:1]]
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
             request, _title([view], view["name"]),
@@ -14450,9 +14518,7 @@ class Pages(_Sheets):
                 _figures(view), _warnings(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
             _storyboard(view, board), _frames(view, numbers, letters, chosen, size),
-            self._again(request, view), _section(
-                f"What POV-Ray printed of frame {view['failure']['frame']}",
-                element("pre", said, tabindex=0)) if said else None,
+            self._again(request, view), log, _times(view, times, names, numbers[::step], step),
             _options(view, row), self._settings(request, view, row),
             reload=reloads.get(view["state"], 0),
             state="bad" if view["frames"]["failed"] else "busy" if _is_busy(view) else "")
@@ -14472,25 +14538,19 @@ class Pages(_Sheets):
             names = {worker.id: worker.name for worker in tx.workers()}
             (view,), address = self._views(tx, [row]), f"/jobs/{row.id}"
             frame = self._api.views.frame(tx, task, names)
-            failures = [] if frame["state"] == TaskState.DONE else [
-                attempt.message for attempt in tx.attempts(task.id)
-                if attempt.state == AttemptState.FAILED]
-        text = cast(bytes, self._api.log(request).body).decode()[-LOG_SHOWN:]
+            log = self._log(request, tx, view, row, task)
         return self._page(
             request, f"Frame {number} · {row.name}",
             element("h1", element("a", row.name, href=address)),
             element("p", f"{_frame_name(view, number)} ", _badge(frame["state"]), class_="lead"),
-            _picture(view, task, "large", 4096) if frame["state"] == TaskState.DONE else
-            _growing(view, frame) if "slices" in frame else None,
-            [element("p", words, class_="notice failed") for words in failures[-1:]],
-            _frame_facts(frame),
-            self._form(request, f"{address}/retry?frames={number}", "Render again")
-            if self._may_steer(request, view) and task.state not in (
-                TaskState.QUEUED, TaskState.LEASED) else None,
-            element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
-                            for to in neighbours], class_="links"),
-            _section("What POV-Ray printed", element("pre", text or "Nothing yet.", tabindex=0),
-                     id="log"),
+            element("div", element(
+                "div", _growing(view, frame) if "slices" in frame else
+                _picture(view, task, "large", 4096), _frame_facts(frame),
+                self._form(request, f"{address}/retry?frames={number}", "Render again")
+                if self._may_steer(request, view) and task.state not in (
+                    TaskState.QUEUED, TaskState.LEASED) else None,
+                element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
+                                for to in neighbours], class_="links")), log, class_="beside"),
             reload=5 if frame["state"] in ("queued", "leased") else 0)
 
     @route("GET", "/jobs/<job:int>/frames/<frame:int>/thumb/<size:int>/<hash>", role="reader",
@@ -14961,7 +15021,7 @@ def _shown(job: int, task: Task, size: int) -> str:
 def _growing(view: View, frame: View) -> Html:
     """Return a frame as far as its slices are there, each in its place."""
     shown = PurePosixPath(frame["name"]).suffix.lower() in BROWSER_TYPES
-    parts = []
+    parts, high = [], view["height"] or 3
     for part in frame["slices"]:
         place = {"x": 0, "y": part["top"], "width": view["width"],
                  "height": part["bottom"] - part["top"]}
@@ -14971,9 +15031,12 @@ def _growing(view: View, frame: View) -> Html:
         else:
             words = f"rows {part['top']} to {part['bottom'] - 1}: {_STATE_WORDS[part['state']]}"
             parts.append(element("rect", element("title", words), class_=part["state"], **place))
+        if place["height"] > high / 40:
+            parts.append(element("text", part["worker"], x=high // 60,
+                                 y=part["top"] + high // 30, font_size=high // 36))
     done = sum(part["state"] == TaskState.DONE for part in frame["slices"])
     return element("div", element(
-        "svg", parts, viewBox=f"0 0 {view['width'] or 4} {view['height'] or 3}", role="img",
+        "svg", parts, viewBox=f"0 0 {view['width'] or 4} {high}", role="img",
         aria_label=f"{_frame_name(view, frame['frame'])}, {done} slices of it finished"),
         class_="picture large")
 
@@ -15069,6 +15132,40 @@ def _player(view: View, numbers: Sequence[str], letters: str) -> Node:
         class_="player", id="player", data_shown=shown, data_newest=view["newest"].frame,
         data_frames=",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]),
         title="space plays, arrows step, J and L set the pace, F fills the screen")
+
+
+def _times(view: View, tasks: Sequence[Task], names: Mapping[int, str],
+           frames: Sequence[str], step: int) -> Node:
+    """Return where the time goes: a bar for each frame, coloured by who rendered it."""
+    if len(tasks) < 2:
+        return None
+    spent: dict[str, float] = {}
+    who = [names.get(task.worker or 0, "several computers") for task in tasks]
+    for task, name in zip(tasks, who):
+        spent[name] = spent.get(name, 0.0) + (task.wall or 0.0)
+    ranked = sorted(spent, key=lambda name: -spent[name])
+    longest = max(tasks, key=lambda task: task.wall or 0.0)
+    place, bars = {frame: number for number, frame in enumerate(frames)}, []
+    for task, name in zip(tasks, who):
+        high = max(100 * (task.wall or 0.0) / (longest.wall or 1.0), 1.0)
+        bars.append(element("a", element("rect", element(
+            "title", f"frame {task.frame}: {format_duration(task.wall or 0)} on {name}"),
+            x=place[str(task.frame)], y=f"{100 - high:.1f}", width=".85", height=f"{high:.1f}"),
+            href=f"/jobs/{view['id']}/frames/{task.frame}", tabindex=-1,
+            class_=f"c{min(ranked.index(name), 4)}"))
+    total = sum(spent.values())
+    half = statistics.median(task.wall or 0 for task in tasks)
+    return _section(
+        "Where the time goes", element(
+            "p", f"Half of the frames take less than {format_duration(half)}. "
+            f"Frame {longest.frame} took longest, {format_duration(longest.wall or 0)}."
+            f"{f' One of {step} is shown.' if step > 1 else ''}"),
+        element("svg", bars, viewBox=f"0 0 {len(frames)} 100", preserveAspectRatio="none",
+                class_="times", role="img", aria_label="seconds for each frame"),
+        element("ul", [element("li", element("i", class_=f"c{min(number, 4)}"),
+                               f"{name} {100 * spent[name] / total:.0f} %")
+                       for number, name in enumerate(ranked[:CARDS_SHOWN])], class_="legend"),
+        id="times")
 
 
 def _field(name: str, setting: Setting, value: Any) -> Html:
@@ -15208,6 +15305,8 @@ h2 a, h3 a { text-decoration: none; } h2 a:hover, h3 a:hover { text-decoration: 
 .large { min-height: 12rem; aspect-ratio: auto; border-radius: .8rem; font-size: 1rem; }
 .large img { width: auto; height: auto; max-width: 100%; max-height: 80vh; object-fit: contain; }
 .large svg { display: block; width: 100%; max-height: 80vh; stroke: var(--edge); }
+.large text { fill: var(--ink); stroke: var(--card); stroke-width: .25em;
+  paint-order: stroke; stroke-linejoin: round; }
 .large .leased { fill: var(--glow); } .large .queued { fill: var(--line); }
 .large .done { fill: var(--done); } .large .failed { fill: var(--bad); }
 .large + dl { margin-top: 1rem; } .stage .large a, .stage .large img { width: 100%; }
@@ -15253,6 +15352,7 @@ input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem 
 .grid [data-picked] { outline: 3px solid var(--link); outline-offset: 0; }
 @media (min-width: 56rem) { .now, .stage { display: grid; gap: 0 1.5rem;
     grid-template-columns: minmax(0, 2fr) minmax(0, 1fr); } .stage { align-items: start; }
+  .beside { display: grid; gap: 1.5rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .now > :only-child { grid-column: 1 / 3; } .now > .room:only-child ul { display: grid;
     gap: 0 1rem; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); } }
 .badge { display: inline-block; color: var(--dim); font-size: .875rem; font-weight: 600; }
@@ -15265,6 +15365,7 @@ input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem 
   fill: var(--bad); }
 dl { display: flex; flex-wrap: wrap; gap: .5rem 1.3rem; margin: 0; }
 dd { margin: 0; font-weight: 600; }
+section > .notice { color: var(--ink); }
 .notice { margin: 1rem 0; padding: .5rem 1rem; border: 1px solid var(--line); border-left:
   .3rem solid var(--live); border-radius: .5rem; background: var(--card); }
 .notice.failed { border-left-color: var(--bad); }
@@ -15288,6 +15389,18 @@ th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); fon
   text-align: left; overflow-wrap: normal; } thead { font-size: .8125rem; }
 td, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 600; }
 .story li { padding: .25rem 0; }
+summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
+  font-size: .875rem; }
+.scene { overflow-x: auto; white-space: pre; } .scene strong { color: var(--bad); }
+.beside > section { margin-top: .5rem; }
+.times { display: block; width: 100%; height: 7rem; margin: .5rem 0; border-bottom: 1px solid
+  var(--edge); } .times a:hover { opacity: .6; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem;
+  border-radius: 2px; }
+.c0 { fill: var(--done); background: var(--done); } .c1 { fill: var(--live);
+  background: var(--live); } .c2 { fill: var(--hold); background: var(--hold); }
+.c3 { fill: var(--link); background: var(--link); } .c4 { fill: var(--edge);
+  background: var(--edge); }
 .legend { margin-bottom: .75rem; } .legend span { display: inline-block; width: 1.8rem;
   margin-right: .4rem; }
 .grid { display: grid; gap: 3px; grid-template-columns: repeat(auto-fill, minmax(3rem, 1fr)); }

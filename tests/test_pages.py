@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import shutil
@@ -25,6 +26,7 @@ from povfarm import (
     Clock,
     Coordinator,
     Cost,
+    FileEntry,
     Html,
     JobOptions,
     LeaseSpec,
@@ -319,6 +321,7 @@ def test_a_still_in_slices(farm: Farm) -> None:
     assert "an hour" not in dom.text and "0 of 1" not in dom.text
     assert dom.all("image", href=f"/api/v1/jobs/{job}/slices/")
     assert "rows 32 to 63: ● in work" in dom.text
+    assert dom.text.count("laptop") == 2  # on each of its slices
     text = farm.page("/").text
     assert "marbles, a slice of it, is done" in text and "slice leased" not in text
 
@@ -916,7 +919,47 @@ def test_what_povray_said_of_a_failed_frame_is_on_its_jobs_page(farm: Farm) -> N
     farm.fail(worker, "the sky fell")
     text = farm.page(f"/jobs/{job}").text
     assert "What POV-Ray printed of frame 1" in text
-    assert text.index("the sky fell\n") < text.index("POV-Ray says")
+    assert text.index("the sky fell") < text.index("POV-Ray says")
+
+
+def test_the_line_of_the_scene_stands_beside_the_error_for_its_owner_only(farm: Farm) -> None:
+    lines = [f"// line {number} {HOSTILE}" for number in range(1, 12)]
+    scene = "\n".join(lines).encode()
+    sha256 = hashlib.sha256(scene).hexdigest()
+    files = (FileEntry("inc/part.inc", sha256, len(scene), 0),)
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "3"}, (), ("inc",), ".")
+    job, _ = farm.scheduler.submit("bad", "somebody", pov, Manifest(files), JobOptions(retry_limit=1))
+    farm.scheduler.put_blob(sha256, [scene])
+    worker = farm.join()
+    lease = farm.lease(worker)
+    farm.scheduler.fail(worker, lease.id, lease.tasks[0].id, "File 'part.inc' line 6: Parse Error: no",
+                        b"the credits\n==== [Parsing...] ===\nit is said", True)
+    for address in (f"/jobs/{job}", f"/jobs/{job}/frames/0"):
+        dom, stranger = farm.page(address, farm.admin), farm.page(address)
+        assert [line in dom.text for line in lines] == [3 <= number <= 9 for number in range(1, 12)]
+        assert dom.text.count(lines[5]) == 1 and lines[5] not in stranger.text
+        for one in (dom, stranger):
+            assert one.text.index("Parse Error: no") < one.text.index("Credits and options")
+            assert one.text.index("the credits") < one.text.index("it is said")
+            assert [open_ for open_ in one.all("details", id="try") if "open" in open_] == \
+                one.all("details", id="try") and one.all("a", href=f"/api/v1{address[:7]}/frames/0/log")
+
+
+def test_where_the_time_goes_is_a_bar_for_each_frame_in_the_colour_of_its_computer(
+        farm: Farm) -> None:
+    job = farm.submit(frames=1000)
+    assert "Where the time goes" not in farm.page(f"/jobs/{job}").text
+    for name, wall in (("anna", 30.0), ("bert", 10.0)):
+        worker = farm.join(name)
+        for _ in range(10):
+            lease = farm.lease(worker)
+            farm.scheduler.finish(worker, lease.id, lease.tasks[0].id, png(), b"", Cost(1, wall))
+    dom = farm.page(f"/jobs/{job}")
+    assert "anna 75 %" in dom.text and "One of 5 is shown." in dom.text
+    bars = dom.all("a", class_="c0") + dom.all("a", class_="c1")
+    assert [bar["href"].rpartition("/")[2] for bar in bars] == ["1", "6", "11", "16"]
+    assert "frame 11: 10 s on bert" in dom.text and "Frame 1 took longest, 30 s." in dom.text
+    assert all(bar["tabindex"] == "-1" for bar in bars)
 
 
 def test_the_film_strip_is_from_all_over_the_animation(farm: Farm) -> None:
