@@ -4925,12 +4925,12 @@ class Wired:
 def fields_of(kind: Any, wire: Any) -> dict[str, Any]:
     """Return the fields of a record in its JSON form; ``UserError`` for what is not that.
 
-    Those that are ``Optional`` may be missing: then they are empty.
+    Those that are ``Optional`` may be null or missing: then they are empty.
     """
     given, found = wire if isinstance(wire, dict) else {}, {}
     for name, hint in _hints(kind).items():
-        plain = _OF_JSON[schema_of(hint)["type"]]
-        found[name] = plain() if _may_miss(hint) and name not in given else want(given, name, plain)
+        plain, misses = _OF_JSON[schema_of(hint)["type"]], given.get(name) is None
+        found[name] = plain() if misses and _may_miss(hint) else want(given, name, plain)
     return found
 
 
@@ -4954,7 +4954,7 @@ def schema_of(kind: Any) -> Mapping[str, Any]:
     """Return the JSON schema of a record, or of what the annotations of one may name."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if _may_miss(kind):
-        return schema_of(inner[0])
+        return {**schema_of(inner[0]), "nullable": True}
     if origin is tuple:
         return {"type": "array", "items": schema_of(inner[0])}
     if origin is not None:
@@ -4963,8 +4963,13 @@ def schema_of(kind: Any) -> Mapping[str, Any]:
         return _PLAIN[kind]
     if issubclass(kind, Word):
         return {"type": "string", "enum": [member.value for member in kind]}
-    hints = _hints(kind)
-    return {"type": "object", "required": [name for name in hints if not _may_miss(hints[name])],
+    return schema_of_fields(_hints(kind))
+
+
+def schema_of_fields(hints: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the JSON schema of an object with such fields."""
+    needed = [name for name, hint in hints.items() if not _may_miss(hint)]
+    return {"type": "object", **({"required": needed} if needed else {}),
             "properties": {name: schema_of(hint) for name, hint in hints.items()}}
 
 
@@ -5394,7 +5399,7 @@ def pause_reason(done: int, failed: int) -> str:
     return ""
 
 
-FRAME_PAUSE = 0.25  # seconds that POV-Ray sleeps between two frames
+FRAME_SLEEP = 0.23  # seconds that POV-Ray 3.7 sleeps between two frames
 MOST_RUNS = 16  # a core: as many as it takes to keep it busy with frames that hardly compute
 
 
@@ -5418,7 +5423,7 @@ def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0,
     share = math.ceil(queued / max(slots, 1))
     cheap = min(math.ceil(0.4 / max(cost.cpu, 0.001)),
                 math.ceil(queued / max(slots - runs, slots // 4, 1)))
-    long = max(int(longest / (cost.cpu + FRAME_PAUSE)), 1)
+    long = max(int(longest / (cost.cpu + FRAME_SLEEP)), 1)
     return max(1, min(max(math.ceil(share / 2), cheap), long, queued))
 
 
@@ -5426,7 +5431,7 @@ def runs_at_once(cores: int, cost: Cost | None) -> int:
     """Return how many runs keep the cores busy: POV-Ray sleeps between frames that cost this."""
     if cost is None:
         return 0
-    return round(cores * min((cost.cpu + FRAME_PAUSE) / max(cost.cpu, 0.001), MOST_RUNS))
+    return round(cores * min((cost.cpu + FRAME_SLEEP) / max(cost.cpu, 0.001), MOST_RUNS))
 
 
 def spans_of(first: str, frames: range) -> list[tuple[int, int]]:
@@ -6634,7 +6639,9 @@ class route:  # noqa: N801 - it is used as a decorator
     In ``pattern``, ``<name>`` matches anything but a slash, ``<n:int>`` a
     number, and ``<rest:path>`` slashes too. ``role`` is who may come in, one
     of ``ROLES``; it has no default so that nothing is open by forgetfulness.
-    ``takes`` is the record that the JSON body has the fields of.
+    ``takes`` is the record that the JSON body has the fields of, in a PATCH any of them.
+    ``gives`` is the record that the answer has the fields of, or these with their annotations, or
+    the media type of another answer, or None where there is none.
     What ``waits`` is held open until something happens; what is ``shared`` is made once for all
     strangers who wait for it.
     """
@@ -6645,6 +6652,7 @@ class route:  # noqa: N801 - it is used as a decorator
     max_body: int = BODY_LIMIT
     summary: str = ""
     takes: Any = None
+    gives: Any = None
     waits: bool = False
     shared: bool = False
 
@@ -7919,9 +7927,9 @@ class Event:
 
     id: int
     time: float
-    job: int | None
-    frame: int | None
-    worker: int | None
+    job: Optional[int]
+    frame: Optional[int]
+    worker: Optional[int]
     what: str
     text: str
     owner: str
@@ -11467,6 +11475,7 @@ MAX_PAIRINGS = 200  # that are begun in a minute
 MAX_SESSIONS = 10_000  # of programs that have proved who they are
 IDLE_SESSION = 3600.0  # seconds after which such a one may be forgotten
 HELLO_TIME = 60.0  # seconds in which its first request has to come
+BYTES = "application/octet-stream"
 
 
 class Access:
@@ -12012,7 +12021,8 @@ def said_frames(frames: float) -> str:
     return f"{frames:,.1f}".removesuffix(".0")
 
 
-# What the bodies of requests have, beside the records of MODEL.
+# What the bodies of requests and answers have, beside the records of MODEL. What is Optional may
+# be null or missing.
 Submission = TypedDict("Submission", {
     "name": str, "pov": PovJob, "manifest": Manifest, "options": Mapping[str, Any],
     "ticket": Optional[str], "frames": Optional[str]})
@@ -12023,6 +12033,44 @@ Pair = TypedDict("Pair", {"commitment": str, "share": Optional[str], "nonce": Op
 Wish = TypedDict("Wish", {"want": int, "slots": int, "idle": int})
 Beat = TypedDict("Beat", {"leases": Mapping[str, Mapping[str, float]]})
 Failure = TypedDict("Failure", {"message": str, "scene": bool, "log": str})
+LatestFailure = TypedDict("LatestFailure", {"frame": int, "message": str})
+SliceView = TypedDict("SliceView", {
+    "id": int, "top": int, "bottom": int, "state": TaskState, "worker": str, "share": float,
+    "progress": float})
+FrameView = TypedDict("FrameView", {
+    "frame": int, "name": str, "state": TaskState, "tries": int, "finished": Optional[float],
+    "size": Optional[int], "sha256": Optional[str], "cpu": Optional[float],
+    "wall": Optional[float], "memory": Optional[int], "progress": float, "worker": str,
+    "slices": Optional[tuple[SliceView, ...]], "started": Optional[float]})
+JobView = TypedDict("JobView", {
+    "id": int, "name": str, "state": JobState, "reason": str, "owner": str, "created": float,
+    "started": Optional[float], "finished": Optional[float], "cpu": float, "wall": float,
+    "why": str, "cure": str, "progress": float, "elapsed": float, "rate": float,
+    "eta": Optional[float], "frames": Mapping[str, int], "slices": Mapping[str, int],
+    "slicing": str, "waiting_for": str,
+    # options
+    "priority": int, "max_workers": int, "retry_limit": int, "in_order": bool, "radiosity": str,
+    "povray": str, "verify": int, "frame_timeout": int, "first": str, "order": str, "batch": int,
+    # only where it is the one that was asked for
+    "files": Optional[int], "size": Optional[int], "written": Optional[int],
+    "active": Optional[bool], "last_start": Optional[float], "directory": Optional[str],
+    "pov": Optional[PovJob], "notice": Optional[str], "engine": Optional[str],
+    "width": Optional[int], "height": Optional[int], "extension": Optional[str],
+    "failure": Optional[LatestFailure]})
+WrittenView = TypedDict("WrittenView", {
+    "path": str, "frame": int, "sha256": str, "size": int, "appended": bool})
+Doing = TypedDict("Doing", {
+    "job": int, "frame": int, "kind": TaskKind, "top": int, "bottom": int, "tasks": int,
+    "threads": int, "progress": float})
+WorkerView = TypedDict("WorkerView", {
+    "id": int, "name": str, "cores": int, "memory": int, "system": str, "address": str,
+    "joined": float, "owner": str, "engines": Mapping[str, str], "tags": tuple[str, ...],
+    "runs": int, "seen": Optional[float], "does": Optional[Doing], "guest": bool,
+    "code": Optional[str], "state": str, "reason": Optional[str]})
+Total = TypedDict("Total", {"name": str, "frames": float, "wall": float, "failures": float})
+PersonView = TypedDict("PersonView", {
+    "name": str, "role": Role, "added": float, "limits": Mapping[str, int], "jobs": int,
+    "frames": int, "kept": int})
 
 
 class Pairings:
@@ -12094,7 +12142,9 @@ class Api:
 
     # --- looking
 
-    @route("GET", "/api/v1/farm", role="reader", summary="The farm as a whole")
+    @route("GET", "/api/v1/farm", role="reader", gives={
+        "name": str, "version": str, "farm_id": str, "event": int, "workers": int, "notice": str,
+        "you": str, "uptime": float}, summary="The farm as a whole")
     def farm(self, request: Request) -> Response:
         """Name, version, id, the newest event's id; ``notice`` says what is wrong, or nothing."""
         with self._store.read() as tx:
@@ -12105,7 +12155,8 @@ class Api:
                 "uptime": self._farm.clock.monotonic() - self._started,
             })
 
-    @route("GET", "/api/v1/jobs", role="reader", summary="The jobs, the newest first")
+    @route("GET", "/api/v1/jobs", role="reader", gives={"jobs": tuple[JobView, ...]},
+           summary="The jobs, the newest first")
     def jobs(self, request: Request) -> Response:
         """Query: limit, after (the last id already seen), owner (a name)."""
         with self._store.read() as tx:
@@ -12113,13 +12164,14 @@ class Api:
                            request.query.get("owner", ""))
             return json_response({"jobs": self.views.jobs(tx, rows)})
 
-    @route("GET", "/api/v1/jobs/<job:int>", role="reader", summary="One job")
+    @route("GET", "/api/v1/jobs/<job:int>", role="reader", gives=JobView, summary="One job")
     def job(self, request: Request) -> Response:
         """One job with its counters, rate and, when frames failed, the newest failure."""
         with self._store.read() as tx:
             return json_response(self.views.job(tx, tx.job(request.params["job"]), whole=True))
 
-    @route("GET", "/api/v1/jobs/<job:int>/frames", role="reader", summary="The frames of a job")
+    @route("GET", "/api/v1/jobs/<job:int>/frames", role="reader",
+           gives={"frames": tuple[FrameView, ...]}, summary="The frames of a job")
     def frames(self, request: Request) -> Response:
         """Query: limit, after (the last frame number already seen), since (a time)."""
         with self._store.read() as tx:
@@ -12134,7 +12186,7 @@ class Api:
                 for row in rows]})
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image", role="reader",
-           summary="A finished image")
+           gives="image/*", summary="A finished image")
     def image(self, request: Request) -> Response:
         """The image as POV-Ray wrote it; takes Range and If-None-Match."""
         with self._store.read() as tx:
@@ -12145,7 +12197,7 @@ class Api:
         return file_response(path, _MIME[path.suffix], request, task.sha256 or "")
 
     @route("GET", "/api/v1/jobs/<job:int>/slices/<task:int>/image", role="reader",
-           summary="A finished slice")
+           gives="image/*", summary="A finished slice")
     def slice_image(self, request: Request) -> Response:
         """The rows of a slice as a picture of their own, until its frame is put together."""
         with self._store.read() as tx:
@@ -12157,7 +12209,7 @@ class Api:
         return file_response(path, _MIME[path.suffix], request, task.sha256 or "")
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/log", role="reader",
-           summary="What POV-Ray printed")
+           gives="text/plain", summary="What POV-Ray printed")
     def log(self, request: Request) -> Response:
         """The text of every attempt at one frame, the oldest first, as plain text.
 
@@ -12171,7 +12223,7 @@ class Api:
             return text_response(self.views.log(tx, job, task, plain))
 
     @route("GET", "/api/v1/jobs/<job:int>/files", role="reader",
-           summary="The files that the scene wrote")
+           gives={"files": tuple[WrittenView, ...]}, summary="The files that the scene wrote")
     def written(self, request: Request) -> Response:
         """Path, SHA-256, size, and the frame that wrote it last, of each file.
 
@@ -12185,7 +12237,7 @@ class Api:
                                             for row in tx.written(job.id)]})
 
     @route("GET", "/api/v1/jobs/<job:int>/files/<hash>", role="reader",
-           summary="A file that the scene wrote")
+           gives=BYTES, summary="A file that the scene wrote")
     def written_file(self, request: Request) -> Response:
         """The contents with this hash."""
         sha256 = _sha256(request)
@@ -12193,11 +12245,10 @@ class Api:
             job = tx.job(request.params["job"])
             if all(row.sha256 != sha256 for row in tx.written(job.id)):
                 raise ProtocolError(404, "the scene wrote no file with this hash")
-        return file_response(self._store.blob_path(sha256), "application/octet-stream", request,
-                             sha256)
+        return file_response(self._store.blob_path(sha256), BYTES, request, sha256)
 
     @route("GET", "/api/v1/jobs/<job:int>/archive.zip", role="reader",
-           summary="All finished images of a job")
+           gives="application/zip", summary="All finished images of a job")
     def archive(self, request: Request) -> Response:
         """A zip of them and of the files that the scene wrote, made while it is sent."""
         with self._store.read() as tx:
@@ -12208,20 +12259,23 @@ class Api:
         response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
         return response
 
-    @route("GET", "/api/v1/workers", role="reader", summary="The workers")
+    @route("GET", "/api/v1/workers", role="reader", gives={"workers": tuple[WorkerView, ...]},
+           summary="The workers")
     def workers(self, request: Request) -> Response:
         """Every worker with what it does: working, idle, gone, sick or pending."""
         with self._store.read() as tx:
             return json_response({"workers": self.views.workers(tx)})
 
-    @route("GET", "/api/v1/totals", role="reader", summary="What was rendered, and by whom")
+    @route("GET", "/api/v1/totals", role="reader",
+           gives=dict.fromkeys(("workers", "computers", "groups"), tuple[Total, ...]),
+           summary="What was rendered, and by whom")
     def totals(self, request: Request) -> Response:
         """Frames (slices as parts of some), seconds and failures by workers, computers, groups."""
         with self._store.read() as tx:
             return json_response(self.views.totals(tx))
 
     @route("GET", "/api/v1/events", role="reader", waits=True,
-           summary="What happens, as it happens")
+           gives={"events": tuple[Event, ...], "more": bool}, summary="What happens, as it happens")
     def events(self, request: Request) -> Response:
         """Server-sent events after the id ``after`` (or Last-Event-ID), or from now on.
 
@@ -12240,12 +12294,13 @@ class Api:
         return stream_response(self._event_stream(int(known[0]) if known else after,
                                                   request.identity), "text/event-stream")
 
-    @route("GET", "/api/v1/openapi.json", role="reader", summary="This API, for programs")
+    @route("GET", "/api/v1/openapi.json", role="reader", gives={}, summary="This API, for programs")
     def openapi(self, request: Request) -> Response:
         """An OpenAPI 3 document, made from the routes themselves."""
         return json_response(openapi_document(self.routes))
 
-    @route("GET", "/api/v1/metrics", role="reader", summary="Figures for Prometheus")
+    @route("GET", "/api/v1/metrics", role="reader", gives="text/plain",
+           summary="Figures for Prometheus")
     def metrics(self, request: Request) -> Response:
         """Counters in Prometheus' text format."""
         with self._store.read() as tx:
@@ -12254,7 +12309,7 @@ class Api:
     # --- steering
 
     @route("POST", "/api/v1/jobs", role="submit", max_body=64 << 20, takes=Submission,
-           summary="Submit a job")
+           gives={"id": int, "missing": tuple[str, ...], "event": int}, summary="Submit a job")
     def submit(self, request: Request) -> Response:
         """Body: name, pov, manifest, options, ticket, frames. Answers id and missing hashes.
 
@@ -12279,7 +12334,8 @@ class Api:
         self._farm.put_blob(_sha256(request), request.body.blocks())
         return Response(204)
 
-    @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", summary="Steer a job")
+    @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", gives=JobView,
+           summary="Steer a job")
     def steer(self, request: Request) -> Response:
         """Action: pause, resume, cancel or retry.
 
@@ -12294,7 +12350,8 @@ class Api:
             getattr(self._farm, action)(request.params["job"], request.identity.name)
         return self.job(request)
 
-    @route("PATCH", "/api/v1/jobs/<job:int>", role="user", summary="Change a job")
+    @route("PATCH", "/api/v1/jobs/<job:int>", role="user", takes=JobOptions, gives=JobView,
+           summary="Change a job")
     def change(self, request: Request) -> Response:
         """Body: any of a job's options."""
         wire = request.json()
@@ -12311,7 +12368,9 @@ class Api:
 
     # --- working
 
-    @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, summary="Ask for work")
+    @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, gives={
+        "leases": tuple[LeaseSpec, ...], "open": int, "pending": bool, "gone": tuple[str, ...],
+        "ends": bool}, summary="Ask for work")
     def lease(self, request: Request) -> Response:
         """Body: want, slots, idle, wait, projects. Held open until there is something to render.
 
@@ -12332,7 +12391,9 @@ class Api:
                                   "gone": tx.unknown_manifests(offer.projects),
                                   "ends": self._tells_end(worker)})
 
-    @route("POST", "/api/v1/beat", role="worker", takes=Beat, summary="Keep leases alive")
+    @route("POST", "/api/v1/beat", role="worker", takes=Beat,
+           gives={"ended": tuple[str, ...], "cuts": Mapping[str, int], "ends": bool},
+           summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
         """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended.
 
@@ -12373,7 +12434,7 @@ class Api:
         return Response(204)
 
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>", role="worker", max_body=MAX_IMAGE,
-           summary="Deliver an image")
+           gives={"accepted": bool}, summary="Deliver an image")
     def deliver(self, request: Request) -> Response:
         """Body: ``log`` bytes of POV-Ray's text, the image, ``files`` bytes of a zip of the
         files that the scene wrote.
@@ -12402,7 +12463,7 @@ class Api:
         return Response(204)
 
     @route("GET", "/api/v1/tasks/<task:int>/<what>", role="worker",
-           summary="What a pass or a stopped render left")
+           gives=BYTES, summary="What a pass or a stopped render left")
     def part(self, request: Request) -> Response:
         """``result`` of a pass that is done, or the ``state`` of an unfinished task."""
         place = {"result": self._store.place, "state": self._store.state_path}.get(
@@ -12412,7 +12473,7 @@ class Api:
             if task is None or place is None:
                 raise ProtocolError(404, f"there is no task {request.params['task']}")
             path = place(tx.job(task.job), task)
-        return file_response(path, "application/octet-stream", request,
+        return file_response(path, BYTES, request,
                              "" if place == self._store.state_path else task.sha256 or "")
 
     @route("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail", role="worker",
@@ -12427,7 +12488,8 @@ class Api:
             plain(told["message"][:1000]), told["log"].encode(), told["scene"])
         return Response(204)
 
-    @route("GET", "/api/v1/manifests/<key>", role="worker", summary="The files of a project")
+    @route("GET", "/api/v1/manifests/<key>", role="worker", gives=Manifest,
+           summary="The files of a project")
     def manifest(self, request: Request) -> Response:
         """Path, SHA-256, size and time of each file."""
         with self._store.read() as tx:
@@ -12436,12 +12498,11 @@ class Api:
             raise ProtocolError(404, "there is no such project")
         return text_response(wire, mime="application/json")
 
-    @route("GET", "/api/v1/blobs/<hash>", role="worker", summary="A file of a project")
+    @route("GET", "/api/v1/blobs/<hash>", role="worker", gives=BYTES, summary="A file of a project")
     def blob(self, request: Request) -> Response:
         """The contents with this hash."""
         sha256 = _sha256(request)
-        return file_response(self._store.blob_path(sha256), "application/octet-stream", request,
-                             sha256)
+        return file_response(self._store.blob_path(sha256), BYTES, request, sha256)
 
     # --- inside
 
@@ -12498,6 +12559,7 @@ class Entrance:
         self._admit_private = admit_private
 
     @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello,
+           gives=dict.fromkeys(("session", "farm_id", "proof"), str),
            summary="Prove to each other that a secret is known")
     def hello(self, request: Request) -> Response:
         """Body: who (``farm`` for the farm key, or the ``who`` of a worker), nonce.
@@ -12509,14 +12571,15 @@ class Entrance:
             raise UserError("a nonce has 32 to 64 hexadecimal digits")
         return json_response(self._access.hello(hello["who"], hello["nonce"]))
 
-    @route("POST", "/api/v1/login", role="person", summary="Make a login link")
+    @route("POST", "/api/v1/login", role="person", gives={"path": str}, summary="Make a login link")
     def login_link(self, request: Request) -> Response:
         """Answer the path of a link that logs one browser in, as whoever asks for it."""
         return json_response({"path": f"/login/{self._access.login_code(request.identity.name)}"})
 
     # --- people
 
-    @route("GET", "/api/v1/users", role="person", summary="The people")
+    @route("GET", "/api/v1/users", role="person", gives={"users": tuple[PersonView, ...]},
+           summary="The people")
     def users(self, request: Request) -> Response:
         """Everybody with role, limits and what they have; to others than the admin themselves."""
         everybody = "admin" in request.identity.roles
@@ -12538,13 +12601,15 @@ class Entrance:
         return Response(204)
 
     @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
+           gives={"name": str, "role": Role, "share": str, "proof": str},
            summary="Come by an invitation")
     def come(self, request: Request) -> Response:
         """Body: name, ticket, share, and a proof, which is made of the code. Answers ours."""
         return json_response(self._access.come(
             **fields_of(Comer, request.json()), remote=request.remote), 201)
 
-    @route("PATCH", "/api/v1/users/<name>", role="admin", summary="Change a person's limits")
+    @route("PATCH", "/api/v1/users/<name>", role="admin", takes=Allowance,
+           summary="Change a person's limits")
     def change_user(self, request: Request) -> Response:
         """Body: any of the limits."""
         limits = checked(want({"limits": request.json()}, "limits", dict), ALLOWANCES)
@@ -12562,7 +12627,8 @@ class Entrance:
     # --- workers
 
     @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, takes=WorkerInfo,
-           summary="Join as a worker")
+           gives={"id": Optional[int], "admitted": Optional[bool], "share": Optional[str],
+                  "nonce": Optional[str]}, summary="Join as a worker")
     def join(self, request: Request) -> Response:
         """Body: name, cores, memory, system, engines, tags. Answers id, admitted.
 
@@ -12587,7 +12653,7 @@ class Entrance:
         return json_response({"id": worker, "admitted": True}, 201)
 
     @route("POST", "/api/v1/workers/admit", role="admin", takes=Code,
-           summary="Admit a pending worker")
+           gives={"name": str}, summary="Admit a pending worker")
     def admit(self, request: Request) -> Response:
         """Body: code, as the worker shows it."""
         return json_response({"name": self._farm.admit(
@@ -12635,15 +12701,29 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
         paths.setdefault(path, {})[tag.method.lower()] = {
             "summary": tag.summary, "description": " ".join((bound.handler.__doc__ or "").split()),
             "operationId": bound.handler.__name__, "parameters": parameters,
-            "x-role": tag.role, "responses": {"default": {"description": "see docs/api.md"}},
+            "x-role": tag.role, "responses": {
+                "2XX": {"description": tag.summary, **_content(tag.gives)},
+                "default": {"description": "see docs/api.md",
+                            **_content({"error": str, "detail": Optional[str]})}},
             "security": [] if tag.role in ("anyone", "reader") else [{"key": []}],
-            **({"requestBody": {"required": True, "content": {
-                "application/json": {"schema": schema_of(tag.takes)}}}} if tag.takes else {}),
         }
+        if tag.takes:
+            body = _content(tag.takes)
+            if tag.method == "PATCH":
+                del body["content"]["application/json"]["schema"]["required"]
+            paths[path][tag.method.lower()]["requestBody"] = {"required": True, **body}
     return {
         "openapi": "3.0.3", "info": {"title": "povfarm", "version": VERSION}, "paths": paths,
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
+
+
+def _content(kind: Any) -> dict[str, Any]:
+    """Return how OpenAPI describes the body of a request or an answer; see ``route``."""
+    if isinstance(kind, str):
+        return {"content": {kind: {"schema": {"type": "string", "format": "binary"}}}}
+    schema = schema_of_fields(kind) if isinstance(kind, dict) else kind and schema_of(kind)
+    return {} if kind is None else {"content": {"application/json": {"schema": {**schema}}}}
 
 
 _MIME: Mapping[str, str] = {kind.extension: kind.mime for kind in IMAGE_TYPES.values()}
@@ -13878,7 +13958,8 @@ class Machines(Dialect):
         for _, thread in self._used.values():
             thread.join(NODE_PATIENCE)
 
-    @route("GET", "/api/v1/machines", role="admin", summary="The nodes of RenderOnline's")
+    @route("GET", "/api/v1/machines", role="admin", gives={"machines": tuple[Machine, ...]},
+           summary="The nodes of RenderOnline's")
     def show(self, request: Request) -> Response:
         """Each with the directory that it shares with us."""
         return json_response({"machines": [
@@ -17798,7 +17879,7 @@ MOST_WAITING = 100  # finished frames on their way, beyond which no more work is
 MAX_SHARED = 1 << 30  # bytes of samples and photons that a pass may leave
 OFFER_TIME = 600.0  # seconds that a frame is offered to a coordinator that makes mistakes with it
 TURN = 30.0  # seconds for which a computer renders for one of several farms
-START_SLEEP, FRAME_SLEEP = 0.3, 0.22  # seconds that POV-Ray 3.7 sleeps: at its start, per frame
+START_SLEEP = 0.3  # seconds that POV-Ray 3.7 sleeps at its start
 
 
 def nearly_full(place: Path) -> bool:

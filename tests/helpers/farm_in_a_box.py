@@ -224,9 +224,12 @@ class Farm:
             body = json_body if isinstance(json_body, bytes) else json.dumps(json_body).encode()
             lines["content-type"] = "application/json"
         lines.update(self.signer.headers(key, method, target, body))
-        return Reply(self.router.handle(Request(
+        reply = Reply(self.router.handle(Request(
             method, place_of(self.access, lines.get("cookie", "")) + path, dict(parse_qsl(query, keep_blank_values=True)), lines,
             BodyReader.of(body), remote, target=target)))
+        if path.startswith("/api/") and reply.body and reply.headers["Content-Type"].startswith("application/json"):
+            check_described(self.router, method, path, reply)
+        return reply
 
     # --- truth
 
@@ -240,6 +243,40 @@ class Farm:
 
     def close(self) -> None:
         self.store.close()
+
+
+def check_described(router: Router, method: str, path: str, reply: Reply) -> None:
+    """An answer is as the OpenAPI document has it: all that must be there, and no more."""
+    for bound in router.routes:
+        if bound.route.method == method and bound.regex.fullmatch(path):
+            described = povfarm.openapi_document([bound])["paths"].popitem()[1][method.lower()]["responses"]
+            content = described["2XX" if reply.status < 300 else "default"]["content"]
+            wrong = [*unlike(reply.json(), content["application/json"]["schema"])]
+            assert not wrong, wrong
+            return
+
+
+KINDS: Mapping[str, Any] = {"object": dict, "array": list, "string": str, "integer": int,
+                            "number": (int, float), "boolean": bool, "": object}
+
+
+def unlike(value: Any, schema: Mapping[str, Any], where: str = "answer") -> Iterator[str]:
+    """What of a value is not as a JSON schema says, or is not in it."""
+    kind = schema.get("type", "")
+    if value is None and schema.get("nullable"):
+        return
+    if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind not in ("boolean", "")) or (
+            value not in schema.get("enum", [value])):
+        yield f"{where} is {value!r}, and should be {schema}"
+    elif kind == "array":
+        for one in value:
+            yield from unlike(one, schema["items"], f"{where}[]")
+    elif kind == "object" and schema.get("properties", True):
+        known = schema.get("properties") or dict.fromkeys(value, schema["additionalProperties"])
+        yield from (f"{where} has no {name}" for name in schema.get("required", ()) if name not in value)
+        yield from (f"{where}.{name} is not described" for name in value if name not in known)
+        for name in value.keys() & known.keys():
+            yield from unlike(value[name], known[name], f"{where}.{name}")
 
 
 class Reply:
