@@ -892,6 +892,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("sheepit", bool, False, "let SheepIt clients render, and print the command for them",
             "serve"),
     Setting("renderonline", bool, False, "take scenes from RenderOnline's clients", "serve"),
+    Setting("on-done", str, "", "program to start when a job is done: JSON on its standard input",
+            "serve", "COMMAND"),
     Setting("lease-time", _lease_time, 30.0,
             "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
     Setting("cores", _count, None, "number of cores to keep busy; default: all",
@@ -983,27 +985,30 @@ def configured_defaults(environ: Mapping[str, str], data: str = "") -> dict[str,
     The environment wins over the file povfarm.ini in the data directory (``data`` is what
     ``--data`` gave, if it did), and the file over the default in the option's row. Raises
     ``UserError`` for a bad value, and for a name in the file that is no option's. The
-    lines below [renderonline] are ``renderonline-lines``, as they are.
+    lines below [renderonline] are ``renderonline-lines``, as they are, and so with [hooks].
     """
     values: dict[str, Any] = {row.name: row.default for row in SETTINGS}
-    values["renderonline-lines"] = lines = []
+    values.update({f"{section}-lines": [] for section in _SECTIONS})
     place = setting("data")
     if data or environ.get(place.variable):
         values["data"] = place.parse(data or environ[place.variable],
                                      "--data" if data else place.variable)
-    for name, text, source in _read_settings_file(values["data"] / "povfarm.ini"):
-        if name in _BY_NAME:
-            values[name] = setting(name).parse(text, f"{source}: {name}")
+    for section, name, text, source in _read_settings_file(values["data"] / "povfarm.ini"):
+        if section in _SECTIONS:
+            values[f"{section}-lines"].append((name, text, source))
         else:
-            lines.append((name, text, source))
+            values[name] = setting(name).parse(text, f"{source}: {name}")
     for row in SETTINGS:
         if row is not place and environ.get(row.variable):
             values[row.name] = row.parse(environ[row.variable], row.variable)
     return values
 
 
-def _read_settings_file(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield each option of a file with its text and its place; ``UserError`` for a bad line."""
+_SECTIONS = ("renderonline", "hooks")  # of the settings file, whose lines are no options
+
+
+def _read_settings_file(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Yield each line of a file: section, name, text and place; ``UserError`` for a bad one."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -1019,23 +1024,23 @@ def _read_settings_file(path: Path) -> Iterator[tuple[str, str, str]]:
         if not line or line[0] in "#;":
             continue
         if line[0] == "[" or not section:
-            if line != "[povfarm]" and (line != "[renderonline]" or not section):
+            if line != "[povfarm]" and (line[1:-1] not in _SECTIONS or not section):
                 raise UserError(f"{source}: expected the line [povfarm], not '{line}'")
-            section = line
+            section = line[1:-1]
             continue
         if not equals:
             raise UserError(f"{source}: '{line}' is not NAME = VALUE, such as port = 2281")
-        name = name.lower() if section == "[povfarm]" else name
+        name = name.lower() if section == "povfarm" else name
         if name == "data":
             raise UserError(f"{source}: this file is in the data directory: choose another one "
                             "with --data or POVFARM_DATA")
-        if name not in known and section == "[povfarm]":
+        if name not in known and section == "povfarm":
             raise UserError(f"{source}: there is no option '{name}': 'povfarm.py help COMMAND' "
                             "lists the options of a command")
-        if name in seen:
+        if name in seen and section != "hooks":  # of which several may hear of the same
             raise UserError(f"{source}: '{name}' is set twice")
         seen.add(name)
-        yield name, value, source
+        yield section, name, value, source
 
 
 # === 3. POV ==================================================================
@@ -8484,6 +8489,13 @@ class Look(_Register):
             SELECT * FROM event WHERE frame IS NULL ORDER BY id DESC LIMIT :limit""",
                          limit=limit)[::-1]
 
+    def events_called(self, names: Collection[str], after: int, limit: int) -> list[Event]:
+        """Return those events after an id that are called so, the oldest first."""
+        return self._all(Event, """
+            SELECT * FROM event WHERE id > :after AND frame IS NULL
+            AND what IN (SELECT value FROM json_each(:names)) ORDER BY id LIMIT :limit""",
+                         names=json.dumps([*names]), after=after, limit=limit)
+
     def last_event(self) -> int:
         """Return the id of the newest event, 0 when there is none."""
         return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
@@ -9466,13 +9478,15 @@ class Grants:
 class Presence:
     """A worker, as far as only this process knows of it.
 
-    It was last ``seen`` by the monotonic clock, None since it has left; ``departures`` count that,
+    It was last ``seen`` by the monotonic clock, None since it has left, and told to be lost when it
+    was ``missed`` since then; ``departures`` count that it left,
     so that a request which it has left open gives it nothing. It keeps ``slots`` runs going.
     When it is sick, ``trial`` is when it last got a task to try, or became sick. ``well`` is True
     where it is known that it did not fail what it did last. Its open requests wait at ``bells``.
     """
 
     seen: float | None = None
+    missed: float | None = None
     slots: int = 1
     departures: int = 0
     trial: float | None = None
@@ -10063,14 +10077,22 @@ class _Crew:
                 self.states.waiting.wait(bell, left)
 
     def expire(self) -> None:
-        """Take back every lease whose worker has been silent for too long."""
-        now = self.clock.monotonic()
+        """Take back every lease whose worker has been silent for too long, and tell who is lost."""
+        now, live = self.clock.monotonic(), self.live_workers()
         late = [grant.id for grant in self.states.grants
                 if grant.heard + self.silence(grant.worker) < now]
-        if late:
+        lost = {worker: presence.seen for worker, presence in list(self.states.presences.items())
+                if presence.seen not in (None, presence.missed) and worker not in live
+                and (presence.guest is None or self.states.grants.of_worker(worker))}
+        if late or lost:
             with self.states.tx() as tx:
+                for row in filter(None, map(tx.find_worker, lost)):
+                    if row.state is WorkerState.ADMITTED:
+                        self.states.tell(tx, "lost", row.name, worker=row.id)
                 for grant in filter(None, map(self.states.grants.get, late)):
                     self.states.end_lease(tx, grant, AttemptState.EXPIRED, "worker silent")
+        for worker, seen in lost.items():
+            self.states.presence(worker).missed = seen
 
     def receive(self, worker: int, guest: Guest) -> None:
         """Treat a worker as one of another system, until the coordinator ends."""
@@ -14793,8 +14815,9 @@ _EVENT_WORDS: Mapping[str, str] = {
     "job failed": "ended with failed frames", "job paused": "is paused",
     "job cancelled": "was cancelled", "job waiting": "waits for its files", "done": "is done",
     "queued": "is queued again", "cancelled": "was cancelled", "changed": "was changed",
-    "removed": "was removed", "doubtful": "is doubtful", "set aside": "had a worker set aside",
-    "admitted": "was let in", "deleted": "was deleted", "invited": "can come",
+    "removed": "was removed", "lost": "fell silent", "doubtful": "is doubtful",
+    "set aside": "had a worker set aside", "admitted": "was let in", "deleted": "was deleted",
+    "invited": "can come",
     "person added": "has come", "person removed": "was removed", "person changed": "is the limit",
 }
 _KIND_WORDS: Mapping[str, str] = {"slice": ", a slice of it,", "pass": ", what its slices share,"}
@@ -15764,12 +15787,21 @@ def _address(name: str) -> str:
 
 
 # === 17. COORDINATOR =========================================================
-# Puts sections 10 to 16 together: one data directory, one port, one beacon, and
-# a thread that keeps house. Decides nothing about jobs.
+# Puts sections 10 to 16 together: one data directory, one port, one beacon, a thread
+# that keeps house, and those that tell hooks what happens. Decides nothing about jobs.
 
 HOUSEKEEPING = 1.0  # seconds between two looks for leases that have run out
 TIDYING = 3600.0  # seconds between two clean-ups of what nobody needs
 FAREWELL = 1.0  # seconds in which workers have to ask, to hear that their farm ends for good
+HOOK_LOOK = 1.0  # seconds between two looks of a hook for what has happened
+HOOK_SECONDS = 60.0  # that a program of a hook may run, and
+HOOK_OUTPUT = 1 << 20  # bytes that it may print
+HOOK_ANSWER = 10.0  # seconds that a web server may be silent
+HOOK_PAUSE = 300.0  # seconds at most until a web server is tried again
+HOOK_EVENTS = 1000  # that are looked at together
+# What a hook may hear of, and what the event is called.
+HOOKS: Mapping[str, str] = {"done": "job done", "failed": "job failed", "paused": "job paused",
+                            "lost": "lost", "full": "full"}
 
 
 class Coordinator:
@@ -15781,7 +15813,8 @@ class Coordinator:
     its key; ``pin`` is then the certificate's SHA-256. ``httpov`` lets HTTPov's
     clients in, ``sheepit`` SheepIt's, ``renderonline`` RenderOnline's; ``programs`` are the
     words that RenderOnline's nodes are given. ``typed`` tells how commands are typed on
-    this computer, see ``with_commands``; ``started`` are its options as typed. Raises
+    this computer, see ``with_commands``; ``started`` are its options as typed; ``hooks`` hear
+    what happens. Raises
     ``UserError`` for a port in use or a bad certificate and ``StoreError`` for a data
     directory that cannot be used or that another povfarm holds.
     """
@@ -15795,7 +15828,8 @@ class Coordinator:
                  programs: OnlineRules = OnlineRules((), {}),
                  allowance: Allowance = Allowance(),
                  typed: Callable[[str], str] = "povfarm.py {}".format,
-                 started: Sequence[str] = (), clock: Clock | None = None) -> None:
+                 started: Sequence[str] = (), hooks: Iterable[Hook] = (),
+                 clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.data, self._started = data, started
         context, self.pin = _tls_context(*tls) if tls else (None, "")
@@ -15835,6 +15869,7 @@ class Coordinator:
             pin=self.pin, port=discovery_port)
         self._stopped = threading.Event()
         self._house = threading.Thread(target=self._keep_house, name="house", daemon=True)
+        self._heralds = [Herald(hook, self.api, self.store, self.clock) for hook in hooks]
 
     @property
     def port(self) -> int:
@@ -15846,7 +15881,8 @@ class Coordinator:
         self.server.start()
         if self.beacon is not None:
             self.beacon.start()
-        self._house.start()
+        for thread in (self._house, *self._heralds):
+            thread.start()
         self.machines.start()
         note = {"url": self.url, "pin": self.pin, "name": self.name, "pid": os.getpid(),
                 "serve": self._started}
@@ -15867,6 +15903,8 @@ class Coordinator:
         while for_good and self.api.untold and time.monotonic() < end:
             time.sleep(0.01)
         self.server.stop()
+        for herald in self._heralds:
+            herald.stop()
         if self._house.is_alive():
             self._house.join()
         (self.data / "coordinator.json").unlink(missing_ok=True)
@@ -15886,6 +15924,196 @@ class Coordinator:
                 pass  # the notice says it
             except (FarmError, OSError, sqlite3.Error):
                 log.exception("housekeeping failed; it is tried again")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Who hears of which ``events``: a program with its ``words``; or an ``url``, and the secret.
+
+    All of it comes from the owner's command line or settings file, nothing from a job.
+    """
+
+    events: tuple[str, ...]
+    words: tuple[str, ...] = ()
+    url: str = ""
+    secret: str = ""
+
+    @classmethod
+    def all_of(cls, lines: Iterable[tuple[str, str, str]], on_done: str = "") -> list[Hook]:
+        """Read lines of the settings file: name, text and place; a ``UserError`` names the place.
+
+        They are ``EVENT, EVENT = COMMAND or ADDRESS``, and ``secret = TEXT`` for the addresses.
+        """
+        given = [*lines, *([("done", on_done, "--on-done")] if on_done else [])]
+        secret = next((text for name, text, _ in given if name == "secret"), "")
+        return [cls._of(name, text, source, secret) for name, text, source in given
+                if name != "secret"]
+
+    @classmethod
+    def _of(cls, name: str, text: str, source: str, secret: str) -> Hook:
+        events = tuple(word.strip() for word in name.split(","))
+        for event in events:
+            if event not in HOOKS:
+                raise UserError(f"{source}: there is no event '{event}': there are "
+                                + ", ".join(HOOKS))
+        if re.match("https?://", text):
+            if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[!-~]*)?", text, re.ASCII):
+                raise UserError(f"{source}: '{text}' is not an address such as "
+                                "https://example.org/farm")
+            if not secret:
+                raise UserError(f"{source}: the other end cannot know that we call: add the line "
+                                "'secret = TEXT', with a long text that it has, too")
+            return cls(events, url=text, secret=secret)
+        try:
+            words = shlex.split(text, posix=os.name != "nt")
+        except ValueError as error:
+            raise UserError(f"{source}: '{text}' cannot be taken apart: {error}") from None
+        program = shutil.which(words[0]) if words else None
+        if program is None:
+            raise UserError(f"{source}: there is no program '{''.join(words[:1])}' that can be "
+                            "started: write its whole path")
+        return cls(events, (str(Path(program).absolute()), *words[1:]))
+
+
+class Herald(threading.Thread):
+    """Tells a hook what happens, one event after the other; nobody waits for it.
+
+    The events in the database are its queue, and a note there is how far it is: so each event
+    is told at least once, also after a restart, as long as the farm keeps it.
+    """
+
+    def __init__(self, hook: Hook, api: Api, store: Store, clock: Clock) -> None:
+        super().__init__(name="hook", daemon=True)
+        self._hook, self._api, self._store, self._clock = hook, api, store, clock
+        self._stopped, self._notice = threading.Event(), ""
+        self._note = "hook " + hashlib.sha256(repr(
+            (hook.events, hook.words, hook.url)).encode()).hexdigest()[:16]
+        with store.tx() as tx:
+            self._after = int(tx.meta(self._note) or tx.last_event())  # a new one: from now on
+            tx.set_meta(self._note, str(self._after))
+
+    def stop(self) -> None:
+        """Tell no more; a program that runs is ended, and starts again with the farm."""
+        self._stopped.set()
+        if self.is_alive():
+            self.join(FAREWELL)
+
+    def run(self) -> None:
+        """Tell what happens until stopped."""
+        while not self._stopped.wait(HOOK_LOOK):
+            try:
+                for event in self._news():
+                    if not self._tell(event):
+                        break
+            except NoRoom:
+                pass  # it is told, and only that is not noted
+            except (FarmError, OSError, sqlite3.Error):
+                if not self._stopped.is_set():
+                    log.exception("a hook could not be told; it is tried again")
+
+    def _news(self) -> Iterator[Event]:
+        """Yield what has happened; that the disk is full could not be stored as an event."""
+        before, self._notice = self._notice, self._store.notice
+        if self._notice and not before and "full" in self._hook.events:
+            yield Event(0, self._clock.time(), None, None, None, HOOKS["full"], self._notice,
+                        "", "")
+        with self._store.read() as look:
+            newest = look.last_event()
+            events = look.events_called([HOOKS[name] for name in self._hook.events], self._after,
+                                        HOOK_EVENTS)
+        yield from (event for event in events if event.text != PAUSED_BY_HAND)
+        self._after = max(self._after, events[-1].id if len(events) == HOOK_EVENTS else newest)
+
+    def _tell(self, event: Event) -> bool:
+        """Tell of an event, to an address until it takes it; False when stopped meanwhile."""
+        body, pause, problem = json.dumps(self._said(event)).encode(), 0.5, ""
+        again = True
+        while again and not self._stopped.is_set():
+            before, (problem, again) = problem, (
+                self._post(body) if self._hook.url else self._start(body))
+            if problem not in ("", before) and not self._stopped.is_set():
+                log.warning("hook %s, of event %d: %s%s", self._hook.url or self._hook.words[0],
+                            event.id, one_line(problem), "; it is tried again" if again else "")
+            pause = min(2 * pause, HOOK_PAUSE)
+            self._stopped.wait(pause if again else 0)
+        if self._stopped.is_set():
+            return False
+        self._after = max(self._after, event.id)
+        with self._store.tx() as tx:
+            tx.set_meta(self._note, str(self._after))
+        return True
+
+    def _said(self, event: Event) -> dict[str, Any]:
+        """Return what a hook is told: the event by its name here, and what it is about."""
+        name = next(name for name, what in HOOKS.items() if what == event.what)
+        with self._store.read() as look:
+            job = look.find_job(event.job) if event.job else None
+            worker = look.find_worker(event.worker) if event.worker else None
+            view = self._api.views.job(look, job) if job else None
+        return {"event": name, "id": event.id, "time": event.time, "text": event.text,
+                "farm": self._api.name, "worker": worker and worker.name, "job": view and {
+                    **{key: view[key] for key in (
+                        "id", "name", "owner", "state", "created", "started", "finished", "cpu",
+                        "wall", "frames")},
+                    "directory": str(self._store.job_directory(view["id"], view["name"]))}}
+
+    def _post(self, body: bytes) -> tuple[str, bool]:
+        """Send it to the address; return what went wrong, and whether to try again."""
+        url = urllib.parse.urlsplit(self._hook.url)
+        target = url._replace(scheme="", netloc="").geturl() or "/"
+        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        sign = hmac.new(self._hook.secret.encode(), body, "sha256").hexdigest()
+        try:
+            with contextlib.closing(kind(url.netloc, timeout=HOOK_ANSWER)) as connection:
+                connection.request("POST", target, body, {
+                    "Content-Type": "application/json", "User-Agent": "povfarm",
+                    "X-Povfarm-Signature": f"sha256={sign}"})
+                status = connection.getresponse().status
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            return f"no answer: {error or type(error).__name__}", True
+        taken = 200 <= status < 300
+        return "" if taken else f"the answer is {status}", status >= 500 or status in (408, 429)
+
+    def _start(self, body: bytes) -> tuple[str, bool]:
+        """Start the program; return what went wrong, and that it is not started again."""
+        said, end, problem = bytearray(), time.monotonic() + HOOK_SECONDS, ""
+        try:
+            program = subprocess.Popen(
+                self._hook.words, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, cwd=self._store.root, start_new_session=True)
+        except OSError as error:
+            return f"it cannot be started: {error.strerror}", False
+        talk = threading.Thread(target=_talk, args=(program, body, said), daemon=True)
+        talk.start()
+        while program.poll() is None and not problem:
+            if time.monotonic() > end:
+                problem = f"it was ended, as it ran for longer than {HOOK_SECONDS:.0f} seconds"
+            elif self._stopped.wait(0.05):
+                problem = "it was ended, as the farm stops"
+            elif len(said) >= HOOK_OUTPUT:
+                problem = "it was ended"
+        if problem and os.name != "nt":
+            os.killpg(program.pid, signal.SIGKILL)
+        program.kill()
+        problem = problem or (f"it ended with code {code}" if (code := program.wait()) else "")
+        talk.join(1)  # what it has left running may hold its output open
+        if len(said) >= HOOK_OUTPUT:  # then nobody reads on, and it may have ended of that
+            return f"it was ended, as it printed more than {format_size(HOOK_OUTPUT)}", False
+        text = said[:500].decode(errors="replace").strip()
+        if text and not problem:
+            log.info("hook %s says: %s", self._hook.words[0], one_line(text))
+        return f"{problem}: {text}" if problem and text else problem, False
+
+
+def _talk(program: subprocess.Popen[bytes], body: bytes, said: bytearray) -> None:
+    """Give a program its input, and read what it prints, up to ``HOOK_OUTPUT``."""
+    assert program.stdin and program.stdout
+    with contextlib.suppress(OSError), program.stdin:
+        program.stdin.write(body)
+    with contextlib.suppress(OSError), program.stdout:
+        while len(said) < HOOK_OUTPUT and (
+                block := os.read(program.stdout.fileno(), 1 << 16)):
+            said += block
 
 
 def farm_key(data: Path) -> str:
@@ -19577,6 +19805,7 @@ def serve(options: Options) -> int:
             programs=OnlineRules.of(options.renderonline_lines, node=True),
             allowance=Allowance(**{name: getattr(options, row.name.replace("-", "_"))
                                    for name, row in ALLOWANCES.items()}),
+            hooks=Hook.all_of(options.hooks_lines, options.on_done),
             typed=_command_typed, started=_options_typed({
                 name: str(options.__dict__[name.replace("-", "_")]) if name.startswith("tls-")
                 else text for name, text in options.typed.items()  # a path from here is none there

@@ -171,7 +171,7 @@ def test_a_path_may_start_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_without_anything_the_defaults_count(tmp_path: Path) -> None:
     found = configured_defaults({"POVFARM_DATA": str(tmp_path)})
     assert found == {**{row.name: row.default for row in SETTINGS}, "data": tmp_path,
-                     "renderonline-lines": []}
+                     "renderonline-lines": [], "hooks-lines": []}
 
 
 def test_lines_for_renderonline_are_kept_as_they_are(tmp_path: Path) -> None:
