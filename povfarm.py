@@ -2152,11 +2152,12 @@ def animated_png(
     yield tail
 
 
-def small_png(source: Path | bytes, extension: str, width: int) -> bytes:
+def small_png(source: Path | bytes, extension: str, width: int, stops: int = 0) -> bytes:
     """Return a picture as a PNG of 8 bits a colour, at most so wide, for a browser.
 
     Of one that becomes smaller each pixel is the mean of four. Transparency is left out. EXR and
-    HDR hold light, of which 1 and more is white: it gets the curve of sRGB (IEC 61966-2-1).
+    HDR hold light, of which 1 and more is white: it gets the curve of sRGB (IEC 61966-2-1), after
+    it is doubled ``stops`` times, or halved.
     The picture has passed ``check_image``. Raises ``ImageError`` for a JPEG, whose pixels are
     not unpacked here.
     """
@@ -2165,7 +2166,7 @@ def small_png(source: Path | bytes, extension: str, width: int) -> bytes:
         across, down = picture.info.width, picture.info.height
         wide = min(width, across)
         high = max(round(down * wide / across), 1)
-        colors = _COLORS[extension](picture)
+        colors = _LIGHT[extension](picture, stops) if stops else _COLORS[extension](picture)
         parts = (0.25, 0.75) if wide < across else (0.0,)  # of a pixel, where it is looked at
         picks = [operator.itemgetter(*(place for x in range(wide) for place in colors.places(
             int((x + part) * across / wide)))) for part in parts]
@@ -2929,9 +2930,10 @@ def _light(value: float) -> int:
     return int(255 * curved + 0.5)
 
 
-@functools.lru_cache(maxsize=1)
-def _half_light() -> bytes:
-    return bytes(_light(struct.unpack("<e", struct.pack("<H", bits))[0]) for bits in range(65536))
+@functools.lru_cache(maxsize=2)
+def _half_light(gain: float) -> bytes:
+    return bytes(_light(gain * struct.unpack("<e", struct.pack("<H", bits))[0])
+                 for bits in range(65536))
 
 
 @functools.lru_cache(maxsize=256)
@@ -2970,26 +2972,27 @@ def _bgr_colors(picture: _Picture) -> _Colors:
         lambda x: tuple(step * x + color * (step > 2) for color in (2, 1, 0)))
 
 
-def _hdr_colors(picture: _Picture) -> _Colors:
+def _hdr_colors(picture: _Picture, stops: int = 0) -> _Colors:
     width = picture.info.width
     return _Colors(
         lambda wanted: (_hdr_planes(row, width) for row in _plain_rows(picture, wanted)),
         lambda x: tuple(plane * width + x for color in range(3) for plane in (color, 3)),
-        lambda values: bytes(_rgbe_light(exponent)[value]
+        lambda values: bytes(_rgbe_light(exponent and max(exponent + stops, 0))[value]
                              for value, exponent in zip(values[::2], values[1::2])))
 
 
-def _exr_colors(picture: _Picture) -> _Colors:
+def _exr_colors(picture: _Picture, stops: int = 0) -> _Colors:
     """A row has its channels one after the other, in the order of their names."""
     width = picture.info.width
     fields, _ = _exr_fields(head := picture.data[:BUFFER])
     names = list(types := _exr_channels(head[fields[b"channels"]]))
     _need(len(set(types.values())) == 1, f"the EXR file {_ODD}")
     half = types[names[0]] == 1
-    planes = [names.index(name) if name in names else 0 for name in "RGB"]
+    planes, gain = [names.index(name) if name in names else 0 for name in "RGB"], 2.0 ** stops
     return _Colors(functools.partial(_exr_rows, picture, "<{}H" if half else "<{}f"),
                    lambda x: tuple(width * plane + x for plane in planes),
-                   lambda values: bytes(map(_half_light().__getitem__ if half else _light, values)))
+                   lambda values: bytes(map(_half_light(gain).__getitem__, values) if half else (
+                       _light(gain * value) for value in values)))
 
 
 def _exr_rows(picture: _Picture, kind: str, wanted: Sequence[int]) -> Iterator[Sequence[Any]]:
@@ -3002,10 +3005,13 @@ def _exr_rows(picture: _Picture, kind: str, wanted: Sequence[int]) -> Iterator[S
                                 raw[start:start + block.size])
 
 
+_LIGHT: Mapping[str, Callable[[_Picture, int], _Colors]] = {
+    ".hdr": _hdr_colors, ".exr": _exr_colors}
 _COLORS: Mapping[str, Callable[[_Picture], _Colors]] = {
     ".png": _png_colors, ".ppm": _ppm_colors, ".tga": _bgr_colors, ".bmp": _bgr_colors,
     ".hdr": _hdr_colors, ".exr": _exr_colors,
 }
+LIGHT_TYPES = frozenset(_LIGHT)
 # The types whose rows can be cut and joined: JPEG's cannot without a loss.
 STRIP_TYPES = frozenset(_LAYOUTS)
 
@@ -14659,20 +14665,27 @@ class Pages(_Sheets):
     @route("GET", "/jobs/<job:int>/frames/<frame:int>/thumb/<size:int>/<hash>", role="reader",
            waits=True, summary="A frame for a browser")
     def thumb(self, request: Request) -> Response:
-        """A finished image as a PNG at most so wide, made when it is first asked for."""
+        """A finished image as a PNG at most so wide, made when it is first asked for.
+
+        Query: stops (-4 to 4), how often the light of an EXR or HDR is doubled.
+        """
         size, frame = request.params["size"], request.params["frame"]
         with self._farm.store.read() as tx:
             job = tx.job(request.params["job"])
             task = tx.task_of_frame(job.id, frame)
+        stops = request.query.get("stops", "")
         if size in SMALL and task and task.sha256 and request.params["hash"] == "latest":
-            return redirect(_shown(job.id, task, size))
+            return redirect(_shown(job.id, task, size) + f"?stops={stops}" * bool(stops))
         if size not in SMALL or task is None or request.params["hash"] != task.sha256:
             raise ProtocolError(404, f"frame {frame} of job {job.id} does not look so any more")
         image = self._farm.store.place(job, task)
-        path = image.parent / "thumbs" / f"{size}-{task.sha256}.png"
+        if not re.fullmatch(r"|-?[0-4]", stops) or (stops and image.suffix not in LIGHT_TYPES):
+            raise ProtocolError(404, f"'{stops}' is no exposure of frame {frame}: -4 to 4, of EXR "
+                                     "or HDR")
+        path = image.parent / "thumbs" / f"{size}-{task.sha256}{stops}.png"
         with self._farm.store.gate.outside(), self._making:
             if not path.is_file():
-                small = small_png(image, image.suffix, size)
+                small = small_png(image, image.suffix, size, int(stops or 0))
                 with contextlib.suppress(NoRoom, OSError), self._farm.store.placing(path) as part:
                     part.write_bytes(small)
         response = file_response(path, "image/png", request) if path.is_file() else \
@@ -15100,6 +15113,7 @@ def _warnings(view: View) -> Node:
 def _picture(view: View, task: Task | None, kind: str = "", size: int = 160) -> Html:
     """Return the image of a finished task, made small or as it is, or a box that says why none."""
     content, address = element("span", "No image" if _ended(view) else "No image yet"), ""
+    light = "" if view["extension"] in LIGHT_TYPES else None
     if task is not None and task.state == TaskState.DONE:
         address = f"/api/v1/jobs/{view['id']}/frames/{task.frame}/image"
         content = element("img", src=_shown(view["id"], task, size), loading="lazy",
@@ -15107,7 +15121,8 @@ def _picture(view: View, task: Task | None, kind: str = "", size: int = 160) -> 
                           width=view["width"], height=view["height"])
         if PurePosixPath(task.name).suffix.lower() not in BROWSER_TYPES:
             address = _shown(view["id"], task, 4096)
-    return element("div", element("a", content, href=address) if kind and address else content,
+    return element("div", element("a", content, href=address, data_light=light)
+                   if kind and address else content,
                    class_=f"picture {kind}")
 
 
@@ -15219,6 +15234,7 @@ def _board(tx: Look, job: int, numbers: Sequence[str]) -> list[Task]:
 
 def _player(view: View, numbers: Sequence[str], letters: str) -> Node:
     """Return what the script plays: the finished frames, and where their images are."""
+    step = int(numbers[1]) - int(numbers[0]) if len(numbers) > 1 else 1
     ranges: list[str] = []
     for done in re.finditer("d+", letters):
         first, last = done.start(), done.end() - 1
@@ -15227,15 +15243,19 @@ def _player(view: View, numbers: Sequence[str], letters: str) -> Node:
         ranges += [f"{ends[0]}-{ends[1]}"] if whole else numbers[first:last + 1]
     if len(letters) < 2 or not ranges:
         return None
-    shown = f"/api/v1/jobs/{view['id']}/frames/*/image" if view["extension"] in BROWSER_TYPES \
-        else f"/jobs/{view['id']}/frames/*/thumb/640/latest"
+    frame, small = f"/jobs/{view['id']}/frames/*", view["extension"] not in BROWSER_TYPES
+    buttons = [element("button", sign, type="button", data_key=key, aria_label=words, title=words)
+               for sign, key, words in (
+                   ("▶", " ", "Play or stop (space)"), ("-", "j", "Slower (J)"),
+                   ("+", "l", "Faster (L)"), ("↻", "o", "Once, or again and again (O)"),
+                   ("Full", "f", "Fill the screen (F)"))]
     return element(
-        "div", element("button", "▶", type="button", class_="play",
-                       aria_label="Play the frames so far"),
-        element("input", type="range", min=0, max=0, aria_label="Frame"), element("output"),
-        class_="player", id="player", data_shown=shown, data_newest=view["newest"].frame,
-        data_frames=",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]),
-        title="space plays, arrows step, J and L set the pace, F fills the screen")
+        "div", buttons[0], element("input", type="range", min=0, max=0, aria_label="Frame"),
+        element("output"), buttons[1:], class_="player", id="player",
+        data_shown=f"{frame}/thumb/640/latest" if small else f"/api/v1{frame}/image",
+        data_whole=f"{frame}/thumb/4096/latest" if small else f"/api/v1{frame}/image",
+        data_newest=view["newest"].frame, data_step=step,
+        data_frames=",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]))
 
 
 def _times(view: View, tasks: Sequence[Task], names: Mapping[int, str],
@@ -15441,7 +15461,17 @@ progress { display: block; width: 100%; height: .4rem; accent-color: var(--live)
 .strip a:not(.done) .picture { border: 1px dashed var(--edge); }
 .player { display: none; gap: .75rem; align-items: center; margin-top: .5rem; }
 .js .player { display: flex; } .player input { flex: 1; accent-color: var(--live); }
-.play { min-width: 3rem; } output { min-width: 6rem; font-size: .875rem; }
+.player button { min-width: 2.4rem; padding: .2rem .5rem; } output { font-size: .875rem; }
+.player output { min-width: 6rem; } [aria-pressed=false] { color: var(--dim);
+  text-decoration: line-through; }
+#box { width: 100vw; height: 100dvh; max-width: none; max-height: none; padding: 0; border: 0;
+  background: var(--mat); color: var(--ink); } #box .row { margin: .5rem 1rem; gap: .5rem; }
+#box[open] { display: grid; grid-template-rows: auto minmax(0, 1fr); }
+#box output { flex: 1; min-width: 12rem; text-align: right; }
+.pane { display: grid; place-items: safe center; overflow: auto; cursor: crosshair; }
+.pane div { position: relative; } .pane img { display: block; width: 100%; }
+.pane img + img { position: absolute; inset: 0; } #box [hidden] { display: none; }
+.near img { image-rendering: pixelated; }
 :fullscreen { display: grid; place-content: center; background: #000; border-radius: 0; }
 :fullscreen img { width: 100vw; height: 100vh; max-height: none; }
 label { font-size: .875rem; font-weight: 600; } small { display: block; color: var(--dim);
@@ -15550,7 +15580,7 @@ function morph(old, now) {
   }
   const own = name => name === "open" || name === "tabindex" || name === "data-picked"
     || (film.own && old === screen() && (name === "src" || name === "alt"))
-    || (old.parentNode.id === "player" && (name === "max" || name === "aria-label"));
+    || (old.parentNode.id === "player" && ["max", "aria-pressed"].includes(name));
   for (const {name} of [...old.attributes])
     if (!now.hasAttribute(name) && !own(name)) old.removeAttribute(name);
   for (const {name, value} of now.attributes)
@@ -15611,8 +15641,10 @@ async function load() {
   loaded = Date.now();
 }
 
-// The film: finished frames one after the other. It follows the newest until somebody plays.
-const film = {own: false, at: 0, pace: 12, timer: 0, playing: false, said: "", list: []};
+// The film: finished frames one after the other. It follows the newest until somebody chooses.
+// Where frames are missing it holds the last image as long as they would last, a second at most.
+const film = {own: false, at: 0, pace: 12, timer: 0, playing: false, loop: true, said: "",
+  list: []};
 const player = () => find("#player"), screen = () => find(".large img");
 
 function frames() {
@@ -15620,10 +15652,9 @@ function frames() {
   if (said !== film.said) {
     film.said = said;
     film.list = said.split(",").flatMap(part => {
-      const [first, last = first] = part.split("-").map(Number);
-      return Array.from({length: last - first + 1}, (_, at) => first + at);
+      const [first, last = first] = part.split("-").map(Number), step = +player().dataset.step;
+      return Array.from({length: (last - first) / step + 1}, (_, at) => first + at * step);
     });
-    player().querySelector("input").max = film.list.length - 1;
   }
   return film.list;
 }
@@ -15634,32 +15665,152 @@ function show(at) {
   const list = frames(), next = new Image(), began = Date.now();
   film.own = true;
   film.at = at = (at % list.length + list.length) % list.length;
-  player().querySelector("input").value = at;
-  player().querySelector("output").textContent = "frame " + list[at];
+  controls();
   next.onload = next.onerror = () => {
     if (film.at !== at || !screen()) return;
     if (next.naturalWidth) screen().src = next.src;
-    const left = Math.max(1000 / film.pace - (Date.now() - began), 0);
-    if (film.playing) film.timer = setTimeout(() => show(film.at + 1), left);
+    if (!film.playing) return;
+    const gap = at + 1 < list.length ? (list[at + 1] - list[at]) / player().dataset.step : 1;
+    const left = Math.min(gap * 1000 / film.pace, Math.max(1000, 1000 / film.pace));
+    film.timer = setTimeout(() => film.loop || film.at + 1 < frames().length
+      ? show(film.at + 1) : play(false), Math.max(left - (Date.now() - began), 0));
   };
   next.src = place + player().dataset.shown.replace("*", list[at]);
+  if (box.open) look(list[at]);
+}
+
+function controls() {
+  const list = frames(), [button, again] = [" ", "o"].map(
+    key => player().querySelector(`[data-key="${key}"]`)), bar = player().querySelector("input");
+  if (!film.own) film.at = Math.max(list.indexOf(+player().dataset.newest), 0);
+  bar.max = list.length - 1;
+  bar.value = film.at;
+  bar.setAttribute("aria-valuetext", "frame " + list[film.at]);
+  player().querySelector("output").textContent =
+    `frame ${list[film.at]}` + (film.playing ? `, ${film.pace} a second` : "");
+  button.textContent = film.playing ? "‖" : "▶";
+  again.setAttribute("aria-pressed", film.loop);
 }
 
 function play(on) {
+  const over = !film.own || (!film.loop && film.at === frames().length - 1);
   film.playing = on;
-  const button = player().querySelector(".play");
-  button.textContent = on ? "‖" : "▶";
-  button.setAttribute("aria-label", on ? "Stop" : "Play the frames so far");
-  show(film.own ? film.at + on : 0);
+  show(!on ? film.at : over ? 0 : film.at + 1);
+}
+
+function pace(by) {
+  film.pace = Math.min(Math.max(film.pace * by, 1.5), 48);
+  controls();
 }
 
 const pressed = {
   " ": () => play(!film.playing), k: () => play(false), ArrowRight: () => show(film.at + 1),
-  ArrowLeft: () => show(film.at - 1), j: () => film.pace = Math.max(film.pace / 2, 1),
-  l: () => film.playing ? film.pace = Math.min(film.pace * 2, 48) : play(true),
-  f: () => document.fullscreenElement ? document.exitFullscreen()
-    : screen().closest(".picture").requestFullscreen(),
+  ArrowLeft: () => show(film.at - 1), j: () => pace(.5),
+  l: () => film.playing ? pace(2) : play(true),
+  o: () => {
+    film.loop = !film.loop;
+    controls();
+  },
+  f: () => {
+    if (document.fullscreenElement) return document.exitFullscreen();
+    screen().closest(".picture").requestFullscreen();
+    if (!film.playing) play(true);
+  },
 };
+
+// The lightbox: a picture as large as one likes, the colour under the pointer, and another one
+// below it to compare. Its buttons are keys too.
+const box = document.createElement("dialog"), eye = {zoom: 0, stops: 0, x: 0, y: 0, differ: false};
+const dot = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+box.id = "box";
+box.setAttribute("aria-label", "The picture");
+box.innerHTML = "<div class=row>" + Object.entries({
+  0: "Fit", 1: "1:1", 8: "8:1", ArrowLeft: "◂", ArrowRight: "▸", "-": "Darker", "+": "Brighter",
+  p: "Pin to compare", d: "Difference", Escape: "Close"}).map(
+  ([key, word]) => `<button type=button data-key="${key}">${word}</button>`).join("")
+  + "<output></output></div><div class=pane tabindex=0><div><img alt><img alt hidden></div></div>";
+document.body.append(box);
+const [shown, pinned] = box.querySelectorAll("img"), pane = box.querySelector(".pane");
+
+function look(frame) {
+  const [link, many] = [find(".large a"), player()];
+  let address = link.href;
+  if (many) address = place + many.dataset.whole.replace("*", frame || film.list[film.at]);
+  shown.src = address + (eye.stops ? "?stops=" + eye.stops : "");
+  shown.alt = screen().alt;
+  for (const key of ["ArrowLeft", "ArrowRight"]) tool(key).hidden = !many;
+  for (const key of ["-", "+"]) tool(key).hidden = !("light" in link.dataset);
+}
+
+function tool(key) {
+  return box.querySelector(`[data-key="${key}"]`);
+}
+
+function fit() {
+  const wide = shown.naturalWidth, high = shown.naturalHeight, under = shown.parentNode;
+  if (!wide) return;
+  const scale = eye.zoom / devicePixelRatio
+    || Math.min(pane.clientWidth / wide, pane.clientHeight / high);
+  under.style.width = wide * scale + "px";
+  box.classList.toggle("near", scale >= 2);
+  pane.scrollTo((eye.x + .5) * scale - pane.clientWidth / 2,
+    (eye.y + .5) * scale - pane.clientHeight / 2);
+  point();
+}
+
+function point(event) {
+  const place = shown.getBoundingClientRect(), wide = shown.naturalWidth;
+  if (event) {
+    const scale = wide / place.width, within = (value, end) =>
+      Math.min(Math.max(Math.floor(value * scale), 0), end - 1);
+    eye.x = within(event.clientX - place.left, wide);
+    eye.y = within(event.clientY - place.top, shown.naturalHeight);
+  }
+  dot.clearRect(0, 0, 1, 1);
+  dot.drawImage(shown, eye.x, eye.y, 1, 1, 0, 0, 1, 1);
+  const [red, green, blue] = dot.getImageData(0, 0, 1, 1).data;
+  box.querySelector("output").textContent = `x ${eye.x}, y ${eye.y}: ${red} ${green} ${blue}`
+    + (eye.stops ? `, exposure ${eye.stops}` : "") + (pinned.hidden ? "" : `, ${eye.pin} pinned`);
+  pinned.style.mixBlendMode = eye.differ ? "difference" : "";
+  pinned.style.clipPath = eye.differ ? "" : `inset(0 0 0 ${100 * (eye.x + .5) / wide}%)`;
+  tool("d").hidden = pinned.hidden;
+  tool("d").textContent = eye.differ ? "Wipe" : "Difference";
+  tool("p").textContent = pinned.hidden ? "Pin to compare" : "Unpin";
+}
+
+const zoom = to => {
+  eye.zoom = to;
+  fit();
+};
+const expose = by => {
+  eye.stops = Math.min(Math.max(eye.stops + by, -4), 4);
+  look();
+};
+const looks = {
+  0: () => zoom(0), 1: () => zoom(1), 8: () => zoom(8), "-": () => expose(-1),
+  "+": () => expose(1), Escape: () => box.close(),
+  p: () => {
+    pinned.src = shown.src;
+    pinned.hidden = !pinned.hidden;
+    eye.pin = player() ? "frame " + film.list[film.at] : "the picture";
+    point();
+  },
+  d: () => {
+    eye.differ = !eye.differ;
+    point();
+  },
+};
+shown.onload = () => {
+  if (!eye.x) [eye.x, eye.y] = [shown.naturalWidth >> 1, shown.naturalHeight >> 1];
+  fit();
+};
+pane.addEventListener("pointermove", move => {
+  if (move.buttons && move.pointerType === "mouse") pane.scrollBy(-move.movementX, -move.movementY);
+  point(move);
+});
+pane.addEventListener("pointerdown", point);
+pane.addEventListener("dragstart", drag => drag.preventDefault());
+window.addEventListener("resize", () => box.open && fit());
 
 // The map of frames: one stop for Tab, arrows from there; what is dragged over is selected.
 let from = null, moved = false;
@@ -15669,11 +15820,7 @@ function arrange() {
     const all = [...grid.children], held = all.find(cell => cell.tabIndex === 0) || all[0];
     for (const cell of all) cell.tabIndex = cell === held ? 0 : -1;
   }
-  if (player() && !film.own) {
-    film.at = Math.max(frames().indexOf(+player().dataset.newest), 0);
-    player().querySelector("input").value = film.at;
-    player().querySelector("output").textContent = "frame " + film.list[film.at];
-  }
+  if (player()) controls();
 }
 
 function pick(to) {
@@ -15700,17 +15847,25 @@ function step(cell, key, shift) {
   }
 }
 
+function act(key, on) {
+  const done = (box.open && looks[key]) || (player() && pressed[key]);
+  if (!done || (on.closest("button") && (key === " " || key === "Enter"))) return false;
+  done();
+  return true;
+}
+
 document.addEventListener("keydown", press => {
-  const at = press.target, cell = at.closest(".grid a");
+  const on = press.target, cell = on.closest(".grid a");
   if (press.ctrlKey || press.altKey || press.metaKey) return;
   if (cell && press.key.startsWith("Arrow")) step(cell, press.key, press.shiftKey);
-  else if (!player() || at.closest("input:not([type=range]), select, button, summary, pre")) return;
-  else if (!pressed[press.key]) return;
-  else pressed[press.key]();
+  else if (on.closest("input:not([type=range]), select, summary, pre")) return;
+  else if (!act(press.key, on)) return;
   press.preventDefault();
 });
 document.addEventListener("input", change => {
-  if (change.target.closest("#player")) show(+change.target.value);
+  if (!change.target.closest("#player")) return;
+  show(+change.target.value);
+  film.own = film.at < film.list.length - 1;  // at the end it follows again
 });
 document.addEventListener("pointerdown", down => {
   const cell = down.target.closest(".grid a");
@@ -15760,7 +15915,14 @@ document.addEventListener("click", click => {
     click.preventDefault();
     if (!moved) pick(cell);
   }
-  if (click.target.closest(".play")) play(!film.playing);
+  const button = click.target.closest("[data-key]"), picture = click.target.closest(".large a");
+  if (button) act(button.dataset.key, document.body);
+  if (picture && !click.ctrlKey && !click.metaKey && !click.shiftKey) {
+    click.preventDefault();
+    if (document.fullscreenElement) return;
+    box.showModal();
+    look();
+  }
   const copy = click.target.closest(".copy");
   if (!copy) return;
   getSelection().selectAllChildren(copy.previousElementSibling);

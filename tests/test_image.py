@@ -706,6 +706,24 @@ def test_every_kind_of_picture_is_shown_as_povray_makes_a_png_of_it(
     assert apart(shown(pictures[switches], WRITTEN[switches][0]), wanted) <= most
 
 
+@pytest.mark.parametrize("kind, most", [("+FE", 4), ("+FH", 6)])
+@pytest.mark.parametrize("stops", [1, -1])
+def test_light_is_shown_brighter_and_darker(
+        pictures: Dict[str, bytes], kind: str, most: int, stops: int) -> None:
+    """As near as what povray's PNG has of it, where that is not white."""
+    switches = f"{kind} +W37 +H29"
+    made = b"".join(png_rows(povfarm.small_png(pictures[switches], WRITTEN[switches][0], 99, stops)))
+
+    def exposed(byte: int) -> float:
+        value = byte / 255
+        light = 2.0 ** stops * (value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4)
+        return 255 * min(12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055, 1)
+    plain = b"".join(png_rows(pictures["+FN +W37 +H29"]))
+    seen = [(exposed(byte), mine) for byte, mine in zip(plain, made) if byte < 255]
+    assert len(seen) > 1000 and max(abs(wanted - mine) for wanted, mine in seen) <= most
+    assert sum(abs(byte - mine) for byte, mine in zip(plain, made)) > 10 * len(plain)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if WRITTEN[kind][0] != ".jpg"])
 def test_what_povray_writes_gets_small(pictures: Dict[str, bytes], kind: str) -> None:
     extension, (width, height) = WRITTEN[kind][0], size_of(kind)

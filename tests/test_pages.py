@@ -281,6 +281,26 @@ def test_a_type_that_no_browser_shows_is_shown_as_a_png(
     assert not list(farm.store.root.rglob("*thumbs*"))
 
 
+def test_how_bright_light_is_shown_can_be_chosen(farm: Farm) -> None:
+    job, worker = farm.submit(Output_File_Type="H"), farm.join()
+    farm.deliver(worker, 1, b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 3 +X 4\n" + b"\x80\x40\x20\x80" * 12)
+    latest = f"/jobs/{job}/frames/1/thumb/4096/latest"
+    plain, more = farm.send("GET", latest), farm.send("GET", f"{latest}?stops=1")
+    assert more.headers["Location"] == plain.headers["Location"] + "?stops=1"
+    made = [farm.send("GET", one.headers["Location"]).body for one in (plain, more)]
+    assert [png_rows(one)[0][:3] for one in made if isinstance(one, bytes)] == [
+        bytes([188, 137, 99]), bytes([255, 188, 137])]
+    assert any("data-light" in one for one in farm.page(f"/jobs/{job}").all("a"))
+    for wrong in ("5", "-5", "x", "1/../.."):
+        assert farm.send("GET", f"{plain.headers['Location']}?stops={wrong}").status == 404
+    other = farm.submit(Output_File_Type="P")
+    farm.scheduler.cancel(job)
+    farm.deliver(worker, 1, b"P6\n4 3\n255\n" + bytes(36))
+    address = farm.send("GET", f"/jobs/{other}/frames/1/thumb/4096/latest").headers["Location"]
+    assert farm.send("GET", f"{address}?stops=1").status == 404
+    assert not any("data-light" in one for one in farm.page(f"/jobs/{other}").all("a"))
+
+
 def test_a_large_picture_is_shown_small(farm: Farm) -> None:
     noise = b"".join(b"\0" + random.Random(row).randbytes(600) for row in range(150))
     job, worker = farm.submit(Width="200", Height="150"), farm.join()
@@ -675,6 +695,23 @@ def test_a_film_is_played_and_frames_are_chosen_by_keys_and_by_hand(tmp_path: Pa
             window.press(" ")
             window.wait("seen.size === 4", "it is not played")
             window.press(" ")
+            window.run("document.activeElement.blur()")
+            window.press("f")
+            window.wait("document.fullscreenElement", "it does not fill the screen")
+            window.press("k", "f")
+            window.click(".stage .large a")
+            read = "document.querySelector('#box output').textContent"
+            for _ in range(4):
+                now = int(window.run(f"return {said}").split()[1])
+                window.wait(f"{read} === 'x 2, y 1: {(now - 1)} {(now - 1)} {(now - 1)}'", "another colour")
+                window.press("\ue012")
+            window.press("p", "\ue014", "d", "8")
+            window.wait(f"{read}.endsWith(', frame {now - 1 or 4} pinned')", "nothing is pinned")
+            look = window.run("""const [one, other] = document.querySelectorAll('#box img');
+                return [one.width, other.width, other.style.mixBlendMode, one.src !== other.src]""")
+            assert look == [32, 32, "difference", True]
+            window.press("\ue00c")
+            window.wait("!document.querySelector('#box').open", "it stays open")
             stops = window.run("return [...document.querySelectorAll('a, button, input, select, "
                                "summary, [tabindex]')].filter(one => one.tabIndex >= 0 && "
                                "one.checkVisibility()).length")
