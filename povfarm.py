@@ -5293,19 +5293,25 @@ VERDICTS: Mapping[tuple[str, bool], Verdict] = {
         doubt="not verified: all its pictures differ, and the last was taken"),
     ("again", True): Verdict(keep="rendered, and waits for another worker to check it"),
     ("again", False): Verdict(doubt="not verified: one worker rendered it twice"),
+    ("akin", True): Verdict(keep="rendered, and waits for a worker of somebody else to check it"),
+    ("akin", False): Verdict(doubt="checked only by a worker behind which the same person may be"),
     ("same", True): Verdict(),
     ("same", False): Verdict(),
     ("odd", True): Verdict(keep="black, unlike its neighbours: rendered once more"),
 }
 
 
-def compared(by: Sequence[int], same: Sequence[bool], worker: int) -> str:
-    """Return how an image compares with those kept, made ``by`` workers: which are the ``same``."""
+def compared(by: Sequence[int], same: Sequence[bool], worker: int, side: Collection[int]) -> str:
+    """Return how an image compares with those kept, made ``by`` workers: which are the ``same``.
+
+    Who is on the ``side`` of its worker cannot confirm it.
+    """
     if not by:
         return "first"
-    if not any(same):
-        return "differs"
-    return "again" if set(by) == {worker} else "same"
+    agreed = set(itertools.compress(by, same)) - {worker}
+    if agreed - set(side):
+        return "same"
+    return "akin" if agreed else "again" if any(same) else "differs"
 
 
 class TaskKind(Word):
@@ -7907,6 +7913,15 @@ class Member:
         """What it renders with."""
         return engines_of(self.engines_json)
 
+    def is_akin(self, other: Member) -> bool:
+        """Tell whether one person may be behind both: it is one computer, or one person's key.
+
+        Or nobody has looked at them (``--open``, clients of other systems); whoever was let in by
+        its code, or has the farm key, stands for itself.
+        """
+        alike = (self.owner, self.code) == (other.owner, other.code)
+        return self.address == other.address or (alike and self.owner != ADMIN)
+
 
 @dataclass(frozen=True)
 class Person:
@@ -8703,10 +8718,10 @@ class Look(_Register):
             SELECT * FROM task WHERE job = :job AND state = :state AND slice = 0
             ORDER BY frame""", job=job, state=state.value)
 
-    def next_tasks(self, job: int, worker: int, limit: int, low: int, high: int,
-                   fresh: bool = False) -> list[Task]:
-        """Return queued whole frames from ``low`` to ``high`` that this worker has not failed or
-        rendered yet; only ``fresh`` ones, which nobody failed, or all."""
+    def next_tasks(self, job: int, worker: int, side: Collection[int], limit: int, low: int,
+                   high: int, fresh: bool = False) -> list[Task]:
+        """Return queued whole frames from ``low`` to ``high`` that this worker has not failed, nor
+        any of its ``side`` rendered yet; only ``fresh`` ones, which nobody failed, or all."""
         return self._all(Task, """
             SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
             AND frame BETWEEN :low AND :high AND cut IS NULL AND tries * :fresh = 0
@@ -8715,9 +8730,10 @@ class Look(_Register):
               AND attempt.worker = :worker AND attempt.state = 'failed')
             AND NOT EXISTS (
               SELECT 1 FROM attempt WHERE attempt.task = task.id
-              AND attempt.worker = :worker AND attempt.state = 'kept')
-            ORDER BY frame LIMIT :limit""",
-            job=job, worker=worker, limit=limit, low=low, high=high, fresh=fresh)
+              AND attempt.worker IN (SELECT value FROM json_each(:side))
+              AND attempt.state = 'kept')
+            ORDER BY frame LIMIT :limit""", job=job, worker=worker,
+            side=json.dumps([*side]), limit=limit, low=low, high=high, fresh=fresh)
 
     def last_queued(self, job: int, low: int, high: int) -> int:
         """Return the last frame from ``low`` to ``high`` that is queued, ``low`` if none is."""
@@ -10222,9 +10238,11 @@ class Muster:
                     and engine_fits("any", {}, row.engines, least)]
             good = [row for row in crew
                     if job.started and not self._look.failures(job.id, row.id)]
-            cores: collections.Counter[str] = collections.Counter()
-            for row in good or crew:
-                cores[row.engines_json] += row.cores
+            # No computer counts for more than the middle one: what it says of itself may be a lie.
+            voters, cores = good or crew, collections.Counter[str]()
+            middle = sorted(row.cores for row in voters)[len(voters) // 2:]
+            for row in voters:
+                cores[row.engines_json] += min(row.cores, middle[0])
             votes = {mine: sum(number for theirs, number in cores.items() if engine_fits(
                 "auto", engines_of(mine), engines_of(theirs), least)) for mine in cores}
             self._elected[key] = {mine for mine, number in votes.items()
@@ -10247,6 +10265,18 @@ class Muster:
             hopeful = {worker for worker in well if not self.is_hopeless(job, worker)}
             self._helping[job.id, part] = hopeful or well
         return self._helping[job.id, part]
+
+    def akin(self, worker: int, by: Collection[int] = ()) -> frozenset[int]:
+        """Return the workers behind which the person behind this one may be, also of those ``by``
+        whom something was made, who may be removed."""
+        mine, rows = self._look.worker(worker), [*self._look.workers(), *map(self._look.worker, by)]
+        return frozenset(row.id for row in rows if row.is_akin(mine))
+
+    def side(self, job: Job, worker: int, by: Collection[int] = ()) -> frozenset[int]:
+        """Return the workers that cannot confirm a picture of one: all that are akin to it, where
+        others could or did make the picture, too; else only itself."""
+        akin = self.akin(worker, by)
+        return akin if self.helpers(job).union(by) - akin else frozenset({worker})
 
     def why(self, job: Job) -> tuple[str, str]:
         """Return why a job does not go on, in a sentence, and what would cure it; or nothing.
@@ -10512,7 +10542,7 @@ class _Deal:
 
     def _next(self, job: Job, size: int, fresh: bool = False) -> list[Task]:
         """Find so many queued frames at most, as the job wants them to be handed out."""
-        options, frames = job.options, job.pov.plan.frames
+        options, frames, mine = job.options, job.pov.plan.frames, self._worker.id
         dealt, backwards = sum(job.counts.values()) - job.queued, options.order == "reverse"
         for low, high in spans_of(options.first, frames):
             start = next_place(options.order, low, high, job.id, dealt // size)
@@ -10520,19 +10550,23 @@ class _Deal:
                 last = self._tx.last_queued(job.id, low, high)
                 start = max(last - (size - 1) * frames.step, low)
             for begin in (start, low):
-                tasks = self._tx.next_tasks(job.id, self._worker.id, size, begin, high,
-                                            fresh)
+                tasks = self._tx.next_tasks(
+                    job.id, mine, self._side(job, mine), size, begin, high, fresh)
                 if tasks:
                     return tasks[::-1] if backwards else tasks
         return []
 
     def _may_try(self, job: Job, task: Task) -> bool:
         """What a worker failed or had its turn at goes back to it only when nobody else is left."""
-        done, mine = self._had_turn(task.id), self._worker.id
+        done, mine = self._had_turn(job, task.id), self._worker.id
         return mine not in done or not self._muster.helpers(job, task.is_part) - done - {mine}
 
-    def _had_turn(self, task: int) -> set[int]:
-        return self._tx.failed_workers(task) | {row.worker for row in self._tx.kept(task)}
+    def _had_turn(self, job: Job, task: int) -> set[int]:
+        return self._tx.failed_workers(task).union(
+            *(self._side(job, row.worker) for row in self._tx.kept(task)))
+
+    def _side(self, job: Job, worker: int) -> Collection[int]:
+        return self._muster.side(job, worker) if job.options.verify else {worker}
 
     # --- slices and passes
 
@@ -10697,7 +10731,7 @@ class _Deal:
             if (self._now - one.grant.granted > max(1.5 * mean, 5.0)
                     and len(self._grants.at(one.task)) == 1
                     and (one.kind is TaskKind.FRAME or self._muster.cuts(job, self._worker))
-                    and mine not in self._had_turn(one.task) | {one.grant.worker}):
+                    and mine not in self._had_turn(job, one.task) | {one.grant.worker}):
                 return [self._tx.task(one.task)]
         return []
 
@@ -10994,25 +11028,28 @@ class _Delivery:
                       if self.task.top < part.top and part.bottom <= self._bottom]
         return [task for task in tasks if task.state not in (TaskState.DONE, TaskState.CANCELLED)]
 
-    def _compared(self, look: Look, kept: Sequence[Attempt]) -> tuple[Verdict, Attempt | None]:
+    def _compared(self, look: Look, kept: Sequence[Attempt]) -> tuple[Verdict, list[int]]:
         """Say whether the image is to be accepted at once, and whose two others differ from."""
         task, job = self.task, self.job
         if (task.kind is not TaskKind.FRAME or task.cut is not None or job.options.in_order
                 or task.state not in (TaskState.QUEUED, TaskState.LEASED)):
-            return Verdict(), None
+            return Verdict(), []
         extension = PurePosixPath(task.name).suffix
         if not is_chosen(job.id, task.frame, job.options.verify):
             odd = not kept and self._is_odd(look, extension)
-            return VERDICTS["odd" if odd else "same", True], None
+            return VERDICTS["odd" if odd else "same", True], []
         with self._room.gate_open(self._image):
             same = [same_pixels(self.directory / "parts" / kept_name(task, row.id), self._image,
                                 extension) for row in kept]
-        by = [row.worker for row in kept]
-        others = self._room.crew.muster(look).helpers(job) - {self._worker, *by}
-        how = compared(by, same, self._worker)
-        others_left = bool(others) and (how != "differs" or len(set(by)) < 2)
-        odd_ones = [row for row, alike in zip(kept, same) if not alike and how == "same"]
-        return VERDICTS[how, others_left], odd_ones[0] if odd_ones else None
+        by, muster = [row.worker for row in kept], self._room.crew.muster(look)
+        mine, *sides = (muster.side(job, worker, by) for worker in (self._worker, *by))
+        how, others = compared(by, same, self._worker, mine), muster.helpers(job).difference(
+            mine, *sides)
+        others_left = bool(others) and (how != "differs" or len(set(sides)) < 2)
+        wrong = [row.worker for row, alike in zip(kept, same) if not alike and how == "same"]
+        if how == "same" and not job.done and muster.akin(self._worker, by).issuperset(by):
+            how, others_left = "akin", False  # it is enough here; said once
+        return VERDICTS[how, others_left], wrong
 
     def _is_odd(self, look: Look, extension: str) -> bool:
         """Tell whether the image is black and those of its neighbours are not."""
@@ -11108,10 +11145,10 @@ class _Delivery:
 
     def _set_odd_worker_aside(self, tx: Tx) -> None:
         """Of pictures that differ (``VERDICTS``): tell of a doubt, and of whose is the odd one."""
-        task, worker = self.task, self.odd.worker if self.odd else 0
+        task = self.task
         if self.verdict.doubt:
             self._states.tell(tx, "doubtful", self.verdict.doubt, task.job, task.frame)
-        if worker:
+        for worker in self.odd:
             tx.set_aside(worker, f"its picture of frame {task.frame} of job {task.job} differs "
                                  "from that of two others")
             self._states.tell(

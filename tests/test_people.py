@@ -175,7 +175,7 @@ def test_the_workers_of_who_is_removed_go_too(farm: Farm) -> None:
     send(farm, anna)
     lease = farm.lease(mine)
     assert {view["name"]: view["owner"] for view in farm.ask("GET", "/api/v1/workers").json()["workers"]} == {
-        "hers": "", "mine": "anna"}
+        "hers": "admin", "mine": "anna"}
     assert farm.ask("DELETE", "/api/v1/users/anna").status == 204
     assert farm.beat(mine, lease) == [lease.id] and farm.leases(mine) == []
     assert farm.lease(worker).tasks[0].frame == lease.tasks[0].frame

@@ -73,18 +73,29 @@ def test_a_job_takes_the_povray_that_most_cores_have_whoever_comes_first(farm: F
     assert farm.render(anna, job) == [1, 2, 3]
 
 
-def test_who_lies_about_its_povray_keeps_the_others_out_until_somebody_decides(farm: Farm) -> None:
-    """It is said so, and there are two ways out."""
-    others = [worker(farm, f"w{number}", cores=8, povray="3.7.0.10") for number in range(2)]
+def test_one_that_claims_many_cores_does_not_choose_for_a_room(farm: Farm) -> None:
     liar = worker(farm, "liar", cores=10_000, povray="9.9")
+    others = [worker(farm, f"w{number}", cores=4, povray="3.7.0.10") for number in range(3)]
+    job = farm.submit(1)
+    assert farm.leases(liar) == []
+    assert "rendered with POV-Ray 3.7.0.10, theirs is 9.9" in waiting_for(farm, job)
+    assert farm.render(others[0], job) == [0]
+
+
+def test_liars_that_are_more_than_the_others_keep_them_out_until_somebody_decides(
+        farm: Farm) -> None:
+    """It is said so, and there are two ways out."""
+    other = worker(farm, "honest", cores=8, povray="3.7.0.10")
+    liars = [worker(farm, f"liar{number}", cores=10_000, povray="9.9") for number in range(2)]
     one, two = farm.submit(1), farm.submit(1)
-    assert farm.leases(others[0]) == []
+    assert farm.leases(other) == []
     assert "theirs is 3.7.0.10" in waiting_for(farm, one)
     farm.scheduler.change(one, {"povray": "3.7"}, "admin")
-    assert farm.render(others[0], one) == [0]
-    assert farm.leases(others[0]) == []
-    farm.scheduler.remove_worker(liar, "admin")
-    assert farm.render(others[1], two) == [0]
+    assert farm.render(other, one) == [0]
+    assert farm.leases(other) == []
+    for liar in liars:
+        farm.scheduler.remove_worker(liar, "admin")
+    assert farm.render(other, two) == [0]
 
 
 def test_who_failed_in_a_job_of_which_nothing_is_done_has_no_say(farm: Farm) -> None:
@@ -415,6 +426,80 @@ def test_three_different_pictures_are_enough(farm: Farm) -> None:
     for shade, worker in enumerate(workers[:3], 5):
         farm.finish(worker, farm.lease(worker), image=png(shade))
     assert farm.state(job) == "done" and len(events(farm, "doubtful")) == 1
+
+
+LET_IN = {  # how two workers join that one person may have brought: address, code, owner
+    "one computer": [("192.168.7.1", "", "admin"), ("192.168.7.1", "", "admin")],
+    "one person's key": [("192.168.7.1", "", "eve"), ("192.168.7.2", "", "eve")],
+    "an open farm": [("192.168.7.1", "", ""), ("192.168.7.2", "", "")],
+}
+
+
+def accomplices(farm: Farm, how: str) -> List[int]:
+    info = povfarm.WorkerInfo("eve", 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
+    return [farm.scheduler.join(info, sha256(f"eve {number}".encode()), address, code, owner)
+            for number, (address, code, owner) in enumerate(LET_IN[how])]
+
+
+@pytest.mark.parametrize("how", LET_IN)
+def test_two_that_may_be_one_persons_do_not_confirm_each_other(how: str, farm: Farm) -> None:
+    """Though both delivered it, and before anybody honest did."""
+    eve, mallory = accomplices(farm, how)
+    bert, carl = farm.worker("bert"), farm.worker("carl")
+    job = farm.submit(1, verify=100)
+    late = farm.lease(eve)
+    farm.clock.advance(31)  # it is silent, so another one has its turn meanwhile
+    for worker in (eve, mallory, bert, carl):
+        farm.beat(worker)
+    farm.scheduler.expire()
+    second = farm.lease(mallory)
+    farm.finish(eve, late, image=png(9))
+    farm.finish(mallory, second, image=png(9))
+    assert farm.states(job) == ["queued"] and farm.leases(eve) == farm.leases(mallory) == []
+    farm.finish(bert, farm.lease(bert), image=png(5))
+    assert farm.states(job) == ["queued"] and farm.leases(eve) == farm.leases(mallory) == []
+    farm.finish(carl, farm.lease(carl), image=png(5))
+    assert farm.state(job) == "done" and image(farm, job, 0) == png(5)
+    assert len(events(farm, "set aside")) == 2 and events(farm, "doubtful") == []
+
+
+@pytest.mark.parametrize("how", LET_IN)
+def test_where_nobody_else_is_there_they_check_each_other_and_it_is_said_once(
+        how: str, farm: Farm) -> None:
+    eve, mallory = accomplices(farm, how)
+    job = farm.submit(2, verify=100)
+    for worker in (eve, mallory, eve, mallory):
+        for lease in farm.leases(worker):
+            farm.finish(worker, lease, image=png(lease.tasks[0].frame))
+    assert farm.state(job) == "done"
+    assert farm.attempts(farm.task(job, 1).id) == [("eve", "kept"), ("eve", "done")]
+    assert events(farm, "doubtful") == [
+        "checked only by a worker behind which the same person may be"]
+
+
+def test_an_honest_one_that_has_left_is_not_outvoted_by_the_two_that_stay(farm: Farm) -> None:
+    eve, mallory = accomplices(farm, "one computer")
+    bert, carl = farm.worker("bert"), farm.worker("carl")
+    job = farm.submit(1, verify=100)
+    farm.finish(eve, farm.lease(eve), image=png(9))
+    farm.finish(bert, farm.lease(bert), image=png(5))
+    farm.scheduler.leave(bert), farm.scheduler.leave(carl)
+    farm.finish(mallory, farm.lease(mallory), image=png(9))
+    assert farm.state(job) == "done" and events(farm, "set aside") == []
+    assert events(farm, "doubtful") == [
+        "checked only by a worker behind which the same person may be"]
+
+
+def test_who_was_let_in_by_a_code_stands_for_itself(farm: Farm) -> None:
+    info = povfarm.WorkerInfo("anna", 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
+    anna, bert = (farm.scheduler.join(info, sha256(code.encode()), f"192.168.9.{number}", code)
+                  for number, code in enumerate(("ABCDEF", "GHJKLM")))
+    farm.scheduler.admit("ABCDEF"), farm.scheduler.admit("GHJKLM")
+    farm.worker("carl")
+    job = farm.submit(1, verify=100)
+    farm.finish(anna, farm.lease(anna), image=png(5))
+    farm.finish(bert, farm.lease(bert), image=png(5))
+    assert farm.state(job) == "done" and events(farm, "doubtful") == []
 
 
 def test_some_percent_are_the_same_frames_always() -> None:

@@ -174,9 +174,13 @@ class Farm:
     # --- workers
 
     def worker(self, name: str = "anna", admitted: bool = True) -> int:
+        """Let a computer join: with the farm key, or it waits to be admitted."""
         info = WorkerInfo(name, 2, 1 << 30, "Linux", {"povray": "3.7.0"}, ())
-        return self.scheduler.join(info, sha256(name.encode()), "192.168.1.5",
-                                   "" if admitted else f"CODE OF {name}".upper())
+        with self.store.read() as look:
+            address = f"192.168.1.{len(look.workers()) % 250 + 5}"
+        return self.scheduler.join(info, sha256(name.encode()), address,
+                                   "" if admitted else f"CODE OF {name}".upper(),
+                                   "admin" if admitted else "")
 
     def leases(self, worker: int, want: int = 1, slots: int = 1, idle: int = 1,
                wait: float = 0.0) -> List[LeaseSpec]:
