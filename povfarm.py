@@ -1664,9 +1664,13 @@ class _CommandLine:
             path = f"{folder}/{candidate}" if folder else candidate
             if is_file(self.cwd / path):
                 return path
-        whose = f" (named in {self.open[-1]})" if self.open else ""
-        hint = "" if dot >= 0 else "; a scene's name ends in .pov"
-        raise UserError(f"there is no INI file {name!r}{whose}{hint}")
+        if self.open or dot >= 0:
+            whose = f" (named in {self.open[-1]})" if self.open else ""
+            raise UserError(f"there is no INI file {name!r}{whose}")
+        if is_file(self.cwd / f"{name}.pov"):
+            raise UserError(f"{name} is the name of a scene: write {name}.pov")
+        raise UserError(f"there is no directory, scene or INI file called {name!r} here: look at "
+                        "how it is written, or go to the directory that it is in")
 
     def read_text(self, text: _Text, section: str | None = None) -> None:
         """Read an INI file with the lines of ``section``, or one argument."""
@@ -10008,13 +10012,13 @@ class _Crew:
 
     def _make_room(self, tx: Tx, address: str) -> None:
         """Forget a worker that asked to join and left, where too many wait to be admitted."""
-        strangers = [row for row in tx.workers() if row.owner == ""]
+        live, strangers = self.live_workers(), [row for row in tx.workers() if row.owner == ""]
         waiting = [row for row in strangers if row.state is WorkerState.PENDING]
         near = [row for row in waiting if network_of(row.address) == network_of(address)]
         same = [row for row in near if row.address == address]
         for rows, most in ((same, MAX_PENDING_EACH), (near, MAX_PENDING_NETWORK),
                            (waiting, MAX_PENDING)):
-            gone = [row for row in rows if row.id not in self.live_workers()]
+            gone = [row for row in rows if row.id not in live]
             if len(rows) >= most and gone:
                 tx.forget_worker(gone[0].id)
             elif len(rows) >= most:

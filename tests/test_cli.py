@@ -76,6 +76,7 @@ def test_every_setting_is_an_option_of_a_command(capsys: pytest.CaptureFixture[s
     (["status", "--key-file", "nowhere"], "no key can be read from nowhere: No such file or d"),
     (["status", "--key-file", "."], "no key can be read from .: Is a directory"),
     (["render", "--in-order=perhaps", "x.pov"], "perhaps"),
+    (["render", "nodir"], "there is no directory, scene or INI file called 'nodir' here: look at"),
     (["help", "nonsense"], "nonsense"),
 ])
 def test_wrong_usage_is_one_line_and_exit_code_2(

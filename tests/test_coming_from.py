@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from pathlib import Path
@@ -28,8 +27,8 @@ def typed() -> List[Any]:
 
 
 def names_in(file: str) -> Set[str]:
-    tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8"))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    text = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+    return set(re.findall(r"^def (\w+)", text, re.MULTILINE))
 
 
 def test_every_system_of_the_documents_has_its_rows() -> None:

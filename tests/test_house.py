@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ TESTS = ROOT / "tests"
 RENDERS = {"povray", "examples"}  # fixtures of what renders
 
 
+@functools.cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 

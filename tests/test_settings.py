@@ -11,10 +11,10 @@ import pytest
 
 import povfarm
 from helpers.base import ROOT
+from helpers.source import SOURCE
 from povfarm import SETTINGS, Setting, UserError, configured_defaults, setting
 
 NAMES = [row.name for row in SETTINGS]
-SOURCE = Path(povfarm.__file__).read_text(encoding="utf-8")
 # A text that each kind of value takes, and what it then is.
 SAMPLES: Dict[str, Any] = {
     "hpc": "0.0.0.0:5001", "hpc-files": "/srv/hpc",
