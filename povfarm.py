@@ -1334,6 +1334,7 @@ class FramePlan:
 def read_command_line(
     args: Sequence[str], cwd: Path, environ: Mapping[str, str],
     system: Sequence[Path] | None = None, version: str = OLDEST, strict: bool = True,
+    ceiling: Path | None = None,
 ) -> PovOptions:
     """Read ``args`` as POV-Ray of a ``version``, started in ``cwd``, reads its command line.
 
@@ -1342,9 +1343,10 @@ def read_command_line(
     Raises ``UserError`` for what POV-Ray refuses, for what starts programs and
     for what cannot be done in parts. Words that are newer than the version are
     refused if ``strict``, and noted in ``needs`` otherwise. Unlike POV-Ray 3.7,
-    which garbles them, letters beyond ASCII in names are taken as they are.
+    which garbles them, letters beyond ASCII in names are taken as they are. No INI
+    file is there that is not below the ``ceiling``.
     """
-    reader = _CommandLine(cwd, version if strict else "")
+    reader = _CommandLine(cwd, version if strict else "", ceiling)
     inis = system_ini(version) if system is None else system
     home = environ.get("HOME", "")
     own = "{}/.povray/{}.{}/povray.ini".format(home, *release(version), 0)
@@ -1360,7 +1362,7 @@ def read_command_line(
     for arg in args:
         if arg in _UNIX_OPTIONS:
             raise UserError(f"{arg} renders nothing: to ask POV-Ray itself, run povray {arg}")
-        if re.search(r"[\s;#'\"]", arg) and is_file(cwd / arg):
+        if re.search(r"[\s;#'\"]", arg) and ceiling is None and is_file(cwd / arg):
             raise UserError(f"POV-Ray would split {arg!r}: put quotes inside the quotes: "
                             + shlex.quote(quoted(arg)))
         try:
@@ -1608,9 +1610,10 @@ class _Text:
 class _CommandLine:
     """Reads texts one after the other and holds what they have said so far."""
 
-    def __init__(self, cwd: Path, version: str) -> None:
+    def __init__(self, cwd: Path, version: str, ceiling: Path | None = None) -> None:
         self.cwd = cwd
         self.version = version
+        self.ceiling = ceiling
         self.needs = ("", "")
         self.values: dict[str, str] = {}
         self.places: dict[str, tuple[str, str]] = {}  # names of files, and where they stand
@@ -1662,7 +1665,8 @@ class _CommandLine:
         names += [f"{name}.ini", f"{name}.INI"]
         for folder, candidate in itertools.product(self.folders, names):
             path = f"{folder}/{candidate}" if folder else candidate
-            if is_file(self.cwd / path):
+            if is_file(self.cwd / path) and (
+                    self.ceiling is None or self.ceiling in real_path(self.cwd / path).parents):
                 return path
         if self.open or dot >= 0:
             whose = f" (named in {self.open[-1]})" if self.open else ""
@@ -3222,6 +3226,7 @@ def collect_project(
     ini_dirs: Sequence[Path] = (), *, values: Mapping[str, str] | None = None,
     by_file: Collection[str] = (), ceiling: Path | None = None,
     made: Callable[[Path], bool] | None = None, also: Iterable[str] = (),
+    most: float = math.inf,
 ) -> Project:
     """Find the files that a job needs, as POV-Ray 3.7 run in ``cwd`` would find them.
 
@@ -3233,7 +3238,8 @@ def collect_project(
     here, empty where there is no POV-Ray; ``ini_dirs`` are the directories of
     the INI files, for a better message; nothing above the ``ceiling`` belongs to
     the project; ``made`` tells whether povfarm has put images into a directory;
-    ``also`` are names that POV-Ray was seen to miss. The files are
+    ``also`` are names that POV-Ray was seen to miss; ``most`` the bytes of scenes that
+    are looked into. The files are
     those below the root and the library directories, by the rules of ``.bsac``
     files where there are any (``_Listing``), and those that the scene and its
     includes name (``_Scan``), as far as names may lead (``_Reach``). Raises
@@ -3250,7 +3256,7 @@ def collect_project(
     renders = _Renders(search.cwd / name for name in outputs)
     listing = _Listing(renders, reach, made)
     listing.add_project(tree, root is None)
-    scan = _Scan(tree, renders, reach, listing)
+    scan = _Scan(tree, renders, reach, listing, most)
     scan.run(found, values or {}, also)
     scan.check()
     tree.settle()
@@ -3393,8 +3399,8 @@ def private_places(data: Path) -> frozenset[Path]:
     return frozenset({*hidden, real_path(data)})
 
 
-def read_zip(path: Path, into: Path) -> None:
-    """Unpack a project that someone packed into the new directory ``into``.
+def read_zip(path: Path, into: Path, most: int = MAX_ZIP_SIZE) -> None:
+    """Unpack a project of ``most`` bytes that someone packed into the new directory ``into``.
 
     Raises ``UserError``, and leaves nothing behind, for a zip file that is
     damaged, encrypted, too large, or holds a file that has no business there:
@@ -3407,7 +3413,7 @@ def read_zip(path: Path, into: Path) -> None:
             unpacked = Path(place) / into.name
             unpacked.mkdir()
             with _zip_of(path) as archive:
-                _unpack(archive, unpacked, path.stat().st_size)
+                _unpack(archive, unpacked, path.stat().st_size, most)
             unpacked.rename(into)
     except (OSError, UserError) as error:
         why = getattr(error, "strerror", None) or error
@@ -3851,7 +3857,7 @@ class _Scan:
     """
 
     def __init__(self, tree: _Tree, renders: _Renders, reach: _Reach,
-                 listing: _Listing | None) -> None:
+                 listing: _Listing | None, most: float = math.inf) -> None:
         self.files: dict[str, tuple[Path, bool]] = {}  # by path: what to read, certainly needed
         self.passed: dict[str, None] = {}  # directories that names lead through with ".."
         self.system: dict[str, None] = {}  # files of the system's, read where they are
@@ -3865,6 +3871,7 @@ class _Scan:
         self._renders = renders
         self._reach = reach
         self._listing = listing
+        self._most = most  # bytes that are still looked into
         self._waiting: tuple[list[Path], list[Path]] = ([], [])  # perhaps and certainly needed
         self._strings: dict[str, dict[str, None]] = {}  # and the files in which they stand
         self._absolute: dict[str, dict[str, tuple[Path, str]]] = {}  # by file: names, what they are
@@ -3995,6 +4002,10 @@ class _Scan:
 
     def _read(self, path: Path, certain: bool) -> None:
         try:
+            self._most -= path.stat().st_size
+            if self._most < 0:
+                raise UserError("the scene and what it includes are too long to be looked into "
+                                "here: send it with 'povfarm.py submit'")
             data = path.read_bytes()
         except OSError:
             return  # the manifest will tell, or POV-Ray
@@ -4788,12 +4799,12 @@ def _zip_of(path: Path, what: str = "", most: int = MAX_LIST) -> Iterator[zipfil
         raise UserError(f"{what or path} is damaged or no zip file: {error}") from None
 
 
-def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int) -> None:
+def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int, most: int) -> None:
     infos = archive.infolist()
     size = sum(info.file_size for info in infos)
     if len(infos) > MAX_FILES:
         raise UserError(f"it holds more than {MAX_FILES} files")
-    if size > MAX_ZIP_SIZE or (size > 10**7 and size > MAX_RATIO * packed_size):
+    if size > most or (size > 10**7 and size > MAX_RATIO * packed_size):
         raise UserError(f"it would unpack to {format_size(size)}")
     seen: set[str] = set()
     for info in infos:
@@ -5179,6 +5190,8 @@ class Allowance:
 # The rows of SETTINGS that are limits of a person, by the names of Allowance's fields.
 ALLOWANCES: Mapping[str, Setting] = {
     row.name[:-len("-limit")]: row for row in SETTINGS if row.name.endswith("-limit")}
+PERSON: Mapping[str, Setting] = {"role": setting("role"), **ALLOWANCES}
+INVITATION: Mapping[str, Setting] = {"uses": setting("uses"), **PERSON}
 BOUNDLESS = Allowance(priority=1000)
 
 
@@ -7635,6 +7648,7 @@ def _descriptors(wanted: int) -> int:
 # All SQL, and the directory of blobs. Methods are single statements with a
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
 
+UPLOAD_TIME = 24 * 3600.0  # seconds for which an upload waits to become a job
 SCHEMA_VERSION = 10  # the database's PRAGMA user_version; 1 to 9 came before the first release
 _LESS = """UPDATE turn SET
     active = active - (OLD.state = 'active'), runs = runs - OLD.runs, kept = kept - OLD.kept,
@@ -8165,6 +8179,14 @@ class Store:
                 yield place
             finally:
                 shutil.rmtree(place, ignore_errors=True)
+
+    def upload(self, owner: str) -> Path:
+        """Return where somebody's upload is, if there is one; old ones of others are forgotten."""
+        for old in (self.root / "incoming").glob("upload-*"):
+            with contextlib.suppress(OSError):  # another request may do the same
+                if old.stat().st_mtime < time.time() - UPLOAD_TIME:
+                    shutil.rmtree(old, ignore_errors=True)
+        return self.root / "incoming" / f"upload-{secret_hash(owner)[:16]}"
 
     def put_image(self, directory: Path, name: str, data: Path | bytes) -> None:
         """Store a finished image, or the file of one, so that it is there whole or not at all."""
@@ -9910,12 +9932,17 @@ class People:
             self._states.tell(tx, "person removed", person.name)
             return [row.id for row in tx.workers() if row.owner == person.name]
 
-    def change(self, name: str, limits: Mapping[str, int], who: str = ADMIN) -> None:
-        """Set some of the limits of a person."""
+    def change(self, name: str, limits: Mapping[str, int], who: str = ADMIN,
+               role: Role | None = None) -> None:
+        """Set some of the limits of a person, and the role."""
         with self._states.tx(who) as tx:
             person = self._known(tx, name)
-            tx.put_person(replace(person, limits_json=json.dumps({**person.limits, **limits})))
-            text = ", ".join(f"{name} = {value}" for name, value in limits.items())
+            new = {name: most for name, most in limits.items()
+                   if most != getattr(self.allowance(tx, person.name), name)}
+            tx.put_person(replace(person, role=role or person.role,
+                                  limits_json=json.dumps({**person.limits, **new})))
+            text = ", ".join([f"{name} = {most}" for name, most in new.items()]
+                             + [f"role = {role}"] * (role not in (None, person.role)))
             self._states.tell(tx, "person changed", f"{person.name}: {text}")
             self._states.news.work = math.inf
 
@@ -11201,6 +11228,11 @@ class Scheduler:
         self.progress = states.grants.progress
         self.close = states.waiting.close
 
+    def remove_person(self, name: str, who: str = ADMIN) -> None:
+        """Let somebody in no more, nor the workers that came with its key; the jobs stay."""
+        for worker in self.people.remove(name, who):
+            self.remove_worker(worker, who)
+
     # --- jobs
 
     def submit(self, name: str, owner: str, pov: PovJob, manifest: Manifest,
@@ -11540,6 +11572,8 @@ SLOWEST = 2.0  # seconds at last; forgotten after a minute without one
 MAX_HELD = 4  # of an address at a time: while they wait, it gets no other key looked at
 MAX_ADDRESSES = 1000  # whose wrong keys are remembered
 MAX_INVITED = 10_000  # people by one invitation
+# Bytes of a scene that the coordinator looks into: up to 3 seconds and 70 MB for each MB.
+MAX_SCENE = 8 << 20
 MAX_PAIRINGS = 200  # that are begun in a minute
 MAX_SESSIONS = 10_000  # of programs that have proved who they are
 IDLE_SESSION = 3600.0  # seconds after which such a one may be forgotten
@@ -11650,9 +11684,9 @@ class Access:
         session = self._session(request)
         return hmac.new(self._key.encode(), session.encode(), "sha256").hexdigest()
 
-    def check_form(self, request: Request) -> dict[str, str]:
+    def check_form(self, request: Request, fields: dict[str, str] | None = None) -> dict[str, str]:
         """Return a form's fields; ``ProtocolError`` 403 where it was not made for this browser."""
-        fields = request.form()
+        fields = request.form() if fields is None else fields
         if not hmac.compare_digest(fields.get("token", "").encode(),
                                    self.form_token(request).encode()):
             raise ProtocolError(403, "this form is too old: load the page again")
@@ -11797,6 +11831,10 @@ class Access:
             person = replace(person, name=name, token=secret_hash(key))
         self._people.add(person, who)
         return key
+
+    def code_of(self, invitation: Person) -> str:
+        """Return the code by which people come."""
+        return invitation_code(self._key, invitation.name[1:])
 
     def come(self, name: str, ticket: str, share: str, proof: str, remote: str) -> dict[str, str]:
         """Let somebody in who proves to know a code; return our proof, and share of the key.
@@ -12688,9 +12726,7 @@ class Entrance:
     @route("DELETE", "/api/v1/users/<name>", role="admin", summary="Remove a person")
     def remove_user(self, request: Request) -> Response:
         """Its key is good for nothing from now on, nor are its workers'; the jobs stay."""
-        who = request.identity.name
-        for worker in self._farm.people.remove(request.params["name"], who):
-            self._farm.remove_worker(worker, who)
+        self._farm.remove_person(request.params["name"], request.identity.name)
         return Response(204)
 
     # --- workers
@@ -12752,6 +12788,63 @@ class Entrance:
         worker = self._farm.join(info, secret_hash(secret), request.remote,
                                  "" if admitted else code)
         return json_response({"id": worker, "admitted": admitted}, 201)
+
+
+class Intake:
+    """Makes jobs of scenes that lie in a directory of the coordinator's, as others have sent them.
+
+    They can use nothing of this computer but what lies there too.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._farm = scheduler
+        self._looking = threading.Lock()  # into one scene at a time: the farm has more to do
+
+    def read(self, owner: str, words: Sequence[str], place: Path,
+             cwd: Path) -> tuple[PovJob, Project]:
+        """Read POV-Ray's command line, as typed in ``cwd``, for files in and below ``place``."""
+        pov = read_command_line(words, cwd, {}, (), strict=False, ceiling=place)
+        plan = plan_frames(pov)
+        for name in pov.library:
+            if name != STANDARD and place not in ((there := real_path(cwd / name)), *there.parents):
+                raise UserError(f"the library path '{name}' is not in what was sent")
+        with self._farm.store.read() as look:  # before the scene is looked into
+            self._farm.people.check(look, owner, len(plan.frames))
+        try:
+            with self._farm.store.gate.outside(), self._looking:
+                project = collect_project(
+                    pov.scene, pov.library, cwd, place, map(plan.output_name, plan.frames),
+                    plan.frames, (), values=pov.values, by_file=(pov.scene, *pov.library),
+                    ceiling=place, most=MAX_SCENE)
+        except UserError as error:  # where it was looked for says what there is on this computer
+            raise UserError(f"{_without_places(str(error))}: it can only use what was sent with "
+                            "it, and POV-Ray's own files") from None
+        project = replace(project, warnings=(*pov.warnings, *map(
+            _without_places, project.warnings)))
+        uses = {*project.uses, *([f"povray {' '.join(pov.needs)}"] if pov.needs[0] else ())}
+        job = PovJob({**pov.values, **project.values, "Input_File_Name": project.scene},
+                     pov.declares, project.library, project.run_dir, tuple(sorted(uses)))
+        return job, project
+
+    def submit(self, name: str, owner: str, pov: PovJob, project: Project) -> int:
+        """Make the job and keep its files; return its number."""
+        job, missing = self._farm.submit(
+            one_line(name)[:100], owner, PovJob.from_wire(pov.to_wire()), project.manifest,
+            JobOptions(in_order=pov.plan.animation and "own-output" in project.uses))
+        try:
+            for file in project.manifest.files:
+                if file.sha256 in missing:
+                    self._farm.put_blob(file.sha256, file_blocks(project.sources[file.path]))
+        except Exception:
+            self._farm.delete(job, owner)
+            raise
+        return job
+
+
+def _without_places(text: str) -> str:
+    """Return what is said of files that a scene misses without where they were looked for."""
+    text = re.sub(r", which .*?(?=; missing too: | \(it may not be needed\)$|$)", "", text)
+    return re.sub(" is neither in .*", " is not there", text)
 
 
 def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
@@ -13706,9 +13799,6 @@ end 1
 
 TASKS_SHOWN = 15  # the newest of a user, as the protocol has it
 MAX_FORM = 64 << 20  # bytes of a scene for any program, with the form that it comes in
-# The same of one for POV-Ray. To look into it takes up to 3 seconds and 70 MB for each MB, on
-# the coordinator.
-MAX_SCENE = 8 << 20
 _ANY_ORIGIN = {f"Access-Control-Allow-{what}": "*" for what in ("Origin", "Methods", "Headers")}
 # What a client may ask for, and the field of the answer that says whether it was done.
 _ASKED_FOR = {"info": "IsSuccess", "enqueue": "IsAdded", "dequeue": "IsRemoved",
@@ -13727,8 +13817,7 @@ class RenderOnline:
                  rules: OnlineRules) -> None:
         self._farm, self._store = scheduler, scheduler.store
         self._access, self._key, self._rules = access, farm_key, rules
-        self._views = Views(scheduler)
-        self._scanning = threading.Lock()  # one scene at a time: the farm has more to do
+        self._views, self._intake = Views(scheduler), Intake(scheduler)
 
     def identify(self, request: Request) -> Identity:
         """Return who sends a request: at our routes a guest, whose token it is.
@@ -13805,9 +13894,10 @@ class RenderOnline:
             if chosen.name == POVRAY and (place / "upload").stat().st_size > MAX_SCENE:
                 raise ProtocolError(413, f"the scene is larger than {format_size(MAX_SCENE)}")
             (place / "upload").rename(place / "files" / scene)
+            there = place / "files"
             pov, project = (
-                self._read(owner, words, place / "files") if chosen.name == POVRAY else
-                (chosen.job(values), plain_project(place / "files" / scene)))
+                self._intake.read(owner, words, there, there) if chosen.name == POVRAY else
+                (chosen.job(values), plain_project(there / scene)))
             self._submit(owner, scene, words, chosen, pov, project)
         return _online_answer("enqueue", True, "Task successfully enqueued.")
 
@@ -13881,41 +13971,13 @@ class RenderOnline:
             raise ProtocolError(400, "Only 1 file may be uploaded per request.")
         return names[0], engine, given
 
-    def _read(self, owner: str, words: Sequence[str],
-              place: Path) -> tuple[PovJob, Project]:
-        """Read POV-Ray's command line for a scene that lies alone in a directory."""
-        pov = read_command_line(words, place, {}, (), strict=False)
-        plan = plan_frames(pov)
-        with self._store.read() as look:  # before the scene is looked into
-            self._farm.people.check(look, owner, len(plan.frames))
-        try:
-            with self._store.gate.outside(), self._scanning:
-                project = collect_project(
-                    pov.scene, (), place, place, map(plan.output_name, plan.frames), plan.frames,
-                    (), values=pov.values, by_file=(pov.scene,), ceiling=place)
-        except UserError as error:  # the rest says what there is on this computer
-            raise UserError(f"{str(error).partition(', which ')[0]}: it can only use what is in "
-                            "the scene itself, and POV-Ray's own files") from None
-        uses = {*project.uses, *([f"povray {' '.join(pov.needs)}"] if pov.needs[0] else ())}
-        return PovJob({**pov.values, **project.values, "Input_File_Name": project.scene},
-                      pov.declares, pov.library, project.run_dir, tuple(uses)), project
-
     def _submit(self, owner: str, scene: str, words: Sequence[str], engine: OnlineEngine,
                 pov: PovJob, project: Project) -> None:
         """Make a job of a scene, with what clients are told of it."""
         render = {"FileName": scene, "FilePath": "", "FileSize": project.manifest.files[0].size,
                   "Arguments": " ".join([engine.name, *words]), "EngineId": engine.id}
         pov = replace(pov, uses=tuple(sorted({*pov.uses, SENT + json.dumps(render)})))
-        job, missing = self._farm.submit(
-            PurePosixPath(scene).stem, owner, PovJob.from_wire(pov.to_wire()), project.manifest,
-            JobOptions(in_order=pov.plan.animation and "own-output" in project.uses))
-        try:
-            for file in project.manifest.files:
-                if file.sha256 in missing:
-                    self._farm.put_blob(file.sha256, file_blocks(project.sources[file.path]))
-        except Exception:
-            self._farm.delete(job, owner)
-            raise
+        self._intake.submit(PurePosixPath(scene).stem, owner, pov, project)
 
     def _tasks(self, tx: Look, owner: str, user: object) -> Iterator[dict[str, Any]]:
         """Yield somebody's tasks, the newest first."""
@@ -14231,6 +14293,7 @@ RANGES_SHOWN = 4000  # of finished frames, that a film is played from
 EVENTS_READ = 400  # of which the story's few lines are made
 NEWS_SHOWN = 14
 GONE_FOR = 3600.0  # seconds for which a computer that fell silent keeps its card
+WARNINGS_SHOWN = 20  # about an upload
 LOG_SHOWN = 50_000  # characters of POV-Ray's text on a page
 SCENE_SHOWN = 4_000_000  # bytes up to which a file is read for the line with an error
 TRIES_SHOWN = 20  # of a frame, the newest
@@ -14264,6 +14327,16 @@ class _Need(NamedTuple):
     words: Node
     buttons: Node
     bad: bool = False
+
+
+class _Report(NamedTuple):
+    """What the farm makes of an upload: of a ``command`` and files; ``problem`` is why not."""
+
+    command: str
+    name: str = ""
+    facts: Mapping[str, str] = {}
+    warnings: Sequence[str] = ()
+    problem: str = ""
 
 
 class _Sheets:
@@ -14327,9 +14400,12 @@ class _Sheets:
                        class_="row") if "person" in you.roles else element(
             "span", "Read-only. To make changes: ", element("code", "povfarm.py login")) \
             if you.roles else None
-        places = (("/", "Farm"), ("/computers", "Computers"), ("/events", "What happened"))
-        links = [element("a", name, href=to, aria_current="page" if to == request.path else None)
-                 for to, name in places if you.roles]
+        places = (("/", "Farm", "reader"), ("/computers", "Computers", "reader"),
+                  ("/people", "People", "person"), ("/events", "What happened", "reader"),
+                  ("/submit", "Add a job", "user"))
+        links = [element("a", name, href=to, aria_current="page" if to == request.path else None,
+                         class_="button good" if role == "user" else None)
+                 for to, name, role in places if role in you.roles]
         return element("header", _apart((
             element("a", element("img", src=mark, alt="", width=28, height=28), self._api.name,
                     href="/", class_="home"),
@@ -14366,15 +14442,9 @@ class _Sheets:
         """Return the job's options as a form."""
         if not self._may_steer(request, view) or _ended(view):
             return None
-        fields = [element("label", setting.name.replace("-", " "), _field(
-            name, setting, getattr(row.options, name)), element("small", setting.help))
-                  for name, setting in JOB_OPTIONS.items()]
-        token = self._access.form_token(request)
-        return element("details", element("summary", "Change how it is treated"), element(
-            "form", element("input", type="hidden", name="token", value=token),
-            element("div", _apart(fields), class_="fields"),
-            element("button", "Set", class_="good"), method="post",
-            action=f"/jobs/{view['id']}/set"), id="settings")
+        return element("details", element("summary", "Change how it is treated"), self._form(
+            request, f"/jobs/{view['id']}/set", "Set", "good",
+            _inputs(JOB_OPTIONS, vars(row.options))), id="settings")
 
     def _log(self, request: Request, tx: Look, view: View, row: Job, task: Task) -> Html:
         """Return what went wrong with a frame, and where, then what was printed, newest first.
@@ -14442,10 +14512,10 @@ class _Sheets:
         return response
 
     def _form(self, request: Request, address: str, label: str, kind: str | None = None,
-              **values: str) -> Html:
-        fields = {"token": self._access.form_token(request), **values}
+              *fields: Node, **values: str) -> Html:
+        values = {"token": self._access.form_token(request), **values}
         return element("form", [element("input", type="hidden", name=name, value=value)
-                                for name, value in fields.items()],
+                                for name, value in values.items()], *fields,
                        element("button", label, class_=kind), method="post", action=address)
 
     def _needs(self, request: Request, views: Sequence[View],
@@ -14521,28 +14591,53 @@ class _Sheets:
 
     def _workers(self, request: Request, workers: Sequence[View]) -> Node:
         """Return the table of the workers."""
-        heads = ["Name", "State", "Cores", "Renders", "POV-Ray", "System", "Heard of"]
         admin = "admin" in request.identity.roles
-        rows = [element("tr", element("th", worker["name"], scope="row"), [
-            element("td", cell) for cell in (
-                [_badge(worker["state"]), f" {worker.get('reason', '')}"], worker["cores"],
-                worker["runs"], povray_of(worker["engines"]), worker["system"],
-                "long ago" if worker["seen"] is None else _ago(worker["seen"]))],
-            element("td", self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
-                                      "Remove it from the farm")) if admin else None)
-            for worker in workers]
-        table = element("table", element("thead", element(
-            "tr", [element("th", head, scope="col") for head in heads],
-            element("td") if admin else None)), element("tbody", rows))
-        return element("div", table, class_="scroll") if workers else None
+        return _table_of(("Name", "State", "Cores", "Renders", "POV-Ray", "System", "Tags",
+                          "Heard of", None), [[
+            worker["name"], [_badge(worker["state"]), f" {worker.get('reason', '')}"],
+            worker["cores"], worker["runs"], povray_of(worker["engines"]), worker["system"],
+            ", ".join(worker["tags"]),
+            "long ago" if worker["seen"] is None else _ago(worker["seen"]),
+            self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
+                        "Remove it from the farm") if admin else None] for worker in workers])
 
-    def _join(self, request: Request) -> Html:
-        """Return what to type to bring one more computer."""
+    def _drop(self, request: Request, report: _Report | None = None) -> Html:
+        """Return the form that takes files, or more of them and another command line."""
+        fields = (
+            ("Files, or a zip", {"type": "file", "name": "files", "multiple": ""}, ""),
+            ("or a folder", {"type": "file", "name": "files", "webkitdirectory": ""}, ""),
+            ("POV-Ray's command line", {
+                "name": "command", "value": report.command if report else "", "class_": "wide",
+                "placeholder": "scene.pov +W1920 +H1080 +A0.3", "spellcheck": "false"},
+             "As you would type it after povray. Empty: what pov.ini says, or the only scene."))
+        buttons = [element("button", "Look at it", name="do", value="look",
+                           class_=None if report and not report.problem else "good")]
+        if report and not report.problem:
+            buttons.append(element("button", f"Render {report.facts['frames']}", name="do",
+                                   value="render", class_="good"))
+        hint = "Add files, or change the command line:" if report else (
+            "Drop a scene here with all that it uses. Nothing is rendered before you have seen "
+            "what the farm makes of it.")
+        return element(
+            "form", element("input", type="hidden", name="token",
+                            value=self._access.form_token(request)), element("p", hint),
+            element("div", _apart([element("label", label, element("input", **field),
+                                           element("small", more) if more else None)
+                                   for label, field, more in fields]), class_="fields"),
+            element("div", _apart(buttons), class_="row"), element("output"),
+            method="post", action="/submit", enctype="multipart/form-data", class_="drop")
+
+    def _here(self, request: Request) -> str:
+        """Return where this farm is, for a command that is typed on another computer."""
         host = request.headers.get("host", "")
         if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):  # it is to be pasted into a shell
             host = f"HOST:{PORT}"
-        here = re.match(r"localhost|127\.|\[::1\]", host)
-        server = f"https://{host} --pin {self._pin}" if self._pin else f"http://{host}"
+        return f"https://{host} --pin {self._pin}" if self._pin else f"http://{host}"
+
+    def _join(self, request: Request) -> Html:
+        """Return what to type to bring one more computer."""
+        server = self._here(request)
+        here = re.match(r"https?://(localhost|127\.|\[::1\])", server)
         return _section(
             "Add a computer",
             element("p", "Any computer with Python and POV-Ray can help. "
@@ -14551,11 +14646,15 @@ class _Sheets:
             element("p", "On another computer you can leave --server out: it finds the farm."),
             id="add")
 
+    def _ask(self, request: Request, word: str, address: str, kind: str = "") -> Html:
+        """Return a link to the same page with a form on it, which does not reload then."""
+        return element("a", word, class_=f"button {kind}".rstrip(),
+                       href=f"{_same_page(request, still='1', ask=address)}#asked")
+
     def _asked(self, request: Request, word: str, address: str, label: str) -> Html:
-        """Return a link to the same page with a form in its place; that page does not reload."""
+        """Return a link to the same page with a question in its place."""
         if request.query.get("ask") != address:
-            return element("a", word, class_="button asks",
-                           href=f"{_same_page(request, still='1', ask=address)}#asked")
+            return self._ask(request, word, address, "asks")
         return element("div", self._form(request, address, label, "bad"),
                        element("a", "No", class_="button", href=_same_page(request)),
                        class_="row", id="asked")
@@ -14631,7 +14730,8 @@ class Pages(_Sheets):
                     _room(workers, pictures, views), class_="now")
             if (stage or workers) and not before else None,
             _queue(views, functools.partial(self._quick, request), self._portrait),
-            _finished(views), None if views or before else _no_jobs(),
+            _finished(views), None if views or before else self._drop(request)
+            if "user" in request.identity.roles else _no_jobs(),
             None if live or before else self._join(request),
             element("p", element("a", "Older jobs", href=f"/?before={older}{'&mine=1' * mine}"))
             if older else None, story,
@@ -14846,6 +14946,248 @@ class Pages(_Sheets):
             status=refusal.status)
 
 
+class Desk(_Sheets):
+    """Where people hand in scenes and see what the farm makes of them, and where people are let in.
+
+    What a browser sends waits on the disk, one upload for each person, until it becomes a job.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._intake, self._store = Intake(self._farm), self._farm.store
+        self._reports: dict[str, _Report] = {}  # of people's uploads, as they are now
+        self._moving = threading.Lock()  # files from requests to uploads
+
+    @route("GET", "/submit", role="user", summary="The page that takes jobs")
+    def submit(self, request: Request) -> Response:
+        """A form for a scene with its files; once they are here, what the farm makes of them."""
+        owner = request.identity.name
+        report = self._report(owner) if self._store.upload(owner).is_dir() else None
+        title = "Add a job" if report is None else "This cannot be rendered yet" \
+            if report.problem else f"{report.name} is ready to render"
+        more = len(report.warnings) - WARNINGS_SHOWN if report else 0
+        return self._page(
+            request, f"{title} · {self._api.name}", element("h1", title), [
+                _facts(report.facts), element("p", report.problem, class_="notice failed")
+                if report.problem else None,
+                [element("p", text, class_="notice") for text in report.warnings[:WARNINGS_SHOWN]],
+                element("p", f"and {counted(more, 'more warning')}") if more > 0 else None]
+            if report else None, self._drop(request, report),
+            self._form(request, "/submit/forget", "Forget these files") if report else None)
+
+    @route("POST", "/submit", role="user", max_body=MAX_ZIP_SIZE, summary="Take a job's files")
+    def take(self, request: Request) -> Response:
+        """A form with files, command, and do: look or render, which makes the job."""
+        owner, given = request.identity.name, dict[str, str]()
+        upload = self._store.upload(owner)
+        if not request.headers.get("content-type", "").startswith("multipart/"):
+            self._access.check_form(request, given)  # none of ours
+        with self._store.incoming() as place:
+            try:
+                count = self._receive(request, place / "files", given)
+                self._access.check_form(request, given)
+                if not count and not upload.is_dir():
+                    raise UserError("no file was chosen: go back and choose the scene")
+                command = upload / "command"
+                with self._moving:
+                    self._move(owner, place / "files", upload)
+                    known = command.read_text(encoding="utf-8") if command.is_file() else None
+                    command.write_text(given.get("command", ""), encoding="utf-8")
+            except OSError as error:
+                if takes_nothing(error):
+                    raise
+                raise UserError(f"these files cannot be kept: {error.strerror}") from None
+        if count or known != given.get("command", ""):
+            self._reports.pop(owner, None)
+        elif given.get("do") == "render" and not self._report(owner).problem:
+            pov, project = self._read(owner)
+            job = self._intake.submit(self._report(owner).name, owner, pov, project)
+            self._forget(owner)
+            return redirect(f"/jobs/{job}")
+        return redirect("/submit")
+
+    @route("POST", "/submit/forget", role="user", summary="Forget files that were sent")
+    def forget(self, request: Request) -> Response:
+        """Delete the upload of whoever asks."""
+        self._access.check_form(request)
+        self._forget(request.identity.name)
+        return redirect("/submit")
+
+    def _forget(self, owner: str) -> None:
+        self._reports.pop(owner, None)
+        shutil.rmtree(self._store.upload(owner), ignore_errors=True)
+
+    def _receive(self, request: Request, place: Path, given: dict[str, str]) -> int:
+        """Save the files of a form below ``place``, its other fields in ``given``; count them."""
+        place.mkdir()
+        with self._store.read() as look:
+            self._farm.people.check(look, request.identity.name, 0, 0, request.body.length or 0)
+        last = place
+        count = 0
+        for head, blocks in form_parts(request):
+            name = re.search(r'\bname="(\w*)"', head)
+            file = re.search(r'\bfilename="([^"\r\n]*)"', head)
+            if file is None:
+                text = b"".join(itertools.islice(blocks, 16))[:BODY_LIMIT]
+                given[name[1] if name else ""] = text.decode("utf-8", "replace")
+                continue
+            self._access.check_form(request, given)  # before anything is kept
+            path = file[1].replace("%22", '"').replace("\\", "/").lstrip("/")
+            if not path:
+                continue  # a field that nobody has filled
+            if (count := count + 1) > MAX_FILES:
+                raise UserError(f"a job has at most {MAX_FILES} files")
+            last = safe_join(place, path)
+            last.parent.mkdir(parents=True, exist_ok=True)
+            with open(last, "wb") as to:
+                for block in blocks:
+                    self._store.need(len(block))
+                    to.write(block)
+        if count == 1 and last.suffix.lower() == ".zip":
+            with self._store.gate.outside():
+                packed = last.rename(place.parent / last.name)
+                shutil.rmtree(place)
+                try:
+                    read_zip(packed, place, min(MAX_ZIP_SIZE, free_room(self._store.root)))
+                except UserError as error:
+                    raise UserError(str(error).replace(f"{place.parent}/", "")) from None
+        return count
+
+    def _move(self, owner: str, files: Path, upload: Path) -> None:
+        """Put files with those of an upload that are there, over those of the same name."""
+        there = upload / "files"
+        there.mkdir(parents=True, exist_ok=True)
+        new = [path for path in files.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in (*new, *there.rglob("*")) if path.is_file())
+        with self._store.read() as look:
+            self._farm.people.check(look, owner, 0, 0, size)
+        if size > MAX_ZIP_SIZE:
+            raise UserError(f"these files have {format_size(size)}: send at most "
+                            f"{format_size(MAX_ZIP_SIZE)}, or use 'povfarm.py submit'")
+        top = _top(there)
+        for path in new:
+            place = path.relative_to(files)  # what comes after a folder goes into it
+            to = (there if (there / place.parts[0]) in (top, *top.parents) else top) / place
+            to.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(to)
+
+    def _read(self, owner: str) -> tuple[PovJob, Project]:
+        """Read the command line of somebody's upload, and the scene."""
+        upload = self._store.upload(owner)
+        place, command = upload / "files", (upload / "command").read_text(encoding="utf-8")
+        try:
+            words = shlex.split(command)
+        except ValueError:
+            raise UserError("a quote in the command line has no other end") from None
+        if words and re.fullmatch(r"povray(\.exe)?", words[0]):
+            del words[0]
+        place = _top(place)
+        if not any(re.fullmatch(r"[^-+=][^=]*", word) for word in words):
+            found = find_project(place)
+            words, place = [quoted(found.name), *words], found.parent
+        return self._intake.read(owner, words, upload / "files", place)
+
+    def _report(self, owner: str) -> _Report:
+        """Return what the farm makes of somebody's upload, looked into once."""
+        if owner not in self._reports:
+            upload = self._store.upload(owner)
+            report = _Report((upload / "command").read_text(encoding="utf-8"))
+            try:
+                pov, project = self._read(owner)
+                plan, files = pov.plan, project.manifest.files
+                names = [plan.output_name(plan.frames[at]) for at in (0, -1)]
+                report = report._replace(
+                    name=PurePosixPath(project.scene).stem, warnings=project.warnings, facts={
+                        "scene": project.scene, "frames": _count_of(len(plan.frames), "frame"),
+                        "pixels": f"{pov.options.width} x {pov.options.height}",
+                        "images": " to ".join(dict.fromkeys(names)),
+                        "files": f"{len(files)}, {format_size(sum(one.size for one in files))}"})
+            except FarmError as error:
+                report = report._replace(problem=str(error).replace(
+                    str(upload / "files"), "what you sent"))
+            self._reports[owner] = report
+        return self._reports[owner]
+
+    @route("GET", "/people", role="person", summary="The page of the people")
+    def people(self, request: Request) -> Response:
+        """Who one is and may have; everybody, and who is invited, for the admin."""
+        you, admin = request.identity, "admin" in request.identity.roles
+        with self._store.read() as tx:
+            people = [row for row in tx.people() if admin or row.name == you.name]
+            has = {row.name: (tx.usage(row.name), self._farm.people.allowance(tx, row.name))
+                   for row in people}
+            invited = tx.people(invited=True) if admin else []
+        rows: list[list[Node]] = [[
+            row.name, row.role, _part(used.jobs, may.jobs), _part(used.frames, may.frames),
+            _part(used.space, may.space, format_size), may.workers or "any", may.priority, [
+                self._ask(request, "Change…", f"/people/{row.name}/set"), " ", self._asked(
+                    request, "Remove…", f"/people/{row.name}/remove", f"Remove {row.name}")]
+            if admin else None] for row in people for used, may in [has[row.name]]]
+        changed = [row for row in people if request.query.get("ask") == f"/people/{row.name}/set"]
+        return self._page(
+            request, f"People · {self._api.name}", element("h1", "People"),
+            element("p", f"You are {you.name}. " + (
+                "You may do everything." if admin else
+                "You submit jobs, and steer your own." if "user" in you.roles else "You may look."),
+                    class_="lead"),
+            _table_of(("Name", "Role", "Unfinished jobs", "Unfinished frames", "Kept", "Workers",
+                    "Highest priority", None), rows), [_section(f"Change {row.name}", self._form(
+                        request, f"/people/{row.name}/set", "Set", "good", _inputs(
+                            PERSON, {**vars(has[row.name][1]), "role": row.role})), id="asked")
+                        for row in changed], self._invitations(request, invited) if admin else None)
+
+    def _invitations(self, request: Request, invited: Sequence[Person]) -> Node:
+        """Return who may still come, by which code, and the form that invites more."""
+        rows: list[list[Node]] = [[
+            element("code", self._access.code_of(row)), row.uses, row.role, time.strftime(
+                "%d %B, %H:%M", time.localtime(row.added + INVITED_FOR))]
+            for row in invited if row.uses]
+        with self._store.read() as tx:
+            everybody = self._farm.people.allowance(tx, "")
+        command = f"povfarm.py login --server {self._here(request)} --code CODE"
+        return [
+            _section("Invited", element("p", "On a computer of theirs they type:"),
+                     _typed_there(command), _table_of(
+                         ("Code", "For so many", "Role", "Until"), rows)) if rows else None,
+            _section("Invite", self._form(
+                request, "/people/invite", "Make a code", "good", _inputs(
+                    INVITATION, {"uses": 1, "role": "user", **vars(everybody)})))]
+
+    @route("POST", "/people/invite", role="admin", summary="Invite people by a form")
+    def invite(self, request: Request) -> Response:
+        """Make a code for some people, with the limits that are not everybody's."""
+        given = self._wanted(request, INVITATION)
+        with self._store.read() as tx:
+            everybody = self._farm.people.allowance(tx, "")
+        one = Newcomer.from_wire({
+            "name": "", "ticket": secrets.token_hex(16), "role": given.pop("role"),
+            "uses": given.pop("uses"), "limits": {
+                name: most for name, most in given.items() if most != getattr(everybody, name)}})
+        self._access.add(one.name, one.role, one.limits, one.ticket, one.uses,
+                         request.identity.name)
+        return redirect("/people")
+
+    @route("POST", "/people/<name>/set", role="admin", summary="Change a person by a form")
+    def change(self, request: Request) -> Response:
+        """Set the role and the limits."""
+        given = self._wanted(request, PERSON)
+        self._farm.people.change(request.params["name"], given, request.identity.name,
+                                 Role(given.pop("role")))
+        return redirect("/people")
+
+    @route("POST", "/people/<name>/remove", role="admin", summary="Remove a person by a form")
+    def remove(self, request: Request) -> Response:
+        """Let it in no more, nor its workers; the jobs stay."""
+        self._access.check_form(request)
+        self._farm.remove_person(request.params["name"], request.identity.name)
+        return redirect("/people")
+
+    def _wanted(self, request: Request, rows: Mapping[str, Setting]) -> dict[str, Any]:
+        """Return what a form says of some rows of SETTINGS."""
+        given = self._access.check_form(request)
+        return {name: row.parse(given.get(name, ""), row.name) for name, row in rows.items()}
+
+
 # --- parts of pages
 
 def _same_page(request: Request, **query: str) -> str:
@@ -14941,16 +15283,19 @@ def _section(title: str, *children: Node, **attributes: str) -> Html:
 
 def _totals(totals: Mapping[str, Sequence[View]]) -> Node:
     """Return tables of what was rendered, by each worker, computer and group."""
-    tables = [element("table", element("thead", element("tr", [
-        element("th", head, scope="col") for head in (
-            kind.capitalize()[:-1], "Frames", "Time", "Failed tries")])), element("tbody", [
-                element("tr", element("th", view["name"] or "none", scope="row"), [
-                    element("td", cell) for cell in (
-                        said_frames(view["frames"]), format_duration(view["wall"]),
-                        f"{view['failures']:,}")]) for view in views]))
-              for kind, views in totals.items()]
-    return _section("Rendered so far", *[element("div", table, class_="scroll")
-                                         for table in tables]) if totals["workers"] else None
+    tables = [_table_of((kind.capitalize()[:-1], "Frames", "Time", "Failed tries"), [[
+        view["name"] or "none", said_frames(view["frames"]), format_duration(view["wall"]),
+        f"{view['failures']:,}"] for view in views]) for kind, views in totals.items()]
+    return _section("Rendered so far", *tables) if totals["workers"] else None
+
+
+def _table_of(heads: Sequence[str | None], rows: Sequence[Sequence[Node]]) -> Node:
+    """Return a table, if it has rows; each begins with a name. What is for buttons has no head."""
+    return element("div", element("table", element("thead", element("tr", [
+        element("th", head, scope="col") if head else element("td") for head in heads])),
+        element("tbody", [element("tr", element("th", name, scope="row"), [
+            element("td", cell) for cell in cells]) for name, *cells in rows])),
+        class_="scroll") if rows else None
 
 
 def _badge(state: str) -> Html:
@@ -15333,12 +15678,31 @@ def _times(view: View, tasks: Sequence[Task], names: Mapping[int, str],
         id="times")
 
 
-def _field(name: str, setting: Setting, value: Any) -> Html:
-    if setting.is_flag:
-        return element("select", [element(
-            "option", word, value=word, selected="" if value == (word == "yes") else None)
-            for word in ("no", "yes")], name=name)
-    return element("input", name=name, value=value)
+def _inputs(rows: Mapping[str, Setting], values: Mapping[str, Any]) -> Html:
+    """Return what is to be filled in for rows of SETTINGS."""
+    fields = [element("label", setting.name.replace("-", " "), _choice(
+        name, "yes" if values[name] else "no", ("no", "yes")) if setting.is_flag else
+        _choice(name, values[name], Role) if name == "role" else
+        element("input", name=name, value=values[name]), element("small", setting.help))
+              for name, setting in rows.items()]
+    return element("div", _apart(fields), class_="fields")
+
+
+def _top(place: Path) -> Path:
+    """Return the directory that files lie in: one that holds nothing but one stands for that."""
+    while len(inside := list(place.iterdir())) == 1 and inside[0].is_dir():
+        place = inside[0]
+    return place
+
+
+def _part(have: int, most: int, amount: Callable[[int], str] = "{:,}".format) -> str:
+    return f"{amount(have)} of {amount(most)}" if most else amount(have)
+
+
+def _choice(name: str, value: str, words: Iterable[str]) -> Html:
+    return element("select", [element("option", word, value=word,
+                                      selected="" if word == value else None)
+                              for word in words], name=name)
 
 
 def _cell(job: int, frame: View) -> Html:
@@ -15430,7 +15794,8 @@ header, footer, .row, .links, .legend { display: flex; flex-wrap: wrap; gap: .5r
   align-items: center; }
 header { padding: .6rem 0; font-size: .875rem; } header .home { display: flex; gap: .6rem;
   align-items: center; color: inherit; font-size: 1rem; font-weight: 600; text-decoration: none; }
-header nav { display: flex; flex: 1; gap: 1rem; } header nav a { padding: .25rem 0; }
+header nav { display: flex; flex: 1; flex-wrap: wrap; gap: .25rem 1rem; white-space: nowrap; }
+header nav a:not(.button) { padding: .25rem 0; } header nav .button { margin-left: auto; }
 [aria-current] { color: inherit; text-decoration-thickness: .15em; }
 header .row { margin: 0; }
 #live { display: flex; gap: .4rem; align-items: center; color: var(--dim); }
@@ -15519,8 +15884,10 @@ label { font-size: .875rem; font-weight: 600; } small { display: block; color: v
   font-size: .8125rem; font-weight: 400; } summary { padding: .25rem 0; cursor: pointer;
   font-weight: 600; } .again { align-items: center; margin-bottom: 1.5rem; }
 input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem .5rem;
-  font: inherit; font-size: .875rem;
+  font: inherit; font-size: .875rem; font-weight: 400;
   border: 1px solid var(--edge); border-radius: .4rem; background: var(--card); color: var(--ink); }
+::file-selector-button { font: inherit; } .fields label::first-letter { text-transform: uppercase; }
+h1 + dl { margin: .75rem 0; }
 .fields { display: grid; flex: 1 0 100%; gap: .75rem 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 .fields input, .fields select { display: block; width: 100%; }
@@ -15557,6 +15924,10 @@ section > p code { margin-right: .7em; }
 pre { overflow: auto; max-height: 40rem; margin: .5rem 0; padding: .75rem 1rem; border: 1px solid
   var(--line); border-radius: .5rem; background: var(--card); white-space: pre-wrap; }
 .typed { display: flex; flex-wrap: wrap; gap: 0 .5rem; align-items: center; }
+.drop { display: block; max-width: 60rem; margin: 1rem 0; padding: 1.5rem; border: 2px dashed
+  var(--edge); border-radius: .8rem; background: var(--card); } .drop p { margin: 0 0 1rem; }
+.drop.over { border-color: var(--live); background: var(--mat); }
+.drop label:last-child { grid-column: 1 / -1; }
 .copy { display: none; } .js .copy { display: inline-block; }
 .empty { padding: 2rem 0; text-align: center; } .empty .typed { justify-content: center; }
 .scroll { margin-bottom: 1rem; overflow-x: auto; } table { width: 100%; border-collapse: collapse; }
@@ -15600,7 +15971,7 @@ summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
   .sheet { grid-template-columns: 1fr 1fr; } .strip { grid-template-columns: repeat(6, 1fr); } }
 @media (pointer: coarse) { button, .button, input, select { min-height: 2.75rem;
     padding: .5rem 1rem; }
-  header nav a, .links a, .grid a { padding: .6rem 0; } }
+  header nav a:not(.button), .links a, .grid a { padding: .6rem 0; } }
 @media (prefers-reduced-motion: no-preference) { progress, .bar rect { transition: .3s; } }
 """ + "".join(f".grid .p{tenth} {{ background-size: 100% {tenth}0%; }}\n" for tenth in range(1, 11))
 SCRIPT = """\
@@ -15924,6 +16295,52 @@ document.addEventListener("dragstart", drag => {
   if (drag.target.closest(".grid")) drag.preventDefault();
 });
 
+// Files that are dropped, or a folder with all that is in it, go with the form.
+async function unfold(entry, to, place) {
+  if (entry.isFile)
+    return to.push([place + entry.name, await new Promise((good, bad) => entry.file(good, bad))]);
+  const reader = entry.createReader();
+  const read = () => new Promise((good, bad) => reader.readEntries(good, bad));
+  for (let some = await read(); some.length; some = await read())
+    for (const one of some) await unfold(one, to, place + entry.name + "/");
+}
+
+async function dropped(form, items) {
+  const said = form.querySelector("output"), files = [], data = new FormData(form);
+  const entries = [...items].map(item => item.webkitGetAsEntry()).filter(entry => entry);
+  for (const entry of entries) await unfold(entry, files, "");
+  for (const [name, file] of files) data.append("files", file, name);
+  const send = new XMLHttpRequest();
+  send.open("POST", form.action);
+  send.responseType = "document";
+  send.setRequestHeader("Accept", "text/html");
+  send.upload.onprogress = now =>
+    said.textContent = "Sending " + Math.round(100 * now.loaded / now.total) + " %";
+  send.onerror = () => said.textContent = "They could not be sent: is the farm there?";
+  send.onload = () => {
+    if (send.status === 200) location.assign(send.responseURL);
+    else said.textContent = send.response.querySelector("main .lead").textContent;
+  };
+  send.send(data);
+}
+
+document.addEventListener("dragover", drag => {
+  const form = find(".drop");
+  if (!form || !drag.dataTransfer.types.includes("Files")) return;
+  drag.preventDefault();
+  form.classList.add("over");
+});
+document.addEventListener("dragleave", drag => {
+  if (!drag.relatedTarget && find(".drop")) find(".drop").classList.remove("over");
+});
+document.addEventListener("drop", drop => {
+  const form = find(".drop");
+  if (!form || !drop.dataTransfer.types.includes("Files")) return;
+  drop.preventDefault();
+  form.classList.remove("over");
+  dropped(form, drop.dataTransfer.items);
+});
+
 function tell(text) {
   live.classList.toggle("away", away);
   if (live.lastChild.textContent !== text) live.lastChild.textContent = text;
@@ -16051,6 +16468,7 @@ class Coordinator:
         self.api = Api(self.scheduler, self.access, self.name)
         entrance = Entrance(self.scheduler, self.access, admit_private)
         pages = Pages(self.api, self.scheduler, self.access, self.pin, typed)
+        desk = Desk(self.api, self.scheduler, self.access, self.pin, typed)
         dialects: list[object] = [Httpov(self.scheduler, self.access)] if httpov else []
         dialects += [Sheepit(self.scheduler, self.access, self.key)] if sheepit else []
         identify = self.access.identify
@@ -16058,7 +16476,7 @@ class Coordinator:
             online = RenderOnline(self.scheduler, self.access, self.key, renderonline)
             dialects, identify = [*dialects, online], online.identify
         self.machines = Machines(self.scheduler, self.access, programs)
-        self.router = Router(self.api, entrance, pages, self.machines, *dialects,
+        self.router = Router(self.api, entrance, pages, desk, self.machines, *dialects,
                              authenticate=identify, hosts=_own_names(hosts),
                              error_page=pages.error_page, gate=self.store.gate)
         self.api.routes = self.router.routes

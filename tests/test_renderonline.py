@@ -287,10 +287,10 @@ FILE = ("file", "a.pov", SCENE)
     ([("request", None, wish([*FRAMES[:2], ("output_format", "RAWTGA")])), FILE], 400,
      "argument '+FRAWTGA': POV-Ray has no file type 'RAWTGA', but +FN and +FN16"),
     ([("request", None, wish()), ("file", "a.pov", b'#include "/etc/hostname"\n')], 400,
-     "a.pov:1 includes '/etc/hostname': it can only use what is in the scene itself, and "
+     "a.pov:1 includes '/etc/hostname': it can only use what was sent with it, and "
      "POV-Ray's own files"),
     ([("request", None, wish()), ("file", "a.pov", b'#include "missing.inc"\n')], 400,
-     "a.pov:1 includes 'missing.inc': it can only use what is in the scene itself, and "
+     "a.pov:1 includes 'missing.inc': it can only use what was sent with it, and "
      "POV-Ray's own files"),
 ])
 def test_what_is_wrong_is_said_in_the_dialects_words_and_nothing_is_kept(

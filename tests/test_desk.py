@@ -1,0 +1,302 @@
+"""Jobs that a browser hands in, and the page of the people: also as plain forms, and in real Chromium."""
+
+from __future__ import annotations
+
+import io
+import urllib.parse
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import pytest
+
+import povfarm
+from helpers.browser import browser
+from helpers.invariants import broken
+from helpers.pages import Dom
+from helpers.trust import place_of, request_of
+from povfarm import BodyReader, Coordinator, JobState, Request, Response, Role
+
+HOSTILE = "<script>alert(1)</script>"
+BALL = b'#include "colors.inc"\n#include "tex.inc"\nsphere { 0, 1 pigment { Mine } }\n'
+TEX = b"#declare Mine = pigment { rgb x }\n"
+File = Tuple[str, bytes]
+
+
+class House:
+    """A coordinator that does not listen, with browsers that are logged in."""
+
+    def __init__(self, data: Path) -> None:
+        self.farm = Coordinator(data, bind="127.0.0.1", durable=False)
+        self.farm.access.add("anna", Role.USER, {"jobs": 2}, "a-ticket-that-is-new")
+        self.cookies = {name: f"{self.farm.access.cookie}=" + self.farm.access.log_in(
+            self.farm.access.login_code(name)) for name in ("admin", "anna")}
+
+    def send(self, method: str, path: str, who: str, body: bytes = b"",
+             kind: str = "application/x-www-form-urlencoded") -> Response:
+        path, _, query = path.partition("?")
+        cookie = self.cookies[who]
+        return self.farm.router.handle(Request(
+            method, place_of(self.farm.access, cookie) + path, dict(urllib.parse.parse_qsl(query)),
+            {"host": "127.0.0.1", "accept": "text/html", "cookie": cookie, "content-type": kind},
+            BodyReader.of(body)))
+
+    def page(self, path: str, who: str = "admin", status: int = 200) -> Dom:
+        return self.shown(self.send("GET", path, who), status)
+
+    def shown(self, answer: Response, status: int) -> Dom:
+        assert isinstance(answer.body, bytes) and answer.status == status, answer.body
+        dom = Dom(answer.body.decode())
+        dom.harmless()
+        return dom
+
+    def token(self, who: str) -> str:
+        return self.farm.access.form_token(
+            request_of(self.farm.access, {"cookie": self.cookies[who]}))
+
+    def press(self, path: str, who: str = "admin", **fields: str) -> Response:
+        """Send a plain form."""
+        body = urllib.parse.urlencode({"token": self.token(who), **fields}).encode()
+        return self.send("POST", path, who, body)
+
+    def hand_in(self, *files: File, who: str = "admin", **fields: str) -> Response:
+        """Send the form with files as a browser does."""
+        parts: List[Tuple[str, bytes]] = [(f'name="{name}"', value.encode()) for name, value in
+                                          {"token": self.token(who), **fields}.items()]
+        parts += [(f'name="files"; filename="{name}"', data) for name, data in files]
+        body = b"".join(b'--EDGE\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n' % (
+            head.encode(), data) for head, data in parts) + b"--EDGE--\r\n"
+        return self.send("POST", "/submit", who, body, "multipart/form-data; boundary=EDGE")
+
+    def kept(self) -> List[str]:
+        """What is there of uploads."""
+        place = self.farm.data / "incoming"
+        return sorted(path.name for path in place.rglob("*") if path.is_file())
+
+    def jobs(self) -> List[Any]:
+        with self.farm.store.read() as tx:
+            return list(tx.jobs(0, -1))
+
+
+@pytest.fixture(name="house")
+def house_fixture(tmp_path: Path) -> Iterator[House]:
+    house = House(tmp_path / "data")
+    yield house
+    assert broken(house.farm.scheduler) == []
+    house.farm.stop()
+
+
+# --- jobs
+
+def test_a_job_is_handed_in_by_plain_forms(house: House) -> None:
+    page = house.page("/submit", "anna")
+    form, = page.all("form", enctype="multipart/form-data")
+    assert form["action"].endswith("/submit") and page.all("input", webkitdirectory="")
+    assert house.hand_in(("ball.pov", BALL), who="anna",
+                         command="povray ball.pov +W320 +H240 +KFF24").status == 303
+    page = house.page("/submit", "anna")
+    assert "ball.pov:2 includes 'tex.inc': it can only use what was sent" in page.text
+    assert not page.all("button", value="render"), "what is missing is said before"
+    assert house.hand_in(who="anna", command="+KFF24", do="render").status == 303, "no way around"
+    assert house.jobs() == []
+    house.hand_in(("tex.inc", TEX), who="anna", command="+KFF12 +W320 +H240", do="render")
+    page = house.page("/submit", "anna")
+    for words in ("ball is ready", "12 frames", "320 x 240", "ball01.png to ball12.png",
+                  f"2, {len(BALL + TEX)} B",
+                  "Render 12 frames"):
+        assert words in page.text, page.text
+    assert page.all("input", name="command", value="+KFF12 +W320 +H240")
+    assert house.jobs() == [], "nothing is rendered that was not seen"
+    answer = house.hand_in(who="anna", command="+KFF12 +W320 +H240", do="render")
+    job, = house.jobs()
+    assert (answer.status, answer.headers["Location"].endswith(f"/jobs/{job.id}")) == (303, True)
+    assert (job.name, job.owner, job.state, len(job.pov.plan.frames)) == (
+        "ball", "anna", JobState.ACTIVE, 12)
+    assert house.kept() == [] and "Drop a scene" in house.page("/submit", "anna").text
+
+
+def packed(**files: bytes) -> bytes:
+    to = io.BytesIO()
+    with zipfile.ZipFile(to, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name.replace("__", "/").replace("_", "."), data)
+    return to.getvalue()
+
+
+@pytest.mark.parametrize("files", [
+    [("p.zip", packed(balls__ball_pov=BALL, balls__tex_inc=TEX))],
+    [("balls/ball.pov", BALL), ("balls/tex.inc", TEX)],
+    [("balls/ball.pov", BALL), ("tex.inc", TEX)],  # the second comes later
+    [("C:\\balls\\ball.pov", BALL), ("C:\\balls\\tex.inc", TEX)],
+    [("ball.pov", BALL), ("tex.inc", TEX), ("ball.ini", b"Input_File_Name=ball.pov\nWidth=99\n")],
+])
+def test_a_zip_a_folder_and_an_ini_file_are_taken_as_they_are(house: House, files: List[File]) -> None:
+    for file in files:
+        assert house.hand_in(file).status == 303
+    page = house.page("/submit")
+    assert "ball is ready to render" in page.text
+    assert ("99 x" in page.text) == any(name == "ball.ini" for name, _ in files)
+
+
+@pytest.mark.parametrize("files, command, words", [
+    ([], "", "No file was chosen"),
+    ([("../ball.pov", BALL)], "", "is not a name of a file inside a project"),
+    ([("a/../../ball.pov", BALL)], "", "is not a name of a file inside a project"),
+    ([("p.zip", b"PK")], "", "damaged or no zip file"),
+    ([("p.zip", packed(___etc__passwd=b""))], "", "is not a name of a file inside a project"),
+    ([("a", b""), ("a/b", b"")], "", "These files cannot be kept"),
+])
+def test_what_cannot_be_taken_is_refused_and_nothing_is_kept(
+        house: House, files: List[File], command: str, words: str) -> None:
+    text = house.shown(house.hand_in(*files, command=command), 400).text
+    assert words in text and str(house.farm.data) not in text
+    assert house.kept() == []
+
+
+@pytest.mark.parametrize("scene, command, words", [
+    (b"", "two.pov", "the scene 'two.pov' is not there"),
+    (b"", "ball.pov +KFF0 +KFI5", "no frames"),
+    (b"", "ball.pov +W'3", "a quote in the command line has no other end"),
+    (b"", "ball.pov -D /etc/hostname", "there is no INI file '/etc/hostname'"),
+    (b"", "ball.pov hostname", "there is no INI file 'hostname'"),
+    (b"", "ball.pov +L/etc", "the library path '/etc' is not in what was sent"),
+    (b"", "ball.pov +L..", "the library path '..' is not in what was sent"),
+    (b'#include "/etc/hostname"', "", "ball.pov:1 includes '/etc/hostname': it can"),
+    (b'#include "../../../secret.inc"', "", "ball.pov:1 includes '../../../secret.inc': it can"),
+    (b'#include "../../../SECRET.inc"', "", "ball.pov:1 includes '../../../SECRET.inc': it can"),
+    (b'#if (0) #include "../../../secret.inc" #end', "", "(it may not be needed)"),
+    (b'#include "other.ini"', "other.ini", "there is no INI file './../../secret.ini'"),
+    (bytes(povfarm.MAX_SCENE + 1), "", "too long to be looked into here"),
+    (b"", 'ball.pov Pre_Frame_Command="rm -rf /"', "Pre_Frame_Command"),
+    (f"// {HOSTILE}".encode(), f"{HOSTILE}.pov", HOSTILE),
+])
+def test_a_report_says_what_is_wrong_and_nothing_of_this_computer(
+        house: House, scene: bytes, command: str, words: str) -> None:
+    """Out of what was sent no name leads: not of the scene, an INI file or the command line."""
+    (house.farm.data / "secret.inc").write_text("#declare A = 1;")
+    (house.farm.data / "secret.ini").write_text("Width=77")
+    assert house.hand_in(("ball.pov", scene), ("other.ini", b"../../../secret.ini\n"),
+                         command=command or "ball.pov").status == 303
+    page = house.page("/submit")
+    assert words in page.text, page.text
+    for secret in (str(house.farm.data), "neither in", "77 x", "which is"):
+        assert secret not in page.text, page.text
+
+
+def test_an_upload_is_bounded_and_everybodys_own(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.hand_in(("ball.pov", b""), who="anna")
+    assert "Drop a scene" in house.page("/submit", "admin").text
+    house.farm.scheduler.people.change("anna", {"space": 1000})
+    text = house.shown(house.hand_in(("big.pov", bytes(2000)), who="anna"), 400).text
+    assert "all may have 1.0 kB" in text
+    for at in range(3):  # each by itself would do
+        status = house.hand_in((f"{at}.inc", bytes(400)), who="anna").status
+    assert status == 400
+    monkeypatch.setattr(povfarm, "MAX_FILES", 1)
+    assert house.hand_in(("a.inc", b""), ("b.inc", b""), who="anna").status == 400
+    house.press("/submit/forget", "anna")
+    assert house.kept() == []
+    house.hand_in(("ball.pov", b""), who="anna")
+    monkeypatch.setattr(povfarm, "UPLOAD_TIME", -1.0)
+    house.page("/submit", "admin")
+    assert house.kept() == [], "old ones go when somebody looks"
+
+
+def test_a_limit_is_told_before_anything_is_rendered(house: House) -> None:
+    for _ in range(2):
+        house.hand_in(("ball.pov", b""), who="anna")
+        house.hand_in(who="anna", do="render")
+    house.hand_in(("ball.pov", b""), who="anna")
+    assert "and may have 2" in house.page("/submit", "anna").text
+    assert len(house.jobs()) == 2
+
+
+# --- people
+
+def test_who_one_is_and_may_have(house: House) -> None:
+    page = house.page("/people", "anna")
+    assert "You are anna. You submit jobs" in page.text and "0 of 2" in page.text
+    assert not page.all("form", action="/people/") and "Invite" not in page.text
+    for path in ("invite", "anna/set", "anna/remove"):
+        assert house.press(f"/people/{path}", "anna").status == 403
+
+
+def test_the_admin_invites_changes_and_removes_by_forms(house: House) -> None:
+    values: Dict[str, str] = {"role": "user", "jobs": "0", "frames": "0", "priority": "0",
+                              "workers": "3", "space": "5G"}
+    assert house.press("/people/invite", uses="30", **values).status == 303
+    with house.farm.store.read() as tx:
+        invitation, = tx.people(invited=True)
+    assert invitation.limits == {"workers": 3, "space": 5_000_000_000} and invitation.uses == 30
+    code = house.farm.access.code_of(invitation)
+    assert invitation.token == povfarm.invitation_secret(code), "people come by it"
+    assert code in house.page("/people").text and code not in house.page("/people", "anna").text
+    link, = house.page("/people").all("a", href="ask=%2Fpeople%2Fanna%2Fset")
+    page = house.page(link["href"][link["href"].index("/people"):].partition("#")[0])
+    assert page.all("form", action="/people/anna/set") and page.all("input", name="jobs", value="2")
+    assert house.press("/people/anna/set", **{**values, "role": "viewer", "jobs": "7"}).status == 303
+    with house.farm.store.read() as tx:
+        anna = tx.person("anna")
+    assert anna and anna.role == "viewer" and anna.limits["jobs"] == 7
+    assert house.send("GET", "/submit", "anna").status == 403, "from now on"
+    assert "anna: jobs = 7, workers = 3, space = 5000000000, role = viewer" in house.page("/events").text
+    for wrong in ({"role": "admin"}, {"jobs": "-1"}, {"space": "much"}, {"uses": "0"}):
+        assert house.press("/people/invite", **{"uses": "1", **values, **wrong}).status == 400
+    assert house.press("/people/bob/set", **values).status == 404
+    assert house.press("/people/anna/remove").status == 303
+    assert "anna" not in [row["name"] for row in house.page("/people").all("input")]
+    with house.farm.store.read() as tx:
+        assert tx.person("anna") is None
+
+
+# --- in a real browser
+
+DROP = """
+const entry = (name, text) => ({isFile: true, name, file: good => good(new File([text], name))});
+let inside = [entry('ball.pov', arguments[0]), {isFile: false, name: 'more', createReader: () => {
+  let rest = [entry('tex.inc', arguments[1])];
+  return {readEntries: good => { good(rest); rest = []; }};
+}}];
+const folder = {isFile: false, name: 'balls', createReader: () => ({readEntries: good => {
+  good(inside); inside = [];
+}})};
+const drop = new Event('drop', {bubbles: true, cancelable: true});
+drop.dataTransfer = {types: ['Files'], items: [{webkitGetAsEntry: () => folder}]};
+document.querySelector('.drop p').dispatchEvent(drop);
+"""
+
+
+@pytest.mark.slow
+def test_a_pupil_drops_a_folder_and_the_teacher_lets_a_computer_in(tmp_path: Path) -> None:
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", name=HOSTILE, durable=False)
+    farm.start()
+    farm.access.add("anna", Role.USER, {}, "a-ticket-that-is-new")
+    info = povfarm.WorkerInfo(HOSTILE, 2, 1, HOSTILE, {"povray": HOSTILE}, (HOSTILE,))
+    farm.scheduler.join(info, "t", "10.0.0.7", "ABCDEF")
+    try:
+        with browser(tmp_path, width=320) as window:
+            window.open(farm.url + f"/login/{farm.access.login_code('anna')}")
+            assert "You are anna" in window.text()
+            window.type("[name=command]", f"+W64 '{HOSTILE}.ini'")
+            window.run(DROP, BALL.decode(), TEX.decode())
+            window.wait("document.querySelector('h1').innerText.includes('cannot')", "no report")
+            assert HOSTILE in window.text()
+            window.run("document.querySelector('[name=command]').value = '+W64 +H48 +Lmore'")
+            window.click("button[value=look]")
+            window.wait("document.querySelector('button[value=render]')", "it is not ready")
+            assert "ball is ready to render" in window.text() and "64 x 48" in window.text()
+            assert window.run("return document.documentElement.scrollWidth") <= 320
+            window.click("button[value=render]")
+            window.wait("location.pathname.endsWith('/jobs/1')", "no job")
+            window.open(farm.url + f"/login/{farm.access.login_code()}")
+            for page in ("submit", "people", "computers"):
+                window.run("location.href = document.querySelector("
+                           "`nav a[href$='/${arguments[0]}']`).href", page)
+                window.wait(f"location.pathname.endsWith('/{page}')", "no page")
+                assert window.run("return document.documentElement.scrollWidth") <= 320, page
+            window.click("form[action$='/admit'] button")
+            window.wait("document.body.innerText.includes('○ idle')", "it is not let in")
+            assert not window.run("return [...document.querySelectorAll('body script')].length")
+            assert window.complaints() == []
+    finally:
+        farm.stop()
