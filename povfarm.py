@@ -14292,6 +14292,7 @@ STRIP = 12  # images from all over an animation
 RANGES_SHOWN = 4000  # of finished frames, that a film is played from
 EVENTS_READ = 400  # of which the story's few lines are made
 NEWS_SHOWN = 14
+SAID_FOR = 60.0  # seconds for which a page says what was done
 GONE_FOR = 3600.0  # seconds for which a computer that fell silent keeps its card
 WARNINGS_SHOWN = 20  # about an upload
 LOG_SHOWN = 50_000  # characters of POV-Ray's text on a page
@@ -14376,13 +14377,13 @@ class _Sheets:
             "a", "Reload this page automatically" if still else "Stop reloading this page",
             href=_same_page(request, **({} if still else {"still": "1"}))))
         with self._farm.store.read() as tx:
-            event = tx.last_event()
+            event, said = tx.last_event(), self._said(request, tx)
         now = time.strftime("%H:%M:%S", time.localtime(self._farm.clock.time()))
         page = element("html", head, element(
             "body", element("a", "Skip to what is shown", href="#main", class_="skip"), " ",
             self._header(request, mark, now), element(
-                "main", element("p", notice, class_="notice failed") if notice else None, body,
-                id="main", tabindex=-1, data_event=event,
+                "main", element("p", notice, class_="notice failed") if notice else None, said,
+                body, id="main", tabindex=-1, data_event=event,
                 data_reload=None if still else reload or 30),
             element("footer", switch if reload else None, " ",
                     element("span", f"povfarm {VERSION}"))), lang="en")
@@ -14503,6 +14504,26 @@ class _Sheets:
                 return shown
             self._portraits[newest.job] = now + SHOWN_FOR, newest
         return newest
+
+    def _done(self, request: Request, to: str) -> Response:
+        """Go to a page, which says what was done: the newest event of whoever asked for it."""
+        with self._farm.store.read() as tx:
+            last = tx.last_event()
+            did = [event.id for event in tx.events(last - NEWS_SHOWN, NEWS_SHOWN)
+                   if event.who == request.identity.name]
+        return redirect(f"{to}?did={did[-1]}" if did else to)
+
+    def _said(self, request: Request, tx: Look) -> Node:
+        """Return what was just done by whoever looks."""
+        did = _query_digits(request, "did")
+        for event in tx.events(did - 1, 1) if did else ():
+            if event.who == request.identity.name and (
+                    self._farm.clock.time() - event.time < SAID_FOR):
+                job = event.job and tx.find_job(event.job)
+                return element("p", _event_line(event, 0, {
+                    view["id"]: view for view in self._api.views.jobs(tx, [job] if job else [])}),
+                    class_="notice", role="status")
+        return None
 
     def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
         response = redirect("/" if request.place else f"{place}/")
@@ -14840,7 +14861,7 @@ class Pages(_Sheets):
         given = self._access.check_form(request)
         if request.params["action"] == "delete":
             self._api.delete(request)
-            return redirect("/")
+            return self._done(request, "/")
         if request.params["action"] == "set":
             with self._farm.store.read() as tx:
                 options = tx.job(request.params["job"]).options
@@ -14853,14 +14874,14 @@ class Pages(_Sheets):
             request.query = {**request.query, **{
                 name: text for name, text in given.items() if name == "frames"}}
             self._api.steer(request)
-        return redirect(f"/jobs/{request.params['job']}")
+        return self._done(request, f"/jobs/{request.params['job']}")
 
     @route("POST", "/workers/<code>/admit", role="admin", summary="Admit a worker by a form")
     def admit(self, request: Request) -> Response:
         """Admit the worker that shows the code."""
         self._access.check_form(request)
         self._farm.admit(request.params["code"], request.identity.name)
-        return redirect("/")
+        return self._done(request, "/")
 
     @route("POST", "/workers/<worker:int>/remove", role="admin",
            summary="Remove a worker by a form")
@@ -14868,7 +14889,7 @@ class Pages(_Sheets):
         """Take its work back and let it in no more."""
         self._access.check_form(request)
         self._farm.remove_worker(request.params["worker"], request.identity.name)
-        return redirect("/")
+        return self._done(request, "/computers")
 
     @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
     def login(self, request: Request) -> Response:
@@ -15003,7 +15024,7 @@ class Desk(_Sheets):
             pov, project = self._read(owner)
             job = self._intake.submit(self._report(owner).name, owner, pov, project)
             self._forget(owner)
-            return redirect(f"/jobs/{job}")
+            return self._done(request, f"/jobs/{job}")
         return redirect("/submit")
 
     @route("POST", "/submit/forget", role="user", summary="Forget files that were sent")
@@ -15165,7 +15186,7 @@ class Desk(_Sheets):
                 name: most for name, most in given.items() if most != getattr(everybody, name)}})
         self._access.add(one.name, one.role, one.limits, one.ticket, one.uses,
                          request.identity.name)
-        return redirect("/people")
+        return self._done(request, "/people")
 
     @route("POST", "/people/<name>/set", role="admin", summary="Change a person by a form")
     def change(self, request: Request) -> Response:
@@ -15173,14 +15194,14 @@ class Desk(_Sheets):
         given = self._wanted(request, PERSON)
         self._farm.people.change(request.params["name"], given, request.identity.name,
                                  Role(given.pop("role")))
-        return redirect("/people")
+        return self._done(request, "/people")
 
     @route("POST", "/people/<name>/remove", role="admin", summary="Remove a person by a form")
     def remove(self, request: Request) -> Response:
         """Let it in no more, nor its workers; the jobs stay."""
         self._access.check_form(request)
         self._farm.remove_person(request.params["name"], request.identity.name)
-        return redirect("/people")
+        return self._done(request, "/people")
 
     def _wanted(self, request: Request, rows: Mapping[str, Setting]) -> dict[str, Any]:
         """Return what a form says of some rows of SETTINGS."""
@@ -15192,7 +15213,8 @@ class Desk(_Sheets):
 
 def _same_page(request: Request, **query: str) -> str:
     """Return the address of a request's page, which reloads and asks nothing unless told here."""
-    kept = {name: value for name, value in request.query.items() if name not in ("still", "ask")}
+    kept = {name: value for name, value in request.query.items()
+            if name not in ("still", "ask", "did")}
     text = urllib.parse.urlencode({**query, **kept})
     return f"{request.path}?{text}" if text else request.path
 

@@ -63,7 +63,7 @@ class Farm:
         pages = Pages(self.api, self.scheduler, self.access)
         self.router = Router(self.api, pages, authenticate=self.access.identify,
                              error_page=pages.error_page)
-        self.admin = self.log_in()
+        self.admin, self.did = self.log_in(), ""
 
     def log_in(self) -> str:
         return f"{self.access.cookie}={self.access.log_in(self.access.login_code())}"
@@ -78,7 +78,8 @@ class Farm:
             method, place + path, dict(urllib.parse.parse_qsl(query)), headers,
             BodyReader.of(urllib.parse.urlencode(body or {}).encode())))
         if answer.status == 303 and place:
-            start, _, answer.headers["Location"] = answer.headers["Location"].partition(place)
+            start, _, to = answer.headers["Location"].partition(place)
+            answer.headers["Location"], _, self.did = to.partition("?did=")
             assert not start
         return answer
 
@@ -1066,3 +1067,24 @@ def test_who_is_removed_is_logged_out(farm: Farm) -> None:
     assert "You are anna" in farm.page("/", anna).text
     farm.scheduler.people.remove("anna")
     assert "You are" not in farm.page("/", anna).text
+
+
+def test_every_action_says_what_it_did(farm: Farm) -> None:
+    job = farm.submit()
+    body = {"token": farm.token(farm.admin)}
+    farm.send("POST", f"/jobs/{job}/pause", farm.admin, body)
+    told, = farm.page(f"/jobs/{job}?did={farm.did}", farm.admin).all("p", role="status")
+    assert told and "marbles is paused, by admin" in farm.page(f"/computers?did={farm.did}", farm.admin).text
+    anna = add(farm, "anna")
+    for cookie, did in ((anna, farm.did), ("", farm.did), (farm.admin, "99"), (farm.admin, "x")):
+        assert not farm.page(f"/computers?did={did}", cookie).all("p", role="status"), "not theirs"
+
+
+def test_a_scene_that_takes_too_much_memory_is_named_with_its_cure(farm: Farm) -> None:
+    job, worker = farm.submit(), farm.join()
+    for _ in range(3):
+        farm.fail(worker, "povray needed more than 2.0 GB of memory")
+    for address in ("/", f"/jobs/{job}"):
+        page = farm.page(address, farm.admin)
+        assert "needed more than 2.0 GB of memory" in page.text
+        assert page.all("form", action=f"/jobs/{job}/retry")
