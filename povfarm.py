@@ -14408,7 +14408,7 @@ class _Sheets:
                          class_="button good" if role == "user" else None)
                  for to, name, role in places if role in you.roles]
         return element("header", _apart((
-            element("a", element("img", src=mark, alt="", width=28, height=28), self._api.name,
+            element("a", element("img", src=mark, alt="", width=28, height=28), " ", self._api.name,
                     href="/", class_="home"),
             element("span", element("i"), element("span", f"As of {now}"), id="live",
                     role="status"),
@@ -14642,9 +14642,9 @@ class _Sheets:
         return element(
             "form", element("input", type="hidden", name="token",
                             value=self._access.form_token(request)), element("p", hint),
-            element("div", _apart([element("label", label, element("input", **field),
-                                           element("small", more) if more else None)
-                                   for label, field, more in fields]), class_="fields"),
+            element("div", [element("div", element(
+                "label", label, " ", element("input", **field), " ", element("small", more)
+                if more else None)) for label, field, more in fields], class_="fields"),
             element("div", _apart(buttons), class_="row"), element("output"),
             method="post", action="/submit", enctype="multipart/form-data", class_="drop")
 
@@ -15702,10 +15702,10 @@ def _times(view: View, tasks: Sequence[Task], names: Mapping[int, str],
 
 def _inputs(rows: Mapping[str, Setting], values: Mapping[str, Any]) -> Html:
     """Return what is to be filled in for rows of SETTINGS."""
-    fields = [element("label", setting.name.replace("-", " "), _choice(
+    fields = [element("div", element("label", setting.name.replace("-", " "), " ", _choice(
         name, "yes" if values[name] else "no", ("no", "yes")) if setting.is_flag else
         _choice(name, values[name], Role) if name == "role" else
-        element("input", name=name, value=values[name]), element("small", setting.help))
+        element("input", name=name, value=values[name]), " ", element("small", setting.help)))
               for name, setting in rows.items()]
     return element("div", _apart(fields), class_="fields")
 
@@ -15908,7 +15908,8 @@ label { font-size: .875rem; font-weight: 600; } small { display: block; color: v
 input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem .5rem;
   font: inherit; font-size: .875rem; font-weight: 400;
   border: 1px solid var(--edge); border-radius: .4rem; background: var(--card); color: var(--ink); }
-::file-selector-button { font: inherit; } .fields label::first-letter { text-transform: uppercase; }
+::file-selector-button { font: inherit; } .fields label { display: block; }
+.fields label::first-letter { text-transform: uppercase; }
 h1 + dl { margin: .75rem 0; }
 .fields { display: grid; flex: 1 0 100%; gap: .75rem 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
@@ -15949,7 +15950,7 @@ pre { overflow: auto; max-height: 40rem; margin: .5rem 0; padding: .75rem 1rem; 
 .drop { display: block; max-width: 60rem; margin: 1rem 0; padding: 1.5rem; border: 2px dashed
   var(--edge); border-radius: .8rem; background: var(--card); } .drop p { margin: 0 0 1rem; }
 .drop.over { border-color: var(--live); background: var(--mat); }
-.drop label:last-child { grid-column: 1 / -1; }
+.drop .fields > :last-child { grid-column: 1 / -1; }
 .copy { display: none; } .js .copy { display: inline-block; }
 .empty { padding: 2rem 0; text-align: center; } .empty .typed { justify-content: center; }
 .scroll { margin-bottom: 1rem; overflow-x: auto; } table { width: 100%; border-collapse: collapse; }
@@ -15993,7 +15994,7 @@ summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
   .sheet { grid-template-columns: 1fr 1fr; } .strip { grid-template-columns: repeat(6, 1fr); } }
 @media (pointer: coarse) { button, .button, input, select { min-height: 2.75rem;
     padding: .5rem 1rem; }
-  header nav a:not(.button), .links a, .grid a { padding: .6rem 0; } }
+  header nav a:not(.button), .links a, .grid a, summary { padding: .75rem 0; } }
 @media (prefers-reduced-motion: no-preference) { progress, .bar rect { transition: .3s; } }
 """ + "".join(f".grid .p{tenth} {{ background-size: 100% {tenth}0%; }}\n" for tenth in range(1, 11))
 SCRIPT = """\

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
+import subprocess
 import urllib.parse
 import zipfile
 from pathlib import Path
@@ -11,7 +14,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 import pytest
 
 import povfarm
-from helpers.browser import browser
+from helpers.base import need
+from helpers.browser import Browser, browser
 from helpers.invariants import broken
 from helpers.pages import Dom
 from helpers.trust import place_of, request_of
@@ -264,6 +268,96 @@ const drop = new Event('drop', {bubbles: true, cancelable: true});
 drop.dataTransfer = {types: ['Files'], items: [{webkitGetAsEntry: () => folder}]};
 document.querySelector('.drop p').dispatchEvent(drop);
 """
+
+
+# How many stops Tab makes, and what a finger or a pointer cannot hit: smaller than so many pixels.
+STOPS = """return [...document.querySelectorAll('a[href], button, input, select, summary, [tabindex]')]
+  .filter(one => one.tabIndex >= 0 && one.type !== 'hidden' && one.checkVisibility()).length"""
+SMALL = """return [...document.querySelectorAll(
+    'button, .button, input:not([type=hidden]), select, summary, nav a, .grid a')]
+  .filter(one => one.checkVisibility()).map(one => [one, one.getBoundingClientRect()])
+  .filter(([one, box]) => box.height < arguments[0] || box.width < 24)
+  .map(([one, box]) => one.outerHTML.slice(0, 80) + box.width + 'x' + box.height)"""
+
+
+def well_made(window: Browser, touch: bool) -> None:
+    """Nothing scrolls sideways, nothing is too small, and Tab is soon through."""
+    assert window.run("return document.documentElement.scrollWidth") <= 320
+    assert window.run(STOPS) <= 40
+    assert window.run(SMALL, 44 if touch else 24) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("touch", [False, True])
+def test_every_page_fits_a_finger_a_small_screen_and_the_keyboard(tmp_path: Path, touch: bool) -> None:
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False)
+    farm.start()
+    farm.access.add("anna", Role.USER, {}, "a-ticket-that-is-new")
+    farm.scheduler.join(povfarm.WorkerInfo(HOSTILE, 64, 1, "x", {}), "t", "10.0.0.7", "ABCDEF")
+    pov = povfarm.PovJob({"Input_File_Name": "a.pov", "Final_Frame": "2000"}, (), (), ".")
+    farm.scheduler.submit("W" * 90, "anna", pov, povfarm.Manifest(()), povfarm.JobOptions())
+    try:
+        with browser(tmp_path, width=320) as window:
+            window.devtools("Emulation.setTouchEmulationEnabled", enabled=touch)
+            window.open(farm.url + f"/login/{farm.access.login_code()}")
+            here = window.run("return location.href")
+            for page in ("", "submit", "people", "people?ask=/people/anna/set", "computers", "events",
+                         "jobs/1", "jobs/1/frames/1"):
+                window.open(here + page)
+                assert window.run("return matchMedia('(pointer: coarse)').matches") == touch
+                well_made(window, touch)
+                assert window.complaints() == [], page
+    finally:
+        farm.stop()
+
+
+def test_a_text_browser_shows_every_state_in_words(tmp_path: Path) -> None:
+    """In w3m, logged in by a link as by any browser."""
+    need("w3m", shutil.which("w3m") is not None, "w3m is not installed: apt-get install w3m")
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False)
+    farm.start()
+    farm.scheduler.join(povfarm.WorkerInfo("laptop", 2, 1, "x", {}), "t", "10.0.0.7", "ABCDEF")
+    for name in ("waits", "held", "off"):
+        pov = povfarm.PovJob({"Input_File_Name": "a.pov", "Final_Frame": "3"}, (), (), ".")
+        farm.scheduler.submit(name, "me", pov, povfarm.Manifest(()), povfarm.JobOptions())
+    farm.scheduler.pause(2)
+    farm.scheduler.cancel(3)
+    session = farm.access.log_in(farm.access.login_code())
+    try:
+        said = {page: subprocess.run(
+            ["w3m", "-dump", "-cols", "100", "-header", f"Cookie: {farm.access.cookie}={session}",
+             farm.url + farm.access.place(session) + page], env={**os.environ, "HOME": str(tmp_path)},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True).stdout
+            for page in ("/", "/jobs/1", "/computers", "/submit", "/people")}
+    finally:
+        farm.stop()
+    for page, words in (("/", ["waits is waiting", "‖ paused", "⊘ cancelled", "asks to join", "Admit",
+                               "Refuse", "Resume"]), ("/jobs/1", ["3 queued", "Pause", "Cancel"]),
+                        ("/computers", ["? asks to join"]), ("/submit", ["Files, or a zip", "Look at it"]),
+                        ("/people", ["Make a code"])):
+        for word in words:
+            assert word in said[page], said[page]
+
+
+@pytest.mark.slow
+def test_without_javascript_a_job_is_handed_in_and_steered(tmp_path: Path) -> None:
+    farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False)
+    farm.start()
+    (tmp_path / "ball.pov").write_bytes(b"sphere { 0, 1 }")
+    try:
+        with browser(tmp_path, javascript=False) as window:
+            window.open(farm.url + f"/login/{farm.access.login_code()}")
+            window.type("[name=files]", str(tmp_path / "ball.pov"))
+            window.type("[name=command]", "+W64 +H48")
+            window.click("button[value=look]")
+            window.wait("document.body.innerText.includes('ball is ready to render')", "no report")
+            window.click("button[value=render]")
+            window.wait("document.body.innerText.includes('ball was submitted, by admin') ||"
+                        " document.body.innerText.includes('ball is ready to render, by admin')", "no job")
+            window.click("form[action$='/pause'] button")
+            window.wait("document.body.innerText.includes('ball is paused, by admin')", "not paused")
+    finally:
+        farm.stop()
 
 
 @pytest.mark.slow
