@@ -166,10 +166,11 @@ def test_what_cannot_be_taken_is_refused_and_nothing_is_kept(
     (b"", "ball.pov +L/etc", "the library path '/etc' is not in what was sent"),
     (b"", "ball.pov +L..", "the library path '..' is not in what was sent"),
     (b'#include "/etc/hostname"', "", "ball.pov:1 includes '/etc/hostname': it can"),
-    (b'#include "../../../secret.inc"', "", "ball.pov:1 includes '../../../secret.inc': it can"),
-    (b'#include "../../../SECRET.inc"', "", "ball.pov:1 includes '../../../SECRET.inc': it can"),
-    (b'#if (0) #include "../../../secret.inc" #end', "", "(it may not be needed)"),
-    (b'#include "other.ini"', "other.ini", "there is no INI file './../../secret.ini'"),
+    (b'#include "../../../../secret.inc"', "", "ball.pov:1 includes '../../../../secret.inc': it can"),
+    (b'#include "../../../../SECRET.inc"', "", "ball.pov:1 includes '../../../../SECRET.inc': it can"),
+    (b'#if (0) #include "../../../../secret.inc" #end', "", "(it may not be needed)"),
+    (b'#include "other.ini"', "other.ini", "there is no INI file 'HERE/secret.ini'"),
+    (b"", "ball.pov HERE/secret.ini", "there is no INI file 'HERE/secret.ini'"),
     (bytes(povfarm.MAX_SCENE + 1), "", "too long to be looked into here"),
     (b"", 'ball.pov Pre_Frame_Command="rm -rf /"', "Pre_Frame_Command"),
     (f"// {HOSTILE}".encode(), f"{HOSTILE}.pov", HOSTILE),
@@ -177,14 +178,28 @@ def test_what_cannot_be_taken_is_refused_and_nothing_is_kept(
 def test_a_report_says_what_is_wrong_and_nothing_of_this_computer(
         house: House, scene: bytes, command: str, words: str) -> None:
     """Out of what was sent no name leads: not of the scene, an INI file or the command line."""
-    (house.farm.data / "secret.inc").write_text("#declare A = 1;")
-    (house.farm.data / "secret.ini").write_text("Width=77")
-    assert house.hand_in(("ball.pov", scene), ("other.ini", b"../../../secret.ini\n"),
-                         command=command or "ball.pov").status == 303
+    here = str(house.farm.data.parent)
+    Path(here, "secret.inc").write_text("#declare A = 1;")
+    Path(here, "secret.ini").write_text("Width=77")
+    assert house.hand_in(("ball.pov", scene), ("other.ini", f'"{here}/secret.ini"\n'.encode()),
+                         command=(command or "ball.pov").replace("HERE", here)).status == 303
     page = house.page("/submit")
-    assert words in page.text, page.text
+    assert words.replace("HERE", here) in page.text, page.text
     for secret in (str(house.farm.data), "neither in", "77 x", "which is"):
         assert secret not in page.text, page.text
+
+
+def test_a_form_shows_its_token_before_its_files(house: House) -> None:
+    def edge(name: str, value: bytes) -> bytes:
+        return b'--E\r\nContent-Disposition: form-data; name=%s\r\n\r\n%s\r\n' % (name.encode(), value)
+
+    file, token = edge('"files"; filename="a.pov"', b""), edge('"token"', house.token("anna").encode())
+    for parts, status in ((file + token, 403), (file, 403), (edge('"token"', b"x") + file, 403),
+                          (token + file, 303)):
+        answer = house.send("POST", "/submit", "anna", parts + b"--E--\r\n",
+                            "multipart/form-data; boundary=E")
+        assert answer.status == status
+        assert house.kept() == ["a.pov", "command"] * (status == 303)
 
 
 def test_an_upload_is_bounded_and_everybodys_own(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
