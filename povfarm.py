@@ -642,6 +642,34 @@ def parse_duration(text: str) -> float:
     return hours * 3600 + minutes * 60 + seconds
 
 
+_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+_SPAN = re.compile(r"(?:({0})(?: *- *({0}))?)?(?:^| +|$)"
+                   r"(?:(\d\d?)(?::(\d\d))? *- *(\d\d?)(?::(\d\d))?)?".format("|".join(_DAYS)))
+
+
+@functools.lru_cache
+def week_of(text: str) -> frozenset[int]:
+    """Return the minutes of a week, from Monday 0:00 on, that ``mon-fri 19:00-7:00, sat`` names.
+
+    Hours over midnight belong to the day on which they begin. ``UserError`` for another text.
+    """
+    minutes: set[int] = set()
+    for part in text.lower().split(","):
+        match = _SPAN.fullmatch(part.strip())
+        first, last, *clock = match.groups() if match and part.strip() else ("", "")
+        hour, minute, to_hour, to_minute = (int(number or 0) for number in clock or [99] * 4)
+        begin, end = 60 * hour + minute, 60 * to_hour + to_minute
+        if max(begin, end) > 1440 or max(minute, to_minute) > 59:
+            raise UserError(f"'{part.strip()}' names no hours: write days, hours or both, such as "
+                            "'mon-fri 19:00-7:00, sat-sun'")
+        length = (end - begin) % 1440 or 1440
+        day = _DAYS.index(first or "mon")
+        days = (_DAYS.index(last or first) - day) % 7 + 1 if first else 7
+        for start in range(1440 * day + begin, 1440 * (day + days) + begin, 1440):
+            minutes.update(one % 10_080 for one in range(start, start + length))
+    return frozenset(minutes)
+
+
 def with_commands(text: str, typed: Callable[[str], str]) -> str:
     """Return a message with its commands as they are typed where it is read.
 
@@ -803,6 +831,11 @@ def _lease_time(text: str) -> float:
     return seconds
 
 
+def _hours(text: str) -> str:
+    week_of(text)
+    return " ".join(text.split())
+
+
 def _listening(text: str) -> str:
     host, _, port = text.rpartition(":")
     return f"{host}:{_port(port)}"
@@ -899,6 +932,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("cores", _count, None, "number of cores to keep busy; default: all",
             "work render serve", "N"),
     Setting("until-idle", bool, False, "stop when nothing is left to render", "work"),
+    Setting("hours", _hours, "",
+            "when to render, such as 'mon-fri 19:00-7:00, sat-sun'; default: always", "work",
+            "HOURS"),
+    Setting("when-idle", parse_duration, 0,
+            "render only when nobody has used the computer for so long, such as 10m", "work",
+            "TIME"),
+    Setting("on-battery", bool, False, "render on battery, too", "work"),
     Setting("povray", str, "", "the POV-Ray program to use", "work render serve doctor", "PATH"),
     Setting("nice", _nice, 5, "how much renders give way to other programs, 0 to 19",
             "work serve", "N"),
@@ -4893,10 +4933,12 @@ class JobState(Word):
 
 
 class WorkerState(Word):
-    """Whether a worker may work here."""
+    """What people decided about a worker: whether it may work here, and for now."""
 
     PENDING = "pending"
     ADMITTED = "admitted"
+    PAUSED = "paused"
+    DRAINED = "drained"
     REMOVED = "removed"
 
 
@@ -4933,6 +4975,9 @@ JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset(
 
 PAUSED_BY_HAND = "paused by hand"  # the reason that waits for a person, not for a mended scene
 FINISHED = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
+# How a worker rests that is asked to do so.
+RESTS: Mapping[str, str] = {
+    "pause": WorkerState.PAUSED.value, "drain": WorkerState.DRAINED.value, "resume": ""}
 
 
 class Wired:
@@ -8998,17 +9043,18 @@ class Tx(Look):
         return int(cursor.lastrowid or 0)
 
     def set_worker_info(self, worker: int, info: WorkerInfo, address: str) -> None:
-        """Replace what a worker says of itself."""
+        """Replace what a worker says of itself as it starts anew, which ends a drain."""
         self.changes = -1
         self._do("""
             UPDATE worker SET name = :name, cores = :cores, memory = :memory, system = :system,
                               engines_json = :engines, tags_json = :tags,
-                              address = :address, aside = ''
+                              address = :address, aside = '',
+                              state = CASE state WHEN 'drained' THEN 'admitted' ELSE state END
             WHERE id = :id""",
             id=worker, address=address, **_said(info))
 
     def set_worker_state(self, worker: int, state: WorkerState) -> bool:
-        """Admit or remove a worker, and forget its secret then; False when there is none."""
+        """Change it, and forget the secret of who is removed; False when there is none."""
         self.changes = -1
         return self._do("""
             UPDATE worker SET state = :state,
@@ -9371,6 +9417,7 @@ class Offer:
     ``slots`` is how many runs it keeps going at a time, ``idle`` how many of
     its cores have nothing to do. ``job`` is the only one that it takes, 0 for any. It has these
     ``projects``, by their keys, and is answered at once when no job has one of them any more.
+    Why it wants nothing, if it rests, is ``rest``.
     """
 
     want: int
@@ -9378,6 +9425,7 @@ class Offer:
     idle: int
     job: int = 0
     projects: tuple[str, ...] = ()
+    rest: str = ""
 
 
 class Guest(NamedTuple):
@@ -9531,6 +9579,7 @@ class Presence:
     so that a request which it has left open gives it nothing. It keeps ``slots`` runs going.
     When it is sick, ``trial`` is when it last got a task to try, or became sick. ``well`` is True
     where it is known that it did not fail what it did last. Its open requests wait at ``bells``.
+    ``rest`` is why it wants no work, as it said last.
     """
 
     seen: float | None = None
@@ -9541,6 +9590,7 @@ class Presence:
     well: bool = False
     guest: Guest | None = None
     bells: dict[_Bell, None] = field(default_factory=dict)
+    rest: str = ""
 
 
 class _Bell(threading.Condition):
@@ -10071,6 +10121,25 @@ class _Crew:
                     return row.name
             raise UserError(f"no worker waits with the code '{code}'")
 
+    def steer(self, worker: int, action: str, who: str = ADMIN) -> None:
+        """Pause a worker, drain it or let it go on: it is told with its next answer.
+
+        One that is paused hands its renders over to others; one of another system, which cannot,
+        finishes them.
+        """
+        rest = RESTS[action]
+        with self.states.tx(who) as tx:
+            row = tx.find_worker(worker)
+            if row is None or row.state in (WorkerState.PENDING, WorkerState.REMOVED):
+                raise UserError(f"there is no worker {worker} that was let in")
+            if who not in (ADMIN, row.owner):
+                raise NotYours(f"the worker {row.name} is not yours: only who has started it with "
+                               "their own key and who has the farm key may do that")
+            tx.set_worker_state(worker, WorkerState(rest or WorkerState.ADMITTED))
+            self.states.tell(tx, f"worker {rest or 'resumed'}", row.name, worker=worker)
+            self.states.news.work = math.inf  # others may get what waited for it
+            self._dismiss(worker)
+
     def remove(self, worker: int, who: str = "") -> None:
         """Take a worker's leases back and forget its secret."""
         with self.states.tx(who) as tx:
@@ -10122,7 +10191,8 @@ class _Crew:
                 cuts = {grant: grant.cut for grant in held if grant.cut}
                 news = any(grant.told != row for grant, (_, row) in cuts.items())
                 left = end - now
-                if len(held) < len(progress) or news or left <= 0 or self.states.waiting.closed:
+                if (len(held) < len(progress) or news or left <= 0 or self.states.waiting.closed
+                        or stays != presence.departures):
                     for grant, (_, row) in cuts.items():
                         grant.told = row
                     alive = {grant.id for grant in held}
@@ -10207,9 +10277,15 @@ class Muster:
 
     @functools.cached_property
     def crew(self) -> list[Member]:
-        """The workers that are there and may work."""
-        return [row for row in self._look.workers()
-                if row.id in self.live and row.state is WorkerState.ADMITTED]
+        """The workers that are there and do not rest."""
+        return [row for row in self._look.workers() if row.id in self.live and not self.rest(row)]
+
+    def rest(self, worker: Member) -> str:
+        """Say why a worker gets no work for now, healthy or not; or nothing."""
+        said = self._states.presence(worker.id).rest
+        return {WorkerState.ADMITTED: said, WorkerState.PAUSED: PAUSED_BY_HAND,
+                WorkerState.DRAINED: "drained by hand, until it is resumed or started anew",
+                WorkerState.PENDING: "to be let in", WorkerState.REMOVED: "removed"}[worker.state]
 
     def sickness(self, worker: Member) -> str:
         """Say what makes a worker sick: wrong pictures, or nothing but failures; else nothing.
@@ -10349,13 +10425,17 @@ class Muster:
             return problem or self._why_unfit(job, unfit)
         if job.leased or any(self.suits(job, row) and not self.sickness(row) for row in self.crew):
             return ""
-        pending = [row for row in self._look.workers() if row.id in self.live]
+        there = [row for row in self._look.workers() if row.id in self.live]
+        pending = [row for row in there if row.state is WorkerState.PENDING]
         if self.crew:
             why = ("the workers that are there cannot render it: 'povfarm.py workers' shows what "
                    "is wrong with them")
         elif pending:
             why = (f"{_waiting(pending)} to be let in: 'povfarm.py workers' shows the codes, "
                    "'povfarm.py admit CODE' lets one in")
+        elif there:
+            more = f", as {len(there) - 1} more" if there[1:] else ""
+            why = f"{there[0].name} rests{more}: {self.rest(there[0])}"
         else:
             why = "no worker is there: start one with 'povfarm.py work'"
         return why
@@ -10402,7 +10482,9 @@ class _Dealing:
         end, looked = clock.monotonic() + wait, -math.inf
         presence = self._states.presence(worker)
         stays = presence.departures
-        with waiting.bell(waiting.work, presence.bells) as bell:
+        presence.rest = offer.rest
+        lines = (presence.bells,) if offer.rest else (waiting.work, presence.bells)
+        with waiting.bell(*lines) as bell:
             while True:
                 called, bell.looked = bell.heard(), waiting.offers
                 if stays != presence.departures or not alive():
@@ -10415,7 +10497,7 @@ class _Dealing:
                 pause = LOOK_AGAIN * max(len(waiting.work) / 10, 1)
                 over = now - looked >= pause
                 looked = now if over else looked
-                leases = self._deal(worker, offer, over, stays)
+                leases = [] if offer.rest else self._deal(worker, offer, over, stays)
                 left = end - clock.monotonic()
                 if leases or left <= 0 or waiting.closed or self._are_gone(offer.projects):
                     bell.rung |= called and not leases
@@ -10435,12 +10517,12 @@ class _Dealing:
             if self._states.store.notice or not any(look.leasable_jobs(over)):
                 return []
         with self._states.tx() as tx:
-            row = tx.worker(worker)
+            row, muster = tx.worker(worker), self._crew.muster(tx)
             # Who leaves after this look hands back what it is given.
-            if (row.state is not WorkerState.ADMITTED or row.aside
+            if (muster.rest(row) or row.aside
                     or stays != self._states.presence(worker).departures):
                 return []
-            return _Deal(self._states, self._crew.muster(tx), tx, row, offer).leases()
+            return _Deal(self._states, muster, tx, row, offer).leases()
 
 
 class _Deal:
@@ -11216,7 +11298,7 @@ class Scheduler:
         self.grants = states.grants
         self.join, self.rejoin, self.admit = crew.join, crew.rejoin, crew.admit
         self.leave, self.remove_worker, self.receive = crew.leave, crew.remove, crew.receive
-        self.make_room = crew.make_room
+        self.make_room, self.steer_worker = crew.make_room, crew.steer
         self.beat, self.release = crew.beat, crew.release
         self.live_workers, self.seen = crew.live_workers, crew.seen
         self.muster = crew.muster
@@ -12029,6 +12111,8 @@ class Views:
                         guest=" " in row.token)
             if row.state == WorkerState.PENDING:
                 view["code"] = row.code
+            if rest := muster.rest(row) * (row.state is not WorkerState.PENDING):
+                view["reason"] = rest
             if row.id not in muster.live:
                 view["state"] = "gone"
             elif row.state == WorkerState.PENDING:
@@ -12036,7 +12120,7 @@ class Views:
             elif sickness := muster.sickness(row):
                 view.update(state="sick", reason=sickness)
             else:
-                view["state"] = "working" if held else "idle"
+                view["state"] = "working" if held else "resting" if rest else "idle"
             views.append(view)
         return views
 
@@ -12137,7 +12221,7 @@ Code = TypedDict("Code", {"code": str})
 Comer = TypedDict("Comer", {"name": str, "ticket": str, "share": str, "proof": str})
 Hello = TypedDict("Hello", {"who": str, "nonce": str})
 Pair = TypedDict("Pair", {"commitment": str, "share": Optional[str], "nonce": Optional[str]})
-Wish = TypedDict("Wish", {"want": int, "slots": int, "idle": int})
+Wish = TypedDict("Wish", {"want": int, "slots": int, "idle": int, "rest": Optional[str]})
 Beat = TypedDict("Beat", {"leases": Mapping[str, Mapping[str, float]]})
 Failure = TypedDict("Failure", {"message": str, "scene": bool, "log": str})
 LatestFailure = TypedDict("LatestFailure", {"frame": int, "message": str})
@@ -12369,7 +12453,7 @@ class Api:
     @route("GET", "/api/v1/workers", role="reader", gives={"workers": tuple[WorkerView, ...]},
            summary="The workers")
     def workers(self, request: Request) -> Response:
-        """Every worker with what it does: working, idle, gone, sick or pending."""
+        """Every worker with what it does: working, idle, resting, gone, sick or pending."""
         with self._store.read() as tx:
             return json_response({"workers": self.views.workers(tx)})
 
@@ -12477,18 +12561,20 @@ class Api:
 
     @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, gives={
         "leases": tuple[LeaseSpec, ...], "open": int, "pending": bool, "gone": tuple[str, ...],
-        "ends": bool}, summary="Ask for work")
+        "ends": bool, "rest": str}, summary="Ask for work")
     def lease(self, request: Request) -> Response:
-        """Body: want, slots, idle, wait, projects. Held open until there is something to render.
+        """Body: want, slots, idle, wait, projects, rest. Held open until there is something to do.
 
-        ``open`` is how many tasks the farm has left; ``pending`` that this worker
-        is not admitted yet; ``gone`` which of the projects, given by their keys, no job has;
-        ``ends`` that the farm is about to end, and does not come again.
+        ``rest`` is why the worker wants nothing, in a sentence; in the answer it is ``paused`` or
+        ``drained`` where people want that. ``open`` is how many tasks the farm has left;
+        ``pending`` that this worker is not admitted yet; ``gone`` which of the projects, given by
+        their keys, no job has; ``ends`` that the farm is about to end, and does not come again.
         """
         wire = request.json()
-        offer = Offer(**{name: min(max(number, 0), 1000)
-                         for name, number in fields_of(Wish, wire).items()},
-                      projects=_projects(request, wire))
+        wish = fields_of(Wish, wire)
+        rest = one_line(wish.pop("rest"))[:200]
+        want, slots, idle = (min(max(number, 0), 1000) for number in wish.values())
+        offer = Offer(want, slots, idle, projects=_projects(request, wire), rest=rest)
         worker = request.identity.worker
         leases = self._farm.lease(worker, offer, _seconds(wire.get("wait", 0)), request.alive)
         with self._store.read() as tx:
@@ -12496,16 +12582,17 @@ class Api:
             return json_response({"leases": [lease.to_wire() for lease in leases],
                                   "open": 0 if pending else tx.open_tasks(), "pending": pending,
                                   "gone": tx.unknown_manifests(offer.projects),
-                                  "ends": self._tells_end(worker)})
+                                  "ends": self._tells_end(worker),
+                                  "rest": _told_to_rest(tx, worker)})
 
     @route("POST", "/api/v1/beat", role="worker", takes=Beat,
-           gives={"ended": tuple[str, ...], "cuts": Mapping[str, int], "ends": bool},
+           gives={"ended": tuple[str, ...], "cuts": Mapping[str, int], "ends": bool, "rest": str},
            summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
         """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended.
 
-        ``ends`` is as with a request for work. ``cuts`` are tasks of which others render what is
-        below a row: that may be left out.
+        ``ends`` and ``rest`` are as with a request for work. ``cuts`` are tasks of which others
+        render what is below a row: that may be left out.
         """
         wire = request.json()
         leases = fields_of(Beat, wire)["leases"]
@@ -12517,7 +12604,10 @@ class Api:
         ended, cuts = self._farm.beat(request.identity.worker, progress,
                                       _seconds(wire.get("wait", 0)))
         ends = self._tells_end(request.identity.worker)
-        return json_response({"ended": [*leases] if ends else ended, "cuts": cuts, "ends": ends})
+        with self._store.read() as tx:
+            rest = _told_to_rest(tx, request.identity.worker)
+        return json_response({"ended": [*leases] if ends else ended, "cuts": cuts, "ends": ends,
+                              "rest": rest})
 
     def _tells_end(self, worker: int) -> bool:
         self._told |= {worker} if self.ends else set()
@@ -12764,6 +12854,15 @@ class Entrance:
         return json_response({"name": self._farm.admit(
             fields_of(Code, request.json())["code"], request.identity.name)})
 
+    @route("POST", "/api/v1/workers/<worker:int>/<action>", role="user", summary="Steer a worker")
+    def steer_worker(self, request: Request) -> Response:
+        """Action: pause, drain or resume."""
+        action = request.params["action"]
+        if action not in RESTS:
+            raise ProtocolError(404, f"a worker cannot be asked to {action}")
+        self._farm.steer_worker(request.params["worker"], action, request.identity.name)
+        return Response(204)
+
     @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
     def remove_worker(self, request: Request) -> Response:
         """Take its work back and let it in no more."""
@@ -12886,6 +12985,12 @@ def _content(kind: Any) -> dict[str, Any]:
         return {"content": {kind: {"schema": {"type": "string", "format": "binary"}}}}
     schema = schema_of_fields(kind) if isinstance(kind, dict) else kind and schema_of(kind)
     return {} if kind is None else {"content": {"application/json": {"schema": {**schema}}}}
+
+
+def _told_to_rest(look: Look, worker: int) -> str:
+    """Return the state of a worker that people want to rest, else nothing."""
+    state = look.worker(worker).state
+    return state.value if state.value in RESTS.values() else ""
 
 
 _MIME: Mapping[str, str] = {kind.extension: kind.mime for kind in IMAGE_TYPES.values()}
@@ -13588,7 +13693,7 @@ class Sheepit(Dialect):
         """Return the status for one that gets no jobs, or 0."""
         if member is None:
             return 202
-        if member.state is not WorkerState.ADMITTED or member.aside:
+        if member.state in (WorkerState.PENDING, WorkerState.REMOVED) or member.aside:
             return 203
         with self._store.read() as tx:
             person = tx.person(_login_of(member))
@@ -15223,10 +15328,11 @@ _STATE_WORDS: Mapping[str, str] = {
     "waiting": "… waiting for its files", "active": "◷ waiting:",
     "rendering": "● rendering", "paused": "‖ paused", "done": "✓ finished", "failed": "✕ failed",
     "cancelled": "⊘ cancelled", "queued": "◷ queued", "leased": "● in work",
-    "working": "● working", "idle": "○ idle", "gone": "◌ gone", "sick": "✕ sick",
+    "working": "● working", "idle": "○ idle", "resting": "‖ resting", "gone": "◌ gone",
+    "sick": "✕ sick",
     "pending": "? asks to join",
 }
-_WORKER_ORDER = ("pending", "working", "idle", "sick", "gone")
+_WORKER_ORDER = ("pending", "working", "idle", "resting", "sick", "gone")
 # What happened, after the name of a job, a frame or a worker.
 _EVENT_WORDS: Mapping[str, str] = {
     "submitted": "was submitted", "job active": "is ready to render", "job done": "is finished",
@@ -15236,6 +15342,7 @@ _EVENT_WORDS: Mapping[str, str] = {
     "removed": "was removed", "lost": "fell silent", "doubtful": "is doubtful",
     "set aside": "had a worker set aside", "admitted": "was let in", "deleted": "was deleted",
     "invited": "can come",
+    "worker paused": "is paused", "worker drained": "is drained", "worker resumed": "goes on",
     "person added": "has come", "person removed": "was removed", "person changed": "is the limit",
 }
 _KIND_WORDS: Mapping[str, str] = {"slice": ", a slice of it,", "pass": ", what its slices share,"}
@@ -18720,6 +18827,115 @@ def total_memory() -> int:
         return available_memory()
 
 
+USED_LOAD = 0.25  # the share of all cores from which on programs of others count as use
+
+
+class Usage:
+    """Whether a computer is used, by its own figures as they are looked at now and then.
+
+    Programs of others count by what they use of the processor, on Linux, where that is told
+    apart from what gives way as renderers do: not where these do not (``gives_way``). What
+    Linux tells is below ``root``.
+    """
+
+    def __init__(self, clock: Clock, gives_way: bool = True, root: Path = Path("/")) -> None:
+        self._clock, self._gives_way, self._root = clock, gives_way, root
+        self._used = clock.monotonic()  # perhaps, for all that is known at the start
+        self._last: tuple[int, ...] = ()
+
+    def unused(self) -> float:
+        """Return for how many seconds nobody has used it, since the first look at most."""
+        now = self._clock.monotonic()
+        age = (_last_input() if sys.platform in ("win32", "darwin") else
+               0.0 if self._is_busy() else min([math.inf, *self._typed(), *_desktops(now)]))
+        self._used = max(self._used, now - age)
+        return now - self._used
+
+    def on_battery(self) -> bool:
+        """Tell whether it runs on battery."""
+        if sys.platform == "win32":
+            power = ctypes.create_string_buffer(12)  # SYSTEM_POWER_STATUS: ACLineStatus, ...
+            return bool(ctypes.windll.kernel32.GetSystemPowerStatus(power) and power.raw[0] == 0)
+        if sys.platform == "darwin":
+            return "'Battery Power'" in _said_by("pmset", "-g", "batt")
+        supplies = [{name: _line(path / name) for name in ("type", "online", "status", "scope")}
+                    for path in self._root.glob("sys/class/power_supply/*")]
+        return not any(one["online"] == "1" for one in supplies if one["type"] != "Battery") and (
+            any(one["status"] == "Discharging" for one in supplies
+                if one["type"] == "Battery" and one["scope"] != "Device"))  # a mouse's is one
+
+    def _is_busy(self) -> bool:
+        """Tell whether keys, mouse or other programs were busy since the last look."""
+        keys = sum(int(number) for line in _lines(self._root / "proc/interrupts")
+                   if re.search("i8042|keyboard|mouse|touch", line, re.IGNORECASE)
+                   for number in re.findall(r" (\d+)(?= )", line.partition(":")[2]))
+        first = next(iter(_lines(self._root / "proc/stat")), "cpu 0 0 0 0")
+        user, nice, system, *rest = map(int, first.split()[1:])
+        last, self._last = self._last, (keys, user + system, user + nice + system + sum(rest))
+        if not last:
+            return False
+        typed, busy, ticks = (now - then for now, then in zip(self._last, last))
+        return typed > 0 or (self._gives_way and busy > USED_LOAD * ticks)
+
+    def _typed(self) -> Iterator[float]:
+        """Yield how long ago somebody typed at each terminal."""
+        for path in [*self._root.glob("dev/pts/[0-9]*"), *self._root.glob("dev/tty[0-9]*")]:
+            with contextlib.suppress(OSError):
+                yield max(self._clock.time() - path.stat().st_atime, 0.0)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+
+
+def _line(path: Path) -> str:
+    return next(iter(_lines(path)), "")
+
+
+def _said_by(*command: str) -> str:
+    """Return what a program of the system's prints, or nothing."""
+    try:
+        return subprocess.run(command, capture_output=True, timeout=10, check=False, text=True,
+                              stdin=subprocess.DEVNULL).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _desktops(now: float) -> Iterator[float]:
+    """Yield for how long each desktop has been unused, as it tells logind when it gets dark."""
+    ids = [line.split()[0] for line in _said_by(
+        "loginctl", "list-sessions", "--no-legend").splitlines() if line.strip()]
+    for text in _said_by("loginctl", "show-session", *ids).split("\n\n") if ids else ():
+        facts = dict(line.partition("=")[::2] for line in text.splitlines())
+        if facts.get("Type") in ("x11", "wayland", "mir"):
+            since = int(facts.get("IdleSinceHintMonotonic") or 0) / 1e6
+            yield max(now - since, 0.0) if facts.get("IdleHint") == "yes" else 0.0
+
+
+def _last_input() -> float:
+    """Return how many seconds ago a key or the mouse was used on Windows or macOS."""
+    if sys.platform == "win32":
+        info = (ctypes.c_uint * 2)(8)  # LASTINPUTINFO: its size, and the time in milliseconds
+        if ctypes.windll.user32.GetLastInputInfo(info):
+            return ((ctypes.windll.kernel32.GetTickCount() - info[1]) & 0xffffffff) / 1000
+        return 0.0
+    found = re.search(r'"HIDIdleTime" = (\d+)', _said_by("ioreg", "-c", "IOHIDSystem"))
+    return int(found[1]) / 1e9 if found else 0.0
+
+
+def why_not_now(now: float, hours: str, unused: float, when_idle: float, battery: bool) -> str:
+    """Say why a computer does not render now that does so at such ``hours`` and when unused."""
+    at = time.localtime(now)
+    if hours and 1440 * at.tm_wday + 60 * at.tm_hour + at.tm_min not in week_of(hours):
+        return f"outside of its hours ({hours})"
+    if battery:
+        return "on battery (--on-battery lets it render)"
+    return f"until nobody uses it for {format_duration(when_idle)}" if unused < when_idle else ""
+
+
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 _PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 
@@ -18836,6 +19052,7 @@ class RunState:
         self.own: Path | None = None  # its own directory
         self.reads: tuple[str, ...] = ()  # what it may read of the project
         self.stopped = threading.Event()
+        self.moves = False  # to another worker, with what is done of it
         self.fills_disk = False
         self.overdue = ""  # why it was ended before it was finished
         self._signs: tuple[float, ...] = ()  # of life, as last seen
@@ -18974,6 +19191,11 @@ class RunState:
         self.stopped.set()
         if not self.text.traced:
             self.kill()
+
+    def move(self) -> None:
+        """Let another worker go on with it, at once."""
+        self.moves = True
+        self.stop()
 
     def kill(self) -> None:
         """End the renderer, if there is one."""
@@ -19534,7 +19756,8 @@ class Worker:
         self.rota = Rota(self._clock)  # with whom it takes turns
         self._prefix = f"run-{os.getpid()}-{secrets.token_hex(3)}-"
         _OURS.add(self._prefix)
-        self._hushed = threading.Event()  # nothing is asked for: it is stopping, or paused
+        self._news = threading.Event()  # it is to ask for something else, or for no more
+        self._rests: dict[str, str] = {}  # how it is to rest, by who wants it
         self.outbox = Outbox(client, cache, self._clock, self._ending, self._in_trouble, self._gone,
                              hold)
         self._patience = PATIENCE
@@ -19586,31 +19809,33 @@ class Worker:
 
     def _ask_no_more(self) -> None:
         self._stopping.set()
-        self._hushed.set()
+        self._news.set()
+
+    def rest(self, how: str, who: str = "on this computer") -> None:
+        """Rest ``paused``: others go on with what is under way; or ``drained``; "" ends that."""
+        with self._changed:
+            if self._rests.get(who, "") == how:
+                return
+            self._rests[who] = how
+            for run in self._runs if how == WorkerState.PAUSED else ():
+                run.move()
+            self._changed.notify_all()
+        log.warning("%s", self.resting or "not resting any more")
+        self._news.set()
 
     @property
-    def paused(self) -> bool:
-        """Whether it asks for no more work until it is told to; what is under way is finished."""
-        return self._hushed.is_set()
-
-    @paused.setter
-    def paused(self, paused: bool) -> None:
-        """Pause, or go on unless it is stopping."""
-        with self._changed:
-            if paused:
-                self._hushed.set()
-            elif not self._stopping.is_set():
-                self._hushed.clear()
-            self._changed.notify_all()
+    def resting(self) -> str:
+        """Why nothing is asked for."""
+        return next((f"{how} {who}" for who, how in self._rests.items() if how), "")
 
     def view(self) -> dict[str, Any]:
         """Return what it does, for people and programs."""
         with self._changed:
             runs = sorted(self._runs, key=operator.attrgetter("started"))
             return {
-                "farm": self.client.base_url, "trouble": self._trouble,
-                "state": "stopping" if self._stopping.is_set() else "paused" if self.paused
-                else "working" if runs else "idle",
+                "farm": self.client.base_url, "trouble": self._trouble, "rest": self.resting,
+                "state": "stopping" if self._stopping.is_set() else "working" if runs
+                else "resting" if self.resting else "idle",
                 "delivered": self.outbox.taken, "waiting": len(self.outbox),
                 "runs": [run.view() for run in runs]}
 
@@ -19668,8 +19893,13 @@ class Worker:
         return bool(self._trouble)
 
     def _ask(self) -> None:
-        if self.paused or self._must_rest():
+        self._news.clear()
+        if self._stopping.is_set():
+            return
+        rest, full = self.resting, self._must_rest()
+        if rest or full:
             self.rota.has_nothing(self)
+        if full:
             with self._changed:
                 self._changed.wait(1.0)
             return
@@ -19678,9 +19908,9 @@ class Worker:
         with self._changed:
             runs = list(self._runs)
             # What is known of a run grows by the moment until the first of its job has ended.
-            growing = any(self._pace.duty(run.job) is None for run in runs)
-            room = self._pace.more_runs(runs, available_memory()) if turn else 0
-            if room == 0 and turn:
+            growing = not rest and any(self._pace.duty(run.job) is None for run in runs)
+            room = self._pace.more_runs(runs, available_memory()) if turn and not rest else 0
+            if room == 0 and turn and not rest:
                 self._changed.wait(0.1 if growing else 5.0)
                 return
         wait = 0.1 if growing else LEASE_WAIT
@@ -19688,21 +19918,22 @@ class Worker:
             wait = min(wait, float(turn))
         idle = int(self._pace.cores - self._pace.load(runs) + 0.5)
         offer = {"want": room, "slots": len(runs) + room, "idle": max(idle, 0), "wait": wait,
-                 "projects": self.cache.known()}
+                 "projects": self.cache.known(), "rest": rest}
         try:
             reply = self.client.request(
                 "POST", "/api/v1/lease", json=offer, timeout=wait + 30,
-                retry_for=math.inf if alone else 0, stop=self._hushed).json()
+                retry_for=math.inf if alone else 0, stop=self._news).json()
         except FarmError:
             self.rota.has_nothing(self)
             raise
         if not turn:
-            self.rota.hear(self, reply["open"] > 0)
+            self.rota.hear(self, reply["open"] > 0 and not rest)
             self._stopping.wait(1.0)
         elif not (reply["leases"] or runs):
             self.rota.has_nothing(self)
         self.cache.forget(reply.get("gone", ()))
         _hear_of_end(self, reply.get("ends"))
+        self.rest(reply.get("rest", ""), "by the farm")
         if self._admitted is not None and not reply["pending"]:
             self._admitted()
             self._admitted = None
@@ -19737,6 +19968,7 @@ class Worker:
                 if runs[lease].open:
                     runs[lease].stop()
             _hear_of_end(self, reply.get("ends"))
+            self.rest(reply.get("rest", ""), "by the farm")
             cuts = {int(task): bottom for task, bottom in reply["cuts"].items()}
             for run in runs.values():
                 run.bottoms.update(cuts)
@@ -19764,7 +19996,8 @@ class Worker:
     def _work(self, run: RunState) -> None:
         message, scene = "", False
         try:
-            if not self.paused:  # else it came at the last moment, and is handed back
+            # Else it came at the last moment, and is handed back.
+            if not (self._stopping.is_set() or self.resting):
                 self._render(run)
                 if run.open and not run.stopped.is_set() and not self._stopping.is_set():
                     message, scene = _why_it_failed(
@@ -19787,8 +20020,8 @@ class Worker:
         if self._launcher.gone:
             message = ""
             self._ask_no_more()  # not stop(), which gives up what is finished when it comes twice
-        if run.open and not run.stopped.is_set():
-            self._give_up(run, message, scene)
+        if run.open and (run.moves or not run.stopped.is_set()):
+            _hand_back(self.client, run, message, scene)
         run.open.clear()
         self._let_go(run)
 
@@ -19799,18 +20032,6 @@ class Worker:
             if not run.open and not run.undelivered:
                 self._held.discard(run)
                 self._changed.notify_all()
-
-    def _give_up(self, run: RunState, message: str, scene: bool) -> None:
-        """Tell of the frame that failed, and hand back what was not begun."""
-        lease = f"/api/v1/leases/{run.lease.id}"
-        with contextlib.suppress(FarmError):
-            if message:
-                task = run.open.pop(min(run.open))
-                self.client.request(
-                    "POST", f"{lease}/tasks/{task.id}/fail", retry_for=300,
-                    json={"message": message, "scene": scene, "log": run.text.text})
-            if run.open:
-                self.client.request("POST", f"{lease}/release", json={}, retry_for=30)
 
     def _render(self, run: RunState) -> None:
         lease = run.lease
@@ -19831,7 +20052,7 @@ class Worker:
                 measure = run.measure = _Measure(run, self._clock)
                 while self._watch(run, plan, measure):
                     plan = run.shortened(plan)
-                if run.open and self._stopping.is_set():
+                if run.open and (run.moves or self._stopping.is_set()):
                     _hand_in(self.client, run, replace(plan, frames=(run.task.frame,)))
         finally:
             shutil.rmtree(own, ignore_errors=True)
@@ -20012,6 +20233,18 @@ def _get_state(client: Client, run: RunState, plan: Run) -> None:
         client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30,
                         stop=run.stopped)
         run.begin_from(plan, path)
+
+
+def _hand_back(client: Client, run: RunState, message: str, scene: bool) -> None:
+    """Tell of the frame that failed, and hand back what was not begun."""
+    lease = f"/api/v1/leases/{run.lease.id}"
+    with contextlib.suppress(FarmError):
+        if message:
+            task = run.open.pop(min(run.open))
+            client.request("POST", f"{lease}/tasks/{task.id}/fail", retry_for=300,
+                           json={"message": message, "scene": scene, "log": run.text.text})
+        if run.open:
+            client.request("POST", f"{lease}/release", json={}, retry_for=30)
 
 
 def _hand_in(client: Client, run: RunState, plan: Run) -> None:
@@ -20604,7 +20837,8 @@ def status(options: Options) -> int:
             print(f"\n--- {_date(time.time())}")
 
 
-@command("workers", "[remove NAME|ID]", "show the workers, or remove one", ("talk",))
+@command("workers", "[pause | drain | resume | remove NAME|ID]",
+         "show the workers, or let some rest, go on, or come no more", ("talk",))
 def workers(options: Options) -> int:
     """Print the workers and what they do, or what was done."""
     client = _coordinator(options)
@@ -20612,7 +20846,7 @@ def workers(options: Options) -> int:
         return _show_totals(client, options)
     views = client.get("/api/v1/workers")["workers"]
     if options.rest:
-        return _remove_worker(client, views, options)
+        return _steer_workers(client, views, options)
     rows: list[Sequence[str] | str] = [
         ("id", "name", "state", "cores", "runs", "POV-Ray", "address")]
     for view in views:
@@ -20638,21 +20872,35 @@ def _show_totals(client: Client, options: Options) -> int:
     return 0
 
 
-def _remove_worker(client: Client, views: Sequence[dict[str, Any]], options: Options) -> int:
-    rest = options.rest
-    if rest[0] != "remove" or len(rest) != 2:
+def _steer_workers(client: Client, views: Sequence[dict[str, Any]], options: Options) -> int:
+    action, *names = options.rest
+    if action not in _WORKER_ANSWERS or len(names) != 1:
         raise UserError(_usage(_command("workers")[0]))
-    found = [view for view in views if rest[1] == str(view["id"])] or [
-        view for view in views if rest[1] == view["name"]]
+    found = [view for view in views if names[0] == str(view["id"])] or [
+        view for view in views if names[0] == view["name"]]
     if len(found) != 1:
         raise UserError(f"there {'is no worker' if not found else 'are several workers'} called "
-                        f"'{rest[1]}': take the id from 'povfarm.py workers'")
-    client.request("DELETE", f"/api/v1/workers/{found[0]['id']}")
-    _tell(options, {"id": found[0]["id"], "name": found[0]["name"], "state": "removed"},
-          f"{found[0]['name']} is removed{'; its frames go to others' * bool(found[0]['runs'])}. A "
-          "worker that has the farm key can come again: to keep it out, make a new key (see the "
-          "manual)")
+                        f"'{names[0]}': take the id from 'povfarm.py workers'")
+    worker, path = found[0], f"/api/v1/workers/{found[0]['id']}"
+    if action == "remove":
+        client.request("DELETE", path)
+    else:
+        client.request("POST", f"{path}/{action}", json={})
+    said, runs = _WORKER_ANSWERS[action]
+    state = "removed" if action == "remove" else RESTS[action] or "admitted"
+    _tell(options, {"id": worker["id"], "name": worker["name"], "state": state},
+          f"{worker['name']} {said.format(runs * bool(worker['runs']), worker['name'])}")
     return 0
+
+
+_WORKER_ANSWERS = {  # what is said, and what of it only where something is under way
+    "pause": ("is paused{0}: it gets no more until 'povfarm.py workers resume {1}'",
+              ", and its renders go to others"),
+    "drain": ("is drained{0}: it gets no more until 'povfarm.py workers resume {1}', or until it "
+              "is started anew", " when it has finished what is under way"),
+    "resume": ("goes on", ""),
+    "remove": ("is removed{0}. A worker that has the farm key can come again: to keep it out, make "
+               "a new key (see the manual)", "; its frames go to others")}
 
 
 @command("logs", "JOB [FRAME]", "show what POV-Ray printed for a frame, the error first",
@@ -22996,6 +23244,10 @@ def _work_here(worker: Worker) -> None:
         _say(f"this computer has stopped rendering: {error}")
 
 
+LOOK_EVERY = 5.0  # seconds until it is looked again whether somebody uses the computer
+_REST_SIGNALS = {"SIGUSR1": "pause", "SIGUSR2": "drain", "SIGCONT": "resume"}
+
+
 class _Shifts:
     """Lets this computer work for farms, in turn where they are several."""
 
@@ -23005,6 +23257,33 @@ class _Shifts:
         self._rota = Rota(Clock())
         self.stop = threading.Event()
         self.signals = _Signals(self._end)
+        self._usage = Usage(Clock(), options.nice > 0)
+        self._why = ""  # this computer renders nothing just now
+        self._look()
+        threading.Thread(target=self._keep_looking, name="usage", daemon=True).start()
+        for name, action in _REST_SIGNALS.items():
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), functools.partial(self._rest, RESTS[action]))
+
+    def _look(self) -> None:
+        """Let the workers rest, or go on, as the owner wants it at such a moment."""
+        options, old = self._options, self._why
+        self._why = why_not_now(
+            time.time(), options.hours, self._usage.unused() if options.when_idle else 0.0,
+            options.when_idle, not options.on_battery and self._usage.on_battery())
+        for worker in self.workers:
+            if old and old != self._why:
+                worker.rest("", old)
+            if self._why:
+                worker.rest(WorkerState.PAUSED, self._why)
+
+    def _keep_looking(self) -> None:
+        while not self.stop.wait(LOOK_EVERY):
+            self._look()
+
+    def _rest(self, how: str, *signal: Any) -> None:
+        for worker in self.workers:  # in threads, as in _Signals
+            threading.Thread(target=worker.rest, args=(how,), daemon=True).start()
 
     def _end(self) -> None:
         self.stop.set()
@@ -23047,6 +23326,7 @@ class _Shifts:
     def _run(self, worker: Worker, share: int, free: str) -> None:
         worker.rota = self._rota
         self.workers.append(worker)
+        self._look()
         self._rota.add(worker, share)
         if free:
             _say(f"scenes can read and write whatever you can: {free}")
@@ -23115,11 +23395,11 @@ class _WorkerPage:
     def home(self, request: Request) -> Response:
         """Show runs, what is held, and what was said last."""
         views = [worker.view() for worker in self._workers]
-        paused = any(view["state"] == "paused" for view in views)
+        rests = any(view["rest"] for view in views)
         return self._page(
             "Worker", element("h1", f"Worker {', '.join({view['state'] for view in views})}"),
-            element("div", self._button("resume" if paused else "pause"),
-                    self._button("stop"), class_="row"),
+            element("div", map(self._button, ("resume", "stop") if rests else (
+                "pause", "drain", "stop")), class_="row"),
             [self._facts(view) for view in views], self._projects(),
             _part_of_page("What it said", element("pre", "\n".join(reversed(_SAID)))),
             reload=5)
@@ -23146,17 +23426,17 @@ class _WorkerPage:
 
     @route("POST", "/<action>", role="admin", summary="Steer the worker")
     def steer(self, request: Request) -> Response:
-        """Action: pause, resume or stop, as the first Ctrl-C does."""
+        """Action: pause, drain, resume or stop, as the first Ctrl-C does."""
         self._check(request)
         action = request.params["action"]
-        if action not in ("pause", "resume", "stop"):
+        if action not in (*RESTS, "stop"):
             raise ProtocolError(404, f"a worker cannot be asked to {action}")
+        _say(f"told to {action} on its page")
         for worker in self._workers:
             if action == "stop":
                 worker.stop()
             else:
-                worker.paused = action == "pause"
-        _say({"pause": "paused", "resume": "resumed"}.get(action, "stopping") + " on its page")
+                worker.rest(RESTS[action])
         return redirect("/")
 
     # --- inside
@@ -23209,6 +23489,7 @@ class _WorkerPage:
         return _part_of_page(
             f"For {view['farm']}: {view['state']}",
             element("p", view["trouble"], class_="notice failed") if view["trouble"] else None,
+            element("p", view["rest"], class_="notice") if view["rest"] else None,
             element("table", element("thead", element("tr", heads)), element("tbody", rows))
             if rows else element("p", "Nothing is rendered at the moment."),
             element("p", f"{counted(view['delivered'], 'frame')} delivered, {view['waiting']} wait "

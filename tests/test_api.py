@@ -64,6 +64,7 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
     ("PATCH", "/api/v1/jobs/<job:int>"): ("user", "/api/v1/jobs/1"),
     ("DELETE", "/api/v1/jobs/<job:int>"): ("user", "/api/v1/jobs/1"),
     ("POST", "/api/v1/workers/admit"): ("admin", "/api/v1/workers/admit"),
+    ("POST", "/api/v1/workers/<worker:int>/<action>"): ("user", "/api/v1/workers/99/pause"),
     ("DELETE", "/api/v1/workers/<worker:int>"): ("admin", "/api/v1/workers/99"),
     ("POST", "/api/v1/login"): ("person", "/api/v1/login"),
     ("GET", "/api/v1/users"): ("person", "/api/v1/users"),
@@ -251,7 +252,8 @@ def test_without_a_key_a_worker_waits_to_be_admitted(farm: Farm) -> None:
     answer = join(farm, key=None)
     assert answer["admitted"] is False and re.fullmatch("[A-Z2-9]{6}", answer["code"])
     reply = farm.ask("POST", "/api/v1/lease", key=answer["key"], json_body=OFFER).json()
-    assert reply == {"leases": [], "open": 0, "pending": True, "gone": [], "ends": False}
+    assert reply == {"leases": [], "open": 0, "pending": True, "gone": [], "ends": False,
+                     "rest": ""}
     assert farm.ask("GET", "/api/v1/workers").json()["workers"][0]["code"] == answer["code"]
     admit = farm.ask("POST", "/api/v1/workers/admit", json_body={"code": answer["code"]})
     assert admit.json() == {"name": "anna"}
@@ -602,7 +604,7 @@ def test_progress_and_the_time_that_is_left(farm: Farm) -> None:
     second = LeaseSpec.from_wire(reply["leases"][0])
     beat = {"leases": {second.id: {str(second.tasks[0].id): 0.5}}, "wait": 0}
     assert farm.ask("POST", "/api/v1/beat", key=token, json_body=beat).json() == {
-        "ended": [], "cuts": {}, "ends": False}
+        "ended": [], "cuts": {}, "ends": False, "rest": ""}
     farm.clock.advance(5)
     view = farm.ask("GET", "/api/v1/jobs/1").json()
     assert view["progress"] == pytest.approx(1.5 / 4)
@@ -1066,7 +1068,8 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
         (method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", pattern)) for method, pattern in ROUTES
         if method == "DELETE" or pattern.endswith(("/fail", "/release", "/leave", "/state"))
         or (method, pattern) in {("PUT", "/api/v1/blobs/<hash>"), ("PATCH", "/api/v1/users/<name>"),
-                                 ("POST", "/api/v1/users")}}
+                                 ("POST", "/api/v1/users"),
+                                 ("POST", "/api/v1/workers/<worker:int>/<action>")}}
     bodies = {(method, path): operation["requestBody"]["content"]["application/json"]["schema"]
               for (method, path), operation in described.items() if "requestBody" in operation}
     changes = {path: schema for (method, path), schema in bodies.items() if method == "PATCH"}

@@ -362,6 +362,9 @@ def test_json_is_printed_by_every_command_that_talks_to_a_coordinator(farm: Serv
     with farm.store.read() as tx:
         code = tx.worker(worker).code
     assert farm.wire("admit", code) == {"name": "anna"}
+    for action, state in ("pause", "paused"), ("drain", "drained"), ("resume", "admitted"):
+        assert farm.wire("workers", action, "anna") == {
+            "id": worker, "name": "anna", "state": state}
     assert farm.wire("workers", "remove", "anna") == {
         "id": worker, "name": "anna", "state": "removed"}
     farm.submit()

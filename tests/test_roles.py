@@ -313,7 +313,7 @@ def test_the_lease_of_another_can_be_neither_beaten_nor_ended(
                       b'{"leases": {"%s": {}}}' % house.lease.id.encode())
     if who == "another worker":
         assert isinstance(beat.body, bytes) and beat.status == 200
-        assert beat.body == b'{"ended":["%s"],"cuts":{},"ends":false}' % house.lease.id.encode()
+        assert beat.body == b'{"ended":["%s"],"cuts":{},"ends":false,"rest":""}' % house.lease.id.encode()
     else:
         assert beat.status == status
     assert house.truth() == before

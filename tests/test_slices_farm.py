@@ -16,11 +16,13 @@ import pytest
 from helpers.base import run_povray, wait_until
 from helpers.farm import (
     HEAVY,
+    SMALL,
     STILL,
     Farm,
     farm_fixture,
     project,
     renderers,
+    run,
 )
 from helpers.pictures import rows_of, seams
 
@@ -155,6 +157,41 @@ def test_a_render_that_is_stopped_moves_to_another_worker(
     assert "on anna: released" in moved and "on bert: done" in last
     count = re.search(r"^Pixels: +(\d+)", last, re.MULTILINE)
     assert count and 0 < int(count[1]) < 0.7 * PIXELS  # the rest came from where it was stopped
+    farm.check()
+
+
+def test_what_is_paused_moves_what_is_drained_is_finished_and_both_stay(
+        farm: Farm, tmp_path: Path, heavy: Dict[str, List[bytes]]) -> None:
+    def reasons() -> Dict[str, str]:
+        views = farm.client.request("GET", "/api/v1/workers").json()["workers"]
+        return {view["name"]: f"{view['state']}: {view.get('reason')}" for view in views}
+
+    anna = farm.work("--cores", "1", "--worker-name", "anna")
+    job = farm.submit(project(tmp_path, HEAVY), "scene.pov", *LONG)
+    hold(tmp_path, 0.33)
+    said = run(tmp_path, "workers", "pause", "anna", cwd=tmp_path).stderr
+    assert "anna is paused, and its renders go to others: it gets no more until" in said
+    wait_until(lambda: farm.job(job)["frames"]["queued"] == 1, "it keeps its render", 10)
+    assert not renderers(tmp_path) and anna.poll() is None
+    assert farm.job(job)["waiting_for"] == "anna rests: paused by hand"
+    assert reasons() == {"anna": "resting: paused by hand"}
+    bert = farm.work("--cores", "1", "--worker-name", "bert")
+    held = hold(tmp_path, 0.4)
+    bert.send_signal(signal.SIGUSR2)
+    os.kill(held, signal.SIGCONT)
+    farm.finished(job, 120)
+    moved, last = attempts_of(farm, job)
+    assert "on anna: released" in moved and "on bert: done" in last
+    count = re.search(r"^Pixels: +(\d+)", last, re.MULTILINE)
+    assert count and 0 < int(count[1]) < 0.7 * PIXELS and pictures(farm, job) == heavy
+    wait_until(lambda: reasons()["bert"] == "resting: drained on this computer", "it forgot", 10)
+    job = farm.submit(project(tmp_path), "scene.pov", *SMALL)
+    assert "anna rests, as 1 more: paused by hand" in run(tmp_path, "status", cwd=tmp_path).stdout
+    assert run(tmp_path, "workers", "resume", "anna", cwd=tmp_path).returncode == 0
+    farm.finished(job)
+    bert.send_signal(signal.SIGCONT)
+    wait_until(lambda: reasons() == {"anna": "idle: None", "bert": "idle: None"}, "no end", 10)
+    assert "on anna: done" in attempts_of(farm, job)[0]
     farm.check()
 
 

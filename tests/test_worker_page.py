@@ -36,7 +36,7 @@ class FakeWorker:
     def view(self) -> Dict[str, Any]:
         """Return what a worker with a hostile farm shows."""
         return {"farm": f"http://{EVIL}", "trouble": EVIL, "state": self.state, "delivered": 7,
-                "waiting": 2, "runs": [{
+                "waiting": 2, "rest": "".join(self.told[-1:]), "runs": [{
                     "job": 3, "name": EVIL, "frame": 12, "percent": 40, "threads": 2,
                     "frames": [12, 13], "seconds": 61.0}]}
 
@@ -44,14 +44,9 @@ class FakeWorker:
         """Note it."""
         self.told.append("stop")
 
-    @property
-    def paused(self) -> bool:
-        """Tell whether it was paused last."""
-        return self.told[-1:] == [True]
-
-    @paused.setter
-    def paused(self, paused: bool) -> None:
-        self.told.append(paused)
+    def rest(self, how: str) -> None:
+        """Note it."""
+        self.told.append(how)
 
 
 class Page:
@@ -131,13 +126,15 @@ def test_it_shows_what_is_rendered_held_and_said_and_nothing_of_it_is_markup(pag
 
 def test_it_is_steered(page: Page) -> None:
     token = page.token()
-    for action, told in (("pause", True), ("resume", False), ("stop", "stop")):
+    for action, told, buttons in (
+            ("pause", "paused", ["resume", "stop"]), ("drain", "drained", ["resume", "stop"]),
+            ("resume", "", ["pause", "drain", "stop"]), ("stop", "stop", ["resume", "stop"])):
         answer = page.mine("POST", action, token=token)
         assert (answer.status, answer.headers["Location"]) == (303, page.place)
         assert page.worker.told[-1] == told
-    page.worker.state = "paused"
-    forms = [form["action"] for form in page.shown().all("form")]
-    assert forms == [f"{page.place}resume", f"{page.place}stop"]
+        assert [form["action"] for form in page.shown().all("form")] == [
+            f"{page.place}{button}" for button in buttons]
+        assert told in page.shown().text
     assert page.mine("POST", "explode", token=token).status == 404
 
 
@@ -279,7 +276,7 @@ def test_a_worker_is_watched_paused_and_stopped_in_a_browser(
     wait_until(lambda: browser.view()["workers"], "it has not joined")
     browser.post("pause")
     first = farm.submit(place, "scene.pov", "+KFF4", *SMALL)
-    assert browser.view()["workers"][0]["state"] == "paused"
+    assert browser.view()["workers"][0]["state"] == "resting"
     wait_until(lambda: farm.job(first)["frames"]["queued"] == 4, "it has kept a frame")
     browser.post("resume")
     farm.finished(first)

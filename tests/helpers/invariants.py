@@ -54,7 +54,7 @@ LOOKS: Mapping[str, str] = {
         SELECT lease.id FROM lease JOIN worker ON worker.id = lease.worker
         WHERE lease.job IN {ALIVE} AND ((lease.ended IS NULL) != EXISTS (
             SELECT 1 FROM attempt WHERE attempt.lease = lease.id AND attempt.state = 'live')
-        OR (lease.ended IS NULL AND worker.state != 'admitted'))""",
+        OR (lease.ended IS NULL AND worker.state IN ('pending', 'removed')))""",
     "task {}: two accepted results": """
         SELECT task FROM attempt WHERE state = 'done' GROUP BY task HAVING COUNT(*) > 1""",
 }
