@@ -10269,6 +10269,7 @@ class Muster:
         self._fitting: dict[tuple[int, bool, str], bool] = {}
         self._helping: dict[tuple[int, bool], set[int]] = {}
         self._elected: dict[tuple[int, str], Collection[str]] = {}
+        self._waits: dict[int, str] = {}
 
     @functools.cached_property
     def line(self) -> list[int]:
@@ -10286,6 +10287,15 @@ class Muster:
         return {WorkerState.ADMITTED: said, WorkerState.PAUSED: PAUSED_BY_HAND,
                 WorkerState.DRAINED: "drained by hand, until it is resumed or started anew",
                 WorkerState.PENDING: "to be let in", WorkerState.REMOVED: "removed"}[worker.state]
+
+    @functools.cached_property
+    def _alike(self) -> list[list[Member]]:
+        """The same, together who renders the same jobs: two hundred of a kind are as one."""
+        kinds: dict[tuple[str, bool], list[Member]] = {}
+        for row in self.crew:
+            guest = self._states.presence(row.id).guest is not None
+            kinds.setdefault((row.engines_json, guest), []).append(row)
+        return list(kinds.values())
 
     def sickness(self, worker: Member) -> str:
         """Say what makes a worker sick: wrong pictures, or nothing but failures; else nothing.
@@ -10407,19 +10417,25 @@ class Muster:
 
     def waiting_for(self, job: Job) -> str:
         """Return why workers get no frame of a job that has some, in a sentence, or nothing."""
+        if job.id not in self._waits:
+            self._waits[job.id] = self._what_it_waits_for(job)
+        return self._waits[job.id]
+
+    def _what_it_waits_for(self, job: Job) -> str:
         missing = len(self._states.missing.get(job.id, ()))
         if job.state is JobState.WAITING:
             return f"{missing} of its files {'is' if missing == 1 else 'are'} still to come"
         if job.state is not JobState.ACTIVE or not job.queued:
             return ""
         since, word = job.pov.needs
-        versions = [povray_of(row.engines) for row in self.crew
-                    if not self._states.presence(row.id).guest]
+        versions = [povray_of(rows[0].engines) for rows in self._alike
+                    if not self._states.presence(rows[0].id).guest]
         if since and all(version and release(version) < release(since) for version in versions):
             return (f"{word} needs POV-Ray {since}, which no worker here has; start one with it: "
                     "'povfarm.py work --povray PROGRAM'")
-        unfit = [row for row in self.crew if not row.aside and not self._fits(job, row)
-                 and (job.pov.engine or povray_of(row.engines) != "none")]
+        unfit = [row for rows in self._alike if not self._fits(job, rows[0])
+                 and (job.pov.engine or povray_of(rows[0].engines) != "none")
+                 for row in rows if not row.aside]
         problem = self.people.too_much(self._look, job.owner)
         if problem or unfit:
             return problem or self._why_unfit(job, unfit)

@@ -1088,3 +1088,38 @@ def test_a_scene_that_takes_too_much_memory_is_named_with_its_cure(farm: Farm) -
         page = farm.page(address, farm.admin)
         assert "needed more than 2.0 GB of memory" in page.text
         assert page.all("form", action=f"/jobs/{job}/retry")
+
+
+def test_a_room_of_computers_costs_a_page_as_much_as_one_of_them(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a computer fits a job is looked up once for all that are alike, and not twice."""
+    asked: List[int] = []
+    fits = povfarm.Muster._fits
+    monkeypatch.setattr(povfarm.Muster, "_fits", lambda self, job, row: (
+        asked.append(row.id), fits(self, job, row))[1])
+    for number in range(20):
+        farm.submit(name=f"job{number}")
+        farm.join(f"room{number}", version="3.7.0.10" if number % 3 else "3.8.0")
+    asked.clear()
+    assert "7 workers wait" in farm.page("/").text
+    assert len(asked) <= 20 * 2
+
+
+@pytest.mark.slow
+def test_large_pictures_make_no_large_page(farm: Farm) -> None:
+    """Home with all that a browser gets for it, of a still that has megabytes."""
+    grain = random.Random(1)
+    rows = [b"\0" + bytes(at // 99 + grain.randrange(8) for at in range(7200)) for _ in range(8)]
+    image, worker = png_of(b"".join(rows) * 225, 2400, 1800), farm.join()
+    assert len(image) > 2 << 20
+    farm.submit(frames=1, Width="2400", Height="1800")
+    farm.deliver(worker, 1, image)
+    response = farm.send("GET", "/")
+    page = farm.page("/")
+    addresses = {one.get("src") or one["href"] for one in (
+        *page.all("img"), *page.all("script"), *page.all("link"))}
+    sizes = [len(body) for body in [response.body] if isinstance(body, bytes)]
+    for address in addresses:
+        body = farm.send("GET", address).body
+        sizes.append(len(body) if isinstance(body, bytes) else body.length)  # type: ignore[union-attr]
+    assert len(sizes) > 4 and sum(sizes) < 500_000, sizes
