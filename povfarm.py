@@ -1006,6 +1006,8 @@ SETTINGS: tuple[Setting, ...] = (
             "FILE"),
     Setting("serve", bool, False, "keep a list of farms for others, at TCP port 2269", "discover"),
     Setting("mine", bool, False, "show only your own jobs", "status"),
+    Setting("since", parse_duration, None,
+            "show a job's frames that changed within this time, such as 10m", "status", "TIME"),
     Setting("totals", bool, False, "show what was rendered, and by whom", "workers"),
     Setting("watch", bool, False, "keep showing changes until stopped", "status"),
     Setting("json", bool, False, "print JSON for programs", "render talk doctor backup engines"),
@@ -20833,6 +20835,15 @@ def status(options: Options) -> int:
     if options.watch:
         client.keep_trying(_say, threading.Event())
     named = [job["id"] for text in options.rest for job in _jobs(client, text, newest=True)]
+    if options.since is not None:
+        if not named or options.watch:
+            raise UserError("--since is for jobs that are named, without --watch")
+        since = time.time() - options.since
+        views = [frame for job in named for frame in _frames_of(client, job, since)]
+        _show(options, views, _table([("frame", "state", "start", "end", "worker"), *(
+            (str(one["frame"]), one["state"], _date(one["started"]), _date(one["finished"]),
+             one["worker"] or "") for one in views)], 4))
+        return 0
     while True:
         farm = client.get("/api/v1/farm")
         if farm["notice"]:
@@ -22754,11 +22765,16 @@ class _Owners:
             self._read = file.tell()
 
 
-def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:
-    after = -1
-    while frames := client.get(f"/api/v1/jobs/{job}/frames?after={after}")["frames"]:
-        yield from (frame for frame in frames if frame["state"] == TaskState.DONE.value)
+def _frames_of(client: Client, job: int, since: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Yield the frames of a job, or those that changed since a time."""
+    after, route = -1, f"/api/v1/jobs/{job}/frames?since={since}&after="
+    while frames := client.get(f"{route}{after}")["frames"]:
+        yield from frames
         after = frames[-1]["frame"]
+
+
+def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:
+    return (frame for frame in _frames_of(client, job) if frame["state"] == TaskState.DONE.value)
 
 
 def _jobs(client: Client, text: str, newest: bool = False) -> list[dict[str, Any]]:

@@ -198,6 +198,20 @@ def test_frames_are_rendered_again(farm: Served) -> None:
     assert farm.states(2) == ["done", "done", "done", "queued", "done"]
 
 
+def test_status_shows_the_frames_that_changed_within_a_time(farm: Served) -> None:
+    farm.submit(3)
+    farm.render(farm.worker())
+    with farm.store.tx() as tx:  # an hour ago
+        tx._do("UPDATE event SET time = time - 3600")
+    farm.says("retry", 1, 2)
+    assert [line.split()[:2] for line in farm.says("status", 1, "--since", "10m")[0].splitlines()
+            ] == [["frame", "state"], ["2", "queued"]]
+    assert [frame["frame"] for frame in farm.wire("status", 1, "--since", "2h")] == [1, 2, 3]
+    for words in ((), (1, "--watch")):
+        assert "--since is for jobs that are named" in farm.says(
+            "status", "--since", "1h", *words, code=2)[1][0]
+
+
 def test_retry_says_that_nothing_failed_and_counts_one_frame(farm: Served) -> None:
     farm.submit(2)
     farm.render(farm.worker())

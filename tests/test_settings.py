@@ -19,7 +19,7 @@ NAMES = [row.name for row in SETTINGS]
 SAMPLES: Dict[str, Any] = {
     "hpc": "0.0.0.0:5001", "hpc-files": "/srv/hpc",
     "data": "farm", "root": "scenes", "output": "out", "port": "8080", "discovery-port": "8081",
-    "lease-time": "1m30s", "hours": "mon 7-8", "when-idle": "10m", "frame-timeout": "1h", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
+    "lease-time": "1m30s", "since": "10m", "hours": "mon 7-8", "when-idle": "10m", "frame-timeout": "1h", "cores": "3", "nice": "7", "cache-size": "5G", "priority": "-4",
     "max-workers": "2", "retries": "5", "slices": "7", "povray-version": "3.7", "verify": "25",
     "radiosity": "off", "apng": "film.png", "log": "log.txt", "first": "1,50-60", "order": "spread", "batch": "20",
     "status-port": "[::]:8082",
@@ -32,7 +32,7 @@ SAMPLES: Dict[str, Any] = {
 VALUES: Dict[str, Any] = {
     "hpc": "0.0.0.0:5001", "hpc-files": Path("/srv/hpc"),
     "data": Path("farm"), "root": Path("scenes"), "output": Path("out"), "port": 8080,
-    "discovery-port": 8081, "lease-time": 90.0, "hours": "mon 7-8", "when-idle": 600.0, "frame-timeout": 3600, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
+    "discovery-port": 8081, "lease-time": 90.0, "since": 600.0, "hours": "mon 7-8", "when-idle": 600.0, "frame-timeout": 3600, "cores": 3, "nice": 7, "cache-size": 5 * 10**9,
     "priority": -4, "max-workers": 2, "retries": 5, "slices": "7", "povray-version": "3.7", "verify": 25,
     "radiosity": "off", "first": "1,50-60", "order": "spread", "batch": 20,
     "status-port": "[::]:8082",
