@@ -8620,6 +8620,10 @@ class Look(_Register):
         row = self._do("SELECT wire FROM manifest WHERE key = :key", key=key).fetchone()
         return row["wire"] if row else ""
 
+    def project(self, job: Job) -> Manifest:
+        """Return the files of a job's project."""
+        return Manifest.from_wire(json.loads(self.manifest(job.manifest)))
+
     def unknown_manifests(self, keys: Sequence[str]) -> list[str]:
         """Return those of the keys that are no job's (any more)."""
         return [row["value"] for row in self._do("""
@@ -13117,7 +13121,7 @@ class Dialect:
 
     def _identity(self, request: Request) -> Identity | None:
         """Return who sends a request, if it is one of ours and from somebody who may."""
-        raise NotImplementedError
+        return None
 
     def _join(self, info: WorkerInfo, token: str, remote: str) -> int:
         worker = self._farm.join(info, self.mark + token, remote)
@@ -13154,8 +13158,7 @@ class Dialect:
         """Tell whether clients make the same pictures of a job as our workers."""
         key = job.manifest
         if key not in self._portable:
-            files = Manifest.from_wire(json.loads(tx.manifest(key))).files
-            self._portable[key] = all(file.path.isascii() for file in files)
+            self._portable[key] = all(file.path.isascii() for file in tx.project(job).files)
         options = job.options
         return (self._portable[key] and not options.in_order and options.radiosity != "animation"
                 and (options.slices in ("auto", "off", "1") or self._cuts(job))
@@ -13165,19 +13168,17 @@ class Dialect:
         """Tell whether clients can render slices of a job."""
         return False
 
-    def _entries(self, job: Job, manifest: Manifest,
-                 top: str) -> Iterator[tuple[str, Path | bytes]]:
-        """Yield what is in a job's archive, in a directory ``top``; directories first of all."""
-        pov = job.pov
+    def _entries(self, tx: Look, job: Job, top: str) -> list[tuple[str, Path | bytes]]:
+        """Return what is in a job's archive, in a directory ``top``; directories first of all."""
+        pov, manifest = job.pov, tx.project(job)
         files = {f"{top}{file.path}": self._store.blob_path(file.sha256)
                  for file in manifest.files if file.path.lower() not in _OWN_INI}
         places = [f"{top}{place}/" for place in (*pov.library, *manifest.directories)
                   if place not in (STANDARD, ".")]
         folders = {f"{parent}/" for path in (*files, *(f"{place}x" for place in places))
                    for parent in PurePosixPath(path).parents if parent.name}
-        yield from ((folder, b"") for folder in sorted({top, *folders} - {""}))
-        yield f"{top}pov.ini", client_ini(pov).encode()
-        yield from sorted(files.items())
+        return [*((folder, b"") for folder in sorted({top, *folders} - {""})),
+                (f"{top}pov.ini", client_ini(pov).encode()), *sorted(files.items())]
 
 
 class Httpov(Dialect):
@@ -13217,9 +13218,8 @@ class Httpov(Dialect):
             if job is None or not hmac.compare_digest(name.encode(), self._name(job).encode()):
                 self._access.slow_down(request.remote)
             elif self._takes(tx, job):
-                manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
                 return stream_response(
-                    zip_stream(self._entries(job, manifest, f"{name}/")), "application/zip")
+                    zip_stream(self._entries(tx, job, f"{name}/")), "application/zip")
         raise ProtocolError(404, f"there is no {name}.zip here")
 
     def _identity(self, request: Request) -> Identity | None:
@@ -13621,10 +13621,9 @@ class Sheepit(Dialect):
         worker = request.identity.worker
         if not worker:
             return _Said(304)
-        job, frame = _numeral(values.get("job", "")), _numeral(values.get("frame", ""))
-        if job is None or frame is None:
+        if not _named(values):
             return _Said(300)
-        attempt = self._attempt(worker, job, frame)
+        attempt = self._attempt(worker, values)
         if attempt is None:
             return _Said(0)  # the job was deleted: nobody wants it, go on
         wall = float(_numeral(values.get("rendertime", "")) or 0)
@@ -13642,10 +13641,9 @@ class Sheepit(Dialect):
 
     def _error(self, request: Request, values: Mapping[str, str]) -> _Said:
         worker, kind = request.identity.worker, values.get("type", "")
-        job, frame = _numeral(values.get("job", "")), _numeral(values.get("frame", ""))
         if not worker:
             return _Said(999)
-        attempt = None if job is None or frame is None else self._attempt(worker, job, frame)
+        attempt = self._attempt(worker, values)
         if attempt is None or attempt.state != AttemptState.LIVE:
             return _Said(0)
         if kind in _KILLED:
@@ -13662,13 +13660,12 @@ class Sheepit(Dialect):
 
     def _keepmealive(self, request: Request, values: Mapping[str, str]) -> _Said:
         worker = request.identity.worker
-        job, frame = _numeral(values.get("job", "")), _numeral(values.get("frame", ""))
-        if job is None or frame is None:  # it waits, or fetches what it needs
+        if not _named(values):  # it waits, or fetches what it needs
             if worker:
                 grants = self._farm.grants.of_worker(worker)
                 self._farm.beat(worker, {grant.id: {} for grant in grants}, 0.0)
             return _Said(0)
-        attempt = self._attempt(worker, job, frame)
+        attempt = self._attempt(worker, values)
         if attempt is None or attempt.state != AttemptState.LIVE:
             return _Said(400)
         spent, left = (_numeral(values.get(name, "")) or 0
@@ -13744,10 +13741,10 @@ class Sheepit(Dialect):
 
     # --- what there is to do
 
-    def _attempt(self, worker: int, job: int, frame: int) -> Attempt | None:
-        """Return the last try of a client at a frame."""
+    def _attempt(self, worker: int, values: Mapping[str, str]) -> Attempt | None:
+        """Return the last try of a client at the frame that it names."""
         with self._store.read() as tx:
-            task = tx.task_of_frame(job, frame)
+            task = tx.task_of_frame(*_named(values)) if _named(values) else None
             tries = [attempt for attempt in (tx.attempts(task.id) if task else [])
                      if attempt.worker == worker]
         return tries[-1] if tries else None
@@ -13803,12 +13800,9 @@ class Sheepit(Dialect):
     def _packed(self, job: Job | None) -> Iterator[Path]:
         """Make the archive of a job, or of the renderer (None): always the same bytes."""
         program = RENDERER.encode()
-        entries: Iterable[tuple[str, Path | bytes]] = [
-            ("rend.exe", program), ("Blender/blender.app/Contents/MacOS/blender", program)]
-        if job is not None:
-            with self._store.read() as tx:
-                manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
-            entries = self._entries(job, manifest, "")
+        with self._store.read() as tx:
+            entries = self._entries(tx, job, "") if job else [
+                ("rend.exe", program), ("Blender/blender.app/Contents/MacOS/blender", program)]
         with self._store.incoming() as place:
             with self._store.gate.outside():
                 _pack(entries, place / "archive.zip")
@@ -13833,6 +13827,13 @@ def _values(request: Request) -> Mapping[str, str]:
     """Return what is asked with a query, a form or both."""
     form = "urlencoded" in request.headers.get("content-type", "")
     return {**request.query, **request.form()} if form else request.query
+
+
+def _named(values: Mapping[str, str]) -> tuple[int, ...]:
+    """Return the numbers of the job and the frame that are meant, or nothing."""
+    numbers = [number for name in ("job", "frame")
+               if (number := _numeral(values.get(name, ""))) is not None]
+    return tuple(numbers) if len(numbers) == 2 else ()
 
 
 def _numeral(text: str) -> int | None:
@@ -13941,23 +13942,19 @@ class RenderOnline:
         self._farm, self._store = scheduler, scheduler.store
         self._access, self._key, self._rules = access, farm_key, rules
         self._views, self._intake = Views(scheduler), Intake(scheduler)
+        access.dialects.append(self._identity)
 
-    def identify(self, request: Request) -> Identity:
-        """Return who sends a request: at our routes a guest, whose token it is.
-
-        The part of an email before the @ is the person's name.
-        """
+    def _identity(self, request: Request) -> Identity | None:
+        """Return whose token is shown; the part of an email before the @ is the person's name."""
         token = request.headers.get("token", "")
         if not token or not request.path.startswith("/renderapi/"):
-            return self._access.identify(request)
-        self._access.check_patience(request.remote)
+            return None
         with self._store.read() as look:
             person = look.person(request.headers.get("email", "").partition("@")[0])
-        if person and person.role is Role.USER and hmac.compare_digest(
-                token.encode(), online_token(self._key, person.name, person.added).encode()):
-            return Identity(frozenset({"guest"}), name=person.name)
-        self._access.slow_down(request.remote)
-        return Identity()
+        known = person if person and person.role is Role.USER else None
+        mine = online_token(self._key, known.name, known.added) if known else ""
+        good = self._access.fits(token, mine, request.remote)
+        return Identity(frozenset({"guest"}), name=known.name) if known and good else None
 
     @route("GET", "/renderapi/v1/info", role="anyone", summary="A RenderOnline user and tasks")
     @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=MAX_FORM,
@@ -14035,9 +14032,8 @@ class RenderOnline:
         """Answer a zip of the scene and of what was made so far."""
         job = self._job(request)
         with self._store.read() as tx:
-            manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
-            files = {**{file.path: self._store.blob_path(file.sha256) for file in manifest.files},
-                     **self._views.made(tx, job)}
+            files = {**{file.path: self._store.blob_path(file.sha256)
+                        for file in tx.project(job).files}, **self._views.made(tx, job)}
         if not all(map(is_file, files.values())):
             raise ProtocolError(500, "Failed to create ZIP archive after multiple attempts!")
         response = stream_response(zip_stream(files.items()), "application/zip")
@@ -14247,9 +14243,6 @@ class Machines(Dialect):
             self._farm.remove_worker(member.id, request.identity.name)
         return Response(204)
 
-    def _identity(self, request: Request) -> Identity | None:
-        return None  # it is asked, and does not ask
-
     def _own(self, place: str) -> Path:
         """Return what is this farm's of a directory that several may use."""
         return Path(place) / f"farm-{self._access.farm_id}"
@@ -14317,10 +14310,10 @@ class Machines(Dialect):
     def _lay_out(self, job: Job, place: Path, frames: Sequence[int]) -> tuple[str, list[str]]:
         """Put what is needed where a node finds it; return the engine and what to tell it."""
         with self._store.read() as tx:
-            manifest = Manifest.from_wire(json.loads(tx.manifest(job.manifest)))
+            files = tx.project(job).files
         with self._store.gate.outside():
             (place / MADE).parent.mkdir(parents=True)
-            for file in manifest.files:
+            for file in files:
                 to = safe_join(place, file.path)
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._store.blob_path(file.sha256), to)
@@ -15068,7 +15061,7 @@ class Pages(_Sheets):
         Their addresses have the hash of what is there, so nothing is asked for twice.
         """
         name = request.path[1:]
-        mime, text = _LOOKS[name]
+        mime, text = LOOKS[name]
         if name == "favicon.svg":
             text = MARK.replace("</svg>", _MARK_OF.get(request.query.get("state", ""), "</svg>"))
         response = text_response(text, mime=mime)
@@ -16540,7 +16533,7 @@ if (main.dataset.reload) beat();
 else tell("Not reloading");
 })();
 """
-_LOOKS: Mapping[str, tuple[str, str]] = {
+LOOKS: Mapping[str, tuple[str, str]] = {
     "style.css": ("text/css", STYLE), "script.js": ("text/javascript", SCRIPT),
     "favicon.svg": ("image/svg+xml", MARK)}
 _MARK_OF: Mapping[str, str] = {
@@ -16551,7 +16544,7 @@ _MARK_OF: Mapping[str, str] = {
 @functools.lru_cache(maxsize=8)
 def _address(name: str) -> str:
     """Return where a page finds what it looks like: another address for another content."""
-    return f"/{name}?{hashlib.sha256(_LOOKS[name][1].encode()).hexdigest()[:12]}"
+    return f"/{name}?{hashlib.sha256(LOOKS[name][1].encode()).hexdigest()[:12]}"
 
 
 # === 17. COORDINATOR =========================================================
@@ -16619,13 +16612,11 @@ class Coordinator:
         desk = Desk(self.api, self.scheduler, self.access, self.pin, typed)
         dialects: list[object] = [Httpov(self.scheduler, self.access)] if httpov else []
         dialects += [Sheepit(self.scheduler, self.access, self.key)] if sheepit else []
-        identify = self.access.identify
-        if renderonline:
-            online = RenderOnline(self.scheduler, self.access, self.key, renderonline)
-            dialects, identify = [*dialects, online], online.identify
+        dialects += [RenderOnline(self.scheduler, self.access, self.key, renderonline)] \
+            if renderonline else []
         self.machines = Machines(self.scheduler, self.access, programs)
         self.router = Router(self.api, entrance, pages, desk, self.machines, *dialects,
-                             authenticate=identify, hosts=_own_names(hosts),
+                             authenticate=self.access.identify, hosts=_own_names(hosts),
                              error_page=pages.error_page, gate=self.store.gate)
         self.api.routes = self.router.routes
         self.server: Server | Inside = Inside(self.router) if port is None else Server(
@@ -23418,10 +23409,12 @@ class _WorkerPage:
             f"{self._cookie}={self._session}; HttpOnly; SameSite=Strict; Path={self._place}/")})
         return response
 
+    @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
     @route("GET", "/style.css", role="anyone", summary="How the page looks")
-    def style(self, request: Request) -> Response:
-        """The style sheet of all pages."""
-        return text_response(STYLE, mime="text/css")
+    def look(self, request: Request) -> Response:
+        """The style sheet of all pages, or the mark."""
+        mime, text = LOOKS[request.path[1:]]
+        return text_response(text, mime=mime)
 
     @route("GET", "/", role="admin", summary="What the worker does")
     def home(self, request: Request) -> Response:
@@ -23429,7 +23422,8 @@ class _WorkerPage:
         views = [worker.view() for worker in self._workers]
         rests = any(view["rest"] for view in views)
         return self._page(
-            "Worker", element("h1", f"Worker {', '.join({view['state'] for view in views})}"),
+            "Worker", element("h1", "Worker: " + (
+                ", ".join(sorted({view["state"] for view in views})) or "looking for its farm")),
             element("div", map(self._button, ("resume", "stop") if rests else (
                 "pause", "drain", "stop")), class_="row"),
             [self._facts(view) for view in views], self._projects(),
@@ -23482,7 +23476,7 @@ class _WorkerPage:
         if request.place == self._place and any(
                 hmac.compare_digest(cookie.encode(), mine) for cookie in cookies):
             return Identity(frozenset({"admin"}), name="you")
-        if request.path == "/style.css" or request.path.startswith("/login/"):
+        if request.path[1:] in LOOKS or request.path.startswith("/login/"):
             return Identity()
         raise ProtocolError(401, "open the link that the worker has printed")
 
@@ -23514,15 +23508,16 @@ class _WorkerPage:
 
     def _facts(self, view: Mapping[str, Any]) -> Html:
         rows = [element("tr", [element("td", cell) for cell in (
-            f"{run['job']} {run['name']}", run["frame"], f"{run['percent']} %", run["threads"],
-            format_duration(run["seconds"]))]) for run in view["runs"]]
+            run["frame"], f"{run['percent']} %", run["threads"], format_duration(run["seconds"]),
+            f"{run['job']} {run['name']}")]) for run in view["runs"]]
         heads = [element("th", head, scope="col") for head in (
-            "Job", "Frame", "Done", "Threads", "For")]
+            "Frame", "Done", "Threads", "For", "Job")]
         return _part_of_page(
             f"For {view['farm']}: {view['state']}",
             element("p", view["trouble"], class_="notice failed") if view["trouble"] else None,
             element("p", view["rest"], class_="notice") if view["rest"] else None,
-            element("table", element("thead", element("tr", heads)), element("tbody", rows))
+            element("div", element("table", element("thead", element("tr", heads)),
+                                   element("tbody", rows)), class_="scroll")
             if rows else element("p", "Nothing is rendered at the moment."),
             element("p", f"{counted(view['delivered'], 'frame')} delivered, {view['waiting']} wait "
                     "for the coordinator."))
@@ -23538,11 +23533,15 @@ class _WorkerPage:
                 for name, images in self._held().items()]
         return _part_of_page("What is kept here", element(
             "p", f"{counted(len(keys), 'project')}, {format_size(size)}."),
-            element("table", element("tbody", held)) if held else None)
+            element("div", element("table", element("tbody", held)), class_="scroll")
+            if held else None)
 
     def _page(self, title: str, *body: Any, reload: int = 0, status: int = 200) -> Response:
         head = element("head", element("meta", charset="utf-8"), element("title", title),
+                       element("meta", name="viewport",
+                               content="width=device-width, initial-scale=1"),
                        element("meta", http_equiv="refresh", content=reload) if reload else None,
+                       element("link", rel="icon", href="/favicon.svg"),
                        element("link", rel="stylesheet", href="/style.css"))
         page = element("html", head, element("body", element("main", body)), lang="en")
         response = text_response(f"<!DOCTYPE html>{page}", status, "text/html")

@@ -48,6 +48,9 @@ def test_what_stands_on_the_right_is_understood(
     tag = COMMANDS[name][0]
     values = povfarm._parse(tag, [*rest, *(["7"] * (not rest and not tag.takes(0)))])
     assert vars(values)
+    ways = {way.split(" ")[0]: way for way in tag.arguments.strip("[]").split(" | ")}
+    if len(ways) > 1 and rest and "[" not in ways.get(rest[0], "["):
+        assert "..." in ways[rest[0]] or len(values.rest) == len(ways[rest[0]].split()), tag.arguments
 
 
 @pytest.mark.parametrize("row", FEATURES, ids=lambda row: f"{row[0]}: {row[1]}")

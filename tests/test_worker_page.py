@@ -122,6 +122,9 @@ def test_it_shows_what_is_rendered_held_and_said_and_nothing_of_it_is_markup(pag
     view = json.loads(told.body)
     assert view["workers"][0]["runs"][0]["frames"] == [12, 13]
     assert [*view["held"].values()] == [["a1.png"]]
+    looks = [link["href"] for link in page.shown().all("link")]
+    assert len(looks) == 2 and all(page.ask("GET", look).status == 200 for look in looks)
+    assert page.shown().all("meta", name="viewport")
 
 
 def test_it_is_steered(page: Page) -> None:
