@@ -13342,8 +13342,7 @@ class Httpov(Dialect):
             if row is not None and row.token.startswith("removed "):
                 return 0
             if row is None or row.state is WorkerState.REMOVED:  # it was forgotten
-                live = self._farm.live_workers()
-                if sum(worker in live for worker in self._workers.values()) >= MAX_GUESTS:
+                if len(self._farm.live_workers() & {*self._workers.values()}) >= MAX_GUESTS:
                     return None
                 self._workers[computer] = self._join(info, computer, request.remote)
             elif self._workers.setdefault(computer, row.id) and row.tags_json != json.dumps(tags):
@@ -13777,13 +13776,12 @@ class Sheepit(Dialect):
     def _stale(self, cache: bytes) -> str:
         """Tell a client which of the archives that it has are of jobs that have ended."""
         held = set(re.findall('md5="([0-9a-f]{32})"', cache.decode("latin-1")))
-        known = [(number, md5) for number, md5 in self._archives.items() if number and md5 in held]
+        known = {number: md5 for number, md5 in self._archives.items() if number and md5 in held}
         with self._store.read() as tx:
-            jobs = {number: tx.find_job(number) for number, _ in known}
-        needed = {md5 for number, md5 in known if (job := jobs[number]) and job.state in (
-            JobState.ACTIVE, JobState.PAUSED, JobState.WAITING)}
+            needed = {md5 for number, md5 in known.items()
+                      if (job := tx.find_job(number)) and job.state not in FINISHED}
         return "".join(_tag("file", {"md5": md5, "action": "delete"})
-                       for md5 in sorted({md5 for _, md5 in known} - needed))
+                       for md5 in sorted({*known.values()} - needed))
 
     def _md5(self, job: Job | None) -> str:
         """Return the hash of an archive, which is made once for that."""
