@@ -13940,19 +13940,21 @@ class RenderOnline:
         self._farm, self._store = scheduler, scheduler.store
         self._access, self._key, self._rules = access, farm_key, rules
         self._views, self._intake = Views(scheduler), Intake(scheduler)
-        access.dialects.append(self._identity)
 
-    def _identity(self, request: Request) -> Identity | None:
-        """Return whose token is shown; the part of an email before the @ is the person's name."""
+    def identify(self, request: Request) -> Identity:
+        """Return who sends a request: at our routes a guest, whose token it is.
+
+        The part of an email before the @ is the person's name.
+        """
         token = request.headers.get("token", "")
         if not token or not request.path.startswith("/renderapi/"):
-            return None
+            return self._access.identify(request)
         with self._store.read() as look:
             person = look.person(request.headers.get("email", "").partition("@")[0])
         known = person if person and person.role is Role.USER else None
         mine = online_token(self._key, known.name, known.added) if known else ""
         good = self._access.fits(token, mine, request.remote)
-        return Identity(frozenset({"guest"}), name=known.name) if known and good else None
+        return Identity(frozenset({"guest"}), name=known.name) if known and good else Identity()
 
     @route("GET", "/renderapi/v1/info", role="anyone", summary="A RenderOnline user and tasks")
     @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=MAX_FORM,
@@ -16610,11 +16612,13 @@ class Coordinator:
         desk = Desk(self.api, self.scheduler, self.access, self.pin, typed)
         dialects: list[object] = [Httpov(self.scheduler, self.access)] if httpov else []
         dialects += [Sheepit(self.scheduler, self.access, self.key)] if sheepit else []
-        dialects += [RenderOnline(self.scheduler, self.access, self.key, renderonline)] \
-            if renderonline else []
+        identify = self.access.identify
+        if renderonline:
+            online = RenderOnline(self.scheduler, self.access, self.key, renderonline)
+            dialects, identify = [*dialects, online], online.identify
         self.machines = Machines(self.scheduler, self.access, programs)
         self.router = Router(self.api, entrance, pages, desk, self.machines, *dialects,
-                             authenticate=self.access.identify, hosts=_own_names(hosts),
+                             authenticate=identify, hosts=_own_names(hosts),
                              error_page=pages.error_page, gate=self.store.gate)
         self.api.routes = self.router.routes
         self.server: Server | Inside = Inside(self.router) if port is None else Server(
