@@ -348,13 +348,14 @@ def test_every_name_that_is_used_exists() -> None:
     """A cheap look for typing errors in code that no test reaches."""
     known = set(OWNER) | set(dir(builtins)) | {name.split(".")[0] for name in imported()}
     for node in TOP:
-        bound = {part.id for part in ast.walk(node)
+        parts = [*ast.walk(node)]
+        bound = {part.id for part in parts
                  if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load)}
-        bound |= {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
-        bound |= {part.name for part in ast.walk(node)
+        bound |= {part.arg for part in parts if isinstance(part, ast.arg)}
+        bound |= {part.name for part in parts
                   if isinstance(part, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))
                   and part.name}
-        strange = {f"line {part.lineno}: {part.id}" for part in ast.walk(node)
+        strange = {f"line {part.lineno}: {part.id}" for part in parts
                    if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
                    and part.id not in known | bound | {"__file__", "__name__"}}
         assert strange == set()

@@ -159,7 +159,8 @@ def test_finished_frames_are_kept_on_the_disk_and_not_in_memory(room: Room) -> N
 
 def test_a_coordinator_without_room_gets_the_frames_later_and_none_is_rendered_again(
         room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    job = room.farm.submit(frames=300)
+    job = room.farm.submit(frames=90)
+    monkeypatch.setattr(povfarm, "MOST_WAITING", 50)
     need = room.farm.store.need
 
     def refuse(size: int) -> None:
@@ -172,13 +173,13 @@ def test_a_coordinator_without_room_gets_the_frames_later_and_none_is_rendered_a
     leased = room.farm.states(job).count("leased")
     wait_until(lambda: len(room.wire.uploads) > 40)
     assert set(room.wire.uploads) == {507}
-    assert 0 < leased == room.farm.states(job).count("leased") == len(room.waiting()) < 300
+    assert 0 < leased == room.farm.states(job).count("leased") == len(room.waiting()) < 90
     assert room.worker._trouble == room.farm.store.notice != ""
     assert sum("make room there" in text for text in caplog.messages) == 2  # here and there
     monkeypatch.setattr(room.farm.store, "need", need)
     room.farm.scheduler.look_for_room()
     wait_until(lambda: room.farm.state(job) == "done")
-    assert [[how for _, how in tries] for tries in room.attempts(job)] == [["done"]] * 300
+    assert [[how for _, how in tries] for tries in room.attempts(job)] == [["done"]] * 90
     room.end()
 
 

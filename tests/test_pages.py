@@ -880,13 +880,6 @@ def test_a_full_disk_is_told_above_everything(farm: Farm) -> None:
     farm.store.notice = ""
 
 
-def test_thousands_of_frames_hide_nothing_that_happened_to_the_farm(farm: Farm) -> None:
-    farm.submit(frames=500)
-    farm.deliver(farm.join("a rare name"), 450)
-    text = farm.page("/").text
-    assert "a rare name joined" in text and "like" in text and "others before it" in text
-
-
 def test_who_keeps_a_page_up_to_date_shares_one_that_is_some_seconds_old(farm: Farm) -> None:
     live = {"cache-control": "max-age=9"}
     assert "marbles" not in farm.page("/", **live).text
@@ -898,9 +891,11 @@ def test_who_keeps_a_page_up_to_date_shares_one_that_is_some_seconds_old(farm: F
     assert "pebbles" in farm.page("/", farm.admin, **live).text
 
 
-def test_all_that_happened_is_on_a_page(farm: Farm) -> None:
+def test_many_frames_hide_nothing_that_happened_to_the_farm_and_all_is_on_a_page(farm: Farm) -> None:
     farm.submit(name="marbles", frames=500)
     farm.deliver(farm.join("a rare name"), 450)
+    text = farm.page("/").text
+    assert "a rare name joined" in text and "like" in text and "others before it" in text
     page = farm.page("/events")
     assert "marbles frame 450 is done, like" in page.text
     older = page.all("a", href="/events?before=")
