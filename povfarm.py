@@ -778,8 +778,7 @@ def _word(text: str, pattern: str, refusal: str) -> str:
 
 _port = functools.partial(
     _whole, least=0, most=65535, refusal="a port: write a number from 0 to 65535")
-_count = functools.partial(
-    _whole, least=1, most=math.inf, refusal="a whole number from 1 up")
+_count = functools.partial(_whole, least=1, most=math.inf, refusal="a whole number from 1 up")
 _percent = functools.partial(_whole, least=0, most=100, refusal="between 0 and 100")
 _nice = functools.partial(_whole, least=0, most=19, refusal="between 0 and 19")
 _retries = functools.partial(_whole, least=1, most=100, refusal="between 1 and 100")
@@ -1448,8 +1447,7 @@ def plan_frames(options: PovOptions) -> FramePlan:
     if len(str(end)) > digits:
         raise UserError(f"frame {end} has more digits than Final_Frame={final}: use a larger +KFF")
     clocks = _number(values, "Initial_Clock", 0.0), _number(values, "Final_Clock", 1.0)
-    return FramePlan(True, frames, initial, final, *clocks, cyclic, digits, stem,
-                     options.extension)
+    return FramePlan(True, frames, initial, final, *clocks, cyclic, digits, stem, options.extension)
 
 
 @dataclass(frozen=True)
@@ -3346,8 +3344,7 @@ def with_files(project: Project, files: Mapping[str, Path]) -> Project:
     return replace(project, manifest=manifest, sources={**project.sources, **sources})
 
 
-def _members(tree: _Tree, listing: _Listing, scan: _Scan,
-             last: float) -> tuple[_Members, set[str]]:
+def _members(tree: _Tree, listing: _Listing, scan: _Scan, last: float) -> tuple[_Members, set[str]]:
     """Return what is sent for frames up to ``last``, and the places that the scene names."""
     members: _Members = {tree.place(path): member for path, member in listing.members.items()}
     named = set()
@@ -3823,8 +3820,7 @@ class _Event(NamedTuple):
 # read in pieces, as the memory that a match takes grows with what it repeats.
 _STRING = r'[^"\\]*(?:\\.[^"\\]*){0,1000}("?)'
 _REST_OF_STRING = re.compile(_STRING, re.DOTALL)
-_TOKEN = re.compile(
-    '"' + _STRING + r'|//[^\r\n]*|/\*|#\s*[a-z]+|[A-Za-z_]\w*|[][{}()]', re.DOTALL)
+_TOKEN = re.compile('"' + _STRING + r'|//[^\r\n]*|/\*|#\s*[a-z]+|[A-Za-z_]\w*|[][{}()]', re.DOTALL)
 _COMMENT_EDGE = re.compile(r"/\*|\*/")
 _VERSION = re.compile(r"#\s*version\s+(\d+\.\d+)\s*;")
 
@@ -4663,8 +4659,7 @@ class _Listing:
         real = folder.real[-1] / item.name if is_folder else folder.path
         if item.is_symlink():
             real = real_path(item.path)
-            round_about = is_folder and any(
-                _below(one, real) is not None for one in folder.real)
+            round_about = is_folder and any(_below(one, real) is not None for one in folder.real)
             if round_about or self._reach.forbids(real):
                 self._links.append(place)
                 return []
@@ -8745,8 +8740,7 @@ class Look(_Register):
             SELECT * FROM task WHERE job = :job AND frame = :frame AND slice = 0""",
             job=job, frame=frame)
 
-    def tasks(self, job: int, after: int = -1, limit: int = -1,
-              since: float = 0.0) -> list[Task]:
+    def tasks(self, job: int, after: int = -1, limit: int = -1, since: float = 0.0) -> list[Task]:
         """Return a job's frames; ``after`` is the last one already seen.
 
         Those of which something was told ``since`` a time; all where that is longer ago than
@@ -10359,8 +10353,7 @@ class Muster:
         if key not in self._elected:
             crew = [row for row in self.crew if not row.aside and row.engines
                     and engine_fits("any", {}, row.engines, least)]
-            good = [row for row in crew
-                    if job.started and not self._look.failures(job.id, row.id)]
+            good = [row for row in crew if job.started and not self._look.failures(job.id, row.id)]
             # No computer counts for more than the middle one: what it says of itself may be a lie.
             voters, cores = good or crew, collections.Counter[str]()
             middle = sorted(row.cores for row in voters)[len(voters) // 2:]
@@ -11099,8 +11092,7 @@ class _Deliveries:
                     max(part.memory or 0 for part in parts))
         slices = [part for part in parts if part.kind is TaskKind.SLICE]
         last = max(slices, key=lambda part: part.finished or 0.0)
-        tx.set_task_result(frame.id, last.worker or 0, sha256, size, cost,
-                           self.states.clock.time())
+        tx.set_task_result(frame.id, last.worker or 0, sha256, size, cost, self.states.clock.time())
         text = f"put together from {len(slices)} slices" if slices[1:] else "rendered in one piece"
         self.states.move(tx, frame, TaskState.DONE, text)
 
@@ -14285,8 +14277,7 @@ class Machines(Dialect):
         engines = {str(name).lower() for name in status["EngineIds"]}
         self._farm.receive(worker, self._guest._replace(
             takes=functools.partial(self._renders, engines)))
-        for lease in self._farm.lease(worker, Offer(1, 1, 1), NODE_WAIT,
-                                      lambda: not over.is_set()):
+        for lease in self._farm.lease(worker, Offer(1, 1, 1), NODE_WAIT, lambda: not over.is_set()):
             with self._store.read() as tx:
                 job, attempts = tx.job(lease.job), tx.attempts_of_lease(lease.id)
             place = self._own(self._known[address]) / f"{job.id}-{lease.id}"
@@ -15506,8 +15497,7 @@ def _typed_there(command: str) -> Html:
 
 def _now(view: View, newest: Task | None, growing: Sequence[View], film: Node) -> Html:
     """Return the largest job that is rendered: its newest frame, or the one that grows."""
-    picture = _growing(view, growing[0]) if growing else _picture(
-        view, newest, "large", 640)
+    picture = _growing(view, growing[0]) if growing else _picture(view, newest, "large", 640)
     said = f"{_frame_name(view, newest.frame)}, {format_duration(newest.wall or 0)}" \
         if newest and not growing else f"{100 * view['progress']:.0f} %"
     return element("section", picture, element(
@@ -16873,8 +16863,7 @@ def _talk(program: subprocess.Popen[bytes], body: bytes, said: bytearray) -> Non
     with contextlib.suppress(OSError), program.stdin:
         program.stdin.write(body)
     with contextlib.suppress(OSError), program.stdout:
-        while len(said) < HOOK_OUTPUT and (
-                block := os.read(program.stdout.fileno(), 1 << 16)):
+        while len(said) < HOOK_OUTPUT and (block := os.read(program.stdout.fileno(), 1 << 16)):
             said += block
 
 
@@ -17403,9 +17392,7 @@ def standard_library(version: str = OLDEST, program: str = "") -> tuple[str, ...
 RADIOSITY_PASS: Mapping[str, str] = {
     "Radiosity_To_File": "On", "Radiosity_File_Name": SAMPLE_FILE, "Antialias": "Off",
 }
-RADIOSITY_USE: Mapping[str, str] = {
-    "Radiosity_From_File": "On", "Radiosity_File_Name": SAMPLE_FILE,
-}
+RADIOSITY_USE: Mapping[str, str] = {"Radiosity_From_File": "On", "Radiosity_File_Name": SAMPLE_FILE}
 
 
 def has_samples(data: bytes) -> bool:
@@ -18410,8 +18397,7 @@ class Launcher:
                     process.pid = answer["pid"]
                 else:
                     del self._processes[answer["id"]]
-                    process.ended.set_result(
-                        Ended(answer["code"], answer["cpu"], answer["memory"]))
+                    process.ended.set_result(Ended(answer["code"], answer["cpu"], answer["memory"]))
         self.gone = True
         with self._lock:  # no renderer is added any more: sending fails from now on
             for process in self._processes.values():
@@ -19874,8 +19860,7 @@ class Worker:
 
     def _directory(self, kind: str = "") -> Path:
         """Make a directory that ``_sweep`` knows as this process's."""
-        return Path(tempfile.mkdtemp(
-            prefix=f"{self._prefix}{kind}", dir=self.cache.root.parent))
+        return Path(tempfile.mkdtemp(prefix=f"{self._prefix}{kind}", dir=self.cache.root.parent))
 
     # --- asking for work
 
@@ -20224,8 +20209,7 @@ def _get_shared(client: Client, run: RunState, place: Path) -> None:
     """Get what the passes of a frame have rendered, and put it together."""
     for number in run.lease.shares:
         path = place / "pass.zip"
-        client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300,
-                        stop=run.stopped)
+        client.download(f"/api/v1/tasks/{number}/result", path, retry_for=300, stop=run.stopped)
         files = unpack_files(path, place / "pass.files", MAX_SHARED)
         samples, photons = files.get(SAMPLE_FILE), files.get(PHOTON_FILE)
         if samples and has_samples(samples.read_bytes()):
@@ -20241,8 +20225,7 @@ def _get_state(client: Client, run: RunState, plan: Run) -> None:
     """Go on from where another worker stopped; from the start when its state does not fit."""
     with contextlib.suppress(FarmError):
         path = plan.place / "state"
-        client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30,
-                        stop=run.stopped)
+        client.download(f"/api/v1/tasks/{run.task.id}/state", path, retry_for=30, stop=run.stopped)
         run.begin_from(plan, path)
 
 
@@ -20457,8 +20440,7 @@ class HpcNode:
             return ""
         return None
 
-    def _files_of(self, line: OnlineEngine,
-                  words: list[str]) -> tuple[Path, list[str], str] | None:
+    def _files_of(self, line: OnlineEngine, words: list[str]) -> tuple[Path, list[str], str] | None:
         """Return the scene, what to start, and an INI text; None if a line is not meant."""
         povray = line.name == POVRAY
         if povray and len(words) == 1 and words[0].endswith(".ini"):
@@ -20788,8 +20770,7 @@ def submit(options: Options) -> int:
     with contextlib.suppress(UserError):
         here = locate_engine("")
     with _scratch() as scratch:
-        draft = replace(_draft(options, scratch, _Renderer(options, here)),
-                        keeps_files=False)
+        draft = replace(_draft(options, scratch, _Renderer(options, here)), keeps_files=False)
         if options.wait and options.output is not None:
             owners = _Owners(options.output, options.data)
             draft = _left_to_do(
@@ -22393,8 +22374,7 @@ class _Follower:
         text = self._log_of(view["failure"]["frame"]).decode("utf-8", "replace")
         # It breaks lines at 80 columns: at blanks where there are any.
         whole = (re.sub(r"\r?\n ", between, text) for between in (" ", ""))
-        return list(dict.fromkeys(
-            name for text in whole for name in re.findall(words, text)))
+        return list(dict.fromkeys(name for text in whole for name in re.findall(words, text)))
 
     def _fails_later(self, view: Mapping[str, Any]) -> bool:
         """Tell whether frames failed, but not the first, which may be under way in a pause."""
