@@ -12196,9 +12196,13 @@ class Views:
                 text = (directory / attempt.log).read_text("utf-8", "replace")
         return what, ended, text
 
-    def made(self, tx: Look, job: Job) -> dict[str, Path]:
-        """Return the finished images of a job, and the files that its scene wrote, by name."""
+    def made(self, tx: Look, job: Job, frames: str = "") -> dict[str, Path]:
+        """Return by name the finished images of a job, and the files that its scene wrote; or
+        only the images of some frames."""
         directory = self._store.job_directory(job.id, job.name)
+        if frames:
+            chosen = tx.tasks_of_frames(job.id, list(map(str, job.pov.plan.chosen(frames))))
+            return {row.name: safe_join(directory, row.name) for row in chosen}
         files = {row.path: self._store.blob_path(row.sha256)
                  for row in tx.written(job.id) if row.sha256}
         return {**files, **{row.name: safe_join(directory, row.name)
@@ -12455,12 +12459,36 @@ class Api:
     @route("GET", "/api/v1/jobs/<job:int>/archive.zip", role="reader",
            gives="application/zip", summary="All finished images of a job")
     def archive(self, request: Request) -> Response:
-        """A zip of them and of the files that the scene wrote, made while it is sent."""
+        """A zip of them and of the files that the scene wrote, made while it is sent.
+
+        Query: frames, such as ``5-9``, for the images of only these.
+        """
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
-            made = self.views.made(tx, job)
-        response = stream_response(zip_stream(made.items()), "application/zip")
-        name = urllib.parse.quote(f"{self._store.job_directory(job.id, job.name).name}.zip")
+            made = self.views.made(tx, job, request.query.get("frames", ""))
+        return self._download(job, ".zip", "application/zip", zip_stream(made.items()))
+
+    @route("GET", "/api/v1/jobs/<job:int>/film.png", role="reader", gives="image/png",
+           summary="All finished images of a job as an animated PNG")
+    def film(self, request: Request) -> Response:
+        """The PNG images in their order, without a gap for what is missing.
+
+        Query: fps (1 to 99, default 25), frames to be shown in a second.
+        """
+        rate = min(max(_query_number(request, "fps", 25), 1), 99)
+        with self._store.read() as tx:
+            job = tx.job(request.params["job"])
+            rows = tx.tasks_in(job.id, TaskState.DONE)
+        if not rows or not rows[0].name.endswith(".png"):
+            raise ProtocolError(409, f"job {job.id} has no PNG images, which this is made of")
+        directory = self._store.job_directory(job.id, job.name)
+        return self._download(job, ".png", "image/png", animated_png(
+            (safe_join(directory, row.name) for row in rows), len(rows), Fraction(1, rate)))
+
+    def _download(self, job: Job, suffix: str, mime: str, pieces: Iterator[bytes]) -> Response:
+        """Return what a browser keeps as a file with the name of a job."""
+        response = stream_response(pieces, mime)
+        name = urllib.parse.quote(f"{self._store.job_directory(job.id, job.name).name}{suffix}")
         response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
         return response
 
@@ -14496,7 +14524,7 @@ class _Sheets:
                     element("span", f"povfarm {VERSION}"))), lang="en")
         text = with_commands(page, lambda name: html.escape(self._typed(name)))
         if request.place:  # in what is quoted here, no quote is left
-            text = re.sub(' (href|src|action)="(?=/)', rf' \1="{request.place}', text)
+            text = re.sub(' (href|src|(?:form)?action)="(?=/)', rf' \1="{request.place}', text)
         response = text_response(f"<!DOCTYPE html>{text}", status, "text/html")
         response.headers.update(PAGE_HEADERS)
         return response
@@ -14534,17 +14562,22 @@ class _Sheets:
             self._maps = {**dict(kept), job: (event, *tx.frame_states(job))}
         return self._maps[job][1:]
 
-    def _again(self, request: Request, view: View) -> Node:
-        """Return the form that renders some frames again; the script fills in what is selected."""
-        if not self._may_steer(request, view) or view["frames"]["total"] == 1:
+    def _some(self, request: Request, view: View) -> Node:
+        """Return the form for some frames; the script fills in what is selected.
+
+        The token is the button's that changes something, so no other sends it in an address.
+        """
+        if view["frames"]["total"] == 1:
             return None
-        token = self._access.form_token(request)
+        address = f"/jobs/{view['id']}"
         return element(
-            "form", element("input", type="hidden", name="token", value=token), element(
-                "label", "Frames ", element("input", name="frames", id="picked", size=24,
-                                            placeholder="1-10,50", required="")),
-            element("button", "Render again"), method="post", action=f"/jobs/{view['id']}/retry",
-            class_="again")
+            "form", element("label", "Frames ", element(
+                "input", name="frames", id="picked", size=24, placeholder="1-10,50", required="")),
+            element("button", "Show"), element(
+                "button", "Download", formaction=f"/api/v1{address}/archive.zip"), element(
+                "button", "Render again", name="token", value=self._access.form_token(request),
+                formaction=f"{address}/retry", formmethod="post")
+            if self._may_steer(request, view) else None, action=address, class_="some")
 
     def _settings(self, request: Request, view: View, row: Job) -> Node:
         """Return the job's options as a form."""
@@ -14868,7 +14901,12 @@ class Pages(_Sheets):
 
     @route("GET", "/jobs/<job:int>", role="reader", shared=True, summary="The page of a job")
     def job(self, request: Request) -> Response:
-        """A job with its frames. Query: from (a frame), to see the frames of its cell."""
+        """A job with its frames.
+
+        Query: from (a frame), to see the frames of its cell; frames, to see the first of them.
+        """
+        if chosen_first := re.match(r" *(\d{1,9})", request.query.get("frames", "")):
+            return redirect(f"/jobs/{request.params['job']}/frames/{chosen_first[1]}")
         with self._farm.store.read() as tx:
             row = tx.job(request.params["job"])
             view, = self._views(tx, [row])
@@ -14896,7 +14934,7 @@ class Pages(_Sheets):
                 _figures(view), _warnings(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
             _storyboard(view, board), _frames(view, numbers, letters, chosen, size),
-            self._again(request, view), log, _times(view, times, names, numbers[::step], step),
+            self._some(request, view), log, _times(view, times, names, numbers[::step], step),
             _options(view, row), self._settings(request, view, row),
             reload=reloads.get(view["state"], 0),
             state="bad" if view["frames"]["failed"] else "busy" if _is_busy(view) else "")
@@ -15727,7 +15765,9 @@ def _job_links(view: View) -> Html:
     frame = failure["frame"] if failure else newest.frame if newest else None
     return element(
         "nav", element("a", "All images (zip)", href=f"/api/v1{address}/archive.zip")
-        if view["frames"]["done"] else None, " ",
+        if view["frames"]["done"] else None, " ", element(
+            "a", "Animated PNG", href=f"/api/v1{address}/film.png")
+        if view["extension"] == ".png" and view["frames"]["done"] > 1 else None, " ",
         None if frame is None else element("a", f"{_frame_name(view, frame)}: log",
                                            href=f"{address}/frames/{frame}#log"), class_="links")
 
@@ -15866,10 +15906,14 @@ def _frames(view: View, numbers: Sequence[str], letters: str, chosen: Sequence[V
                       f"{frames[state]:,}{_STATE_WORDS[state][1:]}")
               for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
     blocks = None if size == 1 else [
-        element("p", f"A cell is {size} frames: choose one to see them."),
+        element("canvas", id="map", tabindex=0, role="img", aria_labelledby="told",
+                data_first=numbers[0], data_step=int(numbers[1]) - int(numbers[0]),
+                data_map=re.sub(r"(.)\1*", lambda run: f"{run[1]}{len(run[0])}", letters)),
+        element("output", id="told"),
+        element("p", f"A cell is {size} frames: choose one to see them.", class_="plain"),
         element("div", _apart(
             _block(job, numbers[index:index + size], letters[index:index + size])
-            for index in range(0, len(numbers), size)), class_="grid"),
+            for index in range(0, len(numbers), size)), class_="grid plain"),
         element("h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}") if chosen else None]
     return _section(
         "Frames", element("ul", legend, class_="legend"), blocks,
@@ -15996,7 +16040,8 @@ progress { display: block; width: 100%; height: .4rem; accent-color: var(--live)
   font-size: .8125rem; border-radius: .2rem; background: var(--card); }
 .strip a:not(.done) .picture { border: 1px dashed var(--edge); }
 .player { display: none; gap: .75rem; align-items: center; margin-top: .5rem; }
-.js .player { display: flex; } .player input { flex: 1; accent-color: var(--live); }
+.js .player { display: flex; flex-wrap: wrap; }
+.player input { flex: 1 1 9rem; accent-color: var(--live); }
 .player button { min-width: 2.4rem; padding: .2rem .5rem; } output { font-size: .875rem; }
 .player output { min-width: 6rem; } [aria-pressed=false] { color: var(--dim);
   text-decoration: line-through; }
@@ -16012,7 +16057,7 @@ progress { display: block; width: 100%; height: .4rem; accent-color: var(--live)
 :fullscreen img { width: 100vw; height: 100vh; max-height: none; }
 label { font-size: .875rem; font-weight: 600; } small { display: block; color: var(--dim);
   font-size: .8125rem; font-weight: 400; } summary { padding: .25rem 0; cursor: pointer;
-  font-weight: 600; } .again { align-items: center; margin-bottom: 1.5rem; }
+  font-weight: 600; } .some { align-items: center; margin-bottom: 1.5rem; }
 input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem .5rem;
   font: inherit; font-size: .875rem; font-weight: 400;
   border: 1px solid var(--edge); border-radius: .4rem; background: var(--card); color: var(--ink); }
@@ -16059,6 +16104,8 @@ pre { overflow: auto; max-height: 40rem; margin: .5rem 0; padding: .75rem 1rem; 
   var(--edge); border-radius: .8rem; background: var(--card); } .drop p { margin: 0 0 1rem; }
 .drop.over { border-color: var(--live); background: var(--mat); }
 .drop .fields > :last-child { grid-column: 1 / -1; }
+.js .plain, #map { display: none; } .js #map { display: block; width: 100%; cursor: crosshair;
+  touch-action: pan-y; }
 .copy { display: none; } .js .copy { display: inline-block; }
 .empty { padding: 2rem 0; text-align: center; } .empty .typed { justify-content: center; }
 .scroll { margin-bottom: 1rem; overflow-x: auto; } table { width: 100%; border-collapse: collapse; }
@@ -16295,7 +16342,7 @@ function fit() {
   const scale = eye.zoom / devicePixelRatio
     || Math.min(pane.clientWidth / wide, pane.clientHeight / high);
   under.style.width = wide * scale + "px";
-  box.classList.toggle("near", scale >= 2);
+  box.classList.toggle("near", eye.zoom > 0);
   pane.scrollTo((eye.x + .5) * scale - pane.clientWidth / 2,
     (eye.y + .5) * scale - pane.clientHeight / 2);
   point();
@@ -16355,6 +16402,83 @@ pane.addEventListener("pointerdown", point);
 pane.addEventListener("dragstart", drag => drag.preventDefault());
 window.addEventListener("resize", () => box.open && fit());
 
+// The map of more frames than get a cell each: a small square for every one of them.
+const map = {cell: 0, across: 1, at: 0, from: 0, to: -1, letters: ""}, sheet = () => find("#map");
+const said = {d: "finished", l: "in work", q: "queued", f: "failed", c: "cancelled"};
+
+function draw() {
+  if (!sheet()) return;
+  const colors = getComputedStyle(sheet()), pen = sheet().getContext("2d");
+  const wide = sheet().clientWidth, tint = name => colors.getPropertyValue("--" + name);
+  const inks = {d: tint("done"), l: tint("live"), q: tint("edge"), f: tint("bad"), c: tint("line")};
+  const all = sheet().dataset.map.replace(/(\\D)(\\d+)/g, (_, letter, many) => letter.repeat(many));
+  map.letters = all;
+  for (map.cell = 14; map.cell > 2; map.cell--)
+    if (Math.ceil(all.length / Math.floor(wide / map.cell)) * map.cell < 320) break;
+  const {cell} = map, size = cell - (cell > 4), place = index =>
+    [index % map.across * cell, Math.floor(index / map.across) * cell];
+  map.across = Math.floor(wide / cell);
+  const high = Math.ceil(all.length / map.across) * cell;
+  [sheet().width, sheet().height] = [wide * devicePixelRatio, high * devicePixelRatio];
+  sheet().style.height = high + "px";
+  pen.scale(devicePixelRatio, devicePixelRatio);
+  const paint = (index, ink, many = 1) => {
+    const [x, y] = place(index), half = all[index] === "l" ? size >> 1 : 0;
+    pen.fillStyle = ink;
+    pen.fillRect(x, y + half, size + (many - 1) * cell, size - half);
+    if (all[index] === "q" && cell > 4) pen.clearRect(x + 1, y + 1, size - 2, size - 2);
+  };
+  for (let index = 0, end; index < all.length; index = end) {
+    for (end = index + 1; cell < 5 && all[end] === all[index] && end % map.across; end++);
+    paint(index, inks[all[index]], end - index);
+  }
+  const [low, top] = [map.from, map.to].sort((a, b) => a - b);
+  for (let index = Math.max(low, 0); index <= top && map.to >= 0; index++)
+    paint(index, tint("link"));
+  if (document.activeElement === sheet()) {
+    const [x, y] = place(map.at);
+    pen.strokeStyle = tint("ink");
+    pen.lineWidth = 2;
+    pen.strokeRect(x - 1, y - 1, size + 2, size + 2);
+  }
+  find("#told").textContent = `Frame ${number(map.at)}: ${said[all[map.at]]}`;
+}
+
+function number(index) {
+  return +sheet().dataset.first + index * sheet().dataset.step;
+}
+
+function choose(index, extend) {
+  map.at = Math.min(Math.max(index, 0), map.letters.length - 1);
+  if (!extend) map.from = map.at;
+  map.to = map.at;
+  const ends = [map.from, map.to].sort((a, b) => a - b).map(number);
+  if (find("#picked")) find("#picked").value = [...new Set(ends)].join("-");
+  draw();
+}
+
+function walk(press) {
+  const to = {ArrowRight: map.at + 1, ArrowLeft: map.at - 1, ArrowDown: map.at + map.across,
+    ArrowUp: map.at - map.across, Home: 0, End: map.letters.length - 1}[press.key];
+  if (press.key === "Enter") location.href = location.pathname + "/frames/" + number(map.at);
+  else if (to === undefined) return;
+  else choose(to, press.shiftKey);
+  press.preventDefault();
+}
+
+function over(event) {
+  const across = Math.min(Math.floor(event.offsetX / map.cell), map.across - 1);
+  return Math.floor(event.offsetY / map.cell) * map.across + Math.max(across, 0);
+}
+
+for (const [kind, done] of Object.entries({
+  pointerdown: down => choose(over(down), down.shiftKey),
+  pointermove: move => move.buttons && choose(over(move), true),
+  dblclick: () => location.href = location.pathname + "/frames/" + number(map.at),
+  focusin: draw, focusout: draw}))
+  document.addEventListener(kind, event => event.target.id === "map" && done(event));
+window.addEventListener("resize", draw);
+
 // The map of frames: one stop for Tab, arrows from there; what is dragged over is selected.
 let from = null, moved = false;
 
@@ -16364,6 +16488,7 @@ function arrange() {
     for (const cell of all) cell.tabIndex = cell === held ? 0 : -1;
   }
   if (player()) controls();
+  draw();
 }
 
 function pick(to) {
@@ -16400,6 +16525,7 @@ function act(key, on) {
 document.addEventListener("keydown", press => {
   const on = press.target, cell = on.closest(".grid a");
   if (press.ctrlKey || press.altKey || press.metaKey) return;
+  if (on.id === "map" && (press.key === "Enter" || press.key.length > 2)) return walk(press);
   if (cell && press.key.startsWith("Arrow")) step(cell, press.key, press.shiftKey);
   else if (on.closest("input:not([type=range]), select, summary, pre")) return;
   else if (!act(press.key, on)) return;

@@ -53,6 +53,7 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
     ("GET", "/api/v1/jobs/<job:int>/files"): ("reader", "/api/v1/jobs/1/files"),
     ("GET", "/api/v1/jobs/<job:int>/files/<hash>"): ("reader", f"/api/v1/jobs/1/files/{ZEROS}"),
     ("GET", "/api/v1/jobs/<job:int>/archive.zip"): ("reader", "/api/v1/jobs/1/archive.zip"),
+    ("GET", "/api/v1/jobs/<job:int>/film.png"): ("reader", "/api/v1/jobs/1/film.png"),
     ("GET", "/api/v1/workers"): ("reader", "/api/v1/workers"),
     ("GET", "/api/v1/totals"): ("reader", "/api/v1/totals"),
     ("GET", "/api/v1/events"): ("reader", "/api/v1/events?wait=0"),

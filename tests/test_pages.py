@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 import re
 import shutil
 import urllib.parse
+import zipfile
+from fractions import Fraction
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional
 
@@ -445,10 +448,12 @@ def test_only_what_is_possible_has_a_button(farm: Farm, state: str, actions: Lis
         getattr(farm.scheduler, {"paused": "pause", "cancelled": "cancel"}[state])(job)
     page = farm.page(f"/jobs/{job}", farm.admin)
     may = [form["action"] for form in page.all("form", action="/jobs/")
-           if form.get("class") != "again" and not form["action"].endswith("/set")]
+           if form.get("class") != "some" and not form["action"].endswith("/set")]
     may += [f"/jobs/{job}/delete"] * len(page.all("a", href=f"ask=%2Fjobs%2F{job}%2Fdelete"))
     assert may == [f"/jobs/{job}/{action}" for action in actions]
-    assert not farm.page(f"/jobs/{job}").all("form"), "a stranger has no forms"
+    page = farm.page(f"/jobs/{job}")
+    assert not page.all("form", method="post") + page.all("button", formmethod="post"), \
+        "a stranger has no forms that change anything"
 
 
 def asked(farm: Farm, address: str, question: str) -> Dom:
@@ -674,6 +679,8 @@ def test_a_film_is_played_and_frames_are_chosen_by_keys_and_by_hand(tmp_path: Pa
     pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "3", "Final_Frame": "30",
                   "Output_File_Type": "P"}, (), (), ".")
     farm.scheduler.submit("marbles", "me", pov, Manifest(()), JobOptions())
+    long = PovJob({**pov.values, "Initial_Frame": "10", "Final_Frame": "2009", "Frame_Step": "2",
+                   "Output_File_Type": "N"}, (), (), ".")
     try:
         for number in range(4):
             lease, = farm.scheduler.lease(worker, Offer(1, 1, 1), 0, always)
@@ -731,8 +738,38 @@ def test_a_film_is_played_and_frames_are_chosen_by_keys_and_by_hand(tmp_path: Pa
                 {"type": "pointerMove", "origin": {ELEMENT: cells[1]}, "x": 0, "y": 0},
                 {"type": "pointerUp", "button": 0}]}])
             assert window.run("return document.querySelector('#picked').value") == "1-4"
-            window.click(".again button")
+            window.click(".some [name=token]")
             window.wait("document.querySelectorAll('#part .queued').length === 30", "none again")
+            window.run("document.querySelector('#picked').value = '7'")
+            window.click(".some button")
+            window.wait("location.pathname.endsWith('/jobs/1/frames/7')", "it is not shown")
+            farm.scheduler.submit("long", "me", long, Manifest(()), JobOptions())
+            window.open(window.run("return location.href").replace("1/frames/7", "2"))
+            window.wait("told.textContent === 'Frame 10: queued'", "no map")
+            window.run("document.querySelector('#map').focus()")
+            window.press("\ue014", "\ue014", "\ue012", "\ue015")  # right, right, left, down
+            across = window.run("return +told.textContent.match(/[0-9]+/)[0] / 2 - 6")
+            assert across > 30 and across == int(across)
+            chosen = "return document.querySelector('#picked').value"
+            window.send("actions", actions=[{"type": "key", "id": "keys", "actions": [
+                {"type": "keyDown", "value": "\ue008"}, {"type": "keyDown", "value": "\ue011"},
+                {"type": "keyUp", "value": "\ue011"}, {"type": "keyUp", "value": "\ue008"}]}])
+            assert window.run(chosen) == f"10-{2 * int(across) + 12}"  # Home, with shift
+            cell = window.run("return map.clientWidth") // int(across)
+            middle = {ELEMENT: window.element("#map")}
+            window.send("actions", actions=[{"type": "pointer", "id": "mouse", "actions": [
+                {"type": "pointerMove", "origin": middle, "x": 0, "y": 0},
+                {"type": "pointerDown", "button": 0},
+                {"type": "pointerMove", "origin": middle, "x": 5 * cell, "y": 0},
+                {"type": "pointerUp", "button": 0}]}])
+            low, high = map(int, window.run(chosen).split("-"))
+            assert high - low == 10
+            farm.scheduler.cancel(1)
+            act(farm, worker, 1)  # what is selected stays
+            window.wait("document.body.innerText.includes('1 finished')", "no news")
+            assert window.run(chosen) == f"{low}-{high}"
+            window.press("\ue007")  # Enter
+            window.wait(f"location.pathname.endsWith('/jobs/2/frames/{high}')", "it is not shown")
             assert window.complaints() == []
     finally:
         farm.stop()
@@ -780,7 +817,9 @@ def test_a_page_says_who_one_is_and_steers_only_what_is_theirs(farm: Farm) -> No
         for job in (hers, his):
             dom = farm.page(f"/jobs/{job}", cookie)
             assert f"You are {who} " in dom.text
-            assert {form["action"] for form in dom.all("form")} == {"/logout"} | (
+            posts = dom.all("form", method="post") + [
+                {"action": one["formaction"]} for one in dom.all("button", formmethod="post")]
+            assert {form["action"] for form in posts} == {"/logout"} | (
                 {f"/jobs/{job}/{action}" for action in ("pause", "cancel", "retry", "set")} if job in mine else set())
     assert "Read-only" in farm.page(f"/jobs/{hers}").text
 
@@ -938,9 +977,16 @@ def test_the_options_of_a_job_are_a_form(farm: Farm) -> None:
 def test_frames_that_are_named_are_rendered_again(farm: Farm) -> None:
     job, worker = farm.submit(frames=6), farm.join()
     farm.deliver(worker, 6)
-    form, = farm.page(f"/jobs/{job}", farm.admin).all("form", class_="again")
+    page = farm.page(f"/jobs/{job}", farm.admin)
+    button, = page.all("button", formmethod="post")
+    assert button["value"] == farm.token(farm.admin) and not farm.page(f"/jobs/{job}").all(
+        "button", name="token")
+    zipped = farm.send("GET", f"/api/v1/jobs/{job}/archive.zip?frames=2-3,5")
+    assert isinstance(zipped.body, Iterator)
+    assert zipfile.ZipFile(io.BytesIO(b"".join(zipped.body))).namelist() == ["a2.png", "a3.png", "a5.png"]
+    assert farm.send("GET", f"/jobs/{job}?frames=5-6").headers["Location"] == f"/jobs/{job}/frames/5"
     body = {"token": farm.token(farm.admin), "frames": "2-3,5"}
-    assert farm.send("POST", form["action"], farm.admin, body).status == 303
+    assert farm.send("POST", button["formaction"], farm.admin, body).status == 303
     with farm.store.read() as tx:
         assert tx.frame_states(job) == (list("123456"), "dqqdqd")
     player, = farm.page(f"/jobs/{job}").all("div", id="player")
@@ -993,6 +1039,20 @@ def test_where_the_time_goes_is_a_bar_for_each_frame_in_the_colour_of_its_comput
     assert [bar["href"].rpartition("/")[2] for bar in bars] == ["1", "6", "11", "16"]
     assert "frame 11: 10 s on bert" in dom.text and "Frame 1 took longest, 30 s." in dom.text
     assert all(bar["tabindex"] == "-1" for bar in bars)
+
+
+def test_the_images_are_downloaded_as_an_animated_png(farm: Farm) -> None:
+    job, worker = farm.submit(frames=3), farm.join()
+    assert farm.send("GET", f"/api/v1/jobs/{job}/film.png").status == 409
+    farm.deliver(worker, 2)
+    link, = farm.page(f"/jobs/{job}").all("a", href="film.png")
+    answer = farm.send("GET", f"{link['href']}?fps=10")
+    assert isinstance(answer.body, Iterator) and "marbles.png" in answer.headers["Content-Disposition"]
+    made = b"".join(answer.body)
+    assert made == b"".join(povfarm.animated_png([png(), png()], 2, Fraction(1, 10)))
+    assert farm.send("GET", f"{link['href']}?fps=x").status == 400
+    other = farm.submit(Output_File_Type="P")
+    assert not farm.page(f"/jobs/{other}").all("a", href="film.png")
 
 
 def test_the_film_strip_is_from_all_over_the_animation(farm: Farm) -> None:

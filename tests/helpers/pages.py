@@ -49,7 +49,7 @@ class Dom(HTMLParser):
             assert tag != "script" or re.match(r"/[-\w/]*script\.js\?", attributes["src"]), attributes
             for name, value in attributes.items():
                 assert name != "style" and not name.startswith("on"), (tag, attributes)
-                if name in ("href", "src", "action"):
+                if name in ("href", "src", "action", "formaction"):
                     assert re.match(r"(/|\?|#)(?!/)", value), value
 
 
