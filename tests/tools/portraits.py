@@ -4,7 +4,8 @@
 
 Starts a coordinator and a worker, lets them render an animation, a large picture and small ones
 of several kinds, with a scene that fails and a worker that asks to join, and keeps what Chromium
-shows: home, home in the dark and on a phone, a job, trouble. Look at each.
+shows: home without a job, home, home in the dark and on a phone, a job, its film, two frames of it
+in the lightbox, trouble. Look at each.
 Needs povray, chromium and chromedriver. Ends with 1 if the browser complains of anything.
 """
 
@@ -13,12 +14,12 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import List
+from typing import Callable, List
 
 sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the helpers, and povfarm
 
 from helpers.base import ROOT, wait_until
-from helpers.browser import Browser, browser
+from helpers.browser import ELEMENT, Browser, browser
 from helpers.farm import Farm
 
 BALL = """#version 3.7; global_settings { assumed_gamma 1 }
@@ -39,8 +40,10 @@ BROKEN = "#version 3.7;\nsphere { 0, 1 pigment { Goldd } }\n"
 SMALL = ("+W320", "+H240")
 
 
-def look(farm: Farm, to: Path, page: str = "", **how: bool | int) -> List[str]:
-    """Keep what the farm's admin sees of a page; return what the browser complains of."""
+def look(farm: Farm, to: Path, page: str = "", act: Callable[[Browser], object] | None = None,
+         **how: bool | int) -> List[str]:
+    """Keep what the farm's admin sees of a page, after ``act``; return what the browser
+    complains of."""
     whole = bool(how.pop("whole", False))
     with tempfile.TemporaryDirectory() as place, browser(Path(place), **how) as window:  # type: ignore[arg-type]
         log_in(farm, window)
@@ -48,6 +51,8 @@ def look(farm: Farm, to: Path, page: str = "", **how: bool | int) -> List[str]:
         window.wait("[...document.images].every(one => one.complete || one.loading === 'lazy' &&"
                     " one.getBoundingClientRect().top > innerHeight)", "an image does not come")
         window.wait("document.querySelector('#live').textContent === 'Live'", "it never lives")
+        if act:
+            act(window)
         window.picture(to, whole)
         return window.complaints()
 
@@ -56,6 +61,32 @@ def log_in(farm: Farm, window: Browser) -> None:
     """Follow a login link of the admin's."""
     window.open(f"http://127.0.0.1:{farm.port}"
                 + farm.client.request("POST", "/api/v1/login").json()["path"])
+
+
+def name_no_paths(window: Browser) -> None:
+    """Show commands as they are typed elsewhere."""
+    window.run("""for (const one of document.querySelectorAll('pre'))
+        one.textContent = one.textContent.replace(/.*povfarm.py/, 'povfarm.py').replace(/ --data .*farm /, ' ');
+        """)
+
+
+def play(window: Browser) -> None:
+    """Watch the film for a moment."""
+    window.press(" ")
+    window.wait("document.querySelector('output').textContent.startsWith('frame 2')", "no film")
+
+
+def compare(window: Browser) -> None:
+    """Pin a frame in the lightbox, and wipe over to one that comes later."""
+    window.press(" ", "k")
+    window.click(".stage .large a")
+    window.wait("document.querySelector('#box img').naturalWidth", "no picture")
+    window.press("p", *["\ue014"] * 12)
+    window.wait("document.querySelector('#box img').src.includes('/frames/1')", "no other frame")
+    middle = {ELEMENT: window.element(".pane")}
+    window.send("actions", actions=[{"type": "pointer", "id": "mouse", "actions": [
+        {"type": "pointerMove", "origin": middle, "x": x, "y": 60} for x in (60, -40)]}])
+    window.wait("document.querySelector('#box output').textContent.includes('pinned')", "no pin")
 
 
 def main() -> int:
@@ -69,7 +100,8 @@ def main() -> int:
             (scenes / f"{name}.pov").write_text(text)
         farm = Farm(Path(place))
         try:
-            farm.work("--cores", "2")
+            wrong = look(farm, to / "empty.png", act=name_no_paths)
+            farm.work("--cores", "2", "--worker-name", "workshop")
             for kind in "TEHJN":
                 farm.finished(farm.submit(scenes, "poster.pov", f"+F{kind}", *SMALL), 300)
             broken = farm.submit(scenes, "teapot.pov", *SMALL, "+KFF5")
@@ -78,14 +110,16 @@ def main() -> int:
             paused = farm.submit(scenes, "poster.pov", "+W1600", "+H900", "+A0.1")
             farm.client.request("POST", f"/api/v1/jobs/{paused}/pause")
             film = farm.submit(scenes, "ball.pov", "+W480", "+H270", "+A0.2", "+KFF240")
-            wait_until(lambda: farm.job(film)["frames"]["done"] >= 90, "no film", 600)
-            farm.start("work", "--cores", "4", "--server", f"http://127.0.0.1:{farm.port}",
+            wait_until(lambda: farm.job(film)["frames"]["done"] >= 72, "no film", 900)
+            farm.start("work", "--cores", "4", "--worker-name", "attic", "--server", f"http://127.0.0.1:{farm.port}",
                        "--data", str(Path(place, "guest")))
             wait_until(lambda: any("code" in one for one in farm.client.request(
                 "GET", "/api/v1/workers").json()["workers"]), "nobody asks to join")
-            wrong = look(farm, to / "home.png") + look(farm, to / "dark.png", dark=True)
+            wrong += look(farm, to / "home.png") + look(farm, to / "dark.png", dark=True)
             wrong += look(farm, to / "phone.png", width=390, height=844)
             wrong += look(farm, to / "job.png", f"jobs/{film}")
+            wrong += look(farm, to / "player.png", f"jobs/{film}", play)
+            wrong += look(farm, to / "lightbox.png", f"jobs/{film}", compare)
             wrong += look(farm, to / "trouble.png", f"jobs/{broken}")
         finally:
             farm.close()
