@@ -11668,8 +11668,10 @@ SLOWEST = 2.0  # seconds at last; forgotten after a minute without one
 MAX_HELD = 4  # of an address at a time: while they wait, it gets no other key looked at
 MAX_ADDRESSES = 1000  # whose wrong keys are remembered
 MAX_INVITED = 10_000  # people by one invitation
-# Bytes of a scene that the coordinator looks into: up to 3 seconds and 70 MB for each MB.
-MAX_SCENE = 8 << 20
+# Bytes of a scene that the coordinator looks into: up to 3 seconds and 70 MB for each MB. Where all
+# that was sent is not small, a process of its own does that, which may take so much and no more.
+MAX_SCENE, SMALL_SCENE = 8 << 20, 64 << 10
+SCAN_SECONDS, SCAN_MEMORY = 60, 1 << 30
 MAX_PAIRINGS = 200  # that are begun in a minute
 MAX_SESSIONS = 10_000  # of programs that have proved who they are
 IDLE_SESSION = 3600.0  # seconds after which such a one may be forgotten
@@ -12931,6 +12933,59 @@ class Entrance:
         return json_response({"id": worker, "admitted": admitted}, 201)
 
 
+def look_into(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the project that ``Intake`` asks for; both in a form for JSON."""
+    scene, library, place = asked["scene"], asked["library"], Path(asked["place"])
+    project = collect_project(
+        scene, library, Path(asked["cwd"]), place, asked["outputs"], asked["frames"], (),
+        values=asked["values"], by_file=(scene, *library), ceiling=place, most=MAX_SCENE)
+    found = {name: getattr(project, name) for name in (
+        "run_dir", "scene", "library", "warnings", "values")}
+    return {**found, "uses": sorted(project.uses), "manifest": project.manifest.to_wire(),
+            "sources": {path: [source.decode("latin-1")] if isinstance(source, bytes) else
+                        str(source) for path, source in project.sources.items()}}
+
+
+def look_apart(asked: Mapping[str, Any], limits: Sequence[float]) -> dict[str, Any]:
+    """Do the same in a process that is ended when it takes too many seconds or bytes of memory."""
+    with tempfile.TemporaryDirectory(dir=Path(asked["place"]).parent) as own:
+        to = Path(own, "asked")
+        atomic_write(to, json.dumps([asked, limits]).encode())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, "-I", "-c", _APART, __file__, str(to)], check=False,
+                           stdin=subprocess.DEVNULL, capture_output=True, timeout=limits[0])
+        found = json.loads(to.read_bytes())
+    if isinstance(found, list):
+        raise ProtocolError(413, f"the scene is too hard to read: it takes more than {limits[0]} "
+                            f"seconds or {format_size(int(limits[1]))} of memory")
+    if "error" in found:
+        raise UserError(found["error"])
+    return dict(found)
+
+
+_APART = """
+import importlib.machinery as machinery, importlib.util as util, sys
+spec = util.spec_from_loader("povfarm", machinery.SourceFileLoader("povfarm", sys.argv[1]))
+sys.modules["povfarm"] = povfarm = util.module_from_spec(spec)
+spec.loader.exec_module(povfarm)
+povfarm.answer_apart(sys.argv[2])
+"""
+
+
+def answer_apart(at: str) -> None:
+    """Put in the place of what is asked what ``look_into`` returns, or why it refuses it."""
+    asked, limits = json.loads(Path(at).read_bytes())
+    if os.name != "nt":
+        for limit, most in zip((resource.RLIMIT_CPU, resource.RLIMIT_AS), limits):
+            with contextlib.suppress(ValueError):  # it is less already
+                resource.setrlimit(limit, (most, most))
+    try:
+        found = look_into(asked)
+    except UserError as error:
+        found = {"error": str(error)}
+    atomic_write(Path(at), json.dumps(found).encode())
+
+
 class Intake:
     """Makes jobs of scenes that lie in a directory of the coordinator's, as others have sent them.
 
@@ -12951,21 +13006,28 @@ class Intake:
                 raise UserError(f"the library path '{name}' is not in what was sent")
         with self._farm.store.read() as look:  # before the scene is looked into
             self._farm.people.check(look, owner, len(plan.frames))
+        asked = {"scene": pov.scene, "library": pov.library, "values": dict(pov.values),
+                 "place": str(place), "cwd": str(cwd), "frames": [*plan.frames],
+                 "outputs": [*map(plan.output_name, plan.frames)]}
+        size = sum(path.lstat().st_size for path in place.rglob("*"))
         try:
             with self._farm.store.gate.outside(), self._looking:
-                project = collect_project(
-                    pov.scene, pov.library, cwd, place, map(plan.output_name, plan.frames),
-                    plan.frames, (), values=pov.values, by_file=(pov.scene, *pov.library),
-                    ceiling=place, most=MAX_SCENE)
+                found = (look_into(asked) if size <= SMALL_SCENE else
+                         look_apart(asked, (SCAN_SECONDS, SCAN_MEMORY)))
         except UserError as error:  # where it was looked for says what there is on this computer
             raise UserError(f"{_without_places(str(error))}: it can only use what was sent with "
                             "it, and POV-Ray's own files") from None
-        project = replace(project, warnings=(*pov.warnings, *map(
-            _without_places, project.warnings)))
-        uses = {*project.uses, *([f"povray {' '.join(pov.needs)}"] if pov.needs[0] else ())}
-        job = PovJob({**pov.values, **project.values, "Input_File_Name": project.scene},
-                     pov.declares, project.library, project.run_dir, tuple(sorted(uses)))
-        return job, project
+        library, uses = tuple(found["library"]), frozenset(found["uses"])
+        project = Project(
+            Manifest.from_wire(found["manifest"]), {
+                path: Path(source) if isinstance(source, str) else source[0].encode("latin-1")
+                for path, source in found["sources"].items()},
+            found["run_dir"], found["scene"], library,
+            (*pov.warnings, *map(_without_places, found["warnings"])), uses)
+        newer = [f"povray {' '.join(pov.needs)}"] if pov.needs[0] else []
+        return PovJob({**pov.values, **found["values"], "Input_File_Name": found["scene"]},
+                      pov.declares, library, found["run_dir"], tuple(sorted({*uses, *newer}))
+                      ), project
 
     def submit(self, name: str, owner: str, pov: PovJob, project: Project) -> int:
         """Make the job and keep its files; return its number."""

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import io
 import json
+import os
 import random
 import re
 import socket
@@ -88,9 +89,10 @@ class OnlineFarm(Farm):
         reply = self.call("enqueue", body, kind, **more)
         return reply.status, reply.json()
 
-    def queued(self, arguments: Sequence[Tuple[str, str]] = FRAMES, who: str = "anna") -> int:
+    def queued(self, arguments: Sequence[Tuple[str, str]] = FRAMES, who: str = "anna",
+               scene: bytes = SCENE) -> int:
         """The number of a task that was taken."""
-        assert self.enqueue(("request", None, wish(arguments)), ("file", "a.pov", SCENE),
+        assert self.enqueue(("request", None, wish(arguments)), ("file", "a.pov", scene),
                             who=who) == (200, QUEUED)
         with self.store.read() as tx:
             return tx.newest_job()
@@ -343,6 +345,36 @@ def test_a_scene_that_does_not_get_to_its_place_leaves_no_task(
     status, reply = farm.enqueue(("request", None, wish()), FILE)
     assert status == 500 and "the coordinator made a mistake" in reply["ErrorMessage"]
     assert everything(farm) == before
+
+
+@pytest.mark.slow
+def test_a_scene_that_is_not_small_is_looked_into_by_a_process_of_its_own(
+        farm: OnlineFarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the same, and refuses the same in the same words."""
+    reading = SCENE + b'#if (frame_number > 1) box { 0, 1 pigment { image_map { png "a1.png" } } } #end\n'
+    missing = SCENE + b'#include "secret.inc"\n'
+    said = []
+    for small in (povfarm.SMALL_SCENE, 0):
+        monkeypatch.setattr(povfarm, "SMALL_SCENE", small)
+        job = farm.job(farm.queued(scene=reading))
+        said += [(job.pov, job.manifest, job.options, farm.enqueue(
+            ("request", None, wish()), ("file", "a.pov", missing)))]
+    (pov, *one), (apart, *other) = said
+    assert one == other and one[1].in_order and "secret.inc" in str(one[2])
+    assert (sorted(pov.uses), pov.values) == (sorted(apart.uses), apart.values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit, most", [("SCAN_SECONDS", 0.05), ("SCAN_MEMORY", 48 << 20)])
+def test_a_scene_that_is_too_hard_to_read_is_refused_and_its_process_ended(
+        limit: str, most: float, farm: OnlineFarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, limit, most)
+    before, hard = everything(farm), b"".join(b'#declare A%d = "%d"\n' % (n, n) for n in range(200_000))
+    status, said = farm.enqueue(("request", None, wish()), ("file", "a.pov", SCENE + hard))
+    assert status == 413 and "the scene is too hard to read" in said["ErrorMessage"]
+    assert everything(farm) == before
+    with pytest.raises(ChildProcessError):  # none is left
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_frames_that_read_what_others_made_are_rendered_in_order(farm: OnlineFarm) -> None:
