@@ -139,3 +139,32 @@ def test_the_figures_of_all_processes_are_added(
     conftest.pytest_testnodedown(SimpleNamespace(
         workeroutput={"tried": {"a": {"tried": 3, "lost": 0}, "b": {"tried": 5}}}))
     assert figures == {"a": {"tried": 5, "lost": 1}, "b": {"tried": 5}}
+
+
+# --- what is promised about security
+
+def promises() -> List[str]:
+    """The bullets and paragraphs of security.md that promise something, after their section's name."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8").partition("\n## Who can do what")[0]
+    found, section = [], ""
+    for block in re.split(r"\n\s*\n|\n(?=[*#|])", text):
+        if block.startswith("#"):
+            section = block.strip("# \n")
+        elif block.strip() and not block.startswith(("|", "```")) and section not in ("What is left", "Security"):
+            found.append(f"{section}: " + " ".join(block.replace("*", "").replace("`", "").split()))
+    return found
+
+
+def test_every_promise_has_its_tests_and_every_test_is_there() -> None:
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [re.findall("[^|]+", line) for line in
+            text.partition("## Every promise and its test")[2].partition("\n## ")[0].splitlines()
+            if re.match(r"\| (?!promise)", line)]
+    names = {row[0].strip(): re.findall("`(.*?)`", row[1]) for row in rows}
+    there = {f"{path.stem[5:]}::{node.name[5:]}" for path in TESTS.glob("test_*.py")
+             for node in tree(path).body if isinstance(node, ast.FunctionDef)}
+    assert [name for tests in names.values() for name in tests if name not in there] == []
+    assert [name for name, tests in names.items() if not tests] == [] and len(names) == len(rows)
+    held = {one: [name for name in names if one.startswith(name)] for one in promises()}
+    assert len(held) > 60 and [one for one, by in held.items() if not by] == []
+    assert set(names) == {name for by in held.values() for name in by}, "a row of a promise that is gone"
