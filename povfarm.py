@@ -13707,7 +13707,7 @@ class Sheepit(Dialect):
         attempt = self._attempt(worker, values)
         if attempt is None:
             return _Said(0)  # the job was deleted: nobody wants it, go on
-        wall = float(_numeral(values.get("rendertime", "")) or 0)
+        wall = min(float(_numeral(values.get("rendertime", "")) or 0), MAX_COST)
         memory = (_numeral(values.get("memoryused", "")) or 0) * 1000
         with self._store.incoming() as place:
             self._save(request, "file", place / "image")
@@ -13803,7 +13803,8 @@ class Sheepit(Dialect):
 
         So the record of a computer stays with it. None when a login has too many.
         """
-        login = values["login"]
+        with self._store.read() as tx:  # of a person by any spelling
+            login = person.name if (person := tx.person(values["login"])) else ADMIN
         host = re.sub(r"[^\w.:-]", "-", values.get("hostname") or request.remote)[:60]
         memory = (_numeral(values.get("ram", "")) or 0) * 1024
         info = WorkerInfo(f"{login}@{host}", int(values["cpu_cores"]), min(memory, 1 << 50),

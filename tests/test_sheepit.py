@@ -247,7 +247,9 @@ def test_a_login_has_so_many_clients_and_no_more(
     monkeypatch.setattr(povfarm, "MAX_CLIENTS", 3)
     cookies = [farm.client(hostname=f"host{number}") for number in range(3)]
     assert farm.status("config", {**MACHINE, **ADMIN, "hostname": "new"}) == 999
-    assert farm.status("config", {**MACHINE, **farm.person("anna"), "hostname": "new"}) == 0
+    anna = farm.person("anna")
+    assert [farm.status("config", {**MACHINE, **anna, "login": login, "hostname": "new"})
+            for login in ("anna", "Anna", "ANNA", "anNa")] == [0, 0, 0, 999]
     farm.send("/account.php", {}, cookies[1], method="GET")
     assert worker_of(farm.client(hostname="new")) == worker_of(cookies[1])
 
@@ -474,6 +476,10 @@ def test_a_frame_is_checked_and_taken(farm: Flock) -> None:
     row = farm.task(job, 1)
     assert (row.state, row.wall, row.memory) == ("done", 2.0, 12_500_000)
     assert farm.deliver(task, cookie) == 0, "the same again"
+    assert farm.deliver(farm.job_of(cookie), cookie, rendertime="9" * 15) == 0
+    assert farm.job(job).wall == 2.0 + povfarm.MAX_COST, "what a worker of ours may say, too"
+    job, task = farm.submit(2), farm.job_of(cookie)
+    farm.deliver(task, cookie)
     assert farm.states(job) == ["done", "queued"] and row.tries == 0
 
 
