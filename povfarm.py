@@ -20618,7 +20618,7 @@ class HpcNode:
             found = [self._files_of(line, words_of(text)) for line in self._rules.engines
                      if line.name.lower() == name.lower()]
             scene, argv, ini = next(one for one in found if one)
-        except (StopIteration, UserError, OSError) as error:
+        except (StopIteration, UserError, OSError, UnicodeError) as error:
             log.warning("task %d is refused: %s", number, str(error) or
                         f"the arguments are not those of the line 'engine {name}': {text[:200]}")
             return "Invalid render arguments!"

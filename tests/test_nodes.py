@@ -202,6 +202,8 @@ def test_what_cannot_be_started_is_said_in_the_protocols_words(box: Box) -> None
         assert box.ask("start", body) == refused("Invalid render arguments!")
     assert box.ask("start", b"{") == (500, None)
     assert box.ask("start", {"EngineId": "render"}, "text/plain") == (500, None)
+    (box.scene.parent / "bad.ini").write_bytes(b"\xff\xfe")
+    assert box.start(f"{box.scene.parent / 'bad.ini'}", "povray") == refused("Invalid render arguments!")
     assert box.task() is None
     box.launcher.code = 127
     assert box.start(box.words()) == refused("")
