@@ -171,7 +171,8 @@ def test_what_cannot_be_taken_is_refused_and_nothing_is_kept(
     (b'#if (0) #include "../../../../secret.inc" #end', "", "(it may not be needed)"),
     (b'#include "other.ini"', "other.ini", "there is no INI file 'HERE/secret.ini'"),
     (b"", "ball.pov HERE/secret.ini", "there is no INI file 'HERE/secret.ini'"),
-    (bytes(povfarm.MAX_SCENE + 1), "", "too long to be looked into here"),
+    pytest.param(bytes(povfarm.MAX_SCENE + 1), "", "too long to be looked into here",
+                 marks=pytest.mark.slow),  # looked into by a process of its own
     (b"", 'ball.pov Pre_Frame_Command="rm -rf /"', "Pre_Frame_Command"),
     (f"// {HOSTILE}".encode(), f"{HOSTILE}.pov", HOSTILE),
 ])
