@@ -6502,11 +6502,11 @@ class BodyReader:
 class Request:
     """One request. ``path`` is decoded; ``headers`` has lower-case names.
 
-    ``params`` holds what the route's wildcards matched; ``secure`` says that it came over TLS,
-    ``inside`` that it comes from this process. ``target`` is what the request line has; ``place``
-    is what is before the ``path`` for a browser that is logged in. ``alive()`` is False once the
-    client has gone or the server is stopping: a handler that waits looks at it now and then.
-    ``enter`` is told who it is from, and refuses it when there are too many.
+    ``params`` holds what the wildcards of the ``route`` matched; ``secure`` says that it came over
+    TLS, ``inside`` that it comes from this process. ``target`` is what the request line has;
+    ``place`` is what is before the ``path`` for a browser that is logged in. ``alive()`` is False
+    once the client has gone or the server is stopping: a handler that waits looks at it now and
+    then. ``enter`` is told who it is from, and refuses it when there are too many.
     """
 
     method: str
@@ -6517,6 +6517,7 @@ class Request:
     remote: str = "127.0.0.1"
     identity: Identity = field(default_factory=Identity)
     params: Mapping[str, Any] = field(default_factory=dict)
+    route: str = ""
     secure: bool = False
     inside: bool = False
     target: str = ""
@@ -6732,6 +6733,11 @@ class route:  # noqa: N801 - it is used as a decorator
     waits: bool = False
     shared: bool = False
 
+    @property
+    def path(self) -> str:
+        """The pattern as OpenAPI writes it, and as figures name it."""
+        return re.sub(r"<(\w+)(?::\w+)?>", r"{\1}", self.pattern)
+
     def __call__(self, function: Handler) -> Handler:
         """Tag ``function``, and return it as it was."""
         if self.role not in ROLES:
@@ -6769,6 +6775,8 @@ class Router:
         self._error_page = error_page
         self._turn = threading.Lock()  # of strangers
         self._made: dict[tuple[Any, ...], tuple[float, Response]] = {}  # for them, and when
+        self._counting = threading.Lock()
+        self.answered: collections.Counter[tuple[str, int]] = collections.Counter()  # see handle
         found = [BoundRoute(tag, getattr(provider, name), _compile(tag.pattern))
                  for provider in providers for name, member in vars(type(provider)).items()
                  for tag in getattr(member, "routes", ())]
@@ -6781,7 +6789,16 @@ class Router:
             raise ValueError(f"two routes are the same: {seen.most_common(1)[0][0]}")
 
     def handle(self, request: Request) -> Response:
-        """Return the response to a request, an error response for any exception."""
+        """Return the response to a request, an error response for any exception.
+
+        ``answered`` counts them, by the route (nothing where there is none) and the status.
+        """
+        response = self._answer(request)
+        with self._counting:
+            self.answered[request.route, response.status] += 1
+        return response
+
+    def _answer(self, request: Request) -> Response:
         try:
             with self.gate:
                 response = self._dispatch(request)
@@ -6815,6 +6832,7 @@ class Router:
                             Allow=", ".join(sorted(allowed)))
 
     def _call(self, bound: BoundRoute, match: re.Match[str], request: Request) -> Response:
+        request.route = f"{bound.route.method} {bound.route.path}"
         request.params = {
             name: int(value) if kind == "int" else value
             for group, value in match.groupdict().items() for name, kind in [group.split("_")]
@@ -8546,10 +8564,14 @@ class _Register:
 
     def usage(self, owner: str) -> Allowance:
         """Return what somebody has: unfinished jobs and frames, and the bytes that are kept."""
-        jobs, frames, kept = self._do("""
-            SELECT SUM(jobs), SUM(frames), SUM(kept) FROM turn WHERE owner = :owner""",
-            owner=owner).fetchone()
-        return Allowance(jobs or 0, frames or 0, space=kept or 0)
+        return self.usages(owner).get(owner, Allowance())
+
+    def usages(self, owner: str = "") -> dict[str, Allowance]:
+        """Return what people have, or only this one."""
+        return {row["owner"]: Allowance(row["jobs"], row["frames"], space=row["kept"])
+                for row in self._do("""
+                    SELECT owner, SUM(jobs) AS jobs, SUM(frames) AS frames, SUM(kept) AS kept
+                    FROM turn WHERE :owner IN ('', owner) GROUP BY owner""", owner=owner)}
 
     def has_jobs(self, owner: str) -> bool:
         """Tell whether there are jobs, finished or not, of somebody with nearly this name."""
@@ -8679,6 +8701,19 @@ class Look(_Register):
             SELECT * FROM job WHERE (:after = 0 OR id < :after) AND :owner IN ('', owner)
             ORDER BY id DESC LIMIT :limit""", after=after, limit=limit, owner=owner)
 
+    def live_jobs(self, since: float, limit: int) -> list[Job]:
+        """Return jobs that were not finished at a time, the newest first."""
+        return self._all(Job, """
+            SELECT * FROM job WHERE finished IS NULL OR finished > :since
+            ORDER BY id DESC LIMIT :limit""", since=since, limit=limit)
+
+    def job_sums(self) -> dict[str, dict[str, float]]:
+        """Return, by the state of jobs, how many there are, their frames by state, cpu and kept."""
+        return {row["state"]: dict(row) for row in self._do("""
+            SELECT state, COUNT(*) AS jobs, SUM(queued) AS queued, SUM(leased) AS leased,
+              SUM(done) AS done, SUM(failed) AS failed, SUM(cancelled) AS cancelled,
+              SUM(cpu) AS cpu, SUM(kept) AS kept FROM job GROUP BY state""")}
+
     def newest_job(self) -> int:
         """Return the highest number that a job ever had; numbers are not used again."""
         row = self._do("SELECT seq FROM sqlite_sequence WHERE name = 'job'").fetchone()
@@ -8759,6 +8794,12 @@ class Look(_Register):
             JOIN attempt ON attempt.task = task.id AND attempt.state IN ('live', 'done', 'failed')
             WHERE task.job = :job AND task.frame BETWEEN :low AND :high GROUP BY task.frame""",
             job=job, low=tasks[0].frame, high=tasks[-1].frame))) if tasks else {}
+
+    def first_done(self, job: int) -> float | None:
+        """Return when the first frame of a job was done."""
+        return cast("float | None", self._do("""
+            SELECT MIN(finished) FROM task
+            WHERE job = :job AND state = 'done' AND parent IS NULL""", job=job).fetchone()[0])
 
     def last_start(self, job: int) -> float | None:
         """Return when something of a job was given out last."""
@@ -12025,6 +12066,64 @@ GUEST = Identity(frozenset({"guest"}), name="guest")
 _WORKER = frozenset({"reader", "pending", "worker"})
 
 
+WORKER_STATES = ("pending", "working", "idle", "resting", "sick", "gone")  # in the order of the page
+MAX_FIGURES = 200  # how many workers, people and jobs have figures of their own
+FIGURES = {  # for Prometheus; what ends in _total only grows
+    "frames": "Frames of the jobs that are here, by their states.",
+    "jobs": "Jobs that are here, by their states.",
+    "workers": "Workers, by what they do.",
+    "workers_live": "Workers that were heard of within the time that a lease lives.",
+    "cpu_seconds": "Seconds of CPU that the frames of the jobs took that are here.",
+    "kept_bytes": "Bytes of the projects, images and written files of the jobs that are here.",
+    "disk_free_bytes": "Bytes that are free for the data directory.",
+    "disk_full": "1 while nothing is rendered because the disk is full or cannot be written.",
+    "queue_age_seconds": "Longest time in which a job that has frames to give out gave out none.",
+    "frames_total": "Frames that were delivered, with slices as parts of some.",
+    "wall_total": "Seconds that renders took, those that failed too.",
+    "failures_total": "Tries that failed.",
+    "worker_up": "1 for a worker that is there, 0 for one that is gone.",
+    "worker_runs": "Leases that a worker holds.",
+    "worker_frames_total": "Frames that a worker has delivered, with slices as parts of some.",
+    "worker_wall_total": "Seconds that a worker's renders took, those that failed too.",
+    "worker_failures_total": "Tries of a worker that failed.",
+    "job_frames_left": "Frames of a job that are not finished.",
+    "job_frames_failed": "Frames of a job that have failed.",
+    "job_progress": "Share of a job's frames that is done, 0 to 1.",
+    "job_first_frame_seconds": "Time from a job's submission to the first of its frames.",
+    "person_jobs": "Unfinished jobs of a person.",
+    "person_frames": "Unfinished frames of a person.",
+    "person_space": "Bytes that are kept of a person's jobs.",
+    "answers_total": "Requests that were answered since the coordinator started.",
+}
+
+
+class Figures:
+    """Figures in the text format of Prometheus, those of ``FIGURES``, by their labels."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[str]] = {name: [] for name in FIGURES}
+
+    def put(self, name: str, value: float, **labels: Any) -> None:
+        """Add a value."""
+        texts = {label: re.sub(r'([\\\\"])', r"\\\1", one_line(str(text)))
+                 for label, text in labels.items()}
+        shown = ",".join(f'{label}="{text}"' for label, text in texts.items())
+        self._lines[name].append(f"povfarm_{name}{f'{{{shown}}}' * bool(shown)} "
+                                 f"{round(float(value), 3):.15g}")
+
+    def put_states(self, name: str, states: Iterable[str], numbers: Mapping[Any, float]) -> None:
+        """Add how many are in each state."""
+        for state in states:
+            self.put(name, numbers.get(state, 0), state=state)
+
+    def text(self) -> str:
+        """Return all of them."""
+        return "".join(
+            f"# HELP povfarm_{name} {FIGURES[name]}\n"
+            f"# TYPE povfarm_{name} {'counter' if name.endswith('_total') else 'gauge'}\n"
+            + "".join(f"{line}\n" for line in lines) for name, lines in self._lines.items())
+
+
 class Views:
     """What is told of jobs, frames and workers, to programs and on the pages."""
 
@@ -12210,21 +12309,55 @@ class Views:
         return {**files, **{row.name: safe_join(directory, row.name)
                             for row in tx.tasks_in(job.id, TaskState.DONE)}}
 
-    def figures(self, tx: Look) -> str:
-        """Return counters in Prometheus' text format."""
-        jobs, workers = tx.jobs(0, -1), tx.workers()
-        lines = ["# TYPE povfarm_frames gauge"]
-        lines += [f'povfarm_frames{{state="{state}"}} {sum(job.counts[state] for job in jobs)}'
-                  for state in TaskState]
-        lines += ["# TYPE povfarm_jobs gauge"]
-        lines += [f'povfarm_jobs{{state="{state}"}} {sum(job.state is state for job in jobs)}'
-                  for state in JobState]
-        lines += ["# TYPE povfarm_workers gauge", f"povfarm_workers {len(workers)}",
-                  "# TYPE povfarm_workers_live gauge",
-                  f"povfarm_workers_live {len(self._farm.live_workers())}",
-                  "# TYPE povfarm_cpu_seconds counter",
-                  f"povfarm_cpu_seconds {sum(job.cpu for job in jobs):.3f}"]
-        return "\n".join(lines) + "\n"
+    def figures(self, tx: Look, answered: Mapping[tuple[str, int], int]) -> str:
+        """Return what Prometheus reads; ``answered`` is the router's."""
+        sums, shown, figures = tx.job_sums(), self.workers(tx), Figures()
+        put, full = figures.put, bool(self._store.notice)
+        figures.put_states("frames", TaskState, {
+            state: sum(row[state.value] for row in sums.values()) for state in TaskState})
+        figures.put_states("jobs", JobState, {state: row["jobs"] for state, row in sums.items()})
+        figures.put_states("workers", WORKER_STATES, collections.Counter(
+            view["state"] for view in shown))
+        put("workers_live", len(self._farm.live_workers()))
+        put("cpu_seconds", sum(row["cpu"] for row in sums.values()))
+        put("kept_bytes", sum(row["kept"] for row in sums.values()))
+        put("disk_free_bytes", max(free_room(self._store.root), 0))
+        put("disk_full", full)
+        done = {row.id: sums for row, sums in tx.totals()}
+        for place, name in enumerate(DONE):
+            put(f"{name}_total", sum(sums[place] for sums in done.values()))
+        shown.sort(key=lambda view: WORKER_STATES.index(view["state"]))
+        for view in shown[:MAX_FIGURES]:
+            labels = {"id": view["id"], "worker": view["name"]}
+            put("worker_up", view["state"] != "gone", **labels)
+            put("worker_runs", view["runs"], **labels)
+            for name, total in zip(DONE, done[view["id"]]):
+                put(f"worker_{name}_total", total, **labels)
+        self._put_jobs(tx, figures)
+        people = [(name, usage) for name, usage in tx.usages().items() if any(vars(usage).values())]
+        for owner, usage in people[:MAX_FIGURES]:
+            for name in ("jobs", "frames", "space"):
+                put(f"person_{name}", getattr(usage, name), person=owner)
+        for (route, status), number in sorted(answered.items()):
+            put("answers_total", number, route=route, status=status)
+        return figures.text()
+
+    def _put_jobs(self, tx: Look, figures: Figures) -> None:
+        """Add the jobs that are not finished, or were not ten minutes ago, and how long they wait.
+
+        The oldest of all that wait tells the age of the queue.
+        """
+        now, oldest = self._farm.clock.time(), 0.0
+        for job in tx.live_jobs(now - 600, MAX_FIGURES):
+            labels = {"id": job.id, "job": job.name, "owner": job.owner}
+            figures.put("job_frames_left", job.queued + job.leased, **labels)
+            figures.put("job_frames_failed", job.failed, **labels)
+            figures.put("job_progress", job.done / (sum(job.counts.values()) or 1), **labels)
+            if first := tx.first_done(job.id):
+                figures.put("job_first_frame_seconds", first - job.created, **labels)
+            if job.state is JobState.ACTIVE and job.queued:
+                oldest = max(oldest, now - (tx.last_start(job.id) or job.created))
+        figures.put("queue_age_seconds", oldest)
 
 
 def said_frames(frames: float) -> str:
@@ -12338,10 +12471,11 @@ class Newcomer(Wired):
 
 
 class Api:
-    """The routes of /api/v1. ``routes`` is set once the router has them all."""
+    """The routes of /api/v1. ``routes`` and ``answered`` are the router's, once it is made."""
 
     def __init__(self, scheduler: Scheduler, access: Access, name: str) -> None:
         self.routes: Sequence[BoundRoute] = ()
+        self.answered: Mapping[tuple[str, int], int] = {}
         self.views = Views(scheduler)
         self._farm = scheduler
         self._store = scheduler.store
@@ -12537,9 +12671,9 @@ class Api:
     @route("GET", "/api/v1/metrics", role="reader", gives="text/plain",
            summary="Figures for Prometheus")
     def metrics(self, request: Request) -> Response:
-        """Counters in Prometheus' text format."""
+        """Figures in Prometheus' text format."""
         with self._store.read() as tx:
-            return text_response(self.views.figures(tx))
+            return text_response(self.views.figures(tx, {**self.answered}))
 
     # --- steering
 
@@ -13062,8 +13196,7 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
              "schema": {"type": "integer" if kind == ":int" else "string"}}
             for name, kind in re.findall(r"<(\w+)(:\w+)?>", tag.pattern)
         ]
-        path = re.sub(r"<(\w+)(?::\w+)?>", r"{\1}", tag.pattern)
-        paths.setdefault(path, {})[tag.method.lower()] = {
+        paths.setdefault(tag.path, {})[tag.method.lower()] = {
             "summary": tag.summary, "description": " ".join((bound.handler.__doc__ or "").split()),
             "operationId": bound.handler.__name__, "parameters": parameters,
             "x-role": tag.role, "responses": {
@@ -13076,7 +13209,7 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
             body = _content(tag.takes)
             if tag.method == "PATCH":
                 del body["content"]["application/json"]["schema"]["required"]
-            paths[path][tag.method.lower()]["requestBody"] = {"required": True, **body}
+            paths[tag.path][tag.method.lower()]["requestBody"] = {"required": True, **body}
     return {
         "openapi": "3.0.3", "info": {"title": "povfarm", "version": VERSION}, "paths": paths,
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
@@ -15435,7 +15568,6 @@ _STATE_WORDS: Mapping[str, str] = {
     "sick": "✕ sick",
     "pending": "? asks to join",
 }
-_WORKER_ORDER = ("pending", "working", "idle", "resting", "sick", "gone")
 # What happened, after the name of a job, a frame or a worker.
 _EVENT_WORDS: Mapping[str, str] = {
     "submitted": "was submitted", "job active": "is ready to render", "job done": "is finished",
@@ -15576,7 +15708,7 @@ def _sort(views: list[dict[str, Any]], workers: list[dict[str, Any]], order: lis
     place = {job: number for number, job in enumerate(order)}
     views.sort(key=lambda view: (_ended(view), not _is_busy(view), place.get(
         view["id"], len(place)), -view["id"] if _ended(view) else view["id"]))
-    workers.sort(key=lambda worker: _WORKER_ORDER.index(worker["state"]))
+    workers.sort(key=lambda worker: WORKER_STATES.index(worker["state"]))
 
 
 def _needs_you(needs: Sequence[_Need]) -> Node:
@@ -16799,7 +16931,7 @@ class Coordinator:
         self.router = Router(self.api, entrance, pages, desk, self.machines, *dialects,
                              authenticate=identify, hosts=_own_names(hosts),
                              error_page=pages.error_page, gate=self.store.gate)
-        self.api.routes = self.router.routes
+        self.api.routes, self.api.answered = self.router.routes, self.router.answered
         self.server: Server | Inside = Inside(self.router) if port is None else Server(
             self.router, bind or "0.0.0.0", port, context)
         host = "127.0.0.1" if bind in ("", "0.0.0.0", "::") else bind

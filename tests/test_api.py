@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 import itertools
@@ -29,7 +30,7 @@ from helpers.farm_in_a_box import (
 )
 from helpers.pictures import png
 from helpers.trust import join_by, key_of_worker, request_of
-from povfarm import BodyReader, JobState, LeaseSpec, ProtocolError, Request, TaskState
+from povfarm import BodyReader, JobOptions, JobState, LeaseSpec, ProtocolError, Request, TaskState
 
 __all__ = ["farm_fixture"]
 
@@ -1024,30 +1025,73 @@ def test_events_can_be_polled(farm: Farm) -> None:
     assert [event["what"] for event in events][0] == "submitted"
 
 
-def test_metrics_are_in_the_format_of_prometheus(farm: Farm) -> None:
-    token, lease = working(farm)
-    deliver(farm, token, lease, query="&cpu=2.5")
-    farm.submit(4, send=False, files={"x.inc": b"x"})
+FIGURE = re.compile(r'povfarm_(\w+?)(?:\{((?:\w+="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (-?\d+(?:\.\d+)?)')
+
+
+def figures_of(farm: Farm) -> Dict[str, float]:
+    """What Prometheus is told: each figure has its help and type before it, and comes once."""
     text = farm.ask("GET", "/api/v1/metrics").body.decode()
     assert text.endswith("\n")
-    figures, kinds = {}, set()
-    for line in text.splitlines():
-        kind = re.fullmatch(r"# TYPE (\w+) (gauge|counter)", line)
-        if kind:
-            assert kind[1] not in kinds
-            kinds.add(kind[1])
-            continue
-        match = re.fullmatch(r'(\w+)(\{\w+="\w+"\})? (-?\d+(?:\.\d+)?)', line)
-        assert match and match[1] in kinds, line
-        figures[match[1] + (match[2] or "")] = float(match[3])
-    assert figures['povfarm_frames{state="done"}'] == 1
-    assert figures['povfarm_frames{state="queued"}'] == 6
-    assert figures['povfarm_jobs{state="active"}'] == figures['povfarm_jobs{state="waiting"}'] == 1
-    assert figures["povfarm_workers_live"] == 1 and figures["povfarm_cpu_seconds"] == 2.5
+    figures: Dict[str, float] = {}
+    told = kind = ""
+    for line in text[:-1].split("\n"):
+        if line.startswith("# HELP "):
+            told = line.split(" ")[2]
+        elif line.startswith("# TYPE "):
+            assert re.fullmatch(rf"# TYPE {told} (gauge|counter)", line)
+            kind = told
+            assert line.endswith("counter") == kind.endswith("_total")
+        else:
+            match = FIGURE.fullmatch(line)
+            assert match and f"povfarm_{match[1]}" == kind, line
+            name = f"{match[1]}{{{match[2]}}}" if match[2] else match[1]
+            assert name not in figures
+            figures[name] = float(match[3])
+    return figures
+
+
+def test_metrics_are_in_the_format_of_prometheus(farm: Farm) -> None:
+    farm.api.answered = farm.router.answered
+    token, lease = working(farm)
+    farm.clock.advance(7)
+    deliver(farm, token, lease, query="&cpu=2.5")
+    farm.submit(4, send=False, files={"x.inc": b"x"})
+    hard = farm.scheduler.submit('a "b" \\n\nc', "admin", pov_job(2), manifest({}), JobOptions())[0]
+    farm.clock.advance(3)
+    assert farm.ask("GET", "/api/v1/nowhere").status == 404
+    figures = figures_of(farm)
+    assert figures['frames{state="done"}'] == 1
+    assert figures['frames{state="queued"}'] == 8
+    assert figures['jobs{state="active"}'] == 2 and figures['jobs{state="waiting"}'] == 1
+    assert figures["workers_live"] == 1 and figures["cpu_seconds"] == 2.5
+    worker = next(name.partition("{")[2] for name in figures if name.startswith("worker_up{"))
+    assert re.fullmatch(r'id="\d+",worker="\w+"}', worker)
+    assert figures[f"worker_up{{{worker}"] == 1
+    assert figures[f"worker_frames_total{{{worker}"] == figures["frames_total"] == 1
+    one = next(name for name in figures if name.startswith('job_first_frame_seconds{id="1"'))
+    assert figures[one] == 7
+    assert figures[f'job_frames_left{{id="{hard}",job="a \\"b\\" \\\\n c",owner="admin"}}'] == 2
+    assert figures["queue_age_seconds"] == 10 and figures["disk_full"] == 0
+    assert figures["disk_free_bytes"] > 0
+    assert figures['answers_total{route="",status="404"}'] == 1
+    assert figures['answers_total{route="POST /api/v1/lease",status="200"}'] == 1
+    assert sum(number for name, number in figures.items() if name.startswith("person_frames")) == 8
     for state in TaskState:
-        assert f'povfarm_frames{{state="{state.value}"}}' in figures
+        assert f'frames{{state="{state.value}"}}' in figures
     for job_state in JobState:
-        assert f'povfarm_jobs{{state="{job_state.value}"}}' in figures
+        assert f'jobs{{state="{job_state.value}"}}' in figures
+
+
+def test_a_flood_of_jobs_has_no_more_figures_than_some(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "MAX_FIGURES", 3)
+    for number in range(5):
+        farm.scheduler.submit(f"ball{number}", f"anna{number}", pov_job(1), manifest({}), JobOptions())
+    named = collections.Counter(name.partition("{")[0] for name in figures_of(farm))
+    assert named["job_progress"] == named["person_jobs"] == 3
+    farm.scheduler.cancel(5)
+    farm.clock.advance(601)
+    assert not any('id="5"' in name for name in figures_of(farm))
 
 
 def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
