@@ -8479,7 +8479,7 @@ def kept_name(task: Task, attempt: int) -> str:
 
 
 class _Register:
-    """One look at the database: the workers and the people."""
+    """One look at the database: the workers and the people, and sums of all."""
 
     def __init__(self, connection: sqlite3.Connection, known: _Known) -> None:
         self._db = connection
@@ -8508,6 +8508,13 @@ class _Register:
         and tries that failed."""
         return [(row, [vars(row)[name] for name in DONE]) for row in self._all(
             Member, "SELECT * FROM worker ORDER BY id")]
+
+    def job_sums(self) -> dict[str, dict[str, float]]:
+        """Return, by the state of jobs, how many there are, their frames by state, cpu and kept."""
+        return {row["state"]: dict(row) for row in self._do("""
+            SELECT state, COUNT(*) AS jobs, SUM(queued) AS queued, SUM(leased) AS leased,
+              SUM(done) AS done, SUM(failed) AS failed, SUM(cancelled) AS cancelled,
+              SUM(cpu) AS cpu, SUM(kept) AS kept FROM job GROUP BY state""")}
 
     def idle_guests(self, before: float) -> list[int]:
         """Return the workers of other systems, whose tokens are no hashes, without a try since."""
@@ -8706,13 +8713,6 @@ class Look(_Register):
         return self._all(Job, """
             SELECT * FROM job WHERE finished IS NULL OR finished > :since
             ORDER BY id DESC LIMIT :limit""", since=since, limit=limit)
-
-    def job_sums(self) -> dict[str, dict[str, float]]:
-        """Return, by the state of jobs, how many there are, their frames by state, cpu and kept."""
-        return {row["state"]: dict(row) for row in self._do("""
-            SELECT state, COUNT(*) AS jobs, SUM(queued) AS queued, SUM(leased) AS leased,
-              SUM(done) AS done, SUM(failed) AS failed, SUM(cancelled) AS cancelled,
-              SUM(cpu) AS cpu, SUM(kept) AS kept FROM job GROUP BY state""")}
 
     def newest_job(self) -> int:
         """Return the highest number that a job ever had; numbers are not used again."""
@@ -21012,6 +21012,9 @@ def serve(options: Options) -> int:
             threading.Thread(target=_work_here, args=(worker,), daemon=True).start()
         stop = threading.Event()
         _Signals(stop.set)
+        # Asked as others ask: what answers accepts, knows who comes and reads the database.
+        _is_ready(functools.partial(
+            _client_of(coordinator).get, "/api/v1/farm", retry_for=0, timeout=30))
         while not stop.wait(1):  # a signal that reaches another thread wakes nobody here
             pass
         return 130
@@ -21037,6 +21040,7 @@ def work(options: Options) -> int:
                 f"{_file_name(_worker_name(options))}.link"))
             page.start()
             stack.callback(page.stop)
+        _is_ready(lambda: [worker.view() for worker in shifts.workers])
         ends = [_Background(functools.partial(
             shifts.work if len(servers) == 1 else shifts.try_to_work, server.partition("=")[0],
             int(share[1] or 1))) for server, share in zip(servers, shares) if share]
@@ -21663,7 +21667,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except FarmError as error:
-        _say(str(error))
+        _say(str(error), logging.ERROR)
         return error.exit_code
     except KeyboardInterrupt:
         _say("stopped")
@@ -21675,7 +21679,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and not takes_nothing(error):
             raise
-        _say(f"{error.filename or 'the disk'} cannot be used: {error.strerror}")
+        _say(f"{error.filename or 'the disk'} cannot be used: {error.strerror}", logging.ERROR)
         return 1
 
 
@@ -21944,10 +21948,13 @@ def _tell(options: Options, data: Any, text: str) -> None:
         _say(text)
 
 
-def _say(text: str) -> None:
+def _say(text: str, level: int = logging.INFO) -> None:
     line = plain(_typed(text))
     _SAID.append(f"{time.strftime('%H:%M:%S')} {line}")
-    _write("".join(f"povfarm: {part}\n" for part in line.split("\n")), sys.stderr)
+    # The journal names the unit itself, and takes syslog's numbers of what is how bad.
+    head = f"<{7 - level // 10 + (level < logging.WARNING)}>" if _in_journal() else "povfarm: "
+    _write("".join(f"{head}{part}\n" for part in line.split("\n")), sys.stderr)
+    _tell_systemd(f"STATUS={one_line(line)}")
 
 
 _SAID: collections.deque[str] = collections.deque(maxlen=300)  # for a worker's own page
@@ -21956,6 +21963,41 @@ _SAID: collections.deque[str] = collections.deque(maxlen=300)  # for a worker's 
 def _write(text: str, file: Any) -> None:
     with contextlib.suppress(OSError):  # the terminal may be closed, and nobody there to read it
         print(text, end="", file=file, flush=True)
+
+
+def _in_journal() -> bool:
+    with contextlib.suppress(OSError):
+        stream = os.fstat(2)
+        return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+    return False
+
+
+def _tell_systemd(*lines: str) -> None:
+    """Tell it about this process as sd_notify(3) does; nothing where it does not want to know."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    with contextlib.suppress(OSError):
+        if address and hasattr(socket, "AF_UNIX"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
+
+
+def _is_ready(alive: Callable[[], Any]) -> None:
+    """Tell systemd so and, where it watches, twice in its time that ``alive`` has come back.
+
+    A process that hangs says nothing more, and systemd starts it again.
+    """
+    _tell_systemd("READY=1")
+    pause = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6
+    if pause and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        threading.Thread(target=_reassure, args=(alive, pause), daemon=True).start()
+
+
+def _reassure(alive: Callable[[], Any], pause: float) -> None:
+    while True:
+        with contextlib.suppress(FarmError):
+            alive()
+            _tell_systemd("WATCHDOG=1")
+        time.sleep(pause)
 
 
 class _Log(logging.Handler):
@@ -21969,7 +22011,7 @@ class _Log(logging.Handler):
         """Say a record: in one line what others have said, and then a traceback."""
         record.msg, record.args = one_line(record.getMessage()), None
         if record.levelno >= self._least:
-            _say(self.format(record))
+            _say(self.format(record), record.levelno)
         else:
             _SAID.append(f"{time.strftime('%H:%M:%S')} {record.msg}")
 
@@ -24223,6 +24265,7 @@ class _Signals:
 
     def _act(self, count: int) -> None:
         if count == 1:
+            _tell_systemd("STOPPING=1")
             _say("stopping")
         self.action()
 

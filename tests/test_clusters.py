@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import configparser
 import json
+import os
 import re
-from typing import Any, Dict
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
 
 import povfarm
-from helpers.base import ROOT
+from helpers.base import POVFARM, ROOT
+from helpers.farm import environment
 from helpers.farm_in_a_box import Farm, farm_fixture
 
 DOCS = ROOT / "docs"
@@ -61,3 +70,86 @@ def test_what_status_prints_for_programs_is_described_and_stays(farm: Farm) -> N
         assert wrong == []
         assert set(view) - names == set(), "not in api.md"
     assert set(view["frames"]) == {"total", *map(str, povfarm.TaskState)}
+
+
+def named_by(file: Any) -> str:
+    """How systemd names the stream that leads to the journal."""
+    stream = os.fstat(file.fileno())
+    return f"{stream.st_dev}:{stream.st_ino}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="systemd is Linux's")
+def test_systemd_is_told_that_a_coordinator_is_ready_alive_and_stopping(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard, open(tmp_path / "log", "w+b") as log:
+        heard.bind(str(tmp_path / "notify"))
+        heard.settimeout(60)
+        process = subprocess.Popen(
+            [*POVFARM, "serve", "--bind", "127.0.0.1", "--port", "0", "--no-discovery"],
+            stdout=subprocess.DEVNULL, stderr=log, env={
+                **environment(tmp_path), "NOTIFY_SOCKET": str(tmp_path / "notify"),
+                "WATCHDOG_USEC": "200000", "JOURNAL_STREAM": named_by(log)})
+        try:
+            assert [heard.recv(1000) for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+            assert (tmp_path / "farm" / "coordinator.json").exists()  # it was not ready before
+            process.send_signal(signal.SIGTERM)
+            told: List[bytes] = []
+            while not told or not told[-1].startswith(b"STATUS="):
+                told.append(heard.recv(1000))
+            assert told[-2:] == [b"STOPPING=1", b"STATUS=stopping"]
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        assert log.read() == b"<6>stopping\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("into_journal, head", [(True, "<3>"), (False, "povfarm: ")])
+def test_the_journal_is_told_how_bad_a_line_is(into_journal: bool, head: str, tmp_path: Path) -> None:
+    with open(tmp_path / "log", "w+b") as log, open(tmp_path / "other", "wb") as other:
+        done = subprocess.run(
+            [*POVFARM, "status", "--server", "http://127.0.0.1:9"], stderr=log, check=False,
+            env={**environment(tmp_path), "JOURNAL_STREAM": named_by(log if into_journal else other)})
+        log.seek(0)
+        said = log.read().decode()
+    assert done.returncode == 1
+    assert [line[:len(head)] for line in said.splitlines()] == [head] * said.count("\n")
+
+
+def test_who_hangs_or_fails_is_not_called_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: List[str] = []
+    answers = iter([povfarm.ServerGone("it does not answer"), None])
+
+    def alive() -> None:
+        answer = next(answers)
+        if answer:
+            raise answer
+    monkeypatch.setattr(povfarm, "_tell_systemd", told.append)
+    monkeypatch.setattr(povfarm.time, "sleep", lambda seconds: told.append(f"slept {seconds}"))
+    with pytest.raises(StopIteration):
+        povfarm._reassure(alive, 7.0)
+    assert told == ["slept 7.0", "WATCHDOG=1", "slept 7.0"]
+
+
+def unit(name: str) -> configparser.ConfigParser:
+    """A unit of the documents."""
+    read = configparser.ConfigParser(strict=False, interpolation=None)
+    read.optionxform = str  # type: ignore[assignment, method-assign]
+    read.read_string((DOCS / "clusters" / name).read_text("utf-8"))
+    return read
+
+
+@pytest.mark.parametrize("command", ["serve", "work"])
+def test_units_start_what_there_is(command: str) -> None:
+    service = unit(f"povfarm-{command}.service")["Service"]
+    words = service["ExecStart"].split()
+    assert words[1] == command and service["Type"] == "notify" and service["SuccessExitStatus"] == "130"
+    options = {row.name for row in povfarm.SETTINGS if command in row.commands.split()}
+    assert {word[2:] for word in words if word.startswith("--")} <= options
+    assert words[-1] == f"/var/lib/{service['StateDirectory']}"
+    # Renderers do not survive a SIGTERM, so only the worker may be sent it.
+    assert service.get("KillMode") == ("mixed" if command == "work" else None)
+    assert povfarm.parse_duration(service["TimeoutStopSec"].replace("min", "m")) > povfarm.PATIENCE \
+        if command == "work" else True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -135,7 +136,7 @@ def bench(name: str) -> Iterator[Bench]:
         yield made
     except BaseException:
         for log in sorted(place.glob("*.log")):
-            print(f"--- {log.name}\n{log.read_text('utf-8', 'replace')[-1500:]}")
+            print(f"--- {log.name}\n{log.read_text('utf-8', 'replace')[-600:]}")
         raise
     finally:
         made.held.close()
@@ -168,7 +169,7 @@ def prometheus(farm: Bench) -> str:
     manual = re.search(r"```yaml\n(scrape_configs:.*?)```", (DOCS / "manual.md").read_text(), re.DOTALL)
     assert manual, "the manual has no scrape_configs"
     text = manual[1].replace("/etc/prometheus/", f"{farm.place}/").replace(
-        "/srv/povfarm/", f"{farm.place}/farm/").replace("studio:2271", f"127.0.0.1:{farm.port}")
+        f"{farm.place}/povfarm.crt", str(farm.place / "farm" / "tls.crt")).replace("studio:2271", f"127.0.0.1:{farm.port}")
     (farm.place / "prometheus.yml").write_text(
         "global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [alerts.yml]\n" + text
         + "        labels: {instance: farm}\n")
@@ -205,8 +206,196 @@ def prometheus(farm: Bench) -> str:
     return f"{len(panels())} queries and all rules, {len(shown.splitlines())} lines a scrape"
 
 
+# --- systemd
+
+def systemd(farm: Bench) -> str:
+    """The units are good, and open little; what a systemd does with them needs one that runs."""
+    need("systemd-analyze")
+    levels = []
+    for unit in sorted((DOCS / "clusters").glob("*.service")):
+        (farm.place / unit.name).write_text(unit.read_text().replace(
+            "/usr/local/bin/povfarm.py", "/usr/bin/env").replace("User=render", "User=daemon"))
+        farm.run("systemd-analyze", "verify", unit.name)
+        said = farm.run("systemd-analyze", "security", "--offline=true", unit.name)
+        level = re.search(r"Overall exposure level for \S+: ([\d.]+)", said)
+        assert level and float(level[1]) < 3, said[-300:]
+        levels.append(level[1])
+    return f"verified, exposure {' and '.join(levels)}; not tried: started by a systemd"
+
+
+# --- nginx
+
+def certificate(farm: Bench, name: str) -> None:
+    """Make a certificate for a name, in ``tls.crt`` and ``tls.key``."""
+    farm.run("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+             "-nodes", "-days", "2", "-keyout", "tls.key", "-out", "tls.crt", "-subj", f"/CN={name}",
+             "-addext", f"subjectAltName=DNS:{name},IP:127.0.0.1")
+
+
+def nginx(farm: Bench) -> str:
+    """TLS by the file as it is: workers, an upload of 300 MB, an event stream, the page."""
+    need("nginx", "openssl", "curl")
+    certificate(farm, "localhost")
+    farm.serve("--tls-cert", "tls.crt", "--tls-key", "tls.key", "--host", "localhost")
+    port = free_port()
+    text = (DOCS / "clusters" / "nginx.conf").read_text()
+    for old, new in (("443 ssl", f"127.0.0.1:{port} ssl"), ("render.example.org", "localhost"),
+                     ("/etc/povfarm/", f"{farm.place}/"), ("127.0.0.1:2271", f"127.0.0.1:{farm.port}")):
+        assert old in text
+        text = text.replace(old, new)
+    (farm.place / "nginx.conf").write_text(
+        f"user root; pid {farm.place}/nginx.pid; error_log stderr; events {{}}\n"
+        f"http {{ access_log {farm.place}/access.log;\n{text} }}\n")
+    farm.run("nginx", "-t", "-p", str(farm.place), "-c", str(farm.place / "nginx.conf"))
+    farm.start("nginx", "-p", str(farm.place), "-c", str(farm.place / "nginx.conf"), "-g", "daemon off;")
+    url = f"https://localhost:{port}"
+    to = ["--server", url, "--pin", farm.pin, "--key-file", str(farm.place / "farm" / "farm.key")]
+    farm.start(*POVFARM, "work", *to, "--worker-name", "outside", "--cores", "1", log="work.log")
+    wait_until(lambda: farm.client.get("/api/v1/workers")["workers"], "no worker comes by nginx", 60)
+    stream = farm.start("curl", "-sNk", f"{url}/api/v1/events?after=0", log="events.log")
+    place = farm.project()
+    (place / "large.inc").write_bytes(os.urandom(1 << 20) * 300)
+    began = time.monotonic()
+    job = int(farm.povfarm("submit", "scene.pov", "+W40", "+H30", "+KFF4", *to, cwd=place).split()[0])
+    took = time.monotonic() - began
+    farm.finished(job)
+    wait_until(lambda: b"event: change" in (farm.place / "events.log").read_bytes(), "no events come", 30)
+    farm.end(stream)
+    farm.povfarm("fetch", str(job), "--output", "by-nginx", *to)
+    assert len(list((farm.place / "by-nginx").glob("*.png"))) == 4
+    assert "povfarm" in farm.run("curl", "-sk", f"{url}/")
+    log = (farm.place / "access.log").read_text()
+    assert "POST /api/v1/lease" in log and "PUT /api/v1/blobs/" in log
+    # Another certificate is somebody in the middle, also where it is the proxy's.
+    certificate(farm, "localhost")
+    farm.run("nginx", "-p", str(farm.place), "-c", str(farm.place / "nginx.conf"), "-s", "reload")
+    time.sleep(1)
+    wrong = subprocess.run([*POVFARM, "set", str(job), "priority=1", *to], env=farm.env, text=True,
+                           cwd=farm.place, capture_output=True, check=False)
+    assert wrong.returncode and "certificate" in wrong.stderr, wrong.stderr
+    return f"300 MB sent in {took:.1f} s, 4 frames, events; another certificate is refused"
+
+
+# --- Slurm
+
+SLURM = """ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthInfo=socket={place}/munge.socket
+CredType=cred/munge
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+StateSaveLocation={place}/state
+SlurmdSpoolDir={place}/%n.spool
+SlurmctldPidFile={place}/ctld.pid
+SlurmdPidFile={place}/%n.pid
+SlurmctldLogFile={place}/slurmctld-says.log
+SlurmdLogFile={place}/%n.log
+SlurmctldTimeout=30
+SlurmdTimeout=10
+ReturnToService=2
+MpiDefault=none
+SwitchType=switch/none
+"""
+
+
+def put_on_path(farm: Bench) -> None:
+    """Let ``povfarm.py`` be found as a command."""
+    (farm.place / "bin").mkdir()
+    program = farm.place / "bin" / "povfarm.py"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(POVFARM)} "$@"\n')
+    program.chmod(0o755)
+    farm.env["PATH"] = f"{farm.place}/bin:{farm.env['PATH']}"
+
+
+def below(process: int) -> List[int]:
+    """A process and those that it started, the youngest last."""
+    found = [process]
+    for one in found:
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            found += map(int, task.read_text().split())
+    return found
+
+
+def slurm(farm: Bench) -> str:
+    """A slurmctld and three nodes: an array of workers, a node that is lost, one render alone."""
+    need("slurmctld", "slurmd", "munged", "sbatch")
+    if os.geteuid():
+        raise NotTried("it needs root")
+    farm.place.chmod(0o755)
+    host, ports = os.uname().nodename, [free_port() for _ in range(4)]
+    (farm.place / "state").mkdir()
+    (farm.place / "munge.key").write_bytes(os.urandom(128))
+    (farm.place / "munge.key").chmod(0o400)
+    (farm.place / "slurm.conf").write_text(
+        SLURM.format(host=host, place=farm.place, ports=ports) + "".join(
+            f"NodeName=n{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[number]} CPUs=1\n"
+            for number in (1, 2, 3)) + "PartitionName=all Nodes=ALL Default=YES MaxTime=10 State=UP\n")
+    farm.env["SLURM_CONF"] = str(farm.place / "slurm.conf")
+    put_on_path(farm)
+    farm.start("munged", "--foreground", "--force", f"--socket={farm.place}/munge.socket",
+               f"--key-file={farm.place}/munge.key", f"--pid-file={farm.place}/munge.pid",
+               f"--seed-file={farm.place}/munge.seed", f"--log-file={farm.place}/munge.log")
+    wait_until(lambda: (farm.place / "munge.socket").exists(), "no munge")
+    farm.start("slurmctld", "-D", "-f", farm.env["SLURM_CONF"])
+    nodes = {f"n{number}": farm.start("slurmd", "-D", "-N", f"n{number}", "-f", farm.env["SLURM_CONF"],
+                                      log=f"slurmd{number}.log") for number in (1, 2, 3)}
+
+    def states() -> str:
+        done = subprocess.run(["sinfo", "-h", "-N", "-o", "%N %T"], env=farm.env, text=True,
+                              capture_output=True, check=False)
+        return done.stdout
+
+    wait_until(lambda: states().count("idle") == 3, "the nodes are not there", 60)
+    farm.serve("--lease-time", "5s")
+    job = farm.submit(60, "--batch", "1", text=HEAVY)
+    array = farm.run("sbatch", "--parsable", "--array=1-3", "--output", str(farm.place / "array-%a.log"),
+                     str(DOCS / "clusters" / "slurm-work.sbatch"), farm.url,
+                     str(farm.place / "farm" / "farm.key")).strip()
+
+    def working() -> List[str]:
+        return [view["name"].partition("-")[0] for view in farm.client.get("/api/v1/workers")["workers"]
+                if view["runs"]]
+
+    wait_until(lambda: sorted(working()) == ["n1", "n2", "n3"], "the array does not work", 60)
+    wait_until(lambda: farm.job(job)["frames"]["done"] >= 3, "nothing is rendered", 60)
+    # The second node loses its power: its daemon, and whatever it started.
+    steps = [int(line.split()[0]) for line in farm.run("ps", "-eo", "pid,args").splitlines()[1:]
+             if "slurmstepd" in line and "n2" in Path(f"/proc/{line.split()[0]}/cmdline").read_text()]
+    lost = [*below(nodes["n2"].pid), *(one for step in steps for one in below(step))]
+    lost += [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ")
+             if b"SLURMD_NODENAME=n2" in readable(path)]
+    for one in dict.fromkeys(lost):
+        with contextlib.suppress(OSError):
+            os.kill(one, 9)
+    before = farm.job(job)["frames"]
+    farm.finished(job, 300)
+    wait_until(lambda: "n2 down" in states(), "Slurm does not see that the node is lost", 90)
+    wait_until(lambda: not farm.run("squeue", "-h", "-j", array, "-t", "R"), "workers do not end", 60)
+    farm.povfarm("fetch", str(job), "--output", "out")
+    assert len(list((farm.place / "out").glob("*.png"))) == 60
+    place = farm.project(name="alone")
+    farm.run("sbatch", "--wait", "--output", str(farm.place / "alone.log"),
+             str(DOCS / "clusters" / "slurm-render.sbatch"), "scene.pov", "+W40", "+H30", "+KFF4", cwd=place)
+    assert len(list(place.glob("*.png"))) == 4
+    return (f"60 frames by an array of three, a node lost after {before['done']}; "
+            "4 frames by a render of its own")
+
+
+def readable(path: Path) -> bytes:
+    """What a file has, nothing where its process is gone."""
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
 PARTS: Mapping[str, Callable[[Bench], str]] = {
-    part.__name__: part for part in (prometheus,)}
+    part.__name__: part for part in (
+        prometheus, systemd, nginx, slurm)}
 
 
 def main() -> int:
