@@ -153,3 +153,47 @@ def test_units_start_what_there_is(command: str) -> None:
     assert service.get("KillMode") == ("mixed" if command == "work" else None)
     assert povfarm.parse_duration(service["TimeoutStopSec"].replace("min", "m")) > povfarm.PATIENCE \
         if command == "work" else True
+
+
+def recipes() -> List[str]:
+    """Every command of povfarm in the recipes."""
+    texts = [path.read_text("utf-8") for path in (DOCS / "clusters").iterdir()]
+    texts = [text.replace("\\\n", " ") for text in [*texts, (DOCS / "clusters.md").read_text("utf-8")]]
+    found = [line for text in texts for line in re.findall(r"povfarm(?:\.py)? ((?:serve|work|render) [^\n`;|]*)", text)]
+    return found + [", ".join(words.split(", ")).replace(", ", " ") for text in texts
+                    for words in re.findall(r"args: \[([^\]]*)\]", text)]
+
+
+def test_recipes_use_options_that_there_are() -> None:
+    assert len(recipes()) > 10
+    for line in recipes():
+        command = line.split()[0]
+        options = {row.name for row in povfarm.SETTINGS if command in row.commands.split()
+                   or (command == "render" and "job" in row.commands.split())}
+        used = set(re.findall(r"(?<!\S)--([a-z-]+)", line))
+        assert used <= options, line
+
+
+def test_no_variable_of_kubernetes_is_taken_for_an_option() -> None:
+    text = (DOCS / "clusters" / "kubernetes.yaml").read_text("utf-8")
+    parts = text.split("\n---\n")
+    assert [re.findall(r"^kind: (\w+)", part, re.MULTILINE) for part in parts] == [
+        ["PersistentVolumeClaim"], ["Service"], ["Deployment"], ["Deployment"], ["Job"]]
+    assert "metadata: {name: povfarm" not in text
+    for part in parts[2:]:
+        assert "enableServiceLinks: false" in part and "runAsNonRoot: true" in part
+    for part in parts[3:]:
+        grace = re.search(r"terminationGracePeriodSeconds: (\d+)", part)
+        assert grace and int(grace[1]) > povfarm.PATIENCE + 30
+
+
+def test_nginx_waits_longer_than_workers_do() -> None:
+    text = (DOCS / "clusters" / "nginx.conf").read_text("utf-8")
+    seconds = re.search(r"proxy_read_timeout (\d+)s;", text)
+    assert seconds and int(seconds[1]) > povfarm.LEASE_WAIT
+    assert text.count("{") == text.count("}") == text.count("http { }") + 2
+
+
+@pytest.mark.parametrize("name", ["slurm-work.sbatch", "slurm-render.sbatch"])
+def test_scripts_of_slurm_are_scripts(name: str) -> None:
+    subprocess.run(["sh", "-n", str(DOCS / "clusters" / name)], check=True)

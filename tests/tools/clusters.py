@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import re
@@ -393,9 +394,144 @@ def readable(path: Path) -> bytes:
     return b""
 
 
+# --- ssh and GNU parallel, several computers at once
+
+def parallel(farm: Bench) -> str:
+    """Twenty computers by one sshd: key, pin and address come in files, workers end by themselves."""
+    need("parallel", "sshd", "ssh", "ssh-keygen", "openssl")
+    if os.geteuid():
+        raise NotTried("it needs root")
+    put_on_path(farm)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    farm.place.chmod(0o755)
+    for name in ("host", "user"):
+        farm.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", name)
+    port = free_port()
+    (farm.place / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {farm.place}/host\nPidFile none\n"
+        f"AuthorizedKeysFile {farm.place}/user.pub\nStrictModes no\nUsePAM no\nMaxStartups 100\n"
+        f"SetEnv PATH={farm.env['PATH']} TMPDIR={farm.place}/tmp\n")
+    farm.start(shutil.which("sshd") or "", "-D", "-e", "-f", str(farm.place / "sshd_config"))
+    computers = [f"room{number}" for number in range(1, 21)]
+    (farm.place / "ssh_config").write_text(
+        f"Host room*\nHostName 127.0.0.1\nPort {port}\nUser root\nIdentityFile {farm.place}/user\n"
+        f"StrictHostKeyChecking no\nUserKnownHostsFile {farm.place}/known\nLogLevel ERROR\n")
+    (farm.place / "computers.txt").write_text("".join(f"{name}\n" for name in computers))
+    farm.serve("--tls", "auto")
+    (farm.place / "povfarm.ini").write_text(
+        f"[povfarm]\nserver = {farm.url}\nkey-file = farm.key\npin = {farm.pin}\n")
+    shutil.copy(farm.place / "farm" / "farm.key", farm.place / "farm.key")
+    recipe = re.search(r"```sh\n(parallel .*?)```", (DOCS / "clusters.md").read_text(), re.DOTALL)
+    assert recipe, "clusters.md has no parallel"
+    job = farm.submit(40, "--batch", "1")
+    ssh = farm.place / "bin" / "ssh"
+    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {farm.place}/ssh_config "$@"\n')
+    ssh.chmod(0o755)
+    farm.run("sh", "-ec", recipe[1])
+    farm.finished(job)
+    came = {view["name"] for view in farm.client.get("/api/v1/workers")["workers"]}
+    assert came == set(computers), came
+    worked = [row for row in farm.client.get("/api/v1/totals")["workers"] if row["frames"]]
+    left = [path.name for path in (farm.place / "tmp").glob("tmp.*")]
+    assert not left, left
+    return f"20 came, {len(worked)} of them rendered 40 frames, and nothing is left there"
+
+
+# --- subnets
+
+def subnets(farm: Bench) -> str:
+    """Two networks and a router: nothing is found by broadcast, by its address everything is."""
+    need("ip")
+    if os.geteuid():
+        raise NotTried("it needs root")
+    tag = f"pf{os.getpid() % 100000}"
+    near, far, router = f"{tag}a", f"{tag}b", f"{tag}r"
+
+    def ip(*words: str) -> None:
+        farm.run("ip", *words)
+
+    for name in (near, far, router):
+        ip("netns", "add", name)
+        farm.held.callback(subprocess.run, ["ip", "netns", "del", name], check=False)
+        ip("-n", name, "link", "set", "lo", "up")
+    for number, name in ((1, near), (2, far)):
+        ip("-n", name, "link", "add", "eth0", "type", "veth", "peer", "name", f"eth{number}",
+           "netns", router)
+        for where, link, last in ((name, "eth0", 2), (router, f"eth{number}", 1)):
+            ip("-n", where, "addr", "add", f"10.78.{number}.{last}/24", "brd", "+", "dev", link)
+            ip("-n", where, "link", "set", link, "up")
+        ip("-n", name, "route", "add", "default", "via", f"10.78.{number}.1")
+    ip("netns", "exec", router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+    farm.start("ip", "netns", "exec", near, *POVFARM, "serve", "--port", "2271", log="serve.log")
+    data = farm.place / "farm"
+    wait_until((data / "coordinator.json").exists, "the coordinator does not start")
+    there = ["ip", "netns", "exec", far, *POVFARM]
+    found = subprocess.run([*there, "discover", "--data", "other"], env=farm.env, cwd=farm.place, text=True,
+                           capture_output=True, check=False)
+    assert "10.78.1.2" not in found.stdout + found.stderr
+    job = int(farm.run("ip", "netns", "exec", near, *POVFARM, "submit", "scene.pov", "+W40", "+H30",
+                       "+KFF3", cwd=farm.project()).split()[0])
+    farm.run(*there, "work", "--until-idle", "--data", "other", "--server", "http://10.78.1.2:2271",
+             "--key-file", str(data / "farm.key"))
+    farm.run(*there, "fetch", str(job), "--data", "third", "--server", "http://10.78.1.2:2271",
+             "--output", "out")
+    assert len(list((farm.place / "out").glob("*.png"))) == 3
+    return "not found by broadcast, 3 frames by --server"
+
+
+# --- containers, Kubernetes, machines that are taken away
+
+def container(farm: Bench) -> str:
+    """A worker as process 1 of its own namespace, as an engine starts it; the Containerfile is read."""
+    need("unshare")
+    if os.geteuid():
+        raise NotTried("it needs root")
+    farm.serve()
+    job = farm.submit(400, "--batch", "1", text=HEAVY)
+    outside = farm.start("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *POVFARM, "work",
+                         "--server", farm.url, "--key-file", str(farm.place / "farm" / "farm.key"),
+                         "--data", str(farm.place / "work"), "--cores", "1", log="work.log")
+    wait_until(lambda: farm.job(job)["frames"]["done"] >= 3, "process 1 renders nothing", 60)
+    first = below(outside.pid)[1]
+    began = time.monotonic()
+    os.kill(first, 15)
+    wait_until(lambda: outside.poll() is not None, "process 1 does not end", 110)
+    took = time.monotonic() - began
+    assert outside.returncode == 130, outside.returncode
+    frames = farm.job(job)["frames"]
+    assert frames["leased"] == 0 and frames["failed"] == 0 and frames["done"] < 400, frames
+    said = (farm.place / "work.log").read_text()
+    assert f"rendered {frames['done']} frames" in said, said
+    try:
+        from dockerfile_parse import DockerfileParser  # type: ignore[import-not-found]
+    except ImportError:
+        parsed = "the Containerfile was not parsed: no dockerfile-parse"
+    else:
+        with open(DOCS / "clusters" / "Containerfile", "rb") as file:
+            read = DockerfileParser(fileobj=io.BytesIO(file.read()))
+        steps = [step["instruction"] for step in read.structure if step["instruction"] != "COMMENT"]
+        assert steps[0] == "FROM" and {"USER", "ENTRYPOINT", "VOLUME"} <= set(steps)
+        parsed = f"{len(steps)} steps of the Containerfile parsed"
+    return (f"process 1 took SIGTERM, and ended after {took:.0f} s with nothing lost; {parsed}; "
+            "not tried: an image, as no engine is here")
+
+
+def kubernetes(farm: Bench) -> str:
+    """The manifests fit the published schemas."""
+    need("kubernetes-validate")
+    said = subprocess.run(["kubernetes-validate", "--strict", str(DOCS / "clusters" / "kubernetes.yaml")],
+                          capture_output=True, text=True, check=False)
+    assert said.returncode == 0 and (said.stdout + said.stderr).count("passed") == 5, said
+    # Of a Service with our name it would make a variable that is our option.
+    wrong = subprocess.run([*POVFARM, "status"], text=True, capture_output=True, check=False,
+                           env={**farm.env, "POVFARM_PORT": "tcp://10.0.0.1:2271"})
+    assert wrong.returncode == 2 and "POVFARM_PORT" in wrong.stderr, wrong
+    return "5 manifests fit the schemas; not tried: a cluster"
+
+
 PARTS: Mapping[str, Callable[[Bench], str]] = {
     part.__name__: part for part in (
-        prometheus, systemd, nginx, slurm)}
+        prometheus, systemd, nginx, slurm, parallel, subnets, container, kubernetes)}
 
 
 def main() -> int:
