@@ -8479,7 +8479,7 @@ def kept_name(task: Task, attempt: int) -> str:
 
 
 class _Register:
-    """One look at the database: the workers and the people, and sums of all."""
+    """One look at the database: the workers, the people, and what is counted and watched."""
 
     def __init__(self, connection: sqlite3.Connection, known: _Known) -> None:
         self._db = connection
@@ -8515,6 +8515,18 @@ class _Register:
             SELECT state, COUNT(*) AS jobs, SUM(queued) AS queued, SUM(leased) AS leased,
               SUM(done) AS done, SUM(failed) AS failed, SUM(cancelled) AS cancelled,
               SUM(cpu) AS cpu, SUM(kept) AS kept FROM job GROUP BY state""")}
+
+    def live_jobs(self, since: float, limit: int) -> list[Job]:
+        """Return jobs that were not finished at a time, the newest first."""
+        return self._all(Job, """
+            SELECT * FROM job WHERE finished IS NULL OR finished > :since
+            ORDER BY id DESC LIMIT :limit""", since=since, limit=limit)
+
+    def first_done(self, job: int) -> float | None:
+        """Return when the first frame of a job was done."""
+        return cast("float | None", self._do("""
+            SELECT MIN(finished) FROM task
+            WHERE job = :job AND state = 'done' AND parent IS NULL""", job=job).fetchone()[0])
 
     def idle_guests(self, before: float) -> list[int]:
         """Return the workers of other systems, whose tokens are no hashes, without a try since."""
@@ -8708,12 +8720,6 @@ class Look(_Register):
             SELECT * FROM job WHERE (:after = 0 OR id < :after) AND :owner IN ('', owner)
             ORDER BY id DESC LIMIT :limit""", after=after, limit=limit, owner=owner)
 
-    def live_jobs(self, since: float, limit: int) -> list[Job]:
-        """Return jobs that were not finished at a time, the newest first."""
-        return self._all(Job, """
-            SELECT * FROM job WHERE finished IS NULL OR finished > :since
-            ORDER BY id DESC LIMIT :limit""", since=since, limit=limit)
-
     def newest_job(self) -> int:
         """Return the highest number that a job ever had; numbers are not used again."""
         row = self._do("SELECT seq FROM sqlite_sequence WHERE name = 'job'").fetchone()
@@ -8794,12 +8800,6 @@ class Look(_Register):
             JOIN attempt ON attempt.task = task.id AND attempt.state IN ('live', 'done', 'failed')
             WHERE task.job = :job AND task.frame BETWEEN :low AND :high GROUP BY task.frame""",
             job=job, low=tasks[0].frame, high=tasks[-1].frame))) if tasks else {}
-
-    def first_done(self, job: int) -> float | None:
-        """Return when the first frame of a job was done."""
-        return cast("float | None", self._do("""
-            SELECT MIN(finished) FROM task
-            WHERE job = :job AND state = 'done' AND parent IS NULL""", job=job).fetchone()[0])
 
     def last_start(self, job: int) -> float | None:
         """Return when something of a job was given out last."""
