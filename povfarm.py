@@ -12066,7 +12066,7 @@ GUEST = Identity(frozenset({"guest"}), name="guest")
 _WORKER = frozenset({"reader", "pending", "worker"})
 
 
-WORKER_STATES = ("pending", "working", "idle", "resting", "sick", "gone")  # in the order of the page
+WORKER_STATES = ("pending", "working", "idle", "resting", "sick", "gone")  # in their order
 MAX_FIGURES = 200  # how many workers, people and jobs have figures of their own
 FIGURES = {  # for Prometheus; what ends in _total only grows
     "frames": "Frames of the jobs that are here, by their states.",
