@@ -14955,8 +14955,19 @@ class _Sheets:
             worker["cores"], worker["runs"], povray_of(worker["engines"]), worker["system"],
             ", ".join(worker["tags"]),
             "long ago" if worker["seen"] is None else _ago(worker["seen"]),
-            self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
-                        "Remove it from the farm") if admin else None] for worker in workers])
+            [self._rests(request, worker), " ", self._asked(
+                request, "Remove…", f"/workers/{worker['id']}/remove", "Remove it from the farm")
+             if admin else None]] for worker in workers])
+
+    def _rests(self, request: Request, worker: View) -> Node:
+        """Return the buttons that let a worker rest, or go on, for whose it is."""
+        you = request.identity
+        if "code" in worker or not (
+                "admin" in you.roles or ("user" in you.roles and you.name == worker["owner"])):
+            return None
+        actions = ("resume",) if "by hand" in worker.get("reason", "") else ("pause", "drain")
+        return _apart([self._form(request, f"/workers/{worker['id']}/{action}", action.title())
+                       for action in actions])
 
     def _drop(self, request: Request, report: _Report | None = None) -> Html:
         """Return the form that takes files, or more of them and another command line."""
@@ -15230,6 +15241,16 @@ class Pages(_Sheets):
         """Take its work back and let it in no more."""
         self._access.check_form(request)
         self._farm.remove_worker(request.params["worker"], request.identity.name)
+        return self._done(request, "/computers")
+
+    @route("POST", "/workers/<worker:int>/<action>", role="user", summary="Steer one by a form")
+    def steer_worker(self, request: Request) -> Response:
+        """Action: pause, drain or resume."""
+        self._access.check_form(request)
+        if request.params["action"] not in RESTS:
+            raise ProtocolError(404, f"a worker cannot be asked to {request.params['action']}")
+        self._farm.steer_worker(request.params["worker"], request.params["action"],
+                                request.identity.name)
         return self._done(request, "/computers")
 
     @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")

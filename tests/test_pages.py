@@ -523,7 +523,7 @@ def test_an_admin_removes_a_worker(farm: Farm) -> None:
     assert farm.send("POST", form["action"], farm.admin, body).status == 400
 
 
-POSTS = ["/workers/1/remove", "/jobs/1/pause", "/jobs/1/cancel", "/jobs/1/delete", "/workers/CODE12/admit", "/logout"]
+POSTS = ["/workers/1/remove", "/workers/1/pause", "/jobs/1/pause", "/jobs/1/cancel", "/jobs/1/delete", "/workers/CODE12/admit", "/logout"]
 
 
 @pytest.mark.parametrize("path", POSTS)
@@ -1178,3 +1178,22 @@ def test_large_pictures_make_no_large_page(farm: Farm) -> None:
         body = farm.send("GET", address).body
         sizes.append(len(body) if isinstance(body, bytes) else body.length)  # type: ignore[union-attr]
     assert len(sizes) > 4 and sum(sizes) < 500_000, sizes
+
+
+def test_a_worker_rests_and_goes_on_by_buttons_for_whose_it_is(farm: Farm) -> None:
+    worker, anna = farm.join("anvil"), add(farm, "anna")
+    assert not farm.page("/computers", anna).all("form", action="/workers/")
+    body = {"token": farm.token(farm.admin)}
+    for action, words, then in (("pause", "anvil is paused, by admin", ["resume"]),
+                                ("resume", "anvil", ["pause", "drain"]),
+                                ("drain", "anvil is drained, by admin", ["resume"])):
+        answer = farm.send("POST", f"/workers/{worker}/{action}", farm.admin, body)
+        assert (answer.status, answer.headers["Location"]) == (303, "/computers")
+        page = farm.page(f"/computers?did={farm.did}", farm.admin)
+        assert page.all("p", role="status") and words in page.text
+        assert [form["action"] for form in page.all("form", action="/workers/")] == [
+            f"/workers/{worker}/{one}" for one in then]
+    assert "‖ resting" in farm.page("/computers").text
+    assert farm.send("POST", f"/workers/{worker}/dance", farm.admin, body).status == 404
+    assert farm.send("POST", f"/workers/{worker}/pause", anna,
+                     {"token": farm.token(anna)}).status == 403, "it is not hers"
