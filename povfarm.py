@@ -1705,16 +1705,19 @@ class _CommandLine:
         names += [f"{name}.ini", f"{name}.INI"]
         for folder, candidate in itertools.product(self.folders, names):
             path = f"{folder}/{candidate}" if folder else candidate
-            if is_file(self.cwd / path) and (
-                    self.ceiling is None or self.ceiling in real_path(self.cwd / path).parents):
+            if self._is_there(path):
                 return path
         if self.open or dot >= 0:
             whose = f" (named in {self.open[-1]})" if self.open else ""
             raise UserError(f"there is no INI file {name!r}{whose}")
-        if is_file(self.cwd / f"{name}.pov"):
+        if self._is_there(f"{name}.pov"):
             raise UserError(f"{name} is the name of a scene: write {name}.pov")
         raise UserError(f"there is no directory, scene or INI file called {name!r} here: look at "
                         "how it is written, or go to the directory that it is in")
+
+    def _is_there(self, path: str) -> bool:
+        return is_file(self.cwd / path) and (
+            self.ceiling is None or self.ceiling in real_path(self.cwd / path).parents)
 
     def read_text(self, text: _Text, section: str | None = None) -> None:
         """Read an INI file with the lines of ``section``, or one argument."""
@@ -14858,7 +14861,7 @@ class _Sheets:
                 job = event.job and tx.find_job(event.job)
                 return element("p", _event_line(event, 0, {
                     view["id"]: view for view in self._api.views.jobs(tx, [job] if job else [])}),
-                    class_="notice", role="status")
+                    class_="notice said", role="status")
         return None
 
     def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
@@ -15679,8 +15682,8 @@ def _table_of(heads: Sequence[str | None], rows: Sequence[Sequence[Node]]) -> No
     return element("div", element("table", element("thead", element("tr", [
         element("th", head, scope="col") if head else element("td") for head in heads])),
         element("tbody", [element("tr", element("th", name, scope="row"), [
-            element("td", cell) for cell in cells]) for name, *cells in rows])),
-        class_="scroll") if rows else None
+            element("td", cell, data_head=head) for head, cell in zip(heads[1:], cells)])
+            for name, *cells in rows])), class_="scroll") if rows else None
 
 
 def _badge(state: str) -> Html:
@@ -16302,7 +16305,7 @@ dd { margin: 0; font-weight: 600; }
 section > .notice { color: var(--ink); }
 .notice { margin: 1rem 0; padding: .5rem 1rem; border: 1px solid var(--line); border-left:
   .3rem solid var(--live); border-radius: .5rem; background: var(--card); }
-.notice.failed { border-left-color: var(--bad); }
+.notice.failed { border-left-color: var(--bad); } .said { border-left-color: var(--done); }
 .row, .links { margin: .75rem 0; } form { display: flex; flex-wrap: wrap; gap: .5rem; }
 button, .button { display: inline-block; min-height: 2rem; padding: .2rem .8rem; font: inherit;
   font-size: .875rem; line-height: 1.5; border: 1px solid var(--edge); border-radius: .5rem;
@@ -16328,6 +16331,12 @@ pre { overflow: auto; max-height: 40rem; margin: .5rem 0; padding: .75rem 1rem; 
 th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); font-weight: 400;
   text-align: left; overflow-wrap: normal; } thead { font-size: .8125rem; }
 td, thead th { white-space: nowrap; } tbody th { min-width: 8rem; font-weight: 600; }
+td form { display: inline-flex; } td form + .button, td form + form { margin-left: .25rem; }
+@media (max-width: 48rem) { thead { display: none; } tr { display: flex; flex-wrap: wrap;
+    gap: .25rem 1rem; padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  tr th, tr td { padding: 0; border: 0; white-space: normal; } tbody th { flex: 1 0 100%; }
+  td:empty { display: none; } td[data-head]::before { content: attr(data-head) " ";
+    color: var(--dim); font-size: .8125rem; } }
 .story li { padding: .25rem 0; }
 summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
   font-size: .875rem; }

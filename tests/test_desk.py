@@ -161,8 +161,9 @@ def test_what_cannot_be_taken_is_refused_and_nothing_is_kept(
     (b"", "two.pov", "the scene 'two.pov' is not there"),
     (b"", "ball.pov +KFF0 +KFI5", "no frames"),
     (b"", "ball.pov +W'3", "a quote in the command line has no other end"),
-    (b"", "ball.pov -D /etc/hostname", "scene or INI file called '/etc/hostname'"),
-    (b"", "ball.pov hostname", "scene or INI file called 'hostname'"),
+    (b"", "ball.pov -D /etc/hostname", "scene or INI file called '/etc/hostname' here"),
+    (b"", "ball.pov HERE/secret", "scene or INI file called 'HERE/secret' here"),
+    (b"", "ball.pov hostname", "scene or INI file called 'hostname' here"),
     (b"", "ball.pov +L/etc", "the library path '/etc' is not in what was sent"),
     (b"", "ball.pov +L..", "the library path '..' is not in what was sent"),
     (b'#include "/etc/hostname"', "", "ball.pov:1 includes '/etc/hostname': it can"),
@@ -182,6 +183,7 @@ def test_a_report_says_what_is_wrong_and_nothing_of_this_computer(
     here = str(house.farm.data.parent)
     Path(here, "secret.inc").write_text("#declare A = 1;")
     Path(here, "secret.ini").write_text("Width=77")
+    Path(here, "secret.pov").touch()
     assert house.hand_in(("ball.pov", scene), ("other.ini", f'"{here}/secret.ini"\n'.encode()),
                          command=(command or "ball.pov").replace("HERE", here)).status == 303
     page = house.page("/submit")
