@@ -69,7 +69,10 @@ def test_each_frame_is_rendered_once_whoever_does_it(povray: str, tmp_path: Path
             wait_until(lambda: tx.job(1).state == "done", "it is not done")
             tasks, totals = tx.tasks(1), farm.api.views.totals(tx)
             tries = [[row.state for row in tx.attempts(one.id)] for one in tasks]
-        assert tries == [["done"]] * LAST and broken(farm.scheduler) == []
+        # On a computer that is busy an idle worker is given what another has held for long.
+        assert len(tries) == LAST and broken(farm.scheduler) == [] and all(
+            states.count("done") == 1 and {*states} <= {"done", "lost", "released"}
+            for states in tries), tries
     finally:
         farm.stop()
     counts = {view["name"]: view["frames"] for view in totals["workers"]}
