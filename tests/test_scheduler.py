@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import itertools
+import pstats
 import random
 import sqlite3
 import threading
@@ -2290,3 +2292,19 @@ def test_a_still_is_rendered_again(farm: Farm) -> None:
     frame = farm.tasks(job)[0].frame
     assert farm.ask("POST", f"/api/v1/jobs/{job}/retry?frames={frame}", json_body={}).status == 200
     assert farm.states(job) == ["queued"]
+
+
+def test_a_lease_costs_no_call_for_each_of_the_workers(farm: Farm) -> None:
+    farm.submit(frames=50)
+    worker = farm.worker()
+
+    def calls() -> int:
+        profile = cProfile.Profile()
+        profile.runcall(farm.lease, worker, want=1)
+        return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+    calls()
+    before = calls()
+    for number in range(500):
+        farm.scheduler._crew._see(1000 + number)
+    assert calls() < before + 100
