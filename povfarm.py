@@ -830,6 +830,10 @@ def _lease_time(text: str) -> float:
     return seconds
 
 
+def _words(text: str) -> str:
+    return ",".join(filter(None, map(str.strip, text.split(","))))
+
+
 def _hours(text: str) -> str:
     week_of(text)
     return " ".join(text.split())
@@ -945,7 +949,8 @@ SETTINGS: tuple[Setting, ...] = (
             "work render serve", "SIZE"),
     Setting("unconfined", bool, False, "let scenes read and write everything that you can",
             "work render serve"),
-    Setting("tags", str, "", "words that describe the worker, separated by commas", "work", "A,B"),
+    Setting("tags", _words, "", "words that describe the worker, separated by commas", "work",
+            "A,B"),
     Setting("cache-size", parse_size, 10 * 1000**3, "size limit of the cache of projects",
             "work render serve", "SIZE"),
     Setting("engine", _engine, "",
@@ -992,6 +997,8 @@ SETTINGS: tuple[Setting, ...] = (
             "job set", "TIME"),
     Setting("verify", _percent, 0,
             "percentage of frames that two workers render, to compare them", "job set", "P"),
+    Setting("only", _words, "", "the tags, or the name, that a worker must have, such as gpu,room3",
+            "submit set", "A,B"),
     Setting("wait", bool, False, "wait until the job is finished", "submit"),
     Setting("output", _path, None, "directory for the images", "submit fetch", "DIR"),
     Setting("apng", _path, None, "make an animated PNG of all frames", "render fetch", "FILE"),
@@ -5169,10 +5176,12 @@ class JobOptions:
     ``verify`` percent of the frames are rendered by two workers and compared.
     ``frame_timeout`` is in seconds; 0 goes by the frames that are done. The frames in ``first``
     are handed out before others, all in this ``order``, ``batch`` at a time; 0 for as many as suit.
+    Its workers have all the words of ``only`` as tags or name.
     """
 
     priority: int = 0
     max_workers: int = 0
+    only: str = ""
     retry_limit: int = 3
     in_order: bool = False
     slices: str = "auto"
@@ -7994,6 +8003,10 @@ class Member:
         """What it renders with."""
         return engines_of(self.engines_json)
 
+    def is_among(self, only: str) -> bool:
+        """Tell whether it has all these words as tags or name."""
+        return not only or {*only.split(",")} <= {self.name, *json.loads(self.tags_json)}
+
     def is_akin(self, other: Member) -> bool:
         """Tell whether one person may be behind both: it is one computer, or one person's key.
 
@@ -10369,7 +10382,8 @@ class Muster:
     def suits(self, job: Job, worker: Member) -> bool:
         """Tell whether a worker makes the pictures of a job as those that are there are made."""
         guest = self._states.presence(worker.id).guest
-        return (guest is None or guest.takes(self._look, job)) and self._fits(job, worker)
+        return ((guest is None or guest.takes(self._look, job))
+                and worker.is_among(job.options.only) and self._fits(job, worker))
 
     def cuts(self, job: Job, worker: Member) -> bool:
         """Tell whether a worker renders slices of a job."""
@@ -10394,11 +10408,11 @@ class Muster:
         Of the workers that are there and can; of those that have failed in the job only
         where there are no others.
         """
-        least = job.pov.needs[0]
-        key = job.id if job.started else 0, least
+        least, only = job.pov.needs[0], job.options.only
+        key = job.id if job.started else 0, f"{least} {only}"
         if key not in self._elected:
             crew = [row for row in self.crew if not row.aside and row.engines
-                    and engine_fits("any", {}, row.engines, least)]
+                    and row.is_among(only) and engine_fits("any", {}, row.engines, least)]
             good = [row for row in crew if job.started and not self._look.failures(job.id, row.id)]
             # No computer counts for more than the middle one: what it says of itself may be a lie.
             voters, cores = good or crew, collections.Counter[str]()
@@ -10478,17 +10492,23 @@ class Muster:
         if since and all(version and release(version) < release(since) for version in versions):
             return (f"{word} needs POV-Ray {since}, which no worker here has; start one with it: "
                     "'povfarm.py work --povray PROGRAM'")
+        only = job.options.only
+        crew = [row for row in self.crew if row.is_among(only)] if only else self.crew
         unfit = [row for rows in self._alike if not self._fits(job, rows[0])
                  and (job.pov.engine or povray_of(rows[0].engines) != "none")
-                 for row in rows if not row.aside]
+                 for row in rows if not row.aside and row.is_among(only)]
         problem = self.people.too_much(self._look, job.owner)
         if problem or unfit:
             return problem or self._why_unfit(job, unfit)
-        if job.leased or any(self.suits(job, row) and not self.sickness(row) for row in self.crew):
+        if job.leased or any(self.suits(job, row) and not self.sickness(row) for row in crew):
             return ""
         there = [row for row in self._look.workers() if row.id in self.live]
         pending = [row for row in there if row.state is WorkerState.PENDING]
-        if self.crew:
+        if len(self.crew) > len(crew) == 0:
+            why = (f"no worker that is there has {only.replace(',', ' and ')}: start one with "
+                   f"'povfarm.py work --tags {only}', or let all render with 'povfarm.py set "
+                   f"{job.id} only='")
+        elif self.crew:
             why = ("the workers that are there cannot render it: 'povfarm.py workers' shows what "
                    "is wrong with them")
         elif pending:
@@ -12398,7 +12418,8 @@ JobView = TypedDict("JobView", {
     "eta": Optional[float], "frames": Mapping[str, int], "slices": Mapping[str, int],
     "slicing": str, "waiting_for": str,
     # options
-    "priority": int, "max_workers": int, "retry_limit": int, "in_order": bool, "radiosity": str,
+    "priority": int, "max_workers": int, "only": str, "retry_limit": int, "in_order": bool,
+    "radiosity": str,
     "povray": str, "verify": int, "frame_timeout": int, "first": str, "order": str, "batch": int,
     # only where it is the one that was asked for
     "files": Optional[int], "size": Optional[int], "written": Optional[int],
@@ -21212,6 +21233,7 @@ def workers(options: Options) -> int:
         rows.append((str(view["id"]), view["name"], view["state"] + code, str(view["cores"]),
                      str(view["runs"]), povray_of(view["engines"]), view["address"]))
         rows += [view["reason"]] if "reason" in view else []
+        rows += [f"tags: {', '.join(view['tags'])}"] if view["tags"] else []
     _show(options, views, _table(rows, 1) if views else
           _typed("no worker has joined: start one with 'povfarm.py work'"))
     return 0

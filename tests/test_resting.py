@@ -97,6 +97,32 @@ def test_only_its_owner_and_the_admin_steer_a_worker(farm: Farm) -> None:
             farm.scheduler.steer_worker(worker, "pause")
 
 
+# --- workers for some jobs
+
+def test_a_job_is_for_workers_with_all_its_tags_or_of_that_name(farm: Farm) -> None:
+    def why(job: int) -> str:
+        with farm.store.read() as tx:
+            return farm.scheduler.muster(tx).why(farm.job(job))[0]
+
+    anna, bert = farm.worker("anna"), farm.worker("bert")
+    farm.scheduler.rejoin(bert, povfarm.WorkerInfo(
+        "bert", 9, 1 << 30, "", {"povray": "3.8.0"}, ("gpu", "room3")), "192.168.1.6")
+    job = farm.submit(1, only="gpu,big")
+    assert farm.leases(anna) == farm.leases(bert) == []
+    assert why(job).startswith("no worker that is there has gpu and big: start one with ")
+    farm.scheduler.change(job, {"only": "gpu,room3"})
+    assert why(job) == "next in line" and farm.leases(anna) == []
+    farm.finish(bert, farm.lease(bert))
+    job = farm.submit(1, only="anna")  # with its POV-Ray, though bert has more cores
+    assert farm.leases(bert) == [] and why(job) == "next in line"
+    farm.finish(anna, farm.lease(anna))
+    job = farm.submit(1, only="anna")
+    farm.scheduler.steer_worker(anna, "pause")
+    assert why(job).startswith("no worker that is there has anna: start one with ")
+    farm.scheduler.change(job, {"only": ""})
+    farm.lease(bert)
+
+
 # --- hours, use, battery
 
 @pytest.mark.parametrize(("text", "spans"), [
