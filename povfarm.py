@@ -633,13 +633,13 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_duration(text: str) -> float:
-    """Return seconds from ``90``, ``90s``, ``5m``, ``1h`` or ``1h30m``; else ``UserError``."""
-    parts = r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d+)?)s?)?"
+    """Return seconds from ``90``, ``90s``, ``5m``, ``1h30m`` or ``30d``; else ``UserError``."""
+    parts = r"(?:(\d{1,6})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d+)?)s?)?"
     match = re.fullmatch(parts, text.strip().lower())
     if not text.strip() or match is None:
-        raise UserError(f"'{text}' is not a time: write 90, 90s, 5m or 1h30m")
-    hours, minutes, seconds = (float(group or 0) for group in match.groups())
-    return hours * 3600 + minutes * 60 + seconds
+        raise UserError(f"'{text}' is not a time: write 90, 90s, 5m, 1h30m or 30d")
+    days, hours, minutes, seconds = (float(group or 0) for group in match.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
@@ -866,6 +866,38 @@ def _path(text: str) -> Path:
         raise UserError(f"'{text}' is not a path: {error}") from None
 
 
+KEEP_BLOBS = 24 * 3600.0  # seconds after which contents that nobody names may go
+
+
+class Keeping(NamedTuple):
+    """For how many seconds a farm keeps what it does not need any more.
+
+    A job that is ``done``, ``failed`` or ``cancelled`` counts from its end, and one with images
+    that nobody has fetched goes only after ``unfetched``; ``logs`` count from that, too.
+    ``blobs`` are project files that no job names. Of ``events`` the newest are kept in any case.
+    """
+
+    done: float = math.inf
+    failed: float = math.inf
+    cancelled: float = math.inf
+    unfetched: float = math.inf
+    logs: float = math.inf
+    blobs: float = KEEP_BLOBS
+    events: float = math.inf
+
+    @classmethod
+    def of(cls, text: str) -> Keeping:
+        """Read ``30d``, of ended jobs, or ``done=30d,logs=7d``; ``UserError`` for anything else."""
+        words = text.split(",") if "=" in text else [
+            f"{state}={text}" for state in ("done", "failed", "cancelled")]
+        found = {}
+        for name, _, long in (word.strip().partition("=") for word in words):
+            if name not in cls._fields:
+                raise UserError(f"'{name}' is not one of {', '.join(cls._fields)}")
+            found[name] = parse_duration(long)
+        return cls(**found)
+
+
 PORT = 2271  # TCP, of a coordinator, where no other is given
 
 # "talk" stands for every command that talks to a running coordinator, "job" for those that
@@ -930,6 +962,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("renderonline", bool, False, "take scenes from RenderOnline's clients", "serve"),
     Setting("on-done", str, "", "program to start when a job is done: JSON on its standard input",
             "serve", "COMMAND"),
+    Setting("deliver", _path, None, "directory that finished images are copied to as they come",
+            "serve", "DIR"),
+    Setting("keep", Keeping.of, None,
+            "how long to keep ended jobs, such as 30d or done=30d,logs=7d; default: ever",
+            "serve tidy", "LIST"),
+    Setting("dry-run", bool, False, "only say what would be deleted", "tidy"),
     Setting("lease-time", _lease_time, 30.0,
             "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
     Setting("cores", _count, None, "number of cores to keep busy; default: all",
@@ -3561,6 +3599,43 @@ def unpack_files(packed: Path, into: Path, most: int = MAX_WRITTEN_SIZE) -> dict
 def may_be_written(name: str) -> bool:
     """Tell whether a file that a scene wrote under this name is brought back."""
     return _is_portable(name) and not any(part.startswith(".") for part in name.split("/"))
+
+
+def place_below(directory: Path, name: str) -> Path:
+    """Return where a file of a farm goes; ``UserError`` where it may lead elsewhere."""
+    path = safe_join(directory, name)
+    if not may_be_written(name):
+        raise UserError(f"the farm has a file {name!r}: with such a name none is put here")
+    for place in (path, *path.parents):
+        if place == directory:
+            break
+        if place.is_symlink():
+            raise UserError(f"{place} is a link, and nothing is put through links: name another "
+                            "directory with --output")
+    return path
+
+
+@contextlib.contextmanager
+def held_place(directory: Path, name: str) -> Iterator[Path]:
+    """Give the place of a farm's file, in directories that nobody can swap for links meanwhile.
+
+    Where the system cannot hold them, they were looked at just before.
+    """
+    place = place_below(directory, name)
+    with writing(place), contextlib.ExitStack() as stack:
+        if sys.platform != "linux":
+            place.parent.mkdir(parents=True, exist_ok=True)
+            yield place
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        held = os.open(directory, os.O_DIRECTORY)
+        stack.callback(os.close, held)
+        for folder in name.split("/")[:-1]:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(folder, dir_fd=held)
+            held = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=held)
+            stack.callback(os.close, held)
+        yield Path(f"/proc/self/fd/{held}", place.name)
 
 
 # --- how far names lead
@@ -7721,7 +7796,7 @@ def _descriptors(wanted: int) -> int:
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
 
 UPLOAD_TIME = 24 * 3600.0  # seconds for which an upload waits to become a job
-SCHEMA_VERSION = 10  # the database's PRAGMA user_version; 1 to 9 came before the first release
+SCHEMA_VERSION = 11  # the database's PRAGMA user_version; 1 to 10 came before the first release
 _LESS = """UPDATE turn SET
     active = active - (OLD.state = 'active'), runs = runs - OLD.runs, kept = kept - OLD.kept,
     jobs = jobs - (OLD.finished IS NULL),
@@ -7799,7 +7874,8 @@ SCHEMA = f"""
     CREATE TRIGGER job_counted AFTER UPDATE OF state, finished, priority, runs, queued, leased, kept
         ON job BEGIN {_LESS} {_MORE} END;
     -- Slices and passes are tasks below their frame. cut of a frame: the row that its next slice
-    -- begins with, NULL while it is not sliced; state_of: the POV-Ray that left a state.
+    -- begins with, NULL while it is not sliced; state_of: the POV-Ray that left a state; taken:
+    -- the hash of its image that was fetched or delivered.
     CREATE TABLE task (
         id INTEGER PRIMARY KEY AUTOINCREMENT, job INTEGER NOT NULL,
         frame INTEGER NOT NULL, slice INTEGER NOT NULL DEFAULT 0, name TEXT NOT NULL,
@@ -7807,12 +7883,14 @@ SCHEMA = f"""
         sha256 TEXT, size INTEGER, cpu REAL, wall REAL, memory INTEGER, parse REAL,
         parent INTEGER REFERENCES task ON DELETE CASCADE, kind TEXT NOT NULL DEFAULT 'frame',
         top INTEGER NOT NULL DEFAULT 0, bottom INTEGER NOT NULL DEFAULT 0, cut INTEGER,
-        state_of TEXT NOT NULL DEFAULT '', UNIQUE (job, frame, slice)
+        state_of TEXT NOT NULL DEFAULT '', taken TEXT, UNIQUE (job, frame, slice)
     );
     CREATE TRIGGER task_kept AFTER UPDATE OF size ON task WHEN NEW.parent IS NULL BEGIN
         UPDATE job SET kept = kept + NEW.size - COALESCE(OLD.size, 0) WHERE id = NEW.job; END;
     CREATE INDEX task_state ON task (job, state, frame, slice);
     CREATE INDEX task_done ON task (job, finished) WHERE state = 'done' AND parent IS NULL;
+    CREATE INDEX task_due ON task (job, id)
+        WHERE state = 'done' AND parent IS NULL AND taken IS NOT sha256;
     CREATE INDEX task_slice ON task (job, finished) WHERE state = 'done' AND kind = 'slice';
     CREATE INDEX task_parent ON task (parent) WHERE parent IS NOT NULL;
     CREATE INDEX task_part ON task (job, state, kind) WHERE parent IS NOT NULL;
@@ -7948,6 +8026,7 @@ class Task:
     bottom: int
     cut: int | None
     state_of: str
+    taken: str | None
 
     @property
     def is_part(self) -> bool:
@@ -8495,7 +8574,7 @@ def kept_name(task: Task, attempt: int) -> str:
 
 
 class _Register:
-    """One look at the database: the workers, the people, and what is counted and watched."""
+    """One look at the database: workers, people, what happened, what is counted and watched."""
 
     def __init__(self, connection: sqlite3.Connection, known: _Known) -> None:
         self._db = connection
@@ -8510,6 +8589,28 @@ class _Register:
 
     def _one(self, kind: type[_Record], sql: str, /, **values: Any) -> _Record | None:
         return next(iter(self._all(kind, sql, **values)), None)
+
+    def events(self, after: int, limit: int, names: Collection[str] = ()) -> list[Event]:
+        """Return events with a higher id, oldest first; with ``names`` those called so."""
+        return self._all(Event, """
+            SELECT * FROM event WHERE id > :after AND (:names = '[]' OR (frame IS NULL AND what IN (
+              SELECT value FROM json_each(:names)))) ORDER BY id LIMIT :limit""",
+                         after=after, limit=limit, names=json.dumps([*names]))
+
+    def events_of_farm(self, limit: int) -> list[Event]:
+        """Return the newest events that are of no frame, the oldest first."""
+        return self._all(Event, """
+            SELECT * FROM event WHERE frame IS NULL ORDER BY id DESC LIMIT :limit""",
+                         limit=limit)[::-1]
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 when there is none."""
+        return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
+
+    def first_event(self, job: int) -> int:
+        """Return the id of the event with which a job began."""
+        return int(self._do("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
+                            job=job).fetchone()[0])
 
     def worker(self, worker: int) -> Member:
         """Return a worker that is known, or was removed."""
@@ -8623,33 +8724,6 @@ class Look(_Register):
         """Return a value of the farm itself, or an empty text."""
         row = self._do("SELECT value FROM meta WHERE key = :key", key=key).fetchone()
         return row["value"] if row else ""
-
-    def events(self, after: int, limit: int) -> list[Event]:
-        """Return events with a higher id, oldest first."""
-        return self._all(Event, "SELECT * FROM event WHERE id > :after ORDER BY id LIMIT :limit",
-                         after=after, limit=limit)
-
-    def events_of_farm(self, limit: int) -> list[Event]:
-        """Return the newest events that are of no frame, the oldest first."""
-        return self._all(Event, """
-            SELECT * FROM event WHERE frame IS NULL ORDER BY id DESC LIMIT :limit""",
-                         limit=limit)[::-1]
-
-    def events_called(self, names: Collection[str], after: int, limit: int) -> list[Event]:
-        """Return those events after an id that are called so, the oldest first."""
-        return self._all(Event, """
-            SELECT * FROM event WHERE id > :after AND frame IS NULL
-            AND what IN (SELECT value FROM json_each(:names)) ORDER BY id LIMIT :limit""",
-                         names=json.dumps([*names]), after=after, limit=limit)
-
-    def last_event(self) -> int:
-        """Return the id of the newest event, 0 when there is none."""
-        return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
-
-    def first_event(self, job: int) -> int:
-        """Return the id of the event with which a job began."""
-        return int(self._do("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
-                            job=job).fetchone()[0])
 
     # --- files
 
@@ -9053,6 +9127,18 @@ class Look(_Register):
               OR (task.kind = 'pass'
                   AND json_extract(job.options_json, '$.radiosity') = 'animation'))""")
 
+    def due_images(self, job: int, after: int, limit: int) -> list[Task]:
+        """Return the next frames, after one of a job, whose images are nowhere else."""
+        return self._all(Task, """
+            SELECT task.* FROM task JOIN job ON job.id = task.job
+            WHERE task.state = 'done' AND task.parent IS NULL AND task.taken IS NOT task.sha256
+            AND (task.job, task.id) > (:job, :after) ORDER BY task.job, task.id LIMIT :limit""",
+                         job=job, after=after, limit=limit)
+
+    def finished_before(self, time: float) -> list[Job]:
+        """Return the jobs that ended before a time, the oldest first."""
+        return self._all(Job, "SELECT * FROM job WHERE finished < :time ORDER BY id", time=time)
+
     def kept_images(self) -> list[Attempt]:
         """Return every attempt whose image waits to be compared."""
         return self._all(Attempt, """
@@ -9080,9 +9166,17 @@ class Tx(Look):
                     COALESCE((SELECT owner FROM job WHERE id = :job), ''))""",
             now=now, job=job, frame=frame, worker=worker, what=what, text=text, who=who)
 
-    def drop_events(self, before: int) -> None:
-        """Forget old events."""
-        self._do("DELETE FROM event WHERE id < :before", before=before)
+    def drop_events(self, before: int, time: float = -math.inf) -> None:
+        """Forget events before one, and before a time."""
+        self._do("DELETE FROM event WHERE id < :before OR id < (SELECT MIN(id) FROM event "
+                 "WHERE time >= :time)", before=before, time=time)
+
+    def take_images(self, job: int, hashes: Collection[str]) -> None:
+        """Note that images with these hashes are somewhere else, too."""
+        self._do("""
+            UPDATE task SET taken = sha256 WHERE job = :job AND state = 'done' AND parent IS NULL
+            AND taken IS NOT sha256 AND sha256 IN (SELECT value FROM json_each(:hashes))""",
+                 job=job, hashes=json.dumps([*hashes]))
 
     # --- workers
 
@@ -9448,7 +9542,6 @@ class Tx(Look):
 # Scheduler is the door to them, and steers jobs. What is in memory (leases that
 # live, who was heard of, who waits) may be lost with the process without harm.
 
-KEEP_BLOBS = 24 * 3600.0  # seconds after which contents that nobody names may go
 KEEP_EVENTS = 10_000
 KEEP_GUESTS = 7 * 24 * 3600.0  # seconds that a worker of another system is shown when it is gone
 LOOK_AGAIN = 1.0  # seconds after which an idle worker looks at what others render
@@ -11365,8 +11458,9 @@ class Scheduler:
     """
 
     def __init__(self, store: Store, clock: Clock, lease_time: float = 30.0,
-                 allowance: Allowance = Allowance()) -> None:
+                 allowance: Allowance = Allowance(), keeping: Keeping | None = None) -> None:
         self.store = store
+        self.keeping, self.delivers = keeping or Keeping(), False
         self.clock = clock
         self.lease_time = lease_time
         self._states = states = _States(store, clock)
@@ -11592,15 +11686,22 @@ class Scheduler:
         """Forget a job and delete its images and logs."""
         with self._steering(job, who) as tx:
             row = tx.job(job)
-            self._states.tell(tx, "deleted", row.name, job)
-            for grant in self.grants.of_job(job):
-                self._states.forget(grant)
-            self._states.missing.pop(job, None)
-            tx.drop_job(job)
-            tx.drop_rows(job, STEP)
-            tx.drop_manifests()
-            self._states.news.work = math.inf  # perhaps its owner had too much
-            self._states.news.workers |= self.live_workers()  # they delete its project, too
+            self._drop(tx, row)
+        self._clear(row)
+
+    def _drop(self, tx: Tx, row: Job) -> None:
+        self._states.tell(tx, "deleted", row.name, row.id)
+        for grant in self.grants.of_job(row.id):
+            self._states.forget(grant)
+        self._states.missing.pop(row.id, None)
+        tx.drop_job(row.id)
+        tx.drop_rows(row.id, STEP)
+        tx.drop_manifests()
+        self._states.news.work = math.inf  # perhaps its owner had too much
+        self._states.news.workers |= self.live_workers()  # they delete its project, too
+
+    def _clear(self, row: Job) -> None:
+        """Delete the files of a job that was dropped."""
         for turn in self._deliveries.turns:  # until whoever has begun to store something has ended
             with turn:
                 pass
@@ -11647,17 +11748,57 @@ class Scheduler:
         self._work_off(wait=False)
         self._crew.expire()
 
-    def tidy(self) -> None:
-        """Delete the files of old blobs (``KEEP_BLOBS``) that nobody names, and old events.
+    def fetched(self, job: int, hashes: Collection[str], who: str = ADMIN,
+                delivered: bool = False) -> None:
+        """Note that images with these hashes are somewhere else, too, so that the job may go.
+
+        A farm that delivers notes what was delivered, and nothing else.
+        """
+        with self._steering(job, who) as tx:
+            if delivered or not self.delivers:
+                tx.take_images(job, hashes)
+
+    def report(self, what: str, text: str) -> None:
+        """Add to the story of the farm."""
+        with self._states.tx() as tx:
+            self._states.tell(tx, what, text)
+
+    def overdue(self, keeping: Keeping) -> tuple[list[Job], list[Job]]:
+        """Return the jobs that were kept for long enough, and those that wait to be fetched."""
+        gone, waiting, now = list[Job](), list[Job](), self.clock.time()
+        with self.store.read() as look:
+            for job in look.finished_before(now - min(keeping[:4])):
+                age = now - (job.finished or now)
+                due = age <= keeping.unfetched and [
+                    task.job for task in look.due_images(job.id, 0, 1)] == [job.id]
+                if age > getattr(keeping, job.state.value):
+                    (waiting if due else gone).append(job)
+        return gone, waiting
+
+    def tidy(self, keeping: Keeping | None = None) -> None:
+        """Delete what was kept for long enough: jobs, logs, blobs that nobody names, events.
 
         Forget guests that are long gone.
         """
+        keeping, now = keeping or self.keeping, self.clock.time()
+        for job in self.overdue(keeping)[0]:
+            with self._steering(job.id, ADMIN) as tx:
+                row = tx.job(job.id)
+                still = row.finished == job.finished  # nobody has it rendered again meanwhile
+                if still:
+                    self._drop(tx, row)
+            if still:
+                self._clear(row)
+        with self.store.read() as look, self.store.gate.outside():
+            for job in look.finished_before(now - keeping.logs):
+                shutil.rmtree(self.store.job_directory(job.id, job.name) / "logs",
+                              ignore_errors=True)
         with self._states.tx() as tx:
             tx.drop_manifests()
-            unused = tx.unused_blobs(self.clock.time() - KEEP_BLOBS)
+            unused = tx.unused_blobs(now - keeping.blobs)
             for sha256 in unused:
                 tx.drop_blob(sha256)
-            tx.drop_events(tx.last_event() - KEEP_EVENTS)
+            tx.drop_events(tx.last_event() - KEEP_EVENTS, now - keeping.events)
             self.people.tidy(tx)
             live = self.live_workers()
             for worker in tx.idle_guests(self.clock.time() - KEEP_GUESTS):
@@ -12184,7 +12325,7 @@ class Views:
         view = {**vars(job.options), "slicing": job.options.slices, **{
             name: getattr(job, name) for name in (
                 "id", "name", "state", "reason", "owner", "created", "started", "finished", "cpu",
-                "wall")}}
+                "wall", "kept")}}
         view["why"], view["cure"] = muster.why(job)
         view.update(
             progress=work / total if total else 0.0, elapsed=spent,
@@ -12238,6 +12379,12 @@ class Views:
             "progress": 1.0 if part.state == TaskState.DONE
             else self._farm.progress(part.id),
         } for part in tx.parts(frame.id) if part.kind == TaskKind.SLICE]
+
+    def overdue(self, keeping: Keeping) -> dict[str, list[dict[str, Any]]]:
+        """Return the jobs that were kept for long enough, and those of them that stay."""
+        names = ("id", "name", "owner", "state", "finished", "kept")
+        return {kind: [{name: getattr(job, name) for name in names} for job in jobs]
+                for kind, jobs in zip(("jobs", "unfetched"), self._farm.overdue(keeping))}
 
     def workers(self, tx: Look) -> list[dict[str, Any]]:
         """Return every worker with what it does and how long ago it was heard of."""
@@ -12401,6 +12548,10 @@ Hello = TypedDict("Hello", {"who": str, "nonce": str})
 Pair = TypedDict("Pair", {"commitment": str, "share": Optional[str], "nonce": Optional[str]})
 Wish = TypedDict("Wish", {"want": int, "slots": int, "idle": int, "rest": Optional[str]})
 Beat = TypedDict("Beat", {"leases": Mapping[str, Mapping[str, float]]})
+Fetched = TypedDict("Fetched", {"images": tuple[str, ...]})
+Tidying = TypedDict("Tidying", {"keep": Optional[str], "dry": bool})
+OldJob = TypedDict("OldJob", {
+    "id": int, "name": str, "owner": str, "state": JobState, "finished": float, "kept": int})
 Failure = TypedDict("Failure", {"message": str, "scene": bool, "log": str})
 LatestFailure = TypedDict("LatestFailure", {"frame": int, "message": str})
 SliceView = TypedDict("SliceView", {
@@ -12414,7 +12565,7 @@ FrameView = TypedDict("FrameView", {
 JobView = TypedDict("JobView", {
     "id": int, "name": str, "state": JobState, "reason": str, "owner": str, "created": float,
     "started": Optional[float], "finished": Optional[float], "cpu": float, "wall": float,
-    "why": str, "cure": str, "progress": float, "elapsed": float, "rate": float,
+    "kept": int, "why": str, "cure": str, "progress": float, "elapsed": float, "rate": float,
     "eta": Optional[float], "frames": Mapping[str, int], "slices": Mapping[str, int],
     "slicing": str, "waiting_for": str,
     # options
@@ -12754,6 +12905,28 @@ class Api:
             raise UserError("the body is not a list of changes")
         self._farm.change(request.params["job"], wire, request.identity.name)
         return self.job(request)
+
+    @route("POST", "/api/v1/jobs/<job:int>/fetched", role="user", takes=Fetched,
+           summary="Say that images were fetched")
+    def fetched(self, request: Request) -> Response:
+        """Body: images, the hashes of those that are whole on another computer now."""
+        images = fields_of(Fetched, request.json())["images"]
+        self._farm.fetched(request.params["job"], [str(one) for one in images],
+                           request.identity.name)
+        return Response(204)
+
+    @route("POST", "/api/v1/tidy", role="admin", takes=Tidying,
+           gives=dict.fromkeys(("jobs", "unfetched"), tuple[OldJob, ...]),
+           summary="Delete what is old enough")
+    def tidy(self, request: Request) -> Response:
+        """Body: keep, as ``serve --keep`` has it (the coordinator's own if it is missing), and dry:
+        whether to delete nothing. Answers the jobs, and those that stay as nobody fetched them."""
+        wish = fields_of(Tidying, request.json())
+        keeping = Keeping.of(wish["keep"]) if wish["keep"] else self._farm.keeping
+        answer = json_response(self.views.overdue(keeping))
+        if not wish["dry"]:
+            self._farm.tidy(keeping)
+        return answer
 
     @route("DELETE", "/api/v1/jobs/<job:int>", role="user", summary="Delete a job")
     def delete(self, request: Request) -> Response:
@@ -16912,8 +17085,8 @@ def _address(name: str) -> str:
 
 
 # === 17. COORDINATOR =========================================================
-# Puts sections 10 to 16 together: one data directory, one port, one beacon, a thread
-# that keeps house, and those that tell hooks what happens. Decides nothing about jobs.
+# Puts sections 10 to 16 together: one data directory, one port, one beacon, a thread that
+# keeps house, and those that tell hooks and deliver images. Decides nothing about jobs.
 
 HOUSEKEEPING = 1.0  # seconds between two looks for leases that have run out
 TIDYING = 3600.0  # seconds between two clean-ups of what nobody needs
@@ -16926,7 +17099,9 @@ HOOK_PAUSE = 300.0  # seconds at most until a web server is tried again
 HOOK_EVENTS = 1000  # that are looked at together
 # What a hook may hear of, and what the event is called.
 HOOKS: Mapping[str, str] = {"done": "job done", "failed": "job failed", "paused": "job paused",
-                            "lost": "lost", "full": "full"}
+                            "lost": "lost", "full": "full", "undelivered": "not delivered"}
+DELIVERY_LOOK, DELIVERY_PAUSE = 1.0, 30.0  # seconds between looks, and when a directory took none
+DELIVERIES = 100  # images between two notes of what was delivered
 
 
 class Coordinator:
@@ -16939,7 +17114,7 @@ class Coordinator:
     clients in, ``sheepit`` SheepIt's, ``renderonline`` RenderOnline's; ``programs`` are the
     words that RenderOnline's nodes are given. ``typed`` tells how commands are typed on
     this computer, see ``with_commands``; ``started`` are its options as typed; ``hooks`` hear
-    what happens. Raises
+    what happens, images are copied to ``deliver``. Raises
     ``UserError`` for a port in use or a bad certificate and ``StoreError`` for a data
     directory that cannot be used or that another povfarm holds.
     """
@@ -16954,6 +17129,7 @@ class Coordinator:
                  allowance: Allowance = Allowance(),
                  typed: Callable[[str], str] = "povfarm.py {}".format,
                  started: Sequence[str] = (), hooks: Iterable[Hook] = (),
+                 keeping: Keeping | None = None, deliver: Path | None = None,
                  clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.data, self._started = data, started
@@ -16967,7 +17143,7 @@ class Coordinator:
                 tx.set_meta("farm_id", secrets.token_hex(8))
             farm_id = tx.meta("farm_id")
         self.name = name or socket.gethostname()
-        self.scheduler = Scheduler(self.store, self.clock, lease_time, allowance)
+        self.scheduler = Scheduler(self.store, self.clock, lease_time, allowance, keeping)
         self.access = Access(self.store, self.key, private, self.clock, self.scheduler.people,
                              self.pin)
         self.api = Api(self.scheduler, self.access, self.name)
@@ -16995,7 +17171,10 @@ class Coordinator:
             pin=self.pin, port=discovery_port)
         self._stopped = threading.Event()
         self._house = threading.Thread(target=self._keep_house, name="house", daemon=True)
-        self._heralds = [Herald(hook, self.api, self.store, self.clock) for hook in hooks]
+        self._messengers: list[Messenger] = [
+            Herald(hook, self.api, self.store, self.clock) for hook in hooks]
+        if deliver is not None:
+            self._messengers.append(Deliverer(deliver, self.scheduler, farm_id))
 
     @property
     def port(self) -> int:
@@ -17007,7 +17186,7 @@ class Coordinator:
         self.server.start()
         if self.beacon is not None:
             self.beacon.start()
-        for thread in (self._house, *self._heralds):
+        for thread in (self._house, *self._messengers):
             thread.start()
         self.machines.start()
         note = {"url": self.url, "pin": self.pin, "name": self.name, "pid": os.getpid(),
@@ -17029,8 +17208,8 @@ class Coordinator:
         while for_good and self.api.untold and time.monotonic() < end:
             time.sleep(0.01)
         self.server.stop()
-        for herald in self._heralds:
-            herald.stop()
+        for messenger in self._messengers:
+            messenger.stop()
         if self._house.is_alive():
             self._house.join()
         (self.data / "coordinator.json").unlink(missing_ok=True)
@@ -17101,7 +17280,21 @@ class Hook:
         return cls(events, (str(Path(program).absolute()), *words[1:]))
 
 
-class Herald(threading.Thread):
+class Messenger(threading.Thread):
+    """A thread of the coordinator's for which nobody waits."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Do no more; what is half done is done again when the farm is started."""
+        self._stopped.set()
+        if self.is_alive():
+            self.join(FAREWELL)
+
+
+class Herald(Messenger):
     """Tells a hook what happens, one event after the other; nobody waits for it.
 
     The events in the database are its queue, and a note there is how far it is: so each event
@@ -17109,23 +17302,17 @@ class Herald(threading.Thread):
     """
 
     def __init__(self, hook: Hook, api: Api, store: Store, clock: Clock) -> None:
-        super().__init__(name="hook", daemon=True)
+        super().__init__("hook")
         self._hook, self._api, self._store, self._clock = hook, api, store, clock
-        self._stopped, self._notice = threading.Event(), ""
+        self._notice = ""
         self._note = "hook " + hashlib.sha256(repr(
             (hook.events, hook.words, hook.url)).encode()).hexdigest()[:16]
         with store.tx() as tx:
             self._after = int(tx.meta(self._note) or tx.last_event())  # a new one: from now on
             tx.set_meta(self._note, str(self._after))
 
-    def stop(self) -> None:
-        """Tell no more; a program that runs is ended, and starts again with the farm."""
-        self._stopped.set()
-        if self.is_alive():
-            self.join(FAREWELL)
-
     def run(self) -> None:
-        """Tell what happens until stopped."""
+        """Tell what happens until stopped; a program that runs then starts again with the farm."""
         while not self._stopped.wait(HOOK_LOOK):
             try:
                 for event in self._news():
@@ -17145,8 +17332,8 @@ class Herald(threading.Thread):
                         "", "")
         with self._store.read() as look:
             newest = look.last_event()
-            events = look.events_called([HOOKS[name] for name in self._hook.events], self._after,
-                                        HOOK_EVENTS)
+            events = look.events(self._after, HOOK_EVENTS,
+                                 [HOOKS[name] for name in self._hook.events])
         yield from (event for event in events if event.text != PAUSED_BY_HAND)
         self._after = max(self._after, events[-1].id if len(events) == HOOK_EVENTS else newest)
 
@@ -17239,6 +17426,90 @@ def _talk(program: subprocess.Popen[bytes], body: bytes, said: bytearray) -> Non
     with contextlib.suppress(OSError), program.stdout:
         while len(said) < HOOK_OUTPUT and (block := os.read(program.stdout.fileno(), 1 << 16)):
             said += block
+
+
+class Deliverer(Messenger):
+    """Copies finished images to the owner's directory as they come: ``7-camera2/camera201.png``.
+
+    Each is there whole or not at all, and what is there and was not brought stays. A file marks
+    the directory: without it, a drive is not there, and nothing is written in its place.
+    """
+
+    def __init__(self, place: Path, scheduler: Scheduler, farm_id: str) -> None:
+        super().__init__("deliver")
+        self._place, self._farm, self._store = place, scheduler, scheduler.store
+        self._mark, self._problem = place / f".povfarm-{farm_id}", ""
+        with self._store.tx() as tx:
+            if not tx.meta(f"delivers {place}"):
+                if not place.is_dir():
+                    raise UserError(f"--deliver: there is no directory {place}: make or mount it")
+                with writing(self._mark):
+                    self._mark.touch()
+                tx.set_meta(f"delivers {place}", "yes")
+        scheduler.delivers = True
+
+    def run(self) -> None:
+        """Deliver until stopped."""
+        while not self._stopped.wait(DELIVERY_PAUSE if self._problem else DELIVERY_LOOK):
+            before = self._problem
+            try:
+                self._problem = self._round()
+                if self._problem != before:
+                    log.warning("%s", self._problem or f"images go to {self._place} again")
+                    if self._problem:
+                        self._farm.report(HOOKS["undelivered"], self._problem)
+            except (FarmError, OSError, sqlite3.Error) as error:
+                self._problem = str(error)
+
+    def _round(self) -> str:
+        """Bring what is nowhere else; return what went wrong."""
+        job, after, problem = 0, 0, ""
+        while not self._stopped.is_set():
+            if not self._mark.exists():
+                return (f"no image is delivered, as {self._place} is not what it was: mount it, or "
+                        f"make the empty file {self._mark.name} there to begin anew")
+            with self._store.read() as look:
+                due = [(task, look.job(task.job)) for task in look.due_images(
+                    job, after, DELIVERIES)]
+            brought: dict[int, list[str]] = collections.defaultdict(list)
+            try:
+                for task, row in due:
+                    try:
+                        if not self._stopped.is_set() and self._bring(row, task):
+                            brought[row.id].append(task.sha256 or "")
+                    except UserError as error:  # only of this one
+                        problem = f"an image is not delivered: {error}"
+            except FarmError as error:
+                return f"no image is delivered: {error}"
+            finally:
+                for number, hashes in brought.items():
+                    self._farm.fetched(number, hashes, delivered=True)
+            if len(due) < DELIVERIES:
+                break
+            job, after = due[-1][0].job, due[-1][0].id
+        return problem
+
+    def _bring(self, job: Job, task: Task) -> bool:
+        """Copy one image; False when it is another one meanwhile."""
+        sha256, mode = task.sha256 or "", self._place.stat().st_mode
+        folder = self._store.job_directory(job.id, job.name).name
+        with held_place(self._place, f"{folder}/{task.name}") as place:
+            to = place
+            if os.path.lexists(to) and not any(has_hash(to, one) for one in (sha256, task.taken)
+                                               if one):
+                to = to.with_name(f"{to.stem}-{sha256[:8]}{to.suffix}")  # that is not ours
+            if has_hash(to, sha256):
+                return True
+            with placed(to) as part:
+                shutil.copyfile(self._store.place(job, task), part)
+                if not has_hash(part, sha256):
+                    raise NotFound("it is rendered again just now")
+                part.chmod(mode & 0o666)  # whoever sees the directory is to see the image
+                with open(part, "rb") as file:
+                    os.fsync(file.fileno())
+            to.parent.chmod(mode & 0o777)
+            sync_directory(to.parent)
+        return True
 
 
 def farm_key(data: Path) -> str:
@@ -21050,8 +21321,10 @@ def serve(options: Options) -> int:
             allowance=Allowance(**{name: getattr(options, row.name.replace("-", "_"))
                                    for name, row in ALLOWANCES.items()}),
             hooks=Hook.all_of(options.hooks_lines, options.on_done),
+            keeping=options.keep, deliver=options.deliver,
             typed=_command_typed, started=_options_typed({
-                name: str(options.__dict__[name.replace("-", "_")]) if name.startswith("tls-")
+                name: str(options.__dict__[name.replace("-", "_")])
+                if name.startswith("tls-") or name == "deliver"
                 else text for name, text in options.typed.items()  # a path from here is none there
                 if name not in ("data", "invite")}))
         coordinator.start()
@@ -21340,7 +21613,7 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
     owners.begin(view)
     owners.check(file["path"] for file in _written(client, job))
     strange = owners.claim([file["name"] for file in done])
-    frames = [_place_of(directory, frame["name"]) for frame in done]
+    frames = [place_below(directory, frame["name"]) for frame in done]
     fetched = []
     for frame, path in zip(done, frames):
         if frame["name"] in strange and not has_hash(path, frame["sha256"]):
@@ -21348,6 +21621,7 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
                             "--output, or delete what is there")
         fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", directory,
                           frame["name"], frame["sha256"])
+    _note_fetched(client, job, [frame["sha256"] for frame in done])
     if frames and not options.json:
         print(f"{len(fetched)} new of {counted(len(frames), 'finished image')} in {directory}",
               flush=True)
@@ -21358,6 +21632,14 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
         _say(missing)
     return {"job": job, "directory": str(directory), "files": fetched,
             "films": _make_films(frames, options)}
+
+
+def _note_fetched(client: Client, job: int, hashes: Sequence[str]) -> None:
+    """Tell the farm which images are here, so that it may delete the job some day."""
+    for start in range(0, len(hashes), 1000):
+        with contextlib.suppress(RequestRefused):  # only the owner's count
+            client.request("POST", f"/api/v1/jobs/{job}/fetched",
+                           json={"images": [*hashes[start:start + 1000]]})
 
 
 def _what_is_missing(view: Mapping[str, Any], finished: int) -> str:
@@ -21401,6 +21683,26 @@ _NOTHING_FAILED = {JobState.DONE.value: (
 def delete(options: Options) -> int:
     """Delete jobs."""
     return _ask_each(options, options.rest, "DELETE")
+
+
+@command("tidy", "", "delete what the farm has kept for as long as --keep says", ("talk",))
+def tidy(options: Options) -> int:
+    """Delete old jobs, or show with --dry-run which ones that would be."""
+    told = _coordinator(options).request("POST", "/api/v1/tidy", json={
+        "keep": options.typed.get("keep", ""), "dry": options.dry_run}).json()
+    jobs, unfetched = told["jobs"], told["unfetched"]
+    rows: list[Sequence[str] | str] = [
+        (str(job["id"]), job["name"], job["state"], _date(job["finished"]),
+         format_size(job["kept"])) for job in jobs]
+    size = format_size(sum(job["kept"] for job in jobs))
+    lines = [_table([("job", "name", "state", "ended", "takes"), *rows], 1)] if jobs else []
+    lines += [f"{counted(len(jobs), 'job')}, {size}"
+              f"{' would be' if options.dry_run else ''} deleted"]
+    if unfetched:
+        lines += [f"{counted(len(unfetched), 'job')} of that age stay, as nobody has fetched all "
+                  f"images: 'povfarm.py fetch {' '.join(str(job['id']) for job in unfetched[:9])}'"]
+    _show(options, told, "\n".join(lines))
+    return 0
 
 
 @command("set", "JOB ... [KEY=VALUE ...]",
@@ -22672,16 +22974,19 @@ class _Follower:
 
     def _put_images(self) -> None:
         """Put the images in their places that are done and not there yet."""
+        got: list[str] = []
         for frame in sorted(self._done - self._put if self._draft.keeps_files else ()):
             to = self._draft.destination(frame)
             if self._draft.owners:
                 self._draft.owners.claim([to.name], replaces=True)
             if self._near is None:
                 self._client.download(f"{self._route}/frames/{frame}/image", to)
+                got.append(sha256_file(to))
             else:
                 _put_image(self._near / to.name, to)
                 self._draft.state(frame).unlink(missing_ok=True)
             self._files.append(str(to))
+        _note_fetched(self._client, self._job, got)
         self._put |= self._done
 
     def _tell(self, to_the_end: bool = False) -> None:
@@ -22986,7 +23291,7 @@ def _fetch_written(client: Client, job: int, directory: Path, owners: _Owners | 
               f"a frame brings back {MAX_WRITTEN} at most, of {format_size(MAX_WRITTEN_SIZE)}, and "
               "none with a dot in front of its name or outside of the project")
     for file in written:
-        path = _place_of(directory, file["path"]) if file["sha256"] else directory
+        path = place_below(directory, file["path"]) if file["sha256"] else directory
         if not file["sha256"] or has_hash(path, file["sha256"]):
             continue
         get = _fetch_appended if file["appended"] and is_file(path) else _fetch
@@ -23001,50 +23306,13 @@ def _fetch_written(client: Client, job: int, directory: Path, owners: _Owners | 
     return fetched
 
 
-def _place_of(directory: Path, name: str) -> Path:
-    """Return where a file of a farm goes; ``UserError`` where it may lead elsewhere."""
-    path = safe_join(directory, name)
-    if not may_be_written(name):
-        raise UserError(f"the farm has a file {name!r}: with such a name none is put here")
-    for place in (path, *path.parents):
-        if place == directory:
-            break
-        if place.is_symlink():
-            raise UserError(f"{place} is a link, and nothing is put through links: name another "
-                            "directory with --output")
-    return path
-
-
-@contextlib.contextmanager
-def _held(directory: Path, name: str) -> Iterator[Path]:
-    """Give the place of a farm's file, in directories that nobody can swap for links meanwhile.
-
-    Where the system cannot hold them, they were looked at just before.
-    """
-    place = _place_of(directory, name)
-    with writing(place), contextlib.ExitStack() as stack:
-        if sys.platform != "linux":
-            place.parent.mkdir(parents=True, exist_ok=True)
-            yield place
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        held = os.open(directory, os.O_DIRECTORY)
-        stack.callback(os.close, held)
-        for folder in name.split("/")[:-1]:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, dir_fd=held)
-            held = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=held)
-            stack.callback(os.close, held)
-        yield Path(f"/proc/self/fd/{held}", place.name)
-
-
 def _fetch_appended(client: Client, route: str, directory: Path, name: str,
                     sha256: str) -> list[str]:
     """Get a file that a scene appended to, in place of its beginning; beside any other text."""
     path = PurePosixPath(name)
     beside = str(path.with_name(f"{path.stem}-{sha256[:8]}{path.suffix}"))
     fetched = _fetch(client, route, directory, beside, sha256)
-    with _held(directory, name) as to, _held(directory, beside) as new:
+    with held_place(directory, name) as to, held_place(directory, beside) as new:
         old = to.read_bytes()
         with open(new, "rb") as file:
             begins = file.read(len(old)) == old
@@ -23058,7 +23326,7 @@ def _fetch_appended(client: Client, route: str, directory: Path, name: str,
 
 def _fetch(client: Client, route: str, directory: Path, name: str, sha256: str) -> list[str]:
     """Get a file unless it is there already; return where it is if it was got."""
-    with _held(directory, name) as to:
+    with held_place(directory, name) as to:
         if is_file(to) and sha256_file(to) == sha256:
             return []
         client.download(route, to, sha256)
@@ -23319,7 +23587,7 @@ def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
                             + [f"Declare={declare}" for declare in pov["declares"]]),
         "files": f"{job['files']}, {format_size(job['size'])}",
         "written": f"{counted(job['written'], 'file')} of the scene's own" if job["written"]
-        else "",
+        else "", "takes": format_size(job["kept"]),
         "images": str(place) if place and place.is_dir() else "",
         "get them": f"'povfarm.py fetch {job['id']}'" * bool(frames["done"]),
         **({"failure": failure["message"], "its log":

@@ -85,6 +85,8 @@ ROUTES: Dict[Tuple[str, str], Tuple[str, str]] = {
         ("worker", "/api/v1/leases/abc/tasks/1/fail"),
     ("PUT", "/api/v1/leases/<lease>/tasks/<task:int>/state"):
         ("worker", "/api/v1/leases/abc/tasks/1/state"),
+    ("POST", "/api/v1/jobs/<job:int>/fetched"): ("user", "/api/v1/jobs/1/fetched"),
+    ("POST", "/api/v1/tidy"): ("admin", "/api/v1/tidy"),
     ("GET", "/api/v1/tasks/<task:int>/<what>"): ("worker", "/api/v1/tasks/1/result"),
     ("GET", "/api/v1/manifests/<key>"): ("worker", f"/api/v1/manifests/{ZEROS}"),
     ("GET", "/api/v1/blobs/<hash>"): ("worker", f"/api/v1/blobs/{ZEROS}"),
@@ -1113,7 +1115,7 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
     # The answers themselves are compared with it wherever a test asks a farm in a box.
     assert {key for key, one in described.items() if "content" not in one["responses"]["2XX"]} == {
         (method, re.sub(r"<(\w+)(:\w+)?>", r"{\1}", pattern)) for method, pattern in ROUTES
-        if method == "DELETE" or pattern.endswith(("/fail", "/release", "/leave", "/state"))
+        if method == "DELETE" or pattern.endswith(("/fail", "/release", "/leave", "/state", "/fetched"))
         or (method, pattern) in {("PUT", "/api/v1/blobs/<hash>"), ("PATCH", "/api/v1/users/<name>"),
                                  ("POST", "/api/v1/users"),
                                  ("POST", "/api/v1/workers/<worker:int>/<action>")}}
@@ -1128,7 +1130,8 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
         "/api/v1/hello": ["nonce", "who"],
         "/api/v1/jobs": ["manifest", "name", "options", "pov"], "/api/v1/beat": ["leases"],
         "/api/v1/workers": sorted(WORKER), "/api/v1/lease": ["idle", "slots", "want"],
-        "/api/v1/workers/admit": ["code"],
+        "/api/v1/workers/admit": ["code"], "/api/v1/tidy": ["dry"],
+        "/api/v1/jobs/{job}/fetched": ["images"],
         "/api/v1/users": ["limits", "name", "role", "ticket", "uses"],
         "/api/v1/users/come": ["name", "proof", "share", "ticket"],
         "/api/v1/leases/{lease}/tasks/{task}/fail": ["log", "message", "scene"]}

@@ -195,7 +195,7 @@ def test_durations_as_people_write_them(seconds: float, text: str) -> None:
 
 @pytest.mark.parametrize("text, seconds", [
     ("90", 90), ("90s", 90), ("0.5", 0.5), ("1.5s", 1.5), ("5m", 300), ("1h", 3600),
-    ("1h30m", 5400), ("1h2m3s", 3723), ("1H 30M".replace(" ", ""), 5400), (" 30s ", 30),
+    ("1h30m", 5400), ("30d", 2_592_000), ("1d2h", 93_600), ("1h2m3s", 3723), ("1H 30M".replace(" ", ""), 5400), (" 30s ", 30),
 ])
 def test_durations_are_read(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds

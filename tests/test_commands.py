@@ -756,3 +756,25 @@ def test_an_image_that_came_in_the_end_has_no_error_in_front(farm: Served) -> No
     farm.finish(worker, farm.lease(worker))
     assert farm.says("logs", 1)[0].startswith("--- frame 0 on anna: failed: it broke\n")
     assert "failure" not in farm.says("status", 1)[0]
+
+
+def test_tidy_deletes_what_was_fetched_and_names_what_was_not(farm: Served) -> None:
+    """Who waits or fetches tells the farm; who may not tell it is not held up by that."""
+    jobs = [farm.submit(2, name=name) for name in ("one", "two", "three")]
+    farm.render(farm.worker())
+    farm.says("fetch", jobs[0])
+    reader = povfarm.Client(farm.coordinator.url, "")
+    povfarm._note_fetched(reader, jobs[1], [str(task.sha256) for task in farm.tasks(jobs[1])])
+    assert farm.says("tidy")[0] == "0 jobs, 0 B deleted\n"
+    shown, _ = farm.says("tidy", "--keep", "0s", "--dry-run")
+    lines = shown.splitlines()
+    assert lines[0].split() == ["job", "name", "state", "ended", "takes"]
+    assert lines[1].split()[:3] == ["1", "one", "done"]
+    assert re.fullmatch(r"1 job, [\d.]+ k?B would be deleted", lines[2])
+    assert lines[3] == ("2 jobs of that age stay, as nobody has fetched all images: "
+                        "'povfarm.py fetch 2 3'")
+    told = farm.wire("tidy", "--keep=done=0s")
+    assert [[job["id"] for job in told[name]] for name in ("jobs", "unfetched")] == [[1], [2, 3]]
+    assert [job["id"] for job in farm.wire("status")] == [3, 2]
+    assert "takes      " in farm.says("status", 2)[0]
+    assert "'soon' is not a time" in farm.says("tidy", "--keep", "soon", code=2)[1][0]

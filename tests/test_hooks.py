@@ -315,7 +315,7 @@ def test_hooks_are_read_from_the_settings_file_and_the_command_line(tmp_path: Pa
 
 @pytest.mark.parametrize("given, words", [
     (["finished = true"], "line 1: there is no event 'finished': there are done, failed, paused, "
-     "lost, full"),
+     "lost, full, undelivered"),
     (["done, = true"], "line 1: there is no event ''"),
     (["done = nowhere --x"], "line 1: there is no program 'nowhere' that can be started"),
     (["done = "], "line 1: there is no program ''"),
