@@ -209,19 +209,87 @@ def prometheus(farm: Bench) -> str:
 
 # --- systemd
 
+CGROUP = Path("/sys/fs/cgroup/systemd")
+BOOT = """set -e
+mount --make-rprivate /
+for place in $(awk '$2 ~ "^/sys/fs/cgroup/" {{print $2}}' /proc/mounts); do umount -l $place; done
+mount -t tmpfs tmpfs /sys/fs/cgroup
+mkdir /sys/fs/cgroup/systemd
+mount -t cgroup -o none,name=systemd cgroup /sys/fs/cgroup/systemd
+for place in /run /etc/systemd/system /var/lib /opt; do mount -t tmpfs tmpfs $place; done
+cp {place}/*.service {place}/test.target /etc/systemd/system/
+install -m 755 {program} /opt/povfarm.py
+for name in povfarm povfarm-work; do
+    install -d -o daemon /var/lib/$name
+    install -o daemon {place}/farm.key /var/lib/$name/farm.key
+    install -o daemon {place}/$name.ini /var/lib/$name/povfarm.ini
+done
+export container=povfarm
+exec /lib/systemd/systemd --system --unit=test.target --show-status=no
+"""
+
+
 def systemd(farm: Bench) -> str:
-    """The units are good, and open little; what a systemd does with them needs one that runs."""
+    """The units are good and open little; a systemd of its own starts, watches and stops both."""
     need("systemd-analyze")
     levels = []
     for unit in sorted((DOCS / "clusters").glob("*.service")):
-        (farm.place / unit.name).write_text(unit.read_text().replace(
-            "/usr/local/bin/povfarm.py", "/usr/bin/env").replace("User=render", "User=daemon"))
+        text = unit.read_text().replace("User=render", "User=daemon")
+        (farm.place / unit.name).write_text(text.replace("/usr/local/bin/povfarm.py", "/usr/bin/env"))
         farm.run("systemd-analyze", "verify", unit.name)
         said = farm.run("systemd-analyze", "security", "--offline=true", unit.name)
         level = re.search(r"Overall exposure level for \S+: ([\d.]+)", said)
         assert level and float(level[1]) < 3, said[-300:]
         levels.append(level[1])
-    return f"verified, exposure {' and '.join(levels)}; not tried: started by a systemd"
+        log = f"append:{farm.place}/{unit.stem}.log"
+        (farm.place / unit.name).write_text(
+            text.replace("/usr/local/bin", "/opt").replace("WatchdogSec=2min", "WatchdogSec=8s")
+            .replace("[Unit]", "[Unit]\nDefaultDependencies=no").replace(
+                "[Service]", f"[Service]\nStandardOutput={log}\nStandardError={log}"))
+    verified = f"verified, exposure {' and '.join(levels)}"
+    if os.geteuid() or not CGROUP.is_dir() or not shutil.which("unshare"):
+        return f"{verified}; not tried: started, which needs root and {CGROUP}"
+    port, key = free_port(), "0123456789abcdef" * 4
+    url = f"http://127.0.0.1:{port}"
+    for name, text in (
+            ("farm.key", key), ("test.target", "[Unit]\nDefaultDependencies=no\n"
+                                "Wants=povfarm-serve.service povfarm-work.service\n"),
+            ("povfarm.ini", f"[povfarm]\nport = {port}\nbind = 127.0.0.1\nno-discovery = on\n"),
+            ("povfarm-work.ini", f"[povfarm]\nserver = {url}\nkey-file = /var/lib/povfarm-work/farm.key\n"),
+            ("boot", BOOT.format(place=farm.place, program=ROOT / "povfarm.py"))):
+        (farm.place / name).write_text(text)
+    farm.place.chmod(0o755)
+    group = CGROUP / farm.place.name
+    group.mkdir()
+    farm.held.callback(subprocess.run, ["rmdir", str(group)], check=False)
+    outside = farm.start(
+        "sh", "-c", f"echo $$ > {group}/cgroup.procs; exec unshare --mount --pid --fork --cgroup --uts "
+        "--ipc --mount-proc --kill-child sh boot", log="boot.log")
+    wait_until(lambda: below(outside.pid)[1:], "no systemd")
+    inside = str(below(outside.pid)[1])
+
+    def shown(unit: str, what: str) -> str:
+        return farm.run("nsenter", "-t", inside, "-m", "-p", "-C", "systemctl", "show", "--value", "-p",
+                        what, unit).strip()
+
+    def is_shown(unit: str, what: str, value: str) -> bool:
+        with contextlib.suppress(AssertionError):
+            return value in shown(unit, what)
+        return False
+
+    wait_until(lambda: is_shown("povfarm-work", "StatusText", "working for"), "no worker", 60)
+    to = ["--server", url, "--key-file", str(farm.place / "farm.key")]
+    farm.povfarm("submit", "scene.pov", "+W40", "+H30", "+KFF4", "--wait", "--output", "out", *to,
+                 cwd=farm.project())
+    served = next(one for one in below(int(inside)) if b"serve" in readable(Path(f"/proc/{one}/cmdline")))
+    os.kill(served, 19)  # it hangs
+    wait_until(lambda: is_shown("povfarm-serve", "NRestarts", "1"), "it is not started again", 60)
+    farm.run("nsenter", "-t", inside, "-m", "-p", "-C", "systemctl", "stop", "povfarm-work")
+    assert shown("povfarm-work", "Result") == "success" and shown("povfarm-work", "ExecMainStatus") == "130"
+    assert shown("povfarm-work", "StatusText") == "rendered 4 frames"
+    assert "whatever you can" not in (farm.place / "povfarm-work.log").read_text()  # confined
+    farm.end(outside)
+    return f"{verified}; started by a systemd: 4 frames, started again when it hung, stopped"
 
 
 # --- nginx
