@@ -8908,9 +8908,9 @@ class Look(_Register):
         return (row["numbers"] or "").split(","), row["letters"] or ""
 
     def tasks_of_frames(self, job: int, frames: Sequence[str]) -> list[Task]:
-        """Return those of the frames that are finished, in their order."""
+        """Return those of the frames that are finished, in their order: each is looked up."""
         return self._all(Task, """
-            SELECT task.* FROM json_each(:frames) JOIN task
+            SELECT task.* FROM json_each(:frames) CROSS JOIN task
             ON job = :job AND frame = value AND slice = 0
             WHERE state = 'done' ORDER BY frame""", job=job, frames=f"[{','.join(frames)}]")
 
@@ -16119,9 +16119,9 @@ def _growing(view: View, frame: View) -> Html:
         else:
             words = f"rows {part['top']} to {part['bottom'] - 1}: {_STATE_WORDS[part['state']]}"
             parts.append(element("rect", element("title", words), class_=part["state"], **place))
-        if place["height"] > high / 40:
-            parts.append(element("text", part["worker"], x=high // 60,
-                                 y=part["top"] + high // 30, font_size=high // 36))
+        if place["height"] > high / 20:
+            parts.append(element("text", part["worker"], x=high // 50,
+                                 y=part["top"] + high // 22, font_size=high // 26))
     done = sum(part["state"] == TaskState.DONE for part in frame["slices"])
     return element("div", element(
         "svg", parts, viewBox=f"0 0 {view['width'] or 4} {high}", role="img",
@@ -16424,8 +16424,8 @@ h2 a, h3 a { text-decoration: none; } h2 a:hover, h3 a:hover { text-decoration: 
 .large { min-height: 12rem; aspect-ratio: auto; border-radius: .8rem; font-size: 1rem; }
 .large img { width: auto; height: auto; max-width: 100%; max-height: 80vh; object-fit: contain; }
 .large svg { display: block; width: 100%; max-height: 80vh; stroke: var(--edge); }
-.large text { fill: var(--ink); stroke: var(--card); stroke-width: .25em;
-  paint-order: stroke; stroke-linejoin: round; }
+.large text { fill: var(--ink); stroke: var(--card); stroke-width: .2em;
+  font-weight: 600; paint-order: stroke; stroke-linejoin: round; }
 .large .leased { fill: var(--glow); } .large .queued { fill: var(--line); }
 .large .done { fill: var(--done); } .large .failed { fill: var(--bad); }
 .large + dl { margin-top: 1rem; } .stage .large a, .stage .large img { width: 100%; }
@@ -16454,11 +16454,11 @@ progress { display: block; width: 100%; height: .4rem; accent-color: var(--live)
 .strip a > span { position: absolute; right: 2px; bottom: 2px; padding: 0 .2rem;
   font-size: .8125rem; border-radius: .2rem; background: var(--card); }
 .strip a:not(.done) .picture { border: 1px dashed var(--edge); }
-.player { display: none; gap: .75rem; align-items: center; margin-top: .5rem; }
+.player { display: none; gap: .5rem; align-items: center; margin-top: .5rem; }
 .js .player { display: flex; flex-wrap: wrap; }
 .player input { flex: 1 1 9rem; accent-color: var(--live); }
 .player button { min-width: 2.4rem; padding: .2rem .5rem; } output { font-size: .875rem; }
-.player output { min-width: 6rem; } [aria-pressed=false] { color: var(--dim);
+.player output { min-width: 5rem; } [aria-pressed=false] { color: var(--dim);
   text-decoration: line-through; }
 #box { width: 100vw; height: 100dvh; max-width: none; max-height: none; padding: 0; border: 0;
   background: var(--mat); color: var(--ink); } #box .row { margin: .5rem 1rem; gap: .5rem; }

@@ -49,7 +49,7 @@ def look(farm: Farm, to: Path, page: str = "", act: Callable[[Browser], object] 
         log_in(farm, window)
         window.open(window.run("return location.href") + page)
         window.wait("[...document.images].every(one => one.complete || one.loading === 'lazy' &&"
-                    " one.getBoundingClientRect().top > innerHeight)", "an image does not come")
+                    " one.getBoundingClientRect().top > innerHeight)", "an image does not come", 60)
         window.wait("document.querySelector('#live').textContent === 'Live'", "it never lives")
         if act:
             act(window)
@@ -109,8 +109,8 @@ def main() -> int:
                        "it does not fail", 300)
             paused = farm.submit(scenes, "poster.pov", "+W1600", "+H900", "+A0.1")
             farm.client.request("POST", f"/api/v1/jobs/{paused}/pause")
-            film = farm.submit(scenes, "ball.pov", "+W480", "+H270", "+A0.2", "+KFF240")
-            wait_until(lambda: farm.job(film)["frames"]["done"] >= 72, "no film", 900)
+            film = farm.submit(scenes, "ball.pov", "+W400", "+H225", "+A0.3", "+KFF240")
+            wait_until(lambda: farm.job(film)["frames"]["done"] >= 50, "no film", 900)
             farm.start("work", "--cores", "4", "--worker-name", "attic", "--server", f"http://127.0.0.1:{farm.port}",
                        "--data", str(Path(place, "guest")))
             wait_until(lambda: any("code" in one for one in farm.client.request(
