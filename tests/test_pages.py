@@ -702,7 +702,7 @@ def test_a_film_is_played_and_frames_are_chosen_by_keys_and_by_hand(tmp_path: Pa
             window.run("window.seen = new Set(); setInterval(() => seen.add("
                        f"{said}), 5)")
             window.press(" ")
-            window.wait("seen.size === 4", "it is not played")
+            window.wait("seen.size >= 4", "it is not played")  # and perhaps what was there before
             window.press(" ")
             window.run("document.activeElement.blur()")
             window.press("f")
