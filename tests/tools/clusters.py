@@ -261,7 +261,11 @@ def systemd(farm: Bench) -> str:
     farm.place.chmod(0o755)
     group = CGROUP / farm.place.name
     group.mkdir()
-    farm.held.callback(subprocess.run, ["rmdir", str(group)], check=False)
+    farm.held.callback(subprocess.run, ["sh", "-c", f"""for try in 1 2 3 4 5 6 7 8 9; do
+        find {group} -depth -type d -exec rmdir {{}} + 2> /dev/null
+        test -d {group} || break
+        sleep 1  # its processes are ending
+    done"""], check=False)
     outside = farm.start(
         "sh", "-c", f"echo $$ > {group}/cgroup.procs; exec unshare --mount --pid --fork --cgroup --uts "
         "--ipc --mount-proc --kill-child sh boot", log="boot.log")
