@@ -12647,8 +12647,11 @@ class Newcomer(Wired):
                       "limits": checked(given["limits"], ALLOWANCES)})
 
 
-class Api:
-    """The routes of /api/v1. ``routes`` and ``answered`` are the router's, once it is made."""
+class _Answers:
+    """What the routes of ``Api`` share.
+
+    ``routes`` and ``answered`` are the router's, once it is made.
+    """
 
     def __init__(self, scheduler: Scheduler, access: Access, name: str) -> None:
         self.routes: Sequence[BoundRoute] = ()
@@ -12661,6 +12664,60 @@ class Api:
         self._started = scheduler.clock.monotonic()
         self.ends = False  # for good
         self._told: set[int] = set()  # workers, of that
+
+    def _download(self, job: Job, suffix: str, mime: str, pieces: Iterator[bytes]) -> Response:
+        """Return what a browser keeps as a file with the name of a job."""
+        response = stream_response(pieces, mime)
+        name = urllib.parse.quote(f"{self._store.job_directory(job.id, job.name).name}{suffix}")
+        response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
+        return response
+
+    @contextlib.contextmanager
+    def _delivered(self, request: Request, log_size: int = 0
+                   ) -> Iterator[tuple[tuple[int, str, int], bytes, Path | bytes]]:
+        """Give worker, lease and task, the text that a body begins with, and a file of the rest.
+
+        Or the rest itself, where it is little. Whether the worker may deliver is looked at first.
+        """
+        mine = request.identity.worker, request.params["lease"], request.params["task"]
+        self._farm.check_lease(*mine)
+        if log_size > MAX_LOG:
+            raise ProtocolError(413, f"the log is larger than {format_size(MAX_LOG)}")
+        if 0 < (request.body.length or 0) <= BUFFER and "files" not in request.query:
+            data = request.body.read()
+            yield mine, data[:max(log_size, 0)], data[max(log_size, 0):]
+            return
+        left = max(log_size, 0)
+        with self._store.incoming() as place:
+            with open(place / "log", "wb") as log, open(place / "image", "wb") as file:
+                for block in request.body.blocks():
+                    self._store.need(len(block))
+                    log.write(block[:left])
+                    file.write(block[left:])
+                    left = max(left - len(block), 0)
+            yield mine, (place / "log").read_bytes(), place / "image"
+
+    def _frame(self, tx: Look, request: Request) -> tuple[Job, Task]:
+        job = tx.job(request.params["job"])
+        task = tx.task_of_frame(job.id, request.params["frame"])
+        if task is None:
+            raise ProtocolError(404, f"job {job.id} has no frame {request.params['frame']}")
+        return job, task
+
+    def _event_stream(self, after: int, identity: Identity) -> Iterator[bytes]:
+        yield b"retry: 2000\n\n"
+        while self._access.knows(identity):
+            events = self._farm.wait_events(after, 1.0, MAX_EVENTS)
+            for event in events:
+                after = event.id
+                data = json.dumps(vars(event))
+                yield f"id: {after}\nevent: change\ndata: {data}\n\n".encode()
+            if not events:
+                yield b""
+
+
+class Api(_Answers):
+    """The routes of /api/v1."""
 
     # --- looking
 
@@ -12797,13 +12854,6 @@ class Api:
         directory = self._store.job_directory(job.id, job.name)
         return self._download(job, ".png", "image/png", animated_png(
             (safe_join(directory, row.name) for row in rows), len(rows), Fraction(1, rate)))
-
-    def _download(self, job: Job, suffix: str, mime: str, pieces: Iterator[bytes]) -> Response:
-        """Return what a browser keeps as a file with the name of a job."""
-        response = stream_response(pieces, mime)
-        name = urllib.parse.quote(f"{self._store.job_directory(job.id, job.name).name}{suffix}")
-        response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
-        return response
 
     @route("GET", "/api/v1/workers", role="reader", gives={"workers": tuple[WorkerView, ...]},
            summary="The workers")
@@ -13077,51 +13127,6 @@ class Api:
         """The contents with this hash."""
         sha256 = _sha256(request)
         return file_response(self._store.blob_path(sha256), BYTES, request, sha256)
-
-    # --- inside
-
-    @contextlib.contextmanager
-    def _delivered(self, request: Request, log_size: int = 0
-                   ) -> Iterator[tuple[tuple[int, str, int], bytes, Path | bytes]]:
-        """Give worker, lease and task, the text that a body begins with, and a file of the rest.
-
-        Or the rest itself, where it is little. Whether the worker may deliver is looked at first.
-        """
-        mine = request.identity.worker, request.params["lease"], request.params["task"]
-        self._farm.check_lease(*mine)
-        if log_size > MAX_LOG:
-            raise ProtocolError(413, f"the log is larger than {format_size(MAX_LOG)}")
-        if 0 < (request.body.length or 0) <= BUFFER and "files" not in request.query:
-            data = request.body.read()
-            yield mine, data[:max(log_size, 0)], data[max(log_size, 0):]
-            return
-        left = max(log_size, 0)
-        with self._store.incoming() as place:
-            with open(place / "log", "wb") as log, open(place / "image", "wb") as file:
-                for block in request.body.blocks():
-                    self._store.need(len(block))
-                    log.write(block[:left])
-                    file.write(block[left:])
-                    left = max(left - len(block), 0)
-            yield mine, (place / "log").read_bytes(), place / "image"
-
-    def _frame(self, tx: Look, request: Request) -> tuple[Job, Task]:
-        job = tx.job(request.params["job"])
-        task = tx.task_of_frame(job.id, request.params["frame"])
-        if task is None:
-            raise ProtocolError(404, f"job {job.id} has no frame {request.params['frame']}")
-        return job, task
-
-    def _event_stream(self, after: int, identity: Identity) -> Iterator[bytes]:
-        yield b"retry: 2000\n\n"
-        while self._access.knows(identity):
-            events = self._farm.wait_events(after, 1.0, MAX_EVENTS)
-            for event in events:
-                after = event.id
-                data = json.dumps(vars(event))
-                yield f"id: {after}\nevent: change\ndata: {data}\n\n".encode()
-            if not events:
-                yield b""
 
 
 class Entrance:
