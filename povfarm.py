@@ -12956,28 +12956,6 @@ class Api(_Answers):
         self._farm.change(request.params["job"], wire, request.identity.name)
         return self.job(request)
 
-    @route("POST", "/api/v1/jobs/<job:int>/fetched", role="user", takes=Fetched,
-           summary="Say that images were fetched")
-    def fetched(self, request: Request) -> Response:
-        """Body: images, the hashes of those that are whole on another computer now."""
-        images = fields_of(Fetched, request.json())["images"]
-        self._farm.fetched(request.params["job"], [str(one) for one in images],
-                           request.identity.name)
-        return Response(204)
-
-    @route("POST", "/api/v1/tidy", role="admin", takes=Tidying,
-           gives=dict.fromkeys(("jobs", "unfetched"), tuple[OldJob, ...]),
-           summary="Delete what is old enough")
-    def tidy(self, request: Request) -> Response:
-        """Body: keep, as ``serve --keep`` has it (the coordinator's own if it is missing), and dry:
-        whether to delete nothing. Answers the jobs, and those that stay as nobody fetched them."""
-        wish = fields_of(Tidying, request.json())
-        keeping = Keeping.of(wish["keep"]) if wish["keep"] else self._farm.keeping
-        answer = json_response(self.views.overdue(keeping))
-        if not wish["dry"]:
-            self._farm.tidy(keeping)
-        return answer
-
     @route("DELETE", "/api/v1/jobs/<job:int>", role="user", summary="Delete a job")
     def delete(self, request: Request) -> Response:
         """Delete a job with its images and logs."""
@@ -13130,12 +13108,35 @@ class Api(_Answers):
 
 
 class Entrance:
-    """The routes under /api/v1 by which people and workers come in, and are shown out."""
+    """The routes under /api/v1 by which people and workers come in, and they and jobs go."""
 
     def __init__(self, scheduler: Scheduler, access: Access, admit_private: bool) -> None:
         self._farm = scheduler
         self._access = access
         self._admit_private = admit_private
+        self._views = Views(scheduler)
+
+    @route("POST", "/api/v1/jobs/<job:int>/fetched", role="user", takes=Fetched,
+           summary="Say that images were fetched")
+    def fetched(self, request: Request) -> Response:
+        """Body: images, the hashes of those that are whole on another computer now."""
+        images = fields_of(Fetched, request.json())["images"]
+        self._farm.fetched(request.params["job"], [str(one) for one in images],
+                           request.identity.name)
+        return Response(204)
+
+    @route("POST", "/api/v1/tidy", role="admin", takes=Tidying,
+           gives=dict.fromkeys(("jobs", "unfetched"), tuple[OldJob, ...]),
+           summary="Delete what is old enough")
+    def tidy(self, request: Request) -> Response:
+        """Body: keep, as ``serve --keep`` has it (the coordinator's own if it is missing), and dry:
+        whether to delete nothing. Answers the jobs, and those that stay as nobody fetched them."""
+        wish = fields_of(Tidying, request.json())
+        keeping = Keeping.of(wish["keep"]) if wish["keep"] else self._farm.keeping
+        answer = json_response(self._views.overdue(keeping))
+        if not wish["dry"]:
+            self._farm.tidy(keeping)
+        return answer
 
     @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello,
            gives=dict.fromkeys(("session", "farm_id", "proof"), str),

@@ -173,7 +173,7 @@ def due(farm: Farm) -> int:
 
 def files(place: Path) -> List[str]:
     return sorted(str(path.relative_to(place)) for path in place.rglob("*")
-                  if path.is_file() and not path.name.startswith(".povfarm"))
+                  if path.is_file() and not path.name.startswith("."))
 
 
 def same(farm: Farm, job: int, place: Path) -> bool:
