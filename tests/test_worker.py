@@ -74,7 +74,7 @@ def test_runs_that_sleep_half_of_the_time_get_more_than_two_a_core() -> None:
 def test_waiting_for_a_core_is_not_taken_for_sleep() -> None:
     """Eight runs on two cores take four times as long: that is no reason to start more."""
     pace = Pace(2)
-    pace.measured(1, 1, cpu=10, wall=40, threads=1)
+    pace.measured(1, 1, cpu=20, wall=80, threads=1)
     assert pace.more_runs([FakeRun()] * 2, LOTS) == 0
 
 
