@@ -21627,11 +21627,11 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
                             "--output, or delete what is there")
         fetched += _fetch(client, f"/api/v1/jobs/{job}/frames/{frame['frame']}/image", directory,
                           frame["name"], frame["sha256"])
-    _note_fetched(client, job, [frame["sha256"] for frame in done])
     if frames and not options.json:
         print(f"{len(fetched)} new of {counted(len(frames), 'finished image')} in {directory}",
               flush=True)
     fetched += _fetch_written(client, job, directory, owners)
+    _note_fetched(client, job, [frame["sha256"] for frame in done])
     if missing := _what_is_missing(view, len(frames)):
         if options.apng or options.video:
             raise FarmError(f"there can be no film yet: {missing}")
