@@ -265,10 +265,10 @@ def test_nothing_is_put_through_a_link_that_comes_meanwhile(
     assert fetch(home, Rogue([name] if what == "image" else [], [name], b"")) == ""
     farm = Swapper([name] if what == "image" else [], [] if what == "image" else [name])
     if when == "after the look":
-        look = povfarm._place_of
+        begin = povfarm.writing
         monkeypatch.setattr(farm, "swap", lambda place: None)
-        monkeypatch.setattr(povfarm, "_place_of", lambda directory, name: [
-            look(directory, name), Swapper.swap(farm, directory / name)][0])
+        monkeypatch.setattr(povfarm, "writing", lambda place: [
+            Swapper.swap(farm, place), begin(place)][1])
     with contextlib.suppress(FarmError):  # it may say so
         fetch(home, farm)
     assert (home / "sub").is_symlink()
