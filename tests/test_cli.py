@@ -19,8 +19,7 @@ from helpers.base import ROOT
 from helpers.pictures import png
 from povfarm import SETTINGS, ProgressBar, main
 
-COMMANDS = ["render", "serve", "work", "submit", "status", "workers", "logs", "fetch", "pause",
-            "resume", "cancel", "retry", "delete", "set", "discover", "doctor", "admit", "login", "users"]
+COMMANDS = list(povfarm._commands())
 
 
 @pytest.fixture(autouse=True)

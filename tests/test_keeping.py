@@ -332,6 +332,7 @@ def test_a_farm_delivers_tells_and_tidies(povray: str, tmp_path: Path) -> None:
     farm.check()
 
 
+@pytest.mark.slow
 def test_half_a_year_of_a_farm_takes_no_more_than_its_second_month(tmp_path: Path) -> None:
     """The short form of ``tests/tools/year.py``: rows, files, bytes and memory, and the data whole."""
     months = year(tmp_path / "data", 180, 180)

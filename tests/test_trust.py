@@ -431,7 +431,7 @@ def test_who_asks_to_join_may_no_more_than_a_stranger(private: bool, tmp_path: P
         assert farm.ask("GET", path, key=worker["key"]).status == {401: 403}.get(stranger, stranger)
     told = farm.ask("POST", "/api/v1/lease", key=worker["key"], json_body={
         "want": 1, "slots": 1, "idle": 1, "projects": ["0" * 64]}).json()
-    assert told == {"leases": [], "open": 0, "pending": True, "gone": [], "ends": False}
+    assert told == {"leases": [], "open": 0, "pending": True, "gone": [], "ends": False, "rest": ""}
     farm.close()
 
 
