@@ -5340,7 +5340,7 @@ MAX_WORDS = 40  # that a worker says of its engines and tags, of 100 letters eac
 
 @dataclass(frozen=True)
 class WorkerInfo(Wired):
-    """What a worker says of itself when it joins; ``memory`` in bytes."""
+    """What a worker says of itself when it joins; ``memory`` in bytes, ``povfarm`` a version."""
 
     name: str
     cores: int
@@ -5348,13 +5348,15 @@ class WorkerInfo(Wired):
     system: str
     engines: Mapping[str, str]
     tags: tuple[str, ...] = ()
+    povfarm: Optional[str] = ""
 
     @classmethod
     def from_wire(cls, wire: Any) -> WorkerInfo:
         """Read the JSON form; ``UserError`` when it has another shape."""
         given = fields_of(cls, wire)
         info = cls(**{**given, "name": one_line(given["name"])[:100],
-                      "system": one_line(given["system"])[:100], "tags": tuple(given["tags"])})
+                      "system": one_line(given["system"])[:100], "tags": tuple(given["tags"]),
+                      "povfarm": one_line(given["povfarm"])[:40]})
         texts = [*info.engines, *info.engines.values(), *info.tags]
         if not 1 <= info.cores <= 10_000 or not 0 <= info.memory < 2**60:
             raise UserError("a worker has one core or more, and a memory of some bytes")
@@ -6366,6 +6368,7 @@ def _address_towards(address: str) -> str:
 
 SESSION_OVER = "session"  # the detail of a refusal after which a client says hello again
 HELLO = "/api/v1/hello"
+WIRE = 1  # one more with each change after which older workers and coordinators do not get on
 FARM, WORKER = "", "#"  # who has the farm key; what is before a worker's number
 _REPLAYED = 4096  # how far the counts of requests that overtake each other may lie apart
 
@@ -7796,7 +7799,9 @@ def _descriptors(wanted: int) -> int:
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
 
 UPLOAD_TIME = 24 * 3600.0  # seconds for which an upload waits to become a job
-SCHEMA_VERSION = 11  # the database's PRAGMA user_version; 1 to 10 came before the first release
+SCHEMA_VERSION = 12  # the database's PRAGMA user_version
+# What makes the database of one version that of the next: older ones are refused.
+CHANGES = {11: "ALTER TABLE worker ADD COLUMN povfarm TEXT NOT NULL DEFAULT ''"}
 _LESS = """UPDATE turn SET
     active = active - (OLD.state = 'active'), runs = runs - OLD.runs, kept = kept - OLD.kept,
     jobs = jobs - (OLD.finished IS NULL),
@@ -7822,7 +7827,8 @@ SCHEMA = f"""
         system TEXT NOT NULL, engines_json TEXT NOT NULL, tags_json TEXT NOT NULL,
         address TEXT NOT NULL, joined REAL NOT NULL, aside TEXT NOT NULL DEFAULT '',
         owner TEXT NOT NULL DEFAULT '', frames REAL NOT NULL DEFAULT 0,
-        wall REAL NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0
+        wall REAL NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
+        povfarm TEXT NOT NULL DEFAULT ''
     );
     -- People and programs, and invitations, which have uses: how many may still come.
     -- token: the hash of what they show, or a secret that keys are made of
@@ -8076,6 +8082,7 @@ class Member:
     joined: float
     aside: str
     owner: str
+    povfarm: str
 
     @functools.cached_property
     def engines(self) -> Mapping[str, str]:
@@ -8233,9 +8240,12 @@ class Store:
             self._writer = self._connect()
             try:
                 self._writer.execute("PRAGMA journal_mode = WAL")
-                if not version:
-                    self._writer.executescript(f"BEGIN IMMEDIATE; {SCHEMA}; PRAGMA user_version = "
-                                               f"{SCHEMA_VERSION}; COMMIT;")
+                if version != SCHEMA_VERSION:
+                    changes = [CHANGES[one] for one in range(version, SCHEMA_VERSION)
+                               ] if version else [SCHEMA]
+                    self._writer.executescript(
+                        f"BEGIN IMMEDIATE; {'; '.join(changes)}; PRAGMA user_version = "
+                        f"{SCHEMA_VERSION}; COMMIT;")
                 self._log = open(root / "farm.db-wal", "rb+", buffering=0)  # noqa: SIM115
             except (OSError, sqlite3.Error):
                 self._writer.close()
@@ -8541,8 +8551,8 @@ class Store:
 
 
 def _check_version(root: Path, version: int) -> None:
-    """Refuse the database of another version: it is neither read nor changed."""
-    if version != SCHEMA_VERSION:
+    """Refuse the database of a version that cannot become ours: it is neither read nor changed."""
+    if version != SCHEMA_VERSION and version not in CHANGES:
         age = "a newer" if version > SCHEMA_VERSION else "an older"
         raise StoreError(f"{root / 'farm.db'} was written by {age} povfarm: use that version, or "
                          "another --data")
@@ -9186,9 +9196,9 @@ class Tx(Look):
         self.changes = -1
         cursor = self._do("""
             INSERT INTO worker (name, token, state, code, cores, memory, system,
-                                engines_json, tags_json, address, joined, owner)
+                                engines_json, tags_json, address, joined, owner, povfarm)
             VALUES (:name, :token, :state, :code, :cores, :memory, :system, :engines, :tags,
-                    :address, :now, :owner)""",
+                    :address, :now, :owner, :povfarm)""",
             owner=owner, token=token, state=state.value, code=code, address=address, now=now,
             **_said(info))
         return int(cursor.lastrowid or 0)
@@ -9199,7 +9209,7 @@ class Tx(Look):
         self._do("""
             UPDATE worker SET name = :name, cores = :cores, memory = :memory, system = :system,
                               engines_json = :engines, tags_json = :tags,
-                              address = :address, aside = '',
+                              address = :address, aside = '', povfarm = :povfarm,
                               state = CASE state WHEN 'drained' THEN 'admitted' ELSE state END
             WHERE id = :id""",
             id=worker, address=address, **_said(info))
@@ -12391,7 +12401,8 @@ class Views:
         muster, views = self._farm.muster(tx), []
         for row in tx.workers():
             view = {name: getattr(row, name) for name in (
-                "id", "name", "cores", "memory", "system", "address", "joined", "owner")}
+                "id", "name", "cores", "memory", "system", "address", "joined", "owner",
+                "povfarm")}
             held = self._farm.grants.of_worker(row.id)
             view.update(engines=row.engines, tags=json.loads(row.tags_json), runs=len(held),
                         seen=self._farm.seen(row.id), does=self._does(tx, held),
@@ -12544,7 +12555,7 @@ Submission = TypedDict("Submission", {
     "ticket": Optional[str], "frames": Optional[str]})
 Code = TypedDict("Code", {"code": str})
 Comer = TypedDict("Comer", {"name": str, "ticket": str, "share": str, "proof": str})
-Hello = TypedDict("Hello", {"who": str, "nonce": str})
+Hello = TypedDict("Hello", {"who": str, "nonce": str, "wire": Optional[int]})
 Pair = TypedDict("Pair", {"commitment": str, "share": Optional[str], "nonce": Optional[str]})
 Wish = TypedDict("Wish", {"want": int, "slots": int, "idle": int, "rest": Optional[str]})
 Beat = TypedDict("Beat", {"leases": Mapping[str, Mapping[str, float]]})
@@ -12585,9 +12596,9 @@ Doing = TypedDict("Doing", {
     "threads": int, "progress": float})
 WorkerView = TypedDict("WorkerView", {
     "id": int, "name": str, "cores": int, "memory": int, "system": str, "address": str,
-    "joined": float, "owner": str, "engines": Mapping[str, str], "tags": tuple[str, ...],
-    "runs": int, "seen": Optional[float], "does": Optional[Doing], "guest": bool,
-    "code": Optional[str], "state": str, "reason": Optional[str]})
+    "joined": float, "owner": str, "povfarm": str, "engines": Mapping[str, str],
+    "tags": tuple[str, ...], "runs": int, "seen": Optional[float], "does": Optional[Doing],
+    "guest": bool, "code": Optional[str], "state": str, "reason": Optional[str]})
 Total = TypedDict("Total", {"name": str, "frames": float, "wall": float, "failures": float})
 PersonView = TypedDict("PersonView", {
     "name": str, "role": Role, "added": float, "limits": Mapping[str, int], "jobs": int,
@@ -13142,11 +13153,12 @@ class Entrance:
            gives=dict.fromkeys(("session", "farm_id", "proof"), str),
            summary="Prove to each other that a secret is known")
     def hello(self, request: Request) -> Response:
-        """Body: who (``farm`` for the farm key, or the ``who`` of a worker), nonce.
+        """Body: who (empty for the farm key, or the ``who`` of a worker), nonce; of workers wire.
 
         Answers the coordinator's proof, and the name of a session for signing requests.
         """
         hello = fields_of(Hello, request.json())
+        _check_wire(hello.pop("wire") or int(hello["who"].startswith(WORKER)))
         if len(hello["who"]) > 100 or not re.fullmatch("[0-9a-f]{32,64}", hello["nonce"]):
             raise UserError("a nonce has 32 to 64 hexadecimal digits")
         return json_response(self._access.hello(hello["who"], hello["nonce"]))
@@ -13270,6 +13282,17 @@ class Entrance:
         worker = self._farm.join(info, secret_hash(secret), request.remote,
                                  "" if admitted else code)
         return json_response({"id": worker, "admitted": admitted}, 201)
+
+
+def _check_wire(theirs: int) -> None:
+    """Refuse a worker of another wire than ours; 0 is of no worker."""
+    if theirs not in (0, WIRE):
+        raise UserError(
+            "this worker's povfarm is older than its coordinator's: copy the coordinator's file, "
+            "povfarm.py, to this computer, and start the worker again" if theirs < WIRE else
+            "this worker's povfarm is newer than its coordinator's: update the coordinator (see "
+            "'Update' in the manual), or copy its file, povfarm.py, to this computer; then start "
+            "the worker again")
 
 
 def look_into(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -15154,11 +15177,11 @@ class _Sheets:
     def _workers(self, request: Request, workers: Sequence[View]) -> Node:
         """Return the table of the workers."""
         admin = "admin" in request.identity.roles
-        return _table_of(("Name", "State", "Cores", "Renders", "POV-Ray", "System", "Tags",
-                          "Heard of", None), [[
+        return _table_of(("Name", "State", "Cores", "Renders", "POV-Ray", "povfarm",
+                          "System", "Tags", "Heard of", None), [[
             worker["name"], [_badge(worker["state"]), f" {worker.get('reason', '')}"],
-            worker["cores"], worker["runs"], povray_of(worker["engines"]), worker["system"],
-            ", ".join(worker["tags"]),
+            worker["cores"], worker["runs"], povray_of(worker["engines"]), worker["povfarm"],
+            worker["system"], ", ".join(worker["tags"]),
             "long ago" if worker["seen"] is None else _ago(worker["seen"]),
             [self._rests(request, worker), " ", self._asked(
                 request, "Remove…", f"/workers/{worker['id']}/remove", "Remove it from the farm")
@@ -18461,10 +18484,11 @@ class Transport:
     def prove(self, key: str, call: Call) -> Callable[[str, str, str], str]:
         """Return what signs requests once the coordinator has proved that it knows the key.
 
-        It is sent nothing before that but a number. ``WrongFarm`` when it does not know it.
+        It is sent nothing before that but numbers. ``WrongFarm`` when it does not know it.
         """
         (who, secret), nonce = split_key(key), secrets.token_hex(16)
-        hello = _to_json({"who": who, "nonce": nonce})
+        wire = {"wire": WIRE} if who.startswith(WORKER) else {}
+        hello = _to_json({"who": who, "nonce": nonce, **wire})
         headers = {"Content-Type": "application/json"}
         with contextlib.closing(self.exchange(
                 Call("POST", HELLO, headers, (hello,), call.timeout, call.stop))) as answer:
@@ -18733,8 +18757,11 @@ class Client:
         return self.request("GET", path, **how).json()
 
     def claims(self, stop: threading.Event | None = None) -> str:
-        """Return the id of the farm that the coordinator says it is: it may not be true."""
-        hello = {"who": "", "nonce": secrets.token_hex(16)}
+        """Return the id of the farm that the coordinator says it is: it may not be true.
+
+        Raises ``RequestRefused`` where the coordinator takes no workers of this ``WIRE``.
+        """
+        hello = {"who": "", "nonce": secrets.token_hex(16), "wire": WIRE}
         answer = self.request("POST", HELLO, json=hello, stop=stop).body
         farm_id = _told(answer, "farm_id")["farm_id"]
         if not re.fullmatch("[0-9a-f]{8,64}", farm_id):
@@ -21506,11 +21533,12 @@ def workers(options: Options) -> int:
     if options.rest:
         return _steer_workers(client, views, options)
     rows: list[Sequence[str] | str] = [
-        ("id", "name", "state", "cores", "runs", "POV-Ray", "address")]
+        ("id", "name", "state", "cores", "runs", "POV-Ray", "povfarm", "address")]
     for view in views:
         code = f" (code {view['code']})" if "code" in view else ""
         rows.append((str(view["id"]), view["name"], view["state"] + code, str(view["cores"]),
-                     str(view["runs"]), povray_of(view["engines"]), view["address"]))
+                     str(view["runs"]), povray_of(view["engines"]), view["povfarm"] or "-",
+                     view["address"]))
         rows += [view["reason"]] if "reason" in view else []
         rows += [f"tags: {', '.join(view['tags'])}"] if view["tags"] else []
     _show(options, views, _table(rows, 1) if views else
@@ -23818,7 +23846,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
         "cores": cores, "memory": total_memory(),
         "system": f"{platform.system()} {platform.release()}",
         "engines": {**(engine.versions() if engine.version else {}), **dict.fromkeys(programs, "")},
-        "tags": [tag for tag in options.tags.split(",") if tag],
+        "tags": [tag for tag in options.tags.split(",") if tag], "povfarm": VERSION,
         "ticket": secrets.token_urlsafe(32),
     }
     own = Client(client.base_url, retry_for=math.inf, transport=client.transport)

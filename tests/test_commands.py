@@ -713,9 +713,12 @@ def test_several_jobs_are_a_table_and_one_is_not(farm: Served) -> None:
 
 
 def test_workers_keep_to_80_columns(farm: Served) -> None:
-    farm.worker("w" * 100)
+    worker = farm.worker("w" * 100)
     out, _ = farm.says("workers")
-    assert widest(out) <= 80 and "192.168.1.5" in out and "www...www" in out
+    assert widest(out) <= 80 and "  -        192.168.1.5" in out and "www...www" in out
+    info = povfarm.WorkerInfo("w" * 100, 1, 0, "", {}, (), "0.2.0")
+    farm.scheduler.rejoin(worker, info, "192.168.1.5")
+    assert "  0.2.0    192.168.1.5" in farm.says("workers")[0]
 
 
 # --- logs

@@ -303,9 +303,10 @@ def test_the_schema_of_a_record_is_what_it_is_read_by() -> None:
     assert worker["properties"] == {
         "name": {"type": "string"}, "cores": {"type": "integer"}, "memory": {"type": "integer"},
         "system": {"type": "string"}, "engines": texts,
-        "tags": {"type": "array", "items": {"type": "string"}}}
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "povfarm": {"type": "string", "nullable": True}}
     wire = {"name": "a", "cores": 1, "memory": 1, "system": "", "engines": {}, "tags": []}
-    assert povfarm.WorkerInfo.from_wire(wire).to_wire() == wire
+    assert povfarm.WorkerInfo.from_wire(wire).to_wire() == {**wire, "povfarm": ""}
     assert sorted(worker["required"]) == sorted(wire)
     for name in wire:
         for odd in ({**wire, name: None}, {key: wire[key] for key in wire if key != name}):

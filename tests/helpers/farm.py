@@ -99,12 +99,13 @@ class Farm:
         self.lease_time = lease_time
         self.processes: List["subprocess.Popen[str]"] = []
         self.port = "0"
+        self.program = POVFARM  # that the next process runs
         self.coordinator = self.serve()
 
     def start(self, *args: str) -> "subprocess.Popen[str]":
         """Start a povfarm command."""
         process = subprocess.Popen(
-            [*POVFARM, *args], cwd=self.tmp_path, env=environment(self.tmp_path), text=True,
+            [*self.program, *args], cwd=self.tmp_path, env=environment(self.tmp_path), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.processes.append(process)
         return process
