@@ -7799,9 +7799,12 @@ def _descriptors(wanted: int) -> int:
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
 
 UPLOAD_TIME = 24 * 3600.0  # seconds for which an upload waits to become a job
-SCHEMA_VERSION = 12  # the database's PRAGMA user_version
+SCHEMA_VERSION = 11  # the database's PRAGMA user_version; 1 to 9 came before the first release
+_DUE = """CREATE INDEX task_due ON task (job, id)
+        WHERE state = 'done' AND parent IS NULL AND taken IS NOT sha256"""
 # What makes the database of one version that of the next: older ones are refused.
-CHANGES = {11: "ALTER TABLE worker ADD COLUMN povfarm TEXT NOT NULL DEFAULT ''"}
+CHANGES = {10: f"""ALTER TABLE worker ADD COLUMN povfarm TEXT NOT NULL DEFAULT '';
+    ALTER TABLE task ADD COLUMN taken TEXT; {_DUE}"""}
 _LESS = """UPDATE turn SET
     active = active - (OLD.state = 'active'), runs = runs - OLD.runs, kept = kept - OLD.kept,
     jobs = jobs - (OLD.finished IS NULL),
@@ -7895,8 +7898,7 @@ SCHEMA = f"""
         UPDATE job SET kept = kept + NEW.size - COALESCE(OLD.size, 0) WHERE id = NEW.job; END;
     CREATE INDEX task_state ON task (job, state, frame, slice);
     CREATE INDEX task_done ON task (job, finished) WHERE state = 'done' AND parent IS NULL;
-    CREATE INDEX task_due ON task (job, id)
-        WHERE state = 'done' AND parent IS NULL AND taken IS NOT sha256;
+    {_DUE};
     CREATE INDEX task_slice ON task (job, finished) WHERE state = 'done' AND kind = 'slice';
     CREATE INDEX task_parent ON task (parent) WHERE parent IS NOT NULL;
     CREATE INDEX task_part ON task (job, state, kind) WHERE parent IS NOT NULL;

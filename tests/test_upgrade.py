@@ -17,7 +17,7 @@ import povfarm
 from helpers import farm as real
 from helpers.base import ROOT, wait_until
 from helpers.farm_in_a_box import Farm, farm_fixture
-from povfarm import CHANGES, HELLO, SCHEMA_VERSION, VERSION, Store, StoreError, WorkerInfo
+from povfarm import CHANGES, HELLO, SCHEMA_VERSION, VERSION, Store, WorkerInfo
 
 __all__ = ["farm_fixture"]
 
@@ -49,38 +49,42 @@ def test_the_version_of_a_worker_is_shown_as_it_told_it_last(farm: Farm) -> None
     assert [one["povfarm"] for one in farm.ask("GET", "/api/v1/workers").json()["workers"]] == ["0.2.0<"]
 
 
-def before(root: Path, version: int) -> None:
-    """Turn a database back into what it was in an older version."""
+def first_release(root: Path) -> None:
+    """Make a farm's database of version 10, with a worker and a frame that it has rendered."""
+    schema = povfarm.SCHEMA
+    for new, old in ((",\n        povfarm TEXT NOT NULL DEFAULT ''", ""), (" taken TEXT,", ""),
+                     (f"    {povfarm._DUE};\n", "")):
+        assert schema.count(new) == 1
+        schema = schema.replace(new, old)
+    root.mkdir()
     with contextlib.closing(sqlite3.connect(root / "farm.db")) as db:
-        if version == 11:
-            names = [row[1] for row in db.execute("PRAGMA table_info (worker)") if row[1] != "povfarm"]
-            (text,) = db.execute("SELECT sql FROM sqlite_master WHERE name = 'worker'").fetchone()
-            old = text.replace(",\n        povfarm TEXT NOT NULL DEFAULT ''", "")
-            assert old != text
-            db.executescript(f"ALTER TABLE worker RENAME TO gone; {old}; INSERT INTO worker "
-                             f"SELECT {', '.join(names)} FROM gone; DROP TABLE gone")
-        db.execute(f"PRAGMA user_version = {version}")
+        db.executescript(f"{schema}; PRAGMA user_version = 10; PRAGMA journal_mode = WAL")
 
 
-def test_the_database_of_an_older_version_becomes_ours_with_all_that_is_in_it(tmp_path: Path) -> None:
-    store = Store(tmp_path / "one", durable=False)
-    with store.tx() as tx:
-        tx.add_worker(WorkerInfo("anna", 2, 1, "Linux", {"povray": "3.7"}, ("fast",)), "t",
-                      povfarm.WorkerState.ADMITTED, "", "::1", 1.0)
-        (anna,) = tx.workers()
-    store.close()
-    before(tmp_path / "one", 11)
+def shape(root: Path) -> Dict[str, Any]:
+    """Return the tables of a database with their columns, and its indexes and triggers."""
+    with contextlib.closing(sqlite3.connect(root / "farm.db")) as db:
+        rows = db.execute("SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")
+        return {name: sorted(row[1:] for row in db.execute(f"PRAGMA table_info ({name})"))
+                if kind == "table" else " ".join(sql.split()) for kind, name, sql in rows.fetchall()}
+
+
+def test_the_database_of_the_first_release_becomes_ours_with_all_that_is_in_it(tmp_path: Path) -> None:
+    first_release(tmp_path / "one")
+    with contextlib.closing(sqlite3.connect(tmp_path / "one" / "farm.db")) as db, db:
+        db.execute("INSERT INTO meta (key, value) VALUES ('farm_id', 'f00')")
     Store.backup(tmp_path / "one", tmp_path / "two")  # of an old one as well
+    Store(tmp_path / "new", durable=False).close()
     for place in ("one", "two"):
-        for _ in range(2):
+        for again in "ab":
             store = Store(tmp_path / place, durable=False)
-            with store.read() as look:
-                assert look.workers() == [anna]
+            with store.tx() as tx:
+                assert tx.meta("farm_id") == "f00"
+                tx.add_worker(WorkerInfo("anna", 2, 1, "Linux", {"povray": "3.7"}, ("fast",)), again,
+                              povfarm.WorkerState.ADMITTED, "", "::1", 1.0)
             store.close()
-    assert set(CHANGES) == set(range(11, SCHEMA_VERSION))
-    before(tmp_path / "two", 10)
-    with pytest.raises(StoreError, match="an older povfarm"):
-        Store(tmp_path / "two")
+        assert shape(tmp_path / place) == shape(tmp_path / "new")
+    assert set(CHANGES) == set(range(10, SCHEMA_VERSION))
 
 
 def newer(tmp_path: Path) -> Path:
