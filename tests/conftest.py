@@ -33,25 +33,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """With ``-n``, keep together what ``pytest_collection_modifyitems`` puts together."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadgroup"
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
-    """What renders is slow; and with ``-n``, what a module makes once is made in one process."""
+    """What renders is slow; with ``-n``, the small ones come last and fill the gaps."""
     for item in items:
         names = getattr(item, "fixturenames", ())
         if "povray" in names or "examples" in names:
             item.add_marker("slow")
     if hasattr(config, "workerinput"):
-        for item in items:
-            makers = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
-            if any(maker[-1].scope == "module" for maker in makers):
-                item.add_marker(pytest.mark.xdist_group(item.path.name))
-        # The small ones come last and fill the gaps.
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
