@@ -164,7 +164,7 @@ def test_a_true_answer_passed_on_from_another_address_is_not_believed() -> None:
     with rogue(tampered({}), source="127.0.0.2") as port:
         assert discover(ROUND, KEY, port) == []
         # Without a key there is nothing to tell it by.
-        assert [one.address for one in discover(ROUND, None, port)] == ["127.0.0.2"]
+        assert [one.address for one in discover(60, None, port, "studio")] == ["127.0.0.2"]
 
 
 def test_a_rogue_beside_a_true_coordinator_does_not_displace_it() -> None:
