@@ -8261,8 +8261,13 @@ class Store:
         with self._lock:
             self._closed = True
             self._log.close()
-            for connection in [self._writer, *self._readers]:
-                connection.close()
+            self._writer.close()
+        self._close_readers()
+
+    def _close_readers(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:  # taken out first: who looks through one has it alone, and puts it back
+                self._readers.pop().close()
 
     @contextlib.contextmanager
     def tx(self) -> Iterator[Tx]:
@@ -8298,10 +8303,9 @@ class Store:
             yield Look(connection, self._known)
         finally:
             connection.execute("COMMIT")
+            self._readers.append(connection)
             if self._closed:
-                connection.close()
-            else:
-                self._readers.append(connection)
+                self._close_readers()
 
     def blob_path(self, sha256: str) -> Path:
         """Return where the contents with this hash are, or would be."""

@@ -34,9 +34,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """With ``-n``, give out one test after the other: some take a thousand times as long as most."""
+    """With ``-n``, give out one test after the other: some take a thousand times as long as most.
+
+    When a process crashes the run ends there: pytest-xdist would wait for ever for its tests.
+    """
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "loadgroup"
+        config.option.maxworkerrestart = "0"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -354,6 +354,27 @@ def test_a_reader_at_work_is_closed_when_it_has_ended(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"farm.db"}
 
 
+def test_a_connection_that_is_taken_while_the_store_is_closed_is_left_to_who_took_it(
+        tmp_path: Path) -> None:
+    """SQLite dies when a connection is closed in which another thread is."""
+    one, looks = Store(tmp_path, durable=False), contextlib.ExitStack()
+    with one.read():
+        pass
+    writer, taken = one._writer, one._readers[0]
+
+    def close() -> None:
+        looks.enter_context(one.read())
+        writer.close()
+
+    one._writer = SimpleNamespace(close=close)  # type: ignore[assignment]
+    one.close()
+    assert taken.execute("SELECT 1").fetchone()[0] == 1
+    looks.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        taken.execute("SELECT 1")
+    assert files_in(tmp_path) == {"farm.db"}
+
+
 @pytest.mark.parametrize("version, age", [(povfarm.SCHEMA_VERSION + 1, "a newer"), (1, "an older")])
 @pytest.mark.parametrize("journal", ["WAL", "DELETE"])
 def test_the_database_of_another_version_is_refused_untouched(
