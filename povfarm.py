@@ -616,8 +616,8 @@ def format_size(size: float) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """Return a number of things as people write it: ``1 file``, ``2 files``."""
-    return f"{number} {thing}{'s' * (number != 1)}"
+    """Return a number of things as people write it: ``1 file``, ``2 files``, ``3 passes``."""
+    return f"{number} {thing}" + ("es" if thing.endswith("s") else "s") * (number != 1)
 
 
 def format_duration(seconds: float) -> str:
@@ -20166,7 +20166,7 @@ class Outbox:
                  ending: threading.Event, trouble: Callable[[str], None],
                  gone: Callable[[RunState], None], hold: bool = False) -> None:
         self._hold = hold
-        self.taken = 0
+        self.taken: collections.Counter[TaskKind] = collections.Counter()
         self.given_up = 0
         self._client = client
         self._cache = cache
@@ -20275,7 +20275,7 @@ class Outbox:
             try:
                 reply = self._client.request("PUT", f"{path}?{query}", body=body, timeout=120,
                                              retry_for=math.inf, stop=self._ending)
-                self.taken += 1
+                self.taken[delivery.task.kind] += 1
                 self._was_taken(delivery, bool(reply.json()["accepted"]))
                 return
             except RequestRefused as error:
@@ -20309,6 +20309,12 @@ def written_by(run: RunState, plan: Run) -> dict[str, int]:
         return {}
     return {name: size for name, (time, size) in run.scene_files.items()
             if before.get(name) != (time, size)}
+
+
+def said_tasks(number: Mapping[TaskKind, int]) -> str:
+    """Return what was rendered as people write it: ``3 frames, 12 slices``."""
+    return ", ".join(counted(number[kind], kind) for kind in TaskKind if number.get(kind)
+                     ) or "0 frames"
 
 
 class Rota:
@@ -20517,7 +20523,7 @@ class Worker:
                 "farm": self.client.base_url, "trouble": self._trouble, "rest": self.resting,
                 "state": "stopping" if self._stopping.is_set() else "working" if runs
                 else "resting" if self.resting else "idle",
-                "delivered": self.outbox.taken, "waiting": len(self.outbox),
+                "delivered": {**self.outbox.taken}, "waiting": len(self.outbox),
                 "runs": [run.view() for run in runs]}
 
     def _stop_long(self) -> None:
@@ -21411,9 +21417,9 @@ def work(options: Options) -> int:
             int(share[1] or 1))) for server, share in zip(servers, shares) if share]
         good = [end.join() for end in ends]
         lost = sum(len(worker.outbox) + worker.outbox.given_up for worker in shifts.workers)
-        taken = sum(worker.outbox.taken for worker in shifts.workers)
+        taken = sum((worker.outbox.taken for worker in shifts.workers), collections.Counter())
         if shifts.workers:
-            _say(f"rendered {counted(taken, 'frame')}" + (
+            _say(f"rendered {said_tasks(taken)}" + (
                 f"; {lost} more did not reach the coordinator and will be rendered again"
                 if lost else ""))
         return 130 if shifts.signals.count else int(not all(good))
@@ -24226,7 +24232,7 @@ class _WorkerPage:
             element("div", element("table", element("thead", element("tr", heads)),
                                    element("tbody", rows)), class_="scroll")
             if rows else element("p", "Nothing is rendered at the moment."),
-            element("p", f"{counted(view['delivered'], 'frame')} delivered, {view['waiting']} wait "
+            element("p", f"{said_tasks(view['delivered'])} delivered, {view['waiting']} wait "
                     "for the coordinator."))
 
     def _projects(self) -> Html:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,18 +92,18 @@ def hold(place: Path, share: float) -> int:
     return pid
 
 
-def two_workers(farm: Farm) -> None:
-    for name in ("anna", "bert"):
-        farm.work("--cores", "1", "--worker-name", name)
+def two_workers(farm: Farm) -> List["subprocess.Popen[str]"]:
+    workers = [farm.work("--cores", "1", "--worker-name", name) for name in ("anna", "bert")]
     wait_until(lambda: farm.client.request("GET", "/api/v1/farm").json()["workers"] == 2,
                "the workers do not come")
+    return workers
 
 
 def test_slices_of_two_workers_are_povrays_own_pixels(farm: Farm, tmp_path: Path) -> None:
     place = project(tmp_path, BUSY)
     asked = [["+A0.3"], ["+A0.3", "+AM1", "+FP"], ["+A0.3", "+AM2", "+KFF3"],
              ["+A0.3", "+SR21", "+ER90"], ["+SC0.3", "+EC50", "+SR0.5"]]
-    two_workers(farm)
+    workers = two_workers(farm)
     jobs = [farm.submit(place, "scene.pov", *SIZE, *args, "--slices", "3") for args in asked]
     with ThreadPoolExecutor(len(asked)) as pool:  # POV-Ray sleeps most of the time
         expected = list(pool.map(lambda job, args: plain(
@@ -114,6 +115,11 @@ def test_slices_of_two_workers_are_povrays_own_pixels(farm: Farm, tmp_path: Path
             assert len(tried) == 3 and all("Trace Time" in text for text in tried)
         assert pictures(farm, job) == pictures_of_povray, args
     assert list((tmp_path / "farm" / "jobs").glob("*/parts/*")) == []
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+    said = [worker.communicate()[0].strip().rpartition("\n")[2] for worker in workers]
+    slices = [re.fullmatch("povfarm: rendered ([0-9]+) slices?", line) for line in said]
+    assert sum(int(found[1]) for found in slices if found) >= 21 and all(slices), said
     farm.check()
 
 

@@ -35,7 +35,8 @@ class FakeWorker:
 
     def view(self) -> Dict[str, Any]:
         """Return what a worker with a hostile farm shows."""
-        return {"farm": f"http://{EVIL}", "trouble": EVIL, "state": self.state, "delivered": 7,
+        return {"farm": f"http://{EVIL}", "trouble": EVIL, "state": self.state,
+                "delivered": {"frame": 7, "slice": 1},
                 "waiting": 2, "rest": "".join(self.told[-1:]), "runs": [{
                     "job": 3, "name": EVIL, "frame": 12, "percent": 40, "threads": 2,
                     "frames": [12, 13], "seconds": 61.0}]}
@@ -113,7 +114,7 @@ def test_it_shows_what_is_rendered_held_and_said_and_nothing_of_it_is_markup(pag
     assert isinstance(answer.body, bytes) and EVIL not in answer.body.decode()
     text = page.shown().text
     assert text.count(EVIL) == 4
-    for words in ("12", "40 %", "1:01", "7 frames delivered, 2 wait", "1 image", "1 project"):
+    for words in ("12", "40 %", "1:01", "7 frames, 1 slice delivered, 2 wait", "1 image", "1 project"):
         assert words in text
     assert answer.headers["Content-Security-Policy"] == povfarm.PAGE_HEADERS[
         "Content-Security-Policy"]
