@@ -346,14 +346,14 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._changing = threading.Lock()
+        self._changed = threading.Lock()
         self._inside: set[int] = set()  # threads
         self._line: collections.deque[tuple[int, threading.Lock]] = collections.deque()
 
     def __enter__(self) -> None:
         """Wait for one's turn."""
         me, turn = threading.get_ident(), threading.Lock()
-        with self._changing:
+        with self._changed:
             if not self._inside:
                 self._inside.add(me)
                 return
@@ -361,14 +361,14 @@ class Gate:
             self._line.append((me, turn))
             patience = 0.1 + 0.01 * len(self._line)
         if not turn.acquire(timeout=patience):
-            with self._changing:
+            with self._changed:
                 self._inside.add(me)
                 with contextlib.suppress(ValueError):  # it may be let in just now
                     self._line.remove((me, turn))
 
     def __exit__(self, *_: object) -> None:
         """Let the next one in."""
-        with self._changing:
+        with self._changed:
             self._inside.discard(threading.get_ident())
             if self._line and not self._inside:
                 thread, turn = self._line.popleft()
@@ -386,7 +386,7 @@ class Gate:
             yield
         finally:
             if inside:
-                with self._changing:
+                with self._changed:
                     self._inside.add(me)
 
 
@@ -974,12 +974,12 @@ SETTINGS: tuple[Setting, ...] = (
             "work render serve", "N"),
     Setting("until-idle", bool, False, "stop when nothing is left to render", "work"),
     Setting("hours", _hours, "",
-            "when to render, such as 'mon-fri 19:00-7:00, sat-sun'; default: always", "work",
-            "HOURS"),
+            "when to render, such as 'mon-fri 19:00-7:00, sat-sun'; default: always",
+            "work serve", "HOURS"),
     Setting("when-idle", parse_duration, 0,
-            "render only when nobody has used the computer for so long, such as 10m", "work",
-            "TIME"),
-    Setting("on-battery", bool, False, "render on battery, too", "work"),
+            "render only when nobody has used the computer for so long, such as 10m",
+            "work serve", "TIME"),
+    Setting("on-battery", bool, False, "render on battery, too", "work serve"),
     Setting("povray", str, "", "the POV-Ray program to use", "work render serve doctor", "PATH"),
     Setting("nice", _nice, 5, "how much renders give way to other programs, 0 to 19",
             "work serve", "N"),
@@ -987,8 +987,8 @@ SETTINGS: tuple[Setting, ...] = (
             "work render serve", "SIZE"),
     Setting("unconfined", bool, False, "let scenes read and write everything that you can",
             "work render serve"),
-    Setting("tags", _words, "", "words that describe the worker, separated by commas", "work",
-            "A,B"),
+    Setting("tags", _words, "", "words that describe the worker, separated by commas",
+            "work serve", "A,B"),
     Setting("cache-size", parse_size, 10 * 1000**3, "size limit of the cache of projects",
             "work render serve", "SIZE"),
     Setting("engine", _engine, "",
@@ -9786,19 +9786,19 @@ class _Waiting:
         self.closed = False
         self._all: dict[_Bell, None] = {}
         self._clock, self._gate = clock, gate
-        self._changing = threading.Lock()
+        self._changed = threading.Lock()
 
     @contextlib.contextmanager
     def bell(self, *lines: dict[_Bell, None]) -> Iterator[_Bell]:
         """Stand in these lines."""
         bell, lines = _Bell(), (*lines, self._all)
-        with self._changing:
+        with self._changed:
             for line in lines:
                 line[bell] = None
         try:
             yield bell
         finally:
-            with self._changing:
+            with self._changed:
                 for line in lines:
                     del line[bell]
             if bell.rung and any(line is self.work for line in lines):
@@ -9810,14 +9810,14 @@ class _Waiting:
                 self._clock.wait(bell, seconds)
 
     def ring(self, line: Mapping[_Bell, None]) -> None:
-        with self._changing:
+        with self._changed:
             bells = list(line)
         for bell in bells:
             bell.ring()
 
     def call(self, number: float) -> None:
         """Call so many more of those who have not looked since there was work."""
-        with self._changing:
+        with self._changed:
             fresh = (bell for bell in self.work if bell.looked < self.offers and not bell.rung)
             bells = list(itertools.islice(fresh, int(min(number, len(self.work)))))
         self.ring(dict.fromkeys(bells))
@@ -14787,7 +14787,8 @@ class Machines(Dialect):
         while not over.wait(NODE_LOOK):
             task = self._ask(address, "status")["Task"]
             if not task or task["TaskId"] != one.id:
-                raise UserError(f"{address} renders something else meanwhile")
+                raise (TryAgain if task and task["IsRunning"] else UserError)(
+                    f"{address} renders something else meanwhile")
             if not task["IsRunning"]:
                 wall = (self._farm.clock.monotonic() - begun) / len(attempts)
                 return self._collect(attempts, place, wall, address, task["IsSuccess"] is True)
@@ -20412,7 +20413,33 @@ def _hear_of_end(worker: Worker, ends: bool | None) -> None:
         worker.stop()
 
 
-class Worker:
+class Resting:
+    """What renders here unless somebody wants that it rests: a ``Worker`` or a node."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._rests: dict[str, str] = {}  # how it is to rest, by who wants it
+
+    def rest(self, how: str, who: str = "on this computer") -> None:
+        """Rest ``paused``: what is under way ends here, too; or ``drained``; "" ends that."""
+        with self._changed:
+            if self._rests.get(who, "") == how:
+                return
+            self._rests[who] = how
+            self._rested(how)
+        log.warning("%s", self.resting or "not resting any more")
+
+    @property
+    def resting(self) -> str:
+        """Why nothing more is begun."""
+        return next((f"{how} {who}" for who, how in self._rests.items() if how), "")
+
+    def _rested(self, how: str) -> None:
+        """Do what follows; called with ``_changed`` held."""
+        raise NotImplementedError
+
+
+class Worker(Resting):
     """Renders for one coordinator until it is stopped.
 
     ``stop`` once lets the frames under way finish and hands the rest back, with
@@ -20426,6 +20453,7 @@ class Worker:
                  clock: Clock | None = None, bounds: Bounds = Bounds(()),
                  admitted: Callable[[], Any] | None = None,
                  programs: Mapping[str, Program] = {}, hold: bool = False) -> None:
+        super().__init__()
         self.client, self.cache = client, cache
         self.engine, self.programs = engine, programs
         self.until_idle = until_idle
@@ -20437,14 +20465,12 @@ class Worker:
         self._runs: set[RunState] = set()  # that use the machine
         self._held: set[RunState] = set()  # whose leases must be kept alive
         self._watched: set[RunState] = set()  # whose renderer has not ended
-        self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._ending = threading.Event()
         self.rota = Rota(self._clock)  # with whom it takes turns
         self._prefix = f"run-{os.getpid()}-{secrets.token_hex(3)}-"
         _OURS.add(self._prefix)
         self._news = threading.Event()  # it is to ask for something else, or for no more
-        self._rests: dict[str, str] = {}  # how it is to rest, by who wants it
         self.outbox = Outbox(client, cache, self._clock, self._ending, self._in_trouble, self._gone,
                              hold)
         self._patience = PATIENCE
@@ -20498,22 +20524,11 @@ class Worker:
         self._stopping.set()
         self._news.set()
 
-    def rest(self, how: str, who: str = "on this computer") -> None:
-        """Rest ``paused``: others go on with what is under way; or ``drained``; "" ends that."""
-        with self._changed:
-            if self._rests.get(who, "") == how:
-                return
-            self._rests[who] = how
-            for run in self._runs if how == WorkerState.PAUSED else ():
-                run.move()
-            self._changed.notify_all()
-        log.warning("%s", self.resting or "not resting any more")
+    def _rested(self, how: str) -> None:
+        for run in self._runs if how == WorkerState.PAUSED else ():
+            run.move()  # others go on with it
+        self._changed.notify_all()
         self._news.set()
-
-    @property
-    def resting(self) -> str:
-        """Why nothing is asked for."""
-        return next((f"{how} {who}" for who, how in self._rests.items() if how), "")
 
     def view(self) -> dict[str, Any]:
         """Return what it does, for people and programs."""
@@ -21036,19 +21051,20 @@ def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
 
 # --- a node of RenderOnline's
 
-class HpcNode:
+class HpcNode(Resting):
     """This computer as a node of RenderOnline's: renders one thing at a time, for whoever asks.
 
     It renders what ``rules`` name, in the owner's words and with values that fit: with POV-Ray
     also an INI file that povfarm has written. Scene and pictures lie below ``place``; a
-    render reads and writes only in the scene's own directory. Answers are the protocol's.
+    render reads and writes only in the scene's own directory. Answers are the protocol's, which
+    knows no rest: a paused node is one that is busy with something else.
     """
 
     def __init__(self, rules: OnlineRules, place: Path, engine: Engine,
                  launcher: Launcher | WindowsLauncher, bounds: Bounds) -> None:
+        super().__init__()
         self._rules, self._place, self._engine = rules, real_path(place), engine
         self._launcher, self._bounds = launcher, bounds
-        self._changing = threading.Lock()  # what follows
         self._task: dict[str, Any] | None = None  # the last, as it is shown
         self._process: Process | None = None  # while it runs
         self._began = 0.0
@@ -21056,17 +21072,20 @@ class HpcNode:
     @route("GET", "/hpc/status", role="anyone", summary="What a node of RenderOnline's does")
     def status(self, request: Request) -> Response:
         """The engines, and the last task."""
-        with self._changing:
+        with self._changed:
             if self._task and self._process:
                 self._task["TotalSeconds"] = int(time.monotonic() - self._began)
             names = dict.fromkeys(engine.name for engine in self._rules.engines)
-            return json_response({"EngineIds": [*names], "Task": self._task})
+            away = not self._process and WorkerState.PAUSED in self._rests.values()
+            return json_response({"EngineIds": [*names], "Task": {
+                "TaskId": 0, "IsSuccess": False, "IsRunning": True, "TotalSeconds": 0}
+                if away else self._task})
 
     @route("POST", "/hpc/start", role="anyone", summary="Have a node render")
     def start(self, request: Request) -> Response:
         """Body: EngineId, TaskId, Arguments as one text."""
-        with self._changing:
-            if self._process:
+        with self._changed:
+            if self._process or self.resting:
                 return _node_answer(RENDERS_ALREADY, 400)
             try:
                 wish = any_case(request.json())
@@ -21081,7 +21100,7 @@ class HpcNode:
     @route("POST", "/hpc/stop", role="anyone", summary="Stop a node's render")
     def stop(self, request: Request) -> Response:
         """Body: TaskId."""
-        with self._changing:
+        with self._changed:
             if self._process is None or self._task is None:
                 return _node_answer("No active render!")
             try:
@@ -21097,11 +21116,15 @@ class HpcNode:
 
     def close(self) -> None:
         """End what is rendered."""
-        with self._changing:
+        with self._changed:
             if self._process:
                 self._process.kill()
 
     # --- inside
+
+    def _rested(self, how: str) -> None:
+        if self._process and how == WorkerState.PAUSED:
+            self._process.kill()
 
     def _begin(self, wish: Mapping[str, Any]) -> str | None:
         """Start a render; return why there is none."""
@@ -21189,7 +21212,7 @@ class HpcNode:
         last = collections.deque(process.lines(), maxlen=10)
         ended = process.wait()
         shutil.rmtree(own, ignore_errors=True)
-        with self._changing:
+        with self._changed:
             self._process = None
             if self._task is not None:
                 self._task.update(IsRunning=False, IsSuccess=ended.code == 0,
@@ -21353,6 +21376,7 @@ def render(options: Options) -> int:
 def serve(options: Options) -> int:
     """Coordinate until stopped."""
     keep_private(options.data)
+    stop = threading.Event()
     with contextlib.ExitStack() as stack:
         tools = stack.enter_context(_tools(options)) if options.work else None
         coordinator = Coordinator(
@@ -21380,8 +21404,8 @@ def serve(options: Options) -> int:
         if tools:
             worker = stack.enter_context(_joined(
                 _client_of(coordinator), tools, options, options.data, coordinator.store.blob_path))
+            _Owner(options, stop).steer(worker)
             threading.Thread(target=_work_here, args=(worker,), daemon=True).start()
-        stop = threading.Event()
         _Signals(stop.set)
         # Asked as others ask: what answers accepts, knows who comes and reads the database.
         _is_ready(functools.partial(
@@ -21405,7 +21429,7 @@ def work(options: Options) -> int:
         tools = stack.enter_context(_tools(options))
         shifts = _Shifts(options, tools)
         if options.hpc:
-            return _be_node(options, tools, shifts.stop)
+            return _be_node(options, tools, shifts)
         if options.status_port:
             page = _WorkerPage(shifts.workers, options.status_port, options.data / "workers" / (
                 f"{_file_name(_worker_name(options))}.link"))
@@ -21425,8 +21449,8 @@ def work(options: Options) -> int:
         return 130 if shifts.signals.count else int(not all(good))
 
 
-def _be_node(options: Options, tools: _Tools, stop: threading.Event) -> int:
-    """Render what is asked for at a port, until ``stop``."""
+def _be_node(options: Options, tools: _Tools, shifts: _Shifts) -> int:
+    """Render what is asked for at a port, until stopped."""
     if not landlock_abi() and not options.unconfined:
         raise UserError("this system cannot confine what is rendered for whoever asks (it has no "
                         "Landlock): say --unconfined to let scenes do what you can do")
@@ -21447,7 +21471,8 @@ def _be_node(options: Options, tools: _Tools, stop: threading.Event) -> int:
         _say(f"a node of RenderOnline's at {host or '127.0.0.1'}:{server.port} renders with "
              f"{names} what lies in {place} (Ctrl-C ends it). Whoever reaches that port can have "
              "it render: the protocol has no keys")
-        while not stop.wait(1):
+        shifts.owner.steer(node)
+        while not shifts.stop.wait(1):
             pass
         return 130
     finally:
@@ -23984,6 +24009,45 @@ LOOK_EVERY = 5.0  # seconds until it is looked again whether somebody uses the c
 _REST_SIGNALS = {"SIGUSR1": "pause", "SIGUSR2": "drain", "SIGCONT": "resume"}
 
 
+class _Owner:
+    """Lets what renders here rest as the computer's owner wants it: hours, use, power, signals."""
+
+    def __init__(self, options: Options, stop: threading.Event) -> None:
+        self._options, self._stop = options, stop
+        self._usage = Usage(Clock(), options.nice > 0)
+        self._why = ""  # this computer renders nothing just now
+        self._mine: list[Resting] = []
+        self._look()
+        threading.Thread(target=self._keep_looking, name="usage", daemon=True).start()
+        for name, action in _REST_SIGNALS.items():
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), functools.partial(self._rest, RESTS[action]))
+
+    def steer(self, mine: Resting) -> None:
+        """Steer one more."""
+        self._mine.append(mine)
+        self._look()
+
+    def _look(self) -> None:
+        options, old = self._options, self._why
+        self._why = why_not_now(
+            time.time(), options.hours, self._usage.unused() if options.when_idle else 0.0,
+            options.when_idle, not options.on_battery and self._usage.on_battery())
+        for one in self._mine:
+            if old and old != self._why:
+                one.rest("", old)
+            if self._why:
+                one.rest(WorkerState.PAUSED, self._why)
+
+    def _keep_looking(self) -> None:
+        while not self._stop.wait(LOOK_EVERY):
+            self._look()
+
+    def _rest(self, how: str, *signal: Any) -> None:
+        for one in self._mine:  # in threads, as in _Signals
+            threading.Thread(target=one.rest, args=(how,), daemon=True).start()
+
+
 class _Shifts:
     """Lets this computer work for farms, in turn where they are several."""
 
@@ -23993,33 +24057,7 @@ class _Shifts:
         self._rota = Rota(Clock())
         self.stop = threading.Event()
         self.signals = _Signals(self._end)
-        self._usage = Usage(Clock(), options.nice > 0)
-        self._why = ""  # this computer renders nothing just now
-        self._look()
-        threading.Thread(target=self._keep_looking, name="usage", daemon=True).start()
-        for name, action in _REST_SIGNALS.items():
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), functools.partial(self._rest, RESTS[action]))
-
-    def _look(self) -> None:
-        """Let the workers rest, or go on, as the owner wants it at such a moment."""
-        options, old = self._options, self._why
-        self._why = why_not_now(
-            time.time(), options.hours, self._usage.unused() if options.when_idle else 0.0,
-            options.when_idle, not options.on_battery and self._usage.on_battery())
-        for worker in self.workers:
-            if old and old != self._why:
-                worker.rest("", old)
-            if self._why:
-                worker.rest(WorkerState.PAUSED, self._why)
-
-    def _keep_looking(self) -> None:
-        while not self.stop.wait(LOOK_EVERY):
-            self._look()
-
-    def _rest(self, how: str, *signal: Any) -> None:
-        for worker in self.workers:  # in threads, as in _Signals
-            threading.Thread(target=worker.rest, args=(how,), daemon=True).start()
+        self.owner = _Owner(options, self.stop)
 
     def _end(self) -> None:
         self.stop.set()
@@ -24062,7 +24100,7 @@ class _Shifts:
     def _run(self, worker: Worker, share: int, free: str) -> None:
         worker.rota = self._rota
         self.workers.append(worker)
-        self._look()
+        self.owner.steer(worker)
         self._rota.add(worker, share)
         if free:
             _say(f"scenes can read and write whatever you can: {free}")

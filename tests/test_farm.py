@@ -843,15 +843,27 @@ def test_a_backup_made_while_frames_come_in_is_a_farm_that_finishes_them(
     farm.check()
 
 
-def test_serve_with_work_renders_too(tmp_path: Path) -> None:
-    farm = Farm(tmp_path)
-    farm.coordinator.send_signal(signal.SIGTERM)
-    farm.coordinator.wait()
-    try:
-        served = farm.start("serve", "--bind", "127.0.0.1", "--port", farm.port,
-                            "--no-discovery", "--work")
+def test_serve_with_work_renders_too_when_its_owner_wants_it(tmp_path: Path) -> None:
+    def serve(*args: str) -> "subprocess.Popen[str]":
+        farm.processes[-1].send_signal(signal.SIGTERM)
+        farm.processes[-1].wait()
+        served = farm.start("serve", "--bind", "127.0.0.1", "--port", farm.port, "--no-discovery",
+                            "--work", "--tags", "room3", *args)
         assert served.stdout is not None and "is at" in served.stdout.readline()
-        assert farm.finished(farm.submit(project(tmp_path), "scene.pov", *SMALL))["state"] == "done"
+        return served
+
+    farm = Farm(tmp_path)
+    try:
+        job = farm.submit(project(tmp_path), "scene.pov", *SMALL, "--only", "room3")
+        hours = time.strftime("%a", time.localtime(time.time() + 3 * 86400)).lower()
+        serve("--hours", hours)
+        why = f"{socket.gethostname()} rests: paused outside of its hours ({hours})"
+        wait_until(lambda: farm.job(job)["waiting_for"] == why, "it does not rest")
+        served = serve()
+        assert farm.finished(job)["state"] == "done"
+        served.send_signal(signal.SIGUSR1)
+        wait_until(lambda: farm.client.get("/api/v1/workers")["workers"][0].get("reason") ==
+                   "paused on this computer", "the signal does nothing")
     finally:
         farm.close()
 

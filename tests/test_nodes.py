@@ -193,6 +193,24 @@ def test_a_render_is_stopped_by_its_task(box: Box) -> None:
     assert not box.task()["IsSuccess"]
 
 
+def test_a_paused_node_is_busy_and_a_drained_one_finishes(box: Box) -> None:
+    box.start(box.words())
+    box.node.rest("drained")
+    assert box.over()["IsSuccess"] and box.start(box.words(), number=6) == refused(
+        "There already is an active render!")
+    box.node.rest("")
+    box.launcher.code = 0
+    assert box.start(box.words(), number=6)[0] == 200
+    box.node.rest("paused", "outside of its hours (sun)")
+    busy = {"TaskId": 0, "IsSuccess": False, "IsRunning": True, "TotalSeconds": 0}
+    wait_until(lambda: box.task() == busy, "what it rendered goes on")
+    assert box.launcher.code == -9 and box.start(box.words(), number=7)[0] == 400
+    box.node.rest("", "outside of its hours (sun)")
+    assert (box.task()["TaskId"], box.task()["IsRunning"]) == (6, False)
+    box.launcher.code = 0
+    assert box.start(box.words(), number=8)[0] == 200
+
+
 def test_what_cannot_be_started_is_said_in_the_protocols_words(box: Box) -> None:
     assert box.start(box.words(), "none") == refused(
         "Requested rendering engine not configured: none")
@@ -433,6 +451,18 @@ def test_anothers_end_is_not_credited_to_our_task(farm: NodeFarm) -> None:
     farm.node.task = {"TaskId": 999, "IsSuccess": True, "IsRunning": False, "TotalSeconds": 1}
     wait_until(lambda: "renders something else" in farm.told())
     assert farm.job(job).done == 0
+
+
+def test_what_a_paused_node_rendered_goes_elsewhere_and_costs_no_try(farm: NodeFarm) -> None:
+    farm.node.renders = False
+    job = farm.submit(1, retry_limit=1)
+    farm.use()
+    wait_until(lambda: farm.node.task)
+    farm.node.task = {"TaskId": 0, "IsSuccess": False, "IsRunning": True, "TotalSeconds": 0}
+    wait_until(lambda: farm.job(job).leased == 0, "it is not handed back")
+    assert farm.view(job)["state"] == "active"
+    farm.node.renders, farm.node.task = True, None
+    assert farm.ended(job)["state"] == "done"
 
 
 def test_a_busy_node_is_left_alone_and_one_that_is_gone_comes_back(farm: NodeFarm) -> None:
