@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import re
 import shutil
@@ -52,6 +54,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
             item.add_marker("slow")
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _compile(module: str) -> None:
+    importlib.import_module(module)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Compile what has changed once: each process would, and takes half a minute for all."""
+    here = Path(__file__).parent
+    changed = [path.stem for path in here.glob("test_*.py") if not config.option.file_or_dir and not any(
+        kept.stat().st_mtime >= path.stat().st_mtime
+        for kept in here.glob(f"__pycache__/{path.stem}.*-pytest-*.pyc"))]
+    if changed and "fork" in multiprocessing.get_all_start_methods():
+        with multiprocessing.get_context("fork").Pool() as pool:  # it has pytest's import hook
+            pool.map(_compile, changed, chunksize=1)
 
 
 def pytest_make_parametrize_id(val: object) -> Optional[str]:
