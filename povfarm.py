@@ -681,7 +681,8 @@ def with_commands(text: str, typed: Callable[[str], str]) -> str:
 
 
 _COMMAND = re.compile(
-    r"(?<![\w./\\-])(?:(?<!usage: )povfarm\.py ([a-z]+)\b(?! --)|povfarm\.py(?= ))")
+    # What is searched for comes first: then nothing is tried at each letter of a large page.
+    r"povfarm\.py(?<![\w./\\-]povfarm\.py)(?:(?<!usage: povfarm\.py) ([a-z]+)\b(?! --)|(?= ))")
 
 
 def parse_size(text: str) -> int:
@@ -6596,7 +6597,8 @@ class Request:
     TLS, ``inside`` that it comes from this process. ``target`` is what the request line has;
     ``place`` is what is before the ``path`` for a browser that is logged in. ``alive()`` is False
     once the client has gone or the server is stopping: a handler that waits looks at it now and
-    then. ``enter`` is told who it is from, and refuses it when there are too many.
+    then. ``enter`` is told who it is from, and refuses it when there are too many. ``form_token``
+    is what the forms on its page hold, as soon as there is one.
     """
 
     method: str
@@ -6612,6 +6614,7 @@ class Request:
     inside: bool = False
     target: str = ""
     place: str = ""
+    form_token: str = ""
     alive: Callable[[], bool] = lambda: True
     enter: Callable[[Identity, bool], None] = lambda identity, waits: None
 
@@ -8623,6 +8626,11 @@ class _Register:
         """Return the id of the newest event, 0 when there is none."""
         return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
 
+    def last_event_of(self, job: int) -> int | None:
+        """Return the id of the newest event of a job, None when they were tidied."""
+        return cast("int | None", self._do("SELECT MAX(id) FROM event WHERE job = :job",
+                                           job=job).fetchone()[0])
+
     def first_event(self, job: int) -> int:
         """Return the id of the event with which a job began."""
         return int(self._do("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
@@ -8912,23 +8920,42 @@ class Look(_Register):
         return cast("float | None", self._do(
             "SELECT MAX(granted) FROM lease WHERE job = :job", job=job).fetchone()[0])
 
-    def frame_states(self, job: int) -> tuple[list[str], str]:
+    def frame_states(self, job: Job) -> tuple[range | tuple[int, ...], str]:
         """Return the numbers of a job's frames, and the first letter of the state of each.
 
-        So 100,000 of them take some hundredths of a second.
+        Looked up are those that are not in the commonest state, in an index that has all of them:
+        so 100,000 take two hundredths of a second. Of some chosen frames each is looked up.
         """
-        row = self._do("""
-            SELECT group_concat(frame) AS numbers, group_concat(letter, '') AS letters FROM (
-              SELECT frame, substr(state, 1, 1) AS letter FROM task
-              WHERE job = :job AND slice = 0 ORDER BY frame)""", job=job).fetchone()
-        return (row["numbers"] or "").split(","), row["letters"] or ""
+        plan = job.pov.plan.frames
+        frames: range | tuple[int, ...] = plan
+        most = max(TaskState, key=lambda state: job.counts[state])
+        whole = sum(job.counts.values()) == len(frames)
+        there: dict[TaskState, list[int]] = {state: json.loads(self._do("""
+            SELECT json_group_array(frame) FROM task
+            WHERE job = :job AND state = :state AND slice = 0""",
+            job=job.id, state=state.value).fetchone()[0])
+            for state, number in job.counts.items() if number and not (whole and state is most)}
+        at: Callable[[int], int] = plan.index
+        if not whole:
+            frames = tuple(sorted(itertools.chain(*there.values())))
+            at = dict(zip(frames, itertools.count())).__getitem__
+        letters = bytearray(most[0].encode() * len(frames))
+        for state, numbers in there.items():
+            for start in range(0, len(numbers), 64):
+                some, letter = numbers[start:start + 64], state[0].encode()
+                if some[-1] - some[0] == plan.step * (len(some) - 1):  # as mostly
+                    letters[at(some[0]):at(some[-1]) + 1] = letter * len(some)
+                else:
+                    for frame in some:
+                        letters[at(frame)] = letter[0]
+        return frames, letters.decode()
 
-    def tasks_of_frames(self, job: int, frames: Sequence[str]) -> list[Task]:
+    def tasks_of_frames(self, job: int, frames: Sequence[int]) -> list[Task]:
         """Return those of the frames that are finished, in their order: each is looked up."""
         return self._all(Task, """
             SELECT task.* FROM json_each(:frames) CROSS JOIN task
             ON job = :job AND frame = value AND slice = 0
-            WHERE state = 'done' ORDER BY frame""", job=job, frames=f"[{','.join(frames)}]")
+            WHERE state = 'done' ORDER BY frame""", job=job, frames=str([*frames]))
 
     def tasks_in(self, job: int, state: TaskState) -> list[Task]:
         """Return the frames of a job that are in one state."""
@@ -12002,8 +12029,10 @@ class Access:
 
     def form_token(self, request: Request) -> str:
         """Return the token that a form on a page for this browser must hold."""
-        session = self._session(request)
-        return hmac.new(self._key.encode(), session.encode(), "sha256").hexdigest()
+        if not request.form_token:  # of which a page may have hundreds
+            request.form_token = hmac.new(
+                self._key.encode(), self._session(request).encode(), "sha256").hexdigest()
+        return request.form_token
 
     def check_form(self, request: Request, fields: dict[str, str] | None = None) -> dict[str, str]:
         """Return a form's fields; ``ProtocolError`` 403 where it was not made for this browser."""
@@ -12313,10 +12342,10 @@ class Views:
         self._farm = scheduler
         self._store = scheduler.store
 
-    def jobs(self, tx: Look, jobs: Iterable[Job], whole: bool = False) -> list[dict[str, Any]]:
+    def jobs(self, tx: Look, jobs: Iterable[Job]) -> list[dict[str, Any]]:
         """Return jobs as people want to see them, all of one moment."""
         muster = self._farm.muster(tx)
-        return [self.job(tx, job, whole, muster) for job in jobs]
+        return [self.job(tx, job, muster=muster) for job in jobs]
 
     def job(self, tx: Look, job: Job, whole: bool = False,
             muster: Muster | None = None) -> dict[str, Any]:
@@ -12352,7 +12381,6 @@ class Views:
             waiting_for=muster.waiting_for(job),
         )
         if whole:
-            options, failure = job.pov.options, tx.first_failure(job.id)
             files, size, written = tx.extent(job.id)
             pov = json.loads(job.pov_json)
             scene = pov["values"].get("Input_File_Name", "")
@@ -12364,13 +12392,18 @@ class Views:
                 active=job.state is JobState.ACTIVE, last_start=tx.last_start(job.id),
                 directory=f"jobs/{self._store.job_directory(job.id, job.name).name}",
                 pov=pov, notice=self._store.notice,
-                engine=job.pov.engine or job.engines.get("povray", ""),
-                width=job.pov.width or None, height=options.height if job.pov.width else None,
-                extension=options.extension,
-                failure=failure and {"frame": failure.frame, "message": failure.message + (
-                    " (if frames read what others write, submit it with --in-order)"
-                    if not job.options.in_order and tx.written(job.id) else "")})
+                engine=job.pov.engine or job.engines.get("povray", ""), **self.shown(tx, job))
         return view
+
+    def shown(self, tx: Look, job: Job) -> dict[str, Any]:
+        """Return what its pictures are like, and the newest failure of all that was begun."""
+        failure = tx.first_failure(job.id) if job.started else None
+        return {
+            "width": job.pov.width or None, "extension": job.pov.options.extension,
+            "height": job.pov.options.height if job.pov.width else None,
+            "failure": failure and {"frame": failure.frame, "message": failure.message + (
+                " (if frames read what others write, submit it with --in-order)"
+                if not job.options.in_order and tx.written(job.id) else "")}}
 
     def frame(self, tx: Look, task: Task, workers: Mapping[int, str]) -> dict[str, Any]:
         """Return a frame as people want to see it, with its slices while there are any."""
@@ -12491,7 +12524,7 @@ class Views:
         only the images of some frames."""
         directory = self._store.job_directory(job.id, job.name)
         if frames:
-            chosen = tx.tasks_of_frames(job.id, list(map(str, job.pov.plan.chosen(frames))))
+            chosen = tx.tasks_of_frames(job.id, job.pov.plan.chosen(frames))
             return {row.name: safe_join(directory, row.name) for row in chosen}
         files = {row.path: self._store.blob_path(row.sha256)
                  for row in tx.written(job.id) if row.sha256}
@@ -14880,8 +14913,8 @@ def element(tag: str, /, *children: Node, **attributes: str | int | None) -> Htm
     ``class_`` and ``http_equiv`` are written ``class`` and ``http-equiv``; an
     attribute that is None is left out.
     """
-    start = "".join(f' {name.rstrip("_").replace("_", "-")}="{html.escape(plain(str(value)))}"'
-                    for name, value in attributes.items() if value is not None)
+    start = "".join([f' {_attribute(name)}="{_escaped(value)}"'
+                     for name, value in attributes.items() if value is not None])
     end = "" if tag in ("meta", "link", "img", "input") else f"{_markup(children)}</{tag}>"
     return Html(f"<{tag}{start}>{end}")
 
@@ -14906,6 +14939,26 @@ class _Report(NamedTuple):
     problem: str = ""
 
 
+class _Course(NamedTuple):
+    """How far the frames of a job are: their ``numbers``, and the first letter of each one's state.
+
+    ``runs`` is the latter, shorter; ``done`` are finished ones as ``FramePlan.listed``.
+    """
+
+    numbers: range | tuple[int, ...]
+    letters: str
+    runs: str
+    done: str
+
+    @property
+    def step(self) -> int:
+        """From a frame's number to the next one's."""
+        return self.numbers.step if isinstance(self.numbers, range) else 1
+
+
+_Made = TypeVar("_Made")
+
+
 class _Sheets:
     """What all pages share: the frame around them, the forms on them, who may use those."""
 
@@ -14917,7 +14970,7 @@ class _Sheets:
         self._pin = pin  # of the certificate that is shown
         self._typed = typed  # how commands are written, see with_commands
         self._portraits: dict[int, tuple[float, Task]] = {}  # of jobs, and when they are outdated
-        self._maps: dict[int, tuple[int, list[str], str]] = {}  # of jobs' frames, as of an event
+        self._kept: dict[Any, tuple[Any, Any]] = {}  # what is dear of jobs, and of when that is
         self._making = threading.Lock()  # small pictures: one at a time
 
     def _page(self, request: Request, title: str, *body: Node, reload: int = 0,
@@ -14982,16 +15035,23 @@ class _Sheets:
 
     def _views(self, tx: Look, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Return API's views of jobs, each with the frame that was finished last as ``newest``."""
-        return [{**view, "newest": tx.newest_task_of(view["id"])}
-                for view in self._api.views.jobs(tx, jobs, whole=True)]
+        views = self._api.views
+        return [{**view, **views.shown(tx, job),
+                 "newest": tx.newest_task_of(job.id) if job.done else None}
+                for job, view in zip(jobs, views.jobs(tx, jobs))]
 
-    def _frame_states(self, tx: Look, job: int) -> tuple[list[str], str]:
-        """Return what ``Look.frame_states`` does, once for all until something happens."""
-        event = tx.last_event()
-        if self._maps.get(job, (-1,))[0] != event:
-            kept = list(self._maps.items())[-9:]
-            self._maps = {**dict(kept), job: (event, *tx.frame_states(job))}
-        return self._maps[job][1:]
+    def _once(self, tx: Look, what: Any, job: Job, make: Callable[[], _Made]) -> _Made:
+        """Return what ``make`` does, once for all who look until something happens to the job."""
+        now, key = (tx.last_event_of(job.id), job.counts), (what, job.id)
+        then, made = self._kept.get(key, (None, None))
+        if then != now:
+            made = make()
+            self._kept = {**dict(list(self._kept.items())[-19:]), key: (now, made)}
+        return cast("_Made", made)
+
+    def _course(self, tx: Look, job: Job) -> _Course:
+        """Return how far the frames of a job are."""
+        return self._once(tx, "course", job, lambda: _course(*tx.frame_states(job)))
 
     def _some(self, request: Request, view: View) -> Node:
         """Return the form for some frames; the script fills in what is selected.
@@ -15313,8 +15373,8 @@ class Pages(_Sheets):
             names = {worker["id"]: worker["name"] for worker in workers}
             growing = [self._api.views.frame(tx, task, names) for task in
                        (tx.frames_to_cut(stage["id"])[:1] if stage else ())]
-            numbers, letters = self._frame_states(tx, stage["id"]) if stage else ([], "")
-            board = _board(tx, stage["id"], numbers) if stage else []
+            course = self._course(tx, tx.job(stage["id"])) if stage else None
+            board = _board(tx, stage["id"], course.numbers) if stage and course else []
             story = _story(_latest(tx), views, self._farm.clock.time())
         needs = self._needs(request, views, workers)
         live = [worker for worker in workers if worker["state"] in ("working", "idle")]
@@ -15329,7 +15389,7 @@ class Pages(_Sheets):
                 if "user" in request.identity.roles else None, class_="lead"),
             _needs_you(needs),
             element("div", _now(stage, self._portrait(stage, 640), growing, [
-                _player(stage, numbers, letters), _storyboard(stage, board)]) if stage else None,
+                course and _player(stage, course), _storyboard(stage, board)]) if stage else None,
                     _room(workers, pictures, views), class_="now")
             if (stage or workers) and not before else None,
             _queue(views, functools.partial(self._quick, request), self._portrait),
@@ -15352,31 +15412,30 @@ class Pages(_Sheets):
         with self._farm.store.read() as tx:
             row = tx.job(request.params["job"])
             view, = self._views(tx, [row])
-            numbers, letters = self._frame_states(tx, row.id)
-            size = -(-len(numbers) // CELLS_SHOWN)
+            course = self._course(tx, row)
+            numbers, size = course.numbers, -(-len(course.numbers) // CELLS_SHOWN)
             first = _query_digits(request, "from")
-            shown = [] if size > 1 and str(first) not in numbers[::size] else (
+            shown = [] if size > 1 and first not in numbers[::size] else (
                 tx.tasks(row.id, first - 1, size) if size > 1 else tx.tasks(row.id))
             chosen = [self._api.views.frame(tx, task, {}) for task in shown]
             board = _board(tx, row.id, numbers)
             failed = view["failure"] and tx.task_of_frame(row.id, view["failure"]["frame"])
             log = self._log(request, tx, view, row, failed) if failed else None
-            step = -(-len(numbers) // TIMES_SHOWN)
-            times = [task for task in tx.tasks_of_frames(row.id, numbers[::step]) if task.wall]
-            names = {worker.id: worker.name for worker in (*tx.workers(), *(
-                tx.worker(worker) for worker in {task.worker for task in times} if worker))}
+            names = {worker.id: worker.name for worker in tx.workers()}
+            times = self._once(tx, "times", row, lambda: _times(tx, row.id, numbers, names))
+            blocks = self._once(tx, "blocks", row, lambda: _blocks(row.id, course, size))
             growing = [self._api.views.frame(tx, task, names)
                        for task in tx.frames_to_cut(row.id)[:1]]
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
             request, _title([view], view["name"]),
             element("div", element("div", _growing(view, growing[0]) if growing else _picture(
-                view, view["newest"], "large", 4096), _player(view, numbers, letters)), element(
+                view, view["newest"], "large", 4096), _player(view, course)), element(
                 "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
                 _figures(view), _warnings(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
-            _storyboard(view, board), _frames(view, numbers, letters, chosen, size),
-            self._some(request, view), log, _times(view, times, names, numbers[::step], step),
+            _storyboard(view, board), _frames(view, blocks, chosen), self._some(request, view), log,
+            times,
             _options(view, row), self._settings(request, view, row),
             reload=reloads.get(view["state"], 0),
             state="bad" if view["frames"]["failed"] else "busy" if _is_busy(view) else "")
@@ -15839,12 +15898,29 @@ _EVENT_WORDS: Mapping[str, str] = {
 _KIND_WORDS: Mapping[str, str] = {"slice": ", a slice of it,", "pass": ", what its slices share,"}
 
 
+@functools.cache
+def _attribute(name: str) -> str:
+    return name.rstrip("_").replace("_", "-")
+
+
+def _escape(text: str) -> str:
+    return html.escape(plain(text))
+
+
+_escape_once = functools.lru_cache(maxsize=4096)(_escape)  # most words are on a page many times
+
+
+def _escaped(value: str | int) -> str:
+    text = str(value)
+    return _escape_once(text) if len(text) < 100 else _escape(text)
+
+
 def _markup(node: Node) -> str:
     if node is None or isinstance(node, Html):
         return node or ""
     if isinstance(node, (str, int)):
-        return html.escape(plain(str(node)))
-    return "".join(_markup(child) for child in node)
+        return _escaped(node)
+    return "".join([_markup(child) for child in node])
 
 
 def _apart(nodes: Iterable[Node]) -> list[Node]:
@@ -16233,22 +16309,27 @@ def _storyboard(view: View, board: Sequence[Task]) -> Node:
         for task in board], class_="strip", aria_label="Storyboard")
 
 
-def _board(tx: Look, job: int, numbers: Sequence[str]) -> list[Task]:
+def _board(tx: Look, job: int, numbers: Sequence[int]) -> list[Task]:
     """Return frames from all over an animation, if it is one."""
-    return [present(tx.task_of_frame(job, int(numbers[part * len(numbers) // STRIP])))
+    return [present(tx.task_of_frame(job, numbers[part * len(numbers) // STRIP]))
             for part in range(STRIP if len(numbers) >= STRIP else 0)]
 
 
-def _player(view: View, numbers: Sequence[str], letters: str) -> Node:
-    """Return what the script plays: the finished frames, and where their images are."""
-    step = int(numbers[1]) - int(numbers[0]) if len(numbers) > 1 else 1
+def _course(numbers: range | tuple[int, ...], letters: str) -> _Course:
+    spans = [done.span() for done in re.finditer("d+", letters)]
     ranges: list[str] = []
-    for done in re.finditer("d+", letters):
-        first, last = done.start(), done.end() - 1
-        ends = numbers[first], numbers[last]
-        whole = int(ends[1]) - int(ends[0]) == last - first
-        ranges += [f"{ends[0]}-{ends[1]}"] if whole else numbers[first:last + 1]
-    if len(letters) < 2 or not ranges:
+    for first, end in spans[::1 + len(spans) // RANGES_SHOWN]:
+        some = numbers[first:end]
+        whole = isinstance(some, range) or some[-1] - some[0] == len(some) - 1
+        ranges += [f"{some[0]}-{some[-1]}"] if whole else map(str, some)
+    return _Course(numbers, letters, re.sub(
+        r"(.)\1{3,}", lambda run: f"{run[1]}{len(run[0])}", letters),
+        ",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]))
+
+
+def _player(view: View, course: _Course) -> Node:
+    """Return what the script plays: the finished frames, and where their images are."""
+    if len(course.numbers) < 2 or not course.done:
         return None
     frame, small = f"/jobs/{view['id']}/frames/*", view["extension"] not in BROWSER_TYPES
     buttons = [element("button", sign, type="button", data_key=key, aria_label=words, title=words)
@@ -16261,16 +16342,19 @@ def _player(view: View, numbers: Sequence[str], letters: str) -> Node:
         element("output"), buttons[1:], class_="player", id="player",
         data_shown=f"{frame}/thumb/640/latest" if small else f"/api/v1{frame}/image",
         data_whole=f"{frame}/thumb/4096/latest" if small else f"/api/v1{frame}/image",
-        data_newest=view["newest"].frame, data_step=step,
-        data_frames=",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]))
+        data_newest=view["newest"].frame, data_step=course.step, data_frames=course.done)
 
 
-def _times(view: View, tasks: Sequence[Task], names: Mapping[int, str],
-           frames: Sequence[str], step: int) -> Node:
+def _times(tx: Look, job: int, numbers: Sequence[int], names: Mapping[int, str]) -> Node:
     """Return where the time goes: a bar for each frame, coloured by who rendered it."""
+    step = -(-len(numbers) // TIMES_SHOWN)
+    frames = numbers[::step]
+    tasks = [task for task in tx.tasks_of_frames(job, frames) if task.wall]
     if len(tasks) < 2:
         return None
     spent: dict[str, float] = {}
+    names = {**names, **{worker: tx.worker(worker).name
+                         for worker in {task.worker for task in tasks} if worker}}
     who = [names.get(task.worker or 0, "several computers") for task in tasks]
     for task, name in zip(tasks, who):
         spent[name] = spent.get(name, 0.0) + (task.wall or 0.0)
@@ -16281,8 +16365,8 @@ def _times(view: View, tasks: Sequence[Task], names: Mapping[int, str],
         high = max(100 * (task.wall or 0.0) / (longest.wall or 1.0), 1.0)
         bars.append(element("a", element("rect", element(
             "title", f"frame {task.frame}: {format_duration(task.wall or 0)} on {name}"),
-            x=place[str(task.frame)], y=f"{100 - high:.1f}", width=".85", height=f"{high:.1f}"),
-            href=f"/jobs/{view['id']}/frames/{task.frame}", tabindex=-1,
+            x=place[task.frame], y=f"{100 - high:.1f}", width=".85", height=f"{high:.1f}"),
+            href=f"/jobs/{job}/frames/{task.frame}", tabindex=-1,
             class_=f"c{min(ranked.index(name), 4)}"))
     total = sum(spent.values())
     half = statistics.median(task.wall or 0 for task in tasks)
@@ -16336,7 +16420,7 @@ def _cell(job: int, frame: View) -> Html:
                    href=f"/jobs/{job}/frames/{number}{'#log' if state == 'failed' else ''}")
 
 
-def _block(job: int, numbers: Sequence[str], letters: str) -> Html:
+def _block(job: int, numbers: Sequence[int], letters: str) -> Html:
     """Return one cell for several frames, in the state that a person should look at first."""
     counts = {state: letters.count(state[0]) for state in
               ("failed", "leased", "cancelled", "queued", "done") if state[0] in letters}
@@ -16349,26 +16433,30 @@ def _block(job: int, numbers: Sequence[str], letters: str) -> Html:
                    data_frames=f"{first}-{numbers[-1]}")
 
 
-def _frames(view: View, numbers: Sequence[str], letters: str, chosen: Sequence[View],
-            size: int) -> Html:
-    """Return a cell for each frame, or for each ``size`` frames and then for each chosen one."""
-    job, frames = view["id"], view["frames"]
-    legend = [element("li", element("span", _STATE_WORDS[state][0], class_=state),
-                      f"{frames[state]:,}{_STATE_WORDS[state][1:]}")
-              for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
-    blocks = None if size == 1 else [
+def _blocks(job: int, course: _Course, size: int) -> Node:
+    """Return a map of more frames than get a cell each; without a script a cell for ``size``."""
+    numbers, letters = course.numbers, course.letters
+    return None if size == 1 else Html(_markup([
         element("canvas", id="map", tabindex=0, role="img", aria_labelledby="told",
-                data_first=numbers[0], data_step=int(numbers[1]) - int(numbers[0]),
-                data_map=re.sub(r"(.)\1*", lambda run: f"{run[1]}{len(run[0])}", letters)),
+                data_first=numbers[0], data_step=course.step, data_map=course.runs),
         element("output", id="told"),
         element("p", f"A cell is {size} frames: choose one to see them.", class_="plain"),
         element("div", _apart(
             _block(job, numbers[index:index + size], letters[index:index + size])
-            for index in range(0, len(numbers), size)), class_="grid plain"),
-        element("h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}") if chosen else None]
+            for index in range(0, len(numbers), size)), class_="grid plain")]))
+
+
+def _frames(view: View, blocks: Node, chosen: Sequence[View]) -> Html:
+    """Return a cell for each chosen frame, which are all where they have no ``blocks``."""
+    job, frames = view["id"], view["frames"]
+    legend = [element("li", element("span", _STATE_WORDS[state][0], class_=state),
+                      f"{frames[state]:,}{_STATE_WORDS[state][1:]}")
+              for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
     return _section(
-        "Frames", element("ul", legend, class_="legend"), blocks,
-        element("div", _apart(_cell(job, frame) for frame in chosen), class_="grid", id="part"))
+        "Frames", element("ul", legend, class_="legend"), blocks, element(
+            "h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}")
+        if blocks and chosen else None, element(
+            "div", _apart(_cell(job, frame) for frame in chosen), class_="grid", id="part"))
 
 
 def _options(view: View, row: Job) -> Html:

@@ -492,7 +492,7 @@ def test_a_frame_is_rendered_again_by_a_button_for_who_may_steer_its_job(farm: F
     answer = farm.send("POST", form["action"], farm.admin, {"token": farm.token(farm.admin)})
     assert (answer.status, answer.headers["Location"]) == (303, f"/jobs/{job}")
     with farm.store.read() as tx:
-        assert tx.frame_states(job) == (["1", "2"], "qd")
+        assert tx.frame_states(tx.job(job)) == (range(1, 3), "qd")
 
 
 def test_an_admin_admits_a_worker_by_its_code(farm: Farm) -> None:
@@ -989,7 +989,7 @@ def test_frames_that_are_named_are_rendered_again(farm: Farm) -> None:
     body = {"token": farm.token(farm.admin), "frames": "2-3,5"}
     assert farm.send("POST", button["formaction"], farm.admin, body).status == 303
     with farm.store.read() as tx:
-        assert tx.frame_states(job) == (list("123456"), "dqqdqd")
+        assert tx.frame_states(tx.job(job)) == (range(1, 7), "dqqdqd")
     player, = farm.page(f"/jobs/{job}").all("div", id="player")
     assert player["data-frames"] == "1-1,4-4,6-6"
 
@@ -1042,21 +1042,68 @@ def test_where_the_time_goes_is_a_bar_for_each_frame_in_the_colour_of_its_comput
     assert all(bar["tabindex"] == "-1" for bar in bars)
 
 
-def test_times_are_looked_up_and_not_searched_for(farm: Farm) -> None:
-    """240 of 20,000 frames take less than ten times what the letters of all do."""
+def test_times_are_looked_up_and_states_read_from_their_index(farm: Farm) -> None:
+    """Of 20,000 frames, neither costs a quarter of what it costs to look at each."""
     job = farm.submit(frames=20_000)
-    with farm.store.tx() as tx:
-        tx._do("UPDATE task SET state = 'done', wall = 9")
     spent = []
+    with farm.store.tx() as tx:
+        tx._do("UPDATE task SET state = CASE WHEN frame < 9000 OR frame % 7 = 3 THEN 'done'"
+               " WHEN frame > 19000 THEN 'failed' ELSE 'queued' END, wall = 9")
+        tx._do("UPDATE job SET " + ", ".join(
+            f"{state} = (SELECT COUNT(*) FROM task WHERE state = '{state}')" for state in (
+                "done", "failed", "queued")))
     with farm.store.read() as look:
-        for one in (lambda: look.frame_states(job),
-                    lambda: look.tasks_of_frames(job, list(map(str, range(1, 20_000, 84))))):
-            start = time.process_time()
+        row = look.job(job)
+        for one in (lambda: look.tasks(job), lambda: look.frame_states(row),
+                    lambda: look.tasks_of_frames(job, range(1, 20_000, 84))):
+            start = time.thread_time()
             found = one()
-            spent.append(time.process_time() - start)
+            spent.append(time.thread_time() - start)
+        letters = "".join(task.state[0] for task in look.tasks(job))
+        assert look.frame_states(row) == (range(1, 20_001), letters)
+        assert len(set(letters)) == 3 and "qd" in letters
+    assert len(found) == 108 and max(spent[1:]) < spent[0] / 4, spent
     with farm.store.tx() as tx:
         tx._do("UPDATE task SET state = 'queued', wall = NULL")
-    assert len(found) == 239 and spent[1] < 10 * spent[0], spent
+        tx._do("UPDATE job SET done = 0, failed = 0, queued = 20000")
+
+
+def test_what_is_dear_of_a_job_is_made_once_for_all_who_look(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks, and whatever happens to other jobs; but never once more than is true."""
+    looked: List[int] = []
+    states = povfarm.Look.frame_states
+    monkeypatch.setattr(povfarm.Look, "frame_states", lambda self, job: (
+        looked.append(job.id), states(self, job))[1])
+    job, worker = farm.submit(frames=500), farm.join()
+    farm.deliver(worker, 2)
+    other = farm.submit()
+
+    def letters(cookie: str = "") -> Dict[str, int]:
+        canvas, = farm.page(f"/jobs/{job}", cookie).all("canvas")
+        found = re.findall(r"(\D)(\d*)", canvas["data-map"])
+        return {one: sum(int(many or 1) for letter, many in found if letter == one) for one, _ in found}
+
+    for cookie in ("", farm.admin, farm.log_in()):
+        assert letters(cookie) == {"d": 2, "q": 498}
+        farm.scheduler.pause(other)
+        farm.scheduler.resume(other)
+    assert looked == [job]
+    farm.deliver(worker, 2)
+    assert letters() == {"d": 4, "q": 496}
+    farm.scheduler.cancel(job)
+    assert letters() == {"d": 4, "c": 496}
+
+
+def test_chosen_frames_of_an_animation_are_shown_with_their_numbers(farm: Farm) -> None:
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "3", "Final_Frame": "90",
+                  "Output_File_Type": "N"}, (), (), ".")
+    job, _ = farm.scheduler.submit("some", "me", pov, Manifest(()), JobOptions(), frames="1,11-13,50")
+    farm.deliver(farm.join(), 4)
+    with farm.store.read() as tx:
+        assert tx.frame_states(tx.job(job)) == ((1, 11, 12, 13, 50), "ddddq")
+    player, = farm.page(f"/jobs/{job}").all("div", id="player")
+    assert (player["data-frames"], player["data-step"]) == ("1,11,12,13", "1")
 
 
 def test_the_images_are_downloaded_as_an_animated_png(farm: Farm) -> None:
