@@ -10143,6 +10143,10 @@ class People:
             return next((one for one in look.people(invited=True) if self._lasts(one)
                          and proven(one.token)), None)
 
+    def invited(self, look: Look) -> list[Person]:
+        """Return the invitations by which somebody may still come."""
+        return [one for one in look.people(invited=True) if one.uses and self._lasts(one)]
+
     def _lasts(self, invitation: Person) -> bool:
         return invitation.added + INVITED_FOR > self._states.clock.time()
 
@@ -10168,11 +10172,16 @@ class People:
                 tx.drop_person(one.name)
 
     def remove(self, name: str, who: str = ADMIN) -> list[int]:
-        """Forget a person's secret; the jobs stay. Return the workers that came with it."""
+        """Forget a person's secret; the jobs stay. Return the workers that came with it.
+
+        Or withdraw an invitation, by which nobody comes any more; who has come stays.
+        """
         with self._states.tx(who) as tx:
-            person = self._known(tx, name)
+            person = tx.person(name, invited=True) or self._known(tx, name)
             tx.drop_person(person.name)
-            self._states.tell(tx, "person removed", person.name)
+            self._states.tell(tx, *(
+                ("withdrawn", counted(person.uses, person.role)) if person.uses is not None else
+                ("person removed", person.name)))
             return [row.id for row in tx.workers() if row.owner == person.name]
 
     def change(self, name: str, limits: Mapping[str, int], who: str = ADMIN,
@@ -12642,6 +12651,9 @@ Total = TypedDict("Total", {"name": str, "frames": float, "wall": float, "failur
 PersonView = TypedDict("PersonView", {
     "name": str, "role": Role, "added": float, "limits": Mapping[str, int], "jobs": int,
     "frames": int, "kept": int})
+InvitationView = TypedDict("InvitationView", {
+    "name": str, "role": Role, "added": float, "limits": Mapping[str, int], "uses": int,
+    "until": float})
 
 
 class Pairings:
@@ -13209,10 +13221,11 @@ class Entrance:
 
     # --- people
 
-    @route("GET", "/api/v1/users", role="person", gives={"users": tuple[PersonView, ...]},
-           summary="The people")
+    @route("GET", "/api/v1/users", role="person", summary="The people", gives={
+        "users": tuple[PersonView, ...], "invited": tuple[InvitationView, ...]})
     def users(self, request: Request) -> Response:
-        """Everybody with role, limits and what they have; to others than the admin themselves."""
+        """Everybody with role, limits and what they have, and the invitations that are open; to
+        others than the admin themselves."""
         everybody = "admin" in request.identity.roles
         with self._farm.store.read() as tx:
             return json_response({"users": [
@@ -13220,7 +13233,10 @@ class Entrance:
                  "limits": vars(self._farm.people.allowance(tx, row.name)),
                  "jobs": has.jobs, "frames": has.frames, "kept": has.space}
                 for row in tx.people() for has in [tx.usage(row.name)]
-                if everybody or row.name == request.identity.name]})
+                if everybody or row.name == request.identity.name], "invited": [
+                {"name": row.name, "role": row.role, "added": row.added, "limits": row.limits,
+                 "uses": row.uses, "until": row.added + INVITED_FOR}
+                for row in self._farm.people.invited(tx) if everybody]})
 
     @route("POST", "/api/v1/users", role="admin", takes=Newcomer, summary="Add a person, or invite")
     def add_user(self, request: Request) -> Response:
@@ -13247,7 +13263,8 @@ class Entrance:
         self._farm.people.change(request.params["name"], limits, request.identity.name)
         return Response(204)
 
-    @route("DELETE", "/api/v1/users/<name>", role="admin", summary="Remove a person")
+    @route("DELETE", "/api/v1/users/<name>", role="admin",
+           summary="Remove a person, or an invitation")
     def remove_user(self, request: Request) -> Response:
         """Its key is good for nothing from now on, nor are its workers'; the jobs stay."""
         self._farm.remove_person(request.params["name"], request.identity.name)
@@ -15793,7 +15810,7 @@ class Desk(_Sheets):
             people = [row for row in tx.people() if admin or row.name == you.name]
             has = {row.name: (tx.usage(row.name), self._farm.people.allowance(tx, row.name))
                    for row in people}
-            invited = tx.people(invited=True) if admin else []
+            invited = self._farm.people.invited(tx) if admin else []
         rows: list[list[Node]] = [[
             row.name, row.role, _part(used.jobs, may.jobs), _part(used.frames, may.frames),
             _part(used.space, may.space, format_size), may.workers or "any", may.priority, [
@@ -15806,7 +15823,8 @@ class Desk(_Sheets):
             element("p", f"You are {you.name}. " + (
                 "You may do everything." if admin else
                 "You submit jobs, and steer your own." if "user" in you.roles else "You may look."),
-                    class_="lead"),
+                    None if people else " Nobody was added yet: whom you invite gets a key of "
+                    "their own, with jobs that nobody else can change.", class_="lead"),
             _table_of(("Name", "Role", "Unfinished jobs", "Unfinished frames", "Kept", "Workers",
                     "Highest priority", None), rows), [_section(f"Change {row.name}", self._form(
                         request, f"/people/{row.name}/set", "Set", "good", _inputs(
@@ -15815,20 +15833,28 @@ class Desk(_Sheets):
 
     def _invitations(self, request: Request, invited: Sequence[Person]) -> Node:
         """Return who may still come, by which code, and the form that invites more."""
+        now = self._farm.clock.time()
         rows: list[list[Node]] = [[
-            element("code", self._access.code_of(row)), row.uses, row.role, time.strftime(
-                "%d %B, %H:%M", time.localtime(row.added + INVITED_FOR))]
-            for row in invited if row.uses]
+            element("code", self._access.code_of(row)), row.uses, row.role, ", ".join(
+                f"{name} {(format_size(most) if name == 'space' else most) or 'any'}"
+                for name, most in row.limits.items()) or "as for everybody",
+            _ago(now - row.added), _clock(row.added + INVITED_FOR, now), self._asked(
+                request, "Withdraw…", f"/people/{row.name}/remove", "Withdraw this code")]
+            for row in invited]
         with self._store.read() as tx:
             everybody = self._farm.people.allowance(tx, "")
         command = f"povfarm.py login --server {self._here(request)} --code CODE"
         return [
             _section("Invited", element("p", "On a computer of theirs they type:"),
                      _typed_there(command), _table_of(
-                         ("Code", "For so many", "Role", "Until"), rows)) if rows else None,
+                         ("Code", "For so many more", "Role", "Limits", "Invited", "Until", None),
+                         rows)) if rows else None,
             _section("Invite", self._form(
                 request, "/people/invite", "Make a code", "good", _inputs(
-                    INVITATION, {"uses": 1, "role": "user", **vars(everybody)})))]
+                    {name: INVITATION[name] for name in ("uses", "role")},
+                    {"uses": 1, "role": "user"}), element(
+                        "details", element("summary", "Limits for each of them"),
+                        _inputs(ALLOWANCES, vars(everybody)))))]
 
     @route("POST", "/people/invite", role="admin", summary="Invite people by a form")
     def invite(self, request: Request) -> Response:
@@ -15854,7 +15880,7 @@ class Desk(_Sheets):
 
     @route("POST", "/people/<name>/remove", role="admin", summary="Remove a person by a form")
     def remove(self, request: Request) -> Response:
-        """Let it in no more, nor its workers; the jobs stay."""
+        """Let it in no more, nor its workers; the jobs stay. Or withdraw an invitation."""
         self._access.check_form(request)
         self._farm.remove_person(request.params["name"], request.identity.name)
         return self._done(request, "/people")
@@ -15891,7 +15917,7 @@ _EVENT_WORDS: Mapping[str, str] = {
     "queued": "is queued again", "cancelled": "was cancelled", "changed": "was changed",
     "removed": "was removed", "lost": "fell silent", "doubtful": "is doubtful",
     "set aside": "had a worker set aside", "admitted": "was let in", "deleted": "was deleted",
-    "invited": "can come",
+    "invited": "can come", "withdrawn": "cannot come any more",
     "worker paused": "is paused", "worker drained": "is drained", "worker resumed": "goes on",
     "person added": "has come", "person removed": "was removed", "person changed": "is the limit",
 }
@@ -16467,7 +16493,7 @@ def _options(view: View, row: Job) -> Html:
         "most workers": str(view["max_workers"] or "no limit"),
         "tries for a frame": str(view["retry_limit"]),
         "in order": "yes" if view["in_order"] else None,
-        "processor time": format_duration(view["cpu"]),
+        "processor time": format_duration(view["cpu"]), "takes": format_size(view["kept"]),
     }), element("p", [[element("code", option), " "] for option in options]))
 
 
@@ -16601,6 +16627,7 @@ input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem 
   font: inherit; font-size: .875rem; font-weight: 400;
   border: 1px solid var(--edge); border-radius: .4rem; background: var(--card); color: var(--ink); }
 ::file-selector-button { font: inherit; } .fields label { display: block; }
+  form > details { flex: 1 0 100%; }
 .fields label::first-letter { text-transform: uppercase; }
 h1 + dl { margin: .75rem 0; }
 .fields { display: grid; flex: 1 0 100%; gap: .75rem 1.5rem;
@@ -21915,15 +21942,15 @@ def login(options: Options) -> int:
     return 0
 
 
-@command("users", "[add NAME | invite | set NAME KEY=VALUE ... | remove NAME | token NAME | "
-         "password]",
+@command("users", "[add NAME | invite | withdraw CODE | set NAME KEY=VALUE ... | remove NAME | "
+         "token NAME | password]",
          "show the farm's people and what they have, add, invite, limit or remove some", ("talk",))
 def users(options: Options) -> int:
     """Print the people, or change who they are and what they may have."""
     word, *rest = options.rest or ["list"]
     names, limits = _assigned(options, rest, ALLOWANCES)
     count = {"list": 0, "add": 1, "invite": 0, "set": 1, "remove": 1,
-             "token": 1, "password": 0}.get(word)
+             "token": 1, "password": 0, "withdraw": 1}.get(word)
     if count != len(names) or (word == "set" and not limits):
         raise UserError(_usage(_command("users")[0]))
     client = _coordinator(options)
@@ -21939,25 +21966,47 @@ def users(options: Options) -> int:
         return 0
     if word in ("add", "invite"):
         return _new_users(client, options, names, limits)
-    person = f"/api/v1/users/{urllib.parse.quote(names[0], safe='')}"
+    ticket = _ticket_of(client, names[0]) if word == "withdraw" else ""
+    person = f"/api/v1/users/{urllib.parse.quote(ticket or names[0], safe='')}"
     if word == "set":
         client.request("PATCH", person, json=limits)
         said = f": {_options_of(limits, ALLOWANCES)}"
     else:
         client.request("DELETE", person)
-        said = " is removed, with the workers that came with this key; the jobs stay"
+        said = (" is withdrawn: nobody can come by it any more; who has come stays" if ticket else
+                " is removed, with the workers that came with this key; the jobs stay")
     _tell(options, {"name": names[0], "limits": limits}, names[0] + said)
     return 0
 
 
+def _invited(client: Client) -> list[dict[str, Any]]:
+    """Return the open invitations with their codes, which are made here, and not sent."""
+    return [{**one, "code": invitation_code(client.token, one["name"][1:])}
+            for one in client.get("/api/v1/users")["invited"]]
+
+
+def _ticket_of(client: Client, code: str) -> str:
+    """Return by what name the farm knows the invitation with a code."""
+    plain = code.upper().replace("-", "")
+    found = [one["name"] for one in _invited(client) if one["code"].replace("-", "") == plain]
+    if not found:
+        raise UserError(f"no invitation that you can withdraw has the code '{code}': "
+                        "'povfarm.py users' shows those that are open")
+    return str(found[0])
+
+
 def _show_users(client: Client, options: Options) -> int:
-    views = client.get("/api/v1/users")["users"]
+    views, invited = client.get("/api/v1/users")["users"], _invited(client)
     rows: list[Sequence[str] | str] = [("name", "role", "jobs", "frames", "kept", "limits")]
     rows += [(view["name"], view["role"], str(view["jobs"]), str(view["frames"]),
               format_size(view["kept"]), _options_of(
                   {name: most for name, most in view["limits"].items() if most}, ALLOWANCES))
              for view in views]
-    _show(options, views, _table(rows) if views else _typed(
+    codes: list[Sequence[str] | str] = [("code", "for", "role", "invited", "until", "limits")]
+    codes += [(one["code"], str(one["uses"]), one["role"], _date(one["added"]),
+               _date(one["until"]), _options_of(one["limits"], ALLOWANCES)) for one in invited]
+    _show(options, {"users": views, "invited": invited}, "\n\n".join(
+        _table(table) for table in (rows, codes) if len(table) > 1) or _typed(
         "nobody was added: invite people with 'povfarm.py users invite --uses 30'"))
     return 0
 

@@ -82,6 +82,18 @@ def test_what_is_made_for_people_comes_with_what_they_do(farm: Served) -> None:
         assert len(out.split()) == 1 and len(errors) == 1 and said in errors[0]
 
 
+def test_open_invitations_are_listed_and_withdrawn_by_their_codes(farm: Served) -> None:
+    code = farm.says("users", "invite", "--uses", "30", "--jobs-limit", "5")[0].strip()
+    [one] = farm.wire("users")["invited"]
+    assert (one["code"], one["uses"], one["limits"]) == (code, 30, {"jobs": 5})
+    assert farm.says("users")[0].splitlines()[1].split()[:3] == [code, "30", "user"]
+    assert "no invitation that you can withdraw has the code 'AAAAA'" in farm.says(
+        "users", "withdraw", "AAAAA", code=2)[1][0]
+    assert farm.says("users", "withdraw", code.lower().replace("-", ""))[1][0].endswith(
+        "is withdrawn: nobody can come by it any more; who has come stays")
+    assert farm.wire("users") == {"users": [], "invited": []}
+
+
 def test_a_farm_that_answers_no_calls_is_found_where_commands_look(
         farm: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(povfarm, "discover", lambda *_: [])

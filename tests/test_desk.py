@@ -253,6 +253,7 @@ def test_the_admin_invites_changes_and_removes_by_forms(house: House) -> None:
     code = house.farm.access.code_of(invitation)
     assert invitation.token == povfarm.invitation_secret(code), "people come by it"
     assert code in house.page("/people").text and code not in house.page("/people", "anna").text
+    assert "workers 3, space 5.0 GB" in house.page("/people").text
     link, = house.page("/people").all("a", href="ask=%2Fpeople%2Fanna%2Fset")
     page = house.page(link["href"][link["href"].index("/people"):].partition("#")[0])
     assert page.all("form", action="/people/anna/set") and page.all("input", name="jobs", value="2")
@@ -267,8 +268,12 @@ def test_the_admin_invites_changes_and_removes_by_forms(house: House) -> None:
     assert house.press("/people/bob/set", **values).status == 404
     assert house.press("/people/anna/remove").status == 303
     assert "anna" not in [row["name"] for row in house.page("/people").all("input")]
+    ask, = house.page("/people").all("a", href="remove#asked")
+    page = house.page(ask["href"][ask["href"].index("/people"):].partition("#")[0])
+    form, = page.all("form", action=f"/people/{invitation.name}/remove")
+    assert house.press(form["action"][form["action"].index("/people"):]).status == 303
     with house.farm.store.read() as tx:
-        assert tx.person("anna") is None
+        assert tx.person("anna") is None and tx.people(invited=True) == []
 
 
 # --- in a real browser

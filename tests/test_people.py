@@ -227,7 +227,7 @@ def test_no_right_is_given_that_there_is_not(change: Dict[str, Any], farm: Farm)
     for name, uses in (("anna", 0), ("", 1)):
         body = {"name": name, "role": "user", "limits": {}, "ticket": TICKET, "uses": uses, **change}
         assert farm.ask("POST", "/api/v1/users", json_body=body).status == 400
-    assert farm.ask("GET", "/api/v1/users").json() == {"users": []}
+    assert farm.ask("GET", "/api/v1/users").json() == {"users": [], "invited": []}
 
 
 def test_a_name_is_had_once_whatever_its_letters(farm: Farm) -> None:
@@ -297,8 +297,24 @@ def test_an_invitation_is_nobody(farm: Farm) -> None:
     secret = povfarm.invitation_secret(code)
     for key in (f"+{TICKET}:{secret}", f"%2B{TICKET}:{secret}", secret, code):
         assert farm.ask("GET", "/api/v1/users", key=key).status == 401
+    assert farm.ask("PATCH", f"/api/v1/users/+{TICKET}", json_body={"jobs": 1}).status == 404
+    assert farm.ask("GET", "/api/v1/users").json()["users"] == []
+
+
+def test_nobody_comes_by_an_invitation_that_is_withdrawn(farm: Farm) -> None:
+    code = invite(farm, 3, jobs=2)
+    anna = come(farm, code, "anna")[1]
+    [one] = farm.ask("GET", "/api/v1/users").json()["invited"]
+    assert (one["name"], one["uses"], one["limits"]) == (f"+{TICKET}", 2, {"jobs": 2})
+    assert one["until"] == one["added"] + povfarm.INVITED_FOR
+    assert farm.ask("GET", "/api/v1/users", key=anna).json()["invited"] == []
+    assert farm.ask("DELETE", f"/api/v1/users/+{TICKET}", key=anna).status == 403
+    assert farm.ask("DELETE", f"/api/v1/users/+{TICKET}").status == 204
+    assert come(farm, code, "bert")[0].status == 403
+    assert farm.ask("GET", "/api/v1/users", key=anna).status == 200, "who has come stays"
+    assert farm.ask("GET", "/api/v1/users").json()["invited"] == []
     assert farm.ask("DELETE", f"/api/v1/users/+{TICKET}").status == 404
-    assert farm.ask("GET", "/api/v1/users").json() == {"users": []}
+    assert [event[:2] for event in story(farm)][-1] == ("withdrawn", "admin")
 
 
 def test_a_code_ends_and_a_wrong_one_is_slowed_down(farm: Farm) -> None:
