@@ -963,7 +963,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("renderonline", bool, False, "take scenes from RenderOnline's clients", "serve"),
     Setting("on-done", str, "", "program to start when a job is done: JSON on its standard input",
             "serve", "COMMAND"),
-    Setting("deliver", _path, None, "directory that finished images are copied to as they come",
+    Setting("deliver", _path, None, "directory that images and written files go to as they come",
             "serve", "DIR"),
     Setting("keep", Keeping.of, None,
             "how long to keep ended jobs, such as 30d or done=30d,logs=7d; default: ever",
@@ -3611,8 +3611,8 @@ def place_below(directory: Path, name: str) -> Path:
         if place == directory:
             break
         if place.is_symlink():
-            raise UserError(f"{place} is a link, and nothing is put through links: name another "
-                            "directory with --output")
+            raise UserError(f"{place} is a link, and nothing is put through links: delete it, or "
+                            "name another directory")
     return path
 
 
@@ -7802,12 +7802,13 @@ def _descriptors(wanted: int) -> int:
 # name; what they mean for the farm is SCHEDULER's. No network, no rules.
 
 UPLOAD_TIME = 24 * 3600.0  # seconds for which an upload waits to become a job
-SCHEMA_VERSION = 11  # the database's PRAGMA user_version; 1 to 9 came before the first release
+SCHEMA_VERSION = 12  # the database's PRAGMA user_version; 1 to 9 came before the first release
 _DUE = """CREATE INDEX task_due ON task (job, id)
         WHERE state = 'done' AND parent IS NULL AND taken IS NOT sha256"""
 # What makes the database of one version that of the next: older ones are refused.
 CHANGES = {10: f"""ALTER TABLE worker ADD COLUMN povfarm TEXT NOT NULL DEFAULT '';
-    ALTER TABLE task ADD COLUMN taken TEXT; {_DUE}"""}
+    ALTER TABLE task ADD COLUMN taken TEXT; {_DUE}""",
+    11: "ALTER TABLE written ADD COLUMN taken TEXT"}
 _LESS = """UPDATE turn SET
     active = active - (OLD.state = 'active'), runs = runs - OLD.runs, kept = kept - OLD.kept,
     jobs = jobs - (OLD.finished IS NULL),
@@ -7939,9 +7940,10 @@ SCHEMA = f"""
     );
     CREATE INDEX event_job ON event (job);
     -- Files that scenes wrote themselves, as the last frame left them; their contents are blobs.
+    -- taken: the hash of what was delivered under this name.
     CREATE TABLE written (
         job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE, path TEXT NOT NULL,
-        frame INTEGER NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL,
+        frame INTEGER NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, taken TEXT,
         PRIMARY KEY (job, path)
     ) WITHOUT ROWID;
     CREATE INDEX written_sha256 ON written (sha256);
@@ -8155,6 +8157,19 @@ class Written:
     frame: int
     sha256: str
     size: int
+
+
+@dataclass(frozen=True)
+class Due:
+    """The image of a task, or a file that was written with it, that is nowhere else as it is."""
+
+    job: int
+    title: str  # the job's
+    task: int
+    path: str
+    sha256: str
+    taken: str | None  # what was delivered before
+    written: bool
 
 
 @functools.lru_cache(maxsize=1024)
@@ -8757,8 +8772,7 @@ class Look(_Register):
 
     def is_stored(self, sha256: str) -> bool:
         """Tell whether these contents are recorded."""
-        return self._do("SELECT 1 FROM blob WHERE sha256 = :sha256",
-                        sha256=sha256).fetchone() is not None
+        return bool(self._do("SELECT 1 FROM blob WHERE sha256 = :key", key=sha256).fetchone())
 
     def blob_wanted(self, sha256: str) -> bool:
         """Tell whether a manifest names these contents."""
@@ -8819,8 +8833,7 @@ class Look(_Register):
 
     def job(self, job: int) -> Job:
         """Return one job; ``NotFound`` when there is none."""
-        found = self.find_job(job)
-        if found is None:
+        if (found := self.find_job(job)) is None:
             raise NotFound(f"there is no job {job}")
         return found
 
@@ -8865,9 +8878,8 @@ class Look(_Register):
 
     def open_tasks(self) -> int:
         """Return how many frames the active jobs have that are not finished."""
-        return int(self._do("""
-            SELECT TOTAL(queued + leased) FROM job INDEXED BY job_turn
-            WHERE state = 'active'""").fetchone()[0])
+        return int(self._do("SELECT TOTAL(queued + leased) FROM job INDEXED BY job_turn "
+                            "WHERE state = 'active'").fetchone()[0])
 
     def left_rows(self) -> set[int]:
         """Return the numbers of jobs that are not there but of which there may be rows."""
@@ -9170,13 +9182,17 @@ class Look(_Register):
               OR (task.kind = 'pass'
                   AND json_extract(job.options_json, '$.radiosity') = 'animation'))""")
 
-    def due_images(self, job: int, after: int, limit: int) -> list[Task]:
-        """Return the next frames, after one of a job, whose images are nowhere else."""
-        return self._all(Task, """
-            SELECT task.* FROM task JOIN job ON job.id = task.job
-            WHERE task.state = 'done' AND task.parent IS NULL AND task.taken IS NOT task.sha256
-            AND (task.job, task.id) > (:job, :after) ORDER BY task.job, task.id LIMIT :limit""",
-                         job=job, after=after, limit=limit)
+    def due(self, job: int, after: int, limit: int) -> list[Due]:
+        """Return the next images, after one of a job, that are due, each after its files."""
+        return self._all(Due, """
+            WITH image AS (SELECT task.job, job.name AS title, task.id AS task, task.name AS path,
+              task.sha256, task.taken, frame FROM task JOIN job ON job.id = task.job
+              WHERE task.state = 'done' AND parent IS NULL AND task.taken IS NOT task.sha256
+              AND (task.job, task.id) > (:job, :after) ORDER BY task.job, task.id LIMIT :limit)
+            SELECT job, title, task, path, sha256, taken, 0 AS written FROM image UNION ALL
+            SELECT job, title, task, f.path, f.sha256, f.taken, 1 FROM image
+            JOIN written AS f USING (job, frame) WHERE f.sha256 != '' AND f.taken IS NOT f.sha256
+            ORDER BY job, task, written DESC""", job=job, after=after, limit=limit)
 
     def finished_before(self, time: float) -> list[Job]:
         """Return the jobs that ended before a time, the oldest first."""
@@ -9213,6 +9229,15 @@ class Tx(Look):
         """Forget events before one, and before a time."""
         self._do("DELETE FROM event WHERE id < :before OR id < (SELECT MIN(id) FROM event "
                  "WHERE time >= :time)", before=before, time=time)
+
+    def deliver(self, one: Due) -> None:
+        """Note what was delivered, though there may be another by now."""
+        if one.written:
+            self._do("UPDATE written SET taken = :sha256 WHERE job = :job AND path = :path",
+                     job=one.job, path=one.path, sha256=one.sha256)
+        else:
+            self._do("UPDATE task SET taken = :sha256 WHERE id = :task",
+                     task=one.task, sha256=one.sha256)
 
     def take_images(self, job: int, hashes: Collection[str]) -> None:
         """Note that images with these hashes are somewhere else, too."""
@@ -11800,15 +11825,20 @@ class Scheduler:
         self._work_off(wait=False)
         self._crew.expire()
 
-    def fetched(self, job: int, hashes: Collection[str], who: str = ADMIN,
-                delivered: bool = False) -> None:
+    def fetched(self, job: int, hashes: Collection[str], who: str = ADMIN) -> None:
         """Note that images with these hashes are somewhere else, too, so that the job may go.
 
-        A farm that delivers notes what was delivered, and nothing else.
+        A farm that delivers notes what was ``delivered``, and nothing else.
         """
         with self._steering(job, who) as tx:
-            if delivered or not self.delivers:
+            if not self.delivers:
                 tx.take_images(job, hashes)
+
+    def delivered(self, what: Iterable[Due]) -> None:
+        """Note what is in the owner's directory."""
+        with self._states.tx() as tx:
+            for one in what:
+                tx.deliver(one)
 
     def report(self, what: str, text: str) -> None:
         """Add to the story of the farm."""
@@ -11821,8 +11851,8 @@ class Scheduler:
         with self.store.read() as look:
             for job in look.finished_before(now - min(keeping[:4])):
                 age = now - (job.finished or now)
-                due = age <= keeping.unfetched and [
-                    task.job for task in look.due_images(job.id, 0, 1)] == [job.id]
+                due = age <= keeping.unfetched and any(
+                    one.job == job.id for one in look.due(job.id, 0, 1))
                 if age > getattr(keeping, job.state.value):
                     (waiting if due else gone).append(job)
         return gone, waiting
@@ -17582,8 +17612,9 @@ def _talk(program: subprocess.Popen[bytes], body: bytes, said: bytearray) -> Non
 class Deliverer(Messenger):
     """Copies finished images to the owner's directory as they come: ``7-camera2/camera201.png``.
 
-    Each is there whole or not at all, and what is there and was not brought stays. A file marks
-    the directory: without it, a drive is not there, and nothing is written in its place.
+    With them the files that the scene wrote. Each is there whole or not at all, and what is there
+    and was not brought stays. A file marks the directory: without it, a drive is not there, and
+    nothing is written in its place.
     """
 
     def __init__(self, place: Path, scheduler: Scheduler, farm_id: str) -> None:
@@ -17620,45 +17651,50 @@ class Deliverer(Messenger):
                 return (f"no image is delivered, as {self._place} is not what it was: mount it, or "
                         f"make the empty file {self._mark.name} there to begin anew")
             with self._store.read() as look:
-                due = [(task, look.job(task.job)) for task in look.due_images(
-                    job, after, DELIVERIES)]
-            brought: dict[int, list[str]] = collections.defaultdict(list)
+                due = look.due(job, after, DELIVERIES)
+            brought, missing = list[Due](), set[int]()
             try:
-                for task, row in due:
+                for one in due:  # what was written comes before its image
                     try:
-                        if not self._stopped.is_set() and self._bring(row, task):
-                            brought[row.id].append(task.sha256 or "")
+                        if self._stopped.is_set() or not self._bring(one):
+                            missing.add(one.task)
+                        elif one.written or one.task not in missing:
+                            brought.append(one)
                     except UserError as error:  # only of this one
+                        missing.add(one.task)
                         problem = f"an image is not delivered: {error}"
             except FarmError as error:
                 return f"no image is delivered: {error}"
             finally:
-                for number, hashes in brought.items():
-                    self._farm.fetched(number, hashes, delivered=True)
-            if len(due) < DELIVERIES:
+                self._farm.delivered(brought)
+            if sum(not one.written for one in due) < DELIVERIES:
                 break
-            job, after = due[-1][0].job, due[-1][0].id
+            job, after = due[-1].job, due[-1].task
         return problem
 
-    def _bring(self, job: Job, task: Task) -> bool:
-        """Copy one image; False when it is another one meanwhile."""
-        sha256, mode = task.sha256 or "", self._place.stat().st_mode
-        folder = self._store.job_directory(job.id, job.name).name
-        with held_place(self._place, f"{folder}/{task.name}") as place:
+    def _bring(self, one: Due) -> bool:
+        """Copy a file; False when there is another meanwhile."""
+        folder, mode = self._store.job_directory(one.job, one.title), self._place.stat().st_mode
+        source = self._store.blob_path(one.sha256) if one.written else folder / one.path
+        name = f"{folder.name}/{one.path}"
+        if name.lower().endswith("/povray.ini"):
+            return True  # whoever started POV-Ray there would start what it names
+        with held_place(self._place, name) as place:
             to = place
-            if os.path.lexists(to) and not any(has_hash(to, one) for one in (sha256, task.taken)
-                                               if one):
-                to = to.with_name(f"{to.stem}-{sha256[:8]}{to.suffix}")  # that is not ours
-            if has_hash(to, sha256):
+            if os.path.lexists(to) and not any(has_hash(to, sha256) for sha256 in (
+                    one.sha256, one.taken) if sha256):
+                to = to.with_name(f"{to.stem}-{one.sha256[:8]}{to.suffix}")  # that is not ours
+            if has_hash(to, one.sha256):
                 return True
             with placed(to) as part:
-                shutil.copyfile(self._store.place(job, task), part)
-                if not has_hash(part, sha256):
+                shutil.copyfile(source, part)
+                if not has_hash(part, one.sha256):
                     raise NotFound("it is rendered again just now")
-                part.chmod(mode & 0o666)  # whoever sees the directory is to see the image
+                part.chmod(mode & 0o666)  # whoever sees the directory is to see what is in it
                 with open(part, "rb") as file:
                     os.fsync(file.fileno())
-            to.parent.chmod(mode & 0o777)
+            for up in range(name.count("/")):
+                to.parent.joinpath(*[".."] * up).chmod(mode & 0o777)
             sync_directory(to.parent)
         return True
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Iterator, List, Set
+from typing import Any, Dict, Iterator, List, Set
 
 import pytest
 
@@ -168,7 +168,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def due(farm: Farm) -> int:
     with farm.store.read() as look:
-        return len(look.due_images(0, 0, 1000))
+        return len(look.due(0, 0, 1000))
 
 
 def files(place: Path) -> List[str]:
@@ -227,6 +227,40 @@ def test_what_is_there_and_links_are_left_alone(farm: Farm, tmp_path: Path) -> N
         (to / "2-ball").unlink()
         wait_until(lambda: not due(farm))
     assert same(farm, two, to)
+
+
+def test_what_the_scene_wrote_is_delivered_with_its_frame(farm: Farm, tmp_path: Path) -> None:
+    """What it appends to grows there; what is of another stays, and a bad place keeps all waiting."""
+    def frame(number: int, texts: Dict[str, bytes]) -> None:
+        farm.finish(worker, farm.lease(worker), image=png(number), written=texts)
+
+    to, old = tmp_path / "drive", os.umask(0o077)  # as ``serve`` has it
+    to.mkdir()
+    to.chmod(0o755)
+    (to / "1-ball").mkdir()
+    (to / "1-ball/mine.txt").write_bytes(b"mine")
+    (to / "1-ball/bad").symlink_to(tmp_path)
+    worker, job = farm.worker(), farm.submit(4, uses=("own-files",), batch=1)
+    with delivering(farm, to) as deliverer:
+        frame(1, {"log.txt": b"1", "mine.txt": b"theirs", "a/b/c.txt": b"deep"})
+        wait_until(lambda: not due(farm))
+        frame(2, {"log.txt": b"12"})
+        wait_until(lambda: not due(farm))
+        place = to / "1-ball"
+        assert [path for path in files(place) if "out" not in path] == [
+            "a/b/c.txt", "log.txt", f"mine-{hashlib.sha256(b'theirs').hexdigest()[:8]}.txt", "mine.txt"]
+        assert (place / "log.txt").read_bytes() == b"12" and (place / "mine.txt").read_bytes() == b"mine"
+        assert (place / "a").stat().st_mode & 0o777 == (place / "a/b").stat().st_mode & 0o777 == 0o755
+        frame(3, {"log.txt": b"123", "bad/x.txt": b"out", "PovRay.INI": b""})
+        wait_until(lambda: "is a link" in deliverer._problem
+                   and (place / "log.txt").read_bytes() == b"123")
+        assert due(farm) == 2 and not (tmp_path / "x.txt").exists()
+        (place / "bad").unlink()
+        frame(4, {})
+        wait_until(lambda: not due(farm))
+    os.umask(old)
+    assert (place / "bad/x.txt").read_bytes() == b"out" and farm.state(job) == "done"
+    assert not (place / "PovRay.INI").exists()  # which POV-Ray would obey
 
 
 def test_a_drive_that_is_away_or_full_gets_its_images_later(
@@ -307,15 +341,18 @@ def test_a_farm_delivers_tells_and_tidies(povray: str, tmp_path: Path) -> None:
     drive, mails = tmp_path / "drive", tmp_path / "mails"
     for place in (drive, tmp_path / "farm", tmp_path / "scene"):
         place.mkdir()
-    (tmp_path / "scene" / "scene.pov").write_text(STILL)
+    (tmp_path / "scene" / "scene.pov").write_text(
+        STILL + '#fopen F concat("at", str(frame_number, 0, 0), ".txt") write\n#write(F, clock)\n')
     (tmp_path / "farm" / "povfarm.ini").write_text(
         f"[povfarm]\ndeliver = {drive}\n[hooks]\ndone, lost = tee -a {mails}\n")
     farm = Processes(tmp_path, lease_time="2s")
     worker = farm.work("--worker-name", "attic")
     job = farm.submit(tmp_path / "scene", "scene.pov", *SMALL, "+KFF3", "--name", "film")
     farm.finished(job)
-    images = wait_until(lambda: len(files(drive)) == 3 and files(drive))
-    assert images == [f"{job}-film/scene{number}.png" for number in (1, 2, 3)]
+    found = wait_until(lambda: len(files(drive)) == 6 and files(drive))
+    images = [f"{job}-film/scene{number}.png" for number in (1, 2, 3)]
+    texts = [f"{job}-film/{name}.txt" for name in ("at1", "at2", "at3")]
+    assert found == sorted(images + texts) and (drive / texts[1]).read_text() == "0.5"
     for image in images:
         assert (drive / image).read_bytes() == (tmp_path / "farm/jobs" / image).read_bytes()
     worker.kill()
@@ -328,7 +365,7 @@ def test_a_farm_delivers_tells_and_tidies(povray: str, tmp_path: Path) -> None:
     assert shown.stdout.splitlines()[-1].startswith("1 job, ") and "would be deleted" in shown.stdout
     assert farm.job(job)["kept"] > 0
     farm.client.request("POST", "/api/v1/tidy", json={"keep": "1s", "dry": False})
-    assert len(files(drive)) == 3 and not list((tmp_path / "farm" / "jobs").iterdir())
+    assert len(files(drive)) == 6 and not list((tmp_path / "farm" / "jobs").iterdir())
     farm.check()
 
 

@@ -138,6 +138,7 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "add_event": lambda tx: tx.add_event(1.0, "x", "y"),
     "drop_events": lambda tx: tx.drop_events(1),
     "take_images": lambda tx: tx.take_images(1, ["a"]),
+    "deliver": lambda tx: tx.deliver(povfarm.Due(1, "x", 1, "a.png", HELLO, None, False)),
     "add_worker": lambda tx: tx.add_worker(INFO, "t", WorkerState.PENDING, "c", "a", 1.0),
     "set_worker_info": lambda tx: tx.set_worker_info(1, INFO, "a"),
     "set_worker_state": lambda tx: tx.set_worker_state(1, WorkerState.REMOVED),

@@ -52,8 +52,8 @@ def test_the_version_of_a_worker_is_shown_as_it_told_it_last(farm: Farm) -> None
 def first_release(root: Path) -> None:
     """Make a farm's database of version 10, with a worker and a frame that it has rendered."""
     schema = povfarm.SCHEMA
-    for new, old in ((",\n        povfarm TEXT NOT NULL DEFAULT ''", ""), (" taken TEXT,", ""),
-                     (f"    {povfarm._DUE};\n", "")):
+    for new, old in ((",\n        povfarm TEXT NOT NULL DEFAULT ''", ""), (" taken TEXT, UNIQUE", " UNIQUE"),
+                     (" taken TEXT,\n        PRIMARY", "\n        PRIMARY"), (f"    {povfarm._DUE};\n", "")):
         assert schema.count(new) == 1
         schema = schema.replace(new, old)
     root.mkdir()

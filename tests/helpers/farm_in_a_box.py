@@ -192,11 +192,11 @@ class Farm:
         return leases[0]
 
     def finish(self, worker: int, lease: LeaseSpec, index: int = 0, cpu: float = 1.0,
-               image: Optional[bytes] = None) -> bool:
+               image: Optional[bytes] = None, written: Mapping[str, bytes] = {}) -> bool:
         task = lease.tasks[index]
         return self.scheduler.finish(
             worker, lease.id, task.id, png(task.id) if image is None else image,
-            b"rendered", Cost(cpu, cpu, 1 << 20))
+            b"rendered", Cost(cpu, cpu, 1 << 20), written=written)
 
     def fail(self, worker: int, lease: LeaseSpec, index: int = 0, scene: bool = False) -> None:
         self.scheduler.fail(worker, lease.id, lease.tasks[index].id, "it broke", b"the log", scene)
