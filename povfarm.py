@@ -6599,7 +6599,8 @@ class Request:
     ``place`` is what is before the ``path`` for a browser that is logged in. ``alive()`` is False
     once the client has gone or the server is stopping: a handler that waits looks at it now and
     then. ``enter`` is told who it is from, and refuses it when there are too many. ``form_token``
-    is what the forms on its page hold, as soon as there is one.
+    is what the forms on its page hold, as soon as there is one; ``outdated`` says that something
+    on it is older than the newest event, as it may be by ``max_age``.
     """
 
     method: str
@@ -6616,6 +6617,7 @@ class Request:
     target: str = ""
     place: str = ""
     form_token: str = ""
+    outdated: bool = False
     alive: Callable[[], bool] = lambda: True
     enter: Callable[[Identity, bool], None] = lambda identity, waits: None
 
@@ -6623,6 +6625,12 @@ class Request:
         """Take the place off the path."""
         if found := _PLACE.match(self.path):
             self.place, self.path = found[0], self.path[found.end():]
+
+    @property
+    def max_age(self) -> int:
+        """How many seconds old what it gets may be: ``Cache-Control: max-age=1``."""
+        willing = re.fullmatch(r"max-age=(\d)", self.headers.get("cache-control", ""))
+        return int(willing[1]) if willing else 0
 
     def json(self) -> Any:
         """Return the JSON body; ``ProtocolError`` 415, 413 or 400 when it is none."""
@@ -6955,8 +6963,7 @@ class Router:
         What was begun since this one came is as good as new: so all who wait share a page. Who
         asks with ``Cache-Control: max-age=1`` also takes one that is a second old.
         """
-        willing = re.fullmatch(r"max-age=(\d)", request.headers.get("cache-control", ""))
-        came = time.monotonic() - (int(willing[1]) if willing else 0)
+        came = time.monotonic() - request.max_age
         key = (request.path, *sorted(request.query.items()), request.secure, request.place,
                request.headers.get("host"))
         with self.gate.outside():
@@ -15023,7 +15030,7 @@ class _Sheets:
         self._pin = pin  # of the certificate that is shown
         self._typed = typed  # how commands are written, see with_commands
         self._portraits: dict[int, tuple[float, Task]] = {}  # of jobs, and when they are outdated
-        self._kept: dict[Any, tuple[Any, Any]] = {}  # what is dear of jobs, and of when that is
+        self._kept: dict[Any, tuple[float, Any, Any]] = {}  # what is dear of jobs, since when
         self._making = threading.Lock()  # small pictures: one at a time
 
     def _page(self, request: Request, title: str, *body: Node, reload: int = 0,
@@ -15055,13 +15062,13 @@ class _Sheets:
             "body", element("a", "Skip to what is shown", href="#main", class_="skip"), " ",
             self._header(request, mark, now), element(
                 "main", element("p", notice, class_="notice failed") if notice else None, said,
-                body, id="main", tabindex=-1, data_event=event,
+                body, id="main", tabindex=-1, data_event=0 if request.outdated else event,
                 data_reload=None if still else reload or 30),
             element("footer", switch if reload else None, " ",
                     element("span", f"povfarm {VERSION}"))), lang="en")
         text = with_commands(page, lambda name: html.escape(self._typed(name)))
-        if request.place:  # in what is quoted here, no quote is left
-            text = re.sub(' (href|src|(?:form)?action)="(?=/)', rf' \1="{request.place}', text)
+        for name in ("href", "src", "action", "formaction"):  # in what is quoted, no quote is left
+            text = text.replace(f' {name}="/', f' {name}="{request.place}/')
         response = text_response(f"<!DOCTYPE html>{text}", status, "text/html")
         response.headers.update(PAGE_HEADERS)
         return response
@@ -15093,18 +15100,24 @@ class _Sheets:
                  "newest": tx.newest_task_of(job.id) if job.done else None}
                 for job, view in zip(jobs, views.jobs(tx, jobs))]
 
-    def _once(self, tx: Look, what: Any, job: Job, make: Callable[[], _Made]) -> _Made:
-        """Return what ``make`` does, once for all who look until something happens to the job."""
-        now, key = (tx.last_event_of(job.id), job.counts), (what, job.id)
-        then, made = self._kept.get(key, (None, None))
-        if then != now:
+    def _once(self, request: Request, tx: Look, what: Any, job: Job,
+              make: Callable[[], _Made]) -> _Made:
+        """Return what ``make`` does, once for all who look until something happens to the job.
+
+        Who keeps a page up to date may get what is a second old, and then looks once more.
+        """
+        now, state, key = time.monotonic(), (tx.last_event_of(job.id), job.counts), (what, job.id)
+        since, then, made = self._kept.get(key, (-math.inf, None, None))
+        if then != state and since + request.max_age > now:
+            request.outdated = True
+        elif then != state:
             made = make()
-            self._kept = {**dict(list(self._kept.items())[-19:]), key: (now, made)}
+            self._kept = {**dict(list(self._kept.items())[-19:]), key: (now, state, made)}
         return cast("_Made", made)
 
-    def _course(self, tx: Look, job: Job) -> _Course:
+    def _course(self, request: Request, tx: Look, job: Job) -> _Course:
         """Return how far the frames of a job are."""
-        return self._once(tx, "course", job, lambda: _course(*tx.frame_states(job)))
+        return self._once(request, tx, "course", job, lambda: _course(*tx.frame_states(job)))
 
     def _some(self, request: Request, view: View) -> Node:
         """Return the form for some frames; the script fills in what is selected.
@@ -15426,7 +15439,7 @@ class Pages(_Sheets):
             names = {worker["id"]: worker["name"] for worker in workers}
             growing = [self._api.views.frame(tx, task, names) for task in
                        (tx.frames_to_cut(stage["id"])[:1] if stage else ())]
-            course = self._course(tx, tx.job(stage["id"])) if stage else None
+            course = self._course(request, tx, tx.job(stage["id"])) if stage else None
             board = _board(tx, stage["id"], course.numbers) if stage and course else []
             story = _story(_latest(tx), views, self._farm.clock.time())
         needs = self._needs(request, views, workers)
@@ -15465,7 +15478,7 @@ class Pages(_Sheets):
         with self._farm.store.read() as tx:
             row = tx.job(request.params["job"])
             view, = self._views(tx, [row])
-            course = self._course(tx, row)
+            course = self._course(request, tx, row)
             numbers, size = course.numbers, -(-len(course.numbers) // CELLS_SHOWN)
             first = _query_digits(request, "from")
             shown = [] if size > 1 and first not in numbers[::size] else (
@@ -15475,8 +15488,8 @@ class Pages(_Sheets):
             failed = view["failure"] and tx.task_of_frame(row.id, view["failure"]["frame"])
             log = self._log(request, tx, view, row, failed) if failed else None
             names = {worker.id: worker.name for worker in tx.workers()}
-            times = self._once(tx, "times", row, lambda: _times(tx, row.id, numbers, names))
-            blocks = self._once(tx, "blocks", row, lambda: _blocks(row.id, course, size))
+            times = self._once(request, tx, "times", row,
+                               lambda: _times(tx, row.id, numbers, names))
             growing = [self._api.views.frame(tx, task, names)
                        for task in tx.frames_to_cut(row.id)[:1]]
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
@@ -15487,8 +15500,8 @@ class Pages(_Sheets):
                 "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
                 _figures(view), _warnings(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
-            _storyboard(view, board), _frames(view, blocks, chosen), self._some(request, view), log,
-            times,
+            _storyboard(view, board), _frames(view, _blocks(row.id, course, size), chosen),
+            self._some(request, view), log, times,
             _options(view, row), self._settings(request, view, row),
             reload=reloads.get(view["state"], 0),
             state="bad" if view["frames"]["failed"] else "busy" if _is_busy(view) else "")
@@ -16495,6 +16508,7 @@ def _block(job: int, numbers: Sequence[int], letters: str) -> Html:
                    data_frames=f"{first}-{numbers[-1]}")
 
 
+@functools.lru_cache(maxsize=8)
 def _blocks(job: int, course: _Course, size: int) -> Node:
     """Return a map of more frames than get a cell each; without a script a cell for ``size``."""
     numbers, letters = course.numbers, course.letters
@@ -17228,7 +17242,9 @@ async function beat() {
     const then = new Date(loaded).toLocaleTimeString([], {timeStyle: "short"});
     tell("Reconnecting, data from " + then);
   }
-  timer = setTimeout(beat, document.hidden ? 15000 : Date.now() - since > 60000 ? 2000 : 1000);
+  const now = Date.now();  // where much happens, every look is one at the page
+  timer = setTimeout(beat, document.hidden ? 15000
+    : now - loaded < 900 ? 1800 : now - since > 60000 ? 2000 : 1000);
 }
 
 document.documentElement.classList.add("js");

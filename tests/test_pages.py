@@ -76,7 +76,8 @@ class Farm:
              body: Optional[Dict[str, str]] = None, **headers: str) -> Response:
         path, _, query = address.partition("?")
         place = place_of(self.access, cookie)
-        headers = {"host": "farm.local:2271", "accept": "text/html", "cookie": cookie, **headers,
+        headers = {"host": "farm.local:2271", "accept": "text/html", "cookie": cookie,
+                   **{name.replace("_", "-"): value for name, value in headers.items()},
                    "content-type": "application/x-www-form-urlencoded"}
         answer = self.router.handle(Request(
             method, place + path, dict(urllib.parse.parse_qsl(query)), headers,
@@ -1093,6 +1094,10 @@ def test_what_is_dear_of_a_job_is_made_once_for_all_who_look(
     assert letters() == {"d": 4, "q": 496}
     farm.scheduler.cancel(job)
     assert letters() == {"d": 4, "c": 496}
+    farm.scheduler.retry(job)
+    old, new = (farm.page(f"/jobs/{job}", farm.admin, cache_control=how) for how in ("max-age=1", ""))
+    assert [("c496" in page.all("canvas")[0]["data-map"], page.all("main")[0]["data-event"] == "0")
+            for page in (old, new)] == [(True, True), (False, False)], "the older is looked at again"
 
 
 def test_chosen_frames_of_an_animation_are_shown_with_their_numbers(farm: Farm) -> None:

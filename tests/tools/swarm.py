@@ -1,6 +1,6 @@
 """Measures a coordinator with many workers: a real ``serve``, and simulated workers over HTTP.
 
-    python tests/tools/swarm.py [--short] [rates] [steady] [idle] [bulk] [jobs]
+    python tests/tools/swarm.py [--short] [rates] [steady] [idle] [bulk] [jobs] [viewers]
 
 All workers live in this process, on one selector: they join, ask with a long poll, beat as real
 ones do, and deliver real, tiny PNGs. Prints figures as JSON and ends with 1 when one of them is
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import heapq
+import http.client
 import itertools
 import json
 import os
@@ -123,9 +124,13 @@ class Line:
         self.then, self.began = then, time.monotonic()
         fields = {"Host": "127.0.0.1", "Content-Type": "application/json",
                   "Content-Length": str(len(body)),
-                  **self.swarm.signer.headers(self.token, method, path, body)}
+                  **self.fields(method, path, body)}
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         self.sock.send(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body)  # little enough to be taken at once
+
+    def fields(self, method: str, path: str, body: bytes) -> Dict[str, str]:
+        """What the head says of who asks."""
+        return self.swarm.signer.headers(self.token, method, path, body)
 
     def read(self) -> None:
         """Take in what has come, and go on where an answer is whole."""
@@ -140,7 +145,7 @@ class Line:
             return
         then, self.then, self.came = self.then, None, b""
         assert then is not None
-        then(int(head[9:12]), json.loads(body) if body else None, time.monotonic() - self.began)
+        then(int(head[9:12]), json.loads(body) if body[:1] == b"{" else body, time.monotonic() - self.began)
 
 
 class Swarm:
@@ -154,7 +159,8 @@ class Swarm:
         self.selector = selectors.DefaultSelector()
         self.workers: List[Worker] = []
         self.delivered = self.refused = 0
-        self.taken: Dict[str, List[Tuple[float, float]]] = {"lease": [], "beat": [], "delivery": []}
+        self.taken: Dict[str, List[Tuple[float, float]]] = {
+            what: [] for what in ("lease", "beat", "delivery", "farm", "page")}
         self.timers: List[Tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count()
 
@@ -176,6 +182,37 @@ class Swarm:
 
     def since(self, began: float, what: str) -> List[float]:
         return [seconds for at, seconds in self.taken[what] if at >= began]
+
+
+class Viewer(Line):
+    """A visible page, which the script keeps up to date; ``cookie`` is of who looks."""
+
+    def __init__(self, swarm: Swarm, place: str, cookie: str, page: str) -> None:
+        super().__init__(swarm, cookie)
+        self.place, self.page, self.event, self.loaded = place, place + page, -1, 0.0
+
+    def fields(self, method: str, path: str, body: bytes) -> Dict[str, str]:
+        return {"Accept": "text/html", "Cache-Control": "max-age=1",
+                **({"Cookie": self.token} if self.token else {})}
+
+    def look(self) -> None:
+        """As ``beat`` of the script does."""
+        self.ask("GET", f"{self.place}/api/v1/farm", b"", self._told)
+
+    def _told(self, status: int, answer: Any, seconds: float) -> None:
+        assert status == 200, answer
+        self.swarm.note("farm", seconds)
+        if answer["event"] != self.event and time.monotonic() - self.loaded > 1.4:
+            self.event = answer["event"]
+            self.ask("GET", self.page, b"", self._shown)
+        else:
+            self.swarm.later(1.0, self.look)
+
+    def _shown(self, status: int, answer: Any, seconds: float) -> None:
+        assert status == 200 and b'id="main"' in answer, answer[:300]
+        self.swarm.note("page", seconds)
+        self.loaded = time.monotonic()
+        self.swarm.later(1.8, self.look)
 
 
 class Worker:
@@ -352,6 +389,49 @@ def bulk(frames: int) -> Dict[str, float]:
     return figures
 
 
+def logged_in(serve: Serve) -> Tuple[str, str]:
+    """Where the pages are of the admin in a new browser, and its cookie."""
+    line = http.client.HTTPConnection("127.0.0.1", serve.port, timeout=60)
+    line.request("GET", serve.call("POST", "/api/v1/login", {})["path"])
+    cookie = line.getresponse().headers["Set-Cookie"]
+    line.close()
+    place = cookie.partition("Path=")[2].partition(";")[0].rstrip("/")
+    return place, cookie.partition(";")[0]
+
+
+def viewers(number: int, people: int, seconds: float, frames: int = 100_000) -> Dict[str, float]:
+    """What visible pages of a large job cost, with workers that deliver ten frames a second; of
+    ``number`` strangers, or of so many ``people``, each with a browser of their own."""
+    with serving() as serve:
+        swarm = gathered(serve, 10, frame_seconds=1.0, told={"cpu": 1.0, "wall": 1.0})
+        job = serve.submit(frames)
+        alone = Looks(serve)
+        time.sleep(2)
+        alone.stop()
+        for index, worker in enumerate(swarm.workers):
+            swarm.later(index / 10, worker.ask)
+        swarm.run(3)
+        began, cpu, delivered = time.monotonic(), serve.cpu(), swarm.delivered
+        swarm.run(seconds)
+        before, delivered = (serve.cpu() - cpu) / (time.monotonic() - began), swarm.delivered
+        for index in range(max(number, people)):
+            place, cookie = logged_in(serve) if people else ("", "")
+            swarm.later(index / 20, Viewer(swarm, place, cookie, f"/jobs/{job}").look)
+        swarm.run(4)
+        began, cpu, delivered = time.monotonic(), serve.cpu(), swarm.delivered
+        looks = Looks(serve)
+        swarm.run(seconds)
+        spent = time.monotonic() - began
+        figures = {"viewers": max(number, people), "cores_before": round(before, 3),
+                   "cores_of_viewers": round((serve.cpu() - cpu) / spent - before, 3),
+                   "deliveries_a_second": round((swarm.delivered - delivered) / spent, 1),
+                   "pages_a_second": round(len(swarm.since(began, "page")) / spent, 1),
+                   "page_median": most(swarm.since(began, "page"), 0.5),
+                   "api_median_idle": alone.median(), "api_median": looks.median()}
+        looks.stop()
+        return figures
+
+
 class Looks:
     """Somebody who looks at the list of jobs all the time."""
 
@@ -369,6 +449,9 @@ class Looks:
 
     def most(self, began: float) -> float:
         return round(max(seconds for at, seconds in self._taken if at >= began), 4)
+
+    def median(self) -> float:
+        return round(statistics.median(seconds for _, seconds in self._taken), 4)
 
     def stop(self) -> None:
         self._ends.set()
@@ -398,7 +481,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args()
-    parts = options.parts or ["rates", "steady", "idle", "bulk", "jobs"]
+    parts = options.parts or ["rates", "steady", "idle", "bulk", "jobs", "viewers"]
     short, wrong = options.short, []
     with contextlib.suppress(ImportError):
         import resource
@@ -431,6 +514,11 @@ def main() -> None:
         one, more = lease_cost(1), lease_cost(many)
         told("jobs", {"one": one, str(many): more, "ratio": round(more / one, 2)},
              0.2 < more / one < 20)
+    if "viewers" in parts:
+        for number, people in ((20, 0), (0, 20)):
+            figures = viewers(number, people, 3 if short else options.seconds)
+            told("people" if people else "strangers", figures, figures["pages_a_second"] > 1
+                 and figures["cores_of_viewers"] < 1 and figures["api_median"] < 0.5)
     if wrong:
         print(f"impossible, or far from what was promised: {', '.join(wrong)}")
         sys.exit(1)
