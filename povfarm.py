@@ -22341,6 +22341,7 @@ def _hold_streams() -> None:
 
 # --- the command line
 
+@functools.cache
 def _commands() -> dict[str, tuple[command, CommandFunction]]:
     return {tag.name: (tag, function) for function in [*globals().values()] if callable(function)
             for tag in getattr(function, "__dict__", {}).get("commands", ())}

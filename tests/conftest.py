@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -52,6 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
         names = getattr(item, "fixturenames", ())
         if "povray" in names or "examples" in names:
             item.add_marker("slow")
+        if item.path.stem in ("test_layout", "test_limits"):  # one process reads the whole file
+            item.add_marker(pytest.mark.xdist_group("source"))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -70,6 +73,11 @@ def pytest_xdist_setupnodes(config: pytest.Config) -> None:
     if changed and "fork" in multiprocessing.get_all_start_methods():
         with multiprocessing.get_context("fork").Pool() as pool:  # it has pytest's import hook
             pool.map(_compile, changed, chunksize=1)
+
+
+def pytest_collection_finish() -> None:
+    """What was collected stays: to look through it for garbage takes longer than most tests do."""
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object) -> Optional[str]:

@@ -18,7 +18,7 @@ import pytest
 from helpers.base import ROOT
 from helpers.farm_in_a_box import FakeClock, Farm
 from helpers.pictures import png
-from povfarm import SLICE_BEAT_WAIT, Cost, LeaseSpec, slice_block
+from povfarm import LOOK_AGAIN, SLICE_BEAT_WAIT, Cost, LeaseSpec, slice_block
 from tools import bench, load
 from tools.bench import HEIGHT, IDEAL, PARSE, PROFILES, TEAMS
 
@@ -82,6 +82,8 @@ class Team:
                        for number, speed in enumerate(speeds)}
         self.renders: dict[int, List[Render]] = {worker: [] for worker in self.speeds}
         self.beats = dict.fromkeys(self.speeds, 0.0)
+        self.news = 0  # times that something was given out or came back
+        self.asked = dict.fromkeys(self.speeds, (-1, 0.0))  # in vain: after which of them, and when
         for worker in self.speeds:
             self.farm.leases(worker)
 
@@ -109,14 +111,19 @@ class Team:
             strip = png(1, WIDTH, render.bottom - render.task.top)
             self.farm.scheduler.finish(worker, render.lease.id, render.task.id, strip, b"",
                                        render.cost(now), render.bottom)
+            self.news += 1
         if renders and now >= self.beats[worker]:
             self.beats[worker] = now + SLICE_BEAT_WAIT
             self.beat(worker, renders)
-        # A request for work is held, and looked at again whenever anything changes.
-        if len(renders) < 2 and self.chance.random() < 0.3:
+        # A request for work is held, and looked at again when anything changes, or a while later.
+        seen, at = self.asked[worker]
+        if len(renders) < 2 and (seen != self.news or now >= at + LOOK_AGAIN) and (
+                self.chance.random() < 0.3):
             idle = 0 if waiting else 1
-            for lease in self.farm.leases(worker, 2 - len(renders), 2, idle):
-                renders.append(Render(lease, now, parse))
+            leases = self.farm.leases(worker, 2 - len(renders), 2, idle)
+            renders += [Render(lease, now, parse) for lease in leases]
+            self.news += len(leases)
+            self.asked[worker] = (self.news, now)
 
     def beat(self, worker: int, renders: List[Render]) -> None:
         parts = {render.lease.id: {render.task.id: 1.0 if render.ended else

@@ -15,7 +15,7 @@ import pytest
 import helpers.base
 import povfarm
 from helpers.base import ROOT
-from helpers.source import OWNER, SECTIONS
+from helpers.source import SECTIONS, owners
 
 TESTS = ROOT / "tests"
 RENDERS = {"povray", "examples"}  # fixtures of what renders
@@ -124,7 +124,7 @@ def test_the_fast_lane_covers_every_section() -> None:
         own = {node.name.replace("_fixture", ""): node for node in module.body
                if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         for test in fast_tests(module):
-            for section in {OWNER[name] for name in words_in(test, own) & set(OWNER)}:
+            for section in {owners()[name] for name in words_in(test, own) & set(owners())}:
                 covering[section].append(test.name)
     assert not {section for section, tests in covering.items() if len(tests) < 5}
 

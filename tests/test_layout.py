@@ -18,17 +18,17 @@ from helpers.base import ROOT
 from helpers.source import (
     BANNER,
     BANNERS,
-    FUNCTIONS,
     LINES,
-    NODES,
-    OWNER,
     PATH,
     SECTIONS,
     SOURCE,
-    TOP,
-    TREE,
+    functions,
     names_bound,
+    nodes,
+    owners,
     section_at,
+    top,
+    tree,
 )
 
 COORDINATOR = {"STORE", "SCHEDULER", "API", "HTTPOV", "SHEEPIT", "RENDERONLINE", "PAGES",
@@ -122,12 +122,12 @@ def test_banners_look_like_banners() -> None:
 
 
 def test_no_name_is_defined_twice() -> None:
-    names = [name for node in TREE.body for name in dict.fromkeys(names_bound(node))]
+    names = [name for node in tree().body for name in dict.fromkeys(names_bound(node))]
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
 def test_nothing_lies_above_the_first_section() -> None:
-    assert [name for name, section in OWNER.items() if not section] == []
+    assert [name for name, section in owners().items() if not section] == []
 
 
 # --- who may use whom
@@ -137,8 +137,8 @@ def used_in_sections() -> List[Tuple[str, str, str]]:
     """Who uses (its section and line), which name, and the section that owns the name."""
     tables = {(table.get_name(), table.get_lineno()): table
               for table in symtable.symtable(SOURCE, PATH.name, "exec").get_children()}
-    return [(section_at(node.lineno), f"line {node.lineno} uses {name}", OWNER[name])
-            for node in TOP for name in sorted(used_by(node, tables)) if name in OWNER]
+    return [(section_at(node.lineno), f"line {node.lineno} uses {name}", owners()[name])
+            for node in top() for name in sorted(used_by(node, tables)) if name in owners()]
 
 
 def test_a_section_uses_only_sections_above_it() -> None:
@@ -167,7 +167,7 @@ def test_private_names_stay_in_their_section() -> None:
 
 def test_private_helpers_are_used() -> None:
     used = {use.rpartition(" ")[2] for _, use, _ in used_in_sections()}
-    assert [name for name in OWNER if name.startswith("_") and name not in used] == []
+    assert [name for name in owners() if name.startswith("_") and name not in used] == []
 
 
 def test_only_the_store_speaks_sql() -> None:
@@ -203,12 +203,12 @@ NEVER_NAMED: Dict[str, Set[str]] = {
 @pytest.mark.parametrize("section", NEVER_NAMED)
 def test_a_section_does_not_do_what_its_banner_denies(section: str) -> None:
     assert section in SECTIONS
-    assert [f"line {node.lineno}: {node.id}" for node in NODES if isinstance(node, ast.Name)
+    assert [f"line {node.lineno}: {node.id}" for node in nodes() if isinstance(node, ast.Name)
             and node.id in NEVER_NAMED[section] and section_at(node.lineno) == section] == []
 
 
 def test_an_empty_section_says_that_it_is_empty() -> None:
-    used = set(OWNER.values())
+    used = set(owners().values())
     for number, match in BANNERS:
         end = next((other for other, _ in BANNERS if other > number), len(LINES))
         head = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), LINES[number:end]))
@@ -229,13 +229,13 @@ def test_the_settings_feed_the_command_line_the_environment_and_the_file() -> No
 # --- what every name has
 
 def test_every_public_name_has_a_docstring() -> None:
-    missing = [name for name, node in public(TREE)
+    missing = [name for name, node in public(tree())
                if not ast.get_docstring(node)]  # type: ignore[arg-type]
     assert missing == []
 
 
 def test_every_return_and_argument_has_a_type() -> None:
-    for function in FUNCTIONS:
+    for function in functions():
         arguments = function.args
         every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs,
                  *filter(None, [arguments.vararg, arguments.kwarg])]
@@ -245,20 +245,20 @@ def test_every_return_and_argument_has_a_type() -> None:
 
 def test_functions_are_short() -> None:
     lengths = {f"{function.name}, line {function.lineno}":
-               (function.end_lineno or 0) - function.lineno + 1 for function in FUNCTIONS}
+               (function.end_lineno or 0) - function.lineno + 1 for function in functions()}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
     # Half of the functions have at most 12 lines, docstring and all.
     assert sorted(lengths.values())[len(lengths) // 2] <= 12
 
 
 def test_classes_can_be_read() -> None:
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in TREE.body
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in tree().body
                if isinstance(node, ast.ClassDef)}
     assert {name: length for name, length in lengths.items() if length > LONGEST_CLASS} == {}
 
 
 def test_functions_are_not_defined_inside_functions() -> None:
-    inner = [f"{function.name} has {node.name}" for function in FUNCTIONS
+    inner = [f"{function.name} has {node.name}" for function in functions()
              for node in ast.walk(function)
              if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node is not function]
     assert inner == []
@@ -267,23 +267,23 @@ def test_functions_are_not_defined_inside_functions() -> None:
 # --- what is nowhere
 
 def test_nothing_is_global_and_nothing_left_to_do() -> None:
-    for node in NODES:
+    for node in nodes():
         assert not isinstance(node, (ast.Global, ast.Nonlocal)), f"line {node.lineno}"
     for number, line in enumerate(LINES, 1):
         assert not re.search(r"\b(TODO|FIXME|XXX|HACK)\b", line), f"line {number}: {line}"
 
 
 def test_only_the_cli_prints() -> None:
-    for node in NODES:
+    for node in nodes():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) \
                 and node.func.id in ("print", "input"):
             assert section_at(node.lineno) == "CLI", f"line {node.lineno}"
 
 
 def test_only_the_last_line_exits() -> None:
-    last = TREE.body[-1]
+    last = tree().body[-1]
     assert ast.unparse(last) == "if __name__ == '__main__':\n    sys.exit(main())"
-    found = {node.lineno for node in NODES
+    found = {node.lineno for node in nodes()
              if (isinstance(node, ast.Name) and node.id in ("exit", "quit", "SystemExit"))
              or (isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.exit")}
     assert {line for line in found if line < last.lineno} == set()
@@ -291,7 +291,7 @@ def test_only_the_last_line_exits() -> None:
 
 def test_no_dangerous_call() -> None:
     """No shell, no code from data, no name that somebody else could guess."""
-    for node in NODES:
+    for node in nodes():
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in ("eval", "exec", "os.system", "os.popen", "tempfile.mktemp",
@@ -309,7 +309,7 @@ def test_the_code_does_not_know_of_tests_or_of_the_machine_it_was_made_on() -> N
 def imported() -> Dict[str, str]:
     """Every name that an import binds, and the module that it is from."""
     found: Dict[str, str] = {}
-    for node in NODES:
+    for node in nodes():
         if isinstance(node, ast.Import):
             found.update((alias.asname or alias.name, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -326,8 +326,8 @@ def test_nothing_beyond_the_standard_library_is_imported() -> None:
 
 def test_every_import_is_used() -> None:
     code = re.sub(r"^\s*(import|from) .*$", "", "\n".join(LINES[:]), flags=re.MULTILINE)
-    used = {part.id for part in NODES if isinstance(part, ast.Name)}
-    dotted = {ast.unparse(part) for part in NODES if isinstance(part, ast.Attribute)}
+    used = {part.id for part in nodes() if isinstance(part, ast.Name)}
+    dotted = {ast.unparse(part) for part in nodes() if isinstance(part, ast.Attribute)}
     unused: List[str] = []
     for name in imported():
         known = name in used if "." not in name else any(
@@ -339,15 +339,15 @@ def test_every_import_is_used() -> None:
 
 def test_imports_stand_at_the_top() -> None:
     first = BANNERS[0][0]
-    late = [node.lineno for node in NODES
+    late = [node.lineno for node in nodes()
             if isinstance(node, (ast.Import, ast.ImportFrom)) and node.lineno > first]
     assert late == []
 
 
 def test_every_name_that_is_used_exists() -> None:
     """A cheap look for typing errors in code that no test reaches."""
-    known = set(OWNER) | set(dir(builtins)) | {name.split(".")[0] for name in imported()}
-    for node in TOP:
+    known = set(owners()) | set(dir(builtins)) | {name.split(".")[0] for name in imported()}
+    for node in top():
         parts = [*ast.walk(node)]
         bound = {part.id for part in parts
                  if isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Load)}

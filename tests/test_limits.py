@@ -9,7 +9,7 @@ import pytest
 
 import povfarm
 from helpers.base import ROOT
-from helpers.source import TREE
+from helpers.source import tree
 
 PAGE = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| [^|]+ \| ([\d,]+) ?([^|]*?) ?\| `([^`]+)` \|$", PAGE, re.MULTILINE)
@@ -37,7 +37,7 @@ def test_the_page_says_what_the_code_does(number: str, unit: str, where: str) ->
 
 
 def test_no_limit_is_left_out() -> None:
-    names = {name.id for node in TREE.body if isinstance(node, ast.Assign)
+    names = {name.id for node in tree().body if isinstance(node, ast.Assign)
              for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
     limits = {name for name in names if LIMIT.fullmatch(name)}
     own = {f"Limits.{name}" for name in povfarm.Limits.__dataclass_fields__}

@@ -22,7 +22,7 @@ import pytest
 import povfarm
 from helpers.farm_in_a_box import SCENE, Farm, farm_fixture, manifest, pov_job, sha256
 from helpers.pictures import png
-from helpers.source import NODES, SOURCE, TREE
+from helpers.source import SOURCE, nodes, tree
 from povfarm import (
     AttemptState,
     Coordinator,
@@ -194,7 +194,7 @@ def test_readers_cannot_write(name: str, store: Store) -> None:
 
 def test_the_list_of_writes_is_whole() -> None:
     """All that a transaction adds to a look is in it, and nothing that only looks."""
-    classes = {node.name: node for node in TREE.body if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for node in tree().body if isinstance(node, ast.ClassDef)}
     writing = {name: {function.name for function in classes[name].body
                       if isinstance(function, ast.FunctionDef)
                       for text in strings_in(function)
@@ -741,7 +741,7 @@ def test_a_slice_costs_no_more_where_many_are_done(tmp_path: Path) -> None:
 def calls_of_sql() -> List[Tuple[str, str, ast.expr]]:
     """Where SQL is run: class and function, and the text."""
     found = []
-    for owner in NODES:
+    for owner in nodes():
         if isinstance(owner, ast.ClassDef):
             for function in owner.body:
                 found += [(owner.name, function.name, node.args[node.func.attr in ("_all", "_one")])

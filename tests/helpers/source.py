@@ -1,25 +1,47 @@
-"""The file povfarm.py as a text and as a tree, and the map of its sections."""
+"""The file povfarm.py as a text and as a tree, and the map of its sections.
+
+It is read when it is asked for: each process of the tests knows this module, and few need the tree.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
-from typing import Dict, Iterator
+from typing import Dict, Iterator, List, Tuple
 
 import povfarm
 
 PATH = Path(povfarm.__file__)
 SOURCE = PATH.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
-TREE = ast.parse(SOURCE)
-NODES = list(ast.walk(TREE))
 BANNER = re.compile(r"# === (\d+)\. ([A-Z]+) =+")
 BANNERS = [(number, match) for number, line in enumerate(LINES, 1)
            for match in [BANNER.fullmatch(line)] if match]
 SECTIONS = [match[2] for _, match in BANNERS]
-FUNCTIONS = [node for node in NODES if isinstance(node, ast.FunctionDef)]
-TOP = [node for node in TREE.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+@functools.lru_cache(None)
+def tree() -> ast.Module:
+    """The whole file."""
+    return ast.parse(SOURCE)
+
+
+@functools.lru_cache(None)
+def nodes() -> Tuple[ast.AST, ...]:
+    """Every part of it."""
+    return tuple(ast.walk(tree()))
+
+
+def functions() -> List[ast.FunctionDef]:
+    """Every function and method."""
+    return [node for node in nodes() if isinstance(node, ast.FunctionDef)]
+
+
+def top() -> List[ast.stmt]:
+    """The statements at the top, without the imports."""
+    return [node for node in tree().body if not isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def section_at(line: int) -> str:
@@ -42,5 +64,7 @@ def names_bound(node: ast.stmt) -> Iterator[str]:
                 yield from names_bound(inner)
 
 
-OWNER: Dict[str, str] = {name: section_at(node.lineno) for node in TREE.body
-                         for name in names_bound(node)}
+@functools.lru_cache(None)
+def owners() -> Dict[str, str]:
+    """The section of each name that is bound at the top."""
+    return {name: section_at(node.lineno) for node in tree().body for name in names_bound(node)}
