@@ -555,20 +555,8 @@ _RESERVED_NAMES = frozenset(
 )
 
 
-def is_file(path: Path) -> bool:
-    """Tell whether a file is there; False, too, for a name that no file can have."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long a name, a NUL in it
-        return False
-
-
-def is_directory(path: Path) -> bool:
-    """Tell whether a directory is there; False, too, for a name that none can have."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
+# Unlike Path's, False for a name that none can have, too: one that is too long, or has a NUL in it.
+is_file, is_directory = os.path.isfile, os.path.isdir
 
 
 def file_blocks(source: Path | bytes) -> Iterator[bytes]:
@@ -749,18 +737,13 @@ class Setting:
     def parse(self, text: str, source: str) -> Any:
         """Return the value of ``text``; a ``UserError`` names ``source``, where it stands."""
         try:
-            return (_flag if self.is_flag else self.kind)(text)
+            if self.is_flag and text.strip().lower() not in _ON + _OFF:
+                raise UserError(f"'{text}' is neither on nor off")
+            return text.strip().lower() in _ON if self.is_flag else self.kind(text)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
         except ValueError:
             raise UserError(f"{source}: '{text}' is not a whole number") from None
-
-
-def _flag(text: str) -> bool:
-    word = text.strip().lower()
-    if word not in _ON + _OFF:
-        raise UserError(f"'{text}' is neither on nor off")
-    return word in _ON
 
 
 _ON, _OFF = ("1", "on", "yes", "true"), ("0", "off", "no", "false", "")
@@ -792,8 +775,6 @@ _version = functools.partial(_word, pattern=r"auto|any|\d+([.-]\w+)*",
                              refusal="neither auto nor any nor a version, such as 3.7")
 _tls = functools.partial(
     _word, pattern="auto", refusal="not 'auto': give your own certificate with --tls-cert")
-
-
 _engine = functools.partial(_word, pattern=r"[A-Za-z][\w.-]{0,39}",
                             refusal="not a name of letters and digits, such as blender")
 _role = functools.partial(_word, pattern="user|viewer|submit",
@@ -3417,19 +3398,12 @@ def _members(tree: _Tree, listing: _Listing, scan: _Scan, last: float) -> tuple[
 def _empty_directories(tree: _Tree, folders: Iterable[str],
                        entries: Iterable[FileEntry]) -> tuple[str, ...]:
     """Return the places of the directories in which nothing else of the tree is."""
-    full: set[str] = set()
-    for entry in entries:
-        _add_parents(entry.path, full)
-    places = {tree.place(folder) for folder in folders}
+    places, full = {tree.place(folder) for folder in folders}, {"."}
     places |= {blank for place in places if not place.isascii() for blank in _garbled(place)}
-    for place in places:
-        _add_parents(place, full)
-    return tuple(sorted(place for place in places - full - {"."} if _is_portable(place)))
-
-
-def _add_parents(path: str, to: set[str]) -> None:
-    while (path := path.rpartition("/")[0]) and path not in to:
-        to.add(path)
+    for path in (*places, *(entry.path for entry in entries)):
+        while (path := path.rpartition("/")[0]) and path not in full:
+            full.add(path)
+    return tuple(sorted(filter(_is_portable, places - full)))
 
 
 def scan_in_place(
@@ -4191,9 +4165,10 @@ class _Scan:
                 self.uses.add("own-output")
             tried |= {name._replace(text=text) for text in (
                 _candidates(how, name.text) if name.whole else [name.text])}
-        most = _MANY**2 // max(len(written), len(tried), _MANY)
-        (whole, patterns), (exact, vague) = (
-            _whole_and_not(names, most) for names in (written, tried))
+        whole, exact = ({name for name in names if name.whole} for names in (written, tried))
+        most = _MANY**2 // max(len(written), len(tried), _MANY)  # beyond which it is any name
+        patterns, vague = (names if len(names) <= most else {_UNKNOWN}
+                           for names in (written - whole, tried - exact))
         if exact & whole:
             self.uses |= {"own-output", "own-files"}
         self.reads |= {name for name in exact - whole if any(map(name.may_be, patterns))}
@@ -4439,13 +4414,6 @@ class _Flow:
         if not found and " " not in name.variable:
             return {_UNKNOWN}
         return found - {_Name("", True)}  # no name opens no file
-
-
-def _whole_and_not(names: set[_Name], most: int) -> tuple[set[_Name], set[_Name]]:
-    """Separate whole names from those that are not; more than ``most`` of these are any name."""
-    whole = {name for name in names if name.whole}
-    vague = names - whole
-    return whole, {_UNKNOWN} if len(vague) > most else vague
 
 
 def _literal(word: str) -> str:
@@ -4932,7 +4900,11 @@ def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int, most: int) -
         raise UserError(f"it would unpack to {format_size(size)}")
     seen: set[str] = set()
     for info in infos:
-        name = _zip_name(info)
+        name = info.filename
+        if not info.flag_bits & 0x800:  # macOS writes UTF-8 without saying so
+            with contextlib.suppress(UnicodeError):
+                name = name.encode("cp437").decode("utf-8")
+        name = name.replace("\\", "/")
         path = safe_join(into, name.rstrip("/"))
         kind = stat.S_IFMT(info.external_attr >> 16)
         for wrong, problem in (
@@ -4955,15 +4927,6 @@ def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int, most: int) -
             shutil.copyfileobj(source, target, BUFFER)
         if path.stat().st_size != info.file_size:
             raise UserError(f"'{name}' is damaged")
-
-
-def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Return the name as it was meant: macOS writes UTF-8 without saying so."""
-    name = info.filename
-    if not info.flag_bits & 0x800:
-        with contextlib.suppress(UnicodeError):
-            name = name.encode("cp437").decode("utf-8")
-    return name.replace("\\", "/")
 
 
 class _Sink(io.RawIOBase):
@@ -21721,10 +21684,9 @@ def status(options: Options) -> int:
             raise UserError("--since is for jobs that are named, without --watch")
         since = time.time() - options.since
         views = [frame for job in named for frame in _frames_of(client, job, since)]
-        _show(options, views, _table([("frame", "state", "start", "end", "worker"), *(
-            (str(one["frame"]), one["state"], _date(one["started"]), _date(one["finished"]),
+        return _show(options, views, _table([("frame", "state", "start", "end", "worker"), *(
+            (one["frame"], one["state"], _date(one["started"]), _date(one["finished"]),
              one["worker"] or "") for one in views)], 4))
-        return 0
     while True:
         farm = client.get("/api/v1/farm")
         if farm["notice"]:
@@ -21755,31 +21717,26 @@ def workers(options: Options) -> int:
     views = client.get("/api/v1/workers")["workers"]
     if options.rest:
         return _steer_workers(client, views, options)
-    rows: list[Sequence[str] | str] = [
-        ("id", "name", "state", "cores", "runs", "POV-Ray", "povfarm", "address")]
+    rows: list[Sequence[Any] | str] = []
     for view in views:
         code = f" (code {view['code']})" if "code" in view else ""
-        rows.append((str(view["id"]), view["name"], view["state"] + code, str(view["cores"]),
-                     str(view["runs"]), povray_of(view["engines"]), view["povfarm"] or "-",
-                     view["address"]))
+        rows.append((view["id"], view["name"], view["state"] + code, view["cores"], view["runs"],
+                     povray_of(view["engines"]), view["povfarm"] or "-", view["address"]))
         rows += [view["reason"]] if "reason" in view else []
         rows += [f"tags: {', '.join(view['tags'])}"] if view["tags"] else []
-    _show(options, views, _table(rows, 1) if views else
-          _typed("no worker has joined: start one with 'povfarm.py work'"))
-    return 0
+    return _show_table(options, views, ("id", "name", "state", "cores", "runs", "POV-Ray",
+                                        "povfarm", "address"), rows,
+                       "no worker has joined: start one with 'povfarm.py work'", 1)
 
 
 def _show_totals(client: Client, options: Options) -> int:
-    totals, texts = client.get("/api/v1/totals"), []
-    for kind, views in totals.items():
-        rows = [(kind[:-1], "frames", "time", "failed tries")]
-        rows += [(view["name"] or "-", said_frames(view["frames"]), format_duration(view["wall"]),
-                  f"{view['failures']:,}") for view in views]
-        texts.append(_table(rows, 0))
-    texts.append("A frame that several rendered counts as a part of one for each. A computer is "
-                 "what stands\nbehind the @ of a worker's name, or else that name.")
-    _show(options, totals, "\n\n".join(texts))
-    return 0
+    totals = client.get("/api/v1/totals")
+    tables = [_table([(kind[:-1], "frames", "time", "failed tries"), *(
+        (view["name"] or "-", said_frames(view["frames"]), format_duration(view["wall"]),
+         f"{view['failures']:,}") for view in views)], 0) for kind, views in totals.items()]
+    return _show(options, totals, "\n\n".join([
+        *tables, "A frame that several rendered counts as a part of one for each. A computer is "
+        "what stands\nbehind the @ of a worker's name, or else that name."]))
 
 
 def _steer_workers(client: Client, views: Sequence[dict[str, Any]], options: Options) -> int:
@@ -21798,9 +21755,8 @@ def _steer_workers(client: Client, views: Sequence[dict[str, Any]], options: Opt
         client.request("POST", f"{path}/{action}", json={})
     said, runs = _WORKER_ANSWERS[action]
     state = "removed" if action == "remove" else RESTS[action] or "admitted"
-    _tell(options, {"id": worker["id"], "name": worker["name"], "state": state},
-          f"{worker['name']} {said.format(runs * bool(worker['runs']), worker['name'])}")
-    return 0
+    return _tell(options, {"id": worker["id"], "name": worker["name"], "state": state},
+                 f"{worker['name']} {said.format(runs * bool(worker['runs']), worker['name'])}")
 
 
 _WORKER_ANSWERS = {  # what is said, and what of it only where something is under way
@@ -21826,8 +21782,8 @@ def logs(options: Options) -> int:
         raise UserError(f"'{frame}' is not the number of a frame")
     reply = client.request("GET", f"/api/v1/jobs/{job['id']}/frames/{frame}/log")
     text = reply.body.decode("utf-8", "replace")
-    _show(options, {"job": job["id"], "frame": int(frame), "log": text}, text.removesuffix("\n"))
-    return 0
+    return _show(options, {"job": job["id"], "frame": int(frame), "log": text},
+                 text.removesuffix("\n"))
 
 
 def _frame_to_see(client: Client, job: int) -> str:
@@ -21948,18 +21904,15 @@ def tidy(options: Options) -> int:
     told = _coordinator(options).request("POST", "/api/v1/tidy", json={
         "keep": options.typed.get("keep", ""), "dry": options.dry_run}).json()
     jobs, unfetched = told["jobs"], told["unfetched"]
-    rows: list[Sequence[str] | str] = [
-        (str(job["id"]), job["name"], job["state"], _date(job["finished"]),
-         format_size(job["kept"])) for job in jobs]
-    size = format_size(sum(job["kept"] for job in jobs))
-    lines = [_table([("job", "name", "state", "ended", "takes"), *rows], 1)] if jobs else []
-    lines += [f"{counted(len(jobs), 'job')}, {size}"
+    lines = [_table([("job", "name", "state", "ended", "takes"), *(
+        (job["id"], job["name"], job["state"], _date(job["finished"]), format_size(job["kept"]))
+        for job in jobs)], 1)] if jobs else []
+    lines += [f"{counted(len(jobs), 'job')}, {format_size(sum(job['kept'] for job in jobs))}"
               f"{' would be' if options.dry_run else ''} deleted"]
     if unfetched:
         lines += [f"{counted(len(unfetched), 'job')} of that age stay, as nobody has fetched all "
                   f"images: 'povfarm.py fetch {' '.join(str(job['id']) for job in unfetched[:9])}'"]
-    _show(options, told, "\n".join(lines))
-    return 0
+    return _show(options, told, "\n".join(lines))
 
 
 @command("set", "JOB ... [KEY=VALUE ...]",
@@ -21997,8 +21950,7 @@ def admit(options: Options) -> int:
     """Admit a pending worker."""
     worker = _coordinator(options).request(
         "POST", "/api/v1/workers/admit", json={"code": options.rest[0]}).json()
-    _tell(options, worker, f"{worker['name']} may work now")
-    return 0
+    return _tell(options, worker, f"{worker['name']} may work now")
 
 
 @command("login", "", "print a link that makes a browser yours; with --code, come to a farm first",
@@ -22009,8 +21961,7 @@ def login(options: Options) -> int:
     if ":" in options.key:
         _keep(client, options)
     url = client.base_url + client.request("POST", "/api/v1/login", json={}).json()["path"]
-    _show(options, {"url": url}, url)
-    return 0
+    return _show(options, {"url": url}, url)
 
 
 @command("users", "[add NAME | invite | withdraw CODE | set NAME KEY=VALUE ... | remove NAME | "
@@ -22033,8 +21984,7 @@ def users(options: Options) -> int:
         who, secret = split_key(client.token)
         login = {"login": urllib.parse.unquote(who) or ADMIN,
                  "password": sheepit_password(secret_hash(secret))}
-        _show(options, login, f"-login {login['login']} -password {login['password']}")
-        return 0
+        return _show(options, login, f"-login {login['login']} -password {login['password']}")
     if word in ("add", "invite"):
         return _new_users(client, options, names, limits)
     ticket = _ticket_of(client, names[0]) if word == "withdraw" else ""
@@ -22046,8 +21996,7 @@ def users(options: Options) -> int:
         client.request("DELETE", person)
         said = (" is withdrawn: nobody can come by it any more; who has come stays" if ticket else
                 " is removed, with the workers that came with this key; the jobs stay")
-    _tell(options, {"name": names[0], "limits": limits}, names[0] + said)
-    return 0
+    return _tell(options, {"name": names[0], "limits": limits}, names[0] + said)
 
 
 def _invited(client: Client) -> list[dict[str, Any]]:
@@ -22068,18 +22017,16 @@ def _ticket_of(client: Client, code: str) -> str:
 
 def _show_users(client: Client, options: Options) -> int:
     views, invited = client.get("/api/v1/users")["users"], _invited(client)
-    rows: list[Sequence[str] | str] = [("name", "role", "jobs", "frames", "kept", "limits")]
-    rows += [(view["name"], view["role"], str(view["jobs"]), str(view["frames"]),
-              format_size(view["kept"]), _options_of(
-                  {name: most for name, most in view["limits"].items() if most}, ALLOWANCES))
-             for view in views]
-    codes: list[Sequence[str] | str] = [("code", "for", "role", "invited", "until", "limits")]
-    codes += [(one["code"], str(one["uses"]), one["role"], _date(one["added"]),
-               _date(one["until"]), _options_of(one["limits"], ALLOWANCES)) for one in invited]
-    _show(options, {"users": views, "invited": invited}, "\n\n".join(
+    rows = [("name", "role", "jobs", "frames", "kept", "limits"), *(
+        (view["name"], view["role"], view["jobs"], view["frames"], format_size(view["kept"]),
+         _options_of({name: most for name, most in view["limits"].items() if most}, ALLOWANCES))
+        for view in views)]
+    codes = [("code", "for", "role", "invited", "until", "limits"), *(
+        (one["code"], one["uses"], one["role"], _date(one["added"]), _date(one["until"]),
+         _options_of(one["limits"], ALLOWANCES)) for one in invited)]
+    return _show(options, {"users": views, "invited": invited}, "\n\n".join(
         _table(table) for table in (rows, codes) if len(table) > 1) or _typed(
         "nobody was added: invite people with 'povfarm.py users invite --uses 30'"))
-    return 0
 
 
 def _show_token(client: Client, options: Options, name: str) -> int:
@@ -22126,11 +22073,10 @@ def engines(options: Options) -> int:
     found = [vars(engine) for engine in rules.engines]
     types = {name: f"{kind}, {pattern.pattern}" for name, (kind, pattern)
              in rules.arguments.items()}
-    rows: list[Sequence[str] | str] = [("engine", "name", "files", "options")]
-    rows += [tuple(map(str, engine.values())) for engine in found]
-    kinds: list[Sequence[str] | str] = [("argument", "type and what it matches"), *types.items()]
-    _show(options, {"engines": found, "arguments": types}, f"{_table(rows)}\n\n{_table(kinds)}")
-    return 0
+    tables = (_table([("engine", "name", "files", "options"), *(
+        [*engine.values()] for engine in found)]),
+        _table([("argument", "type and what it matches"), *types.items()]))
+    return _show(options, {"engines": found, "arguments": types}, "\n\n".join(tables))
 
 
 def _online_rules(options: Options, node: bool = False) -> OnlineRules:
@@ -22154,11 +22100,9 @@ def machines(options: Options) -> int:
     elif rest:
         raise UserError(_usage(_command("machines")[0]))
     found = client.get("/api/v1/machines")["machines"]
-    rows: list[Sequence[str] | str] = [("machine", "directory")]
-    rows += [(one["address"], one["directory"]) for one in found]
-    _show(options, found, _table(rows) if found else
-          "no machine is used: add one that runs 'work --hpc', or HPCServer")
-    return 0
+    return _show_table(options, found, ("machine", "directory"), [
+        (one["address"], one["directory"]) for one in found],
+        "no machine is used: add one that runs 'work --hpc', or HPCServer")
 
 
 @command("backup", "DIRECTORY", "copy all data of a coordinator, even while it runs")
@@ -22198,11 +22142,9 @@ def discover_command(options: Options) -> int:
         if key else set()
     views = [{"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
               "yours": farm.verified or farm.farm_id in proven} for farm in found]
-    rows = [("name", "address", "")]
-    rows += [(farm.name, farm.url, "has your key" if view["yours"] else "")
-             for farm, view in zip(found, views)]
-    _show(options, views, _table(rows) if found else
-          _typed("no coordinator answers: start one with 'povfarm.py serve'"))
+    _show_table(options, views, ("name", "address", ""), [
+        (view["name"], view["url"], "has your key" if view["yours"] else "") for view in views],
+        "no coordinator answers: start one with 'povfarm.py serve'")
     return 0 if found or options.json else 1
 
 
@@ -22253,7 +22195,6 @@ class _FarmList:
 
 def _show_list(options: Options) -> int:
     """Print the farms on lists that are kept elsewhere."""
-    rows: list[Sequence[str] | str] = [("name", "address")]
     views = []
     for text in options.rest:
         address = text if re.search(r":\d+$", text) else f"{text}:{options.discovery_port}"
@@ -22261,9 +22202,9 @@ def _show_list(options: Options) -> int:
         views += [{name: one_line(str(farm.get(name, "")))
                    for name in ("name", "url", "farm_id", "pin")}
                   for farm in want(told, "farms", list) if isinstance(farm, dict)]
-    rows += [(view["name"], view["url"] + (f" --pin {view['pin']}" if view["pin"] else ""))
-             for view in views]
-    _show(options, views, _table(rows) if views else "no farm is on the list")
+    _show_table(options, views, ("name", "address"), [
+        (view["name"], view["url"] + (f" --pin {view['pin']}" if view["pin"] else ""))
+        for view in views], "no farm is on the list")
     return 0 if views or options.json else 1
 
 
@@ -22518,12 +22459,12 @@ def _command_help(tag: command) -> str:
 COLUMNS = 80  # that tables keep to, in a terminal and in a pipe
 
 
-def _table(rows: Sequence[Sequence[str] | str], flexible: int | None = None) -> str:
+def _table(rows: Sequence[Sequence[Any] | str], flexible: int | None = None) -> str:
     """Lay out rows of cells; a row that is a text goes below the others, from the second column.
 
     Where it would be wider than ``COLUMNS``, cells of the column ``flexible`` are shortened.
     """
-    cells = [row for row in rows if not isinstance(row, str)]
+    cells = [map(str, row) for row in rows if not isinstance(row, str)]
     widths = [max(map(_columns, column)) for column in zip(*cells)]
     if flexible is not None:
         others = sum(widths) - widths[flexible] + 2 * (len(widths) - 1)
@@ -22533,7 +22474,7 @@ def _table(rows: Sequence[Sequence[str] | str], flexible: int | None = None) -> 
         if isinstance(row, str):
             lines.append(_beside(" " * (widths[0] + 2), row))
         else:
-            texts = [_shortened(text, width) for text, width in zip(row, widths)]
+            texts = [_shortened(str(cell), width) for cell, width in zip(row, widths)]
             lines.append("  ".join(text + " " * (width - _columns(text))
                                    for text, width in zip(texts, widths)).rstrip())
     return "\n".join(lines)
@@ -22584,16 +22525,27 @@ def _shortened(text: str, width: int) -> str:
     return f"{head}...{_cut(text[::-1], width - 3 - _columns(head))[::-1]}"
 
 
-def _show(options: Options, data: Any, text: str) -> None:
+def _show(options: Options, data: Any, text: str) -> int:
+    """Print what was asked for, to people or to programs; return the exit code."""
     print(json.dumps(data) if options.json else plain(text), flush=True)
+    return 0
 
 
-def _tell(options: Options, data: Any, text: str) -> None:
-    """Say what was done, to people or to programs."""
+def _show_table(options: Options, data: Any, heads: Sequence[str],
+                rows: Sequence[Sequence[Any] | str], nothing: str,
+                flexible: int | None = None) -> int:
+    """Show a table, or what to do while there is ``nothing`` in it."""
+    return _show(options, data,
+                 _table([heads, *rows], flexible) if rows else _typed(nothing))
+
+
+def _tell(options: Options, data: Any, text: str) -> int:
+    """Say what was done, to people or to programs; return the exit code."""
     if options.json:
         print(json.dumps(data))
     else:
         _say(text)
+    return 0
 
 
 def _say(text: str, level: int = logging.INFO) -> None:
@@ -23029,9 +22981,8 @@ def _all_there(draft: Draft, options: Options) -> int:
     """Say that nothing is left to render, and make the films that were asked for."""
     films = _make_films(_images_of(draft, options), options) if options.command == "render" else []
     where = draft.destination(draft.plan.frames[0]).parent
-    _show(options, {"job": None, "files": [], "films": films, "seconds": 0.0},
-          f"nothing is left to render: all images are in {where} already")
-    return 0
+    return _show(options, {"job": None, "files": [], "films": films, "seconds": 0.0},
+                 f"nothing is left to render: all images are in {where} already")
 
 
 def _is_writable(directory: Path) -> bool:
@@ -23554,15 +23505,16 @@ def _say_left(names: Sequence[str], why: str) -> None:
 
 
 def _is_program(path: Path) -> bool:
-    """Tell a file that is there and that makes programs do something."""
-    return path.exists() and (path.suffix.lower() == ".ini" or os.access(path, os.X_OK))
+    """Tell a file that is there and that makes programs do something, or would be POV-Ray's own."""
+    return path.name.lower() == "povray.ini" or (
+        path.exists() and (path.suffix.lower() == ".ini" or os.access(path, os.X_OK)))
 
 
 def _may_leave(to: Path, base: Path, private: Collection[Path]) -> bool:
     """Tell whether a scene that runs in ``base`` may leave a file there."""
     where = real_path(to.parent)
     hidden = to.name.startswith(".")
-    if to.name.lower() == "povray.ini" or (hidden and to.exists()) or _is_program(to):
+    if (hidden and to.exists()) or _is_program(to):
         return False
     if where in homes() and (hidden or where != base):
         return False
@@ -23587,7 +23539,7 @@ def _fetch_written(client: Client, job: int, directory: Path, owners: _Owners | 
         if not file["sha256"] or has_hash(path, file["sha256"]):
             continue
         get = _fetch_appended if file["appended"] and is_file(path) else _fetch
-        if _is_program(path) or (path.name.lower() == "povray.ini") or (
+        if _is_program(path) or (
                 get == _fetch and os.path.lexists(path) and file["path"] in unknown):
             strange.append(file["path"])
         else:
@@ -23830,12 +23782,12 @@ def _file_name(text: str) -> str:
 def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
     if not jobs:
         return _typed("no jobs: queue one with 'povfarm.py submit'")
-    rows: list[Sequence[str] | str] = [
+    rows: list[Sequence[Any] | str] = [
         ("job", "name", "owner", "state", "frames", "", "rate", "left")]
     for job in jobs:
         left = format_duration(job["eta"]) if job["eta"] is not None else ""
         rows.append((
-            str(job["id"]), job["name"], _shortened(job["owner"], 12), job["state"],
+            job["id"], job["name"], _shortened(job["owner"], 12), job["state"],
             f"{job['frames']['done']}/{job['frames']['total']}", f"{100 * job['progress']:.0f} %",
             f"{3600 * job['rate']:.0f}/h" if left else "", left))
         failed = f"{job['frames']['failed']} failed" * bool(
