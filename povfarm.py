@@ -158,8 +158,7 @@ class ProtocolError(FarmError):
 
     def __init__(self, status: int, message: str, detail: Any = None, **headers: str) -> None:
         super().__init__(message)
-        self.status = status
-        self.detail = detail
+        self.status, self.detail = status, detail
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
@@ -750,7 +749,8 @@ _ON, _OFF = ("1", "on", "yes", "true"), ("0", "off", "no", "false", "")
 
 
 def _whole(text: str, least: int, most: float, refusal: str) -> int:
-    if not text.strip().isdecimal() or not least <= int(text) <= most:
+    digits = text.strip() if least >= 0 else re.sub(r"^[-+]", "", text.strip())
+    if not digits.isdecimal() or not least <= int(text) <= most:
         raise UserError(f"'{text}' is not {refusal}")
     return int(text)
 
@@ -767,6 +767,8 @@ _count = functools.partial(_whole, least=1, most=math.inf, refusal="a whole numb
 _percent = functools.partial(_whole, least=0, most=100, refusal="between 0 and 100")
 _nice = functools.partial(_whole, least=0, most=19, refusal="between 0 and 19")
 _retries = functools.partial(_whole, least=1, most=100, refusal="between 1 and 100")
+_priority = functools.partial(
+    _whole, least=-1000, most=1000, refusal="a whole number from -1000 to 1000")
 _max_workers = functools.partial(
     _whole, least=0, most=10_000, refusal="a number of workers from 0 to 10000 (0: no limit)")
 _slices = functools.partial(_word, pattern="auto|off|[1-9][0-9]{0,3}",
@@ -786,12 +788,6 @@ _order = functools.partial(_word, pattern="forward|reverse|spread|random",
                            refusal="not one of forward, reverse, spread, random")
 _spans = functools.partial(_word, pattern=r"(\d{1,9}(-\d{1,9})?(,(?=\d)|$)){0,99}",
                            refusal="no list of frames: write 1-10,50")
-
-
-def _priority(text: str) -> int:
-    if not re.fullmatch(r"[-+]?\d{1,4}", text) or abs(int(text)) > 1000:
-        raise UserError(f"'{text}' is not a whole number from -1000 to 1000")
-    return int(text)
 
 
 def _radiosity(text: str) -> str:
@@ -1400,11 +1396,9 @@ class FramePlan:
                         for span in spans)
 
 
-def read_command_line(
-    args: Sequence[str], cwd: Path, environ: Mapping[str, str],
-    system: Sequence[Path] | None = None, version: str = OLDEST, strict: bool = True,
-    ceiling: Path | None = None,
-) -> PovOptions:
+def read_command_line(args: Sequence[str], cwd: Path, environ: Mapping[str, str],
+                      system: Sequence[Path] | None = None, version: str = OLDEST,
+                      strict: bool = True, ceiling: Path | None = None) -> PovOptions:
     """Read ``args`` as POV-Ray of a ``version``, started in ``cwd``, reads its command line.
 
     The base INI comes first (POVINI, ./povray.ini, the user's, the system's),
@@ -1679,9 +1673,7 @@ class _CommandLine:
     """Reads texts one after the other and holds what they have said so far."""
 
     def __init__(self, cwd: Path, version: str, ceiling: Path | None = None) -> None:
-        self.cwd = cwd
-        self.version = version
-        self.ceiling = ceiling
+        self.cwd, self.version, self.ceiling = cwd, version, ceiling
         self.needs = ("", "")
         self.values: dict[str, str] = {}
         self.places: dict[str, tuple[str, str]] = {}  # names of files, and where they stand
@@ -2200,14 +2192,11 @@ def is_black(source: Path | bytes, extension: str) -> bool:
                        for row in _png_rows(png) for at in range(1, 1 + colors))
 
 
-def animated_png(
-    frames: Iterable[Path | bytes], count: int, delay: Fraction, loops: int = 0
-) -> Iterator[bytes]:
-    """Yield the pieces of an animated PNG of ``count`` PNG pictures.
+def animated_png(frames: Iterable[Path | bytes], count: int, delay: Fraction) -> Iterator[bytes]:
+    """Yield the pieces of an animated PNG of ``count`` PNG pictures, which goes on for ever.
 
-    Each is shown for ``delay`` seconds; 0 ``loops`` go on for ever. The packed
-    pixels are copied. Raises ``ImageError`` with the picture's number, from 1,
-    when it is unlike the first.
+    Each is shown for ``delay`` seconds. The packed pixels are copied. Raises
+    ``ImageError`` with the picture's number, from 1, when it is unlike the first.
     """
     short = delay.limit_denominator(int(65535 / max(1.0, float(delay))))  # two numbers of 16 bits
     sequence = itertools.count()
@@ -2218,7 +2207,7 @@ def animated_png(
         kind = f"{png.info.height} rows of {png.form}"
         if number == 1:
             first, tail = kind, data[png.end:]
-            yield data[:33] + _png_chunk(b"acTL", struct.pack(">II", count, loops))
+            yield data[:33] + _png_chunk(b"acTL", struct.pack(">II", count, 0))
             yield from data.blocks(33, png.start)
         _need(kind == first, f"picture {number} does not fit the first: {kind}, not {first}")
         yield _png_chunk(b"fcTL", struct.pack(
@@ -2977,13 +2966,16 @@ def _plain_rows(picture: _Picture, wanted: Sequence[int]) -> Iterator[bytes]:
         yield picture.data[start:end]
 
 
-def _runs(packed: bytes, size: int) -> bytes:
-    """Unpack a row of a TGA: runs of one pixel, or so many pixels as they are."""
-    out, at = bytearray(), 0
+def _runs(packed: bytes, at: int, size: int, more: int) -> bytes:
+    """Unpack a row from a place on: runs of one value of a size, or so many values as they are.
+
+    They are so many ``more`` than the first byte of a packet says.
+    """
+    out = bytearray()
     while at < len(packed):
-        count = (packed[at] & 127) + 1
-        end = at + 1 + (size if packed[at] & 128 else size * count)
-        out += packed[at + 1:end] * (count if packed[at] & 128 else 1)
+        count = packed[at] + more
+        end = at + 1 + size * (1 if count > 128 else count)
+        out += packed[at + 1:end] * (count - 128 if count > 128 else 1)
         at = end
     return bytes(out)
 
@@ -2992,13 +2984,7 @@ def _hdr_planes(packed: bytes, width: int) -> bytes:
     """Return the red, green and blue of a row, then the exponents they share."""
     if len(packed) == 4 * width and packed[:2] != b"\2\2":
         return b"".join(packed[at::4] for at in range(4))
-    out, at = bytearray(), 4
-    while at < len(packed):
-        run = packed[at] > 128
-        end = at + 2 if run else at + 1 + packed[at]
-        out += packed[at + 1:end] * (packed[at] - 128 if run else 1)
-        at = end
-    return bytes(out)
+    return _runs(packed, 4, 1, 0)
 
 
 def _light(value: float) -> int:
@@ -3047,7 +3033,7 @@ def _bgr_colors(picture: _Picture) -> _Colors:
     step, rows = picture.info.channels, functools.partial(_plain_rows, picture)
     packed = picture.data[:2] != b"BM" and picture.data[2:3] > b"\3"
     return _Colors(
-        (lambda wanted: (_runs(row, step) for row in rows(wanted))) if packed else rows,
+        (lambda wanted: (_runs(row, 0, step, 1) for row in rows(wanted))) if packed else rows,
         lambda x: tuple(step * x + color * (step > 2) for color in (2, 1, 0)))
 
 
@@ -3348,8 +3334,7 @@ def collect_project(
                                for path in scan.system}),
         frozenset(scan.reads),
         {key: _as_povray_reads(name) for key, name in scan.new_names("").items()},
-        frozenset(named), frozenset(scan.written), scan.explain,
-    )
+        frozenset(named), frozenset(scan.written), scan.explain)
 
 
 def plain_project(scene: Path) -> Project:
@@ -3406,10 +3391,9 @@ def _empty_directories(tree: _Tree, folders: Iterable[str],
     return tuple(sorted(filter(_is_portable, places - full)))
 
 
-def scan_in_place(
-    scene: str, library: Sequence[str], cwd: Path, outputs: Iterable[str],
-    standard_dirs: Sequence[Path], ini_dirs: Sequence[Path] = (), confined: bool = True,
-) -> tuple[Project, Mapping[str, Path], Collection[str]]:
+def scan_in_place(scene: str, library: Sequence[str], cwd: Path, outputs: Iterable[str],
+                  standard_dirs: Sequence[Path], ini_dirs: Sequence[Path] = (),
+                  confined: bool = True) -> tuple[Project, Mapping[str, Path], Collection[str]]:
     """Return a project that stays where it is: its tree is the whole file system.
 
     The arguments are those of ``collect_project``; a ``confined`` scene writes
@@ -3507,20 +3491,16 @@ def find_project(path: Path) -> Path:
                     "pov.ini")
 
 
-def zip_stream(entries: Iterable[tuple[str, Path | bytes]],
-               timestamp: float = 0) -> Iterator[bytes]:
+def zip_stream(entries: Iterable[tuple[str, Path | bytes]]) -> Iterator[bytes]:
     """Yield a zip file of ``(name, file)`` pairs piece by piece, stored, not compressed.
 
     Instead of a file its contents may be given; a name with a slash at its end is a directory.
-
-    Every file has the same time, ``timestamp`` in seconds since 1970 (1980 at
-    least), so that the same files are the same bytes.
+    Every file has the same time, so that the same files are the same bytes.
     """
-    date = time.gmtime(max(timestamp, 315532800))[:6]
     sink = _Sink()
     with zipfile.ZipFile(sink, "w") as archive:
         for name, path in entries:
-            info = zipfile.ZipInfo(name, date)
+            info = zipfile.ZipInfo(name)  # of 1980
             info.create_system, info.external_attr = 3, 0o644 << 16
             if isinstance(path, bytes):
                 if info.is_dir():
@@ -3635,8 +3615,7 @@ class _Reach:
 
     def __init__(self, cwd: Path, ceiling: Path | None = None, in_place: bool = False) -> None:
         self.bases = [cwd]  # where the person is, and what was typed; without links
-        self._cwd = cwd
-        self._ceiling = ceiling
+        self._cwd, self._ceiling = cwd, ceiling
         self._in_place = in_place  # what may be read is the renderer's confinement
         self._homes = homes()
         self._folders: dict[tuple[Path, Path], str] = {}
@@ -3754,7 +3733,6 @@ class _Search:
         return None
 
     def places(self) -> str:
-        """Say where was searched."""
         libraries = [str(directory) for directory in self.directories[1:] if directory]
         return (f"neither in {self.cwd} nor in a library path"
                 + (f" ({_some('+L' + name for name in libraries)})" if libraries else " (+L...)"))
@@ -3853,7 +3831,6 @@ class _Tree:
 
     @property
     def library(self) -> list[str]:
-        """The places of the library directories."""
         return [STANDARD if directory is None else self.place(str(directory))
                 for directory in self.search.directories[1:]]
 
@@ -3967,9 +3944,7 @@ class _Scan:
         self.folders: set[str] = set()  # that are named, or that files are named in
         self._tree = tree
         self._search = tree.search
-        self._renders = renders
-        self._reach = reach
-        self._listing = listing
+        self._renders, self._reach, self._listing = renders, reach, listing
         self._most = most  # bytes that are still looked into
         self._waiting: tuple[list[Path], list[Path]] = ([], [])  # perhaps and certainly needed
         self._strings: dict[str, dict[str, None]] = {}  # and the files in which they stand
@@ -3980,7 +3955,6 @@ class _Scan:
         self._lost: dict[str, tuple[str, bool]] = {}  # by name: what to say, certainly needed
 
     def run(self, scene: _FoundFile, values: Mapping[str, str], also: Iterable[str]) -> None:
-        """Scan everything from the scene on."""
         self._take(scene, True, True)
         self._note_version(scene.local)
         if header := values.get("Include_Header", ""):
@@ -4308,7 +4282,6 @@ class _Flow:
         self._looked = 0  # at values, for all names together
 
     def read(self, text: str) -> None:
-        """Take in one file."""
         self._words = words = [sys.intern(token) for _, token in _tokens(text)] + [""] * 3
         self._concats, self._macros = _concats(words), [(0, "")]
         self._fresh, self._blocks = set(), [set()]
@@ -4595,9 +4568,7 @@ class _Listing:
                  made: Callable[[Path], bool] | None) -> None:
         self.members: dict[str, tuple[Path, float]] = {}  # by path, which may lead through links
         self.folders: dict[str, None] = {}  # that were looked through
-        self._renders = renders
-        self._reach = reach
-        self._made = made
+        self._renders, self._reach, self._made = renders, reach, made
         self._large: dict[Path, str] = {}  # what was not looked through, and why
         self._unread: list[tuple[str, str]] = []
         self._links: list[str] = []
@@ -4785,9 +4756,8 @@ def _is_portable(path: str) -> bool:
 
 # --- the manifest and zip files
 
-def _entries(
-    members: _Members, needed: Collection[str], cache: HashCache
-) -> tuple[tuple[FileEntry, ...], list[str]]:
+def _entries(members: _Members, needed: Collection[str],
+             cache: HashCache) -> tuple[tuple[FileEntry, ...], list[str]]:
     """Hash the files; those that cannot be read and were not asked for are a warning."""
     entries, unread = [], []
     for path, (local, since) in sorted(members.items()):
@@ -4841,8 +4811,7 @@ def _checked(file: FileEntry) -> FileEntry:
         isinstance(file.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None
         and type(file.size) is int and 0 <= file.size < 1 << 63
         and type(file.mtime) in (int, float) and abs(file.mtime) < 1 << 63
-        and (file.after_frame is None or type(file.after_frame) is int)
-    )
+        and (file.after_frame is None or type(file.after_frame) is int))
     if not good:
         raise UserError(f"the manifest's values for {file.path!r} are wrong")
     _checked_path(file.path)
@@ -4914,8 +4883,7 @@ def _unpack(archive: zipfile.ZipFile, into: Path, packed_size: int, most: int) -
              f"'{name}' is compressed in a way that not everyone reads: "
              "pack it with a plain zip program"),
             (kind not in (0, stat.S_IFREG, stat.S_IFDIR), f"'{name}' is a link or a device"),
-            (name in seen, f"it holds '{name}' twice"),
-        ):
+            (name in seen, f"it holds '{name}' twice")):
             if wrong:
                 raise UserError(problem)
         if name.endswith("/"):
@@ -4937,7 +4905,6 @@ class _Sink(io.RawIOBase):
         self._blocks: list[bytes] = []
 
     def write(self, block: Any) -> int:
-        """Keep a block."""
         self._blocks.append(bytes(block))
         return len(block)
 
@@ -5338,9 +5305,8 @@ def povray_of(engines: Mapping[str, str]) -> str:
     return engines.get("povray", "none" if engines else "")
 
 
-def engine_fits(
-    wanted: str, first: Mapping[str, str], engines: Mapping[str, str], least: str = ""
-) -> bool:
+def engine_fits(wanted: str, first: Mapping[str, str], engines: Mapping[str, str],
+                least: str = "") -> bool:
     """Tell whether a worker's POV-Ray may render frames of a job.
 
     ``wanted`` is the job's option, ``first`` what the worker has that began the
@@ -6110,8 +6076,7 @@ class Beacon:
             return None
         answer = {
             "povfarm": "answer", "version": 1, "nonce": nonce,
-            "address": _address_towards(sender), **self._fields,
-        }
+            "address": _address_towards(sender), **self._fields}
         return json.dumps({**answer, "mac": mac(self._key, answer)}).encode()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -6835,8 +6800,7 @@ class Router:
                  error_page: Callable[[Request, ProtocolError], Response] | None = None,
                  gate: Gate | None = None) -> None:
         self.gate = gate or Gate()
-        self._authenticate = authenticate
-        self._hosts = hosts
+        self._authenticate, self._hosts = authenticate, hosts
         self._error_page = error_page
         self._turn = threading.Lock()  # of strangers
         self._made: dict[tuple[Any, ...], tuple[float, Response]] = {}  # for them, and when
@@ -6847,8 +6811,7 @@ class Router:
                  for tag in getattr(member, "routes", ())]
         # The more a pattern leaves open, the later it is tried.
         self.routes = sorted(
-            found, key=lambda one: (":path>" in one.route.pattern, one.route.pattern.count("<"))
-        )
+            found, key=lambda one: (":path>" in one.route.pattern, one.route.pattern.count("<")))
         seen = collections.Counter((one.route.method, one.regex.pattern) for one in self.routes)
         if seen and seen.most_common(1)[0][1] > 1:
             raise ValueError(f"two routes are the same: {seen.most_common(1)[0][0]}")
@@ -6900,8 +6863,7 @@ class Router:
         request.route = f"{bound.route.method} {bound.route.path}"
         request.params = {
             name: int(value) if kind == "int" else value
-            for group, value in match.groupdict().items() for name, kind in [group.split("_")]
-        }
+            for group, value in match.groupdict().items() for name, kind in [group.split("_")]}
         request.body.limit = bound.route.max_body
         request.identity = self._authenticate(request)
         if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
@@ -7012,8 +6974,7 @@ class Server(http.server.HTTPServer):
 
     def __init__(self, router: Router, host: str, port: int,
                  tls: ssl.SSLContext | None = None, limits: Limits | None = None) -> None:
-        self.router = router
-        self.tls = tls
+        self.router, self.tls = router, tls
         self.limits = limits or Limits()
         self.stopping = threading.Event()
         self.changed = threading.Condition()  # held to touch what follows
@@ -7255,7 +7216,6 @@ class _Connection(http.server.BaseHTTPRequestHandler):
                                                      do_handshake_on_connect=False)
 
     def close(self) -> None:
-        """Close the connection."""
         with self.server.changed:
             self.server.connections.discard(self)
             self.server.changed.notify_all()
@@ -7462,8 +7422,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             self.command, _decode(path), _fields(query), headers,
             BodyReader(self._body(length, expects), length), self.remote,
             secure=self.server.tls is not None, target=self.path, alive=self.alive,
-            enter=self.enter,
-        )
+            enter=self.enter)
         return True
 
     def _drained(self, request: Request) -> bool:
@@ -8071,15 +8030,6 @@ class Member:
         """Tell whether it has all these words as tags or name."""
         return not only or {*only.split(",")} <= {self.name, *json.loads(self.tags_json)}
 
-    def is_akin(self, other: Member) -> bool:
-        """Tell whether one person may be behind both: it is one computer, or one person's key.
-
-        Or nobody has looked at them (``--open``, clients of other systems); whoever was let in by
-        its code, or has the farm key, stands for itself.
-        """
-        alike = (self.owner, self.code) == (other.owner, other.code)
-        return self.address == other.address or (alike and self.owner != ADMIN)
-
 
 @dataclass(frozen=True)
 class Person:
@@ -8218,10 +8168,8 @@ class Store:
     nothing: then ``notice`` says so until ``look_for_room`` finds that it does.
     """
 
-    def __init__(self, root: Path, durable: bool = True, gate: Gate | None = None) -> None:
-        self.root = root
-        self.durable = durable
-        self.gate = gate or Gate()
+    def __init__(self, root: Path, durable: bool = True) -> None:
+        self.root, self.durable, self.gate = root, durable, Gate()
         self._lock = threading.RLock()
         self._readers: list[sqlite3.Connection] = []
         self._flushes: dict[Path, SharedFlush] = {}
@@ -8524,8 +8472,7 @@ class Store:
 
     def _connect(self, writes: bool = True) -> sqlite3.Connection:
         connection = sqlite3.connect(
-            self.root / "farm.db", timeout=30, isolation_level=None, check_same_thread=False
-        )
+            self.root / "farm.db", timeout=30, isolation_level=None, check_same_thread=False)
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys = ON")
         if writes:
@@ -8587,8 +8534,7 @@ class _Register:
     """One look at the database: workers, people, what happened, what is counted and watched."""
 
     def __init__(self, connection: sqlite3.Connection, known: _Known) -> None:
-        self._db = connection
-        self._known = known
+        self._db, self._known = connection, known
         self.changes = known.changes  # before the database is looked at; -1 when it has changed
 
     def _do(self, sql: str, /, **values: Any) -> sqlite3.Cursor:
@@ -10590,15 +10536,21 @@ class Muster:
 
     def akin(self, worker: int, by: Collection[int] = ()) -> frozenset[int]:
         """Return the workers behind which the person behind this one may be, also of those ``by``
-        whom something was made, who may be removed."""
+        whom something was made, who may be removed.
+
+        They are of one computer, or came with one person's key. Or nobody has looked at them
+        (``--open``, clients of other systems); whoever was let in by its code, or has the farm key,
+        stands for itself.
+        """
         mine, rows = self._look.worker(worker), [*self._look.workers(), *map(self._look.worker, by)]
-        return frozenset(row.id for row in rows if row.is_akin(mine))
+        return frozenset(row.id for row in rows if row.address == mine.address or (
+            mine.owner != ADMIN and (row.owner, row.code) == (mine.owner, mine.code)))
 
     def side(self, job: Job, worker: int, by: Collection[int] = ()) -> frozenset[int]:
         """Return the workers that cannot confirm a picture of one: all that are akin to it, where
-        others could or did make the picture, too; else only itself."""
-        akin = self.akin(worker, by)
-        return akin if self.helpers(job).union(by) - akin else frozenset({worker})
+        others could or did make the picture, too; else, and where none is checked, only itself."""
+        akin = self.akin(worker, by) if job.options.verify else frozenset()
+        return akin if akin and self.helpers(job).union(by) - akin else frozenset({worker})
 
     def why(self, job: Job) -> tuple[str, str]:
         """Return why a job does not go on, in a sentence, and what would cure it; or nothing.
@@ -10891,7 +10843,7 @@ class _Deal:
                 start = max(last - (size - 1) * frames.step, low)
             for begin in (start, low):
                 tasks = self._tx.next_tasks(
-                    job.id, mine, self._side(job, mine), size, begin, high, fresh)
+                    job.id, mine, self._muster.side(job, mine), size, begin, high, fresh)
                 if tasks:
                     return tasks[::-1] if backwards else tasks
         return []
@@ -10903,10 +10855,7 @@ class _Deal:
 
     def _had_turn(self, job: Job, task: int) -> set[int]:
         return self._tx.failed_workers(task).union(
-            *(self._side(job, row.worker) for row in self._tx.kept(task)))
-
-    def _side(self, job: Job, worker: int) -> Collection[int]:
-        return self._muster.side(job, worker) if job.options.verify else {worker}
+            *(self._muster.side(job, row.worker) for row in self._tx.kept(task)))
 
     # --- slices and passes
 
@@ -11514,8 +11463,7 @@ class Scheduler:
                  allowance: Allowance = Allowance(), keeping: Keeping | None = None) -> None:
         self.store = store
         self.keeping, self.delivers = keeping or Keeping(), False
-        self.clock = clock
-        self.lease_time = lease_time
+        self.clock, self.lease_time = clock, lease_time
         self._states = states = _States(store, clock)
         self.people = People(states, allowance)
         self._crew = crew = _Crew(states, lease_time, self.people)
@@ -12393,8 +12341,7 @@ class Views:
             frames={"total": total, **counts},
             slices={"total": len(slices), **{
                 name: sum(view["state"] == name for view in slices) for name in counts}},
-            waiting_for=muster.waiting_for(job),
-        )
+            waiting_for=muster.waiting_for(job))
         if whole:
             files, size, written = tx.extent(job.id)
             pov = json.loads(job.pov_json)
@@ -12727,8 +12674,7 @@ class _Answers:
         self.views = Views(scheduler)
         self._farm = scheduler
         self._store = scheduler.store
-        self._access = access
-        self.name = name
+        self._access, self.name = access, name
         self._started = scheduler.clock.monotonic()
         self.ends = False  # for good
         self._told: set[int] = set()  # workers, of that
@@ -12799,8 +12745,7 @@ class Api(_Answers):
                 "name": self.name, "version": VERSION, "farm_id": tx.meta("farm_id"),
                 "event": tx.last_event(), "workers": len(self._farm.live_workers()),
                 "notice": self._store.notice, "you": request.identity.name,
-                "uptime": self._farm.clock.monotonic() - self._started,
-            })
+                "uptime": self._farm.clock.monotonic() - self._started})
 
     @route("GET", "/api/v1/jobs", role="reader", gives={"jobs": tuple[JobView, ...]},
            summary="The jobs, the newest first")
@@ -13072,8 +13017,7 @@ class Api(_Answers):
         progress = {
             lease: {_task(task): _seconds(part, 1.0)
                     for task, part in want(leases, lease, dict).items()}
-            for lease in leases
-        }
+            for lease in leases}
         ended, cuts = self._farm.beat(request.identity.worker, progress,
                                       _seconds(wire.get("wait", 0)))
         ends = self._tells_end(request.identity.worker)
@@ -13179,9 +13123,7 @@ class Entrance:
     """The routes under /api/v1 by which people and workers come in, and they and jobs go."""
 
     def __init__(self, scheduler: Scheduler, access: Access, admit_private: bool) -> None:
-        self._farm = scheduler
-        self._access = access
-        self._admit_private = admit_private
+        self._farm, self._access, self._admit_private = scheduler, access, admit_private
         self._views = Views(scheduler)
 
     @route("POST", "/api/v1/jobs/<job:int>/fetched", role="user", takes=Fetched,
@@ -13484,8 +13426,7 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
         parameters = [
             {"name": name, "in": "path", "required": True,
              "schema": {"type": "integer" if kind == ":int" else "string"}}
-            for name, kind in re.findall(r"<(\w+)(:\w+)?>", tag.pattern)
-        ]
+            for name, kind in re.findall(r"<(\w+)(:\w+)?>", tag.pattern)]
         paths.setdefault(tag.path, {})[tag.method.lower()] = {
             "summary": tag.summary, "description": " ".join((bound.handler.__doc__ or "").split()),
             "operationId": bound.handler.__name__, "parameters": parameters,
@@ -13493,8 +13434,7 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
                 "2XX": {"description": tag.summary, **_content(tag.gives)},
                 "default": {"description": "see docs/api.md",
                             **_content({"error": str, "detail": Optional[str]})}},
-            "security": [] if tag.role in ("anyone", "reader") else [{"key": []}],
-        }
+            "security": [] if tag.role in ("anyone", "reader") else [{"key": []}]}
         if tag.takes:
             body = _content(tag.takes)
             if tag.method == "PATCH":
@@ -13502,8 +13442,7 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
             paths[tag.path][tag.method.lower()]["requestBody"] = {"required": True, **body}
     return {
         "openapi": "3.0.3", "info": {"title": "povfarm", "version": VERSION}, "paths": paths,
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-    }
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}}
 
 
 def _content(kind: Any) -> dict[str, Any]:
@@ -18012,8 +17951,7 @@ class Engine:
             "Statistic_Console": "On",
             "Continue_Trace": "On" if run.state.is_file() else "Off",
             "Output_File_Name": output.as_posix(),
-            **{key: path.name for key, path in run.text_files.items()},
-        })
+            **{key: path.name for key, path in run.text_files.items()}})
         task, pov = run.lease.tasks[0], run.lease.pov
         if task.kind is not TaskKind.FRAME:
             values.update(slice_values(pov.options, task.top, task.bottom))
@@ -18217,9 +18155,8 @@ def has_samples(data: bytes) -> bool:
     return re.search(rb"^C", data, re.MULTILINE) is not None
 
 
-def shared_texts(
-    folders: Sequence[Path], scene: str, photons: str, samples: bool
-) -> dict[str, bytes]:
+def shared_texts(folders: Sequence[Path], scene: str, photons: str,
+                 samples: bool) -> dict[str, bytes]:
     """Return the scene files that a run has to have in its own directory, by name.
 
     ``folders`` are the project's in the order of POV-Ray's search, which comes
@@ -18771,8 +18708,7 @@ class Transport:
             secured.close()
             raise UserError(
                 f"{self._host} shows another certificate than it should: it is not your "
-                "coordinator, or has a new one (its worker command shows which)"
-            )
+                "coordinator, or has a new one (its worker command shows which)")
         if self.pin not in ("", seen):  # what is signed from now on must fit this one
             secured.close()
             self.pin = seen
@@ -19244,8 +19180,7 @@ class _LauncherProcess:
     """The other side: a process without threads that forks, waits and kills."""
 
     def __init__(self, link: socket.socket, nice: int) -> None:
-        self._link = link
-        self._nice = nice
+        self._link, self._nice = link, nice
         self._pid = os.getpid()
         self._kernel = _Kernel() if sys.platform == "linux" else None
         self._ids: dict[int, int] = {}
@@ -19323,8 +19258,7 @@ class _LauncherProcess:
             unit = 1 if sys.platform == "darwin" else 1024
             self._answer({
                 "id": self._ids.pop(pid), "code": code,
-                "cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * unit,
-            })
+                "cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * unit})
 
     def _answer(self, answer: dict[str, Any]) -> None:
         self._link.sendall(json.dumps(answer).encode() + b"\n")
@@ -19773,11 +19707,7 @@ _PAGE = os.sysconf("SC_PAGESIZE") if hasattr(os, "sysconf") else 4096
 
 def _proc_stat(pid: int) -> list[str] | None:
     """Return the fields of /proc/PID/stat after the name (proc(5): field 3 is index 0)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    return text.rpartition(")")[2].split()
+    return " ".join(_lines(Path(f"/proc/{pid}/stat"))).rpartition(")")[2].split() or None
 
 
 # === 21. WORKER ==============================================================
@@ -20105,8 +20035,7 @@ class InPlace:
     """
 
     def __init__(self, root: Path, tree: Tree) -> None:
-        self.root = root
-        self._tree = tree
+        self.root, self._tree = root, tree
         self._lock = threading.Lock()
         self._kept: dict[int, dict[str, Kept]] = collections.defaultdict(dict)  # by job and name
         root.mkdir(parents=True)
@@ -20163,9 +20092,7 @@ class Cache:
                  near: Callable[[str], Path] | None = None, farm: str = "") -> None:
         self.root, self.held = root, root.parent / "held"
         self._mark = f"of-{farm}"
-        self.limit = limit
-        self._client = client
-        self._near = near
+        self.limit, self._client, self._near = limit, client, near
         self._lock = threading.Lock()  # of what follows
         self._using: collections.Counter[str] = collections.Counter()
         # Held while a project comes, which may take long: those that are here do not wait for it.
@@ -20318,12 +20245,8 @@ class Outbox:
         self._hold = hold
         self.taken: collections.Counter[TaskKind] = collections.Counter()
         self.given_up = 0
-        self._client = client
-        self._cache = cache
-        self._clock = clock
-        self._ending = ending
-        self._trouble = trouble
-        self._gone = gone
+        self._client, self._cache, self._clock = client, cache, clock
+        self._ending, self._trouble, self._gone = ending, trouble, gone
         self._place = Path()
         self._waiting: queue.Queue[Delivery] = queue.Queue()
 
@@ -20605,9 +20528,7 @@ class Worker(Resting):
         super().__init__()
         self.client, self.cache = client, cache
         self.engine, self.programs = engine, programs
-        self.until_idle = until_idle
-        self.bounds = bounds
-        self._launcher = launcher
+        self.until_idle, self.bounds, self._launcher = until_idle, bounds, launcher
         self._admitted = admitted
         self._clock = clock or Clock()
         self._pace = Pace(cores)
@@ -21032,8 +20953,7 @@ class _Measure:
         self.frames = 0
         self.cpu = 0.0
         self.wall = 0.0
-        self._run = run
-        self._clock = clock
+        self._run, self._clock = run, clock
         self._start = clock.monotonic()
         self._seen = (0.0, 0.0)  # when the first pixels of a frame came, and what part they were
 
@@ -22164,7 +22084,6 @@ class _FarmList:
         return json_response({"farms": self._farms})
 
     def look(self) -> None:
-        """Look for all of them again."""
         found = {farm.farm_id: {"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
                                 "pin": farm.pin}
                  for farm in discover(1.5, None, self._options.discovery_port)}
@@ -22178,7 +22097,6 @@ class _FarmList:
         self._farms = [*found.values()]
 
     def serve(self) -> int:
-        """Serve until stopped."""
         server = Server(Router(self, authenticate=lambda request: Identity()), "0.0.0.0",
                         self._options.discovery_port, limits=Limits(connections=1000))
         stop = threading.Event()
@@ -22218,8 +22136,7 @@ def doctor(options: Options) -> int:
             "confinement": _check_confinement(options.povray, launcher),
             "disk": _check_disk(options.data),
             f"TCP port {PORT}": _check_port(socket.SOCK_STREAM, PORT),
-            "UDP port 2269": _check_port(socket.SOCK_DGRAM, 2269),
-        }
+            "UDP port 2269": _check_port(socket.SOCK_DGRAM, 2269)}
     _show(options, [{"check": name, "good": good, "text": text}
                     for name, (good, text) in checks.items()],
           _table([("ok" if good else "NO", name, text) for name, (good, text) in checks.items()]))
@@ -22650,8 +22567,7 @@ class _Renderer:
 
     def __init__(self, options: Options, engine: Engine | None,
                  ask: Callable[[], Engine] | None = None) -> None:
-        self.engine = engine
-        self._ask = ask
+        self.engine, self._ask = engine, ask
         self._version = engine.guess if engine else ""
         if not ask and release(options.povray_version):
             self._version = options.povray_version
@@ -23105,9 +23021,7 @@ class _Follower:
 
     def __init__(self, client: Client, draft: Draft, options: Options,
                  here: _Here | None = None) -> None:
-        self._client = client
-        self._draft = draft
-        self._options = options
+        self._client, self._draft, self._options = client, draft, options
         self._here = here
         self._stop = threading.Event()
         self._bar = ProgressBar(draft.name, sys.stderr)
@@ -23150,7 +23064,6 @@ class _Follower:
                          self._options, log)
 
     def _begin_again(self, view: Mapping[str, Any], draft: Draft, why: str) -> tuple[int, int]:
-        """Submit a job anew, as a better one."""
         self._draft = draft
         _give_up(self._client, self._job, view["state"])
         job, event = _submit(self._client, draft, self._here and self._here.farm.scheduler)
@@ -23443,7 +23356,6 @@ def _made(total: int, files: Sequence[str], written: Sequence[str], draft: Draft
 
 
 def _written(client: Client, job: int) -> list[dict[str, Any]]:
-    """Return the files that the scene wrote."""
     return list(client.get(f"/api/v1/jobs/{job}/files")["files"])
 
 
@@ -24057,8 +23969,7 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
         "system": f"{platform.system()} {platform.release()}",
         "engines": {**(engine.versions() if engine.version else {}), **dict.fromkeys(programs, "")},
         "tags": [tag for tag in options.tags.split(",") if tag], "povfarm": VERSION,
-        "ticket": secrets.token_urlsafe(32),
-    }
+        "ticket": secrets.token_urlsafe(32)}
     own = Client(client.base_url, retry_for=math.inf, transport=client.transport)
     if options.command == "work":
         own.keep_trying(_news(), threading.Event(), longest=30.0)
@@ -24316,7 +24227,6 @@ class _WorkerPage:
              f"once; the next one is then in {self._file})")
 
     def stop(self) -> None:
-        """Serve no more."""
         self._file.unlink(missing_ok=True)
         self.server.stop()
 
@@ -24690,8 +24600,7 @@ class _LookOut:
     """How a worker finds its coordinator: whoever else appears, it waits, and says for what."""
 
     def __init__(self, options: Options, key: str) -> None:
-        self._options = options
-        self._key = key
+        self._options, self._key = options, key
         self._last_name = self._last_id = ""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             farm = json.loads((options.data / "workers" / "farm.json").read_bytes())
