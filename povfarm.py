@@ -529,6 +529,7 @@ def one_line(text: str) -> str:
 
 
 _STEERING = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])  # kinds of letters, as Unicode names them
+MAX_DEPTH = 100  # directories, one in the other, of a project
 
 
 def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
@@ -539,6 +540,8 @@ def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Pat
     ``windows`` so do drive letters and the names and characters that it reserves.
     """
     parts = relative.split("/")
+    if len(parts) > MAX_DEPTH:  # Python makes and deletes directories one within the other
+        raise UserError(f"{relative[:60]!r}... lies in more than {MAX_DEPTH} directories")
     for part in parts:
         if part in ("", ".", "..") or any(ord(c) < 32 or c == "\\" for c in part):
             raise UserError(f"{relative!r} is not a name of a file inside a project")
@@ -11498,7 +11501,7 @@ class Scheduler:
         """Add a job; return its id and the hashes of the files that are missing.
 
         ``frames`` are those of an animation to render, for ``FramePlan.chosen``. The
-        same ``ticket`` again, as when an answer was lost, adds no second job.
+        same ``ticket`` of the same owner again, as when an answer was lost, adds no second job.
         Raises ``UserError`` when the command line asks for no frame, when two
         frames would have the same name, for slices that cannot be, or for more than
         its owner may have, and ``NoRoom`` when the disk is as good as full.
@@ -11510,15 +11513,16 @@ class Scheduler:
             safe_join(Path(), file)
             if len(file.encode()) > 200:  # its logs have longer names
                 raise UserError(f"the file name {file[:40]}... is too long")
+        key = f"ticket {owner} {ticket}"
         with self.store.read() as look:
-            known = look.meta(f"ticket {ticket}") if ticket else ""
+            known = look.meta(key) if ticket else ""
             if known:
                 return int(known), look.missing_blobs(manifest.key)
             self.people.check_priority(look, owner, options.priority)
             sizes = {file.sha256: file.size for file in manifest.files}
             self.people.check(look, owner, len(chosen), size=sum(sizes.values()))
         with self._adding(plan, chosen, owner) as (tx, job):
-            known = tx.meta(f"ticket {ticket}")
+            known = tx.meta(key)
             if ticket and known:  # the same request was under way
                 return int(known), tx.missing_blobs(manifest.key)
             self.people.check(tx, owner, len(chosen), size=sum(sizes.values()))
@@ -11526,7 +11530,7 @@ class Scheduler:
             tx.add_job(job, name, owner, pov, manifest.key, options, self.clock.time(),
                        sum(sizes.values()))
             if ticket:
-                tx.set_meta(f"ticket {ticket}", str(job))
+                tx.set_meta(key, str(job))
             self._states.tell(tx, "submitted", counted(len(chosen), "frame"), job)
             missing = tx.missing_blobs(manifest.key)
             _check_room(self.store.root, sum(sizes[sha256] for sha256 in missing))
@@ -13367,9 +13371,10 @@ class Intake:
         """Read POV-Ray's command line, as typed in ``cwd``, for files in and below ``place``."""
         pov = read_command_line(words, cwd, {}, (), strict=False, ceiling=place)
         plan = plan_frames(pov)
-        for name in pov.library:
-            if name != STANDARD and place not in ((there := real_path(cwd / name)), *there.parents):
-                raise UserError(f"the library path '{name}' is not in what was sent")
+        for what, name in (*(("library path", one) for one in pov.library if one != STANDARD),
+                           ("scene", pov.scene)):
+            if place not in ((there := real_path(cwd / name)), *there.parents):
+                raise UserError(f"the {what} '{name}' is not in what was sent")
         with self._farm.store.read() as look:  # before the scene is looked into
             self._farm.people.check(look, owner, len(plan.frames))
         asked = {"scene": pov.scene, "library": pov.library, "values": dict(pov.values),

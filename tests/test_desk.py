@@ -149,6 +149,7 @@ def test_a_zip_a_folder_and_an_ini_file_are_taken_as_they_are(house: House, file
     ([("p.zip", b"PK")], "", "damaged or no zip file"),
     ([("p.zip", packed(___etc__passwd=b""))], "", "is not a name of a file inside a project"),
     ([("a", b""), ("a/b", b"")], "", "These files cannot be kept"),
+    ([("d/" * 1500 + "a.pov", BALL)], "", "lies in more than 100 directories"),
 ])
 def test_what_cannot_be_taken_is_refused_and_nothing_is_kept(
         house: House, files: List[File], command: str, words: str) -> None:
@@ -166,6 +167,8 @@ def test_what_cannot_be_taken_is_refused_and_nothing_is_kept(
     (b"", "ball.pov hostname", "scene or INI file called 'hostname' here"),
     (b"", "ball.pov +L/etc", "the library path '/etc' is not in what was sent"),
     (b"", "ball.pov +L..", "the library path '..' is not in what was sent"),
+    *((b"", f"ball.pov +I{name}", f"the scene '{name}' is not in what was sent") for name in (
+        "HERE/secret.pov", "HERE/gone.pov", "../../../../secret.pov", "../../../../gone.pov")),
     (b'#include "/etc/hostname"', "", "ball.pov:1 includes '/etc/hostname': it can"),
     (b'#include "../../../../secret.inc"', "", "ball.pov:1 includes '../../../../secret.inc': it can"),
     (b'#include "../../../../SECRET.inc"', "", "ball.pov:1 includes '../../../../SECRET.inc': it can"),

@@ -53,9 +53,9 @@ def come(farm: Farm, code: str, name: str, ticket: str = "its-own-ticket") -> Tu
     return reply, povfarm.person_key(name, agreed, ticket)
 
 
-def submit(farm: Farm, key: str, frames: int = 3, **options: Any) -> Reply:
+def submit(farm: Farm, key: str, frames: int = 3, ticket: str = "", **options: Any) -> Reply:
     return farm.ask("POST", "/api/v1/jobs", key=key, json_body={
-        "name": "ball", "pov": pov_job(frames).to_wire(), "options": options,
+        "name": "ball", "pov": pov_job(frames).to_wire(), "options": options, "ticket": ticket,
         "manifest": manifest({"scene.pov": SCENE}).to_wire()})
 
 
@@ -101,6 +101,14 @@ def test_a_user_steers_what_is_theirs_and_nothing_else(what: str, farm: Farm) ->
     assert farm.job(job) == before and "bert" not in {who for _, who, _ in story(farm)}
     assert farm.ask(method, f"/api/v1/jobs/{job}{path}", key=anna, json_body=body).status < 300
     assert story(farm)[-1][1:] == ("anna", "anna")
+
+
+def test_the_ticket_of_another_is_another_ticket(farm: Farm) -> None:
+    """Who guesses it neither learns of the job nor is given that one in place of their own."""
+    anna, bert = add(farm), add(farm, "bert")
+    jobs = [submit(farm, key, ticket="nightly").json()["id"] for key in (anna, bert, anna, KEY, bert)]
+    assert jobs == [1, 2, 1, 3, 2]
+    assert [farm.job(job).owner for job in (1, 2, 3)] == ["anna", "bert", "admin"]
 
 
 @pytest.mark.parametrize("what", STEERING)

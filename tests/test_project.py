@@ -783,7 +783,7 @@ def test_a_manifest_names_each_place_once(names: List[str], good: bool) -> None:
 
 
 def test_a_manifest_of_deep_directories_is_read_fast() -> None:
-    files = [{"path": f"{number:05}/" + "a/" * 495 + "b", "sha256": HASH, "size": 1, "mtime": 1}
+    files = [{"path": f"{number:05}/" + "a/" * 98 + "b", "sha256": HASH, "size": 1, "mtime": 1}
              for number in range(1000)]
     before = time.process_time()
     povfarm.Manifest.from_wire({"files": files})
