@@ -338,8 +338,7 @@ def test_every_page_fits_a_finger_a_small_screen_and_the_keyboard(tmp_path: Path
 
 
 def test_a_text_browser_shows_every_state_in_words(tmp_path: Path) -> None:
-    """In w3m, logged in by a link as by any browser."""
-    need("w3m", shutil.which("w3m") is not None, "w3m is not installed: apt-get install w3m")
+    """In w3m and in lynx, logged in by a link as by any browser."""
     farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False)
     farm.start()
     farm.scheduler.join(povfarm.WorkerInfo("laptop", 2, 1, "x", {}), "t", "10.0.0.7", "ABCDEF")
@@ -349,14 +348,28 @@ def test_a_text_browser_shows_every_state_in_words(tmp_path: Path) -> None:
     farm.scheduler.pause(2)
     farm.scheduler.cancel(3)
     session = farm.access.log_in(farm.access.login_code())
+    place = farm.access.place(session)
+    cookies = tmp_path / "cookies"  # in Netscape's format
+    cookies.write_text(f"127.0.0.1\tFALSE\t{place}/\tFALSE\t4000000000\t{farm.access.cookie}\t{session}\n")
+    said = dict.fromkeys(("/", "/jobs/1", "/computers", "/submit", "/people"), "")
+    config = tmp_path / "lynx.cfg"
+    config.write_text("PERSISTENT_COOKIES:TRUE\nCOOKIE_SAVE_FILE:/dev/null\n")
     try:
-        said = {page: subprocess.run(
-            ["w3m", "-dump", "-cols", "100", "-header", f"Cookie: {farm.access.cookie}={session}",
-             farm.url + farm.access.place(session) + page], env={**os.environ, "HOME": str(tmp_path)},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True).stdout
-            for page in ("/", "/jobs/1", "/computers", "/submit", "/people")}
+        for command in (["w3m", "-dump", "-cols", "100", "-header", f"Cookie: {farm.access.cookie}={session}"],
+                        ["lynx", "-dump", "-width=100", "-display_charset=utf-8", f"-cfg={config}",
+                         f"-cookie_file={cookies}"]):
+            need(command[0], shutil.which(command[0]) is not None,
+                 f"{command[0]} is not installed: apt-get install {command[0]}")
+            for page in said:
+                said[page] = subprocess.run(
+                    [*command, farm.url + place + page], env={**os.environ, "HOME": str(tmp_path)},
+                    stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True).stdout
+            every_state_is_said(said)
     finally:
         farm.stop()
+
+
+def every_state_is_said(said: Dict[str, str]) -> None:
     for page, words in (("/", ["waits is waiting", "‖ paused", "⊘ cancelled", "asks to join", "Admit",
                                "Refuse", "Resume"]), ("/jobs/1", ["3 queued", "Pause", "Cancel"]),
                         ("/computers", ["? asks to join"]), ("/submit", ["Files, or a zip", "Look at it"]),
