@@ -19627,7 +19627,7 @@ class Usage:
             power = ctypes.create_string_buffer(12)  # SYSTEM_POWER_STATUS: ACLineStatus, ...
             return bool(ctypes.windll.kernel32.GetSystemPowerStatus(power) and power.raw[0] == 0)
         if sys.platform == "darwin":
-            return "'Battery Power'" in _said_by("pmset", "-g", "batt")
+            return bool(re.search("'(Battery|UPS) Power'", _said_by("pmset", "-g", "batt")))
         supplies = [{name: _line(path / name) for name in ("type", "online", "status", "scope")}
                     for path in self._root.glob("sys/class/power_supply/*")]
         return not any(one["online"] == "1" for one in supplies if one["type"] != "Battery") and (
@@ -19692,7 +19692,7 @@ def _last_input() -> float:
         if ctypes.windll.user32.GetLastInputInfo(info):
             return ((ctypes.windll.kernel32.GetTickCount() - info[1]) & 0xffffffff) / 1000
         return 0.0
-    found = re.search(r'"HIDIdleTime" = (\d+)', _said_by("ioreg", "-c", "IOHIDSystem"))
+    found = re.search(r'"HIDIdleTime" ?= ?(\d+)', _said_by("ioreg", "-c", "IOHIDSystem"))
     return int(found[1]) / 1e9 if found else 0.0
 
 
@@ -21835,8 +21835,9 @@ def tidy(options: Options) -> int:
     lines += [f"{counted(len(jobs), 'job')}, {format_size(sum(job['kept'] for job in jobs))}"
               f"{' would be' if options.dry_run else ''} deleted"]
     if unfetched:
-        lines += [f"{counted(len(unfetched), 'job')} of that age stay, as nobody has fetched all "
-                  f"images: 'povfarm.py fetch {' '.join(str(job['id']) for job in unfetched[:9])}'"]
+        lines += [f"{counted(len(unfetched), 'job')} of that age stay{'s'[len(unfetched) > 1:]}, "
+                  "as nobody has fetched all images: 'povfarm.py fetch "
+                  f"{' '.join(str(job['id']) for job in unfetched[:9])}'"]
     return _show(options, told, "\n".join(lines))
 
 

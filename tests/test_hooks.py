@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import email.policy
 import hashlib
 import hmac
 import http.server
@@ -10,11 +11,12 @@ import json
 import re
 import shutil
 import socket
+import ssl
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import pytest
 
@@ -22,7 +24,7 @@ import povfarm
 from helpers import farm_in_a_box
 from helpers.base import wait_until
 from helpers.farm_in_a_box import Farm
-from povfarm import Herald, Hook, UserError
+from povfarm import Herald, Hook, Machines, OnlineRules, RequestRefused, UserError
 
 farm_fixture = farm_in_a_box.farm_fixture  # what each test is given
 KEEPS = "import sys; open(sys.argv[1], 'ab').write(sys.stdin.buffer.read() + b'\\n')"
@@ -223,24 +225,31 @@ class Taker(http.server.BaseHTTPRequestHandler):
     """Answers with the next of the server's answers, and keeps what it was sent."""
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         self.server.got.append((dict(self.headers), body))  # type: ignore[attr-defined]
         answers: List[int] = self.server.answers  # type: ignore[attr-defined]
         self.send_response(answers.pop(0) if answers else 204)
+        self.send_header("Content-Length", "0")
+        self.send_header("Location", self.server.location)  # type: ignore[attr-defined]
         self.end_headers()
+
+    do_GET = do_POST  # noqa: N815
 
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
 
 
 @contextlib.contextmanager
-def taker(*answers: int) -> Iterator[Tuple[str, List[Tuple[Dict[str, str], bytes]]]]:
+def taker(*answers: int, location: str = "", tls: Optional[ssl.SSLContext] = None
+          ) -> Iterator[Tuple[str, List[Tuple[Dict[str, str], bytes]]]]:
     server = http.server.HTTPServer(("127.0.0.1", 0), Taker)
-    server.got, server.answers = [], list(answers)  # type: ignore[attr-defined]
+    server.got, server.answers, server.location = [], list(answers), location  # type: ignore[attr-defined]
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/farm?to=me", server.got  # type: ignore[attr-defined]
+        yield f"http{'s' * bool(tls)}://127.0.0.1:{server.server_port}/farm?to=me", server.got  # type: ignore[attr-defined]
     finally:
         server.shutdown()
         thread.join()
@@ -273,6 +282,61 @@ def test_an_address_is_tried_until_it_takes_an_event_and_refusals_are_final(
     assert [json.loads(body)["job"]["id"] for _, body in got] == [jobs[0], *jobs]
     assert [re.sub(".*: ", "", one) for one in caplog.messages if "of event" in one] == [
         "the answer is 503; it is tried again", "the answer is 404"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_answer_sends_us_elsewhere(status: int, farm: Farm, tmp_path: Path) -> None:
+    """Neither a hook's address, nor another farm or list of farms, nor a node."""
+    (tmp_path / "private").write_text("{}")
+    with taker() as (elsewhere, followed):
+        for place in (elsewhere, (tmp_path / "private").as_uri()):
+            with taker(*[status] * 5, location=place) as (url, got):
+                address, hook = url.split("/")[2], Hook(("done",), url=url, secret="x")
+                assert Herald(hook, farm.api, farm.store, farm.clock)._post(b"{}") == (
+                    f"the answer is {status}", False)
+                for method in ("GET", "POST"):
+                    with pytest.raises(RequestRefused) as refused:
+                        povfarm.Client(f"http://{address}", retry_for=0).request(method, "/x")
+                    assert refused.value.status == status
+                machines = Machines(farm.scheduler, farm.access, OnlineRules((), {}))
+                for body in (None, {"TaskId": 1}):
+                    with pytest.raises(ValueError, match="Expecting value"):
+                        machines._ask(address, "status", body)
+                assert len(got) == 5
+        assert not followed
+
+
+def test_an_address_with_tls_must_have_a_certificate_that_the_system_trusts(
+        farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = povfarm.own_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with taker(tls=context) as (url, got):
+        herald = Herald(Hook(("done",), url=url, secret="x"), farm.api, farm.store, farm.clock)
+        problem, again = herald._post(b"{}")
+        assert "certificate verify failed" in problem and again and not got
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert herald._post(b"{}") == ("", False) and got[0][1] == b"{}"
+        herald._hook = Hook(("done",), url=url.replace("127.0.0.1", "127.0.0.2"), secret="x")
+        assert not herald._post(b"{}")[0].startswith("the answer")
+
+
+def test_the_manuals_mail_is_one(farm: Farm, tmp_path: Path) -> None:
+    """Also of a name that is not ASCII, or that would add a line to its head."""
+    manual = (Path(__file__).parent.parent / "docs" / "manual.md").read_text("utf-8")
+    (tmp_path / "tell.py").write_text(manual.partition("```python\n")[2].partition("```")[0], "utf-8")
+    sendmail = tmp_path / "sendmail"
+    sendmail.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/words\ncat > {tmp_path}/mail.part\n"
+                        f"mv {tmp_path}/mail.part {tmp_path}/mail\n")
+    sendmail.chmod(0o755)
+    hook = Hook(("done",), (sys.executable, str(tmp_path / "tell.py"), str(sendmail), "-t"))
+    with telling(farm, hook):
+        finished(farm, name="Kühe\nBcc: all@example.org")
+        wait_until((tmp_path / "mail").exists)
+    mail = email.message_from_bytes((tmp_path / "mail").read_bytes(), policy=email.policy.default)
+    assert (mail["From"], mail["To"], mail["Bcc"]) == ("ann@example.org", "ann@example.org", None)
+    assert mail["Subject"] == "box: Kühe Bcc: all@example.org: done"
+    assert (tmp_path / "words").read_text() == "-t\n"
 
 
 def test_an_address_that_never_answers_is_told_after_a_restart(

@@ -6,7 +6,8 @@ import calendar
 import os
 import time
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple
+from types import SimpleNamespace
+from typing import Any, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -263,6 +264,53 @@ def test_a_battery_counts_while_it_is_all_there_is(computer: Computer) -> None:
     assert computer.usage.on_battery() is True
     computer.supply("AC", type="Mains", online="1")
     assert computer.usage.on_battery() is False
+
+
+def told_by_macos(monkeypatch: pytest.MonkeyPatch, text: str) -> Usage:
+    monkeypatch.setattr(povfarm.sys, "platform", "darwin")
+    monkeypatch.setattr(povfarm, "_said_by", lambda *command: text)
+    return Usage(FakeClock())
+
+
+@pytest.mark.parametrize(("text", "age", "battery"), [  # as ioreg and pmset print
+    ('+-o IOHIDSystem  <class IOHIDSystem, id 0x1000005b6, registered, matched, active>\n  | {\n  |   '
+     '"IOClass" = "IOHIDSystem"\n  |   "HIDIdleTime" = 3254341351000\n  | }\n', 3254.341351, False),
+    ('      "HIDIdleTime"=1500000000\n', 1.5, False),
+    ("Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1234567)\t14%; discharging; 2:31 "
+     "remaining present: true\n", 0, True),
+    ("Now drawing from 'AC Power'\n -InternalBattery-0 (id=1)\t83%; charging; 1:00 remaining\n", 0, False),
+    ("Now drawing from 'UPS Power'\n -Back-UPS (id=1)\t96%; discharging\n", 0, True), ("", 0, False)])
+def test_macos_tells_use_and_power(
+        text: str, age: float, battery: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        usage = told_by_macos(patch, text)
+        assert (povfarm._last_input(), usage.on_battery()) == (age, battery)
+
+
+@pytest.mark.parametrize(("tick", "last", "age"), [
+    (5000, 2000, 3.0), (1000, 0xfffffc18, 2.0),  # the counter of milliseconds began anew meanwhile
+    (-1000, 0xfffffc00, 0.024)])  # ctypes reads it with a sign
+def test_windows_tells_use_and_power(
+        tick: int, last: int, age: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last_input(info: Any) -> int:
+        assert info[0] == 8
+        info[1] = last
+        return works
+
+    def power(status: Any) -> int:
+        status[0] = lines.pop(0)
+        return works
+
+    with monkeypatch.context() as patch:
+        patch.setattr(povfarm.sys, "platform", "win32")
+        patch.setattr(povfarm.ctypes, "windll", SimpleNamespace(
+            user32=SimpleNamespace(GetLastInputInfo=last_input), kernel32=SimpleNamespace(
+                GetTickCount=lambda: tick, GetSystemPowerStatus=power)), raising=False)
+        usage, works, lines = Usage(FakeClock()), 1, [b"\0", b"\1", b"\xff", b"\0"]
+        assert povfarm._last_input() == age  # on battery, on mains, unknown:
+        assert [usage.on_battery() for _ in range(3)] == [True, False, False]
+        works = 0
+        assert povfarm._last_input() == 0 and usage.on_battery() is False
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
