@@ -320,14 +320,14 @@ def test_wrong_keys_at_the_same_time_are_no_way_around(tmp_path: Any) -> None:
                 for _ in range(povfarm.MAX_HELD)]
     for guesser in guessers:
         guesser.start()
-        assert clock.waiting.acquire(timeout=30)
+        assert clock.waiting.acquire(timeout=60)
     assert (status(KEY, "10.0.0.66"), status("wrong", "10.0.0.66")) == (429, 429)
     assert (status(KEY, "10.0.0.7"), status("wrong", "10.0.0.7")) == (200, 401)
     clock.over = True
     with farm.access._lock:
         farm.access._lock.notify_all()
     for guesser in guessers:
-        guesser.join(30)
+        guesser.join(60)
     assert status(KEY, "10.0.0.66") == 200 and not farm.access._held
     farm.close()
 

@@ -335,14 +335,14 @@ def test_a_stop_ends_a_long_poll() -> None:
 
     def poll() -> None:
         with pytest.raises(ServerGone, match="stopped") as error:
-            client(server).request("GET", "/poll", timeout=60, stop=stop)
+            client(server).request("GET", "/poll", timeout=600, stop=stop)
         caught.append(error)
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
-    assert farm.entered.wait(10)
+    assert farm.entered.wait(60)
     stop.set()
-    thread.join(10)
+    thread.join(60)
     server.stop()
     assert caught
 
@@ -408,7 +408,7 @@ def raw_server(*answers: bytes) -> Iterator[Tuple[str, List[bytes], List[int]]]:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", seen, packets
-        thread.join(10)
+        thread.join(60)
 
 
 OK = b"HTTP/1.1 200 OK\r\n"

@@ -101,6 +101,6 @@ def submitted(farm: povfarm.Coordinator) -> Dict[str, object]:
     asked = urllib.request.Request(farm.url + "/renderapi/v1/enqueue", body, {
         "content-type": f"multipart/form-data; boundary={edge[2:].decode()}", "email": "eve",
         "token": token})
-    with urllib.request.urlopen(asked, timeout=30) as reply:
+    with urllib.request.urlopen(asked, timeout=60) as reply:
         answer: Dict[str, object] = json.load(reply)
         return answer

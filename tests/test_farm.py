@@ -627,18 +627,18 @@ def test_a_worker_that_is_stopped_while_it_joins_ends(answers: bool, tmp_path: P
     class Coordinator(Pretender):
         def join(self, wire: Dict[str, Any]) -> None:
             asked.set()
-            stopped.wait(30)
+            stopped.wait(300)
             if answers:
                 self.say({"id": 1, "admitted": True})
 
     with joining(tmp_path, Coordinator) as worker:
         try:
-            assert asked.wait(30)
+            assert asked.wait(60)
             worker.send_signal(signal.SIGTERM)
             time.sleep(0.5)
             if answers:
                 stopped.set()
-            assert worker.wait(20) == 130
+            assert worker.wait(60) == 130
         finally:
             stopped.set()
 
@@ -652,7 +652,7 @@ def test_a_worker_that_joins_again_because_the_answer_was_lost_has_the_same_tick
             asked.put(wire)
 
     with joining(tmp_path, Coordinator):
-        first, again = asked.get(timeout=30), asked.get(timeout=30)
+        first, again = asked.get(timeout=60), asked.get(timeout=30)
         assert first == again and re.fullmatch("[A-Za-z0-9_-]{32,100}", first["ticket"])
 
 
@@ -663,7 +663,7 @@ def test_ctrl_c_in_render_stops_at_once_and_leaves_no_more_than_a_state(tmp_path
         env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
     stop_renderer(tmp_path)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
     assert {*os.listdir(place)} <= {"scene.pov", "scene.pov-state"}
     assert os.listdir(tmp_path / "tmp") == []
@@ -693,7 +693,7 @@ def test_a_worker_without_the_key_waits_until_it_is_admitted(farm: Farm, tmp_pat
     assert "pending" in shown and code in shown
     assert run(tmp_path, "admit", code.lower(), cwd=tmp_path).returncode == 0
     assert farm.finished(job)["state"] == "done"
-    assert worker.wait(30) == 0
+    assert worker.wait(60) == 0
     worker.stderr.close()
 
 

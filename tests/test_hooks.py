@@ -64,6 +64,13 @@ def told(path: Path, number: int) -> List[Dict[str, Any]]:
     return [json.loads(line) for line in wait_until(lines, f"{path.name} is not told")]
 
 
+def words_of(process: Any) -> str:
+    """The command line of a process, empty when it has ended; another may have its number."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_text()
+    return ""
+
+
 def finished(farm: Farm, frames: int = 1, name: str = "ball") -> int:
     job = farm.submit(frames, name=name)
     farm.render(farm.worker())
@@ -161,7 +168,7 @@ def test_a_program_that_is_cut_off_by_the_end_of_the_farm_is_started_again(
     with telling(farm, script(code)):
         finished(farm)
         [number] = told(path, 1)
-    wait_until(lambda: not Path(f"/proc/{number}").exists(), "it runs on")
+    wait_until(lambda: str(path) not in words_of(number), "it runs on")
     with telling(farm, script(code)):
         assert len(told(path, 2)) == 2
 
@@ -192,8 +199,7 @@ def test_programs_that_hang_fail_or_flood_are_ended_and_named(
     for words in ("ran for longer than 1 seconds", "printed more than 1.0 MB", "cannot be started",
                   r"ended with code 1: no mail\?\[31m today"):
         assert len(re.findall(words, text)) == 2, text
-    wait_until(lambda: not Path(f"/proc/{child.read_text()}/stat").exists()
-               or " Z " in Path(f"/proc/{child.read_text()}/stat").read_text(), "the child runs on")
+    wait_until(lambda: "sleep(600)" not in words_of(child.read_text()), "the child runs on")
 
 
 def test_bad_hooks_cost_the_farm_nothing(
@@ -343,6 +349,7 @@ def test_an_address_that_never_answers_is_told_after_a_restart(
         farm: Farm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Pauses double, so it is asked seldom, and stopping does not wait for it."""
     monkeypatch.setattr(povfarm, "HOOK_ANSWER", 0.2)
+    monkeypatch.setattr(povfarm, "FAREWELL", 600.0)
     with taker() as (url, got):
         hook = Hook(("done",), url=url, secret="x")
         with silent() as dead, monkeypatch.context() as patch:
@@ -352,7 +359,7 @@ def test_an_address_that_never_answers_is_told_after_a_restart(
                 job = finished(farm)
                 wait_until(lambda: "no answer" in caplog.text)
                 begun = time.monotonic()
-            assert time.monotonic() - begun < 3
+            assert time.monotonic() - begun < 60
         assert not got
         with telling(farm, hook):
             wait_until(lambda: got)

@@ -856,7 +856,7 @@ def test_a_recorded_client_is_answered_as_it_was(name: str, tmp_path: Path) -> N
                     data.replace(b"cgroup=attic", b"cgroup=" + key, 1))
             data = re.sub(rb"&batch=\d+", b"&batch=" + batch, data, count=1)
             data = data.replace(b"/ball.zip", b"/" + known[b"ball"] + b".zip", 1)
-            sock = socket.create_connection(("127.0.0.1", farm.port), timeout=30)
+            sock = socket.create_connection(("127.0.0.1", farm.port), timeout=60)
             sock.sendall(data)
             answer = told(sock)
             found = re.search(rb"batch=(\w+)", answer)

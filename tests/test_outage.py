@@ -31,8 +31,18 @@ class Wire(Transport):
         self.farm = farm
         self.away: Callable[[Call], bool] = lambda call: False
         self.uploads: List[int] = []  # the statuses of the images that were sent
+        self.counted, self.under_way = threading.Lock(), 0
 
     def exchange(self, call: Call) -> Answer:
+        with self.counted:
+            self.under_way += 1
+        try:
+            return self.answer(call)
+        finally:
+            with self.counted:
+                self.under_way -= 1
+
+    def answer(self, call: Call) -> Answer:
         if self.away(call):
             raise ServerGone("no answer")
         path, _, query = call.target.partition("?")
@@ -89,9 +99,11 @@ class Room:
 
     def end(self) -> None:
         self.worker.stop()
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
-        self.wire.away = lambda call: True  # its last beat may still be on its way
+        self.wire.away = lambda call: True
+        self.farm.scheduler.close()  # which answers its last beat
+        wait_until(lambda: not self.wire.under_way, "its last beat is still on its way")
         assert self.farm.problems() == []
         assert list(self.place.iterdir()) == [self.place / "cache"]
         self.farm.close()
@@ -139,7 +151,7 @@ def test_a_worker_that_stays_until_idle_goes_when_its_farm_ends_for_good(
         not busy or "leased" in room.farm.states(job)))
     room.farm.api.ends = True
     room.farm.scheduler.close()
-    room.thread.join(20)
+    room.thread.join(60)
     assert not room.thread.is_alive() and room.farm.api.untold == set()
 
 
@@ -278,7 +290,7 @@ def test_an_error_that_says_full_costs_no_try(
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, fail)
         room.start()
-        assert failed.wait(20)
+        assert failed.wait(60)
         wait_until(lambda: set(room.farm.states(job)) == {"queued"} and room.worker._trouble)
     room.clock.skipped += 61
     wait_until(lambda: room.farm.state(job) == "done")
@@ -476,9 +488,9 @@ def test_a_worker_that_is_stopped_while_it_fetches_a_project_ends(room: Room) ->
 
     room.wire.away = away
     room.start()
-    assert asked.wait(20)
+    assert asked.wait(60)
     room.worker.stop()
-    room.thread.join(20)
+    room.thread.join(60)
     assert not room.thread.is_alive() and room.farm.states(job) == ["queued"]
     room.end()
 
@@ -492,7 +504,7 @@ def test_a_render_that_takes_longer_than_it_looked_ends_a_minute_after_the_stop(
     room.thread.join(2.5)  # longer than somebody takes to look
     assert room.thread.is_alive()
     room.clock.skipped += povfarm.PATIENCE
-    room.thread.join(20)
+    room.thread.join(60)
     assert not room.thread.is_alive() and room.farm.states(job) == ["queued"]
     room.end()
 
@@ -507,11 +519,11 @@ def test_what_cannot_be_handed_in_does_not_hold_up_a_worker_that_ends_at_once(
     wait_until(lambda: any(run.process and run.process.pid for run in room.worker._watched))
     room.worker.stop()
     room.worker.stop()
-    assert handing_in.wait(20)
+    assert handing_in.wait(60)
     room.thread.join(2.5)  # longer than somebody takes to look
     assert room.thread.is_alive()
     room.clock.skipped += povfarm.HAND_IN_TIME
-    room.thread.join(20)
+    room.thread.join(60)
     assert not room.thread.is_alive()
     gone.set()
     room.end()
@@ -530,6 +542,6 @@ def test_to_stop_twice_ends_a_worker_whose_coordinator_is_gone(
     room.clock.skipped += 10
     wait_until(lambda: any("gives them up" in text for text in caplog.messages))
     room.worker.stop()
-    room.thread.join(20)
+    room.thread.join(60)
     assert not room.thread.is_alive()
     assert list(room.place.iterdir()) == [room.place / "cache"]

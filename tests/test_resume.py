@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Sequence
 
 import pytest
 
@@ -31,7 +31,8 @@ camera { location <0, 1, -5> look_at 0 }
 light_source { <2, 4, -3>, 1 }
 sphere { 0, 1 pigment { rgb <1, clock, 0.3> } }
 """
-# Its fourth frame does not end before there is a file "go".
+# Its fourth frame does not end before there is a file "go"; it looks for it without rest.
+PATIENTLY = ["nice", "-n", "10"]
 HANGS = SCENE + '#if (frame_number = 4) #while (!file_exists("go")) #end #end\n'
 
 
@@ -60,10 +61,10 @@ class Place:
             **os.environ, "HOME": str(tmp_path), "TMPDIR": str(self.temporary),
             "POVFARM_DATA": str(tmp_path / "farm")}
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+    def start(self, *arguments: str, before: Sequence[str] = ()) -> "subprocess.Popen[str]":
         """Start a povfarm command."""
         self.processes.append(subprocess.Popen(
-            [*POVFARM, *arguments], cwd=self.path, env=self.environment, text=True,
+            [*before, *POVFARM, *arguments], cwd=self.path, env=self.environment, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         return self.processes[-1]
 
@@ -75,7 +76,7 @@ class Place:
 
     def hangs(self, name: str = "s") -> "subprocess.Popen[str]":
         """Start a render whose fourth frame does not end, and whose first has ended."""
-        process = self.start("render", "s.pov", *SMALL, "+KFF9", f"+O{name}")
+        process = self.start("render", "s.pov", *SMALL, "+KFF9", f"+O{name}", before=PATIENTLY)
         wait_until((self.path / f"{name}1.ppm").exists, "the first frame does not come")
         return process
 
@@ -405,7 +406,7 @@ def test_frames_that_read_earlier_images_go_on_with_the_first_that_is_missing(
         tmp_path: Path) -> None:
     hangs = '#if (frame_number = 4) #while (!file_exists("go")) #end #end\n'
     place = Place(tmp_path, CHAIN + hangs)
-    process = place.start("render", "s.pov", *SMALL, "+KFF6")
+    process = place.start("render", "s.pov", *SMALL, "+KFF6", before=PATIENTLY)
     wait_until((place.path / "s3.ppm").exists, "the third frame does not come")
     process.send_signal(signal.SIGINT)
     assert "Go on with" in process.communicate(timeout=180)[1]

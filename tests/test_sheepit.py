@@ -723,7 +723,7 @@ class Wire:
         return re.sub(rb"([?&]job=)7\b", rb"\g<1>" + self.job.encode(), data, count=1)
 
     def send(self, data: bytes) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self.farm.port), timeout=30)
+        sock = socket.create_connection(("127.0.0.1", self.farm.port), timeout=60)
         sock.sendall(data)
         return sock
 
@@ -940,7 +940,7 @@ def test_a_clients_pictures_are_those_of_plain_povray(
     wait_until(lambda: states(wire.farm) == ["done"] * number, "it is not rendered")
     wait_until(lambda: wire.farm.scheduler._states.waiting.work, "it does not ask for more")
     client.log_out()
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive() and len(client.frames) == number
     assert client.downloads == ["binary", "job"], "once each"
     expected = {path.name: path for path in set(plain.iterdir()).difference(
@@ -965,7 +965,7 @@ def test_a_scene_that_povray_cannot_parse_fails_with_its_words(
                "it does not go on")
     wait_until(lambda: wire.farm.scheduler._states.waiting.work, "it does not ask for more")
     client.log_out()
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
     with wire.farm.store.read() as tx:
         failure = tx.first_failure(1)
@@ -1081,7 +1081,7 @@ cp scene.pov .made/f09.png
     lines = [first, process.stdout.readline(), process.stdout.readline(), process.stdout.readline()]
     (tmp_path / "go").touch()
     lines += process.stdout.read().splitlines(keepends=True)
-    assert process.wait(30) == 0 and rend.left() == ["7_0009.png"]
+    assert process.wait(60) == 0 and rend.left() == ["7_0009.png"]
     told = re.compile(r"(remaining:0:00:\d\d of this frame|Mem:1\.00M \(0\.00M, Peak \d+\.\d0M\))\n")
     assert all(told.fullmatch(line) for line in lines), lines
     assert any(line.startswith("remaining") for line in lines)

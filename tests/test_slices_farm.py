@@ -151,7 +151,7 @@ def test_a_render_that_is_stopped_moves_to_another_worker(
     while "stopping" not in first.stdout.readline():  # or two signals may be one
         assert first.poll() is None
     first.send_signal(signal.SIGINT)
-    assert first.wait(30) == 130
+    assert first.wait(60) == 130
     assert not renderers(tmp_path) and farm.job(job)["frames"]["queued"] == 1
     if not moves:  # it begins anew: nothing was left
         assert list((tmp_path / "farm" / "jobs").glob("*/parts/*")) == []

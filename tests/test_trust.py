@@ -171,14 +171,14 @@ def test_many_threads_at_once_are_each_taken_once(farm: Farm) -> None:
     begin = threading.Barrier(8)
 
     def knock() -> None:
-        begin.wait(30)
+        begin.wait(60)
         statuses.extend(send(farm, "GET", "/api/v1/farm", **headers).status for headers in heard)
 
     threads = [threading.Thread(target=knock) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert (statuses.count(200), statuses.count(401)) == (100, 700)
 
 
@@ -289,11 +289,11 @@ def test_a_client_waits_for_its_farm_when_another_has_its_place(tmp_path: Path) 
                        threading.Event(), longest=0.2)
     waiting = threading.Thread(target=lambda: got.append(client.get("/api/v1/farm")))
     waiting.start()
-    assert told.wait(30) and not got
+    assert told.wait(60) and not got
     thief.stop()
     back = Coordinator(tmp_path / "mine", bind="127.0.0.1", port=mine.port, durable=False)
     back.start()
-    waiting.join(30)
+    waiting.join(60)
     back.stop()
     assert got[0]["farm_id"] == mine.access.farm_id
 

@@ -166,7 +166,7 @@ def attic(farm: real.Farm) -> Dict[str, Any]:
 def serve_again(farm: real.Farm, program: List[str]) -> None:
     """Stop the coordinator, and start that of a program."""
     farm.coordinator.send_signal(signal.SIGTERM)
-    farm.coordinator.wait(30)
+    farm.coordinator.wait(60)
     farm.program = program
     farm.coordinator = farm.serve()
 

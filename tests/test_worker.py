@@ -307,13 +307,13 @@ def test_a_project_that_comes_slowly_holds_up_no_other(
     monkeypatch.setattr(farm, "download", download)
     threads = [threading.Thread(target=use, args=(key,)) for key in (slow, here)]
     threads[0].start()
-    assert coming.wait(20)
+    assert coming.wait(60)
     threads[1].start()
-    threads[1].join(20)
+    threads[1].join(60)
     assert not threads[1].is_alive() and threads[0].is_alive()
     assert [path.name for path in tmp_path.iterdir()] == [slow]
     come.set()
-    threads[0].join(20)
+    threads[0].join(60)
     assert not threads[0].is_alive() and not list(tmp_path.iterdir())
 
 

@@ -249,18 +249,18 @@ class Browser:
 
     def __init__(self, link: str) -> None:
         self._opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-        self.text = self._opener.open(link, timeout=20).read().decode()
+        self.text = self._opener.open(link, timeout=60).read().decode()
         found = re.search(r'action="(/-[0-9a-f]+/)pause".*?value="([0-9a-f]+)"', self.text, re.S)
         assert found
         self.base, self.token = re.sub("/login.*", found[1], link), found[2]
 
     def get(self, path: str) -> bytes:
         """Return what is there."""
-        return bytes(self._opener.open(self.base + path, timeout=20).read())
+        return bytes(self._opener.open(self.base + path, timeout=60).read())
 
     def post(self, path: str) -> None:
         """Press a button."""
-        self._opener.open(self.base + path, f"token={self.token}".encode(), timeout=20).read()
+        self._opener.open(self.base + path, f"token={self.token}".encode(), timeout=60).read()
 
     def view(self) -> Any:
         """Return what the worker does."""
@@ -276,7 +276,7 @@ def test_a_worker_is_watched_paused_and_stopped_in_a_browser(
                        "--worker-name", "w", "--status-port", "0", "--hold", "--cores", "1")
     browser = Browser(wait_until(lambda: file.is_file() and file.read_text().strip(), "no page"))
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(re.sub("/-.*", "/", browser.base), timeout=20)
+        urllib.request.urlopen(re.sub("/-.*", "/", browser.base), timeout=60)
     wait_until(lambda: browser.view()["workers"], "it has not joined")
     browser.post("pause")
     first = farm.submit(place, "scene.pov", "+KFF4", *SMALL)
@@ -294,5 +294,5 @@ def test_a_worker_is_watched_paused_and_stopped_in_a_browser(
     wait_until(lambda: not any((tmp_path / "work" / "cache").iterdir())
                and not any((tmp_path / "work" / "held").iterdir()), "its project is still there")
     browser.post("stop")
-    assert worker.wait(20) == 0 and not file.exists()
+    assert worker.wait(60) == 0 and not file.exists()
     farm.check()

@@ -68,7 +68,7 @@ class Browser:
         """What somebody can read on the page."""
         return str(self.run("return document.body.innerText"))
 
-    def wait(self, script: str, what: str, seconds: float = 20) -> Any:
+    def wait(self, script: str, what: str, seconds: float = 60) -> Any:
         """Wait until an expression is true in the page."""
         return wait_until(lambda: self.run(f"return {script}"), what, seconds)
 
