@@ -15229,9 +15229,7 @@ class _Sheets:
 
     def _rests(self, request: Request, worker: View) -> Node:
         """Return the buttons that let a worker rest, or go on, for whose it is."""
-        you = request.identity
-        if "code" in worker or not (
-                "admin" in you.roles or ("user" in you.roles and you.name == worker["owner"])):
+        if "code" in worker or not self._may_steer(request, worker):
             return None
         actions = ("resume",) if "by hand" in worker.get("reason", "") else ("pause", "drain")
         return _apart([self._form(request, f"/workers/{worker['id']}/{action}", action.title())
@@ -15350,13 +15348,13 @@ class Pages(_Sheets):
             board = _board(tx, stage["id"], course.numbers) if stage and course else []
             story = _story(_latest(tx), views, self._farm.clock.time())
         needs = self._needs(request, views, workers)
-        live = [worker for worker in workers if worker["state"] in ("working", "idle")]
+        live = _live(workers)
         active = any(view["state"] == JobState.ACTIVE for view in views)
         now = self._farm.clock.time()
         return self._page(
             request, _title(views, self._api.name),
             element("h1", "Older jobs" if before else _verdict(views, now)),
-            element("p", _at_hand(views, live, workers), [
+            element("p", _at_hand(views, workers), [
                 " · ", element("a", "Everybody's jobs", href="/") if mine
                 else element("a", "Only my jobs", href="/?mine=1")]
                 if "user" in request.identity.roles else None, class_="lead"),
@@ -15560,8 +15558,7 @@ class Pages(_Sheets):
         needs = [need for need in self._needs(request, [], workers) if need.about]
         return self._page(
             request, f"Computers · {self._api.name}", element("h1", "Computers"),
-            element("p", _at_hand([], [worker for worker in workers if worker["state"] in (
-                "working", "idle")], workers), class_="lead"),
+            element("p", _at_hand([], workers), class_="lead"),
             _needs_you(needs), self._workers(request, workers), self._join(request),
             _totals(totals), reload=5)
 
@@ -15920,10 +15917,7 @@ def _count_of(number: int, noun: str) -> str:
 
 
 def _ago(seconds: float) -> str:
-    for limit, unit, word in ((100, 1, "s"), (5400, 60, "min"), (130_000, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {word} ago" if seconds >= 5 else "now"
-    return f"{_count_of(int(seconds / 86400 + 0.5), 'day')} ago"
+    return f"{_lasting(seconds)} ago" if seconds >= 5 else "now"
 
 
 def _lasting(seconds: float) -> str:
@@ -15999,8 +15993,13 @@ def _verdict(views: Sequence[View], now: float) -> str:
     return f"Rendering {what}" + (f", done at about {_clock(now + left, now)}" if left else "")
 
 
-def _at_hand(views: Sequence[View], live: Sequence[View], workers: Sequence[View]) -> str:
+def _live(workers: Sequence[View]) -> list[View]:
+    return [worker for worker in workers if worker["state"] in ("working", "idle")]
+
+
+def _at_hand(views: Sequence[View], workers: Sequence[View]) -> str:
     """Return how long it takes, and who is there for it."""
+    live = _live(workers)
     if not live:
         return "No computer is here"
     busy = _busy(views)
@@ -16534,7 +16533,7 @@ h2 a, h3 a { text-decoration: none; } h2 a:hover, h3 a:hover { text-decoration: 
 .large text { fill: var(--ink); stroke: var(--card); stroke-width: .2em;
   font-weight: 600; paint-order: stroke; stroke-linejoin: round; }
 .large .leased { fill: var(--glow); } .large .queued { fill: var(--line); }
-.large .done { fill: var(--done); } .large .failed { fill: var(--bad); }
+.large .done, .bar .done { fill: var(--done); } .large .failed, .bar .failed { fill: var(--bad); }
 .large + dl { margin-top: 1rem; } .stage .large a, .stage .large img { width: 100%; }
 .film { position: relative; } .film > .picture { height: 21rem; min-height: 0; }
 .film > .picture a, .film > .picture svg { display: block; height: 100%; max-height: none; }
@@ -16602,8 +16601,7 @@ h1 + dl { margin: .75rem 0; }
 .badge.paused { color: var(--hold); }
 .bar { display: block; width: 100%; height: .9rem; margin: .5rem 0 .75rem; overflow: visible;
   background: var(--line); }
-.bar .done { fill: var(--done); } .bar .live { fill: var(--live); } .bar .failed {
-  fill: var(--bad); }
+.bar .live { fill: var(--live); }
 dl { display: flex; flex-wrap: wrap; gap: .5rem 1.3rem; margin: 0; }
 dd { margin: 0; font-weight: 600; }
 section > .notice { color: var(--ink); }
@@ -16650,10 +16648,9 @@ summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
   var(--edge); } .times a:hover { opacity: .6; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem;
   border-radius: 2px; }
-.c0 { fill: var(--done); background: var(--done); } .c1 { fill: var(--live);
-  background: var(--live); } .c2 { fill: var(--hold); background: var(--hold); }
-.c3 { fill: var(--link); background: var(--link); } .c4 { fill: var(--edge);
-  background: var(--edge); }
+.times a, .legend i { fill: var(--of); background: var(--of); } .c0 { --of: var(--done); }
+.c1 { --of: var(--live); } .c2 { --of: var(--hold); } .c3 { --of: var(--link); }
+.c4 { --of: var(--edge); }
 .legend { margin-bottom: .75rem; } .legend span { display: inline-block; width: 1.8rem;
   margin-right: .4rem; }
 .grid { display: grid; gap: 3px; grid-template-columns: repeat(auto-fill, minmax(3rem, 1fr)); }
@@ -16722,20 +16719,18 @@ function morph(old, now) {
       old.insertBefore(child, at);
       continue;
     }
-    while (!name && at !== same && !key(at)) {
-      const next = at.nextSibling;
-      at.remove();
-      at = next;
-    }
+    while (!name && at !== same && !key(at)) at = without(at);
     if (same === at) at = at.nextSibling;
     else old.insertBefore(same, at);
     morph(same, child);
   }
-  while (at) {
-    const next = at.nextSibling;
-    at.remove();
-    at = next;
-  }
+  while (at) at = without(at);
+}
+
+function without(node) {
+  const next = node.nextSibling;
+  node.remove();
+  return next;
 }
 
 function ask(address) {
@@ -16765,6 +16760,7 @@ async function load() {
 const film = {own: false, at: 0, pace: 12, timer: 0, playing: false, loop: true, said: "",
   list: []};
 const player = () => find("#player"), screen = () => find(".large img");
+const tool = (key, of = box) => of.querySelector(`[data-key="${key}"]`);
 
 function frames() {
   const said = player().dataset.frames;
@@ -16799,16 +16795,15 @@ function show(at) {
 }
 
 function controls() {
-  const list = frames(), [button, again] = [" ", "o"].map(
-    key => player().querySelector(`[data-key="${key}"]`)), bar = player().querySelector("input");
+  const list = frames(), bar = player().querySelector("input");
   if (!film.own) film.at = Math.max(list.indexOf(+player().dataset.newest), 0);
   bar.max = list.length - 1;
   bar.value = film.at;
   bar.setAttribute("aria-valuetext", "frame " + list[film.at]);
   player().querySelector("output").textContent =
     `frame ${list[film.at]}` + (film.playing ? `, ${film.pace} a second` : "");
-  button.textContent = film.playing ? "‖" : "▶";
-  again.setAttribute("aria-pressed", film.loop);
+  tool(" ", player()).textContent = film.playing ? "‖" : "▶";
+  tool("o", player()).setAttribute("aria-pressed", film.loop);
 }
 
 function play(on) {
@@ -16859,10 +16854,6 @@ function look(frame) {
   shown.alt = screen().alt;
   for (const key of ["ArrowLeft", "ArrowRight"]) tool(key).hidden = !many;
   for (const key of ["-", "+"]) tool(key).hidden = !("light" in link.dataset);
-}
-
-function tool(key) {
-  return box.querySelector(`[data-key="${key}"]`);
 }
 
 function fit() {
@@ -16933,6 +16924,7 @@ window.addEventListener("resize", () => box.open && fit());
 
 // The map of more frames than get a cell each: a small square for every one of them.
 const map = {cell: 0, across: 1, at: 0, from: 0, to: -1, letters: ""}, sheet = () => find("#map");
+const number = index => +sheet().dataset.first + index * sheet().dataset.step;
 const said = {d: "finished", l: "in work", q: "queued", f: "failed", c: "cancelled"};
 
 function draw() {
@@ -16971,10 +16963,6 @@ function draw() {
     pen.strokeRect(x - 1, y - 1, size + 2, size + 2);
   }
   find("#told").textContent = `Frame ${number(map.at)}: ${said[all[map.at]]}`;
-}
-
-function number(index) {
-  return +sheet().dataset.first + index * sheet().dataset.step;
 }
 
 function choose(index, extend) {
@@ -17110,21 +17098,12 @@ async function dropped(form, items) {
   send.send(data);
 }
 
-document.addEventListener("dragover", drag => {
+for (const kind of ["dragover", "dragleave", "drop"]) document.addEventListener(kind, drag => {
   const form = find(".drop");
   if (!form || !drag.dataTransfer.types.includes("Files")) return;
-  drag.preventDefault();
-  form.classList.add("over");
-});
-document.addEventListener("dragleave", drag => {
-  if (!drag.relatedTarget && find(".drop")) find(".drop").classList.remove("over");
-});
-document.addEventListener("drop", drop => {
-  const form = find(".drop");
-  if (!form || !drop.dataTransfer.types.includes("Files")) return;
-  drop.preventDefault();
-  form.classList.remove("over");
-  dropped(form, drop.dataTransfer.items);
+  if (kind !== "dragleave") drag.preventDefault();
+  form.classList.toggle("over", kind === "dragover" || (kind !== "drop" && !!drag.relatedTarget));
+  if (kind === "drop") dropped(form, drag.dataTransfer.items);
 });
 
 function tell(text) {
