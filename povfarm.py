@@ -994,7 +994,7 @@ SETTINGS: tuple[Setting, ...] = (
             "job set", "N"),
     Setting("in-order", bool, None,
             "render frames in order on one computer; default if one reads another", "job set"),
-    Setting("frames", str, "", "which frames of an animation to render, such as 1-10,50", "job",
+    Setting("frames", str, "", "which frames of an animation, such as 1-10,50", "job cancel",
             "LIST"),
     Setting("first", _spans, "", "which of the frames go first, such as 50-60", "job set", "LIST"),
     Setting("order", _order, "forward",
@@ -5574,7 +5574,7 @@ def job_state(state: JobState, counts: Mapping[TaskState, int]) -> JobState:
     """Return the state that a job's tasks put it into (``state`` when none)."""
     if counts[TaskState.QUEUED] or counts[TaskState.LEASED]:
         return JobState.ACTIVE if state in (JobState.DONE, JobState.FAILED) else state
-    if state is JobState.CANCELLED or counts[TaskState.CANCELLED]:
+    if state is JobState.CANCELLED or not (counts[TaskState.DONE] or counts[TaskState.FAILED]):
         return JobState.CANCELLED
     return JobState.FAILED if counts[TaskState.FAILED] else JobState.DONE
 
@@ -9987,9 +9987,9 @@ class _States:
             if to in (TaskState.FAILED, TaskState.CANCELLED):
                 self.cancel_parts(tx, row, f"the frame is {to.value}")
 
-    def cancel_parts(self, tx: Tx, frame: Task, why: str) -> None:
+    def cancel_parts(self, tx: Tx, frame: Task, why: str, but_passes: bool = False) -> None:
         """End what is under way of a frame that is settled otherwise."""
-        for part in tx.parts(frame.id):
+        for part in tx.parts(frame.id, TaskKind.SLICE if but_passes else None):
             self.end_others(tx, part.id, why)
             if part.state in (TaskState.QUEUED, TaskState.LEASED):
                 self.move(tx, part, TaskState.CANCELLED, why)
@@ -9998,10 +9998,17 @@ class _States:
         """Cancel a job, and as much of its tasks as is done in one step."""
         self.move_job(tx, job, JobState.CANCELLED, "")
         for frame in tx.frames_with_parts(job.id):
-            if frame.state in (TaskState.QUEUED, TaskState.LEASED):
-                self.move(tx, frame, TaskState.CANCELLED, "job cancelled")
-                self.cancel_parts(tx, frame, "job cancelled")
+            self.cancel_frame(tx, frame, "job cancelled")
         self.cancel_step(tx, job.id)
+
+    def cancel_frame(self, tx: Tx, frame: Task, why: str, but_passes: bool = False) -> bool:
+        """Cancel a frame that is not finished, with its slices; ``but_passes`` go on for others."""
+        if frame.state not in (TaskState.QUEUED, TaskState.LEASED):
+            return False
+        self.end_others(tx, frame.id, why)
+        self.move(tx, frame, TaskState.CANCELLED, why)
+        self.cancel_parts(tx, frame, why, but_passes)
+        return True
 
     def cancel_step(self, tx: Tx, job: int) -> None:
         """Cancel the next step of those tasks of a job that are open, leased ones first."""
@@ -11626,6 +11633,35 @@ class Scheduler:
         Those that wait or are being rendered stay as they are. An image is in its place until
         the next one comes, and nothing is taken any more that was begun before.
         """
+        count, tasks = 0, self._chosen(job, frames)
+        for start in range(0, len(tasks), STEP // 10):
+            with self._steering(job, who) as tx:
+                row = tx.job(job)
+                if not start:
+                    self.people.check(tx, who, len(tasks), int(row.state in FINISHED))
+                count += sum(self._render_again(tx, row, tx.find_task(task))
+                             for task in tasks[start:start + STEP // 10])
+                row = tx.job(job)
+                if count and row.state in (JobState.PAUSED, JobState.CANCELLED):
+                    self._states.start(tx, row)
+            self._rest()
+        return count
+
+    def cancel_frames(self, job: int, frames: str, who: str = ADMIN) -> int:
+        """Cancel frames that are not finished; return how many. The job ends without them."""
+        count, tasks = 0, self._chosen(job, frames)
+        for start in range(0, len(tasks), STEP // 10):
+            with self._steering(job, who) as tx:
+                shared = tx.job(job).options.radiosity == "animation"  # by all frames
+                count += sum(self._states.cancel_frame(tx, task, "by hand", shared) for task in map(
+                    tx.find_task, tasks[start:start + STEP // 10]) if task)
+            self._rest()
+        if not count:
+            raise UserError(f"none of the frames {frames} of job {job} waits or is being rendered")
+        return count
+
+    def _chosen(self, job: int, frames: str) -> list[int]:
+        """Return the tasks of some frames of a job, given as people write them."""
         with self.store.read() as look:
             plan = look.job(job).pov.plan
             still = not plan.animation and frames == str(plan.frames[0])
@@ -11633,19 +11669,7 @@ class Scheduler:
                      for frame in (plan.frames if still else plan.chosen(frames))]
         if not any(tasks):
             raise UserError(f"job {job} has none of the frames {frames}")
-        count = 0
-        for start in range(0, len(tasks), STEP // 10):
-            with self._steering(job, who) as tx:
-                row = tx.job(job)
-                if not start:
-                    self.people.check(tx, who, len(tasks), int(row.state in FINISHED))
-                count += sum(self._render_again(tx, row, tx.find_task(task.id))
-                             for task in tasks[start:start + STEP // 10] if task)
-                row = tx.job(job)
-                if count and row.state in (JobState.PAUSED, JobState.CANCELLED):
-                    self._states.start(tx, row)
-            self._rest()
-        return count
+        return [task.id for task in tasks if task]
 
     def _render_again(self, tx: Tx, job: Job, frame: Task | None) -> bool:
         if frame is None or self.grants.at(frame.id) or frame.state in (
@@ -12952,13 +12976,15 @@ class Api(_Answers):
     def steer(self, request: Request) -> Response:
         """Action: pause, resume, cancel or retry.
 
-        Query of retry: frames, such as ``5-9``, which are rendered again, finished or not.
+        Query: frames, such as ``5-9``. With retry these are rendered again, finished or not; with
+        cancel those of them that are not finished are left out.
         """
         action, frames = request.params["action"], request.query.get("frames", "")
         if action not in ("pause", "resume", "cancel", "retry"):
             raise ProtocolError(404, f"a job cannot be asked to {action}")
-        if action == "retry" and frames:
-            self._farm.again(request.params["job"], frames, request.identity.name)
+        some = {"retry": self._farm.again, "cancel": self._farm.cancel_frames}
+        if frames and action in some:
+            some[action](request.params["job"], frames, request.identity.name)
         else:
             getattr(self._farm, action)(request.params["job"], request.identity.name)
         return self.job(request)
@@ -15038,9 +15064,11 @@ class _Sheets:
             "form", element("label", "Frames ", element(
                 "input", name="frames", id="picked", size=24, placeholder="1-10,50", required="")),
             element("button", "Show"), element(
-                "button", "Download", formaction=f"/api/v1{address}/archive.zip"), element(
-                "button", "Render again", name="token", value=self._access.form_token(request),
-                formaction=f"{address}/retry", formmethod="post")
+                "button", "Download", formaction=f"/api/v1{address}/archive.zip"), [element(
+                    "button", words, name="token", value=self._access.form_token(request),
+                    formaction=f"{address}/{action}", formmethod="post")
+                    for words, action in (("Render again", "retry"), ("Cancel frames", "cancel"))
+                    if action == "retry" or not _ended(view)]
             if self._may_steer(request, view) else None, action=address, class_="some")
 
     def _settings(self, request: Request, view: View, row: Job) -> Node:
@@ -15434,9 +15462,10 @@ class Pages(_Sheets):
             element("div", element(
                 "div", _growing(view, frame) if "slices" in frame else
                 _picture(view, task, "large", 4096), _frame_facts(frame),
+                None if not self._may_steer(request, view) else
                 self._form(request, f"{address}/retry?frames={number}", "Render again")
-                if self._may_steer(request, view) and task.state not in (
-                    TaskState.QUEUED, TaskState.LEASED) else None,
+                if task.state not in (TaskState.QUEUED, TaskState.LEASED) else
+                self._form(request, f"{address}/cancel?frames={number}", "Cancel this frame"),
                 element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
                                 for to in neighbours], class_="links")), log, class_="beside"),
             reload=5 if frame["state"] in ("queued", "leased") else 0)
@@ -15488,6 +15517,8 @@ class Pages(_Sheets):
                        if value != getattr(options, name)}:
                 self._farm.change(request.params["job"], new, request.identity.name)
         else:
+            if not given.get("frames", "all").strip():  # not all of them, then
+                raise UserError("write which frames are meant, such as 1-10,50")
             request.query = {**request.query, **{
                 name: text for name, text in given.items() if name == "frames"}}
             self._api.steer(request)
@@ -21744,7 +21775,7 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
     fetched += _fetch_written(client, job, directory, owners)
     _note_fetched(client, job, [frame["sha256"] for frame in done])
     if missing := _what_is_missing(view, len(frames)):
-        if options.apng or options.video:
+        if (options.apng or options.video) and view["state"] != JobState.DONE.value:
             raise FarmError(f"there can be no film yet: {missing}")
         _say(missing)
     return {"job": job, "directory": str(directory), "files": fetched,
@@ -21765,7 +21796,7 @@ def _what_is_missing(view: Mapping[str, Any], finished: int) -> str:
     number = total - finished
     again = f"'povfarm.py retry {job}' renders the rest"
     ways = {"failed": f"'povfarm.py logs {job}' shows why, {again}", "cancelled": again,
-            "paused": f"'povfarm.py status {job}' shows why"}
+            "paused": f"'povfarm.py status {job}' shows why", "done": again}
     return (f"job {job} ({view['name']}) is {state}: {number} of {counted(total, 'frame')} "
             f"{'is' if number == 1 else 'are'} not finished; "
             + ways.get(state, "fetch again later")) if number else ""
@@ -21773,10 +21804,18 @@ def _what_is_missing(view: Mapping[str, Any], finished: int) -> str:
 
 @command("pause", "JOB ...", "hand out no more of a job", ("talk",))
 @command("resume", "JOB ...", "go on with a paused job", ("talk",))
-@command("cancel", "JOB ...", "end a job; its finished images stay", ("talk",))
 def steer(options: Options) -> int:
-    """Pause, resume or cancel jobs."""
+    """Pause or resume jobs."""
     return _ask_each(options, options.rest, "POST", f"/{options.command}", {})
+
+
+@command("cancel", "JOB ...", "end a job, or cancel --frames of it; finished images stay",
+         ("talk",))
+def cancel(options: Options) -> int:
+    """Cancel jobs, or some of their frames."""
+    some = urllib.parse.quote(options.frames)
+    return _ask_each(options, options.rest, "POST", f"/cancel{f'?frames={some}' * bool(some)}", {},
+                     {"": f": frames {options.frames} are cancelled"} if some else {})
 
 
 @command("retry", "JOB [FRAMES]", "render the failed and cancelled frames again, or those named",
@@ -23297,7 +23336,7 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
               seconds: float, options: Options, log: Path | None = None) -> int:
     """Say how a job ended, make the films of its images, and return the exit code."""
     counts, films = view["frames"], []
-    done = view["state"] == JobState.DONE.value
+    done = view["state"] == JobState.DONE.value and not counts["cancelled"]
     if done and options.command == "render":
         films = _make_films(_images_of(draft, options), options)
     if options.json:
@@ -23317,6 +23356,8 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
         texts.append((f"{failure['message'].rstrip('.')} (frame {failure['frame']})" if many
                       else failure["message"])
                      + (f"\nall that POV-Ray printed is in {log}" if log else ""))
+    if view["state"] == JobState.DONE.value:
+        texts = [f"{counts['cancelled']} of {counts['total']} frames were cancelled"]
     lines = [": ".join(texts) or f"the job is {view['state']}: {view['reason']}"]
     if options.command == "submit":
         lines += [f"'povfarm.py logs {view['id']}' shows all that POV-Ray printed"] * bool(failure)

@@ -235,6 +235,19 @@ def test_retry_says_that_nothing_failed_and_counts_one_frame(farm: Served) -> No
     assert "counts no more" in log and "void" not in log
 
 
+def test_frames_are_cancelled_and_the_others_are_all_there_is(farm: Served) -> None:
+    farm.submit(3)
+    assert farm.says("cancel", 1, "--frames", "2-3") == ("", [
+        "povfarm: job 1 (ball): frames 2-3 are cancelled"])
+    assert "none of the frames 2 of job 1 waits" in farm.says("cancel", 1, "--frames=2", code=2)[1][0]
+    farm.render(farm.worker())
+    assert "1 of 3 done, 2 cancelled" in farm.says("status", 1)[0]
+    assert farm.says("fetch", 1, "--apng", "film.png")[1] == [
+        "povfarm: job 1 (ball) is done: 2 of 3 frames are not finished; "
+        "'povfarm.py retry 1' renders the rest"]
+    assert Path("film.png").is_file()
+
+
 def test_jobs_that_refuse_alike_share_a_line(farm: Served) -> None:
     for job in [farm.submit() for _ in range(4)]:
         farm.scheduler.cancel(job)

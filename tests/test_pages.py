@@ -483,6 +483,21 @@ def test_the_forms_steer_a_job(farm: Farm) -> None:
         assert (row.state if row else None) == state
 
 
+def test_selected_frames_are_cancelled_by_a_button_but_never_all_for_want_of_a_name(
+        farm: Farm) -> None:
+    job = farm.submit(3)
+    page = farm.page(f"/jobs/{job}", farm.admin)
+    button, = page.all("button", formaction=f"/jobs/{job}/cancel")
+    for frames, status, states in (("", 400, "qqq"), (" ", 400, "qqq"), ("2-3", 303, "qcc")):
+        answer = farm.send("POST", button["formaction"], farm.admin, {
+            "token": button["value"], "frames": frames})
+        assert answer.status == status
+        with farm.store.read() as tx:
+            assert tx.frame_states(job)[1] == states
+    page = farm.page(f"/jobs/{job}/frames/1", farm.admin)
+    assert page.all("form", action=f"/jobs/{job}/cancel?frames=1")
+
+
 def test_a_frame_is_rendered_again_by_a_button_for_who_may_steer_its_job(farm: Farm) -> None:
     job = farm.submit(frames=2)
     assert not farm.page(f"/jobs/{job}/frames/1", farm.admin).all("form", action="/jobs/")

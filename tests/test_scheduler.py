@@ -282,6 +282,27 @@ def test_job_active_to_cancelled_when_asked(farm: Farm) -> None:
     assert farm.states(job) == ["done", "cancelled", "cancelled"]
 
 
+def test_a_job_is_done_without_cancelled_frames_which_retry_brings_back(farm: Farm) -> None:
+    worker, job, lease = leased(farm)
+    assert farm.scheduler.cancel_frames(job, "1-2") == 2
+    assert farm.states(job) == ["cancelled", "cancelled", "queued"] and farm.problems() == []
+    assert farm.beat(worker, lease) == [lease.id], "it stops"
+    assert farm.finish(worker, lease) is False
+    with pytest.raises(UserError, match="none of the frames 1-2 of job 1 waits"):
+        farm.scheduler.cancel_frames(job, "1-2")
+    assert farm.render(worker) == [3] and farm.state(job) == "done"
+    assert farm.scheduler.retry(job) == 2 and farm.render(worker) == [1, 2]
+    assert farm.story(job) == ["active", "done", "active", "done"]
+
+
+def test_a_job_of_which_all_frames_are_cancelled_is_cancelled(farm: Farm) -> None:
+    job = farm.submit(3, send=False)
+    farm.scheduler.cancel_frames(job, "3")
+    assert farm.state(job) == "waiting"
+    farm.scheduler.cancel_frames(job, "1-3")
+    assert farm.state(job) == "cancelled"
+
+
 def test_job_paused_to_waiting_when_files_are_still_missing(farm: Farm) -> None:
     job = farm.submit(send=False)
     farm.scheduler.pause(job)
@@ -2240,7 +2261,7 @@ def test_failed_and_cancelled_frames_are_rendered_again_and_no_others_of_them(fa
     assert farm.state(job) == "active" and farm.problems() == []
     farm.render(worker)
     assert farm.states(job) == ["done", "done", "done", "cancelled", "cancelled"]
-    assert farm.state(job) == "cancelled"
+    assert farm.state(job) == "done"
 
 
 @pytest.mark.parametrize("radiosity, left", [("share", 0), ("animation", 1)])

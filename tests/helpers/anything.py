@@ -169,6 +169,9 @@ class Chaos:
         self.farm.scheduler.again(job, self.chance.choice(["1", "1-2", "2,4-5"]))
         self.done = {key: sha for key, sha in self.done.items() if key[0] != job}
 
+    def do_cancel_frames(self) -> None:
+        self.farm.scheduler.cancel_frames(self.job(), self.chance.choice(["1", "1-2", "2,4-5"]))
+
     def do_change(self) -> None:
         self.farm.scheduler.change(self.job(), {"priority": self.chance.randint(-3, 3),
                                                 "max_workers": self.chance.randint(0, 2)})
