@@ -15430,8 +15430,10 @@ class Pages(_Sheets):
             request, _title([view], view["name"]),
             element("div", element("div", _growing(view, growing[0]) if growing else _picture(
                 view, view["newest"], "large", 4096), _player(view, course)), element(
-                "div", element("h1", view["name"]), _badge(_state(view)), _bar(view),
-                _figures(view), _warnings(view), self._buttons(request, view),
+                "div", element("h1", view["name"]), element("p", _badge(_state(view)), element(
+                    "span", f" {view['why']}" * _is_in_line(view),
+                    f" · #{view['id']} · {view['owner']}", class_="dim")), _warnings(view),
+                _bar(view), _figures(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
             _storyboard(view, board), _frames(view, _blocks(row.id, course, size), chosen),
             self._some(request, view), log, times,
@@ -15985,15 +15987,24 @@ def _section(title: str, *children: Node, **attributes: str) -> Html:
 
 
 def _totals(totals: Mapping[str, Sequence[View]]) -> Node:
-    """Return tables of what was rendered, by each worker, computer and group."""
+    """Return tables of what was rendered, by each worker, and computer and group if they differ."""
+    shown = {kind: views for kind, views in totals.items()
+             if kind == "workers" or not {view["name"] for view in views} <= {
+                 "", *(view["name"] for view in totals["workers"])}}
     tables = [_table_of((kind.capitalize()[:-1], "Frames", "Time", "Failed tries"), [[
         view["name"] or "none", said_frames(view["frames"]), format_duration(view["wall"]),
-        f"{view['failures']:,}"] for view in views]) for kind, views in totals.items()]
+        f"{view['failures']:,}"] for view in views]) for kind, views in shown.items()]
     return _section("Rendered so far", *tables) if totals["workers"] else None
 
 
 def _table_of(heads: Sequence[str | None], rows: Sequence[Sequence[Node]]) -> Node:
-    """Return a table, if it has rows; each begins with a name. What is for buttons has no head."""
+    """Return a table, if it has rows; each begins with a name. What is for buttons has no head.
+
+    A column in which nothing is said is left out.
+    """
+    said = [at for at, _ in enumerate(heads)
+            if not at or any(row[at] not in ("", None) for row in rows)]
+    heads, rows = [heads[at] for at in said], [[row[at] for at in said] for row in rows]
     return element("div", element("table", element("thead", element("tr", [
         element("th", head, scope="col") if head else element("td") for head in heads])),
         element("tbody", [element("tr", element("th", name, scope="row"), [
@@ -16150,11 +16161,14 @@ def _job_row(view: View, button: Node, picture: Html) -> Html:
 def _finished(views: Sequence[View]) -> Node:
     """Return what has ended, as a contact sheet."""
     ended = [view for view in views if _ended(view)]
+    made = {view["id"]: f"{view['frames']['done']:,} of " * (
+        view["frames"]["done"] < view["frames"]["total"]) + _count_of(
+            view["frames"]["total"], "frame") for view in ended}
     return _section("Finished", element("ul", [element(
         "li", _picture(view, view["newest"], size=320), element(
             "h3", element("a", view["name"], href=f"/jobs/{view['id']}")), _badge(_state(view)),
         element("p", f"#{view['id']} · {view['owner']} · "
-                f"{_count_of(view['frames']['done'], 'frame')} in {_lasting(view['elapsed'])}",
+                f"{made[view['id']]} in {_lasting(view['elapsed'])}",
                 class_="dim"), id=f"j{view['id']}")
         for view in ended], class_="sheet")) if ended else None
 
@@ -16192,12 +16206,17 @@ def _figures(view: View) -> Html:
     })
 
 
+def _is_in_line(view: View) -> bool:
+    """Tell whether a job only waits for those before it."""
+    return bool(view["state"] == JobState.ACTIVE and not view["waiting_for"])
+
+
 def _warnings(view: View) -> Node:
     failure = view["failure"]
     address = failure and f"/jobs/{view['id']}/frames/{failure['frame']}#log"
     return [
         element("p", view["why"], class_="notice")
-        if view["why"] and view["state"] != JobState.FAILED else None,
+        if view["why"] and view["state"] != JobState.FAILED and not _is_in_line(view) else None,
         element("p", element("a", f"{_frame_name(view, failure['frame'])} failed", href=address),
                 f": {failure['message']}", class_="notice failed") if failure else None,
     ]
@@ -16273,13 +16292,20 @@ def _story(events: Sequence[Event], views: Sequence[View], now: float,
     """Return the newest events in words; frames with the same fate share a line."""
     known = {view["id"]: view for view in views}
     lines: dict[Any, list[Event]] = {}
+    begun: Event | None = None
     for event in reversed(events):
-        if not event.what.endswith(TaskState.LEASED.value):
+        if begun and (event.job, event.what) == (begun.job, "submitted"):
+            del lines[begun.id]  # it says the same
+        begun = event if event.what == "job active" else None
+        view = known.get(event.job or 0)
+        still = event.what == "done" and view is not None and view["frames"]["total"] == 1
+        if not (still or event.what.endswith(TaskState.LEASED.value)):  # "job done" comes, too
             same = (event.job, event.what, event.text)
             lines.setdefault(event.id if event.frame is None else same, []).append(event)
     items = [element("li", _event_line(line[0], len(line) - 1, known), " ", element(
         "time", _ago(now - line[0].time))) for line in itertools.islice(lines.values(), most)]
-    return _section("What happened", element("ul", items, class_="story")) if items else None
+    return element("section", element("h2" if most == NEWS_SHOWN else "h1", "What happened"),
+                   element("ul", items, class_="story")) if items else None
 
 
 def _event_line(event: Event, more: int, views: Mapping[int, View]) -> Node:
@@ -16296,7 +16322,7 @@ def _event_line(event: Event, more: int, views: Mapping[int, View]) -> Node:
     return [element("a", view["name"], href=f"/jobs/{job}") if view else f"job {job}",
             None if whole else f" frame {event.frame}", part, words, by,
             f", like {more:,} other{'s' * (more > 1)} before it" if more else None,
-            f": {text}" if text else None]
+            f": {text}" if text and not (by and text.endswith("by hand")) else None]
 
 
 def _job_links(view: View) -> Html:
@@ -16308,7 +16334,10 @@ def _job_links(view: View) -> Html:
             "a", "Animated PNG", href=f"/api/v1{address}/film.png")
         if view["extension"] == ".png" and view["frames"]["done"] > 1 else None, " ",
         None if frame is None else element("a", f"{_frame_name(view, frame)}: log",
-                                           href=f"{address}/frames/{frame}#log"), class_="links")
+                                           href=f"{address}/frames/{frame}#log"),
+        element("p", "As a film: ", element("code", f"povfarm.py fetch {view['id']} --video "
+                                            "film.mp4"), class_="dim")
+        if view["frames"]["done"] > 1 else None, class_="links")
 
 
 def _storyboard(view: View, board: Sequence[Task]) -> Node:
@@ -16613,7 +16642,8 @@ label { font-size: .875rem; font-weight: 600; } small { display: block; color: v
 input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem .5rem;
   font: inherit; font-size: .875rem; font-weight: 400;
   border: 1px solid var(--edge); border-radius: .4rem; background: var(--card); color: var(--ink); }
-::file-selector-button { font: inherit; } .fields label { display: block; }
+::file-selector-button { font: inherit; } ::placeholder { color: var(--dim); opacity: 1; }
+  .fields label { display: block; }
   form > details { flex: 1 0 100%; }
 .fields label::first-letter { text-transform: uppercase; }
 h1 + dl { margin: .75rem 0; }
@@ -16703,7 +16733,10 @@ summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
     grid-column: 2 / 4; grid-row: 2; }
   .jobs .fig, .jobs .eta { grid-row: 3; } .jobs .fig { grid-column: 2; } .jobs form {
     grid-column: 3; grid-row: 1; }
-  .sheet { grid-template-columns: 1fr 1fr; } .strip { grid-template-columns: repeat(6, 1fr); } }
+  .player input { order: -1; flex-basis: 100%; } .stage { display: flex; flex-direction: column; }
+  .stage > div + div { display: contents; } .stage h1, .stage h1 + p { order: -1; }
+  .sheet { grid-template-columns: 1fr 1fr; } .strip {
+    grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); } }
 @media (pointer: coarse) { button, .button, input, select { min-height: 2.75rem;
     padding: .5rem 1rem; }
   header nav a:not(.button), .links a, .grid a, summary { padding: .75rem 0; } }
