@@ -6309,7 +6309,7 @@ _REPLAYED = 4096  # how far the counts of requests that overtake each other may 
 def mac(key: bytes, message: Any) -> str:
     """Return the HMAC-SHA256 of what is the same JSON at both ends, as hexadecimal digits."""
     text = json.dumps(message, sort_keys=True, separators=(",", ":"))
-    return hmac.new(key, text.encode(), "sha256").hexdigest()
+    return hmac.digest(key, text.encode(), "sha256").hex()
 
 
 def secret_hash(secret: str) -> str:
@@ -6914,12 +6914,16 @@ class Router:
         host = request.headers.get("host")
         if host is not None and self._hosts:
             name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
-            with contextlib.suppress(ValueError):
-                ipaddress.ip_address(name)
-                return
-            if name not in self._hosts:
+            if name not in self._hosts and not _is_address(name):
                 raise ProtocolError(403, f"this coordinator does not know that it is called "
                                     f"{name!r}: start it with --host NAME")
+
+
+@functools.lru_cache
+def _is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
 
 
 class Inside:
@@ -13026,12 +13030,13 @@ class Api(_Answers):
         worker = request.identity.worker
         leases = self._farm.lease(worker, offer, _seconds(wire.get("wait", 0)), request.alive)
         with self._store.read() as tx:
-            pending = tx.worker(worker).state is WorkerState.PENDING
+            state = tx.worker(worker).state
+            pending = state is WorkerState.PENDING
             return json_response({"leases": [lease.to_wire() for lease in leases],
                                   "open": 0 if pending else tx.open_tasks(), "pending": pending,
                                   "gone": tx.unknown_manifests(offer.projects),
                                   "ends": self._tells_end(worker),
-                                  "rest": _told_to_rest(tx, worker)})
+                                  "rest": _told_to_rest(state)})
 
     @route("POST", "/api/v1/beat", role="worker", takes=Beat,
            gives={"ended": tuple[str, ...], "cuts": Mapping[str, int], "ends": bool, "rest": str},
@@ -13052,7 +13057,7 @@ class Api(_Answers):
                                       _seconds(wire.get("wait", 0)))
         ends = self._tells_end(request.identity.worker)
         with self._store.read() as tx:
-            rest = _told_to_rest(tx, request.identity.worker)
+            rest = _told_to_rest(tx.worker(request.identity.worker).state)
         return json_response({"ended": [*leases] if ends else ended, "cuts": cuts, "ends": ends,
                               "rest": rest})
 
@@ -13484,9 +13489,8 @@ def _content(kind: Any) -> dict[str, Any]:
     return {} if kind is None else {"content": {"application/json": {"schema": {**schema}}}}
 
 
-def _told_to_rest(look: Look, worker: int) -> str:
+def _told_to_rest(state: WorkerState) -> str:
     """Return the state of a worker that people want to rest, else nothing."""
-    state = look.worker(worker).state
     return state.value if state.value in RESTS.values() else ""
 
 
@@ -18480,14 +18484,19 @@ _APPENDED = "\n{0}\n={1}Appending to stream output file{2}=\n{0}\n\n".format(
     "=" * 78, " " * 23, " " * 22)
 
 
-def joined_texts(key: str, parts: Sequence[str], append: bool) -> str:
-    """Put the parts of a text file together as one POV-Ray writes it for all the frames.
+def joined_texts(key: str, parts: Mapping[int, str], append: bool) -> str:
+    """Put the parts of a text file, by their first frames, together as one POV-Ray writes it.
 
     That is with a mark before each frame but the first; with ``append`` before
     the first, too; and never in what #debug prints (RenderFrontend::CreateScene).
+    Of a frame in which a run failed there is another part, which begins with it.
     """
-    mark = "" if key == "Debug_File" else _APPENDED
-    return mark * append + mark.join(part.removeprefix(_APPENDED) for part in parts)
+    if key == "Debug_File":
+        return "".join(part for _, part in sorted(parts.items()))
+    frames: dict[int, str] = {}
+    for first, part in sorted(parts.items()):
+        frames.update(enumerate(part.removeprefix(_APPENDED).split(_APPENDED), first))
+    return _APPENDED * append + _APPENDED.join(text for _, text in sorted(frames.items()))
 
 
 # === 19. CLIENT ==============================================================
@@ -23422,12 +23431,13 @@ def _whole_texts(copies: dict[str, Kept], draft: Draft, root: Path) -> dict[str,
     """Put the parts of each of POV-Ray's text files together: they are the runs', by frames."""
     folder = draft.destination(draft.frames[0]).parent
     for key, name in draft.texts.items():
-        part = re.compile(re.escape(name) + r"\.\d{7}\.part")
-        found = sorted((PurePosixPath(path).name, path) for path in copies
-                       if part.fullmatch(PurePosixPath(path).name))
+        part = re.compile(re.escape(name) + r"\.(\d{7})\.part")
+        found = [(path, named) for path in copies
+                 if (named := part.fullmatch(PurePosixPath(path).name))]
         if not found:
             continue
-        texts = [copies.pop(path).copy.read_text("utf-8", "surrogateescape") for _, path in found]
+        texts = {int(named[1]): copies.pop(path).copy.read_text("utf-8", "surrogateescape")
+                 for path, named in found}
         whole = root / secrets.token_hex(8)
         whole.write_text(joined_texts(key, texts, draft.append), "utf-8", "surrogateescape")
         copies[os.path.relpath(folder / name, draft.directory)] = Kept(0, whole, draft.append)

@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator
 
 import pytest
 
+import povfarm
 from helpers.base import run_povray
 from helpers.runs import make_run
 from povfarm import (
@@ -20,6 +21,7 @@ from povfarm import (
     Run,
     UserError,
     WindowsEngine,
+    joined_texts,
     locate_engine,
     standard_library,
 )
@@ -220,3 +222,13 @@ def test_prefixes_of_this_machine_are_taken_out_of_the_text() -> None:
     text = PovText()
     text.feed(f"File '{LINK}0/s.pov' line 3: Parse Error: no")
     assert text.error() == "File 's.pov' line 3: Parse Error: no"
+
+
+def test_a_frame_that_was_tried_again_is_once_in_a_text_file() -> None:
+    """POV-Ray was killed in frame 3, and later an image of frame 6 was not taken."""
+    parts = {1: "1|2|cut", 3: "3", 5: "5|6, lost|7", 6: "6", 4: "|4"}
+    marked = {first: text.replace("|", povfarm._APPENDED) for first, text in parts.items()}
+    joined = joined_texts("All_File", marked, append=False)
+    assert joined.split(povfarm._APPENDED) == ["1", "2", "3", "4", "5", "6", "7"]
+    assert joined_texts("All_File", marked, append=True) == povfarm._APPENDED + joined
+    assert joined_texts("Debug_File", {2: "b", 1: "a"}, append=True) == "ab"
