@@ -10290,6 +10290,8 @@ class _Crew:
         One that is paused hands its renders over to others; one of another system, which cannot,
         finishes them.
         """
+        if action not in RESTS:
+            raise NotFound(f"a worker cannot be asked to {action}")
         rest = RESTS[action]
         with self.states.tx(who) as tx:
             row = tx.find_worker(worker)
@@ -13291,10 +13293,8 @@ class Entrance:
     @route("POST", "/api/v1/workers/<worker:int>/<action>", role="user", summary="Steer a worker")
     def steer_worker(self, request: Request) -> Response:
         """Action: pause, drain or resume."""
-        action = request.params["action"]
-        if action not in RESTS:
-            raise ProtocolError(404, f"a worker cannot be asked to {action}")
-        self._farm.steer_worker(request.params["worker"], action, request.identity.name)
+        self._farm.steer_worker(request.params["worker"], request.params["action"],
+                                request.identity.name)
         return Response(204)
 
     @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
@@ -15549,8 +15549,6 @@ class Pages(_Sheets):
     def steer_worker(self, request: Request) -> Response:
         """Action: pause, drain or resume."""
         self._access.check_form(request)
-        if request.params["action"] not in RESTS:
-            raise ProtocolError(404, f"a worker cannot be asked to {request.params['action']}")
         self._farm.steer_worker(request.params["worker"], request.params["action"],
                                 request.identity.name)
         return self._done(request, "/computers")
@@ -21591,13 +21589,13 @@ def _be_node(options: Options, tools: _Tools, shifts: _Shifts) -> int:
         None if options.unconfined else (), memory=options.memory or total_memory()))
     server = Server(Router(node, authenticate=lambda request: Identity(), hosts=(
         "localhost", socket.gethostname().lower())), host.strip("[]") or "127.0.0.1", int(port))
+    shifts.owner.steer(node)
     server.start()
     try:
         names = ", ".join(dict.fromkeys(one.name for one in rules.engines))
         _say(f"a node of RenderOnline's at {host or '127.0.0.1'}:{server.port} renders with "
              f"{names} what lies in {place} (Ctrl-C ends it). Whoever reaches that port can have "
              "it render: the protocol has no keys")
-        shifts.owner.steer(node)
         while not shifts.stop.wait(1):
             pass
         return 130

@@ -93,6 +93,8 @@ def test_only_its_owner_and_the_admin_steer_a_worker(farm: Farm) -> None:
         with pytest.raises(povfarm.NotYours, match="is not yours: only who has started it"):
             farm.scheduler.steer_worker(worker, "resume", who)
     farm.scheduler.steer_worker(mine, "resume")
+    with pytest.raises(povfarm.NotFound, match="cannot be asked to dance"):
+        farm.scheduler.steer_worker(mine, "dance")
     for worker in (farm.worker("stranger", admitted=False), 99):
         with pytest.raises(UserError, match=f"there is no worker {worker} that was let in"):
             farm.scheduler.steer_worker(worker, "pause")
