@@ -7607,19 +7607,9 @@ def _standing(second: int, *more: tuple[str, str]) -> bytes:
 
 
 # What is answered to an exception; the first that fits counts.
-_STATUS: tuple[tuple[type[FarmError], int], ...] = (
-    (UserError, 400),
-    (NotYours, 403),
-    (Crowded, 429),
-    (NotFound, 404),
-    (Damaged, 422),
-    (StaleLease, 410),
-    (IllegalTransition, 409),
-    (NoRoom, 507),
-    (TryAgain, 503),
-    (StoreError, 500),
-    (FarmError, 409),
-)
+_STATUS: Mapping[type[FarmError], int] = {
+    UserError: 400, NotYours: 403, Crowded: 429, NotFound: 404, Damaged: 422, StaleLease: 410,
+    IllegalTransition: 409, NoRoom: 507, TryAgain: 503, StoreError: 500, FarmError: 409}
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -7636,7 +7626,7 @@ def refusal_of(error: Exception, place: str) -> ProtocolError:
     if not isinstance(error, FarmError):
         log.error("%s failed", place, exc_info=error)
         return ProtocolError(500, "the coordinator made a mistake: its log says which")
-    status = next(status for kind, status in _STATUS if isinstance(error, kind))
+    status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
     if status == 500:
         log.warning("%s", error)
     return ProtocolError(status, str(error), **({"Retry_After": "30"} if status == 429 else {}))
@@ -10290,9 +10280,8 @@ class _Crew:
         One that is paused hands its renders over to others; one of another system, which cannot,
         finishes them.
         """
-        if action not in RESTS:
+        if (rest := RESTS.get(action)) is None:
             raise NotFound(f"a worker cannot be asked to {action}")
-        rest = RESTS[action]
         with self.states.tx(who) as tx:
             row = tx.find_worker(worker)
             if row is None or row.state in (WorkerState.PENDING, WorkerState.REMOVED):
@@ -23105,8 +23094,10 @@ class _Follower:
                 view = self._watch(*self._begin_again(view, *better))
             self._put_images()
             self._tell(to_the_end=True)
-            if self._draft.to_stdout and self._near:
-                self._pipe(self._near)
+            if self._draft.to_stdout and self._near:  # in the order of frames, without a gap
+                for frame in itertools.takewhile(self._done.__contains__, self._draft.frames):
+                    image = self._near / self._draft.destination(frame).name
+                    sys.stdout.buffer.writelines(file_blocks(image))
             written = self._bring_written()
             log = self._options.log or (self._keep_log(view) if self._here else None)
             for name in self._missed(view)[:1]:
@@ -23236,12 +23227,6 @@ class _Follower:
     def _log_of(self, frame: int, query: str = "") -> bytes:
         """Return what POV-Ray printed for a frame."""
         return self._client.request("GET", f"{self._route}/frames/{frame}/log{query}").body
-
-    def _pipe(self, near: Path) -> None:
-        """Write the images to stdout, in the order of frames, up to the first that is not there."""
-        for frame in itertools.takewhile(self._done.__contains__, self._draft.frames):
-            with open(near / self._draft.destination(frame).name, "rb") as image:
-                shutil.copyfileobj(image, sys.stdout.buffer)
 
     def _kept(self, here: _Here) -> str:
         """Stop, and put what a render has made in its place; return how to go on."""
@@ -24459,9 +24444,7 @@ def _part_of_page(title: str, *children: Any) -> Html:
 
 def _cores() -> int:
     """Return the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tls_files(options: Options) -> tuple[Path, Path] | None:
