@@ -670,12 +670,17 @@ def test_what_one_does_on_a_page_survives_what_happens_on_the_farm(tmp_path: Pat
                 window.button = document.querySelector('form[action$="/jobs/2/pause"] button');
                 window.button.focus();
                 getSelection().selectAllChildren(document.querySelector('#j3 h3'));
-                scrollTo(0, 300);""")
+                scrollTo(0, 300);
+                const fade = Element.prototype.animate;
+                Element.prototype.animate = function (...given) {
+                    window.faded = given[0][0].opacity < 1 && given[1] === 150;
+                    return fade.apply(this, given);
+                };""")
             for done in (2, 3):
                 act(farm, worker, 1)
                 window.wait(f"document.body.innerText.includes('{done} of 40')", "no news", 10)
             assert window.run("""return [document.activeElement === window.button,
-                getSelection().toString(), scrollY]""") == [True, "last #3 · me", 300]
+                getSelection().toString(), scrollY, faded]""") == [True, "last #3 · me", 300, True]
             window.press("\ue007")  # Enter, on the button with the focus
             window.wait("document.querySelector('h1') && location.pathname.endsWith('/jobs/2')",
                         "the button does nothing")
