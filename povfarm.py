@@ -13391,8 +13391,11 @@ class Intake:
         """Read POV-Ray's command line, as typed in ``cwd``, for files in and below ``place``."""
         pov = read_command_line(words, cwd, {}, (), strict=False, ceiling=place)
         plan = plan_frames(pov)
-        for what, name in (*(("library path", one) for one in pov.library if one != STANDARD),
-                           ("scene", pov.scene)):
+        named = [*(("library path", one) for one in pov.library if one != STANDARD),
+                 ("scene", pov.scene)]
+        if pov.values.get("Radiosity_From_File") == "On":
+            named.append(("file", pov.values.get("Radiosity_File_Name", ".")))
+        for what, name in named:
             if place not in ((there := real_path(cwd / name)), *there.parents):
                 raise UserError(f"the {what} '{name}' is not in what was sent")
         with self._farm.store.read() as look:  # before the scene is looked into

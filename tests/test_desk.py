@@ -167,8 +167,9 @@ def test_what_cannot_be_taken_is_refused_and_nothing_is_kept(
     (b"", "ball.pov hostname", "scene or INI file called 'hostname' here"),
     (b"", "ball.pov +L/etc", "the library path '/etc' is not in what was sent"),
     (b"", "ball.pov +L..", "the library path '..' is not in what was sent"),
-    *((b"", f"ball.pov +I{name}", f"the scene '{name}' is not in what was sent") for name in (
-        "HERE/secret.pov", "HERE/gone.pov", "../../../../secret.pov", "../../../../gone.pov")),
+    *((b"", f"ball.pov {switch}{name}", f"the {what} '{name}' is not in what was sent")
+      for switch, what in (("+I", "scene"), ("+RFI +RF", "file"))
+      for name in ("HERE/secret.pov", "HERE/gone.pov", "../../../../secret.pov", "../../../../gone.pov")),
     (b'#include "/etc/hostname"', "", "ball.pov:1 includes '/etc/hostname': it can"),
     (b'#include "../../../../secret.inc"', "", "ball.pov:1 includes '../../../../secret.inc': it can"),
     (b'#include "../../../../SECRET.inc"', "", "ball.pov:1 includes '../../../../SECRET.inc': it can"),
