@@ -16329,8 +16329,8 @@ def _job_links(view: View) -> Html:
         if view["extension"] == ".png" and view["frames"]["done"] > 1 else None, " ",
         None if frame is None else element("a", f"{_frame_name(view, frame)}: log",
                                            href=f"{address}/frames/{frame}#log"),
-        element("p", "As a film: ", element("code", f"povfarm.py fetch {view['id']} --video "
-                                            "film.mp4"), class_="dim")
+        element("p", "As a film: ", element("code", f"fetch {view['id']} --video film.mp4"),
+                class_="dim")
         if view["frames"]["done"] > 1 else None, class_="links")
 
 
@@ -23364,7 +23364,7 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
               seconds: float, options: Options, log: Path | None = None) -> int:
     """Say how a job ended, make the films of its images, and return the exit code."""
     counts, films = view["frames"], []
-    done = view["state"] == JobState.DONE.value and not counts["cancelled"]
+    done = view["state"] == JobState.DONE.value and counts["done"] == counts["total"]
     if done and options.command == "render":
         films = _make_films(_images_of(draft, options), options)
     if options.json:

@@ -242,7 +242,7 @@ def test_frames_are_cancelled_and_the_others_are_all_there_is(farm: Served) -> N
     assert "none of the frames 2 of job 1 waits" in farm.says("cancel", 1, "--frames=2", code=2)[1][0]
     farm.render(farm.worker())
     assert "1 of 3 done, 2 cancelled" in farm.says("status", 1)[0]
-    assert farm.says("fetch", 1, "--apng", "film.png")[1] == [
+    assert farm.says("fetch", 1, "--apng", "film.png")[1][:1] == [
         "povfarm: job 1 (ball) is done: 2 of 3 frames are not finished; "
         "'povfarm.py retry 1' renders the rest"]
     assert Path("film.png").is_file()
