@@ -978,7 +978,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("status-port", _listening, "",
             "show what the worker does in a browser, on this port; default: 2270", "work",
             "[[ADDRESS:]PORT]", "2270"),
-    Setting("hold", bool, False, "keep finished frames here, too, until told to delete them",
+    Setting("hold", bool, False, "let finished frames stay here until somebody fetches them",
             "work"),
     Setting("hpc", _listening, "",
             "join no farm, be a node of RenderOnline's at this port, here or at the address",
@@ -1003,6 +1003,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("batch", _batch, 0,
             "frames that a worker gets at a time, 1 to stripe them; default: as many as suit",
             "job set", "N"),
+    Setting("bring", bool, False, "let no frames stay with workers that hold them (work --hold)",
+            "job set"),
     Setting("slices", _slices, "auto",
             "cut each frame into slices for several workers: auto, off or a number", "job set",
             "N"),
@@ -5186,7 +5188,8 @@ class JobOptions:
     ``verify`` percent of the frames are rendered by two workers and compared.
     ``frame_timeout`` is in seconds; 0 goes by the frames that are done. The frames in ``first``
     are handed out before others, all in this ``order``, ``batch`` at a time; 0 for as many as suit.
-    Its workers have all the words of ``only`` as tags or name.
+    Its workers have all the words of ``only`` as tags or name. ``bring`` has also those deliver its
+    frames that hold theirs.
     """
 
     priority: int = 0
@@ -5202,6 +5205,7 @@ class JobOptions:
     first: str = ""
     order: str = "forward"
     batch: int = 0
+    bring: bool = False
 
     def changed(self, changes: Mapping[str, Any]) -> JobOptions:
         """Return a copy with ``changes``; ``UserError`` for a bad name or value."""
@@ -5441,7 +5445,8 @@ class LeaseSpec(Wired):
     ``threads`` threads, or one slice, or one pass. In an ``in_order`` job the
     run starts at the job's first frame, whichever tasks are left. ``shares``
     are the passes, by their task, whose results this run reads, ``timeout`` the
-    seconds that one task may take, 0 for as long as it likes.
+    seconds that one task may take, 0 for as long as it likes. A worker that holds
+    frames may ``hold`` these.
     """
 
     id: str
@@ -5454,6 +5459,7 @@ class LeaseSpec(Wired):
     in_order: bool
     shares: tuple[int, ...] = ()
     timeout: int = 0
+    hold: bool = False
 
     @classmethod
     def from_wire(cls, wire: Any) -> LeaseSpec:
@@ -6301,7 +6307,7 @@ def _address_towards(address: str) -> str:
 
 SESSION_OVER = "session"  # the detail of a refusal after which a client says hello again
 HELLO = "/api/v1/hello"
-WIRE = 1  # one more with each change after which older workers and coordinators do not get on
+WIRE = 2  # one more with each change after which older workers and coordinators do not get on
 FARM, WORKER = "", "#"  # who has the farm key; what is before a worker's number
 _REPLAYED = 4096  # how far the counts of requests that overtake each other may lie apart
 
@@ -9586,17 +9592,20 @@ class Grant:
     It was ``granted`` and last ``heard`` of by the monotonic clock; its ``portions`` are found by
     the tasks that were given. It has so many ``threads``, as far as is known. ``cut`` is the task
     of which others render the lower rows, and the row before which it may end; ``told`` is the row
-    that a beat was answered with.
+    that a beat was answered with. Since ``rests`` all that is left of it is held, which its worker
+    delivers when it ``brings``.
     """
 
     def __init__(self, lease: str, worker: int, job: Job, now: float) -> None:
         self.id, self.worker, self.job, self.owner = lease, worker, job.id, job.owner
         self.region, self.height = job.region, job.pov.options.height
+        self.brings = job.options.bring
         self.granted = self.heard = now
         self.threads = 1
         self.portions: dict[int, Portion] = {}
         self.cut: tuple[int, int] | None = None
         self.told = 0
+        self.rests: float | None = None
 
 
 class Portion:
@@ -9618,11 +9627,16 @@ class Portion:
     def note(self, part: float, now: float) -> None:
         """Note how much of what was given is rendered, 0 to 1; forget what is long past."""
         notes = self.notes
-        if not notes or notes[-1][0] != part:
+        if not (notes and (self.held or notes[-1][0] == part)):
             notes = (*notes, (part, now))
             while len(notes) > 2 and notes[1][1] < now - RECENT:
                 notes = notes[1:]
             self.notes = notes
+
+    @property
+    def held(self) -> bool:
+        """Whether it is a whole frame that is finished and stays with its worker."""
+        return self.kind is TaskKind.FRAME and bool(self.notes) and self.notes[-1][0] >= 1.0
 
     def parts(self) -> list[tuple[float, float]]:
         """Return the parts of what is left to it that were rendered, and when each was heard of."""
@@ -9653,13 +9667,19 @@ class Grants:
         """Return those of a job."""
         return list(self._groups.get(("job", job), {}).values())
 
-    def of_owner(self, owner: str) -> list[Grant]:
-        """Return those of all jobs of somebody."""
-        return list(self._groups.get(("owner", owner), {}).values())
-
     def of_worker(self, worker: int) -> list[Grant]:
         """Return those of a worker."""
         return list(self._groups.get(("worker", worker), {}).values())
+
+    def rendering(self, group: str, name: int | str) -> set[int]:
+        """Return the workers that render for a ``job`` or an ``owner``; to hold is not to."""
+        return {grant.worker for grant in self._groups.get((group, name), {}).copy().values()
+                if grant.rests is None}
+
+    def held(self, job: int) -> int:
+        """Return how many frames of a job workers hold."""
+        return sum(portion.held for grant in self.of_job(job)
+                   for portion in list(grant.portions.values()))
 
     def at(self, task: int) -> tuple[Portion, ...]:
         """Return who is at a task."""
@@ -9877,6 +9897,7 @@ class _States:
                     grant.cut = given, portion.bottom
                 if old is not None:
                     grant.granted, grant.heard, grant.told = old.granted, old.heard, old.told
+                    grant.rests = old.rests
                     portion.notes = old.portions[given].notes if given in old.portions else ()
             self.grants.refill(found.values())
         for presence in list(self.presences.values()):
@@ -10057,7 +10078,8 @@ class _States:
 
     def _spent(self, grant: Grant) -> float:
         """Return for how long cores were busy; a little also where no time has passed."""
-        return (self.clock.monotonic() - grant.granted) * grant.threads + LEASE_COST
+        end = self.clock.monotonic() if grant.rests is None else grant.rests
+        return (end - grant.granted) * grant.threads + LEASE_COST
 
     def forget(self, grant: Grant) -> None:
         self.grants.remove(grant)
@@ -10191,7 +10213,7 @@ class People:
         """Tell whether a worker may render for somebody, beside those that do already."""
         most = self.allowance(look, owner)
         if most.workers:
-            others = {grant.worker for grant in self._states.grants.of_owner(owner)} - {worker}
+            others = self._states.grants.rendering("owner", owner) - {worker}
             if len(others) >= most.workers:
                 return False
         return not self.too_much(look, owner)
@@ -10270,7 +10292,7 @@ class _Crew:
                         row.code.encode(), code.strip().upper().encode()):
                     tx.set_worker_state(row.id, WorkerState.ADMITTED)
                     self.states.tell(tx, "admitted", row.name, worker=row.id)
-                    self._dismiss(row.id)  # its open request is answered, which tells it
+                    self.dismiss(row.id)  # its open request is answered, which tells it
                     return row.name
             raise UserError(f"no worker waits with the code '{code}'")
 
@@ -10292,7 +10314,7 @@ class _Crew:
             tx.set_worker_state(worker, WorkerState(rest or WorkerState.ADMITTED))
             self.states.tell(tx, f"worker {rest or 'resumed'}", row.name, worker=worker)
             self.states.news.work = math.inf  # others may get what waited for it
-            self._dismiss(worker)
+            self.dismiss(worker)
 
     def remove(self, worker: int, who: str = "") -> None:
         """Take a worker's leases back and forget its secret."""
@@ -10301,14 +10323,14 @@ class _Crew:
             if row is None or not tx.set_worker_state(worker, WorkerState.REMOVED):
                 raise UserError(f"there is no worker {worker}")
             self.states.tell(tx, "removed", row.name, worker=worker)
-            self._dismiss(worker)
+            self.dismiss(worker)
             self.states.take_leases(tx, worker, "worker removed")
         self.states.presence(worker).seen = None
 
     def leave(self, worker: int) -> None:
         """Hand back every lease of a worker that stops; it may come again."""
         with self.states.tx() as tx:
-            self._dismiss(worker)
+            self.dismiss(worker)
             self.states.take_leases(tx, worker, "worker stopped")
         self.states.presence(worker).seen = None
 
@@ -10334,6 +10356,8 @@ class _Crew:
             for task, part in progress[grant.id].items():
                 if task in grant.portions:
                     grant.portions[task].note(part, now)
+            if grant.rests is None and all(one.held for one in list(grant.portions.values())):
+                grant.rests = now
         with self.states.waiting.bell(presence.bells) as bell:
             while True:
                 bell.heard()
@@ -10409,7 +10433,7 @@ class _Crew:
         presence.seen = self.clock.monotonic()
         return presence
 
-    def _dismiss(self, worker: int) -> None:
+    def dismiss(self, worker: int) -> None:
         """Give a worker nothing any more for a request that it has left open."""
         self.states.presence(worker).departures += 1
         self.states.news.workers.add(worker)
@@ -10568,11 +10592,11 @@ class Muster:
         if job.state is JobState.FAILED:
             return f"{counted(job.failed, 'frame')} of {sum(job.counts.values())} failed", "retry"
         if text := self.waiting_for(job):
-            return text, "povray=any" if "povray=any" in text else ""
+            return text, next((cure for cure in ("povray=any", "bring=yes") if cure in text), "")
         if job.state is not JobState.ACTIVE or job.id not in self.line:
             return "", ""
         most, owner = self.people.allowance(self._look, job.owner).workers, job.owner
-        if most and len({grant.worker for grant in self._states.grants.of_owner(owner)}) >= most:
+        if most and len(self._states.grants.rendering("owner", owner)) >= most:
             return f"as many workers as {owner} may have ({most}) render other jobs of {owner}", ""
         before = self.line.index(job.id)
         return f"{counted(before, 'job')} before it" if before else "next in line", ""
@@ -10588,7 +10612,10 @@ class Muster:
         if job.state is JobState.WAITING:
             return f"{missing} of its files {'is' if missing == 1 else 'are'} still to come"
         if job.state is not JobState.ACTIVE or not job.queued:
-            return ""
+            held = self._states.grants.held(job.id)
+            return (f"workers hold {counted(held, 'frame')} of it until they are fetched: "
+                    f"'povfarm.py set {job.id} bring=yes' has them delivered"
+                    ) if held and held == job.leased else ""
         since, word = job.pov.needs
         versions = [povray_of(rows[0].engines) for rows in self._alike
                     if not self._states.presence(rows[0].id).guest]
@@ -10763,7 +10790,7 @@ class _Deal:
         if self._offer.job not in (0, job.id) or not self._muster.suits(job, self._worker):
             return False
         if options.max_workers:
-            others = {grant.worker for grant in self._grants.of_job(job.id)} - {mine}
+            others = self._grants.rendering("job", job.id) - {mine}
             if len(others) >= options.max_workers:
                 return False
         if (options.in_order and job.leased) or not self._may_have_another(job):
@@ -11019,6 +11046,8 @@ class _Deal:
         _, cost = self._speeds_of(job)
         frame_cost = job.mean_cost.wall if job.mean_cost else math.inf
         for one in portions:
+            if one.held:
+                continue
             mean = frame_cost
             if one.kind is TaskKind.SLICE and cost is not None:
                 mean = cost.row * (one.bottom - one.top) + cost.parse + START
@@ -11052,7 +11081,8 @@ class _Deal:
         return LeaseSpec(
             lease, job.id, job.name, grant.threads, specs, job.manifest, job.pov,
             job.options.in_order, self._passes(job, tasks[0]),
-            job.options.frame_timeout or default_frame_timeout(tx.recent_walls(job.id)))
+            job.options.frame_timeout or default_frame_timeout(tx.recent_walls(job.id)),
+            not (grant.brings or job.options.in_order or job.options.verify))
 
     def _passes(self, job: Job, task: Task) -> tuple[int, ...]:
         """Return the passes whose results a task reads."""
@@ -11092,9 +11122,12 @@ class _Deliveries:
         self._joining = threading.Lock()
 
     def check_lease(self, worker: int, lease: str, task: int) -> None:
-        """Raise ``StaleLease`` for a task that a worker was not given under this lease."""
+        """Raise ``StaleLease`` for a task that a worker was not given under this lease, or that
+        nobody wants any more."""
         with self.states.store.read() as look:
-            self.states.shown(look, worker, lease, task)
+            _, row, _ = self.states.shown(look, worker, lease, task)
+        if row.state is TaskState.CANCELLED:
+            raise StaleLease("this job was cancelled")
 
     def finish(self, worker: int, lease: str, task: int, image: Path | bytes, log_text: bytes,
                cost: Cost, bottom: int = 0,
@@ -11509,7 +11542,7 @@ class Scheduler:
         its owner may have, and ``NoRoom`` when the disk is as good as full.
         """
         plan = pov.plan
-        options = _check_options(pov, options)
+        options = _check_options(pov, replace(options, bring=options.bring or self.delivers))
         chosen = plan.chosen(frames)
         for file in (_picture_name(plan, chosen[0]), _picture_name(plan, chosen[-1])):
             safe_join(Path(), file)
@@ -11705,6 +11738,9 @@ class Scheduler:
             text = ", ".join(f"{name} = {value}" for name, value in changes.items())
             self._states.tell(tx, "changed", text, job)
             self._states.news.work = math.inf
+            for grant in self.grants.of_job(job) if options.bring else ():
+                grant.brings = True
+                self._crew.dismiss(grant.worker)
 
     def delete(self, job: int, who: str = ADMIN) -> None:
         """Forget a job and delete its images and logs."""
@@ -12358,6 +12394,7 @@ class Views:
                 "id", "name", "state", "reason", "owner", "created", "started", "finished", "cpu",
                 "wall", "kept")}}
         view["why"], view["cure"] = muster.why(job)
+        view["held"] = self._farm.grants.held(job.id)
         view.update(
             progress=work / total if total else 0.0, elapsed=spent,
             rate=rate, eta=left / rate if rate and left and grants else None,
@@ -12427,7 +12464,7 @@ class Views:
             view = {name: getattr(row, name) for name in (
                 "id", "name", "cores", "memory", "system", "address", "joined", "owner",
                 "povfarm")}
-            held = self._farm.grants.of_worker(row.id)
+            held = [grant for grant in self._farm.grants.of_worker(row.id) if grant.rests is None]
             view.update(engines=row.engines, tags=json.loads(row.tags_json), runs=len(held),
                         seen=self._farm.seen(row.id), does=self._does(tx, held),
                         guest=" " in row.token)
@@ -12600,13 +12637,15 @@ FrameView = TypedDict("FrameView", {
 JobView = TypedDict("JobView", {
     "id": int, "name": str, "state": JobState, "reason": str, "owner": str, "created": float,
     "started": Optional[float], "finished": Optional[float], "cpu": float, "wall": float,
-    "kept": int, "why": str, "cure": str, "progress": float, "elapsed": float, "rate": float,
+    "kept": int, "held": int, "why": str, "cure": str, "progress": float, "elapsed": float,
+    "rate": float,
     "eta": Optional[float], "frames": Mapping[str, int], "slices": Mapping[str, int],
     "slicing": str, "waiting_for": str,
     # options
     "priority": int, "max_workers": int, "only": str, "retry_limit": int, "in_order": bool,
     "radiosity": str,
     "povray": str, "verify": int, "frame_timeout": int, "first": str, "order": str, "batch": int,
+    "bring": bool,
     # only where it is the one that was asked for
     "files": Optional[int], "size": Optional[int], "written": Optional[int],
     "active": Optional[bool], "last_start": Optional[float], "directory": Optional[str],
@@ -13030,13 +13069,14 @@ class Api(_Answers):
                                   "rest": _told_to_rest(state)})
 
     @route("POST", "/api/v1/beat", role="worker", takes=Beat,
-           gives={"ended": tuple[str, ...], "cuts": Mapping[str, int], "ends": bool, "rest": str},
-           summary="Keep leases alive")
+           gives={"ended": tuple[str, ...], "cuts": Mapping[str, int], "bring": tuple[str, ...],
+                  "ends": bool, "rest": str}, summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
         """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended.
 
         ``ends`` and ``rest`` are as with a request for work. ``cuts`` are tasks of which others
-        render what is below a row: that may be left out.
+        render what is below a row: that may be left out. A frame that stays with its worker has
+        progress 1, and ``bring`` are the leases of which such are to be delivered.
         """
         wire = request.json()
         leases = fields_of(Beat, wire)["leases"]
@@ -13049,8 +13089,10 @@ class Api(_Answers):
         ends = self._tells_end(request.identity.worker)
         with self._store.read() as tx:
             rest = _told_to_rest(tx.worker(request.identity.worker).state)
-        return json_response({"ended": [*leases] if ends else ended, "cuts": cuts, "ends": ends,
-                              "rest": rest})
+        bring = [lease for lease in leases
+                 if (grant := self._farm.grants.get(lease)) and grant.brings]
+        return json_response({"ended": [*leases] if ends else ended, "cuts": cuts, "bring": bring,
+                              "ends": ends, "rest": rest})
 
     def _tells_end(self, worker: int) -> bool:
         self._told |= {worker} if self.ends else set()
@@ -13427,7 +13469,7 @@ class Intake:
         """Make the job and keep its files; return its number."""
         job, missing = self._farm.submit(
             one_line(name)[:100], owner, PovJob.from_wire(pov.to_wire()), project.manifest,
-            JobOptions(in_order=pov.plan.animation and "own-output" in project.uses))
+            JobOptions(in_order=pov.plan.animation and "own-output" in project.uses, bring=True))
         try:
             for file in project.manifest.files:
                 if file.sha256 in missing:
@@ -15219,7 +15261,8 @@ class _Sheets:
             return None
         address = f"/jobs/{view['id']}/{cure if '=' not in cure else 'set'}"
         name, _, value = cure.partition("=")
-        return self._form(request, address, {"povray": "Let any POV-Ray render it"}.get(
+        return self._form(request, address, {
+            "povray": "Let any POV-Ray render it", "bring": "Have them brought"}.get(
             name, name.title()), **({name: value} if value else {}))
 
     def _quick(self, request: Request, view: View) -> Node:
@@ -19772,6 +19815,7 @@ SLICE_BEAT_WAIT = 0.5  # the same while the rows of a picture are shared out by 
 PIXEL_SIZE = 36  # bytes that POV-Ray 3.7 writes for a pixel at most: 20 in its state, and the image
 GENEROUS = 1 << 30  # bytes: a scene that writes half of that and more is to blame
 MOST_WAITING = 100  # finished frames on their way, beyond which no more work is asked for
+MOST_HELD = 1000  # frames that stay with a worker; all are in each of its beats
 MAX_SHARED = 1 << 30  # bytes of samples and photons that a pass may leave
 OFFER_TIME = 600.0  # seconds that a frame is offered to a coordinator that makes mistakes with it
 TURN = 30.0  # seconds for which a computer renders for one of several farms
@@ -19873,6 +19917,7 @@ class RunState:
         self.open = {task.frame: task for task in lease.tasks}
         self.bottoms: dict[int, int] = {}  # of tasks whose lower rows others render
         self.cut = False
+        self.hold = lease.hold  # whether its frames stay here
         self.look_again = 0.0  # when to read the state next
         self.scene_files: dict[str, tuple[int, int]] = {}  # as they were at the last look
         self.sent: dict[str, str] = {}  # the hash of each that was delivered
@@ -19888,7 +19933,7 @@ class RunState:
 
     def progress(self) -> dict[str, float]:
         """Return how far the task under way is, by its id, 0 to 1."""
-        return {str(self.task.id): 1.0 if self.cut else self.text.percent / 100}
+        return {str(self.task.id): 1.0 if self.cut else min(self.text.percent, 99) / 100}
 
     @property
     def task(self) -> TaskSpec:
@@ -20137,7 +20182,7 @@ class Cache:
 
     def __init__(self, root: Path, limit: int, client: Client,
                  near: Callable[[str], Path] | None = None, farm: str = "") -> None:
-        self.root, self.held = root, root.parent / "held"
+        self.root = root
         self._mark = f"of-{farm}"
         self.limit, self._client, self._near = limit, client, near
         self._lock = threading.Lock()  # of what follows
@@ -20179,20 +20224,11 @@ class Cache:
 
     def known(self) -> list[str]:
         """Return the keys of projects that this farm has sent, some of them where they are many."""
-        return [*{mark.parent.name for base in (self.root, self.held)
-                  for mark in base.glob(f"*/{self._mark}")}][:1000]
-
-    def hold(self, lease: LeaseSpec, name: str, image: Path) -> None:
-        """Move an image to where it stays until somebody deletes it, or the farm its job."""
-        place = self.held / lease.manifest / f"{lease.job}-{_plain_name(lease.job_name)}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place.parent / self._mark).touch()
-        os.replace(image, place / PurePosixPath(name).name)
+        return [mark.parent.name for mark in self.root.glob(f"*/{self._mark}")][:1000]
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Delete projects that the farm has no more, and what is held of them."""
-        known = {*keys} & {*self.known()}
-        for place in (base / key for base in (self.root, self.held) for key in known):
+        """Delete projects that the farm has no more."""
+        for place in (self.root / key for key in {*keys} & {*self.known()}):
             with self._lock, contextlib.suppress(OSError):
                 if not self._using[place.name]:
                     (place / self._mark).unlink()
@@ -20266,10 +20302,6 @@ class Cache:
         return False
 
 
-def _plain_name(text: str) -> str:
-    return re.sub(r"[^\w-]+", "-", text)[:60]
-
-
 def bytes_in(directory: Path) -> int:
     """Return the size of what is in a directory, while others may write and delete there."""
     size = 0
@@ -20283,13 +20315,15 @@ class Outbox:
     """Finished frames on their way to the coordinator, each kept until it is taken or refused.
 
     ``trouble`` is told what the coordinator cannot do, ``gone`` each run of which a frame has
-    left; ``ending`` gives up what is here. With ``hold`` whole frames stay when they are taken.
+    left; ``ending`` gives up what is here. Frames of a run with ``hold`` stay until it has it no
+    more, unless that fills the disk.
     """
 
     def __init__(self, client: Client, cache: Cache | InPlace, clock: Clock,
                  ending: threading.Event, trouble: Callable[[str], None],
-                 gone: Callable[[RunState], None], hold: bool = False) -> None:
-        self._hold = hold
+                 gone: Callable[[RunState], None]) -> None:
+        self.held: list[Delivery] = []
+        self._lock = threading.Lock()  # of that
         self.taken: collections.Counter[TaskKind] = collections.Counter()
         self.given_up = 0
         self._client, self._cache, self._clock = client, cache, clock
@@ -20308,9 +20342,25 @@ class Outbox:
         """Return how many frames are not delivered yet."""
         return self._waiting.unfinished_tasks
 
-    def put(self, delivery: Delivery) -> None:
-        """Deliver a frame, as soon as its turn comes."""
-        self._waiting.put(delivery)
+    def put(self, delivery: Delivery) -> bool:
+        """Deliver a frame, as soon as its turn comes; or hold it, and return True."""
+        with self._lock:
+            holds = (delivery.run.hold and delivery.task.kind is TaskKind.FRAME
+                     and len(self.held) < MOST_HELD and not nearly_full(self._place))
+            if holds:
+                self.held.append(delivery)
+        if not holds:
+            self._waiting.put(delivery)
+        return holds
+
+    def bring(self, runs: Iterable[RunState]) -> None:
+        """Deliver what is held of some runs, and hold no more of them."""
+        for run in runs:
+            run.hold = False
+        with self._lock:
+            for delivery in [one for one in self.held if not one.run.hold]:
+                self.held.remove(delivery)
+                self._waiting.put(delivery)
 
     def pack(self, run: RunState, plan: Run, task: TaskSpec, text: str, cost: Cost) -> Delivery:
         """Take what was made of a task out of its run; ``FileNotFoundError`` if that is nothing."""
@@ -20370,8 +20420,9 @@ class Outbox:
             try:
                 self._deliver(delivery)
             except (FarmError, OSError) as error:
-                self.given_up += 1
-                if not self._ending.is_set():
+                unwanted = isinstance(error, RequestRefused) and error.status == 410
+                self.given_up += not unwanted
+                if not (unwanted or self._ending.is_set()):
                     log.warning("frame %d was not taken: %s", delivery.task.frame, error)
             finally:
                 for path in (delivery.image, delivery.packed):
@@ -20393,10 +20444,11 @@ class Outbox:
         start = self._clock.monotonic()
         while True:
             try:
-                reply = self._client.request("PUT", f"{path}?{query}", body=body, timeout=120,
-                                             retry_for=math.inf, stop=self._ending)
+                self._client.request("PUT", f"{path}?{query}", body=body, timeout=120,
+                                     retry_for=math.inf, stop=self._ending)
                 self.taken[delivery.task.kind] += 1
-                self._was_taken(delivery, bool(reply.json()["accepted"]))
+                log.info("frame %d of job %d (%s) is delivered", delivery.task.frame,
+                         delivery.run.job, delivery.run.lease.job_name)
                 return
             except RequestRefused as error:
                 if error.status == 422:
@@ -20409,17 +20461,6 @@ class Outbox:
                     raise
                 self._trouble(str(error))
             self._ending.wait(random.uniform(5, 10))
-
-
-    def _was_taken(self, delivery: Delivery, accepted: bool) -> None:
-        lease, task = delivery.run.lease, delivery.task
-        log.info("frame %d of job %d (%s) is delivered", task.frame, lease.job, lease.job_name)
-        if accepted and self._hold and task.kind is TaskKind.FRAME and isinstance(
-                self._cache, Cache):
-            try:
-                self._cache.hold(lease, task.name, delivery.image)
-            except OSError as error:
-                log.warning("frame %d is delivered, but cannot be kept here: %s", task.frame, error)
 
 
 def written_by(run: RunState, plan: Run) -> dict[str, int]:
@@ -20564,7 +20605,8 @@ class Worker(Resting):
     ``stop`` once lets the frames under way finish and hands the rest back, with
     what is done of those that take longer than a minute; twice ends everything
     at once. ``until_idle`` ends when there is nothing left. ``admitted`` is called when
-    the coordinator lets a worker in that waits for it. ``programs`` render beside the engine.
+    the coordinator lets a worker in that waits for it. ``programs`` render beside the engine. To
+    ``hold`` is to deliver frames when they are asked for, or at the end.
     """
 
     def __init__(self, client: Client, engine: Engine, launcher: Launcher | WindowsLauncher,
@@ -20588,8 +20630,8 @@ class Worker(Resting):
         self._prefix = f"run-{os.getpid()}-{secrets.token_hex(3)}-"
         _OURS.add(self._prefix)
         self._news = threading.Event()  # it is to ask for something else, or for no more
-        self.outbox = Outbox(client, cache, self._clock, self._ending, self._in_trouble, self._gone,
-                             hold)
+        self._hold = hold and not until_idle
+        self.outbox = Outbox(client, cache, self._clock, self._ending, self._in_trouble, self._gone)
         self._patience = PATIENCE
         self._trouble = ""  # why nothing more is asked for
         self._rest = (0.0, 0)  # until when, unless more is free than then
@@ -20668,6 +20710,7 @@ class Worker(Resting):
         """Wait until what is under way is rendered and delivered, or given up."""
         told, late = self._clock.monotonic() + 5, math.inf
         with self._changed:
+            self.outbox.bring(self._held)
             while (self._runs or (self._held and not self._ending.is_set())
                    ) and self._clock.monotonic() < late:
                 self._changed.wait(1.0)
@@ -20757,6 +20800,7 @@ class Worker(Resting):
             self._admitted = None
         for wire in reply["leases"]:
             run = RunState(LeaseSpec.from_wire(wire), self._clock)
+            run.hold &= self._hold
             with self._changed:
                 self._runs.add(run)
                 self._held.add(run)
@@ -20772,6 +20816,8 @@ class Worker(Resting):
                     self._changed.wait()
                 runs = {run.lease.id: run for run in self._held}
             progress = {lease: run.progress() for lease, run in runs.items()}
+            for one in list(self.outbox.held):
+                progress.get(one.run.lease.id, {})[str(one.task.id)] = 1.0
             slices = any(run.task.kind is TaskKind.SLICE for run in runs.values())
             wait = SLICE_BEAT_WAIT if slices else BEAT_WAIT
             try:
@@ -20785,6 +20831,7 @@ class Worker(Resting):
             for lease in reply["ended"]:
                 if runs[lease].open:
                     runs[lease].stop()
+            self.outbox.bring(runs[lease] for lease in (*reply["ended"], *reply.get("bring", ())))
             _hear_of_end(self, reply.get("ends"))
             self.rest(reply.get("rest", ""), "by the farm")
             cuts = {int(task): bottom for task, bottom in reply["cuts"].items()}
@@ -20978,19 +21025,31 @@ class Worker(Resting):
             with self._changed:
                 del run.open[task.frame]
                 run.undelivered += 1
-            self.outbox.put(delivery)
+            if self.outbox.put(delivery):
+                self._learn(run)
 
     def _gone(self, run: RunState) -> None:
         """Note that a frame of a run is delivered, or given up.
 
         What a run cost is learned when the coordinator knows it, too: it gives by that.
         """
+        self._learn(run)
+        self._let_go(run, 1)
+
+    def _learn(self, run: RunState) -> None:
         with self._changed:
             measure, frames = run.measure, len(run.lease.tasks)
             if measure and measure.frames == frames:
                 run.measure = None
                 self._pace.measured(run.job, frames, measure.cpu, measure.wall, run.threads)
-        self._let_go(run, 1)
+
+    def held(self) -> dict[str, list[Delivery]]:
+        """Return the frames that stay here, by their jobs' numbers and names."""
+        found: dict[str, list[Delivery]] = collections.defaultdict(list)
+        for one in list(self.outbox.held):
+            found[f"{one.run.job}-{re.sub('[^a-zA-Z0-9_-]+', '-', one.run.lease.job_name)[:60]}"
+                  ].append(one)
+        return found
 
 
 class _Measure:
@@ -21788,6 +21847,8 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
     """Get what is new of a job and make its films; return what ``fetch --json`` prints of it."""
     job = view["id"]
     directory = options.output or _own_directory(view, options.data)
+    if view["held"]:
+        view = _brought(client, view)
     done = list(_finished_frames(client, job))
     owners = _Owners(directory, options.data)
     owners.begin(view)
@@ -21812,6 +21873,17 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
         _say(missing)
     return {"job": job, "directory": str(directory), "files": fetched,
             "films": _make_films(frames, options)}
+
+
+def _brought(client: Client, view: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Wait until what workers hold of a job is with the farm; return the job as it is then."""
+    job = view["id"]
+    _say(f"workers bring {counted(view['held'], 'frame')} that they hold")
+    client.request("PATCH", f"/api/v1/jobs/{job}", json={"bring": True})
+    while view["held"]:
+        time.sleep(0.5)
+        view = client.get(f"/api/v1/jobs/{job}")
+    return view
 
 
 def _note_fetched(client: Client, job: int, hashes: Sequence[str]) -> None:
@@ -22697,9 +22769,7 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
     if pov.stochastic and options.slices not in ("auto", "off", "1"):
         _say("stochastic anti-aliasing (+AM3) draws other pixels in slices: the picture will not "
              "be quite that of a whole frame")
-    limits = JobOptions().changed({
-        **{name: getattr(options, row.name.replace("-", "_")) for name, row in JOB_OPTIONS.items()},
-        "in_order": False, **({"slices": "off"} if pov.texts and place else {})})
+    limits = _limits(options, **({"slices": "off"} if pov.texts and place else {}))
     name = options.name or named or PurePosixPath(pov.scene).stem
     plan, directory = (_flat(plan), here / f"{named}-frames") if named else (plan, cwd)
     if options.command == "render":
@@ -22751,11 +22821,17 @@ def _program_draft(options: Options, scratch: Path, here: Path) -> Draft:
     project = collect()
     stem = pov.values.get("Output_File_Name") or PurePosixPath(project.scene).stem
     job = program_job(options.engine, project.scene, pov.values, stem, {})
-    limits = JobOptions().changed({
-        name: getattr(options, row.name.replace("-", "_")) for name, row in JOB_OPTIONS.items()
-        if name != "in_order"})
     return Draft(options.name or PurePosixPath(project.scene).stem, job, project, job.plan,
-                 job.plan.chosen(options.frames), here, limits, True, collect, scratch)
+                 job.plan.chosen(options.frames), here, _limits(options), True, collect, scratch)
+
+
+def _limits(options: Options, **more: Any) -> JobOptions:
+    """Return how the job is treated that is typed; who waits for its images gets them at once."""
+    typed = {name: getattr(options, row.name.replace("-", "_"))
+             for name, row in JOB_OPTIONS.items()}
+    waits = options.command == "render" or options.wait
+    return JobOptions().changed({**typed, "in_order": False, "bring": waits or options.bring,
+                                 **more})
 
 
 def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
@@ -24323,20 +24399,21 @@ class _WorkerPage:
     def status(self, request: Request) -> Response:
         """What the page shows but for the log."""
         return json_response({"workers": [worker.view() for worker in self._workers], "held": {
-            name: [path.name for path in images] for name, images in self._held().items()}})
+            name: [one.task.name for one in frames] for name, frames in self._held().items()}})
 
-    @route("GET", "/held/<key>/<job>.zip", role="admin", summary="Frames that are held")
+    @route("GET", "/held/<farm>/<job>.zip", role="admin", summary="Frames that are held")
     def held(self, request: Request) -> Response:
         """A zip of them, made while it is sent."""
-        images = self._found(request)
-        return stream_response(zip_stream([(path.name, path) for path in images]),
-                               "application/zip")
+        return stream_response(zip_stream([
+            (PurePosixPath(one.task.name).name, one.image) for one in self._found(request)]),
+            "application/zip")
 
-    @route("POST", "/held/<key>/<job>/delete", role="admin", summary="Hold frames no more")
-    def drop(self, request: Request) -> Response:
-        """Delete the frames of a job that are held."""
+    @route("POST", "/held/<farm>/<job>/deliver", role="admin", summary="Hold frames no more")
+    def deliver(self, request: Request) -> Response:
+        """Send the frames of a job that are held to their farm."""
         self._check(request)
-        shutil.rmtree(self._found(request)[0].parent, ignore_errors=True)
+        frames = self._found(request)
+        self._workers[int(request.params["farm"])].outbox.bring(one.run for one in frames)
         return redirect("/")
 
     @route("POST", "/<action>", role="admin", summary="Steer the worker")
@@ -24376,19 +24453,16 @@ class _WorkerPage:
         if not hmac.compare_digest(given.encode(), self._token.encode()):
             raise ProtocolError(403, "this form is too old: load the page again")
 
-    def _held(self) -> dict[str, list[Path]]:
-        """Return the images that are held, by project and job."""
-        bases = {worker.cache.held for worker in self._workers if isinstance(worker.cache, Cache)}
-        found: dict[str, list[Path]] = collections.defaultdict(list)
-        for path in sorted(path for base in bases for path in base.glob("*/*/*")):
-            found[f"{path.parent.parent.name}/{path.parent.name}"].append(path)
-        return found
+    def _held(self) -> dict[str, list[Delivery]]:
+        """Return the frames that are held, by farm and job."""
+        return {f"{farm}/{job}": frames for farm, worker in enumerate(self._workers)
+                for job, frames in worker.held().items()}
 
-    def _found(self, request: Request) -> list[Path]:
-        images = self._held().get(f"{request.params['key']}/{request.params['job']}")
-        if not images:
+    def _found(self, request: Request) -> list[Delivery]:
+        frames = self._held().get(f"{request.params['farm']}/{request.params['job']}")
+        if not frames:
             raise ProtocolError(404, "no such frames are held here")
-        return images
+        return frames
 
     def _button(self, action: str, address: str = "") -> Html:
         return element("form", element("input", type="hidden", name="token", value=self._token),
@@ -24416,10 +24490,10 @@ class _WorkerPage:
         keys = {key for cache in caches.values() for key in cache.known()}
         size = sum(map(bytes_in, caches))
         held = [element("tr", element("td", name.partition("/")[2]), element(
-            "td", counted(len(images), "image")), element("td", element(
+            "td", counted(len(frames), "frame")), element("td", element(
                 "a", "Get them", href=f"{self._place}/held/{name}.zip")), element(
-                    "td", self._button("delete", f"held/{name}/delete")))
-                for name, images in self._held().items()]
+                    "td", self._button("deliver", f"held/{name}/deliver")))
+                for name, frames in self._held().items()]
         return _part_of_page("What is kept here", element(
             "p", f"{counted(len(keys), 'project')}, {format_size(size)}."),
             element("div", element("table", element("tbody", held)), class_="scroll")

@@ -608,7 +608,7 @@ def test_progress_and_the_time_that_is_left(farm: Farm) -> None:
     second = LeaseSpec.from_wire(reply["leases"][0])
     beat = {"leases": {second.id: {str(second.tasks[0].id): 0.5}}, "wait": 0}
     assert farm.ask("POST", "/api/v1/beat", key=token, json_body=beat).json() == {
-        "ended": [], "cuts": {}, "ends": False, "rest": ""}
+        "ended": [], "cuts": {}, "bring": [], "ends": False, "rest": ""}
     farm.clock.advance(5)
     view = farm.ask("GET", "/api/v1/jobs/1").json()
     assert view["progress"] == pytest.approx(1.5 / 4)

@@ -653,6 +653,41 @@ def test_a_beat_that_is_held_open_brings_no_old_progress_back(farm: Farm) -> Non
     assert farm.scheduler.progress(lease.tasks[0].id) == 0.0
 
 
+def test_frames_that_workers_hold_are_rendered_once_and_hinder_nobody(farm: Farm) -> None:
+    anna, bert, carl = farm.worker("anna"), farm.worker("bert"), farm.worker("carl")
+    job = farm.submit(2, max_workers=1)
+    leases = {}
+
+    def hold(*workers: int) -> None:
+        for worker in workers:
+            lease = leases[worker]
+            farm.scheduler.beat(worker, {lease.id: {lease.tasks[0].id: 1.0}}, 0)
+
+    for worker in (anna, bert):  # the second gets one as the first only holds
+        leases[worker] = farm.lease(worker)
+        assert leases[worker].hold
+        hold(worker)
+    for _ in range(10):
+        farm.clock.advance(20)
+        hold(anna, bert)
+        for lease in leases.values():  # as while it is on its way: it stays finished
+            farm.scheduler.beat(anna, {lease.id: {lease.tasks[0].id: 0.99}}, 0)
+        farm.scheduler.expire()
+    assert farm.states(job) == ["leased", "leased"] and farm.leases(carl) == []
+    with farm.store.read() as look:
+        why, cure = farm.scheduler.muster(look).why(look.job(job))
+    assert "workers hold 2 frames" in why and cure == "bring=yes"
+    began = farm.clock.mono
+    farm.clock.meanwhile.append(lambda: farm.scheduler.change(job, {"bring": True}))
+    assert farm.beat(anna, leases[anna], wait=9) == [] and farm.clock.mono == began
+    farm.finish(anna, leases[anna])
+    with farm.store.read() as look:  # for 200 seconds nothing was computed
+        assert look._do("SELECT spent FROM turn").fetchone()[0] < 20
+    farm.clock.advance(31)  # bert is lost, with what it has
+    farm.scheduler.expire()
+    assert farm.states(job) == ["done", "queued"] and not farm.lease(carl).hold
+
+
 def test_what_expires_costs_no_try_however_often(farm: Farm) -> None:
     worker, job = farm.worker(), farm.submit(1, retry_limit=1)
     for _ in range(10):

@@ -90,7 +90,7 @@ def test_the_database_of_the_first_release_becomes_ours_with_all_that_is_in_it(t
 def newer(tmp_path: Path) -> Path:
     """Return a povfarm of another version and another wire."""
     text = (ROOT / "povfarm.py").read_text(encoding="utf-8")
-    for old, new in (("\nWIRE = 1 ", "\nWIRE = 2 "), (f'\nVERSION = "{VERSION}"', '\nVERSION = "9.0"')):
+    for old, new in ((f"\nWIRE = {povfarm.WIRE} ", "\nWIRE = 99 "), (f'\nVERSION = "{VERSION}"', '\nVERSION = "9.0"')):
         assert text.count(old) == 1
         text = text.replace(old, new)
     copy = tmp_path / "newer" / "povfarm.py"

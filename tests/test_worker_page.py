@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Tuple, cast
 
 import pytest
@@ -18,10 +19,9 @@ import povfarm
 from helpers.base import run_povray, wait_until
 from helpers.farm import HEAVY, SMALL, Farm, farm_fixture, pictures, project, run
 from helpers.pages import Dom
-from povfarm import BodyReader, Cache, LeaseSpec, Request, Response, UserError, Worker, route
+from povfarm import BodyReader, Cache, Delivery, Request, Response, UserError, Worker, route
 
 __all__ = ["farm_fixture"]
-KEY = "ab" * 32
 EVIL = "<script>alert(1)</script>"
 
 
@@ -32,6 +32,16 @@ class FakeWorker:
         self.cache = Cache(place / "cache", 10**9, cast(Any, None))
         self.told: List[Any] = []
         self.state = "working"
+        self.stays: Dict[str, List[Delivery]] = {}
+        self.outbox = self
+
+    def held(self) -> Dict[str, List[Delivery]]:
+        """Return what was put there."""
+        return self.stays
+
+    def bring(self, runs: Any) -> None:
+        """Note of which job."""
+        self.told += [run.job for run in runs]
 
     def view(self) -> Dict[str, Any]:
         """Return what a worker with a hostile farm shows."""
@@ -90,13 +100,13 @@ class Page:
         """Return what the forms have."""
         return str(self.shown().all("input", name="token")[0]["value"])
 
-    def hold(self, job: int, name: str, image: str, key: str = KEY) -> Path:
+    def hold(self, job: int, name: str, image: str) -> None:
         """Keep an image as a worker does."""
         path = self.file.with_name("made.png")
         path.write_bytes(b"an image")
-        lease = cast(LeaseSpec, type("Lease", (), {"manifest": key, "job": job, "job_name": name}))
-        self.worker.cache.hold(lease, image, path)
-        return path
+        run, task = SimpleNamespace(job=job), SimpleNamespace(name=image)
+        self.worker.stays.setdefault(f"{job}-{name}", []).append(cast(Delivery, SimpleNamespace(
+            run=run, task=task, image=path)))
 
 
 @pytest.fixture
@@ -108,13 +118,13 @@ def page(tmp_path: Path) -> Iterator[Page]:
 
 
 def test_it_shows_what_is_rendered_held_and_said_and_nothing_of_it_is_markup(page: Page) -> None:
-    page.hold(3, EVIL, "a1.png")
+    page.hold(3, "ball", "a1.png")
     povfarm._say(EVIL)
     answer = page.mine("GET", "")
     assert isinstance(answer.body, bytes) and EVIL not in answer.body.decode()
     text = page.shown().text
     assert text.count(EVIL) == 4
-    for words in ("12", "40 %", "1:01", "7 frames, 1 slice delivered, 2 wait", "1 image", "1 project"):
+    for words in ("12", "40 %", "1:01", "7 frames, 1 slice delivered, 2 wait", "1 frame", "0 projects"):
         assert words in text
     assert answer.headers["Content-Security-Policy"] == povfarm.PAGE_HEADERS[
         "Content-Security-Policy"]
@@ -142,28 +152,18 @@ def test_it_is_steered(page: Page) -> None:
     assert page.mine("POST", "explode", token=token).status == 404
 
 
-def test_what_is_held_is_fetched_and_deleted(page: Page) -> None:
-    for job, image in ((3, "a1.png"), (3, "a2.png"), (4, "b1.png")):
-        page.hold(job, "a scene/..", image)
+def test_what_is_held_is_fetched_and_delivered(page: Page) -> None:
+    for job, image in ((3, "../a1.png"), (3, "a2.png"), (4, "b1.png")):
+        page.hold(job, "scene", image)
     link, _ = page.shown().all("a", href=".zip")
     answer = page.ask("GET", link["href"], page.cookie)
     packed = zipfile.ZipFile(io.BytesIO(b"".join(cast(Any, answer.body))))
     assert packed.namelist() == ["a1.png", "a2.png"] and packed.read("a1.png") == b"an image"
-    form, _ = page.shown().all("form", action="/delete")
+    form, _ = page.shown().all("form", action="/deliver")
     assert page.ask("POST", form["action"], page.cookie, page.token()).status == 303
-    held = page.worker.cache.held
-    assert [path.name for path in held.rglob("*.png")] == ["b1.png"]
-    for path in (f"held/{KEY}/3-a-scene-.zip", "held/x/y.zip", f"held/../{KEY}/4-a-scene-.zip"):
+    assert set(page.worker.told) == {3}
+    for path in ("held/0/5-scene.zip", "held/x/y.zip", "held/1/3-scene.zip", "held/../0/3-scene.zip"):
         assert page.mine("GET", path).status == 404, path
-    page.worker.cache.forget([KEY])  # its job was deleted
-    assert not any(held.iterdir())
-
-
-@pytest.mark.parametrize("name", ["../../a.png", "/etc/a.png", "b/a.png"])
-def test_no_name_leads_out_of_what_is_held(page: Page, tmp_path: Path, name: str) -> None:
-    page.hold(3, "../../x", name)
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("a.png")] == [
-        f"held/{KEY}/3--x/a.png"]
 
 
 # --- nobody else
@@ -174,7 +174,7 @@ def doors() -> List[Tuple[str, str]]:
              for tag in getattr(member, "routes", ())]
     assert all(isinstance(tag, route) for tag in found) and {tag.role for tag in found} == {
         "admin", "anyone"}
-    return [(tag.method, tag.pattern.replace("<action>", "stop").replace("<key>", KEY).replace(
+    return [(tag.method, tag.pattern.replace("<action>", "stop").replace("<farm>", "0").replace(
         "<job>", "3-ball")) for tag in found if tag.role == "admin"]
 
 
@@ -268,6 +268,7 @@ class Browser:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("farm", ["10m"], indirect=True)  # of what is held nothing expires
 def test_a_worker_is_watched_paused_and_stopped_in_a_browser(
         povray: Any, farm: Farm, tmp_path: Path) -> None:
     place, file = project(tmp_path, HEAVY), tmp_path / "work" / "workers" / "w.link"
@@ -283,16 +284,24 @@ def test_a_worker_is_watched_paused_and_stopped_in_a_browser(
     assert browser.view()["workers"][0]["state"] == "resting"
     wait_until(lambda: farm.job(first)["frames"]["queued"] == 4, "it has kept a frame")
     browser.post("resume")
-    farm.finished(first)
-    wait_until(lambda: [len(names) for names in browser.view()["held"].values()] == [4], "not held")
+    wait_until(lambda: farm.job(first)["held"] == 4, "not held", 60)
+    view = farm.job(first)
+    assert view["frames"]["leased"] == 4 and f"set {first} bring=yes" in view["waiting_for"]
     run_povray(["scene.pov", "+KFF4", *SMALL], place)
     name, = browser.view()["held"]
     zipfile.ZipFile(io.BytesIO(browser.get(f"held/{name}.zip"))).extractall(tmp_path / "got")
     assert pictures(tmp_path / "got") == pictures(place)
-    assert "is delivered" in browser.get("").decode()
-    assert run(tmp_path, "delete", str(first), cwd=place).returncode == 0
-    wait_until(lambda: not any((tmp_path / "work" / "cache").iterdir())
-               and not any((tmp_path / "work" / "held").iterdir()), "its project is still there")
+    assert not list((tmp_path / "farm" / "jobs").rglob("*.png"))
+    told = run(tmp_path, "fetch", str(first), "--output", "here", cwd=tmp_path)
+    assert told.returncode == 0 and "bring 4 frames that they hold" in told.stderr, told.stderr
+    assert pictures(tmp_path / "here") == pictures(place) and farm.job(first)["state"] == "done"
+    assert browser.view()["held"] == {} and "is delivered" in browser.get("").decode()
+    second = farm.submit(place, "scene.pov", "+KFF2", *SMALL)
+    wait_until(lambda: farm.job(second)["held"] == 2, "not held", 60)
+    for job in (first, second):
+        assert run(tmp_path, "delete", str(job), cwd=place).returncode == 0
+    wait_until(lambda: not any((tmp_path / "work" / "cache").iterdir()) and not list(
+        (tmp_path / "work").glob("run-*/*")), "its project or its frames are still there")
     browser.post("stop")
     assert worker.wait(60) == 0 and not file.exists()
     farm.check()
