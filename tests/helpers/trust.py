@@ -48,7 +48,8 @@ def signer_at(url: str) -> Signer:
     client = Client(url)
 
     def hello(who: str, nonce: str) -> Dict[str, Any]:
-        reply = client.request("POST", povfarm.HELLO, json={"who": who, "nonce": nonce})
+        reply = client.request("POST", povfarm.HELLO, json={
+            "who": who, "nonce": nonce, "wire": povfarm.WIRE})
         return dict(reply.json())
 
     return Signer(hello)
