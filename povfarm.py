@@ -20358,9 +20358,10 @@ class Outbox:
         for run in runs:
             run.hold = False
         with self._lock:
-            for delivery in [one for one in self.held if not one.run.hold]:
-                self.held.remove(delivery)
-                self._waiting.put(delivery)
+            wanted = [one for one in self.held if not one.run.hold]
+            self.held = [one for one in self.held if one.run.hold]
+        for delivery in wanted:
+            self._waiting.put(delivery)
 
     def pack(self, run: RunState, plan: Run, task: TaskSpec, text: str, cost: Cost) -> Delivery:
         """Take what was made of a task out of its run; ``FileNotFoundError`` if that is nothing."""
@@ -21878,8 +21879,12 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
 def _brought(client: Client, view: Mapping[str, Any]) -> Mapping[str, Any]:
     """Wait until what workers hold of a job is with the farm; return the job as it is then."""
     job = view["id"]
+    try:
+        client.request("PATCH", f"/api/v1/jobs/{job}", json={"bring": True})
+    except RequestRefused as error:  # what is with the farm can be fetched all the same
+        _say(f"{counted(view['held'], 'frame')} of job {job} stay with workers: {error}")
+        return view
     _say(f"workers bring {counted(view['held'], 'frame')} that they hold")
-    client.request("PATCH", f"/api/v1/jobs/{job}", json={"bring": True})
     while view["held"]:
         time.sleep(0.5)
         view = client.get(f"/api/v1/jobs/{job}")

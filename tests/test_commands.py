@@ -520,6 +520,19 @@ def test_what_a_scene_wrote_is_not_replaced_by_another_scene(farm: Served) -> No
     assert Path("both/log.txt").read_text() == "of a"
 
 
+def test_who_may_not_have_frames_brought_gets_what_is_with_the_farm(
+        farm: Served, tmp_path: Path) -> None:
+    worker, job = farm.worker(), farm.submit(2)
+    farm.finish(worker, farm.lease(worker))
+    held = farm.lease(worker)
+    farm.scheduler.beat(worker, {held.id: {held.tasks[0].id: 1.0}}, 0)
+    key = tmp_path / "eve.key"
+    key.write_text(farm.wire("users", "add", "eve", "--role", "viewer")["key"])
+    out, errors = farm.says("fetch", job, "--key-file", key, "--server", farm.coordinator.url)
+    assert "1 new of 1 finished image" in out, (out, errors)
+    assert "1 frame of job 1 stay with workers" in errors[0] and farm.job(job).leased == 1
+
+
 def test_nothing_is_made_where_nothing_is_finished(farm: Served) -> None:
     farm.submit()
     out, errors = farm.says("fetch", 1)
