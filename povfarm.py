@@ -15446,7 +15446,7 @@ class Pages(_Sheets):
         Query: from (a frame), to see the frames of its cell; frames, to see the first of them.
         """
         if chosen_first := re.match(r" *(\d{1,9})", request.query.get("frames", "")):
-            return redirect(f"/jobs/{request.params['job']}/frames/{chosen_first[1]}")
+            return redirect(f"/jobs/{request.params['job']}/frames/{int(chosen_first[1])}")
         with self._farm.store.read() as tx:
             row = tx.job(request.params["job"])
             view, = self._views(tx, [row])
