@@ -13089,8 +13089,8 @@ class Api(_Answers):
         ends = self._tells_end(request.identity.worker)
         with self._store.read() as tx:
             rest = _told_to_rest(tx.worker(request.identity.worker).state)
-        bring = [lease for lease in leases
-                 if (grant := self._farm.grants.get(lease)) and grant.brings]
+        bring = [grant.id for grant in filter(None, map(self._farm.grants.get, leases))
+                 if grant.brings and grant.worker == request.identity.worker]
         return json_response({"ended": [*leases] if ends else ended, "cuts": cuts, "bring": bring,
                               "ends": ends, "rest": rest})
 

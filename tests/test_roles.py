@@ -309,11 +309,15 @@ def test_the_lease_of_another_can_be_neither_beaten_nor_ended(
     for method, path, body in shown(house.lease, house):
         assert house.send(method, path, who, body).status == status, path
         tried("requests that show the lease of another")
+    grant = house.scheduler.grants.get(house.lease.id)
+    assert grant
+    grant.brings = True  # which only its worker hears
     beat = house.send("POST", "/api/v1/beat", who,
                       b'{"leases": {"%s": {}}}' % house.lease.id.encode())
+    grant.brings = False
     if who == "another worker":
         assert isinstance(beat.body, bytes) and beat.status == 200
-        assert beat.body == b'{"ended":["%s"],"cuts":{},"ends":false,"rest":""}' % house.lease.id.encode()
+        assert beat.body == b'{"ended":["%s"],"cuts":{},"bring":[],"ends":false,"rest":""}' % house.lease.id.encode()
     else:
         assert beat.status == status
     assert house.truth() == before
