@@ -350,7 +350,8 @@ class Attacker:
             client = povfarm.Client(url, retry_for=0)
             with contextlib.closing(client.transport):
                 told: Dict[str, str] = client.request(
-                    "POST", povfarm.HELLO, json={"who": who, "nonce": nonce}).json()
+                    "POST", povfarm.HELLO, json={
+                        "who": who, "nonce": nonce, "wire": povfarm.WIRE}).json()
             return told
 
         for number, one in enumerate(sorted(self.secrets())[:most]):
