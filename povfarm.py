@@ -20603,11 +20603,11 @@ class Resting:
 class Worker(Resting):
     """Renders for one coordinator until it is stopped.
 
-    ``stop`` once lets the frames under way finish and hands the rest back, with
-    what is done of those that take longer than a minute; twice ends everything
-    at once. ``until_idle`` ends when there is nothing left. ``admitted`` is called when
-    the coordinator lets a worker in that waits for it. ``programs`` render beside the engine. To
-    ``hold`` is to deliver frames when they are asked for, or at the end.
+    ``stop`` once lets the frames under way finish and hands the rest back, with what is done of
+    those that take longer than a minute; twice ends everything at once. ``until_idle`` ends when
+    there is nothing left. ``admitted`` is called when the coordinator lets a worker in that waits
+    for it. ``programs`` render beside the engine. To ``hold`` is to deliver frames when they are
+    asked for, or at the end.
     """
 
     def __init__(self, client: Client, engine: Engine, launcher: Launcher | WindowsLauncher,
