@@ -20619,8 +20619,7 @@ class Worker(Resting):
         self.client, self.cache = client, cache
         self.engine, self.programs = engine, programs
         self.until_idle, self.bounds, self._launcher = until_idle, bounds, launcher
-        self._admitted = admitted
-        self._clock = clock or Clock()
+        self._admitted, self._clock = admitted, clock or Clock()
         self._pace = Pace(cores)
         self._runs: set[RunState] = set()  # that use the machine
         self._held: set[RunState] = set()  # whose leases must be kept alive
