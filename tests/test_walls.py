@@ -184,7 +184,8 @@ class Rogue:
         """It is told what has come, like any farm."""
 
 
-VIEW = {"id": 7, "name": "job", "created": 1.0, "state": "done", "frames": {"total": 1}}
+VIEW = {"id": 7, "name": "job", "created": 1.0, "state": "done", "held": 0,
+        "frames": {"total": 1}}
 
 
 def fetch(here: Path, farm: Rogue) -> str:
