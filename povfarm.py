@@ -1395,6 +1395,8 @@ class FramePlan:
     def listed(self, frames: Sequence[int]) -> str:
         """Return the text that ``chosen`` takes for frames that are in order."""
         step = self.frames.step
+        if len(frames) > 1 and frames[-1] - frames[0] == step * (len(frames) - 1):  # as mostly
+            return f"{frames[0]}-{frames[-1]}"
         spans = [[frame for _, frame in span] for _, span in itertools.groupby(
             enumerate(frames), lambda place: place[1] - place[0] * step)]
         return ",".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else f"{span[0]}"
@@ -14973,18 +14975,16 @@ class _Report(NamedTuple):
 class _Course(NamedTuple):
     """How far the frames of a job are: their ``numbers``, and the first letter of each one's state.
 
-    ``runs`` is the latter, shorter; ``done`` are finished ones as ``FramePlan.listed``.
+    ``runs`` is the latter, shorter; ``listed`` are all, ``done`` finished ones as the plan, whose
+    frames are ``step`` apart, lists them.
     """
 
-    numbers: range | tuple[int, ...]
+    numbers: Sequence[int]
     letters: str
     runs: str
+    step: int
+    listed: str
     done: str
-
-    @property
-    def step(self) -> int:
-        """From a frame's number to the next one's."""
-        return self.numbers.step if isinstance(self.numbers, range) else 1
 
 
 _Made = TypeVar("_Made")
@@ -15088,7 +15088,8 @@ class _Sheets:
 
     def _course(self, request: Request, tx: Look, job: Job) -> _Course:
         """Return how far the frames of a job are."""
-        return self._once(request, tx, "course", job, lambda: _course(*tx.frame_states(job)))
+        return self._once(request, tx, "course", job, lambda: _course(
+            job.pov.plan, *tx.frame_states(job)))
 
     def _some(self, request: Request, view: View) -> Node:
         """Return the form for some frames; the script fills in what is selected.
@@ -15489,9 +15490,8 @@ class Pages(_Sheets):
             task = tx.task_of_frame(row.id, number)
             if task is None:
                 raise ProtocolError(404, f"job {row.id} has no frame {number}")
-            step = row.pov.plan.frames.step
-            neighbours = [to for to in (number - step, number + step)
-                    if tx.task_of_frame(row.id, to) is not None]
+            numbers = self._course(request, tx, row).numbers
+            at = numbers.index(number)
             names = {worker.id: worker.name for worker in tx.workers()}
             (view,), address = self._views(tx, [row]), f"/jobs/{row.id}"
             frame = self._api.views.frame(tx, task, names)
@@ -15508,7 +15508,8 @@ class Pages(_Sheets):
                 if task.state not in (TaskState.QUEUED, TaskState.LEASED) else
                 self._form(request, f"{address}/cancel?frames={number}", "Cancel this frame"),
                 element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
-                                for to in neighbours], class_="links")), log, class_="beside"),
+                                for to in (*numbers[max(at - 1, 0):at], *numbers[at + 1:at + 2])],
+                        class_="links")), log, class_="beside"),
             reload=5 if frame["state"] in ("queued", "leased") else 0)
 
     @route("GET", "/jobs/<job:int>/frames/<frame:int>/thumb/<size:int>/<hash>", role="reader",
@@ -16393,16 +16394,13 @@ def _board(tx: Look, job: int, numbers: Sequence[int]) -> list[Task]:
             for part in range(STRIP if len(numbers) >= STRIP else 0)]
 
 
-def _course(numbers: range | tuple[int, ...], letters: str) -> _Course:
+def _course(plan: FramePlan, numbers: Sequence[int], letters: str) -> _Course:
     spans = [done.span() for done in re.finditer("d+", letters)]
-    ranges: list[str] = []
-    for first, end in spans[::1 + len(spans) // RANGES_SHOWN]:
-        some = numbers[first:end]
-        whole = isinstance(some, range) or some[-1] - some[0] == len(some) - 1
-        ranges += [f"{some[0]}-{some[-1]}"] if whole else map(str, some)
-    return _Course(numbers, letters, re.sub(
-        r"(.)\1{3,}", lambda run: f"{run[1]}{len(run[0])}", letters),
-        ",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]))
+    ranges = ",".join(plan.listed(numbers[first:end])
+                      for first, end in spans[::1 + len(spans) // RANGES_SHOWN]).split(",")
+    return _Course(
+        numbers, letters, re.sub(r"(.)\1{3,}", lambda run: f"{run[1]}{len(run[0])}", letters),
+        plan.frames.step, plan.listed(numbers), ",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]))
 
 
 def _player(view: View, course: _Course) -> Node:
@@ -16517,7 +16515,7 @@ def _blocks(job: int, course: _Course, size: int) -> Node:
     numbers, letters = course.numbers, course.letters
     return None if size == 1 else Html(_markup([
         element("canvas", id="map", tabindex=0, role="img", aria_labelledby="told",
-                data_first=numbers[0], data_step=course.step, data_map=course.runs),
+                data_frames=course.listed, data_step=course.step, data_map=course.runs),
         element("output", id="told"),
         element("p", f"A cell is {size} frames: choose one to see them.", class_="plain"),
         element("div", _apart(
@@ -16863,17 +16861,19 @@ const film = {own: false, at: 0, pace: 12, timer: 0, playing: false, loop: true,
 const player = () => find("#player"), screen = () => find(".large img");
 const tool = (key, of = box) => of.querySelector(`[data-key="${key}"]`);
 
-function frames() {
-  const said = player().dataset.frames;
-  if (said !== film.said) {
-    film.said = said;
-    film.list = said.split(",").flatMap(part => {
-      const [first, last = first] = part.split("-").map(Number), step = +player().dataset.step;
+// The numbers of the frames that an element lists, kept until it lists others.
+function listed({dataset: {frames, step}}, kept) {
+  if (frames !== kept.said) {
+    kept.said = frames;
+    kept.list = frames.split(",").flatMap(part => {
+      const [first, last = first] = part.split("-").map(Number);
       return Array.from({length: (last - first) / step + 1}, (_, at) => first + at * step);
     });
   }
-  return film.list;
+  return kept.list;
 }
+
+const frames = () => listed(player(), film);
 
 function show(at) {
   clearTimeout(film.timer);
@@ -17025,7 +17025,7 @@ window.addEventListener("resize", () => box.open && fit());
 
 // The map of more frames than get a cell each: a small square for every one of them.
 const map = {cell: 0, across: 1, at: 0, from: 0, to: -1, letters: ""}, sheet = () => find("#map");
-const number = index => +sheet().dataset.first + index * sheet().dataset.step;
+const number = index => listed(sheet(), map)[index];
 const said = {d: "finished", l: "in work", q: "queued", f: "failed", c: "cancelled"};
 
 function draw() {

@@ -781,18 +781,19 @@ def test_a_film_is_played_and_frames_are_chosen_by_keys_and_by_hand(tmp_path: Pa
             window.run("document.querySelector('#picked').value = '7'")
             window.click(".some button")
             window.wait("location.pathname.endsWith('/jobs/1/frames/7')", "it is not shown")
-            farm.scheduler.submit("long", "me", long, Manifest(()), JobOptions())
+            farm.scheduler.submit("long", "me", long, Manifest(()), JobOptions(),
+                                  frames="10-12,18-2008")
             window.open(window.run("return location.href").replace("1/frames/7", "2"))
             window.wait("told.textContent === 'Frame 10: queued'", "no map")
             window.run("document.querySelector('#map').focus()")
             window.press("\ue014", "\ue014", "\ue012", "\ue015")  # right, right, left, down
-            across = window.run("return +told.textContent.match(/[0-9]+/)[0] / 2 - 6")
+            across = window.run("return +told.textContent.match(/[0-9]+/)[0] / 2 - 8")
             assert across > 30 and across == int(across)
             chosen = "return document.querySelector('#picked').value"
             window.send("actions", actions=[{"type": "key", "id": "keys", "actions": [
                 {"type": "keyDown", "value": "\ue008"}, {"type": "keyDown", "value": "\ue011"},
                 {"type": "keyUp", "value": "\ue011"}, {"type": "keyUp", "value": "\ue008"}]}])
-            assert window.run(chosen) == f"10-{2 * int(across) + 12}"  # Home, with shift
+            assert window.run(chosen) == f"10-{2 * int(across) + 16}"  # Home, with shift
             cell = window.run("return map.clientWidth") // int(across)
             middle = {ELEMENT: window.element("#map")}
             window.send("actions", actions=[{"type": "pointer", "id": "mouse", "actions": [
@@ -1030,7 +1031,7 @@ def test_frames_that_are_named_are_rendered_again(farm: Farm) -> None:
     with farm.store.read() as tx:
         assert tx.frame_states(tx.job(job)) == (range(1, 7), "dqqdqd")
     player, = farm.page(f"/jobs/{job}").all("div", id="player")
-    assert player["data-frames"] == "1-1,4-4,6-6"
+    assert player["data-frames"] == "1,4,6"
 
 
 def test_what_povray_said_of_a_failed_frame_is_on_its_jobs_page(farm: Farm) -> None:
@@ -1146,7 +1147,21 @@ def test_chosen_frames_of_an_animation_are_shown_with_their_numbers(farm: Farm) 
     with farm.store.read() as tx:
         assert tx.frame_states(tx.job(job)) == ((1, 11, 12, 13, 50), "ddddq")
     player, = farm.page(f"/jobs/{job}").all("div", id="player")
-    assert (player["data-frames"], player["data-step"]) == ("1,11,12,13", "1")
+    assert (player["data-frames"], player["data-step"]) == ("1,11-13", "1")
+    links = [[link["href"] for link in farm.page(f"/jobs/{job}/frames/{frame}").all("a")
+              if re.fullmatch(r"/jobs/1/frames/\d+", link["href"])] for frame in (1, 11, 50)]
+    assert links == [[f"/jobs/{job}/frames/{frame}" for frame in near]
+                     for near in ([11], [1, 12], [13])]
+
+
+def test_a_map_of_chosen_frames_lists_their_numbers(farm: Farm) -> None:
+    pov = PovJob({"Input_File_Name": "a.pov", "Width": "4", "Height": "3", "Initial_Frame": "10",
+                  "Final_Frame": "2009", "Frame_Step": "2", "Output_File_Type": "N"}, (), (), ".")
+    job, _ = farm.scheduler.submit("some", "me", pov, Manifest(()), JobOptions(),
+                                   frames="10-12,18-1500,1600")
+    canvas, = farm.page(f"/jobs/{job}").all("canvas")
+    assert (canvas["data-frames"], canvas["data-step"], canvas["data-map"]) == (
+        "10-12,18-1500,1600", "2", "q745")
 
 
 def test_the_images_are_downloaded_as_an_animated_png(farm: Farm) -> None:
