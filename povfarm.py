@@ -15191,7 +15191,10 @@ class _Sheets:
             if event.who == request.identity.name and (
                     self._farm.clock.time() - event.time < SAID_FOR):
                 job = event.job and tx.find_job(event.job)
-                return element("p", _event_line(event, 0, {
+                before = tx.events(max(did - STEP, 0), STEP)
+                like = [one for one in before if one.id < did and event.time - one.time < SAID_FOR
+                        and (one.job, one.what, one.who) == (event.job, event.what, event.who)]
+                return element("p", _event_line(event, len(like) * (event.frame is not None), {
                     view["id"]: view for view in self._api.views.jobs(tx, [job] if job else [])}),
                     class_="notice said", role="status")
         return None

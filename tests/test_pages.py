@@ -1256,6 +1256,10 @@ def test_every_action_says_what_it_did(farm: Farm) -> None:
     anna = add(farm, "anna")
     for cookie, did in ((anna, farm.did), ("", farm.did), (farm.admin, "99"), (farm.admin, "x")):
         assert not farm.page(f"/computers?did={did}", cookie).all("p", role="status"), "not theirs"
+    job = farm.submit(frames=9)
+    farm.send("POST", f"/jobs/{job}/cancel?frames=2-5", farm.admin, body)
+    assert "marbles frame 5 was cancelled, by admin, like 3 others before it" in farm.page(
+        f"/computers?did={farm.did}", farm.admin).text
 
 
 def test_a_scene_that_takes_too_much_memory_is_named_with_its_cure(farm: Farm) -> None:
