@@ -4996,6 +4996,18 @@ JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset(
 
 PAUSED_BY_HAND = "paused by hand"  # the reason that waits for a person, not for a mended scene
 FINISHED = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
+
+
+def wanted(state: JobState, counts: Mapping[Any, int]) -> int:
+    """Return how many frames of a job are to be rendered: those that were cancelled are not.
+
+    Of a job that was cancelled itself they count, so that it is seen how far it came.
+    ``counts`` are its frames in each state.
+    """
+    left_out = 0 if state == JobState.CANCELLED else counts[TaskState.CANCELLED]
+    return sum(counts[one] for one in TaskState) - left_out
+
+
 # How a worker rests that is asked to do so.
 RESTS: Mapping[str, str] = {
     "pause": WorkerState.PAUSED.value, "drain": WorkerState.DRAINED.value, "resume": ""}
@@ -12323,7 +12335,7 @@ FIGURES = {  # for Prometheus; what ends in _total only grows
     "worker_failures_total": "Tries of a worker that failed.",
     "job_frames_left": "Frames of a job that are not finished.",
     "job_frames_failed": "Frames of a job that have failed.",
-    "job_progress": "Share of a job's frames that is done, 0 to 1.",
+    "job_progress": "Share of a job's frames that is done, 0 to 1; cancelled ones do not count.",
     "job_first_frame_seconds": "Time from a job's submission to the first of its frames.",
     "person_jobs": "Unfinished jobs of a person.",
     "person_frames": "Unfinished frames of a person.",
@@ -12376,7 +12388,7 @@ class Views:
         """Return a job as people want to see it; ``whole`` adds the newest failure."""
         muster = muster or self._farm.muster(tx)
         counts = {state.value: number for state, number in job.counts.items()}
-        total = sum(counts.values())
+        total, most = sum(counts.values()), wanted(job.state, counts)
         grants = self._farm.grants.of_job(job.id)
         frames = {portion.task: self._farm.progress(portion.task)
                   for grant in grants for portion in list(grant.portions.values())
@@ -12398,7 +12410,7 @@ class Views:
         view["why"], view["cure"] = muster.why(job)
         view["held"] = self._farm.grants.held(job.id)
         view.update(
-            progress=work / total if total else 0.0, elapsed=spent,
+            progress=work / most if most else 0.0, elapsed=spent,
             rate=rate, eta=left / rate if rate and left and grants else None,
             frames={"total": total, **counts},
             slices={"total": len(slices), **{
@@ -12598,7 +12610,7 @@ class Views:
             labels = {"id": job.id, "job": job.name, "owner": job.owner}
             figures.put("job_frames_left", job.queued + job.leased, **labels)
             figures.put("job_frames_failed", job.failed, **labels)
-            figures.put("job_progress", job.done / (sum(job.counts.values()) or 1), **labels)
+            figures.put("job_progress", job.done / (wanted(job.state, job.counts) or 1), **labels)
             if first := tx.first_done(job.id):
                 figures.put("job_first_frame_seconds", first - job.created, **labels)
             if job.state is JobState.ACTIVE and job.queued:
@@ -15098,17 +15110,17 @@ class _Sheets:
         """
         if view["frames"]["total"] == 1:
             return None
-        address = f"/jobs/{view['id']}"
+        address, steers = f"/jobs/{view['id']}", self._may_steer(request, view)
+        actions = {"Render again": "retry", **({} if _ended(view) else {"Cancel frames": "cancel"})}
         return element(
-            "form", element("label", "Frames ", element(
+            "form", _apart([element("label", "Frames ", element(
                 "input", name="frames", id="picked", size=24, placeholder="1-10,50", required="")),
-            element("button", "Show"), element(
-                "button", "Download", formaction=f"/api/v1{address}/archive.zip"), [element(
-                    "button", words, name="token", value=self._access.form_token(request),
-                    formaction=f"{address}/{action}", formmethod="post")
-                    for words, action in (("Render again", "retry"), ("Cancel frames", "cancel"))
-                    if action == "retry" or not _ended(view)]
-            if self._may_steer(request, view) else None, action=address, class_="some")
+                element("button", "Show"), element(
+                    "button", "Download", formaction=f"/api/v1{address}/archive.zip"), *(element(
+                        "button", words, name="token", value=self._access.form_token(request),
+                        formaction=f"{address}/{action}", formmethod="post")
+                        for words, action in actions.items() if steers)]),
+            action=address, class_="some")
 
     def _settings(self, request: Request, view: View, row: Job) -> Node:
         """Return the job's options as a form."""
@@ -15176,12 +15188,16 @@ class _Sheets:
             self._portraits[newest.job] = now + SHOWN_FOR, newest
         return newest
 
-    def _done(self, request: Request, to: str) -> Response:
-        """Go to a page, which says what was done: the newest event of whoever asked for it."""
+    def _done(self, request: Request, to: str, of_frames: bool = False) -> Response:
+        """Go to a page, which says what was done: the newest event of whoever asked for it.
+
+        What was done ``of_frames`` is not what became of the job by that.
+        """
         with self._farm.store.read() as tx:
             last = tx.last_event()
             did = [event.id for event in tx.events(last - NEWS_SHOWN, NEWS_SHOWN)
-                   if event.who == request.identity.name]
+                   if event.who == request.identity.name
+                   and not (of_frames and event.frame is None)]
         return redirect(f"{to}?did={did[-1]}" if did else to)
 
     def _said(self, request: Request, tx: Look) -> Node:
@@ -15510,8 +15526,9 @@ class Pages(_Sheets):
                 self._form(request, f"{address}/retry?frames={number}", "Render again")
                 if task.state not in (TaskState.QUEUED, TaskState.LEASED) else
                 self._form(request, f"{address}/cancel?frames={number}", "Cancel this frame"),
-                element("nav", [element("a", f"Frame {to}", href=f"{address}/frames/{to}")
-                                for to in (*numbers[max(at - 1, 0):at], *numbers[at + 1:at + 2])],
+                element("nav", _apart(
+                    element("a", f"Frame {to}", href=f"{address}/frames/{to}")
+                    for to in (*numbers[max(at - 1, 0):at], *numbers[at + 1:at + 2])),
                         class_="links")), log, class_="beside"),
             reload=5 if frame["state"] in ("queued", "leased") else 0)
 
@@ -15567,7 +15584,7 @@ class Pages(_Sheets):
             request.query = {**request.query, **{
                 name: text for name, text in given.items() if name == "frames"}}
             self._api.steer(request)
-        return self._done(request, f"/jobs/{request.params['job']}")
+        return self._done(request, f"/jobs/{request.params['job']}", "frames" in request.query)
 
     @route("POST", "/workers/<code>/admit", role="admin", summary="Admit a worker by a form")
     def admit(self, request: Request) -> Response:
@@ -16216,7 +16233,7 @@ def _finished(views: Sequence[View]) -> Node:
 
 def _bar(view: View) -> Html:
     """Return a job's progress as a picture, in thousandths: done, in work, failed."""
-    total = max(view["frames"]["total"], 1)
+    total = max(wanted(view["state"], view["frames"]), 1)
     done, failed = view["frames"]["done"] / total, view["frames"]["failed"] / total
     rects = [element("rect", class_=name, x=f"{1000 * x:.1f}", width=f"{1000 * part:.1f}", y=y,
                      height=height)  # told apart by their shapes too
@@ -16243,7 +16260,7 @@ def _figures(view: View) -> Html:
         "left": f"≈ {_lasting(view['eta'])}"
                 if view["eta"] and not _ended(view) else None,
         "spent": _lasting(view["elapsed"]) if view["started"] else None,
-        "failed": f"{frames['failed']:,}" if frames["failed"] else None,
+        **{state: f"{frames[state]:,}" for state in ("failed", "cancelled") if frames[state]},
     })
 
 
@@ -23840,11 +23857,11 @@ def _job_table(jobs: Sequence[dict[str, Any]]) -> str:
             job["id"], job["name"], _shortened(job["owner"], 12), job["state"],
             f"{job['frames']['done']}/{job['frames']['total']}", f"{100 * job['progress']:.0f} %",
             f"{3600 * job['rate']:.0f}/h" if left else "", left))
-        failed = f"{job['frames']['failed']} failed" * bool(
-            job["frames"]["failed"] and job["state"] != JobState.FAILED.value)
+        bad = [f"{job['frames'][state]} {state}" for state in ("failed", "cancelled")
+               if job["frames"][state] and job["state"] != state]
         logs = f"'povfarm.py logs {job['id']}'" * (job["state"] == JobState.FAILED.value)
         why = ": ".join(filter(None, (job["why"], logs or _way_on(job))))
-        rows += filter(None, (", ".join(filter(None, (failed, _slices_of(job)))), why))
+        rows += filter(None, (", ".join(filter(None, (*bad, _slices_of(job)))), why))
     return _table(rows, 1)
 
 
@@ -23940,8 +23957,8 @@ class ProgressBar:
         bar = f"[{'#' * filled}{'.' * (24 - filled)}] " if self._terminal else ""
         done = filter(None, [f"{frames['done']}/{frames['total']} frames", _slices_of(job)])
         text = f"{_shortened(self._name, 30)} {bar}{', '.join(done)} {100 * part:3.0f} %"
-        if frames["failed"]:
-            text += f", {frames['failed']} failed"
+        for state in ("failed", "cancelled"):
+            text += f", {frames[state]} {state}" * bool(frames[state])
         if job["eta"] is not None and part > 0:
             text += f", {job['rate']:.2f}/s, {format_duration(job['eta'])} left"
         return text

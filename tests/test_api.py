@@ -617,6 +617,9 @@ def test_progress_and_the_time_that_is_left(farm: Farm) -> None:
     assert view["frames"]["total"] == 4 and view["frames"]["done"] == 1
     frame = farm.ask("GET", "/api/v1/jobs/1/frames").json()["frames"][1]
     assert (frame["state"], frame["progress"]) == ("leased", 0.5)
+    for asked, share in (("cancel?frames=4", 1.5 / 3), ("cancel", 1 / 4)):
+        view = farm.ask("POST", f"/api/v1/jobs/1/{asked}").json()
+        assert view["progress"] == pytest.approx(share), "who cancels frames is not waiting for them"
 
 
 def test_a_frame_that_two_render_counts_once_in_the_progress(farm: Farm) -> None:

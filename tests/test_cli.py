@@ -268,8 +268,9 @@ def test_a_pipe_gets_plain_lines() -> None:
 
 def test_slices_of_the_frames_in_work_are_counted() -> None:
     file = io.StringIO()
-    ProgressBar("camera2", file).show(view(slices={"total": 8, "done": 5}))
-    assert "5/8 slices" in file.getvalue()
+    frames = {**view()["frames"], "cancelled": 7}
+    ProgressBar("camera2", file).show(view(slices={"total": 8, "done": 5}, frames=frames))
+    assert "5/8 slices" in file.getvalue() and "7 cancelled" in file.getvalue()
 
 
 def cpu_of(*command: str) -> float:

@@ -1260,6 +1260,14 @@ def test_every_action_says_what_it_did(farm: Farm) -> None:
     farm.send("POST", f"/jobs/{job}/cancel?frames=2-5", farm.admin, body)
     assert "marbles frame 5 was cancelled, by admin, like 3 others before it" in farm.page(
         f"/computers?did={farm.did}", farm.admin).text
+    farm.deliver(farm.join(), 5)
+    for action, said in (("retry", "is queued again"), ("cancel", "was cancelled")):
+        farm.send("POST", f"/jobs/{job}/{action}?frames=3", farm.admin, body)
+        page = farm.page(f"/jobs/{job}?did={farm.did}", farm.admin)
+        assert f"marbles frame 3 {said}, by admin" in page.text, "what was done, not what came of it"
+    done, _, failed = page.all("rect")[:3]
+    assert (done["width"], failed["width"]) == ("1000.0", "0.0"), "a finished job's bar is not full"
+    assert "cancelled4" in page.text
 
 
 def test_a_scene_that_takes_too_much_memory_is_named_with_its_cure(farm: Farm) -> None:
