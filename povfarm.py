@@ -10629,7 +10629,7 @@ class Muster:
             held = self._states.grants.held(job.id)
             return (f"workers hold {counted(held, 'frame')} of it until they are fetched: "
                     f"'povfarm.py set {job.id} bring=yes' has them delivered"
-                    ) if held and held == job.leased else ""
+                    ) if held and held == job.leased and not job.options.bring else ""
         since, word = job.pov.needs
         versions = [povray_of(rows[0].engines) for rows in self._alike
                     if not self._states.presence(rows[0].id).guest]
@@ -15376,7 +15376,7 @@ class _Sheets:
         """Return a link to the same page with a question in its place."""
         if request.query.get("ask") != address:
             return self._ask(request, word, address, "asks")
-        return element("div", self._form(request, address, label, "bad"),
+        return element("div", self._form(request, address, label, "bad"), " ",
                        element("a", "No", class_="button", href=_same_page(request)),
                        class_="row", id="asked")
 
@@ -15401,7 +15401,9 @@ class _Sheets:
         delete = self._asked(request, "Delete…", f"{address}/delete", "Delete it and "
                              + _count_of(frames["done"], "image")) if state in FINISHED else None
         return element("div", [self._form(request, f"{address}/{action.lower()}", action)
-                               for action, can in possible.items() if can], delete, class_="row")
+                               for action, can in possible.items() if can], self._cures(
+                                   request, view, view["cure"] * ("=" in view["cure"])),
+                       delete, class_="row")
 
 
 class Pages(_Sheets):
@@ -16360,10 +16362,22 @@ def _story(events: Sequence[Event], views: Sequence[View], now: float,
         if not (still or event.what.endswith(TaskState.LEASED.value)):  # "job done" comes, too
             same = (event.job, event.what, event.text)
             lines.setdefault(event.id if event.frame is None else same, []).append(event)
-    items = [element("li", _event_line(line[0], len(line) - 1, known), " ", element(
-        "time", _ago(now - line[0].time))) for line in itertools.islice(lines.values(), most)]
+    items = [element("li", _event_line(
+        line[0], _others(line, known if most == NEWS_SHOWN else {}), known), " ", element(
+            "time", _ago(now - line[0].time))) for line in itertools.islice(lines.values(), most)]
     return element("section", element("h2" if most == NEWS_SHOWN else "h1", "What happened"),
                    element("ul", items, class_="story")) if items else None
+
+
+def _others(line: Sequence[Event], views: Mapping[int, View]) -> int:
+    """Return how many frames had the fate of a line's first before it.
+
+    The job knows of more than those in the newest events.
+    """
+    event, view = line[0], views.get(line[0].job or 0)
+    known = view["frames"][event.what] if view and event.frame is not None and not event.text \
+        and event.what in (TaskState.DONE, TaskState.CANCELLED) else 0
+    return max(len(line), known) - 1
 
 
 def _event_line(event: Event, more: int, views: Mapping[int, View]) -> Node:

@@ -680,6 +680,8 @@ def test_frames_that_workers_hold_are_rendered_once_and_hinder_nobody(farm: Farm
     began = farm.clock.mono
     farm.clock.meanwhile.append(lambda: farm.scheduler.change(job, {"bring": True}))
     assert farm.beat(anna, leases[anna], wait=9) == [] and farm.clock.mono == began
+    with farm.store.read() as look:
+        assert farm.scheduler.muster(look).why(look.job(job))[1] == "", "it is done already"
     farm.finish(anna, leases[anna])
     with farm.store.read() as look:  # for 200 seconds nothing was computed
         assert look._do("SELECT spent FROM turn").fetchone()[0] < 20
