@@ -5033,8 +5033,14 @@ def fields_of(kind: Any, wire: Any) -> dict[str, Any]:
     """
     given, found = wire if isinstance(wire, dict) else {}, {}
     for name, hint in _hints(kind).items():
-        plain, misses = _OF_JSON[schema_of(hint)["type"]], given.get(name) is None
-        found[name] = plain() if misses and _may_miss(hint) else want(given, name, plain)
+        schema = schema_of(hint)
+        plain, misses = _OF_JSON[schema["type"]], given.get(name) is None
+        value = found[name] = plain() if misses and _may_miss(hint) else want(given, name, plain)
+        inner = schema.get("items") or schema.get("additionalProperties") or {}
+        each = _OF_JSON.get(inner.get("type", ""))
+        if each and not all(type(one) is each for one in (
+                value.values() if plain is dict else value)):
+            raise UserError(f"'{name}' has something in it that is not a {each.__name__}")
     return found
 
 
@@ -5105,9 +5111,6 @@ class PovJob(Wired):
         given = fields_of(cls, wire)
         values = given["values"]
         lists = {name: tuple(given[name]) for name in ("declares", "library", "uses")}
-        texts = [*values, *values.values(), *itertools.chain(*lists.values())]
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError("the job's POV-Ray options are not all texts")
         job = cls(**{**given, **lists})
         # File names may have letters that an INI file cannot: workers rename those.
         for name in ("Input_File_Name", "Output_File_Name"):
@@ -5479,11 +5482,22 @@ class LeaseSpec(Wired):
     def from_wire(cls, wire: Any) -> LeaseSpec:
         """Read the JSON form; ``UserError`` when it has another shape."""
         given = fields_of(cls, wire)
-        shares = tuple(given["shares"])
-        if not all(type(share) is int for share in shares):
-            raise UserError("the passes of a lease are not tasks")
-        return cls(**{**given, "tasks": tuple(map(TaskSpec.from_wire, given["tasks"])),
-                      "pov": pov_of(json.dumps(given["pov"])), "shares": shares})
+        tasks = tuple(map(TaskSpec.from_wire, given["tasks"]))
+        if not tasks or len({task.frame for task in tasks}) < len(tasks):
+            raise UserError("a lease has one task or more, each of another frame")
+        return cls(**{**given, "tasks": tasks, "pov": pov_of(json.dumps(given["pov"])),
+                      "shares": tuple(given["shares"])})
+
+
+# What a coordinator answers to its workers; older ones do not say all of it.
+Joined = TypedDict("Joined", {"id": Optional[int], "admitted": Optional[bool],
+                              "share": Optional[str], "nonce": Optional[str]})
+Work = TypedDict("Work", {
+    "leases": tuple[LeaseSpec, ...], "open": int, "pending": bool,
+    "gone": Optional[tuple[str, ...]], "ends": Optional[bool], "rest": Optional[str]})
+Orders = TypedDict("Orders", {
+    "ended": tuple[str, ...], "cuts": Mapping[str, int], "bring": Optional[tuple[str, ...]],
+    "ends": Optional[bool], "rest": Optional[str]})
 
 
 @dataclass(frozen=True)
@@ -13055,9 +13069,8 @@ class Api(_Answers):
 
     # --- working
 
-    @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, gives={
-        "leases": tuple[LeaseSpec, ...], "open": int, "pending": bool, "gone": tuple[str, ...],
-        "ends": bool, "rest": str}, summary="Ask for work")
+    @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, gives=Work,
+           summary="Ask for work")
     def lease(self, request: Request) -> Response:
         """Body: want, slots, idle, wait, projects, rest. Held open until there is something to do.
 
@@ -13082,9 +13095,8 @@ class Api(_Answers):
                                   "ends": self._tells_end(worker),
                                   "rest": _told_to_rest(state)})
 
-    @route("POST", "/api/v1/beat", role="worker", takes=Beat,
-           gives={"ended": tuple[str, ...], "cuts": Mapping[str, int], "bring": tuple[str, ...],
-                  "ends": bool, "rest": str}, summary="Keep leases alive")
+    @route("POST", "/api/v1/beat", role="worker", takes=Beat, gives=Orders,
+           summary="Keep leases alive")
     def beat(self, request: Request) -> Response:
         """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended.
 
@@ -13303,8 +13315,7 @@ class Entrance:
     # --- workers
 
     @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, takes=WorkerInfo,
-           gives={"id": Optional[int], "admitted": Optional[bool], "share": Optional[str],
-                  "nonce": Optional[str]}, summary="Join as a worker")
+           gives=Joined, summary="Join as a worker")
     def join(self, request: Request) -> Response:
         """Body: name, cores, memory, system, engines, tags. Answers id, admitted.
 
@@ -18336,7 +18347,7 @@ def copy_state(source: BinaryIO, target: BinaryIO | None, region: Region, block:
         right, bottom = min(left + size, region.right), min(top + size, region.bottom)
         pixels = (right - left) * (bottom - top)
         box = (number, 1, left, top, right - 1, bottom - 1)
-        fits = len(found.get(b"PBlo", b"")) == 20 * pixels and box == tuple(
+        fits = len(found.get(b"PBlo", b"")) == 20 * pixels > 0 and box == tuple(
             int.from_bytes(found.get(key, b""), "big")
             for key in (b"PiId", b"PiSi", b"Left", b"Top ", b"Righ", b"Bott"))
         if fits and number not in done:
@@ -18655,11 +18666,19 @@ class Reply:
     body: bytes
 
     def json(self) -> Any:
-        """Return the JSON in the body; ``FarmError`` when it is none."""
+        """Return the JSON object in the body; ``FarmError`` when it is none."""
         try:
-            return json.loads(self.body)
-        except ValueError as error:
+            return {**json.loads(self.body)}
+        except (ValueError, TypeError, RecursionError) as error:
             raise FarmError("this is no answer of a povfarm coordinator: wrong address?") from error
+
+    def fields(self, kind: Any) -> dict[str, Any]:
+        """Return the fields of the answer; ``FarmError`` where they are not of that ``kind``."""
+        try:
+            return fields_of(kind, self.json())
+        except UserError as error:
+            raise FarmError(
+                f"the answer of the coordinator cannot be understood: {error}") from error
 
 
 class Transport:
@@ -19066,7 +19085,7 @@ _FORGOTTEN = ("know your key (any more): it is another farm, or your name was re
 
 def _told(body: bytes, *names: str) -> dict[str, str]:
     """Return the texts that are in an answer."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         told = json.loads(body)
         return {name: str(told[name]) for name in names}
     raise FarmError("this is no answer of a povfarm coordinator: wrong address?")
@@ -19113,7 +19132,7 @@ def _raise_refusal(answer: Answer) -> None:
     try:
         message = json.loads(_in_memory(answer, BUFFER))
         text, detail = str(message["error"]), message.get("detail")
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         text, detail = f"the coordinator answered with status {answer.status}", None
     later = answer.headers.get("retry-after", "")
     raise RequestRefused(answer.status, text, detail, float(later) if later.isdecimal() else 0.0)
@@ -20817,7 +20836,7 @@ class Worker(Resting):
         try:
             reply = self.client.request(
                 "POST", "/api/v1/lease", json=offer, timeout=wait + 30,
-                retry_for=math.inf if alone else 0, stop=self._news).json()
+                retry_for=math.inf if alone else 0, stop=self._news).fields(Work)
         except FarmError:
             self.rota.has_nothing(self)
             raise
@@ -20826,9 +20845,9 @@ class Worker(Resting):
             self._stopping.wait(1.0)
         elif not (reply["leases"] or runs):
             self.rota.has_nothing(self)
-        self.cache.forget(reply.get("gone", ()))
-        _hear_of_end(self, reply.get("ends"))
-        self.rest(reply.get("rest", ""), "by the farm")
+        self.cache.forget(reply["gone"])
+        _hear_of_end(self, reply["ends"])
+        self.rest(reply["rest"], "by the farm")
         if self._admitted is not None and not reply["pending"]:
             self._admitted()
             self._admitted = None
@@ -20857,20 +20876,20 @@ class Worker(Resting):
             try:
                 reply = self.client.request(
                     "POST", "/api/v1/beat", json={"leases": progress, "wait": wait},
-                    timeout=wait + 10, retry_for=math.inf).json()
+                    timeout=wait + 10, retry_for=math.inf).fields(Orders)
             except FarmError as error:  # it is refused, which is no reason to ask without a pause
                 log.debug("no beat: %s", error)
                 time.sleep(BEAT_WAIT)
                 continue
-            for lease in reply["ended"]:
-                if runs[lease].open:
-                    runs[lease].stop()
-            self.outbox.bring(runs[lease] for lease in (*reply["ended"], *reply.get("bring", ())))
-            _hear_of_end(self, reply.get("ends"))
-            self.rest(reply.get("rest", ""), "by the farm")
-            cuts = {int(task): bottom for task, bottom in reply["cuts"].items()}
-            for run in runs.values():
-                run.bottoms.update(cuts)
+            for lease, run in runs.items():
+                if lease in reply["ended"] and run.open:
+                    run.stop()
+                run.bottoms.update((task.id, reply["cuts"][str(task.id)])
+                                   for task in run.lease.tasks if str(task.id) in reply["cuts"])
+            self.outbox.bring(runs[lease] for lease in (*reply["ended"], *reply["bring"])
+                              if lease in runs)
+            _hear_of_end(self, reply["ends"])
+            self.rest(reply["rest"], "by the farm")
 
     def _guard(self) -> None:
         """End renderers that take too long or, when the disk is nearly full, have written most."""
@@ -24176,7 +24195,7 @@ def _admission(own: Client, key: str, kept: _Kept, info: Mapping[str, Any],
     for token in filter(None, (kept.key, key)):
         own.token = token
         try:
-            reply = own.request("POST", "/api/v1/workers", json=info, stop=stop).json()
+            reply = own.request("POST", "/api/v1/workers", json=info, stop=stop).fields(Joined)
         except (RequestRefused, WrongFarm) as error:
             if getattr(error, "status", 401) != 401 or (
                     token == key or (kept.admitted and not key)):
@@ -24202,8 +24221,8 @@ def _pair(own: Client, farm_id: str, info: Mapping[str, Any],
     mine = Pairing()
     wire = {**info, "commitment": mine.commitment}
     ask = functools.partial(own.request, "POST", "/api/v1/workers", stop=stop)
-    theirs = ask(json=wire).json()
-    reply = ask(json={**wire, "share": mine.share, "nonce": mine.nonce}).json()
+    theirs = ask(json=wire).fields(Joined)
+    reply = ask(json={**wire, "share": mine.share, "nonce": mine.nonce}).fields(Joined)
     secret, code = mine.agree(theirs["share"], [
         farm_id, own.transport.pin, info["name"], mine.share, mine.nonce, theirs["share"],
         theirs["nonce"]])
@@ -24883,7 +24902,7 @@ def _check_coordinator(client: Client, options: Options) -> Client:
             raise
         client.token = ""  # a key that only lies here is another farm's
         farm = ask().json()
-    if not isinstance(farm, dict) or "farm_id" not in farm:
+    if "farm_id" not in farm:
         raise FarmError(f"{client.base_url} is not a povfarm coordinator")
     return client
 

@@ -179,6 +179,21 @@ def test_every_damage_is_survived(stopped: Stopped) -> None:
             assert not state.pixels
 
 
+def test_a_block_below_the_picture_is_left_out(stopped: Stopped) -> None:
+    """One of no rows and no pixels, as nobody but an attacker makes it."""
+    size = 20 + int.from_bytes(stopped.state[524:528], "big")
+    block = stopped.state[512:512 + size]
+    pixels = block.index(b"PBlo")
+    end = pixels + 12 + 20 * BLOCK * BLOCK
+    empty = block[:pixels + 8] + bytes(4) + block[end:]
+    for key, value in {b"PiId": PIXELS // BLOCK ** 2, b"Left": 0, b"Top ": WHOLE.bottom,
+                       b"Righ": BLOCK - 1, b"Bott": WHOLE.bottom - 1}.items():
+        at = empty.index(key) + 12
+        empty = empty[:at] + value.to_bytes(4, "big") + empty[at + 4:]
+    empty = empty[:12] + (len(empty) - 20).to_bytes(4, "big") + empty[16:]
+    assert read(stopped.state[:512] + block + empty) == read(stopped.state[:512] + block)
+
+
 def test_no_more_is_read_at_once_than_a_block_has(stopped: Stopped) -> None:
     """However large a message says to be: it would be made room for."""
     class Asked(io.BytesIO):

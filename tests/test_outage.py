@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -10,7 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List
 from urllib.parse import parse_qsl
 
 import pytest
@@ -30,6 +31,7 @@ class Wire(Transport):
         super().__init__("http://box")
         self.farm = farm
         self.away: Callable[[Call], bool] = lambda call: False
+        self.lie: Callable[[Call, bytes], bytes] = lambda call, answer: answer
         self.uploads: List[int] = []  # the statuses of the images that were sent
         self.counted, self.under_way = threading.Lock(), 0
 
@@ -54,7 +56,7 @@ class Wire(Transport):
             target=call.target)))
         if call.method == "PUT":
             self.uploads.append(reply.status)
-        blocks = [reply.body]
+        blocks = [self.lie(call, reply.body)]
         headers = {name.lower(): value for name, value in reply.headers.items()}
         return Answer(reply.status, headers, lambda size: blocks.pop() if blocks else b"",
                       lambda: None)
@@ -153,6 +155,63 @@ def test_a_worker_that_stays_until_idle_goes_when_its_farm_ends_for_good(
     room.farm.scheduler.close()
     room.thread.join(60)
     assert not room.thread.is_alive() and room.farm.api.untold == set()
+
+
+NO_ANSWERS = [b"", b"null", b"5", b"[5]", b'"x"', b"{}", b"[" * 60_000]
+MUST = ("leases", "open", "pending", "ended", "cuts")  # what those of older coordinators have, too
+ODD = [None, 5, 1.5, True, "x", [None], [[]], {"1": None}, {"x": 1.5}]
+
+
+def odd_answers(good: Dict[str, Any]) -> List[bytes]:
+    """``good`` with each of its fields as each of what it must not be."""
+    said = [(name, odd) for name in good for odd in ODD
+            if type(odd) is not type(good[name]) or isinstance(odd, (list, dict))]
+    return [*NO_ANSWERS, *(json.dumps({**good, name: odd}).encode() for name, odd in said
+                           if odd is not None or name in MUST)]
+
+
+def test_a_worker_refuses_an_answer_that_is_none_in_one_sentence(room: Room) -> None:
+    task = povfarm.TaskSpec(1, 1, "a.png")
+    pov = povfarm.PovJob({"Input_File_Name": "a.pov"}, (), (), ".")
+    leases = [povfarm.LeaseSpec("ab", 1, "job", 1, tasks, "0" * 64, pov, False).to_wire()
+              for tasks in ((task, task), ())]
+    good = {"leases": [], "open": 0, "pending": False, "gone": [], "ends": False, "rest": ""}
+    told = [*odd_answers(good), *(json.dumps({**good, "leases": [one]}).encode()
+                                  for one in leases)]
+    for answer in told:
+        room.wire.lie = lambda call, _, answer=answer: answer  # type: ignore[misc]
+        with pytest.raises(povfarm.FarmError, match=r"^(the|this is no) answer of |^a lease has one"):
+            room.worker._ask()
+    assert len(told) > 50 and not room.worker._runs
+    room.wire.lie = lambda call, answer: answer
+    room.start()
+    room.end()
+
+
+def test_a_worker_keeps_its_leases_alive_whatever_it_is_answered(
+        room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(povfarm, "BEAT_WAIT", 0.01)
+    good = {"ended": [], "cuts": {}, "bring": [], "ends": False, "rest": ""}
+    lies = [*odd_answers(good)[::4], *(json.dumps({**good, **more}).encode() for more in (
+        {"ended": ["nobody"]}, {"bring": ["nobody"]}, {"cuts": {"x": 1}}))]
+    beats = []
+
+    def lie(call: Call, answer: bytes) -> bytes:
+        if not call.target.endswith("/beat"):
+            return answer
+        beats.append(call)
+        return lies.pop() if lies else answer
+
+    room.wire.lie, room.wire.away = lie, lambda call: call.method == "PUT"
+    job, count = room.farm.submit(frames=6), len(lies)
+    room.start()
+    wait_until(lambda: len(beats) > count)
+    room.wire.away = lambda call: False
+    room.worker.client.hurry()
+    wait_until(lambda: room.farm.state(job) == "done")
+    assert {len(attempts) for attempts in room.attempts(job)} == {1}
+    assert "Traceback" not in caplog.text
+    room.end()
 
 
 def test_finished_frames_are_kept_on_the_disk_and_not_in_memory(room: Room) -> None:
