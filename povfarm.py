@@ -16386,8 +16386,8 @@ def _others(line: Sequence[Event], views: Mapping[int, View]) -> int:
     The job knows of more than those in the newest events.
     """
     event, view = line[0], views.get(line[0].job or 0)
-    known = view["frames"][event.what] if view and event.frame is not None and not event.text \
-        and event.what in (TaskState.DONE, TaskState.CANCELLED) else 0
+    known = view["frames"][event.what] if view and event.frame is not None and event.what in (
+        TaskState.DONE, TaskState.CANCELLED) else 0
     return max(len(line), known) - 1
 
 

@@ -971,11 +971,14 @@ def test_who_keeps_a_page_up_to_date_shares_one_that_is_some_seconds_old(farm: F
 
 
 def test_many_frames_hide_nothing_that_happened_to_the_farm_and_all_is_on_a_page(farm: Farm) -> None:
-    farm.submit(name="marbles", frames=500)
+    job = farm.submit(name="marbles", frames=500)
+    farm.scheduler.cancel_frames(job, "452-499")
     farm.deliver(farm.join("a rare name"), 450)
+    farm.scheduler.cancel_frames(job, "451")
     text = farm.page("/").text
     assert "a rare name joined" in text
     assert "marbles frame 450 is done, like 449 others before it" in text, "not all are counted"
+    assert "marbles frame 451 was cancelled, by admin, like 48 others before it" in text
     page = farm.page("/events")
     assert "marbles frame 450 is done, like" in page.text
     older = page.all("a", href="/events?before=")
