@@ -1239,20 +1239,21 @@ _UNIX_OPTIONS = "--help -help -h -? --version -version --V --benchmark -benchmar
 
 
 class ImageType(NamedTuple):
-    """How a kind of picture is named: its file extension and its MIME type."""
+    """A kind of picture: file extension, MIME type, and most columns or rows that fit."""
 
     extension: str
     mime: str
+    most: int = 2 ** 31 - 1
 
 
 # POV-Ray's letter after +F (Output_File_Type) and what it writes for it.
 IMAGE_TYPES: Mapping[str, ImageType] = {
-    "N": ImageType(".png", "image/png"),
-    "T": ImageType(".tga", "image/x-tga"),
-    "C": ImageType(".tga", "image/x-tga"),
+    "N": ImageType(".png", "image/png", 1_000_000),  # libpng's limit
+    "T": ImageType(".tga", "image/x-tga", 65535),
+    "C": ImageType(".tga", "image/x-tga", 65535),
     "P": ImageType(".ppm", "image/x-portable-pixmap"),
     "B": ImageType(".bmp", "image/bmp"),
-    "J": ImageType(".jpg", "image/jpeg"),
+    "J": ImageType(".jpg", "image/jpeg", 65500),  # libjpeg's
     "E": ImageType(".exr", "image/x-exr"),
     "H": ImageType(".hdr", "image/vnd.radiance"),
 }
@@ -1923,6 +1924,11 @@ class _CommandLine:
         for key, least in (("Width", 1), ("Height", 1), ("Render_Block_Size", 4)):
             if int(values.get(key, least)) < least:
                 raise UserError(f"{key}={values[key]} is too small: the least is {least}")
+        kind = IMAGE_TYPES[values.get("Output_File_Type", "N")]
+        for key in ("Width", "Height"):
+            if int(values.get(key, 1)) > kind.most:
+                raise UserError(f"{key}={values[key]} is too large for a {kind.extension} file: "
+                                f"the most is {kind.most}; +FP (.ppm) takes more")
         # With a base INI of one's own its includes are POV-Ray's last resort, too.
         library = tuple(dict.fromkeys([*self.library, STANDARD]))
         texts = {key: values[key] for key in TEXT_FILES if key in values}
