@@ -11769,7 +11769,9 @@ class Scheduler:
                 self.people.check_priority(tx, who, options.priority)
             tx.begin_turn(row.owner, options.priority)
             tx.set_job_options(job, _check_options(row.pov, options))
-            text = ", ".join(f"{name} = {value}" for name, value in changes.items())
+            text = ", ".join(
+                f"{name} = {('no', 'yes')[value] if isinstance(value, bool) else value}"
+                for name, value in changes.items())
             self._states.tell(tx, "changed", text, job)
             self._states.news.work = math.inf
             for grant in self.grants.of_job(job) if options.bring else ():
