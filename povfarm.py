@@ -23865,14 +23865,20 @@ def _why_refused(answer: tuple[int, Mapping[str, Any]]) -> str:
 
 def _answers(client: Client, words: Sequence[str], method: str, path: str,
              body: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what became of each job that was asked something, with the exit code for it."""
+    """Yield what became of each job that was asked something, with the exit code for it.
+
+    Nothing is asked of any where one of the words is no job: it may be meant otherwise.
+    """
+    found: list[dict[str, Any]] = []
+    wrong: list[tuple[int, dict[str, Any]]] = []
     for word in words:
-        jobs = []
         try:
-            jobs = _jobs(client, word)
+            found += _jobs(client, word)
         except UserError as error:
-            yield error.exit_code, {"job": word, "error": str(error)}
-        for job in jobs:
+            wrong.append((error.exit_code, {"job": word, "error": str(error)}))
+    yield from wrong
+    if not wrong:
+        for job in found:
             told = {"job": job["id"], "name": job["name"]}
             try:
                 reply = client.request(method, f"/api/v1/jobs/{job['id']}{path}", json=body)

@@ -173,12 +173,21 @@ def test_one_job_that_cannot_does_not_stop_the_others(farm: Served) -> None:
     jobs = [farm.submit() for _ in range(4)]
     farm.scheduler.cancel(jobs[1])
     farm.scheduler.delete(jobs[2])
-    out, errors = farm.says("pause", 1, 2, 3, "nobody", 4, code=1)
+    out, errors = farm.says("pause", 1, 2, 4, code=1)
     assert out == "" and [line.removeprefix("povfarm: ") for line in errors] == [
         "job 1 (ball) is paused", "job 2 is cancelled: it cannot become paused",
-        "there is no job 3: 'povfarm.py status' shows the jobs",
-        "there is no job 'nobody': 'povfarm.py status' shows the jobs", "job 4 (ball) is paused"]
+        "job 4 (ball) is paused"]
     assert farm.states_of(1, 2, 4) == ["paused", "cancelled", "paused"]
+
+
+def test_where_one_word_is_no_job_nothing_is_done_to_the_others(farm: Served) -> None:
+    """As 'cancel 1 5-20' of somebody who means frames."""
+    farm.submit()
+    out, errors = farm.says("cancel", 1, "5-20", "nobody", code=2)
+    assert out == "" and [line.removeprefix("povfarm: ") for line in errors] == [
+        "there is no job 5-20: 'povfarm.py status' shows the jobs",
+        "there is no job 'nobody': 'povfarm.py status' shows the jobs"]
+    assert farm.states_of(1) == ["active"]
 
 
 @pytest.mark.parametrize(("command", "before", "after"), [
@@ -334,9 +343,9 @@ def test_retry_without_frames_is_for_what_failed_of_the_jobs_of_a_range(farm: Se
 
 def test_json_tells_of_each_job_what_became_of_it(farm: Served) -> None:
     farm.submit()
-    told = farm.wire("resume", 1, 2, code=1)
-    assert told == [
-        {"job": 1, "name": "ball", "error": "job 1 is active: only a paused job resumes"},
+    assert farm.wire("resume", 1, code=1) == [
+        {"job": 1, "name": "ball", "error": "job 1 is active: only a paused job resumes"}]
+    assert farm.wire("resume", 1, 2, code=2) == [
         {"job": "2", "error": "there is no job 2: 'povfarm.py status' shows the jobs"}]
 
 
