@@ -8605,6 +8605,17 @@ class _Register:
         return cast("int | None", self._do("SELECT MAX(id) FROM event WHERE job = :job",
                                            job=job).fetchone()[0])
 
+    def alike(self, event: Event, after: int, lately: float) -> int:
+        """Return how many events of a frame say the same of its job, by the same person.
+
+        They are before it, after an id, and not longer ago than so many seconds.
+        """
+        return int(self._do("""
+            SELECT count(*) FROM event WHERE job = :job AND id > :after AND id < :id
+            AND what = :what AND who = :who AND time > :since""",
+            job=event.job, after=after, id=event.id, what=event.what, who=event.who,
+            since=event.time - lately).fetchone()[0])
+
     def first_event(self, job: int) -> int:
         """Return the id of the event with which a job began."""
         return int(self._do("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
@@ -15226,10 +15237,8 @@ class _Sheets:
             if event.who == request.identity.name and (
                     self._farm.clock.time() - event.time < SAID_FOR):
                 job = event.job and tx.find_job(event.job)
-                before = tx.events(max(did - STEP, 0), STEP)
-                like = [one for one in before if one.id < did and event.time - one.time < SAID_FOR
-                        and (one.job, one.what, one.who) == (event.job, event.what, event.who)]
-                return element("p", _event_line(event, len(like) * (event.frame is not None), {
+                like = 0 if event.frame is None else tx.alike(event, did - STEP, SAID_FOR)
+                return element("p", _event_line(event, like, {
                     view["id"]: view for view in self._api.views.jobs(tx, [job] if job else [])}),
                     class_="notice said", role="status")
         return None
