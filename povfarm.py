@@ -5386,11 +5386,13 @@ def is_chosen(job: int, frame: int, percent: int) -> bool:
 class Verdict(NamedTuple):
     """What becomes of an image of a frame that is compared, or looks wrong.
 
-    ``keep`` says why it waits for another worker's; else it is accepted, and ``doubt`` tells of it.
+    ``keep`` says why it waits for another worker's; else it is accepted, and ``doubt`` tells of it,
+    of each frame or, where it is the same for all, ``once`` for the job.
     """
 
     keep: str = ""
     doubt: str = ""
+    once: bool = False
 
 
 # By how an image compares with those kept of its frame, and whether another worker could come next.
@@ -5403,7 +5405,8 @@ VERDICTS: Mapping[tuple[str, bool], Verdict] = {
     ("again", True): Verdict(keep="rendered, and waits for another worker to check it"),
     ("again", False): Verdict(doubt="not verified: one worker rendered it twice"),
     ("akin", True): Verdict(keep="rendered, and waits for a worker of somebody else to check it"),
-    ("akin", False): Verdict(doubt="checked only by a worker behind which the same person may be"),
+    ("akin", False): Verdict(
+        doubt="checked only by a worker behind which the same person may be", once=True),
     ("same", True): Verdict(),
     ("same", False): Verdict(),
     ("odd", True): Verdict(keep="black, unlike its neighbours: rendered once more"),
@@ -8605,6 +8608,11 @@ class _Register:
         return cast("int | None", self._do("SELECT MAX(id) FROM event WHERE job = :job",
                                            job=job).fetchone()[0])
 
+    def was_told(self, job: int, what: str, text: str) -> bool:
+        """Tell whether an event of a job, of any of its frames, said just this."""
+        return self._do("SELECT 1 FROM event WHERE job = :job AND what = :what AND text = :text",
+                        job=job, what=what, text=text).fetchone() is not None
+
     def alike(self, event: Event, after: int, lately: float) -> int:
         """Return how many events of a frame say the same of its job, by the same person.
 
@@ -11418,8 +11426,8 @@ class _Delivery:
             mine, *sides)
         others_left = bool(others) and (how != "differs" or len(set(sides)) < 2)
         wrong = [row.worker for row, alike in zip(kept, same) if not alike and how == "same"]
-        if how == "same" and not job.done and muster.akin(self._worker, by).issuperset(by):
-            how, others_left = "akin", False  # it is enough here; said once
+        if how == "same" and muster.akin(self._worker, by).issuperset(by):
+            how, others_left = "akin", False  # it is enough here
         return VERDICTS[how, others_left], wrong
 
     def _is_odd(self, look: Look, extension: str) -> bool:
@@ -11516,9 +11524,9 @@ class _Delivery:
 
     def _set_odd_worker_aside(self, tx: Tx) -> None:
         """Of pictures that differ (``VERDICTS``): tell of a doubt, and of whose is the odd one."""
-        task = self.task
-        if self.verdict.doubt:
-            self._states.tell(tx, "doubtful", self.verdict.doubt, task.job, task.frame)
+        task, (_, doubt, once) = self.task, self.verdict
+        if doubt and not (once and tx.was_told(task.job, "doubtful", doubt)):
+            self._states.tell(tx, "doubtful", doubt, task.job, task.frame)
         for worker in self.odd:
             tx.set_aside(worker, f"its picture of frame {task.frame} of job {task.job} differs "
                                  "from that of two others")

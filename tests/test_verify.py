@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import struct
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, List, Tuple
@@ -441,6 +442,14 @@ def accomplices(farm: Farm, how: str) -> List[int]:
             for number, (address, code, owner) in enumerate(LET_IN[how])]
 
 
+def tasks_of(farm: Farm, worker: int) -> List[Tuple[povfarm.LeaseSpec, int]]:
+    """Take all that the farm gives one worker at a time: leases, and the index of each task."""
+    leases: List[povfarm.LeaseSpec] = []
+    while more := farm.leases(worker, slots=2):
+        leases += more
+    return [(lease, index) for lease in leases for index in range(len(lease.tasks))]
+
+
 @pytest.mark.parametrize("how", LET_IN)
 def test_two_that_may_be_one_persons_do_not_confirm_each_other(how: str, farm: Farm) -> None:
     """Though both delivered it, and before anybody honest did."""
@@ -474,6 +483,39 @@ def test_where_nobody_else_is_there_they_check_each_other_and_it_is_said_once(
     assert farm.state(job) == "done"
     assert farm.attempts(farm.task(job, 1).id) == [("eve", "kept"), ("eve", "done")]
     assert events(farm, "doubtful") == [
+        "checked only by a worker behind which the same person may be"]
+
+
+def test_it_is_said_once_though_two_frames_come_at_the_same_time(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are on their way before either is settled."""
+    eve, mallory = accomplices(farm, "one computer")
+    job = farm.submit(2, verify=100)
+    for lease, index in tasks_of(farm, eve):
+        farm.finish(eve, lease, index, image=png(lease.tasks[index].frame))
+    there, store_all = threading.Barrier(2, timeout=60), povfarm._Delivery._store_all
+
+    def after_both_came(delivery: povfarm._Delivery) -> List[Tuple[int, str, int]]:
+        there.wait()
+        return store_all(delivery)
+
+    monkeypatch.setattr(povfarm._Delivery, "_store_all", after_both_came)
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(lambda one: farm.finish(
+            mallory, *one, image=png(one[0].tasks[one[1]].frame)), tasks_of(farm, mallory))] == [
+                True, True]
+    assert farm.state(job) == "done" and events(farm, "doubtful") == [
+        "checked only by a worker behind which the same person may be"]
+
+
+def test_it_is_said_where_frames_that_are_not_compared_were_done_before(farm: Farm) -> None:
+    eve, mallory = accomplices(farm, "one computer")
+    job = farm.submit(100, verify=10)
+    assert not povfarm.is_chosen(job, 0, 10)
+    for worker in itertools.islice(itertools.cycle((eve, mallory)), 200):
+        for lease, index in tasks_of(farm, worker):
+            farm.finish(worker, lease, index, image=png(lease.tasks[index].frame % 250))
+    assert farm.state(job) == "done" and events(farm, "doubtful") == [
         "checked only by a worker behind which the same person may be"]
 
 
