@@ -15003,10 +15003,9 @@ def element(tag: str, /, *children: Node, **attributes: str | int | None) -> Htm
 
 
 class _Need(NamedTuple):
-    """What waits for a person: a mark, whether it is ``about`` a computer, words and buttons."""
+    """What waits for a person: a mark, words and buttons."""
 
     mark: str
-    about: str
     words: Node
     buttons: Node
     bad: bool = False
@@ -15278,23 +15277,20 @@ class _Sheets:
                 waiting.setdefault(text, []).append(view)
         needs += [self._asks_to_join(request, worker) for worker in workers
                   if worker["state"] == "pending"]
-        for some in waiting.values():
-            first, cure = some[0], some[0]["cure"]
-            more = f" and {counted(len(some) - 1, 'more job')}" if len(some) > 1 else ""
-            needs.append(_Need("◷", "", [element("strong", first["name"]), f"{more}: ",
-                                         first["waiting_for"]],
-                               self._cures(request, first, cure)))
-        admin = "admin" in request.identity.roles
+        for first, *others in waiting.values():
+            more = f" and {counted(len(others), 'more job')}" if others else ""
+            needs.append(_Need("◷", [
+                element("strong", first["name"]), f"{more}: ", first["waiting_for"]],
+                self._cures(request, first, first["cure"])))
         for worker in workers:
-            address, words = f"/workers/{worker['id']}", element("strong", worker["name"])
+            words = element("strong", worker["name"])
             if worker["state"] == "sick":
-                needs.append(_Need("✕", "computer", [words, f" is set aside: {worker['reason']}"],
-                                   self._asked(request, "Remove…", f"{address}/remove",
-                                               "Remove it from the farm") if admin else None))
+                needs.append(_Need("✕", [words, f" is set aside: {worker['reason']}"],
+                                   self._removal(request, worker)))
             elif worker["state"] == "gone" and worker["seen"] is not None and (
                     self._farm.lease_time < worker["seen"] < GONE_FOR
                     ) and not (worker["guest"] or "code" in worker):
-                needs.append(_Need("◌", "computer", [
+                needs.append(_Need("◌", [
                     words, f" has been silent for {_lasting(worker['seen'])}. What it rendered "
                     "went to others."], None))
         return needs
@@ -15306,8 +15302,8 @@ class _Sheets:
             text = f"{counted(view['frames']['failed'], 'frame')} failed"
         log = failure and element("a", "Log", class_="button", href=(
             f"/jobs/{view['id']}/frames/{failure['frame']}#log"))
-        return _Need("✕", "", [
-            element("a", element("strong", view["name"]), href=f"/jobs/{view['id']}"), f": {text}",
+        return _Need("✕", [
+            element("strong", _to_job(view)), f": {text}",
             [" ", element("q", failure["message"])] if failure else None],
             [log, self._cures(request, view, "retry")], bad=True)
 
@@ -15321,11 +15317,32 @@ class _Sheets:
             "povray": "Let any POV-Ray render it", "bring": "Have them brought"}.get(
             name, name.title()), **({name: value} if value else {}))
 
-    def _quick(self, request: Request, view: View) -> Node:
-        """Return the button for what is done to a job most often."""
-        action = {JobState.ACTIVE.value: "pause", JobState.PAUSED.value: "resume"}.get(
-            view["state"], "")
-        return self._cures(request, view, action)
+    def _queue(self, request: Request, views: Sequence[View]) -> Node:
+        """Return jobs with their pictures, and the button for what is done to each most often."""
+        quick = {JobState.ACTIVE.value: "pause", JobState.PAUSED.value: "resume"}
+        rows = [_job_row(view, self._cures(request, view, quick.get(view["state"], "")),
+                         _picture(view, self._portrait(view)))
+                for view in views if not _ended(view)]
+        return _section("Queue", element("ol", rows, class_="jobs")) if rows else None
+
+    def _now(self, request: Request, tx: Look, view: View) -> Html:
+        """Return the largest job that is rendered: its newest frame, or the one that grows."""
+        course = self._course(request, tx, tx.job(view["id"]))
+        newest, grown = self._portrait(view, 640), self._grown(tx, view)
+        said = f"{_frame_name(view, newest.frame)}, {format_duration(newest.wall or 0)}" \
+            if newest and not grown else f"{100 * view['progress']:.0f} %"
+        return element(
+            "section", grown or _picture(view, newest, "large", 640), element(
+                "div", element("h2", _to_job(view), id="film"),
+                element("span", f"● {said}", class_="badge rendering"), class_="cap"),
+            _player(view, course), _storyboard(tx, view, course.numbers), _bar(view),
+            class_="film", aria_labelledby="film")
+
+    def _grown(self, tx: Look, view: View) -> Html | None:
+        """Return the frame of a job that grows from its slices, if one does."""
+        names = {worker.id: worker.name for worker in tx.workers()}
+        return next((_growing(view, self._api.views.frame(tx, task, names))
+                     for task in tx.frames_to_cut(view["id"])), None)
 
     def _asks_to_join(self, request: Request, worker: View) -> _Need:
         code = worker["code"]
@@ -15333,22 +15350,24 @@ class _Sheets:
                self._form(request, f"/workers/{code}/admit", "Admit", "good")] \
             if "admin" in request.identity.roles else element(
                 "span", "To let it in: ", element("code", f"povfarm.py admit {code}"))
-        return _Need("?", "computer", [
+        return _Need("?", [
             element("strong", worker["name"]), " asks to join. Does it show the code ",
             element("strong", code), "?"], how)
 
     def _workers(self, request: Request, workers: Sequence[View]) -> Node:
         """Return the table of the workers."""
-        admin = "admin" in request.identity.roles
         return _table_of(("Name", "State", "Cores", "Renders", "POV-Ray", "povfarm",
                           "System", "Tags", "Heard of", None), [[
             worker["name"], [_badge(worker["state"]), f" {worker.get('reason', '')}"],
             worker["cores"], worker["runs"], povray_of(worker["engines"]), worker["povfarm"],
             worker["system"], ", ".join(worker["tags"]),
             "long ago" if worker["seen"] is None else _ago(worker["seen"]),
-            [self._rests(request, worker), " ", self._asked(
-                request, "Remove…", f"/workers/{worker['id']}/remove", "Remove it from the farm")
-             if admin else None]] for worker in workers])
+            [self._rests(request, worker), " ", self._removal(request, worker)]]
+            for worker in workers])
+
+    def _removal(self, request: Request, worker: View) -> Node:
+        return self._asked(request, "Remove…", f"/workers/{worker['id']}/remove",
+                           "Remove it from the farm") if "admin" in request.identity.roles else None
 
     def _rests(self, request: Request, worker: View) -> Node:
         """Return the buttons that let a worker rest, or go on, for whose it is."""
@@ -15463,19 +15482,14 @@ class Pages(_Sheets):
             views = self._views(tx, rows)
             workers = self._api.views.workers(tx)
             _sort(views, workers, [row.id for row in order])
-            pictures = {worker["id"]: tx.newest_task_by(worker["id"])
-                        for worker in workers[:CARDS_SHOWN]}
-            stage = max(_busy(views), key=lambda view: view["frames"]["total"], default=None)
-            names = {worker["id"]: worker["name"] for worker in workers}
-            growing = [self._api.views.frame(tx, task, names) for task in
-                       (tx.frames_to_cut(stage["id"])[:1] if stage else ())]
-            course = self._course(request, tx, tx.job(stage["id"])) if stage else None
-            board = _board(tx, stage["id"], course.numbers) if stage and course else []
-            story = _story(_latest(tx), views, self._farm.clock.time())
+            busy, now = _busy(views), self._farm.clock.time()
+            stage = self._now(request, tx, max(
+                busy, key=lambda view: view["frames"]["total"])) if busy else None
+            room = _room(tx, workers, views)
+            story = _story(_latest(tx), views, now)
         needs = self._needs(request, views, workers)
         live = _live(workers)
         active = any(view["state"] == JobState.ACTIVE for view in views)
-        now = self._farm.clock.time()
         return self._page(
             request, _title(views, self._api.name),
             element("h1", "Older jobs" if before else _verdict(views, now)),
@@ -15484,18 +15498,15 @@ class Pages(_Sheets):
                 else element("a", "Only my jobs", href="/?mine=1")]
                 if "user" in request.identity.roles else None, class_="lead"),
             _needs_you(needs),
-            element("div", _now(stage, self._portrait(stage, 640), growing, [
-                course and _player(stage, course), _storyboard(stage, board)]) if stage else None,
-                    _room(workers, pictures, views), class_="now")
-            if (stage or workers) and not before else None,
-            _queue(views, functools.partial(self._quick, request), self._portrait),
+            element("div", stage, room, class_="now") if (stage or room) and not before else None,
+            self._queue(request, views),
             _finished(views), None if views or before else self._drop(request)
             if "user" in request.identity.roles else _no_jobs(),
             None if live or before else self._join(request),
             element("p", element("a", "Older jobs", href=f"/?before={older}{'&mine=1' * mine}"))
             if older else None, story,
             reload=(3 if active else 30) if live else 5,
-            state="bad" if any(need.bad for need in needs) else "busy" if _busy(views) else "")
+            state="bad" if any(need.bad for need in needs) else "busy" if busy else "")
 
     @route("GET", "/jobs/<job:int>", role="reader", shared=True, summary="The page of a job")
     def job(self, request: Request) -> Response:
@@ -15514,25 +15525,21 @@ class Pages(_Sheets):
             shown = [] if size > 1 and first not in numbers[::size] else (
                 tx.tasks(row.id, first - 1, size) if size > 1 else tx.tasks(row.id))
             chosen = [self._api.views.frame(tx, task, {}) for task in shown]
-            board = _board(tx, row.id, numbers)
+            board = _storyboard(tx, view, numbers)
             failed = view["failure"] and tx.task_of_frame(row.id, view["failure"]["frame"])
             log = self._log(request, tx, view, row, failed) if failed else None
-            names = {worker.id: worker.name for worker in tx.workers()}
-            times = self._once(request, tx, "times", row,
-                               lambda: _times(tx, row.id, numbers, names))
-            growing = [self._api.views.frame(tx, task, names)
-                       for task in tx.frames_to_cut(row.id)[:1]]
+            times = self._once(request, tx, "times", row, lambda: _times(tx, row.id, numbers))
+            picture = self._grown(tx, view) or _picture(view, view["newest"], "large", 4096)
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
             request, _title([view], view["name"]),
-            element("div", element("div", _growing(view, growing[0]) if growing else _picture(
-                view, view["newest"], "large", 4096), _player(view, course)), element(
+            element("div", element("div", picture, _player(view, course)), element(
                 "div", element("h1", view["name"]), element("p", _badge(_state(view)), element(
                     "span", f" {view['why']}" * _is_in_line(view),
                     f" · #{view['id']} · {view['owner']}", class_="dim")), _warnings(view),
                 _bar(view), _figures(view), self._buttons(request, view),
                 _job_links(view)), class_="stage"),
-            _storyboard(view, board), _frames(view, _blocks(row.id, course, size), chosen),
+            board, _frames(view, _blocks(row.id, course, size), chosen),
             self._some(request, view), log, times,
             _options(view, row), self._settings(request, view, row),
             reload=reloads.get(view["state"], 0),
@@ -15684,12 +15691,11 @@ class Pages(_Sheets):
         with self._farm.store.read() as tx:
             workers, totals = self._api.views.workers(tx), self._api.views.totals(tx)
         _sort([], workers, [])
-        needs = [need for need in self._needs(request, [], workers) if need.about]
         return self._page(
             request, f"Computers · {self._api.name}", element("h1", "Computers"),
             element("p", _at_hand([], workers), class_="lead"),
-            _needs_you(needs), self._workers(request, workers), self._join(request),
-            _totals(totals), reload=5)
+            _needs_you(self._needs(request, [], workers)), self._workers(request, workers),
+            self._join(request), _totals(totals), reload=5)
 
     @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
     @route("GET", "/script.js", role="anyone", summary="What keeps the pages up to date")
@@ -16179,26 +16185,18 @@ def _typed_there(command: str) -> Html:
         "button", "Copy", type="button", class_="copy"), class_="typed")
 
 
-def _now(view: View, newest: Task | None, growing: Sequence[View], film: Node) -> Html:
-    """Return the largest job that is rendered: its newest frame, or the one that grows."""
-    picture = _growing(view, growing[0]) if growing else _picture(view, newest, "large", 640)
-    said = f"{_frame_name(view, newest.frame)}, {format_duration(newest.wall or 0)}" \
-        if newest and not growing else f"{100 * view['progress']:.0f} %"
-    return element("section", picture, element(
-        "div", element("h2", element("a", view["name"], href=f"/jobs/{view['id']}"), id="film"),
-        element("span", f"● {said}", class_="badge rendering"), class_="cap"), film, _bar(view),
-        class_="film", aria_labelledby="film")
+def _to_job(view: View) -> Html:
+    return element("a", view["name"], href=f"/jobs/{view['id']}")
 
 
-def _room(workers: Sequence[View], pictures: Mapping[int, Task | None],
-          views: Sequence[View]) -> Node:
+def _room(tx: Look, workers: Sequence[View], views: Sequence[View]) -> Node:
     """Return a card for each computer, those that have been gone for long apart."""
     here = [worker for worker in workers if worker["state"] != "gone"
             or (worker["seen"] or math.inf) < GONE_FOR]
     known = {view["id"]: view for view in views}
     rest = len(workers) - len(here[:CARDS_SHOWN])
     return _section("The room", element("ul", [
-        _card(worker, pictures.get(worker["id"]), known) for worker in here[:CARDS_SHOWN]]),
+        _card(worker, tx.newest_task_by(worker["id"]), known) for worker in here[:CARDS_SHOWN]]),
         element("p", element("a", f"{_count_of(rest, 'other computer')}", href="/computers"))
         if rest else None, class_="room") if workers else None
 
@@ -16230,14 +16228,6 @@ def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html
         id=f"w{worker['id']}")
 
 
-def _queue(views: Sequence[View], button: Callable[[View], Node],
-           portrait: Callable[[View], Task | None]) -> Node:
-    going = [view for view in views if not _ended(view)]
-    return _section("Queue", element(
-        "ol", [_job_row(view, button(view), _picture(view, portrait(view))) for view in going],
-        class_="jobs")) if going else None
-
-
 def _job_row(view: View, button: Node, picture: Html) -> Html:
     frames, state = view["frames"], view["state"]
     still = frames["total"] == 1
@@ -16246,8 +16236,8 @@ def _job_row(view: View, button: Node, picture: Html) -> Html:
     why = view["why"] if view["why"] != PAUSED_BY_HAND else "by hand"
     return element(
         "li", picture, element(
-            "div", element("h3", element("a", view["name"], href=f"/jobs/{view['id']}"),
-                           element("span", f" #{view['id']} · {view['owner']}", class_="dim")),
+            "div", element("h3", _to_job(view), element(
+                "span", f" #{view['id']} · {view['owner']}", class_="dim")),
             _badge(_state(view)), element("span", f" {why}", class_="dim") if why else None),
         _bar(view), element("span", figures, class_="fig"), " ", element(
             "span", view["eta"] and f"{_lasting(view['eta'])} left", class_="dim eta"), " ", button,
@@ -16261,11 +16251,10 @@ def _finished(views: Sequence[View]) -> Node:
         view["frames"]["done"] < view["frames"]["total"]) + _count_of(
             view["frames"]["total"], "frame") for view in ended}
     return _section("Finished", element("ul", [element(
-        "li", _picture(view, view["newest"], size=320), element(
-            "h3", element("a", view["name"], href=f"/jobs/{view['id']}")), _badge(_state(view)),
-        element("p", f"#{view['id']} · {view['owner']} · "
-                f"{made[view['id']]} in {_lasting(view['elapsed'])}",
-                class_="dim"), id=f"j{view['id']}")
+        "li", _picture(view, view["newest"], size=320), element("h3", _to_job(view)),
+        _badge(_state(view)), element(
+            "p", f"#{view['id']} · {view['owner']} · {made[view['id']]} in "
+            f"{_lasting(view['elapsed'])}", class_="dim"), id=f"j{view['id']}")
         for view in ended], class_="sheet")) if ended else None
 
 
@@ -16427,7 +16416,7 @@ def _event_line(event: Event, more: int, views: Mapping[int, View]) -> Node:
         return [element("strong", text), words, by]
     view = views.get(job)
     whole = event.frame is None or (view is not None and view["frames"]["total"] == 1)
-    return [element("a", view["name"], href=f"/jobs/{job}") if view else f"job {job}",
+    return [_to_job(view) if view else f"job {job}",
             None if whole else f" frame {event.frame}", part, words, by,
             f", like {more:,} other{'s' * (more > 1)} before it" if more else None,
             f": {text}" if text and not (by and text.endswith("by hand")) else None]
@@ -16448,20 +16437,16 @@ def _job_links(view: View) -> Html:
         if view["frames"]["done"] > 1 else None, class_="links")
 
 
-def _storyboard(view: View, board: Sequence[Task]) -> Node:
+def _storyboard(tx: Look, view: View, numbers: Sequence[int]) -> Node:
     """Return images from all over an animation, the same ones at every look."""
-    if not board or not view["frames"]["done"]:
+    if len(numbers) < STRIP or not view["frames"]["done"]:
         return None
+    board = [present(tx.task_of_frame(view["id"], numbers[part * len(numbers) // STRIP]))
+             for part in range(STRIP)]
     return element("div", [
         element("a", _picture(view, task), element("span", task.frame),
                 href=f"/jobs/{view['id']}/frames/{task.frame}", class_=task.state)
         for task in board], class_="strip", aria_label="Storyboard")
-
-
-def _board(tx: Look, job: int, numbers: Sequence[int]) -> list[Task]:
-    """Return frames from all over an animation, if it is one."""
-    return [present(tx.task_of_frame(job, numbers[part * len(numbers) // STRIP]))
-            for part in range(STRIP if len(numbers) >= STRIP else 0)]
 
 
 def _course(plan: FramePlan, numbers: Sequence[int], letters: str) -> _Course:
@@ -16491,7 +16476,7 @@ def _player(view: View, course: _Course) -> Node:
         data_newest=view["newest"].frame, data_step=course.step, data_frames=course.done)
 
 
-def _times(tx: Look, job: int, numbers: Sequence[int], names: Mapping[int, str]) -> Node:
+def _times(tx: Look, job: int, numbers: Sequence[int]) -> Node:
     """Return where the time goes: a bar for each frame, coloured by who rendered it."""
     step = -(-len(numbers) // TIMES_SHOWN)
     frames = numbers[::step]
@@ -16499,8 +16484,7 @@ def _times(tx: Look, job: int, numbers: Sequence[int], names: Mapping[int, str])
     if len(tasks) < 2:
         return None
     spent: dict[str, float] = {}
-    names = {**names, **{worker: tx.worker(worker).name
-                         for worker in {task.worker for task in tasks} if worker}}
+    names = {worker: tx.worker(worker).name for worker in {task.worker for task in tasks} if worker}
     who = [names.get(task.worker or 0, "several computers") for task in tasks]
     for task, name in zip(tasks, who):
         spent[name] = spent.get(name, 0.0) + (task.wall or 0.0)
