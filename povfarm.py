@@ -593,7 +593,8 @@ def sha256_file(*parts: Path | bytes) -> str:
 def has_hash(path: Path, sha256: str, size: int | None = None) -> bool:
     """Tell whether a file is there and has this hash; one of another size is not read."""
     with contextlib.suppress(OSError):
-        return size in (None, path.stat().st_size) and sha256_file(path) == sha256
+        return (is_file(path) and size in (None, path.stat().st_size)
+                and sha256_file(path) == sha256)
     return False
 
 
@@ -3585,25 +3586,29 @@ def place_below(directory: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def held_place(directory: Path, name: str) -> Iterator[Path]:
+def held_place(directory: Path, name: str, mode: int = 0) -> Iterator[Path]:
     """Give the place of a farm's file, in directories that nobody can swap for links meanwhile.
 
-    Where the system cannot hold them, they were looked at just before.
+    Where the system cannot hold them, they were looked at just before. With a ``mode`` they get it.
     """
     place = place_below(directory, name)
     with writing(place), contextlib.ExitStack() as stack:
         if sys.platform != "linux":
             place.parent.mkdir(parents=True, exist_ok=True)
+            for folder in itertools.islice(place.parents, name.count("/") if mode else 0):
+                folder.chmod(mode)
             yield place
             return
         directory.mkdir(parents=True, exist_ok=True)
         held = os.open(directory, os.O_DIRECTORY)
         stack.callback(os.close, held)
-        for folder in name.split("/")[:-1]:
+        for step in name.split("/")[:-1]:
             with contextlib.suppress(FileExistsError):
-                os.mkdir(folder, dir_fd=held)
-            held = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=held)
+                os.mkdir(step, dir_fd=held)
+            held = os.open(step, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=held)
             stack.callback(os.close, held)
+            if mode:
+                os.fchmod(held, mode)
         yield Path(f"/proc/self/fd/{held}", place.name)
 
 
@@ -17742,22 +17747,21 @@ class Deliverer(Messenger):
         name = f"{folder.name}/{one.path}"
         if name.lower().endswith("/povray.ini"):
             return True  # whoever started POV-Ray there would start what it names
-        with held_place(self._place, name) as place:
+        with held_place(self._place, name, mode & 0o777) as place:
             to = place
             if os.path.lexists(to) and not any(has_hash(to, sha256) for sha256 in (
                     one.sha256, one.taken) if sha256):
                 to = to.with_name(f"{to.stem}-{one.sha256[:8]}{to.suffix}")  # that is not ours
             if has_hash(to, one.sha256):
                 return True
-            with placed(to) as part:
-                shutil.copyfile(source, part)
+            with placed(to) as part, open(part, "xb") as file:
+                file.writelines(file_blocks(source))
+                file.flush()
                 if not has_hash(part, one.sha256):
                     raise NotFound("it is rendered again just now")
-                part.chmod(mode & 0o666)  # whoever sees the directory is to see what is in it
-                with open(part, "rb") as file:
-                    os.fsync(file.fileno())
-            for up in range(name.count("/")):
-                to.parent.joinpath(*[".."] * up).chmod(mode & 0o777)
+                # Whoever sees the directory is to see what is in it. By now the name may be a link.
+                os.chmod(file.fileno() if os.chmod in os.supports_fd else part, mode & 0o666)
+                os.fsync(file.fileno())
             sync_directory(to.parent)
         return True
 
@@ -19166,7 +19170,7 @@ def _save(to: Path, sha256: str | None, limit: int, answer: Answer) -> bytes:
     named = re.fullmatch('"([0-9a-f]{64})"', answer.headers.get("etag", ""))
     wanted = sha256 or (named and named[1])
     digest = hashlib.sha256()
-    with writing(real_path(to.parent) / to.name), placed(to) as part, part.open("wb") as file:
+    with writing(real_path(to.parent) / to.name), placed(to) as part, part.open("xb") as file:
         for block in _pieces(answer, limit, to.name):
             digest.update(block)
             file.write(block)

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Set
 
@@ -227,6 +229,111 @@ def test_what_is_there_and_links_are_left_alone(farm: Farm, tmp_path: Path) -> N
         (to / "2-ball").unlink()
         wait_until(lambda: not due(farm))
     assert same(farm, two, to)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system cannot hold a directory so")
+@pytest.mark.parametrize("what", ["the new file", "a directory above it"])
+def test_no_rights_are_changed_of_what_another_program_puts_there_meanwhile(
+        what: str, farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link in the place of the file; or the directory is moved to where others lie above it."""
+    to, secret, has_hash = tmp_path / "drive", tmp_path / "secret", povfarm.has_hash
+    for place, mode in ((to, 0o777), (secret, 0o700)):
+        place.mkdir()
+        place.chmod(mode)
+
+    def swapped(path: Path, *more: Any) -> bool:
+        found = has_hash(path, *more)
+        if path.name.endswith(".part") and found:
+            if what == "the new file":
+                path.unlink()
+                path.symlink_to(secret)
+            elif (to / "1-ball/a").exists():
+                (to / "1-ball/a").rename(secret / "a")
+        return found
+
+    monkeypatch.setattr(povfarm, "has_hash", swapped)
+    worker = farm.worker()
+    farm.submit(1, uses=("own-files",))
+    farm.finish(worker, farm.lease(worker), written={"a/b.txt": b"text"})
+    with delivering(farm, to), contextlib.suppress(OSError):
+        wait_until(lambda: not due(farm))
+    assert secret.stat().st_mode & 0o777 == 0o700
+
+
+SWAPPER = """  # what is below a directory are links into another one, again and again
+import os, sys, itertools
+place, mine = sys.argv[1:]
+os.chdir(place)
+for number in itertools.count():
+    for folder, folders, names in os.walk("."):
+        for one in [os.path.join(folder, name) for name in folders + names]:
+            try:
+                if one.endswith(".part"):
+                    os.unlink(one)
+                    os.symlink(os.path.join(mine, "secret"), one)
+                elif os.path.isdir(one) and not one.endswith("~"):
+                    os.rename(one, one + "~")
+                    os.symlink(mine, one)
+                    os.unlink(one)
+                    os.rename(one + "~", one)
+            except OSError:
+                pass
+    if number % 50 == 0:
+        print("swapped", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def swapping(place: Path, mine: Path) -> Iterator[Any]:
+    """Another program does that meanwhile; give what it says of it."""
+    with subprocess.Popen([sys.executable, "-c", SWAPPER, str(place), str(mine)],
+                          stdout=subprocess.PIPE) as process:
+        try:
+            yield process.stdout
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system cannot hold a directory so")
+def test_a_program_that_swaps_links_all_the_time_gets_nothing_put_or_changed_elsewhere(
+        tmp_path: Path) -> None:
+    farm, mine = Farm(tmp_path / "farm"), tmp_path / "mine"
+    worker = farm.worker()
+    for place in (mine, tmp_path / "drive", tmp_path / "fetched"):
+        place.mkdir()
+        place.chmod(0o700)
+    (mine / "secret").write_bytes(b"mine")
+    (mine / "secret").chmod(0o600)
+    job = farm.submit(30, uses=("own-files",), batch=1)
+    for number in range(30):
+        farm.finish(worker, farm.lease(worker), written={f"a/b/{number}.txt": b"deep"})
+    farm.close()
+    (farm.root / "povfarm.ini").write_text(f"[povfarm]\ndeliver = {tmp_path / 'drive'}\n")
+    served = Processes(tmp_path)
+    try:
+        for place in ("drive", "fetched"):
+            with swapping(tmp_path / place, mine) as swaps:
+                for _ in range(3):
+                    swaps.readline()
+                    if place == "fetched":
+                        run(tmp_path, "fetch", str(job), "--output", place, cwd=tmp_path)
+    finally:
+        served.close()
+    assert [path.name for path in mine.iterdir()] == ["secret"]
+    assert (mine / "secret").read_bytes() == b"mine"
+    assert [path.stat().st_mode & 0o777 for path in (mine, mine / "secret")] == [0o700, 0o600]
+
+
+def test_a_pipe_in_the_place_of_an_image_holds_nobody_up(farm: Farm, tmp_path: Path) -> None:
+    to = tmp_path / "drive"
+    (to / "1-ball").mkdir(parents=True)
+    os.mkfifo(to / "1-ball/out1.png")
+    job = made(farm, 2)
+    with delivering(farm, to):
+        wait_until(lambda: not due(farm))
+    assert (to / "1-ball/out1.png").is_fifo() and (to / "1-ball/out2.png").is_file()
+    assert (to / f"1-ball/out1-{hashes(farm, job)[0][:8]}.png").is_file()
 
 
 def test_what_the_scene_wrote_is_delivered_with_its_frame(farm: Farm, tmp_path: Path) -> None:
