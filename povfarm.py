@@ -5943,9 +5943,11 @@ def slice_speeds(measured: Sequence[tuple[int, float, float]],
     """Return the rows a second of each worker, and what a row and a slice cost on average.
 
     ``measured`` tells of some workers the rows a second and the seconds before the first row;
-    the others are guessed by their ``cores``. Where nothing is measured, speeds are only worth
-    comparing.
+    the others are guessed by their ``cores``, of which four times the middle one's are believed.
+    Where nothing is measured, speeds are only worth comparing.
     """
+    most = 4 * sorted(cores.values())[(len(cores) - 1) // 2]
+    cores = {worker: min(number, most) for worker, number in cores.items()}
     speeds = {worker: max(speed, 1e-6) for worker, speed, _ in measured if worker in cores}
     known = sum(cores[worker] for worker in speeds)
     per_core = sum(speeds.values()) / known if known else 1.0
@@ -11023,7 +11025,8 @@ class _Deal:
     def _speeds_of(self, job: Job) -> tuple[dict[int, float], SliceCost | None]:
         """Return the rows a second of each worker, and what is known of the cost of slices."""
         if job.id not in self._speeds:
-            cores = {row.id: row.cores for row in self._tx.workers()}
+            cores = {row.id: row.cores for row in self._tx.workers()
+                     if row.state is not WorkerState.PENDING}
             self._speeds[job.id] = slice_speeds(self._tx.slice_costs(job.id), cores)
         return self._speeds[job.id]
 
@@ -17759,8 +17762,8 @@ class Deliverer(Messenger):
                 file.flush()
                 if not has_hash(part, one.sha256):
                     raise NotFound("it is rendered again just now")
-                # Whoever sees the directory is to see what is in it. By now the name may be a link.
-                os.chmod(file.fileno() if os.chmod in os.supports_fd else part, mode & 0o666)
+                if os.name != "nt":  # whoever sees the directory is to see what is in it
+                    os.fchmod(file.fileno(), mode & 0o666)  # by now the name may be a link
                 os.fsync(file.fileno())
             sync_directory(to.parent)
         return True

@@ -150,6 +150,21 @@ def test_auto_cuts_where_there_are_more_workers_than_frames(
     assert farm.state(job) == "done" and len(set(picture(farm, job))) == len(sizes)
 
 
+def test_a_worker_that_says_it_has_any_number_of_cores_does_not_get_the_whole_picture(
+        farm: Farm) -> None:
+    """What it says of itself may be a lie, until its slices show how fast it is."""
+    workers = [farm.worker(name) for name in ("liar", "anna", "bert", "carl")]
+    for cores, worker in zip((10_000, 2, 2, 2), workers):
+        farm.scheduler.rejoin(worker, povfarm.WorkerInfo(
+            str(worker), cores, 1 << 30, "Linux", {"povray": "3.7.0"}, ()), "10.0.0.1")
+    submit(farm, values={"Height": "4096"}, slices="auto")
+    rows = []
+    for worker in workers:
+        task = farm.lease(worker).tasks[0]
+        rows.append((task.bottom or 0) - task.top)
+    assert max(rows) == rows[0] <= 5 * min(rows), rows
+
+
 def test_auto_leaves_frames_whole_that_are_many_small_or_cheap(
         farm: Farm, two: Tuple[int, int]) -> None:
     many = submit(farm, 3)
