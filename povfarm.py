@@ -4228,8 +4228,10 @@ class _Scan:
     def check(self) -> None:
         """Raise ``UserError`` for files that the scene names and that are not there."""
         wrong = {}
+        made = {os.path.normpath(self._search.cwd / name) for name in self.written}
         for name, (problem, certain) in self._lost.items():
-            if self._renders.has(name) or os.path.normpath(name) in self.written:
+            if self._renders.has(name) or any(os.path.normpath(folder / name) in made for folder in
+                                              filter(None, self._search.directories)):
                 continue  # the scene makes it, or an earlier frame does
             # A name that is a plain string too may be what a macro is told to write.
             if certain and name not in self._strings:
@@ -21567,11 +21569,17 @@ class Draft:
         return replace(self, pov=replace(self.pov, values=values),
                        options=replace(self.options, in_order=True, first="", order="forward"))
 
+    def given(self, word: str, files: Mapping[str, Path]) -> Draft:
+        """Return the same job whose runs have these files in their own directories."""
+        uses = {*self.pov.uses, *(f"{word} {name}" for name in files)}
+        return replace(self, pov=replace(self.pov, uses=tuple(sorted(uses))),
+                       project=self.project if self.place else with_files(self.project, files))
+
     def over(self, project: Project) -> Draft:
         """Return the same job over the files of a project."""
         values = {**self.pov.values, **project.values, "Input_File_Name": project.scene}
         noted = {use for use in self.pov.uses
-                 if use.startswith(("povray ", "append ", "create_ini "))}
+                 if use.startswith(("povray ", "append ", "create_ini ", "load_file "))}
         if project.scene != self.pov.values["Input_File_Name"]:
             # The images are named after the scene as it is called here.
             values["Output_File_Name"] = self.plan.stem + self.plan.extension
@@ -22842,7 +22850,9 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
     if pov.stochastic and options.slices not in ("auto", "off", "1"):
         _say("stochastic anti-aliasing (+AM3) draws other pixels in slices: the picture will not "
              "be quite that of a whole frame")
-    limits = _limits(options, **({"slices": "off"} if pov.texts and place else {}))
+    # One frame a run, as nothing in Debug_File parts a frame from its next try.
+    limits = _limits(options, **({"slices": "off"} if pov.texts and place else {}),
+                     **({"batch": 1} if "Debug_File" in pov.texts and place else {}))
     name = options.name or named or PurePosixPath(pov.scene).stem
     plan, directory = (_flat(plan), here / f"{named}-frames") if named else (plan, cwd)
     if options.command == "render":
@@ -23432,16 +23442,14 @@ class _Follower:
             draft, why = draft.ordered(), (
                 f"frames {about}: they are rendered again, in order (if they need not be, add "
                 "--in-order=no)")
-        loads = [f"load_file {name}" for name in self._missed(view, _NO_PHOTONS)
-                 if is_file(draft.directory / name)]
-        if draft.place and loads and loads[0] not in draft.pov.uses:
-            draft = replace(draft, pov=replace(draft.pov, uses=(*draft.pov.uses, *loads)))
+        loads = {name: local for missed in self._missed(view, _NO_PHOTONS)
+                 for name, local in _alike(draft.collect.args[2], missed).items()}
+        if {f"load_file {name}" for name in loads} - {*draft.pov.uses}:
+            draft = draft.given("load_file", loads)
             why = why or ("POV-Ray looked for photons elsewhere: the scene is rendered again, "
                           "with them")
         if old:
-            project = draft.project if draft.place else with_files(draft.project, old)
-            uses = (*draft.pov.uses, *(f"append {name}" for name in old))
-            draft = replace(draft, project=project, pov=replace(draft.pov, uses=uses))
+            draft = draft.given("append", old)
             why = why or (f"the scene may append to {next(iter(old))}, which is here already: it "
                           "is rendered again, with that")
         return (draft, why) if why else None
@@ -23492,6 +23500,15 @@ class _Follower:
         named = {*draft.project.writes, *draft.texts.values(), draft.creates[0]}
         return (_fetch_written(self._client, self._job, draft.directory, draft.owners, named)
                 if draft.keeps_files or self._options.command == "render" else [])
+
+
+def _alike(directory: Path, name: str) -> dict[str, Path]:
+    """Return the files called so here, other numbers apart, if there is the one; by their names."""
+    folder, slash, file = name.rpartition("/")
+    pattern = re.sub(r"(?:\\ )*\d+", lambda number: r" *\d+", re.escape(file))
+    return {} if not is_file(directory / name) else {
+        f"{folder}{slash}{path.name}": path for path in (directory / folder).iterdir()
+        if re.fullmatch(pattern, path.name) and is_file(path)}
 
 
 def _again(options: Options, *more: str) -> str:

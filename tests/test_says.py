@@ -197,6 +197,18 @@ def test_text_files_are_those_that_povray_writes(place: Path, args: List[str]) -
     assert len(text_files(place)) == 2 + (4 if "+GAall" in args else 3)
 
 
+def test_a_frame_that_was_tried_again_is_once_in_what_debug_left(place: Path) -> None:
+    """POV-Ray is killed when it has made its first picture, but before anybody knows that."""
+    program, killed = place.parent / "killed-once", place.parent / "killed"
+    program.write_text('#!/bin/sh\npovray "$@" || exit\n'
+                       f'[ "$1" = --version ] || ! mkdir {killed} || kill -9 $$\n')
+    program.chmod(0o755)
+    result = render(place, "frames.pov", "+KFF4", "+GDdebug", "--batch=2",
+                    "--unconfined", f"--povray={program}")
+    assert result.returncode == 0 and killed.is_dir(), result.stderr
+    assert (place / "debug").read_text() == "".join(f"all but {n % 2}\n" for n in range(1, 5))
+
+
 def test_text_files_stay_beside_the_images(place: Path) -> None:
     for name in ("../out", "a/out"):
         result = render(place, "frames.pov", f"+GA{name}")

@@ -60,6 +60,9 @@ CASES: Dict[str, Tuple[Dict[str, str], str, List[str]]] = {
     "an INI file elsewhere": (
         {"set/a.ini": "Input_File_Name=sc/s.pov\n", "sc/s.pov": '#include "inc/a.inc"\n',
          "inc/a.inc": RED}, ".", ["set/a.ini"]),
+    "written by the scene, in a library": (
+        {"s.pov": '#fopen F "lib/a.inc" write #write (F, "// made\\n") #fclose F\n'
+         '#include "a.inc"\n' + RED, "lib/b.inc": ""}, ".", ["s.pov", "+Llib"]),
     # Nothing tells of these before POV-Ray has missed them.
     "found out": (
         {"sc/s.pov": tile('concat("..", "/tex/t")'), "tex/t1.png": "", "tex/t2.png": ""}, "sc",
@@ -102,6 +105,29 @@ def test_a_farm_renders_what_povray_renders(farm: Farm, tmp_path: Path, name: st
     assert ("is sent now" in result.stderr) == (name == "found out"), result.stderr
     (image,) = (tmp_path / "plain").rglob("*.ppm")
     assert pixels_of(tmp_path / "out" / image.name) == pixels_of(image)
+
+
+def test_photons_of_computed_names_are_found_where_povray_looks_for_them(
+    farm: Farm, tmp_path: Path
+) -> None:
+    name = 'concat("maps/p", str(frame_number, 2, 0), ".ph")'
+    for word in ("save_file", "load_file"):
+        lay_out(tmp_path, {f"{word}.pov": RED + "sphere { y, 0.5 pigment { rgbt 1 } interior { ior 2 } "
+                           "photons { target reflection on refraction on } }\n"
+                           f"global_settings {{ photons {{ spacing 0.2 {word} {name} }} }}\n",
+                           "maps/q.ph": ""})
+    args = ["+W32", "+H24", "+KFF3", "+FP"]
+    assert run_povray(["save_file.pov", *args], tmp_path).returncode == 0
+    assert run_povray(["load_file.pov", *args], tmp_path).returncode == 0
+    for command in (["submit", "--wait", "--output", "."], ["render"]):
+        place = tmp_path / command[0]
+        shutil.copytree(tmp_path / "maps", place / "maps")
+        shutil.copyfile(tmp_path / "load_file.pov", place / "load_file.pov")
+        result = run(farm.tmp_path, *command, "load_file.pov", *args, cwd=place)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("rendered again, with them") == 1
+        for image in (f"load_file{number}.ppm" for number in (1, 2, 3)):
+            assert pixels_of(place / image) == pixels_of(tmp_path / image)
 
 
 @pytest.mark.parametrize("keep", [False, True])
