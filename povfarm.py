@@ -15201,8 +15201,8 @@ class _Sheets:
         return _section(
             f"What POV-Ray printed of {_frame_name(view, task.frame).lower()}",
             element("p", error, class_="notice failed") if error else None, scene, shown,
-            element("p", element("a", "All of it as plain text", href=plain)) if shown else
-            element("p", "Nobody has tried it yet."), id="log")
+            element("p", element("a", "All of it as plain text", href=plain) if shown else
+                    "Nobody has tried it yet."), id="log")
 
     def _scene(self, tx: Look, job: Job, error: str) -> Node:
         """Return the line of the scene that an error names, between its neighbours."""
@@ -15393,7 +15393,7 @@ class _Sheets:
             ("Files, or a zip", {"type": "file", "name": "files", "multiple": ""}, ""),
             ("or a folder", {"type": "file", "name": "files", "webkitdirectory": ""}, ""),
             ("POV-Ray's command line", {
-                "name": "command", "value": report.command if report else "", "class_": "wide",
+                "name": "command", "value": report.command if report else "",
                 "placeholder": "scene.pov +W1920 +H1080 +A0.3", "spellcheck": "false"},
              "As you would type it after povray. Empty: what pov.ini says, or the only scene."))
         buttons = [element("button", "Look at it", name="do", value="look",
@@ -16346,12 +16346,12 @@ def _shown(job: int, task: Task, size: int) -> str:
 
 def _growing(view: View, frame: View) -> Html:
     """Return a frame as far as its slices are there, each in its place."""
-    shown = PurePosixPath(frame["name"]).suffix.lower() in BROWSER_TYPES
-    parts, high = [], view["height"] or 3
+    parts, high, done = [], view["height"] or 3, 0
     for part in frame["slices"]:
         place = {"x": 0, "y": part["top"], "width": view["width"],
                  "height": part["bottom"] - part["top"]}
-        if part["state"] == TaskState.DONE and shown:
+        done += part["state"] == TaskState.DONE
+        if part["state"] == TaskState.DONE and view["extension"] in BROWSER_TYPES:
             address = f"/api/v1/jobs/{view['id']}/slices/{part['id']}/image"
             parts.append(element("image", href=address, **place))
         else:
@@ -16360,7 +16360,6 @@ def _growing(view: View, frame: View) -> Html:
         if place["height"] > high / 20:
             parts.append(element("text", part["worker"], x=high // 50,
                                  y=part["top"] + high // 22, font_size=high // 26))
-    done = sum(part["state"] == TaskState.DONE for part in frame["slices"])
     return element("div", element(
         "svg", parts, viewBox=f"0 0 {view['width'] or 4} {high}", role="img",
         aria_label=f"{_frame_name(view, frame['frame'])}, {done} slices of it finished"),
@@ -16556,7 +16555,7 @@ def _cell(job: int, frame: View) -> Html:
     if state == TaskState.LEASED and frame["progress"]:
         text, tenth = f"{100 * frame['progress']:.0f}%", f" p{int(10 * frame['progress'])}"
     return element("a", text, class_=state + tenth, title=f"frame {number}: {_STATE_WORDS[state]}",
-                   data_frames=f"{number}-{number}",
+                   data_frames=number,
                    href=f"/jobs/{job}/frames/{number}{'#log' if state == 'failed' else ''}")
 
 
@@ -16569,8 +16568,7 @@ def _block(job: int, numbers: Sequence[int], letters: str) -> Html:
         if worst in ("leased", "queued") else ""
     states_said = ", ".join(f"{count} {_STATE_WORDS[state]}" for state, count in counts.items())
     return element("a", first, class_=worst + tenth, href=f"/jobs/{job}?from={first}#part",
-                   title=f"frames {first} to {numbers[-1]}: {states_said}",
-                   data_frames=f"{first}-{numbers[-1]}")
+                   title=f"frames {first} to {numbers[-1]}: {states_said}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -16651,7 +16649,6 @@ header { padding: .6rem 0; font-size: .875rem; } header .home { display: flex; g
 header nav { display: flex; flex: 1; flex-wrap: wrap; gap: .25rem 1rem; white-space: nowrap; }
 header nav a:not(.button) { padding: .25rem 0; } header nav .button { margin-left: auto; }
 [aria-current] { color: inherit; text-decoration-thickness: .15em; }
-header .row { margin: 0; }
 #live { display: flex; gap: .4rem; align-items: center; color: var(--dim); }
 #live i { width: .6rem; height: .6rem; border: 2px solid var(--dim); border-radius: 50%; }
 .js #live i { border-color: var(--done); background: var(--done); }
@@ -16670,17 +16667,18 @@ ul, ol { margin: 0; padding: 0; list-style: none; }
 a { color: var(--link); text-underline-offset: .2em; } h1 a, h2 a, h3 a { color: inherit; }
 h2 a, h3 a { text-decoration: none; } h2 a:hover, h3 a:hover { text-decoration: underline; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; border-radius: .25rem; }
-.lead, .dim, dt, time, thead, section > p { color: var(--dim); } q { color: var(--dim); }
+.lead, .dim, dt, time, thead, q, section > p { color: var(--dim); }
 .dim, dt, time { font-size: .8125rem; font-weight: 400; }
 .needs { padding: .5rem 1rem; border: 1px solid var(--line); border-left: .3rem solid var(--live);
-  border-radius: .5rem; background: var(--card); } .needs.bad { border-left-color: var(--bad); }
-.needs h2 { margin: 0; font-size: .875rem; } .needs .row { margin: 0; }
+  border-radius: .5rem; background: var(--card); }
+.needs.bad, .notice.failed { border-left-color: var(--bad); } .needs h2 { font-size: .875rem; }
+.needs h2, .needs p, .needs .row, header .row, .cap h2, .sheet p { margin: 0; }
 .count { padding: 0 .5rem; border-radius: 1rem; background: var(--live); color: var(--bg);
   font-size: .8125rem; } .bad .count { background: var(--bad); color: var(--on); }
 .needs li { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: center;
   padding: .25rem 0; border-top: 1px solid var(--line); } .needs li:first-child { border: 0; }
-.needs p { flex: 1 1 16rem; margin: 0; } .mark { color: var(--live); font-weight: 600; }
-.mark.bad { color: var(--bad); }
+.needs p { flex: 1 1 16rem; } .mark { color: var(--live); font-weight: 600; }
+.mark.bad, .button.asks { color: var(--bad); }
 .picture { display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); place-items: center;
   overflow: hidden; aspect-ratio: 16 / 9; border-radius: .4rem; background: var(--mat);
   color: var(--dim); font-size: .8125rem; text-align: center; }
@@ -16699,7 +16697,7 @@ h2 a, h3 a { text-decoration: none; } h2 a:hover, h3 a:hover { text-decoration: 
 .film > .picture img { width: 100%; height: 100%; max-height: none; }
 .film .player { margin-top: 0; } .cap { position: relative; display: inline-flex;
   gap: 0 .75rem; flex-wrap: wrap; margin-top: -2rem; align-items: baseline; padding: .25rem 1rem;
-  border-radius: 0 .8rem 0 .8rem; background: var(--card); } .cap h2 { margin: 0; }
+  border-radius: 0 .8rem 0 .8rem; background: var(--card); }
 .room li { display: grid; grid-template-columns: 5.6rem 1fr auto; gap: .75rem; align-items: center;
   margin-bottom: .5rem; padding: .3rem .75rem .3rem .3rem; border: 1px solid var(--line);
   border-radius: .6rem; background: var(--card); } .room .picture { height: 3.8rem; width: 5.6rem; }
@@ -16713,7 +16711,7 @@ progress { display: block; width: 100%; height: .4rem; accent-color: var(--live)
   7rem 6rem; gap: 1rem; align-items: center; min-height: 4.5rem; padding: .4rem 0;
   border-top: 1px solid var(--line); } .jobs .picture { height: 3.4rem; } .jobs .bar { margin: 0; }
 .sheet { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
-.sheet .picture { aspect-ratio: 4 / 3; } .sheet p { margin: 0; }
+.sheet .picture { aspect-ratio: 4 / 3; }
 .strip { display: grid; gap: 3px; margin: .75rem 0; grid-template-columns: repeat(12, 1fr); }
 .strip a { position: relative; color: var(--ink); } .strip .picture span { visibility: hidden; }
 .strip a > span { position: absolute; right: 2px; bottom: 2px; padding: 0 .2rem;
@@ -16742,9 +16740,8 @@ input, select { min-width: 0; max-width: 100%; min-height: 2rem; padding: .2rem 
   font: inherit; font-size: .875rem; font-weight: 400;
   border: 1px solid var(--edge); border-radius: .4rem; background: var(--card); color: var(--ink); }
 ::file-selector-button { font: inherit; } ::placeholder { color: var(--dim); opacity: 1; }
-  .fields label { display: block; }
-  form > details { flex: 1 0 100%; }
-.fields label::first-letter { text-transform: uppercase; }
+.fields label { display: block; } .fields label::first-letter { text-transform: uppercase; }
+form > details { flex: 1 0 100%; }
 h1 + dl { margin: .75rem 0; }
 .fields { display: grid; flex: 1 0 100%; gap: .75rem 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
@@ -16767,15 +16764,14 @@ dd { margin: 0; font-weight: 600; }
 section > .notice { color: var(--ink); }
 .notice { margin: 1rem 0; padding: .5rem 1rem; border: 1px solid var(--line); border-left:
   .3rem solid var(--live); border-radius: .5rem; background: var(--card); }
-.notice.failed { border-left-color: var(--bad); } .said { border-left-color: var(--done); }
+.said { border-left-color: var(--done); } dl + form { margin-top: .75rem; }
 .row, .links { margin: .75rem 0; } form { display: flex; flex-wrap: wrap; gap: .5rem; }
 button, .button { display: inline-block; min-height: 2rem; padding: .2rem .8rem; font: inherit;
-  font-size: .875rem; line-height: 1.5; border: 1px solid var(--edge); border-radius: .5rem;
+  font-size: .875rem; line-height: 1.5rem; border: 1px solid var(--edge); border-radius: .5rem;
   background: var(--card); color: var(--ink); text-decoration: none; cursor: pointer; }
 button:hover, .button:hover { border-color: var(--ink); }
 .good { border-color: var(--done); background: var(--done); color: var(--on); }
-.asks { color: var(--bad); } button.bad { border-color: var(--bad); background: var(--bad);
-  color: var(--on); }
+button.bad { border-color: var(--bad); background: var(--bad); color: var(--on); }
 code, pre { font: .875rem/1.5 ui-monospace, Consolas, "DejaVu Sans Mono", monospace; }
 section > p code { margin-right: .7em; }
 pre { overflow: auto; max-height: 40rem; margin: .5rem 0; padding: .75rem 1rem; border: 1px solid
@@ -16803,7 +16799,7 @@ td form { display: inline-flex; } td form + .button, td form + form { margin-lef
 summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
   font-size: .875rem; }
 .scene { overflow-x: auto; white-space: pre; } .scene strong { color: var(--bad); }
-.beside > section { margin-top: .5rem; }
+.beside > section { margin-top: .5rem; } .beside pre { font-size: .8125rem; }
 .times { display: block; width: 100%; height: 7rem; margin: .5rem 0; border-bottom: 1px solid
   var(--edge); } .times a:hover { opacity: .6; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem;
@@ -16837,7 +16833,7 @@ summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
   .sheet { grid-template-columns: 1fr 1fr; } .strip {
     grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); } }
 @media (pointer: coarse) { button, .button, input, select { min-height: 2.75rem;
-    padding: .5rem 1rem; }
+    padding: .6rem 1rem; }
   header nav a:not(.button), .links a, .grid a, summary { padding: .75rem 0; } }
 @media (prefers-reduced-motion: no-preference) { progress, .bar rect { transition: .3s; } }
 """ + "".join(f".grid .p{tenth} {{ background-size: 100% {tenth}0%; }}\n" for tenth in range(1, 11))
@@ -17021,8 +17017,9 @@ function look(frame) {
   for (const key of ["-", "+"]) tool(key).hidden = !("light" in link.dataset);
 }
 
-function fit() {
+function fit(zoom = eye.zoom) {
   const wide = shown.naturalWidth, high = shown.naturalHeight, under = shown.parentNode;
+  eye.zoom = zoom;
   if (!wide) return;
   const scale = eye.zoom / devicePixelRatio
     || Math.min(pane.clientWidth / wide, pane.clientHeight / high);
@@ -17053,16 +17050,12 @@ function point(event) {
   tool("p").textContent = pinned.hidden ? "Pin to compare" : "Unpin";
 }
 
-const zoom = to => {
-  eye.zoom = to;
-  fit();
-};
 const expose = by => {
   eye.stops = Math.min(Math.max(eye.stops + by, -4), 4);
   look();
 };
 const looks = {
-  0: () => zoom(0), 1: () => zoom(1), 8: () => zoom(8), "-": () => expose(-1),
+  0: () => fit(0), 1: () => fit(1), 8: () => fit(8), "-": () => expose(-1),
   "+": () => expose(1), Escape: () => box.close(),
   p: () => {
     pinned.src = shown.src;
@@ -17091,6 +17084,12 @@ window.addEventListener("resize", () => box.open && fit());
 const map = {cell: 0, across: 1, at: 0, from: 0, to: -1, letters: ""}, sheet = () => find("#map");
 const number = index => listed(sheet(), map)[index];
 const said = {d: "finished", l: "in work", q: "queued", f: "failed", c: "cancelled"};
+const between = (...ends) => ends.sort((one, other) => one - other);
+const beside = (key, row) => ({ArrowRight: 1, ArrowLeft: -1, ArrowDown: row, ArrowUp: -row})[key];
+
+function select(first, last) {
+  if (find("#picked")) find("#picked").value = first === last ? first : first + "-" + last;
+}
 
 function draw() {
   if (!sheet()) return;
@@ -17118,7 +17117,7 @@ function draw() {
     for (end = index + 1; cell < 5 && all[end] === all[index] && end % map.across; end++);
     paint(index, inks[all[index]], end - index);
   }
-  const [low, top] = [map.from, map.to].sort((a, b) => a - b);
+  const [low, top] = between(map.from, map.to);
   for (let index = Math.max(low, 0); index <= top && map.to >= 0; index++)
     paint(index, tint("link"));
   if (document.activeElement === sheet()) {
@@ -17134,19 +17133,20 @@ function choose(index, extend) {
   map.at = Math.min(Math.max(index, 0), map.letters.length - 1);
   if (!extend) map.from = map.at;
   map.to = map.at;
-  const ends = [map.from, map.to].sort((a, b) => a - b).map(number);
-  if (find("#picked")) find("#picked").value = [...new Set(ends)].join("-");
+  select(...between(map.from, map.to).map(number));
   draw();
 }
 
 function walk(press) {
-  const to = {ArrowRight: map.at + 1, ArrowLeft: map.at - 1, ArrowDown: map.at + map.across,
-    ArrowUp: map.at - map.across, Home: 0, End: map.letters.length - 1}[press.key];
-  if (press.key === "Enter") location.href = location.pathname + "/frames/" + number(map.at);
-  else if (to === undefined) return;
+  const to = {Home: 0, End: map.letters.length - 1}[press.key]
+    ?? map.at + beside(press.key, map.across);
+  if (press.key === "Enter") go();
+  else if (isNaN(to)) return;
   else choose(to, press.shiftKey);
   press.preventDefault();
 }
+
+const go = () => location.href = location.pathname + "/frames/" + number(map.at);
 
 function over(event) {
   const across = Math.min(Math.floor(event.offsetX / map.cell), map.across - 1);
@@ -17156,8 +17156,7 @@ function over(event) {
 for (const [kind, done] of Object.entries({
   pointerdown: down => choose(over(down), down.shiftKey),
   pointermove: move => move.buttons && choose(over(move), true),
-  dblclick: () => location.href = location.pathname + "/frames/" + number(map.at),
-  focusin: draw, focusout: draw}))
+  dblclick: go, focusin: draw, focusout: draw}))
   document.addEventListener(kind, event => event.target.id === "map" && done(event));
 window.addEventListener("resize", draw);
 
@@ -17174,27 +17173,22 @@ function arrange() {
 }
 
 function pick(to) {
-  const field = find("#picked"), all = [...from.parentNode.children], ends = [from, to].map(
-    cell => all.indexOf(cell)).sort((a, b) => a - b);
-  all.forEach((cell, at) => cell.toggleAttribute("data-picked", at >= ends[0] && at <= ends[1]));
-  const first = all[ends[0]].dataset.frames.split("-")[0];
-  if (field) field.value = first + "-" + all[ends[1]].dataset.frames.split("-")[1];
+  const all = [...from.parentNode.children];
+  const [first, last] = between(all.indexOf(from), all.indexOf(to));
+  all.forEach((cell, at) => cell.toggleAttribute("data-picked", at >= first && at <= last));
+  select(all[first].dataset.frames, all[last].dataset.frames);
 }
 
 function step(cell, key, shift) {
   const all = [...cell.parentNode.children];
   const row = all.filter(one => one.offsetTop === all[0].offsetTop).length;
-  const by = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: row, ArrowUp: -row}[key];
-  const to = all[all.indexOf(cell) + by];
+  const to = all[all.indexOf(cell) + beside(key, row)];
   if (!to) return;
   cell.tabIndex = -1;
   to.tabIndex = 0;
   to.focus();
-  if (!shift) from = null;
-  else {
-    from = from || cell;
-    pick(to);
-  }
+  from = shift ? from || cell : null;
+  if (shift) pick(to);
 }
 
 function act(key, on) {
