@@ -15456,19 +15456,19 @@ class _Sheets:
         """
         if not self._may_steer(request, view):
             return None
-        state, frames, address = JobState(view["state"]), view["frames"], f"/jobs/{view['id']}"
+        state, frames = JobState(view["state"]), view["frames"]
         possible = {
-            "Resume": state is JobState.PAUSED,
-            "Pause": (state, JobState.PAUSED) in JOB_TRANSITIONS,
-            "Cancel": (state, JobState.CANCELLED) in JOB_TRANSITIONS,
-            "Retry": frames["failed"] + frames["cancelled"] > 0,
+            "resume": state is JobState.PAUSED,
+            "pause": (state, JobState.PAUSED) in JOB_TRANSITIONS,
+            "cancel": (state, JobState.CANCELLED) in JOB_TRANSITIONS,
+            "retry": frames["failed"] + frames["cancelled"] > 0,
         }
-        delete = self._asked(request, "Delete…", f"{address}/delete", "Delete it and "
-                             + _count_of(frames["done"], "image")) if state in FINISHED else None
-        return element("div", [self._form(request, f"{address}/{action.lower()}", action)
-                               for action, can in possible.items() if can], self._cures(
-                                   request, view, view["cure"] * ("=" in view["cure"])),
-                       delete, class_="row")
+        return element(
+            "div", [self._cures(request, view, action) for action, can in possible.items() if can],
+            self._cures(request, view, view["cure"] * ("=" in view["cure"])),
+            self._asked(request, "Delete…", f"/jobs/{view['id']}/delete", "Delete it and "
+                        + _count_of(frames["done"], "image")) if state in FINISHED else None,
+            class_="row")
 
 
 class Pages(_Sheets):
@@ -15642,27 +15642,19 @@ class Pages(_Sheets):
         return self._done(request, f"/jobs/{request.params['job']}", "frames" in request.query)
 
     @route("POST", "/workers/<code>/admit", role="admin", summary="Admit a worker by a form")
-    def admit(self, request: Request) -> Response:
-        """Admit the worker that shows the code."""
-        self._access.check_form(request)
-        self._farm.admit(request.params["code"], request.identity.name)
-        return self._done(request, "/")
-
-    @route("POST", "/workers/<worker:int>/remove", role="admin",
-           summary="Remove a worker by a form")
-    def remove(self, request: Request) -> Response:
-        """Take its work back and let it in no more."""
-        self._access.check_form(request)
-        self._farm.remove_worker(request.params["worker"], request.identity.name)
-        return self._done(request, "/computers")
-
+    @route("POST", "/workers/<worker:int>/remove", role="admin", summary="Remove one by a form")
     @route("POST", "/workers/<worker:int>/<action>", role="user", summary="Steer one by a form")
     def steer_worker(self, request: Request) -> Response:
-        """Action: pause, drain or resume."""
+        """Action: pause, drain or resume; or let in the one that shows the code, or no more."""
         self._access.check_form(request)
-        self._farm.steer_worker(request.params["worker"], request.params["action"],
-                                request.identity.name)
-        return self._done(request, "/computers")
+        given, who = request.params, request.identity.name
+        if "code" in given:
+            self._farm.admit(given["code"], who)
+        elif "action" in given:
+            self._farm.steer_worker(given["worker"], given["action"], who)
+        else:
+            self._farm.remove_worker(given["worker"], who)
+        return self._done(request, "/" if "code" in given else "/computers")
 
     @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
     def login(self, request: Request) -> Response:
@@ -15893,7 +15885,8 @@ class Desk(_Sheets):
                         "scene": project.scene, "frames": _count_of(len(plan.frames), "frame"),
                         "pixels": f"{pov.options.width} x {pov.options.height}",
                         "images": " to ".join(dict.fromkeys(names)),
-                        "files": f"{len(files)}, {format_size(sum(one.size for one in files))}"})
+                        "files": f"{_count_of(len(files), 'file')}, "
+                                 f"{format_size(sum(one.size for one in files))}"})
             except FarmError as error:
                 report = report._replace(problem=str(error).replace(
                     str(upload / "files"), "what you sent"))
@@ -16239,9 +16232,8 @@ def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html
 
 
 def _job_row(view: View, button: Node, picture: Html) -> Html:
-    frames, state = view["frames"], view["state"]
-    still = frames["total"] == 1
-    figures = f"{100 * view['progress']:.0f} %" if still else \
+    frames = view["frames"]
+    figures = f"{100 * view['progress']:.0f} %" if frames["total"] == 1 else \
         f"{frames['done']:,} of {frames['total']:,}"
     why = view["why"] if view["why"] != PAUSED_BY_HAND else "by hand"
     return element(
@@ -16251,7 +16243,7 @@ def _job_row(view: View, button: Node, picture: Html) -> Html:
             _badge(_state(view)), element("span", f" {why}", class_="dim") if why else None),
         _bar(view), element("span", figures, class_="fig"), " ", element(
             "span", view["eta"] and f"{_lasting(view['eta'])} left", class_="dim eta"), " ", button,
-        id=f"j{view['id']}", class_=state)
+        id=f"j{view['id']}")
 
 
 def _finished(views: Sequence[View]) -> Node:
@@ -16489,35 +16481,34 @@ def _times(tx: Look, job: int, numbers: Sequence[int]) -> Node:
     """Return where the time goes: a bar for each frame, coloured by who rendered it."""
     step = -(-len(numbers) // TIMES_SHOWN)
     frames = numbers[::step]
-    tasks = [task for task in tx.tasks_of_frames(job, frames) if task.wall]
-    if len(tasks) < 2:
+    took = {task.frame: (task.wall, task.worker) for task in tx.tasks_of_frames(job, frames)
+            if task.wall}
+    if len(took) < 2:
         return None
-    spent: dict[str, float] = {}
-    names = {worker: tx.worker(worker).name for worker in {task.worker for task in tasks} if worker}
-    who = [names.get(task.worker or 0, "several computers") for task in tasks]
-    for task, name in zip(tasks, who):
-        spent[name] = spent.get(name, 0.0) + (task.wall or 0.0)
+    who = {worker: tx.worker(worker).name if worker else "several computers"
+           for _, worker in took.values()}
+    spent = dict.fromkeys(who.values(), 0.0)
+    for wall, worker in took.values():
+        spent[who[worker]] += wall
     ranked = sorted(spent, key=lambda name: -spent[name])
-    longest = max(tasks, key=lambda task: task.wall or 0.0)
-    place, bars = {frame: number for number, frame in enumerate(frames)}, []
-    for task, name in zip(tasks, who):
-        high = max(100 * (task.wall or 0.0) / (longest.wall or 1.0), 1.0)
+    longest, bars = max(took, key=lambda frame: took[frame][0]), []
+    for frame, (wall, worker) in took.items():
+        high = max(100 * wall / took[longest][0], 1.0)
         bars.append(element("a", element("rect", element(
-            "title", f"frame {task.frame}: {format_duration(task.wall or 0)} on {name}"),
-            x=place[task.frame], y=f"{100 - high:.1f}", width=".85", height=f"{high:.1f}"),
-            href=f"/jobs/{job}/frames/{task.frame}", tabindex=-1,
-            class_=f"c{min(ranked.index(name), 4)}"))
-    total = sum(spent.values())
-    half = statistics.median(task.wall or 0 for task in tasks)
+            "title", f"frame {frame}: {format_duration(wall)} on {who[worker]}"),
+            x=frames.index(frame), y=f"{100 - high:.1f}", width=".85", height=f"{high:.1f}"),
+            href=f"/jobs/{job}/frames/{frame}", tabindex=-1,
+            class_=f"c{min(ranked.index(who[worker]), 4)}"))
+    half = statistics.median(wall for wall, _ in took.values())
     return _section(
         "Where the time goes", element(
             "p", f"Half of the frames take less than {format_duration(half)}. "
-            f"Frame {longest.frame} took longest, {format_duration(longest.wall or 0)}."
-            f"{f' One of {step} is shown.' if step > 1 else ''}"),
+            f"Frame {longest} took longest, {format_duration(took[longest][0])}."
+            + f" One of {step} is shown." * (step > 1)),
         element("svg", bars, viewBox=f"0 0 {len(frames)} 100", preserveAspectRatio="none",
                 class_="times", role="img", aria_label="seconds for each frame"),
         element("ul", [element("li", element("i", class_=f"c{min(number, 4)}"),
-                               f"{name} {100 * spent[name] / total:.0f} %")
+                               f"{name} {100 * spent[name] / sum(spent.values()):.0f} %")
                        for number, name in enumerate(ranked[:CARDS_SHOWN])], class_="legend"),
         id="times")
 
@@ -16672,12 +16663,12 @@ h2 a, h3 a { text-decoration: none; } h2 a:hover, h3 a:hover { text-decoration: 
 .needs { padding: .5rem 1rem; border: 1px solid var(--line); border-left: .3rem solid var(--live);
   border-radius: .5rem; background: var(--card); }
 .needs.bad, .notice.failed { border-left-color: var(--bad); } .needs h2 { font-size: .875rem; }
-.needs h2, .needs p, .needs .row, header .row, .cap h2, .sheet p { margin: 0; }
+.needs h2, .needs p, .needs .row, .row .row, header .row, .cap h2, .sheet p { margin: 0; }
 .count { padding: 0 .5rem; border-radius: 1rem; background: var(--live); color: var(--bg);
   font-size: .8125rem; } .bad .count { background: var(--bad); color: var(--on); }
 .needs li { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: center;
   padding: .25rem 0; border-top: 1px solid var(--line); } .needs li:first-child { border: 0; }
-.needs p { flex: 1 1 16rem; } .mark { color: var(--live); font-weight: 600; }
+.needs p { flex: 1 1 12rem; } .mark { color: var(--live); font-weight: 600; }
 .mark.bad, .button.asks { color: var(--bad); }
 .picture { display: grid; grid-template: minmax(0, 1fr) / minmax(0, 1fr); place-items: center;
   overflow: hidden; aspect-ratio: 16 / 9; border-radius: .4rem; background: var(--mat);
@@ -16823,7 +16814,7 @@ summary + pre { margin-top: .25rem; } details details { margin: 0 0 .5rem 1rem;
 .grid [class*=" p"] { background: linear-gradient(var(--glow) 0 0) bottom / 100% 0 no-repeat;
   color: var(--ink); }
 @media (max-width: 56rem) { header nav { order: 9; flex-basis: 100%; } .film > .picture {
-    height: auto; } .jobs li { grid-template-columns: 5rem 1fr auto; gap: .25rem .75rem; }
+    height: auto; } .jobs li { grid-template-columns: 5rem 1fr auto; gap: .25rem .5rem; }
   .jobs .picture { grid-row: 1 / 4; height: auto; align-self: start; } .jobs .bar {
     grid-column: 2 / 4; grid-row: 2; }
   .jobs .fig, .jobs .eta { grid-row: 3; } .jobs .fig { grid-column: 2; } .jobs form {
@@ -17077,8 +17068,6 @@ pane.addEventListener("pointermove", move => {
   point(move);
 });
 pane.addEventListener("pointerdown", point);
-pane.addEventListener("dragstart", drag => drag.preventDefault());
-window.addEventListener("resize", () => box.open && fit());
 
 // The map of more frames than get a cell each: a small square for every one of them.
 const map = {cell: 0, across: 1, at: 0, from: 0, to: -1, letters: ""}, sheet = () => find("#map");
@@ -17158,7 +17147,10 @@ for (const [kind, done] of Object.entries({
   pointermove: move => move.buttons && choose(over(move), true),
   dblclick: go, focusin: draw, focusout: draw}))
   document.addEventListener(kind, event => event.target.id === "map" && done(event));
-window.addEventListener("resize", draw);
+window.addEventListener("resize", () => {
+  draw();
+  if (box.open) fit();
+});
 
 // The map of frames: one stop for Tab, arrows from there; what is dragged over is selected.
 let from = null, moved = false;
@@ -17225,7 +17217,7 @@ document.addEventListener("pointerover", over => {
   }
 });
 document.addEventListener("dragstart", drag => {
-  if (drag.target.closest(".grid")) drag.preventDefault();
+  if (drag.target.closest(".grid, .pane")) drag.preventDefault();
 });
 
 // Files that are dropped, or a folder with all that is in it, go with the form.

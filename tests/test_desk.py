@@ -106,7 +106,7 @@ def test_a_job_is_handed_in_by_plain_forms(house: House) -> None:
     house.hand_in(("tex.inc", TEX), who="anna", command="+KFF12 +W320 +H240", do="render")
     page = house.page("/submit", "anna")
     for words in ("ball is ready", "12 frames", "320 x 240", "ball01.png to ball12.png",
-                  f"2, {len(BALL + TEX)} B",
+                  f"2 files, {len(BALL + TEX)} B",
                   "Render 12 frames"):
         assert words in page.text, page.text
     assert page.all("input", name="command", value="+KFF12 +W320 +H240")

@@ -74,7 +74,9 @@ class Browser:
 
     def element(self, selector: str) -> str:
         """The first element that fits, as WebDriver names it."""
-        return str(self.send("element", using="css selector", value=selector)[ELEMENT])
+        found = wait_until(lambda: self.send("elements", using="css selector", value=selector),
+                           f"there is no {selector}")  # while a page is loaded there is none
+        return str(found[0][ELEMENT])
 
     def click(self, selector: str) -> None:
         """Click on the first element that fits, as a hand does."""
