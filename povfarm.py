@@ -14057,13 +14057,14 @@ def uploaded(request: Request, name: str) -> Iterator[bytes]:
 
 
 # === 14. SHEEPIT =============================================================
-# The dialect of SheepIt's clients of 2015 to 2019: decodes what they ask below
+# The dialect of SheepIt's clients of 2015 to 2020: decodes what they ask below
 # /server, calls SCHEDULER, encodes its answers as XML with the protocol's status
 # codes. A login is one of the people who may render; a session is a worker, its
 # cookie is made of the worker's number; a request for a job is held open.
 
 SESSION_WAIT = 6 * 3600.0  # seconds that a request for a job is held open
 BEAT_PERIOD = 120  # seconds of the protocol: with so few, clients tell every 60 that they render
+QUIET_TIME = 1020.0  # seconds: those since the end of 2019 tell every 900; they write no <?xml
 MAX_CLIENTS = 500  # of one login
 OLDEST_CLIENT = 3  # the first number of its version
 _SYSTEMS = ("SheepIt linux", "SheepIt mac")  # that run the renderer, a script
@@ -14100,6 +14101,7 @@ class Sheepit(Dialect):
         super().__init__(scheduler, access)
         self._admin = secret_hash(key)
         self._archives: dict[int, str] = {}  # by job: the MD5 of its archive
+        self._quiet = self._guest._replace(silence=QUIET_TIME)
 
     @route("GET", "/server/<what>.php", role="anyone", summary="What a SheepIt client asks")
     @route("POST", "/server/<what>.php", role="anyone", max_body=MAX_IMAGE,
@@ -14121,8 +14123,9 @@ class Sheepit(Dialect):
         except (FarmError, OSError) as error:
             log.warning("SheepIt client at %s: %s: %s", request.remote, what, error)
             said = _Said(trouble)
+        more = {"publickey": ""} if what == "config" else {}  # or those since 2019 do not log in
         response = text_response('<?xml version="1.0" encoding="utf-8" ?>\n' + _tag(
-            root, {"status": said.status}, said.inside), mime="text/xml")
+            root, {"status": said.status, **more}, said.inside), mime="text/xml")
         if said.cookie:
             response.headers["Set-Cookie"] = said.cookie
         return response
@@ -14169,6 +14172,7 @@ class Sheepit(Dialect):
         refusal = self._refusal(member, values)
         if member is None or refusal:
             return _Said(refusal)
+        self._farm.receive(member.id, self._quiet if body.startswith(b"<cache") else self._guest)
         held = self._held(member.id)
         if held is None:
             self._farm.lease(member.id, Offer(1, 1, 1), SESSION_WAIT, request.alive)
@@ -14178,7 +14182,7 @@ class Sheepit(Dialect):
                 return _Said(refusal)
         if held is None:  # when we stop, the client is to come again soon
             return _Said(200 if request.alive() else 204)
-        return _Said(0, self._task(held) + self._stale(body))
+        return _Said(0, self._task(held, request) + self._stale(body))
 
     def _download(self, request: Request, values: Mapping[str, str]) -> Response:
         job = _numeral(values.get("job", ""))
@@ -14332,22 +14336,24 @@ class Sheepit(Dialect):
         spent = spent or self._farm.clock.time() - attempt.started  # the oldest do not tell
         return limit if spent > limit else 0
 
-    def _task(self, grant: Grant) -> str:
-        """Return the first frame of a lease as an answer."""
+    def _task(self, grant: Grant, request: Request) -> str:
+        """Return the first frame of a lease as an answer; clients since 2020 send it to a URL."""
         with self._store.read() as tx:
             job, frame = tx.job(grant.job), tx.task(next(iter(grant.portions))).frame
         renderer = {"md5": self._md5(None), "commandline": ".e .c .o .f",
                     "update_method": "remainingtime"}
         left = job.queued + job.leased
         digits = max(4, len(str(job.pov.plan.final_frame + 1)))
+        here = f"http{'s' * request.secure}://{request.headers.get('host', '')}"
         return _tag("stats", {
             "credits_session": 0, "credits_total": 0, "frame_remaining": left,
             "waiting_project": 1, "connected_machine": len(self._farm.live_workers()),
             "renderable_project": 1}) + _tag("frames", {"remaining": left}) + _tag("job", {
                 "id": job.id, "use_gpu": 0, "archive_md5": self._md5(job), "revision": 0,
                 "path": "pov.ini", "frame": str(frame).zfill(digits), "synchronous_upload": 0,
-                "extras": job.id, "name": job.name, "password": ""},
-                _tag("renderer", renderer) + _tag("script", {}))
+                "extras": job.id, "name": job.name, "password": "", "validation_url":
+                f"{here}{_PATHS['validate-job']}?job={job.id}&frame={frame}"},
+                _tag("renderer", renderer) + _tag("script", {}, "#"))  # and none may be empty
 
     def _stale(self, cache: bytes) -> str:
         """Tell a client which of the archives that it has are of jobs that have ended."""
@@ -14444,7 +14450,7 @@ def _pack(entries: Iterable[tuple[str, Path | bytes]], to: Path) -> None:
 
 # What a client takes for Blender. It deletes the scene when it has read a line of ours, and it
 # must read no line of POV-Ray's as its own. Where there is no POV-Ray it waits for five minutes,
-# where POV-Ray fails, which pov.crash.txt says, it goes on at once.
+# where POV-Ray fails, which pov.crash.txt says, it goes on at once. POV-Ray ends with the client.
 RENDERER = r"""#!/bin/sh
 # rend.exe [-t THREADS] DIRECTORY/pov.ini [-P SCRIPT] PREFIX FRAME: makes PREFIXFRAME.png, say
 threads='' ini='' out='' frame='' child='' watch=''
@@ -14461,6 +14467,7 @@ command -v "$pov" >/dev/null || { echo "there is no POV-Ray here: install it"; e
 work=$(mktemp -d) || exit 1
 end() { kill -9 $child $watch 2>/dev/null; cd /; rm -rf "$work"; exit "$1"; }
 trap 'end 1' HUP INT TERM
+trap '' PIPE
 cp -R "$(dirname "$ini")" "$work/scene" && cd "$work/scene" && mkdir .made || end 1
 if grep -q '^Work_Threads=' pov.ini; then threads=''; fi
 number=$(expr "$frame" + 0)
@@ -14472,11 +14479,11 @@ while sleep 1 3>&-; do
     tail -n 1)
   memory=$(sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' "/proc/$child/status" 2>/dev/null)
   [ -z "$memory" ] ||
-    echo "Mem:1.00M (0.00M, Peak $((memory / 1000)).$((memory % 1000 / 100))0M)" >&3
+    echo "Mem:1.00M (0.00M, Peak $((memory / 1000)).$((memory % 1000 / 100))0M)" >&3 || kill $$
   [ "${part:-0}" -eq 0 ] || {
     left=$((($(date +%s) - begun) * (100 - part) / part))
     printf 'remaining:%d:%02d:%02d of this frame\n' $((left / 3600)) $((left / 60 % 60)) \
-      $((left % 60)) >&3
+      $((left % 60)) >&3 || kill $$
   }
 done 3>&1 >/dev/null 2>&1 &
 watch=$!

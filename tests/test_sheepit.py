@@ -143,7 +143,7 @@ def test_by_itself_a_coordinator_knows_nothing_of_sheepit(tmp_path: Path) -> Non
 def test_a_login_is_told_where_to_ask(farm: Flock) -> None:
     reply = farm.send("config", {**MACHINE, **ADMIN}, method="GET")
     assert reply.body.decode() == (
-        '<?xml version="1.0" encoding="utf-8" ?>\n<config status="0">'
+        '<?xml version="1.0" encoding="utf-8" ?>\n<config status="0" publickey="">'
         '<request type="validate-job" path="/server/send_frame.php"/>'
         '<request type="request-job" path="/server/request_job.php"/>'
         '<request type="download-archive" path="/server/download.php"/>'
@@ -279,9 +279,9 @@ def test_the_cookie_cannot_be_made_up(farm: Flock) -> None:
 
 # --- request_job
 
-REQUIRED = {  # what the clients of 2015, 2016 and 2019 cannot do without
+REQUIRED = {  # what the clients of 2015, 2016, 2019 and 2020 cannot do without
     "job": {"id", "archive_md5", "path", "revision", "use_gpu", "frame", "extras", "name",
-            "password", "synchronous_upload"},
+            "password", "synchronous_upload", "validation_url"},
     "renderer": {"md5", "commandline", "update_method"}, "frames": {"remaining"},
     "stats": {"credits_session", "credits_total", "frame_remaining", "waiting_project",
               "connected_machine", "renderable_project"}}
@@ -301,6 +301,19 @@ def test_a_frame_is_told_as_all_clients_need_it(farm: Flock) -> None:
     assert job["name"].startswith('A <b> & "c" ') and "\u4e2d" in job["name"]
     assert elements["renderer"].attrib["commandline"] == ".e .c .o .f"
     assert elements["frames"].attrib["remaining"] == "12"
+    assert elements["script"].text, "those since the end of 2019 take no empty element"
+    assert "status" in said.attrib and "publickey" not in said.attrib
+    assert job["validation_url"] == f"http://box/server/send_frame.php?job={job['id']}&frame=1"
+
+
+def test_a_client_of_2020_sends_a_frame_where_it_is_told(farm: Flock) -> None:
+    """It takes what is told as encoded, and says no more than this."""
+    job, cookie = farm.submit(1), farm.client()
+    url = urllib.parse.unquote_plus(farm.job_of(cookie)["validation_url"])
+    parts = urllib.parse.urlsplit(f"{url}&rendertime=2&memoryused=12500")
+    assert farm.status(parts.path, dict(urllib.parse.parse_qsl(parts.query)), cookie,
+                       form_of(png(0)), headers=FORM) == 0
+    assert farm.states(job) == ["done"]
 
 
 def test_what_xml_cannot_hold_is_told_as_a_question_mark() -> None:
@@ -559,6 +572,22 @@ def test_a_client_that_beats_keeps_its_frame(farm: Flock) -> None:
     farm.scheduler.expire()
     assert farm.states(job)[0] == "queued"
     assert farm.status("keepmealive", task, cookie, method="GET") == 400
+
+
+def test_a_client_that_beats_every_quarter_of_an_hour_keeps_its_frame(farm: Flock) -> None:
+    """Those since the end of 2019 do, whatever they are told; what they say of their cache is
+    XML that begins otherwise."""
+    job, cookie = farm.submit(5), farm.client()
+    quiet, other = b'<cache>\n   <file md5="0"/>\n</cache>', b'<?xml version="1.0"?><cache/>'
+    for spent, cache, state in ((960, b"<cache/>", "leased"), (960, quiet, "leased"),
+                                (1021, quiet, "queued"), (129, other, "leased"),
+                                (131, other, "queued")):
+        task = farm.told("request_job", {"computemethod": "1"}, cookie, cache).find("job")
+        assert task is not None
+        farm.clock.advance(spent)
+        farm.scheduler.expire()
+        assert farm.states(job)[int(task.attrib["frame"]) - 1] == state, (spent, cache)
+        assert farm.deliver(task.attrib, cookie) == 0
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete", "done"])
@@ -1126,14 +1155,18 @@ def test_without_povray_the_client_is_to_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_renderer_that_is_stopped_stops_povray(tmp_path: Path) -> None:
+@pytest.mark.parametrize("client", ["stops it", "is gone"])
+def test_a_renderer_that_is_stopped_or_alone_stops_povray(client: str, tmp_path: Path) -> None:
     rend = Rend(tmp_path, '#!/bin/sh\necho $$ > "$ROOT/pid.part"\nmv "$ROOT/pid.part" "$ROOT/pid"\n'
-                'exec sleep 300\n')
+                'printf "Rendered 1 of 4 pixels (25%%)\\r"\nexec sleep 300\n')
     process = rend.start()
     wait_until((tmp_path / "pid").exists, "it does not start")
     pid = int((tmp_path / "pid").read_text())
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    if client == "stops it":
+        process.send_signal(signal.SIGTERM)
+    elif process.stdout is not None:  # was killed itself: nobody reads any more
+        process.stdout.close()
+    process.wait(60)
     wait_until(lambda: not Path(f"/proc/{pid}").exists() or "zombie" in Path(
         f"/proc/{pid}/status").read_text(), "it still runs")
     assert process.returncode == 1 and rend.left() == [] and not [*(tmp_path / "tmp").iterdir()]
