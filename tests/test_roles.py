@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ from helpers.base import tried
 from helpers.farm_in_a_box import FakeClock, manifest, pov_job
 from helpers.invariants import broken
 from helpers.pictures import png
+from helpers.sockets import until_closed
 from helpers.trust import place_of, request_of, signer_of
 from povfarm import (
     BodyReader,
@@ -222,6 +224,59 @@ def test_on_a_private_farm_strangers_do_not_even_look(who: str, tmp_path: Path) 
     house = House(tmp_path / "data", private=True)
     assert knock(house, who, private=True) > 30
     house.close()
+
+
+# What is sent at every route beside its own line and ``Host``: a head, the body, and more of the target.
+ODD: Mapping[str, Tuple[str, bytes, str]] = {
+    "nothing": ("", b"", ""), "chunks": ("Transfer-Encoding: chunked", b"2;x=y\r\n{}\r\n0\r\n\r\n", ""),
+    "a length and chunks": ("Transfer-Encoding: chunked\r\nContent-Length: 2", b"{}", ""),
+    "two lengths": ("Content-Length: 2\r\nContent-Length: 3", b"{}", ""),
+    "a length without end": ("Content-Length: 999999999999999999", b"", ""),
+    "no number": ("Content-Length: +2", b"{}", ""), "two hosts": ("Host: evil.example", b"", ""),
+    "a body that waits": ("Expect: 100-continue\r\nContent-Length: 70000000", b"", ""),
+    "another coding": ("Transfer-Encoding: gzip, chunked", b"", ""), "a fold": ("X: a\r\n b", b"", ""),
+    "a blank": ("Content-Length : 2", b"{}", ""), "a zero byte": ("X: a\0b", b"", ""),
+    "names of proxies": ("X-Forwarded-For: 127.0.0.1\r\nX-Original-URL: /\r\nX-HTTP-Method-Override: GET",
+                         b"", ""),
+    "an empty key": ("Authorization: Bearer ", b"", ""), "an empty proof": ("Authorization: Povfarm ", b"", ""),
+    "an empty token": ("token: \r\nemail: user", b"", "?login=user&password=&cgroup=&token="),
+    "nobody's token": ("token: 0\r\nemail: ", b"", ""), "the admin's mail": ("token: 0\r\nemail: admin@x", b"", ""),
+    "an empty form": ("Content-Type: multipart/form-data; boundary=a\r\nContent-Length: 5", b"--a--", ""),
+    "half a form": ("Content-Type: multipart/form-data; boundary=a\r\nContent-Length: 5", b"--a\r\n", ""),
+    "a list": ("Content-Type: application/json\r\nContent-Length: 2", b"[]", ""),
+    "dots": ("", b"", "/../../api/v1/farm"), "dots in code": ("", b"", "/..%2f..%2fapi%2fv1%2ffarm"),
+    "a parameter": ("", b"", ";a=b"), "another zero byte": ("", b"", "%00"), "no UTF-8": ("", b"", "%ff"),
+    "many words": ("", b"", "?" + "a=b&" * 1200),
+}
+
+
+def test_nothing_odd_over_a_socket_gets_in_at_any_route(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A private farm with every dialect; also with a token that is good for RenderOnline alone."""
+    monkeypatch.setattr(povfarm, "FREE_TRIES", 1 << 30)
+    house = House(tmp_path / "data", private=True)
+    house.coordinator.start()
+    with house.coordinator.store.read() as look:
+        user = look.person("user")
+    assert user
+    right = f"token: {povfarm.online_token(house.coordinator.key, 'user', user.added)}\r\nemail: user"
+    before = house.truth()
+    try:
+        for bound, (what, (head, body, more)) in itertools.product(
+                house.router.routes, [*ODD.items(), ("the right token", (right, b"", ""))]):
+            if what == "the right token" and bound.route.pattern.startswith("/renderapi/"):
+                continue
+            lines = [f"{bound.route.method} {example(bound)}{more} HTTP/1.1", "Host: 127.0.0.1",
+                     "Connection: close", *filter(None, [head]), "", ""]
+            with socket.create_connection(("127.0.0.1", house.coordinator.port), 60) as sock:
+                sock.sendall("\r\n".join(lines).encode() + body)
+                status = int(until_closed(sock)[9:12])
+            wrong = (status < 400 and bound.route.role != "anyone") or (status >= 500 and status != 501)
+            tried("odd requests over a socket at every route", let_in=wrong)
+            assert not wrong, (what, bound.route, status)
+        assert house.truth() == before
+    finally:
+        house.close()
 
 
 def test_each_role_is_used_and_every_change_needs_one(house: House) -> None:
