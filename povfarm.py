@@ -8302,10 +8302,10 @@ class Store:
         """Return where the contents with this hash are, or would be."""
         return self.root / "blobs" / sha256[:2] / sha256[2:]
 
-    def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> int:
+    def put_blob(self, sha256: str, chunks: Iterable[bytes], most: float = math.inf) -> int:
         """Store contents as they come and return their size in bytes.
 
-        ``Damaged``, and nothing kept, when the hash is another one.
+        ``Damaged``, and nothing kept, when the hash is another one, or there are more bytes.
         """
         digest, size = hashlib.sha256(), 0
         with self.placing(self.blob_path(sha256)) as part, open(part, "wb") as file:
@@ -8313,6 +8313,8 @@ class Store:
                 self.need(len(chunk))
                 digest.update(chunk)
                 size += len(chunk)
+                if size > most:
+                    raise Damaged("the contents are larger than they were said to be")
                 file.write(chunk)
             if digest.hexdigest() != sha256:
                 raise Damaged("the contents do not have the hash that they came under")
@@ -8798,10 +8800,21 @@ class Look(_Register):
             SELECT sha256 FROM manifest_blob WHERE manifest = :key
             AND sha256 NOT IN (SELECT sha256 FROM blob) ORDER BY sha256""", key=manifest)]
 
-    def missing_files(self) -> dict[int, set[str]]:
-        """Return what ``missing_blobs`` does for each job that waits."""
-        return {row["id"]: set(self.missing_blobs(row["manifest"])) for row in self._do("""
+    def missing_sizes(self, manifest: str) -> dict[str, int]:
+        """Return what ``missing_blobs`` does, with the sizes that the manifest tells."""
+        sizes = {file["sha256"]: file["size"] for file in json.loads(self.manifest(manifest))["files"]}
+        return {sha256: sizes[sha256] for sha256 in self.missing_blobs(manifest)}
+
+    def missing_files(self) -> dict[int, dict[str, int]]:
+        """Return what ``missing_sizes`` does for each job that waits."""
+        return {row["id"]: self.missing_sizes(row["manifest"]) for row in self._do("""
             SELECT id, manifest FROM job WHERE state = 'waiting'""").fetchall()}
+
+    def stored_sizes(self, manifest: str) -> dict[str, int]:
+        """Return the hashes that a manifest names and that are stored, with their sizes."""
+        return {row["sha256"]: row["size"] for row in self._do("""
+            SELECT sha256, size FROM manifest_blob JOIN blob USING (sha256)
+            WHERE manifest = :key""", key=manifest)}
 
     def unused_blobs(self, before: float) -> list[str]:
         """Return the hashes that nobody names and that are older than ``before``."""
@@ -9402,6 +9415,11 @@ class Tx(Look):
         self._do("UPDATE job SET priority = :priority, options_json = :options WHERE id = :id",
                  priority=options.priority, options=json.dumps(vars(options)), id=job)
 
+    def add_kept(self, job: int, size: int) -> None:
+        """Note that a job's files have so many bytes more than was told."""
+        if size:
+            self._do("UPDATE job SET kept = kept + :size WHERE id = :job", job=job, size=size)
+
     def add_job_cost(self, job: int, cost: Cost) -> None:
         """Add what a finished task cost."""
         self._do("""
@@ -9905,7 +9923,7 @@ class _States:
     def __init__(self, store: Store, clock: Clock) -> None:
         self.store, self.clock = store, clock
         self.grants, self.waiting = Grants(), _Waiting(clock, store.gate)
-        self.missing: dict[int, set[str]] = {}  # by job that waits: the files
+        self.missing: dict[int, dict[str, int]] = {}  # by job that waits: the files, with sizes
         self.presences: dict[int, Presence] = {}
         self.news = _News()  # of the transaction under way
         self.recall()
@@ -9996,8 +10014,8 @@ class _States:
 
     def start(self, tx: Tx, job: Job) -> None:
         """Make a job active, or let it wait for its files."""
-        if missing := tx.missing_blobs(job.manifest):
-            self.missing[job.id] = set(missing)
+        if missing := tx.missing_sizes(job.manifest):
+            self.missing[job.id] = missing
         self.move_job(tx, job, JobState.WAITING if missing else JobState.ACTIVE, "")
 
     def activate(self, tx: Tx, job: int) -> None:
@@ -11623,8 +11641,9 @@ class Scheduler:
             known = tx.meta(key)
             if ticket and known:  # the same request was under way
                 return int(known), tx.missing_blobs(manifest.key)
-            self.people.check(tx, owner, len(chosen), size=sum(sizes.values()))
             tx.add_manifest(manifest)
+            sizes.update(tx.stored_sizes(manifest.key))  # which are true
+            self.people.check(tx, owner, len(chosen), size=sum(sizes.values()))
             tx.add_job(job, name, owner, pov, manifest.key, options, self.clock.time(),
                        sum(sizes.values()))
             if ticket:
@@ -11632,7 +11651,7 @@ class Scheduler:
             self._states.tell(tx, "submitted", counted(len(chosen), "frame"), job)
             missing = tx.missing_blobs(manifest.key)
             _check_room(self.store.root, sum(sizes[sha256] for sha256 in missing))
-            self._states.missing[job] = set(missing)
+            self._states.missing[job] = {sha256: sizes[sha256] for sha256 in missing}
             if not missing:
                 self._states.activate(tx, job)
         return job, missing
@@ -11659,16 +11678,18 @@ class Scheduler:
     def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
         """Store contents that a job asked for; the last one starts the job.
 
-        ``NotFound`` for contents that nobody asked for.
+        ``NotFound`` for contents that nobody asked for, ``Damaged`` for more than was told. Where
+        less was told, it is of no use: what is there counts.
         """
         with self.store.read() as look:
             if not look.blob_wanted(sha256):
                 raise NotFound("no job asked for a file with this hash")
-        size = self.store.put_blob(sha256, chunks)
+        told = [one[sha256] for one in list(self._states.missing.values()) if sha256 in one]
+        size = self.store.put_blob(sha256, chunks, max(told, default=math.inf))
         with self._states.tx() as tx:
             self._states.add_blob(tx, sha256, size)
             for job, missing in list(self._states.missing.items()):
-                missing.discard(sha256)
+                tx.add_kept(job, size - missing.pop(sha256, size))
                 if not missing:
                     self._states.activate(tx, job)
 
@@ -11700,9 +11721,7 @@ class Scheduler:
                 row = tx.job(job)
                 if begun and row.state is JobState.CANCELLED:  # by hand, since the last step
                     break
-                if not begun:
-                    self.people.check(tx, who, row.failed + row.cancelled,
-                                      int(row.state in FINISHED))
+                self.people.check(tx, who, row.failed + row.cancelled, int(row.state in FINISHED))
                 count += 0 if begun else self._retry_parts(tx, row)
                 for frm, frame in list(after.items()):
                     number, after[frm] = self._states.move_frames(
@@ -11728,8 +11747,7 @@ class Scheduler:
         for start in range(0, len(tasks), STEP // 10):
             with self._steering(job, who) as tx:
                 row = tx.job(job)
-                if not start:
-                    self.people.check(tx, who, len(tasks), int(row.state in FINISHED))
+                self.people.check(tx, who, len(tasks) - start, int(row.state in FINISHED))
                 count += sum(self._render_again(tx, row, tx.find_task(task))
                              for task in tasks[start:start + STEP // 10])
                 row = tx.job(job)
@@ -12091,8 +12109,12 @@ class Access:
         return Identity(_ROLES_OF[person.role] | self._stranger.roles, 0, person.name)
 
     def knows(self, identity: Identity) -> bool:
-        """Tell whether somebody is still what it was when it came: a person may be removed."""
-        return "person" not in identity.roles or self._named(identity.name) is not None
+        """Tell whether somebody is still what it was when it came, and was not removed."""
+        if not identity.worker:
+            return "person" not in identity.roles or self._named(identity.name) is not None
+        with self._store.read() as look:
+            worker = look.find_worker(identity.worker)
+        return worker is not None and worker.state is not WorkerState.REMOVED
 
     def login_code(self, name: str = ADMIN) -> str:
         """Return a new code that logs somebody's browser in, once, within ten minutes."""

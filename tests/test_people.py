@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -429,6 +430,83 @@ def test_a_project_that_is_larger_than_what_is_left_is_refused(farm: Farm) -> No
         "name": "big", "pov": pov_job(1).to_wire(), "options": {}, "manifest": big.to_wire()})
     assert reply.status == 400 and "all may have" in error(reply)
     assert submit(farm, anna).status == 201
+
+
+def test_who_says_that_files_are_smaller_than_they_are_gets_no_more_room(farm: Farm) -> None:
+    """Neither sending them, nor naming what others have sent, before or afterwards."""
+    def submit_as(key: str, size: int) -> Reply:
+        files = manifest({"big": big}).to_wire()
+        files["files"][0]["size"] = size
+        return farm.ask("POST", "/api/v1/jobs", key=key, json_body={
+            "name": "big", "pov": pov_job(1).to_wire(), "options": {}, "manifest": files})
+
+    def send_it(key: str) -> int:
+        return farm.ask("PUT", f"/api/v1/blobs/{povfarm.hashlib.sha256(big).hexdigest()}", key=key,
+                        body=big).status
+
+    def kept(name: str) -> int:
+        with farm.store.read() as look:
+            return look.usage(name).space
+
+    big, anna, bert = b"x" * 2000, add(farm, space=1000), add(farm, "bert")
+    assert submit_as(anna, 3).status == 201 and kept("anna") == 3
+    assert send_it(anna) == 422 and kept("anna") == 3 and not list(farm.root.glob("blobs/*/*"))
+    assert submit_as(bert, 2000).status == 201 and send_it(bert) == 204
+    assert kept("anna") == kept("bert") == 2000 and farm.states(1) == ["queued"]
+    refused = submit_as(anna, 3)
+    assert refused.status == 400 and "all may have" in error(refused)
+    farm.ask("DELETE", "/api/v1/jobs/1", key=anna)
+    assert kept("anna") == 0 and submit_as(anna, 3).status == 400
+    assert submit_as(bert, 3).status == 201 and kept("bert") == 4000
+
+
+@pytest.mark.parametrize("what", ["again", "retry"])
+def test_no_more_frames_come_by_many_requests_at_the_same_time(
+        what: str, farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is done in steps, another begins."""
+    monkeypatch.setattr(povfarm, "STEP", 20)
+    add(farm, frames=30)
+    todo, rest = [], farm.scheduler._rest
+    for frames in (10, 30):
+        todo.append(farm.scheduler.submit(
+            "ball", "anna", pov_job(frames), manifest({}), JobOptions())[0])
+        farm.scheduler.cancel(todo[-1])
+
+    def begin(job: int) -> None:
+        if what == "again":
+            farm.scheduler.again(job, "1-10" if job == 1 else "1-30", "anna")
+        else:
+            farm.scheduler.retry(job, "anna")
+
+    def meanwhile() -> None:
+        rest()
+        if todo:
+            begin(todo.pop())
+
+    monkeypatch.setattr(farm.scheduler, "_rest", meanwhile)
+    with pytest.raises(UserError, match="you may have 30 frames"):
+        begin(todo.pop())
+    with farm.store.read() as look:
+        assert look.usage("anna").frames <= 30
+
+
+@pytest.mark.parametrize("wait", ["", "wait=1&"])
+def test_the_events_of_a_worker_that_is_removed_end(wait: str, tmp_path: Any) -> None:
+    farm = Farm(tmp_path, private=True)
+    key, target = f"#{farm.worker()}:anna", f"/api/v1/events?{wait}after=99"
+    if wait:
+        farm.clock.meanwhile.append(lambda: farm.scheduler.remove_worker(1))
+        assert farm.ask("GET", target, key=key).status == 401
+    else:
+        answer = farm.router.handle(Request(
+            "GET", "/api/v1/events", {"after": "0"}, {
+                "host": "box", **farm.signer.headers(key, "GET", target)}, target=target))
+        assert not isinstance(answer.body, (bytes, povfarm.FileSlice))
+        assert next(answer.body).startswith(b"retry") and b"joined" in next(answer.body)
+        farm.scheduler.remove_worker(1)
+        farm.submit()
+        assert b"submitted" not in b"".join(answer.body)
+    farm.close()
 
 
 def test_the_events_of_who_is_removed_end(tmp_path: Any) -> None:

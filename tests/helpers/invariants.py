@@ -36,8 +36,9 @@ LOOKS: Mapping[str, str] = {
           SELECT SUM(size) FROM written WHERE written.job = job.id), 0) + (
           SELECT COALESCE(SUM(size), 0) FROM (
             SELECT DISTINCT json_extract(file.value, '$.sha256'),
-                   json_extract(file.value, '$.size') AS size
+                   COALESCE(blob.size, json_extract(file.value, '$.size')) AS size
             FROM manifest, json_each(manifest.wire, '$.files') AS file
+            LEFT JOIN blob ON blob.sha256 = json_extract(file.value, '$.sha256')
             WHERE manifest.key = job.manifest))""",
     "task {}: leased and not in work, or the reverse": f"""
         SELECT id FROM task WHERE job IN {ALIVE} AND cut IS NULL
