@@ -15833,8 +15833,9 @@ class Desk(_Sheets):
     def _receive(self, request: Request, place: Path, given: dict[str, str]) -> int:
         """Save the files of a form below ``place``, its other fields in ``given``; count them."""
         place.mkdir()
+        size = MAX_ZIP_SIZE if request.body.length is None else request.body.length
         with self._store.read() as look:
-            self._farm.people.check(look, request.identity.name, 0, 0, request.body.length or 0)
+            self._farm.people.check(look, request.identity.name, 0, 0, size)
         last = place
         count = 0
         for head, blocks in form_parts(request):

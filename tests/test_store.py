@@ -488,8 +488,8 @@ def test_contents_whose_file_is_tidied_away_before_their_row_are_asked_for_again
     job = farm.submit(frames=1, send=False)
     put_blob = farm.store.put_blob
 
-    def lose(name: str, chunks: Any) -> int:
-        size = put_blob(name, chunks)
+    def lose(name: str, chunks: Any, most: float) -> int:
+        size = put_blob(name, chunks, most)
         farm.store.blob_path(name).unlink()
         return size
 
