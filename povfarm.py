@@ -23820,6 +23820,8 @@ def _frames_of(client: Client, job: int, since: float = 0.0) -> Iterator[dict[st
     """Yield the frames of a job, or those that changed since a time."""
     after, route = -1, f"/api/v1/jobs/{job}/frames?since={since}&after="
     while frames := client.get(f"{route}{after}")["frames"]:
+        if frames[-1]["frame"] <= after:
+            raise FarmError("the farm lists the same frames again and again: is it yours?")
         yield from frames
         after = frames[-1]["frame"]
 
@@ -23860,6 +23862,8 @@ def _jobs(client: Client, text: str, newest: bool = False) -> list[dict[str, Any
 def _listed(client: Client, after: int = 0, limit: int = 100) -> Iterator[dict[str, Any]]:
     """Yield the jobs, the newest first; with ``after`` those of a lower number."""
     while page := client.get(f"/api/v1/jobs?after={after}&limit={min(limit, 100)}")["jobs"]:
+        if after and page[-1]["id"] >= after:
+            raise FarmError("the farm lists the same jobs again and again: is it yours?")
         yield from page
         after = page[-1]["id"]
 

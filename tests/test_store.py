@@ -164,6 +164,7 @@ WRITES: Dict[str, Callable[[Tx], Any]] = {
     "begin_turn": lambda tx: tx.begin_turn("anna", 0),
     "set_aside": lambda tx: tx.set_aside(1, "odd"),
     "add_job_cost": lambda tx: tx.add_job_cost(1, Cost(1, 1, 1)),
+    "add_kept": lambda tx: tx.add_kept(1, 1),
     "drop_job": lambda tx: tx.drop_job(1),
     "count_task": lambda tx: tx.count_task(1, TaskState.QUEUED, TaskState.LEASED),
     "set_task_state": lambda tx: tx.set_task_state(1, TaskState.QUEUED, TaskState.LEASED),

@@ -235,6 +235,17 @@ def test_a_rogue_farm_replaces_nothing(what: str, name: str, home: Path) -> None
     assert list(found.values()).count(b"mine") == 12
 
 
+def test_a_list_that_begins_anew_for_ever_is_not_read_for_ever() -> None:
+    class Circle(Rogue):
+        def get(self, target: str, timeout: float = 0) -> Dict[str, Any]:
+            return {"frames": self.frames, "jobs": [VIEW]}
+
+    farm: Any = Circle(["a.png"], [])
+    for listed in (povfarm._frames_of(farm, 7), povfarm._listed(farm)):
+        with pytest.raises(FarmError, match="again and again"):
+            list(listed)
+
+
 def test_what_a_job_has_brought_it_may_bring_again(tmp_path: Path) -> None:
     here = tmp_path / "here"
     assert fetch(here, Rogue(["a.png"], ["sub/log.txt"], b"first")) == ""
