@@ -8802,7 +8802,8 @@ class Look(_Register):
 
     def missing_sizes(self, manifest: str) -> dict[str, int]:
         """Return what ``missing_blobs`` does, with the sizes that the manifest tells."""
-        sizes = {file["sha256"]: file["size"] for file in json.loads(self.manifest(manifest))["files"]}
+        files = json.loads(self.manifest(manifest))["files"]
+        sizes = {file["sha256"]: file["size"] for file in files}
         return {sha256: sizes[sha256] for sha256 in self.missing_blobs(manifest)}
 
     def missing_files(self) -> dict[int, dict[str, int]]:
