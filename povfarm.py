@@ -9157,7 +9157,7 @@ class Look(_Register):
     def first_failure(self, job: int) -> Attempt | None:
         """Return the last try of the first frame that failed, to show to a person.
 
-        While none has failed for good it is the newest of the tries that failed.
+        While none has failed for good it is the newest of the tries of what is not done.
         """
         return self._one(Attempt, """
             SELECT * FROM try WHERE id = COALESCE((
@@ -9165,7 +9165,7 @@ class Look(_Register):
               WHERE task.job = :job AND task.state = 'failed' AND attempt.state = 'failed'
               ORDER BY task.frame, task.slice, attempt.id DESC LIMIT 1), (
               SELECT attempt.id FROM attempt CROSS JOIN task ON task.id = attempt.task
-              WHERE task.job = :job AND attempt.state = 'failed'
+              WHERE task.job = :job AND attempt.state = 'failed' AND task.state <> 'done'
               ORDER BY attempt.id DESC LIMIT 1))""", job=job)
 
     # --- files that are kept
@@ -16369,7 +16369,8 @@ def _shown(job: int, task: Task, size: int) -> str:
 
 def _growing(view: View, frame: View) -> Html:
     """Return a frame as far as its slices are there, each in its place."""
-    parts, high, done = [], view["height"] or 3, 0
+    high, done = view["height"] or 3, 0
+    parts = [element("rect", class_="queued", width=view["width"], height=high)]
     for part in frame["slices"]:
         place = {"x": 0, "y": part["top"], "width": view["width"],
                  "height": part["bottom"] - part["top"]}
@@ -16684,6 +16685,7 @@ footer { margin-top: 2rem; padding: 1rem 0; border-top: 1px solid var(--line); c
 h1 { margin: .3rem 0 0; font-size: clamp(1.5rem, 3.4vw, 2rem); font-weight: 650; line-height: 1.2; }
 h2 { margin: 0 0 .5rem; font-size: 1rem; } h3 { margin: 0; font-size: 1rem; font-weight: 600; }
 section { margin: 0 0 1.5rem; } .grid + h3 { margin: 1rem 0 .5rem; }
+.stage + section { margin-top: .75rem; }
 p { margin: .25rem 0; } .lead { margin: 0 0 .75rem; }
 ul, ol { margin: 0; padding: 0; list-style: none; }
 a { color: var(--link); text-underline-offset: .2em; } h1 a, h2 a, h3 a { color: inherit; }

@@ -1049,6 +1049,16 @@ def test_what_povray_said_of_a_failed_frame_is_on_its_jobs_page(farm: Farm) -> N
     assert text.index("the sky fell") < text.index("POV-Ray says")
 
 
+def test_a_frame_that_is_done_after_all_is_no_failure(farm: Farm) -> None:
+    job = submit_for(farm, "anna")
+    frame = farm.fail(farm.join(), "the sky fell")
+    assert f"Frame {frame} failed: the sky fell" in farm.page(f"/jobs/{job}").text
+    farm.deliver(farm.join("desktop"), 3)
+    page = farm.page(f"/jobs/{job}")
+    assert "the sky fell" not in page.text and not page.all("p", class_="notice failed")
+    assert "the sky fell" in farm.page(f"/jobs/{job}/frames/{frame}").text, "its log has it"
+
+
 def test_the_line_of_the_scene_stands_beside_the_error_for_its_owner_only(farm: Farm) -> None:
     lines = [f"// line {number} {HOSTILE}" for number in range(1, 12)]
     scene = "\n".join(lines).encode()
