@@ -8582,7 +8582,7 @@ def kept_name(task: Task, attempt: int) -> str:
 
 
 class _Register:
-    """One look at the database: workers, people, what happened, what is counted and watched."""
+    """One look at the database: workers, people, projects, what happened, is counted, watched."""
 
     def __init__(self, connection: sqlite3.Connection, known: _Known) -> None:
         self._db, self._known = connection, known
@@ -8737,6 +8737,34 @@ class _Register:
                     SELECT owner, SUM(jobs) AS jobs, SUM(frames) AS frames, SUM(kept) AS kept
                     FROM turn WHERE :owner IN ('', owner) GROUP BY owner""", owner=owner)}
 
+    def manifest(self, key: str) -> str:
+        """Return a manifest's JSON text, or an empty text."""
+        row = self._do("SELECT wire FROM manifest WHERE key = :key", key=key).fetchone()
+        return row["wire"] if row else ""
+
+    def missing_blobs(self, manifest: str) -> list[str]:
+        """Return the hashes that a manifest names and that are not stored."""
+        return [row["sha256"] for row in self._do("""
+            SELECT sha256 FROM manifest_blob WHERE manifest = :key
+            AND sha256 NOT IN (SELECT sha256 FROM blob) ORDER BY sha256""", key=manifest)]
+
+    def missing_sizes(self, manifest: str) -> dict[str, int]:
+        """Return what ``missing_blobs`` does, with the sizes that the manifest tells."""
+        files = json.loads(self.manifest(manifest))["files"]
+        sizes = {file["sha256"]: file["size"] for file in files}
+        return {sha256: sizes[sha256] for sha256 in self.missing_blobs(manifest)}
+
+    def missing_files(self) -> dict[int, dict[str, int]]:
+        """Return what ``missing_sizes`` does for each job that waits."""
+        return {row["id"]: self.missing_sizes(row["manifest"]) for row in self._do("""
+            SELECT id, manifest FROM job WHERE state = 'waiting'""").fetchall()}
+
+    def stored_sizes(self, manifest: str) -> dict[str, int]:
+        """Return the hashes that a manifest names and that are stored, with their sizes."""
+        return {row["sha256"]: row["size"] for row in self._do("""
+            SELECT sha256, size FROM manifest_blob JOIN blob USING (sha256)
+            WHERE manifest = :key""", key=manifest)}
+
     def has_jobs(self, owner: str) -> bool:
         """Tell whether there are jobs, finished or not, of somebody with nearly this name."""
         return owner.casefold() in {row["owner"].casefold() for row in self._do(
@@ -8768,11 +8796,6 @@ class Look(_Register):
         return self._do("SELECT 1 FROM manifest_blob WHERE sha256 = :sha256 LIMIT 1",
                         sha256=sha256).fetchone() is not None
 
-    def manifest(self, key: str) -> str:
-        """Return a manifest's JSON text, or an empty text."""
-        row = self._do("SELECT wire FROM manifest WHERE key = :key", key=key).fetchone()
-        return row["wire"] if row else ""
-
     def project(self, job: Job) -> Manifest:
         """Return the files of a job's project."""
         return Manifest.from_wire(json.loads(self.manifest(job.manifest)))
@@ -8793,29 +8816,6 @@ class Look(_Register):
             LEFT JOIN blob ON blob.sha256 = manifest_blob.sha256 WHERE job.id = :job""",
             job=job).fetchone()
         return files, int(size), written
-
-    def missing_blobs(self, manifest: str) -> list[str]:
-        """Return the hashes that a manifest names and that are not stored."""
-        return [row["sha256"] for row in self._do("""
-            SELECT sha256 FROM manifest_blob WHERE manifest = :key
-            AND sha256 NOT IN (SELECT sha256 FROM blob) ORDER BY sha256""", key=manifest)]
-
-    def missing_sizes(self, manifest: str) -> dict[str, int]:
-        """Return what ``missing_blobs`` does, with the sizes that the manifest tells."""
-        files = json.loads(self.manifest(manifest))["files"]
-        sizes = {file["sha256"]: file["size"] for file in files}
-        return {sha256: sizes[sha256] for sha256 in self.missing_blobs(manifest)}
-
-    def missing_files(self) -> dict[int, dict[str, int]]:
-        """Return what ``missing_sizes`` does for each job that waits."""
-        return {row["id"]: self.missing_sizes(row["manifest"]) for row in self._do("""
-            SELECT id, manifest FROM job WHERE state = 'waiting'""").fetchall()}
-
-    def stored_sizes(self, manifest: str) -> dict[str, int]:
-        """Return the hashes that a manifest names and that are stored, with their sizes."""
-        return {row["sha256"]: row["size"] for row in self._do("""
-            SELECT sha256, size FROM manifest_blob JOIN blob USING (sha256)
-            WHERE manifest = :key""", key=manifest)}
 
     def unused_blobs(self, before: float) -> list[str]:
         """Return the hashes that nobody names and that are older than ``before``."""
