@@ -13703,6 +13703,7 @@ class Dialect:
     mark = ""
     most: int | None = None  # frames at a time
     formats = "N"  # POV-Ray's letters
+    quiet = CLIENT_SILENCE  # of those that are the least heard of
 
     def __init__(self, scheduler: Scheduler, access: Access) -> None:
         self._farm = scheduler
@@ -13710,12 +13711,13 @@ class Dialect:
         self._access = access
         self._joining = threading.Lock()
         self._guest = Guest(CLIENT_SILENCE, CLIENT_PAUSE, self._takes, self._cuts, self.most)
+        self._quiet = self._guest._replace(silence=self.quiet)
         self._portable: dict[str, bool] = {}  # by manifest: whether clients can unpack it
         access.dialects.append(self._identity)
         with self._store.read() as tx:
             known = [row.id for row in tx.workers() if row.token.startswith(self.mark)]
         for worker in known:
-            scheduler.receive(worker, self._guest)
+            scheduler.receive(worker, self._quiet)
 
     def _identity(self, request: Request) -> Identity | None:
         """Return who sends a request, if it is one of ours and from somebody who may."""
@@ -14119,12 +14121,12 @@ class Sheepit(Dialect):
     mark = "SheepIt "
     most = 1
     formats = "".join(IMAGE_TYPES)
+    quiet = QUIET_TIME
 
     def __init__(self, scheduler: Scheduler, access: Access, key: str) -> None:
         super().__init__(scheduler, access)
         self._admin = secret_hash(key)
         self._archives: dict[int, str] = {}  # by job: the MD5 of its archive
-        self._quiet = self._guest._replace(silence=QUIET_TIME)
 
     @route("GET", "/server/<what>.php", role="anyone", summary="What a SheepIt client asks")
     @route("POST", "/server/<what>.php", role="anyone", max_body=MAX_IMAGE,
