@@ -726,7 +726,9 @@ class Setting:
             return f"{self.default // 1000**3}G"
         if isinstance(self.default, Path):
             return f"~/{self.default.name}"
-        return {bool: "no", float: f"{self.default}s"}.get(type(self.default), str(self.default))
+        if isinstance(self.default, float):
+            return f"{self.default:g}s"
+        return "no" if self.default is False else str(self.default)
 
     def takes(self, value: Any) -> bool:
         """Tell whether a value, from JSON for example, is valid for the option."""
@@ -3473,7 +3475,7 @@ def read_zip(path: Path, into: Path, most: int = MAX_ZIP_SIZE) -> None:
         with tempfile.TemporaryDirectory(prefix=".unpack", dir=into.parent) as place:
             unpacked = Path(place) / into.name
             unpacked.mkdir()
-            with _zip_of(path) as archive:
+            with _zip_of(path, "it") as archive:
                 _unpack(archive, unpacked, path.stat().st_size, most)
             unpacked.rename(into)
     except (OSError, UserError) as error:
@@ -16467,8 +16469,8 @@ def _job_links(view: View) -> Html:
         if view["extension"] == ".png" and view["frames"]["done"] > 1 else None, " ",
         None if frame is None else element("a", f"{_frame_name(view, frame)}: log",
                                            href=f"{address}/frames/{frame}#log"),
-        element("p", "As a film: ", element("code", f"fetch {view['id']} --video film.mp4"),
-                class_="dim")
+        element("p", "As a film: ", element(
+            "code", f"povfarm.py fetch {view['id']} --video film.mp4"), class_="dim")
         if view["frames"]["done"] > 1 else None, class_="links")
 
 
@@ -22210,9 +22212,10 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
     code = invitation_code(client.token, ticket)
     _show(options, {"code": code, "uses": uses, "role": options.role}, code)
     many = f"{uses} people" if uses > 1 else "one person"
-    _say(f"{many} may come by this code within a week: each types on another computer "
-         f"'povfarm.py work --server {_from_elsewhere(client)} --code {code} --user NAME', "
-         "or login instead of work to render nothing there")
+    renders = options.role == Role.USER.value
+    _say(f"{many} may come by this code within a week: each types on another computer 'povfarm.py "
+         f"{'work' if renders else 'login'} --server {_from_elsewhere(client)} --code {code} --user "
+         "NAME'" + ", or login instead of work to render nothing there" * renders)
     return 0
 
 
@@ -22437,14 +22440,22 @@ def _commands() -> dict[str, tuple[command, CommandFunction]]:
 
 def _command(name: str) -> tuple[command, CommandFunction]:
     if name not in _commands():
-        raise UserError(f"there is no command '{name}'{_meant(name, _commands())}: "
-                        "see 'povfarm.py help'")
+        known = _meant(name, _commands()) or ", as in 'povfarm.py render scene.pov'"
+        raise UserError(f"there is no command '{name}'{known}: see 'povfarm.py help'")
     return _commands()[name]
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
     """Return a guess, which goes behind a wrong name, at what was meant; nothing without any."""
     return "".join(f" (do you mean {near}?)" for near in difflib.get_close_matches(name, known, 1))
+
+
+def _takers(name: str) -> str:
+    """Return, to go behind an option that a command has not got, which ones have it."""
+    takers = [tag.name for tag, _ in _commands().values()
+              if name in {f"--{row.name}" for row in tag.settings()}]
+    names = [*takers[:4], *["..."] * (len(takers) > 4)]
+    return f", which is for {', '.join(names)}" if names else ""
 
 
 def _run(arguments: list[str]) -> int:
@@ -22503,7 +22514,8 @@ def _given(tag: command, arguments: Sequence[str]) -> tuple[dict[str, str], list
             name, equals, text = item.partition("=")
             row = rows.get(name)
             if row is None:
-                raise UserError(f"'{tag.name}' has no option {name}{_meant(name, rows)}: "
+                raise UserError(f"'{tag.name}' has no option {name}"
+                                f"{_takers(name) or _meant(name, rows)}: "
                                 f"see 'povfarm.py help {tag.name}'")
             alone = not items or (row.bare and items[0].startswith("--"))
             if not (equals or row.is_flag) and alone and not row.bare:
@@ -22595,12 +22607,14 @@ def _help() -> str:
 def _command_help(tag: command) -> str:
     lines = [f"usage: {_program()} {tag.name} [--OPTIONS] {tag.arguments}".rstrip(), "",
              _beside("", tag.summary), ""]
-    for row in tag.settings():
+    own = {tag.name, *tag.groups} - {"talk"}  # these options come first, then those that many have
+    rows = sorted(tag.settings(), key=lambda row: not own & {*row.commands.split()})
+    for row in rows:
         default = "" if row.is_flag else row.shown_default
         lines.append(_beside(f"  --{f'{row.name} {row.metavar}':<24}  ",
                              row.help + (f" (default {default})" if default else "")))
-    return "\n".join([*lines, "", "Each option is also an environment variable, such as "
-                      "POVFARM_DATA."])
+    more = ["", "Each option is also an environment variable, such as POVFARM_DATA."]
+    return "\n".join([*lines, *more[:2 * bool(rows)]]).rstrip()
 
 
 COLUMNS = 80  # that tables keep to, in a terminal and in a pipe
@@ -23045,6 +23059,8 @@ def _check_destination(draft: Draft, options: Options) -> None:
     log = options.log
     if log is not None and (not _is_writable(log.parent) or log.is_dir()):
         raise UserError(f"the log cannot be written to {log}: name another file with --log")
+    if log is not None and (log.suffix.lower() in {".pov", ".inc", ".ini", draft.plan.extension}):
+        raise UserError(f"{log} would be lost to the log: give --log a name such as render.log")
     if (options.apng or options.video) and not draft.keeps_files:
         raise UserError("a film is made of image files, and Output_To_File is off")
     try:
@@ -24100,9 +24116,11 @@ def _check_films(options: Options, frames: Sequence[Path] = ()) -> None:
             raise FarmError(f"{film} cannot be written: name another file")
         if os.path.realpath(film) in map(os.path.realpath, frames):
             raise FarmError(f"{film} is one of the images: give the film another name")
-    if options.video and options.video.suffix.lower() not in FILMS:
-        raise UserError(f"{options.video} is no name of a film: give it one such as film.mp4, "
-                        "film.webm or film.gif")
+    for film, kinds, what in (
+            (options.video, FILMS, "a film: give it one such as film.mp4, film.webm or film.gif"),
+            (options.apng, {".png", ".apng"}, "an animated PNG: give it one such as film.png")):
+        if film and film.suffix.lower() not in kinds:
+            raise UserError(f"{film} is no name of {what}")
     if "fps" in options.typed and not (options.apng or options.video):
         raise UserError("--fps is for a film: add --video FILE or --apng FILE")
 
@@ -24159,6 +24177,9 @@ def _film(to: Path) -> Iterator[Path]:
 
 def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
     data = scratch / "farm"
+    if free_room(scratch) < LEAST_FREE:
+        raise NoRoom(f"{scratch.parent} is nearly full: make room there for what is rendered just "
+                     "now, or name another directory in the environment variable TMPDIR")
     if not options.lan:
         return Coordinator(data, port=None, name=draft.name, durable=False)
     # Workers that know this user's farm key may help without being asked for, and admit reads it.
@@ -24707,13 +24728,20 @@ def _keep(client: Client, options: Options) -> None:
     kept = {"key": client.token, "farm_id": farm["farm_id"], "name": farm["name"],
             "url": client.base_url, "pin": client.fingerprint}
     options.data.mkdir(0o700, parents=True, exist_ok=True)
-    atomic_write(options.data / "person.json", json.dumps(kept).encode(), 0o600)
+    here, old = options.data / "person.json", _kept(options)
+    if old and old["key"] != client.token:  # whose key may be nowhere else
+        aside = here.with_name(f"person-{old['farm_id']}-{old['key'].partition(':')[0]}.json")
+        here.replace(aside)
+        _say(f"the key that was kept here is in {aside} now")
+    atomic_write(here, json.dumps(kept).encode(), 0o600)
     _say(f"you are {farm['you']} in the farm '{farm['name']}': from now on this computer knows it")
 
 
 def _come(client: Client, options: Options) -> None:
     """Become one of a farm's people by the code of an invitation, unless one is already."""
     if not options.code:
+        if "user" in options.typed:
+            raise UserError("--user is your name with an invitation: add its --code")
         return
     if client.token == _kept(options).get("key"):
         with contextlib.suppress(RequestRefused):  # the key is good for nothing any more
@@ -25101,7 +25129,9 @@ def _check_confinement(program: str, launcher: Launcher | WindowsLauncher) -> tu
 def _check_disk(data: Path) -> tuple[bool, str]:
     place = next(path for path in (data, *data.parents) if path.is_dir())
     free = shutil.disk_usage(place).free
-    return free > 10**9 and _is_writable(place), f"{format_size(free)} free at {place}"
+    yours = _is_writable(place)
+    return free > 10**9 and yours, f"{format_size(free)} free at {place}" + (
+        "" if yours else ", where you may not write: choose another place with --data")
 
 
 def _check_port(kind: int, port: int) -> tuple[bool, str]:

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,9 @@ def test_every_setting_is_an_option_of_a_command(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["nonsense"], "no command 'nonsense'"),
+    (["scene.pov"], "no command 'scene.pov', as in 'povfarm.py render "),
     (["status", "--nonsense"], "--nonsense"),
+    (["render", "--wait"], "'render' has no option --wait, which is for submit"),
     (["logs"], "usage: povfarm.py logs"),
     (["cancel"], "usage: povfarm.py cancel"),
     (["admit", "1", "2"], "usage: povfarm.py admit"),
@@ -221,6 +224,13 @@ def test_doctor_finds_this_machine_fit(povray: str, capsys: pytest.CaptureFixtur
     assert all(check["good"] for check in checks)
     assert povray in json.dumps(checks)
     assert main(["doctor", "--povray", "/nowhere/povray"]) == 1
+
+
+def test_doctor_says_why_a_disk_is_of_no_use(
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "_is_writable", lambda place: False)
+    assert main(["doctor"]) == 1
+    assert re.search(r"NO +disk .* may not write: choose .* --data", capsys.readouterr().out)
 
 
 class Terminal(io.StringIO):

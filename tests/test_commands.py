@@ -77,7 +77,8 @@ def test_totals_are_of_workers_computers_and_groups(farm: Served) -> None:
 def test_what_is_made_for_people_comes_with_what_they_do(farm: Served) -> None:
     for words, said in (("add ben", "give that with --key-file FILE"),
                         ("token ben", "ben is the e-mail address"),
-                        ("invite", f"work --server {farm.coordinator.url} --code ")):
+                        ("invite", f"work --server {farm.coordinator.url} --code "),
+                        ("invite --role viewer", f"login --server {farm.coordinator.url} --code ")):
         out, errors = farm.says("users", *words.split())
         assert len(out.split()) == 1 and len(errors) == 1 and said in errors[0]
 

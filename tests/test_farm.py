@@ -436,6 +436,7 @@ def test_render_makes_films_as_fetch_does(tmp_path: Path) -> None:
     ("+FT --apng film.png", "these are .tga"), ("+FH --video film.mp4", "makes no film of .hdr"),
     ("--video gone/film.mp4", "film.mp4 cannot be written"), ("-F --apng film.png", "is off"),
     ("--apng scene2.png", "scene2.png is one of the images"),
+    ("--apng film.mp4", "film.mp4 is no name of an animated PNG"),
 ])
 def test_render_says_before_it_begins_that_there_can_be_no_film(
         args: str, words: str, tmp_path: Path) -> None:

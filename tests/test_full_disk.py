@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, NamedTuple, Sequence
 
@@ -194,6 +195,17 @@ def test_a_job_is_refused_where_there_is_hardly_room(farm: Farm, disk: Disk) -> 
     assert farm.store.notice == ""  # the jobs that are there go on
     disk.free += 1
     farm.submit(frames=1)
+
+
+def test_render_names_the_disk_that_is_full_before_it_begins(
+        disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    disk.free = povfarm.LEFT_FREE + povfarm.LEAST_FREE - 1
+    monkeypatch.chdir(tmp_path)
+    Path("scene.pov").write_bytes(SCENE)
+    assert povfarm.main(["render", "scene.pov", "+W8", "+H6"]) == 1
+    told = capsys.readouterr().err
+    assert tempfile.gettempdir() in told and "TMPDIR" in told and "coordinator" not in told
 
 
 def test_a_job_is_refused_whose_files_have_no_room(farm: Farm, disk: Disk) -> None:

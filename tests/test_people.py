@@ -818,6 +818,10 @@ def test_who_comes_again_is_the_same_and_who_is_removed_is_out(room: Callable[[s
     assert "'anna' is there already" in taken and "--user NAME" in taken
     assert "code is wrong" in room("other").run(
         re.sub("--code .*", "--code AAAAA-AAAAA", f"login {typed}") + " --user bert", 1)
+    assert "you are carl" in anna.run(f"login {typed} --user carl")
+    aside, = anna.data.glob("person-*-anna.json")
+    assert aside.replace(anna.data / "person.json").read_text() == key
+    assert "add its --code" in anna.run("login --user carl", 2)
     teacher.run("users remove anna")
     assert "ask for an invitation" in anna.run("submit scene.pov", 1)
     assert "you are bert" in anna.run(f"login {typed} --user bert"), "the old key is in nobody's way"

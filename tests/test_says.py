@@ -123,6 +123,11 @@ def test_a_log_that_cannot_be_written_is_refused_at_once(place: Path) -> None:
         result = render(place, "frames.pov", "--log", name)
         assert result.returncode == 2 and f"here/{name}: name another file" in result.stderr
         assert result.stderr.count("\n") == 1
+    scene = (place / "frames.pov").read_bytes()
+    for name in ("frames.pov", "frames.png", "other.INI"):
+        result = render(place, "frames.pov", "--log", name)
+        assert result.returncode == 2 and f"here/{name} would be lost" in result.stderr
+    assert (place / "frames.pov").read_bytes() == scene
 
 
 # --- pictures on stdout
