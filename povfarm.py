@@ -22214,8 +22214,8 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
     many = f"{uses} people" if uses > 1 else "one person"
     renders = options.role == Role.USER.value
     _say(f"{many} may come by this code within a week: each types on another computer 'povfarm.py "
-         f"{'work' if renders else 'login'} --server {_from_elsewhere(client)} --code {code} --user "
-         "NAME'" + ", or login instead of work to render nothing there" * renders)
+         f"{'work' if renders else 'login'} --server {_from_elsewhere(client)} --code {code} "
+         "--user NAME'" + ", or login instead of work to render nothing there" * renders)
     return 0
 
 
