@@ -10721,6 +10721,10 @@ class Muster:
             why = (f"no worker that is there has {only.replace(',', ' and ')}: start one with "
                    f"'povfarm.py work --tags {only}', or let all render with 'povfarm.py set "
                    f"{job.id} only='")
+        elif crew and not any(self.suits(job, row) or not self._states.presence(row.id).guest
+                              for row in crew):
+            why = ("the clients of other systems that are there do not get it (see the manual): "
+                   "start a worker with 'povfarm.py work'")
         elif self.crew:
             why = ("the workers that are there cannot render it: 'povfarm.py workers' shows what "
                    "is wrong with them")

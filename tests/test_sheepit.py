@@ -381,6 +381,9 @@ def test_a_job_that_clients_would_render_otherwise_is_not_given_to_them(
         farm: Flock) -> None:
     farm.submit(4, values=values, uses=uses, **options)
     assert farm.status("request_job", {}, farm.client(), alive=lambda: farm.clock.mono < 2000) == 204
+    assert farm.ask("GET", "/api/v1/jobs/1").json()["waiting_for"] == (
+        "the clients of other systems that are there do not get it (see the manual): start a "
+        "worker with 'povfarm.py work'")
     assert farm.leases(farm.worker())
 
 
