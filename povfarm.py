@@ -5510,6 +5510,7 @@ class LeaseSpec(Wired):
 # What a coordinator answers to its workers; older ones do not say all of it.
 Joined = TypedDict("Joined", {"id": Optional[int], "admitted": Optional[bool],
                               "share": Optional[str], "nonce": Optional[str]})
+Submitted = TypedDict("Submitted", {"id": int, "missing": tuple[str, ...], "event": int})
 Work = TypedDict("Work", {
     "leases": tuple[LeaseSpec, ...], "open": int, "pending": bool,
     "gone": Optional[tuple[str, ...]], "ends": Optional[bool], "rest": Optional[str]})
@@ -13074,7 +13075,7 @@ class Api(_Answers):
     # --- steering
 
     @route("POST", "/api/v1/jobs", role="submit", max_body=64 << 20, takes=Submission,
-           gives={"id": int, "missing": tuple[str, ...], "event": int}, summary="Submit a job")
+           gives=Submitted, summary="Submit a job")
     def submit(self, request: Request) -> Response:
         """Body: name, pov, manifest, options, ticket, frames. Answers id and missing hashes.
 
@@ -19176,7 +19177,7 @@ def _raise_refusal(answer: Answer) -> None:
         return
     try:
         message = json.loads(_in_memory(answer, BUFFER))
-        text, detail = str(message["error"]), message.get("detail")
+        text, detail = one_line(str(message["error"])), message.get("detail")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         text, detail = f"the coordinator answered with status {answer.status}", None
     later = answer.headers.get("retry-after", "")
@@ -23176,7 +23177,7 @@ def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tupl
             "name": draft.name, "pov": draft.pov.to_wire(),
             "manifest": draft.project.manifest.to_wire(), "options": vars(draft.options),
             "ticket": secrets.token_hex(16), "frames": draft.chosen,
-        }, timeout=120).json()
+        }, timeout=120).fields(Submitted)
         sent = False
         try:
             changed = _send_files(client, draft.project, reply["missing"], farm)

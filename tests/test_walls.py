@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.server
 import itertools
 import json
 import os
@@ -233,6 +234,51 @@ def test_a_rogue_farm_replaces_nothing(what: str, name: str, home: Path) -> None
     new = {path.name[:6].lower() for path, data in found.items() if data == b"evil"}
     assert new <= {"povray" if what == "image" else "notes-"}
     assert list(found.values()).count(b"mine") == 12
+
+
+class Says(http.server.BaseHTTPRequestHandler):
+    """A farm that is not ours: it says who it is, and answers all that is posted with the same."""
+
+    status, said = 200, b"{}"
+
+    def answer(self, status: int, said: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def do_GET(self) -> None:
+        self.answer(200, json.dumps({"name": "f", "version": povfarm.VERSION, "farm_id": "f" * 16,
+                                     "event": 0, "workers": 1, "notice": "", "you": ""}).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.answer(self.status, self.said)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize("status, said", [
+    (201, {"id": "7\x1b[2J", "missing": [], "event": 0}), (201, {"id": 7, "missing": [], "event": "x"}),
+    (201, {"id": 7, "missing": [1], "event": 0}),
+    (400, {"error": "no\npovfarm: all images are here\x1b[2J"})])
+def test_what_a_farm_answers_to_submit_steers_no_terminal(
+        status: int, said: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = type("Handler", (Says,), {"status": status, "said": json.dumps(said).encode()})
+    (tmp_path / "s.pov").write_text("sphere { 0, 1 }")
+    monkeypatch.chdir(tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            code = povfarm.main(["submit", "s.pov", "+W8", "+H6", "--data", str(tmp_path / "data"),
+                                 "--server", f"http://127.0.0.1:{server.server_port}"])
+        finally:
+            server.shutdown()
+    printed = capsys.readouterr()
+    assert code not in (0, None) and printed.out == ""
+    assert printed.err.count("\n") == 1 and not steers(printed.err, lines=True), printed.err
 
 
 def test_a_list_that_begins_anew_for_ever_is_not_read_for_ever() -> None:
