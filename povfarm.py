@@ -5297,8 +5297,8 @@ BOUNDLESS = Allowance(priority=1000)
 
 def person_name(text: str) -> str:
     """Return the name of a person as it is kept; ``UserError`` for what is none."""
-    name = unicodedata.normalize("NFC", text.strip())
-    if not re.fullmatch(r"[^\W_][\w.-]{0,39}", name):
+    name = unicodedata.normalize("NFKC", text.strip())  # nobody looks like another by wide letters
+    if not re.fullmatch(r"[^\W_][\w.-]{0,39}", name) or re.search("[\u115f\u1160]", name):  # unseen
         raise UserError(f"{text[:60]!r} cannot be a name: write one word of letters, digits, "
                         "dots and dashes, 40 at most")
     if name.casefold() in _NOT_NAMES or re.fullmatch(r"w\d+", name.casefold()):

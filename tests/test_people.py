@@ -220,7 +220,8 @@ def test_no_secret_is_in_the_database_nor_in_an_answer(farm: Farm) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "admin", "Admin", "farm", "w12", "a b", "../x", "-x", "x" * 41,
-                                  "a:b", "a\nb", "<b>", "nobody"])
+                                  "a:b", "a\nb", "<b>", "nobody",
+                                  "\uff41\uff44\uff4d\uff49\uff4e", "anna\u3164", "anna\u1160", "w\uff11"])
 def test_what_is_no_name_is_refused(name: str, farm: Farm) -> None:
     body = {"name": name, "role": "user", "limits": {}, "ticket": TICKET, "uses": 0}
     reply = farm.ask("POST", "/api/v1/users", json_body=body)
@@ -240,7 +241,7 @@ def test_no_right_is_given_that_there_is_not(change: Dict[str, Any], farm: Farm)
 
 def test_a_name_is_had_once_whatever_its_letters(farm: Farm) -> None:
     add(farm, "Jörg")
-    for name in ("jörg", "JÖRG", "Jo\u0308rg"):
+    for name in ("jörg", "JÖRG", "Jo\u0308rg", "\uff2aörg"):
         body = {"name": name, "role": "user", "limits": {}, "ticket": "another-ticket-new", "uses": 0}
         assert "there already" in error(farm.ask("POST", "/api/v1/users", json_body=body))
     key = povfarm.person_key("Jörg", KEY, TICKET)
