@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -454,6 +455,35 @@ def test_a_user_gets_through_no_door_to_the_job_of_another(who: str, house: Hous
     mine, _ = house.scheduler.submit("mine", "user", pov_job(4), manifest({}), JobOptions())
     path = f"/jobs/{mine}/pause" if cookie else f"/api/v1/jobs/{mine}/pause"
     assert house.send("POST", path, who, body, content_type=kind).status in (200, 303)
+
+
+# --- what is shown
+
+@pytest.mark.parametrize("who", ["admin", "browser", "browser of a user", "worker", "nobody"])
+def test_no_secret_is_on_a_page_or_in_another_answer(who: str, house: House) -> None:
+    """Neither a key nor the hash of one, which is as good as it, nor what is made of them."""
+    with house.coordinator.store.read() as look:
+        user, workers = look.person("user"), look.workers()
+    assert user
+    keys = [key.rpartition(":")[2] for key in house.keys.values() if len(key) > 60]
+    hidden = {*keys, user.token, *(row.token for row in workers),
+              povfarm.secret_hash(house.coordinator.key), house.access.guest_key,
+              povfarm.online_token(house.coordinator.key, "user", user.added),
+              povfarm.sheepit_password(user.token)}
+    shown = 0
+    for bound in house.router.routes:
+        if bound.route.method != "GET" or bound.route.pattern.startswith("/login/"):
+            continue
+        answer = house.send("GET", example(
+            bound, job=str(house.job), frame="1", worker="1", task="1") + "?wait=0&after=0", who)
+        with contextlib.closing(answer):
+            body = answer.body if isinstance(answer.body, bytes) else b"".join(
+                [] if isinstance(answer.body, povfarm.FileSlice) else answer.body)
+        shown += answer.status == 200
+        text = body.decode("utf-8", "replace") + str(answer.headers)
+        tried("answers that may show a secret", let_in=any(one in text for one in hidden))
+        assert not [one for one in hidden if one in text], bound.route.pattern
+    assert shown > 10 and len(hidden) > 9
 
 
 # --- from where
