@@ -22986,7 +22986,7 @@ def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
         collect_project, pov.scene, pov.library, cwd, options.root, outputs, frames, standard, {},
         ini_dirs, values=pov.values, by_file=pov.by_file,
         ceiling=scratch if scratch in cwd.parents else None,
-        made=lambda path: _Owners(path, options.data).noted())
+        made=lambda path: is_directory(path) and _Owners(path, options.data).noted())
     if options.command != "render" or options.lan:
         return collect, collect(), None
     project, links, directories = scan_in_place(

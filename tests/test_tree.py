@@ -40,8 +40,8 @@ CASES: Dict[str, Tuple[Dict[str, str], str, List[str]]] = {
     "library": (
         {"p/s.pov": tile('"t"'), "lib/t1.png": "", "lib/t2.png": ""}, "p", ["s.pov", "+L../lib"]),
     "directory called -frames": (
-        {"s.pov": tile('"a-frames/t"'), "a-frames/t1.png": "", "a-frames/t2.png": ""}, ".",
-        ["s.pov"]),
+        {"s.pov": tile('"a-frames/t"'), "a-frames/t1.png": "", "a-frames/t2.png": "",
+         "a-file-called-frames": ""}, ".", ["s.pov"]),
     "hidden directory": (
         {"s.pov": tile('".tex/t"'), ".tex/t1.png": "", ".tex/t2.png": ""}, ".", ["s.pov"]),
     "tiles beside the scene": (
