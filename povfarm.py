@@ -3971,14 +3971,17 @@ class _Scan:
         self._absolute: dict[str, dict[str, tuple[Path, str]]] = {}  # by file: names, what they are
         self.written: dict[str, bool] = {}  # by name: certainly
         self._texts: list[Path] = []  # what was read
+        self._first: list[tuple[str, str]] = []  # what POV-Ray reads before all, and as what
         self._writers: dict[Path, set[bytes]] = {}  # the macros of POV-Ray's own files that write
         self._lost: dict[str, tuple[str, bool]] = {}  # by name: what to say, certainly needed
 
     def run(self, scene: _FoundFile, values: Mapping[str, str], also: Iterable[str]) -> None:
         self._take(scene, True, True)
         self._note_version(scene.local)
+        self._first = [("scene", _below(scene.path, self._search.cwd) or str(scene.path))]
         if header := values.get("Include_Header", ""):
             self._refer("#include", header, None, 0, True)
+            self._first.append(("#include", header))
         samples = values.get("Radiosity_File_Name", "object.rca")
         if values.get("Radiosity_From_File") == "On" and is_file(self._search.cwd / samples):
             self._refer("load_file", samples, None, 0, True)
@@ -4150,6 +4153,7 @@ class _Scan:
                         if name.text.startswith(place)}
         read = {(how, name) for how, one in uses if how not in ("write", "save_file")
                 for name in flow.names(one)}
+        read |= {(how, _Name(os.path.normpath(name), True)) for how, name in self._first}
         tried = set()
         for how, name in read:
             if how == "append":
@@ -18246,7 +18250,7 @@ def _parts(program: str) -> tuple[str, ...]:
 
 LINK = "_povfarm"  # begins the names of the links to a project's directories
 _INI = "povfarm.ini"
-_LOG = "povray.txt"  # what POV-Ray for Windows prints
+_LOG = "povfarm.txt"  # what POV-Ray for Windows prints
 _OWN_FILES = re.compile(rf"pov\d+|.*\.pov-state|{_LOG}")  # POV-Ray's: pixels of a big image, states
 _IMAGE = "image"  # begins the names of what another program than POV-Ray makes
 _SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read

@@ -138,7 +138,7 @@ def test_windows_gets_pvengines_switches_and_paths(tmp_path: Path) -> None:
     assert command.argv == ("C:/POV-Ray/bin/pvengine64.exe", "/NR", "/RENDER",
                             str(run.place / "povfarm.ini"), "/EXIT")
     values = ini(command)
-    assert values["All_File"] == '"povray.txt"' or values["All_File"] == "povray.txt"
+    assert values["All_File"] == '"povfarm.txt"' or values["All_File"] == "povfarm.txt"
     assert "C:/POV-Ray/include" in "".join(command.files.values())
     assert not command.links
 
