@@ -58,9 +58,9 @@ CERTAIN: Dict[str, Dict[str, str]] = {
         "walk.pov": '#include "lib.inc"\nLoad("pos.txt")\n#declare Pos = Pos + 0.2;\n'
                     'Save("pos.txt")' + BALL,
         "lib.inc": f"#macro Load(N) {LOAD} #end\n#macro Save(N) {SAVE} #end\n"},
-    "a scene that adds to itself": {"walk.pov": (
-        '#fopen F "walk.pov" append\n#write (F, "sphere { ", frame_number, " * 0.3 * x, 0.3 '
-        'pigment { rgb y } finish { ambient 1 } }\\n")\n#fclose F\n')},
+    "a scene that writes itself anew": {"walk.pov": (
+        BALL.replace("Pos", "0") + '#fopen F "walk.pov" write\n#write (F, "camera { location -9*z } '
+        'sphere { 0, 2 pigment { rgb y } finish { ambient 1 } }\\n")\n#fclose F\n')},
     "photons of the first frame": {"walk.pov": """
 global_settings { photons { spacing 0.1
   #if (frame_number = 1) save_file "x.ph" #else load_file "x.ph" #end } }
