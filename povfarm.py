@@ -3408,8 +3408,8 @@ def _empty_directories(tree: _Tree, folders: Iterable[str],
 
 
 def scan_in_place(scene: str, library: Sequence[str], cwd: Path, outputs: Iterable[str],
-                  standard_dirs: Sequence[Path], ini_dirs: Sequence[Path] = (),
-                  confined: bool = True) -> tuple[Project, Mapping[str, Path], Collection[str]]:
+                  standard_dirs: Sequence[Path], ini_dirs: Sequence[Path] = (), *,
+                  values: Mapping[str, str] | None = None, confined: bool = True) -> tuple[Project, Mapping[str, Path], Collection[str]]:
     """Return a project that stays where it is: its tree is the whole file system.
 
     The arguments are those of ``collect_project``; a ``confined`` scene writes
@@ -3424,7 +3424,7 @@ def scan_in_place(scene: str, library: Sequence[str], cwd: Path, outputs: Iterab
     top = Path(search.cwd.anchor)
     tree = _Tree(search, top)
     scan = _Scan(tree, _Renders(search.cwd / name for name in outputs), reach, None)
-    scan.run(found, {}, ())
+    scan.run(found, values or {}, ())
     tree.settle()
     links: dict[str, Path] = {}
     for name, local in scan.garbled.items():
@@ -22994,7 +22994,8 @@ def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
     if options.command != "render" or options.lan:
         return collect, collect(), None
     project, links, directories = scan_in_place(
-        pov.scene, pov.library, cwd, outputs, standard, ini_dirs, not options.unconfined)
+        pov.scene, pov.library, cwd, outputs, standard, ini_dirs, values=pov.values,
+        confined=not options.unconfined)
     tree = Tree(Path(cwd.anchor), directories, links, _readable_places(options, cwd))
     return collect, project, InPlace(scratch / "cache", tree)
 

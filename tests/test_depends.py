@@ -160,6 +160,12 @@ def test_frames_that_read_what_others_write_run_in_order(
     assert "rendered in order" in said and "again" not in said
 
 
+def test_a_state_in_an_include_header_runs_in_order(povray: str, tmp_path: Path) -> None:
+    count = COUNT.replace("%s", '"pos.txt"')
+    files = {"walk.pov": BALL, "head.inc": count.replace(BALL, "")}
+    assert "rendered in order" in both(tmp_path, files, "+KFF4", "+HIhead.inc")
+
+
 @pytest.mark.parametrize("what", GUESSED)
 def test_they_begin_again_in_order_when_they_turn_out_to(
         what: str, povray: str, tmp_path: Path) -> None:
