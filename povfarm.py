@@ -3409,7 +3409,8 @@ def _empty_directories(tree: _Tree, folders: Iterable[str],
 
 def scan_in_place(scene: str, library: Sequence[str], cwd: Path, outputs: Iterable[str],
                   standard_dirs: Sequence[Path], ini_dirs: Sequence[Path] = (), *,
-                  values: Mapping[str, str] | None = None, confined: bool = True) -> tuple[Project, Mapping[str, Path], Collection[str]]:
+                  values: Mapping[str, str] | None = None, confined: bool = True,
+                  ) -> tuple[Project, Mapping[str, Path], Collection[str]]:
     """Return a project that stays where it is: its tree is the whole file system.
 
     The arguments are those of ``collect_project``; a ``confined`` scene writes
@@ -3838,7 +3839,7 @@ class _Tree:
     def place(self, path: str) -> str:
         """Return where a file or directory lies in the tree that it belongs to, such as ``.``."""
         for top, prefix in self._prefixes:
-            if path == top:
+            if path.rstrip(os.sep) == top:
                 return prefix.rstrip("/") or "."
             if path.startswith(top + os.sep):
                 return prefix + path[len(top) + 1:].replace(os.sep, "/")

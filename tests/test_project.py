@@ -896,6 +896,16 @@ def test_zip_stream_is_a_zip_of_the_same_bytes_each_time(tmp_path: Path) -> None
     assert zipfile.ZipFile(io.BytesIO(b"".join(povfarm.zip_stream([])))).namelist() == []
 
 
+def test_a_library_or_the_current_directory_may_be_the_top_of_all(tmp_path: Path) -> None:
+    make(tmp_path, {"s.pov": scene()})
+    top = Path(tmp_path.anchor)
+    for library, cwd in (([str(top)], tmp_path), ([], top)):
+        name = (tmp_path / "s.pov").relative_to(cwd).as_posix()
+        project, _, _ = povfarm.scan_in_place(name, library, cwd, (), OWN)
+        assert project.library == (".",) * len(library)
+        assert (top / project.run_dir).resolve() == cwd.resolve()
+
+
 def test_names_that_are_one_for_povray_are_told_apart(tmp_path: Path) -> None:
     make(tmp_path, {"gröxe.pov": scene(), "grüxe.pov": scene("a.inc"), "a.inc": INC})
     for name in ("gröxe.pov", "grüxe.pov"):
