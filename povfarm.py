@@ -3615,6 +3615,21 @@ def held_place(directory: Path, name: str, mode: int = 0) -> Iterator[Path]:
         yield Path(f"/proc/self/fd/{held}", place.name)
 
 
+@contextlib.contextmanager
+def held_as(directory: Path, real: Path) -> Iterator[Path]:
+    """Give a directory that leads where it led before, and does so until all is done."""
+    with writing(directory), contextlib.ExitStack() as stack:
+        place, found = directory, real_path(directory)
+        if sys.platform == "linux":
+            held = os.open(directory, os.O_DIRECTORY)
+            stack.callback(os.close, held)
+            place, found = (there := Path(f"/proc/self/fd/{held}")), there.readlink()
+        if found != real:
+            raise FarmError(f"{directory} leads elsewhere than when this began, to {found}: nothing "
+                            "is put there")
+        yield place
+
+
 # --- how far names lead
 
 _SYSTEM_DIRS = frozenset(["proc", "sys", "dev", "etc", "private"])  # macOS has etc in the last
@@ -23289,6 +23304,7 @@ class _Follower:
         self._stop = threading.Event()
         self._bar = ProgressBar(draft.name, sys.stderr)
         self._seen: set[str] = set()  # what POV-Ray said and was shown
+        self._place = real_path(draft.destination(draft.plan.frames[0]).parent)
         self._notice = ""
 
     def follow(self, job: int, event: int) -> int:
@@ -23401,8 +23417,9 @@ class _Follower:
             if self._draft.owners:
                 self._draft.owners.claim([to.name], replaces=True)
             if self._near is None:
-                self._client.download(f"{self._route}/frames/{frame}/image", to)
-                got.append(sha256_file(to))
+                with held_as(to.parent, self._place) as place:
+                    self._client.download(f"{self._route}/frames/{frame}/image", place / to.name)
+                    got.append(sha256_file(place / to.name))
             else:
                 _put_image(self._near / to.name, to)
                 self._draft.state(frame).unlink(missing_ok=True)

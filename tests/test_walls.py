@@ -22,7 +22,7 @@ import pytest
 
 import povfarm
 from helpers import farm as whole_farm
-from helpers.base import wait_until
+from helpers.base import POVFARM, wait_until
 from helpers.farm import run
 from helpers.farm_in_a_box import KEY, SCENE, FakeClock, Farm, farm_fixture, manifest, pov_job
 from helpers.trust import join_by
@@ -332,6 +332,36 @@ def test_nothing_is_put_through_a_link_that_comes_meanwhile(
     assert (home / "sub").is_symlink()
     assert sorted(path.name for path in (home.parent / "out").rglob("*")) == [
         "target.png", "target.txt", "x.txt"]
+
+
+@pytest.mark.slow
+def test_the_images_of_submit_go_through_no_link_that_comes_meanwhile(
+        povray: str, tmp_path: Path) -> None:
+    here, out = tmp_path / "project", tmp_path / "out"
+    for place in (here / "sub", out):
+        place.mkdir(parents=True)
+    (out / "photo.png").write_bytes(b"mine")
+    (here / "s.pov").write_text(whole_farm.STILL)
+    (here / "s.ini").write_text(
+        "Input_File_Name=s.pov\nWidth=8\nHeight=6\nOutput_File_Name=photo.png\n")
+    farm = whole_farm.Farm(tmp_path)
+    try:
+        waits = whole_farm.subprocess.Popen(
+            [*POVFARM, "submit", "s.ini", "--wait", "--output", "sub"], cwd=here, stderr=whole_farm.subprocess.PIPE,
+            env=whole_farm.environment(tmp_path), text=True)
+        farm.processes.append(waits)
+        assert waits.stderr is not None
+        wait_until(lambda: farm.client.get("/api/v1/jobs")["jobs"])
+        heard = waits.stderr.readline()  # it follows the job
+        (here / "sub").rename(here / "moved")
+        (here / "sub").symlink_to(out)
+        farm.work("--until-idle")
+        said = heard + waits.stderr.read()
+        assert waits.wait(60) == 1 and "leads elsewhere" in said, said
+    finally:
+        farm.close()
+    assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [("photo.png", b"mine")]
+    assert not list((here / "moved").iterdir())
 
 
 @pytest.mark.slow
