@@ -3625,8 +3625,8 @@ def held_as(directory: Path, real: Path) -> Iterator[Path]:
             stack.callback(os.close, held)
             place, found = (there := Path(f"/proc/self/fd/{held}")), there.readlink()
         if found != real:
-            raise FarmError(f"{directory} leads elsewhere than when this began, to {found}: nothing "
-                            "is put there")
+            raise FarmError(f"{directory} leads elsewhere than when this began, to {found}: "
+                            "nothing is put there")
         yield place
 
 
