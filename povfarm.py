@@ -13774,10 +13774,12 @@ class Dialect:
         """Deliver all that was given, also where others were given its lower rows since."""
         with self._store.read() as tx:
             height = tx.job(attempt.job).pov.options.height
+        self._farm.beat(worker, {}, 0.0)  # with nothing in hand it may be silent for less long
         self._farm.finish(worker, attempt.lease, attempt.task, image, text, cost,
                           attempt.given or height)
 
     def _fail(self, worker: int, attempt: Attempt, message: str, text: bytes = b"") -> None:
+        self._farm.beat(worker, {}, 0.0)
         if attempt.state == AttemptState.LIVE:
             self._farm.fail(worker, attempt.lease, attempt.task, message, text, False)
 
@@ -13875,6 +13877,9 @@ class Httpov(Dialect):
         if request.identity != GUEST:
             return ["error=the key is wrong: set HP_GROUP to the one that 'povfarm.py serve "
                     "--httpov' prints"]
+        if "key" in request.params and request.query.get("version", "").startswith("2."):
+            return ["error=the Python client delivers nothing with a key in HP_SERVER: "
+                    "set HP_GROUP to the key"]  # it would render first, and then end
         if not _CLIENT_VERSION.fullmatch(request.query.get("version", "")):
             return ["command=sleep", "message=HTTPov client 1.0 or later required."]
         if command not in _COMMANDS:
@@ -24721,7 +24726,8 @@ def _greet(coordinator: Coordinator, options: Options, engine: Engine | None,
         f"povfarm.py work --server {address}{pin}",
         "  let them in by their codes:  povfarm.py admit CODE",
         *(["  make HTTPov clients join:    mkdir -p ~/.httpovclient && printf 'HP_SERVER=\"%s\"\\n"
-           f"HP_GROUP=\"%s\"\\n' {address.removeprefix('http://')} {coordinator.access.guest_key} "
+           "HP_GROUP=\"%s\"\\nsleepmax=30\\nHP_TRYTIMES=0\\nHP_VERPER=9999999999\\n' "
+           f"{address.removeprefix('http://')} {coordinator.access.guest_key} "
            ">> ~/.httpovclient/prefs"] if options.httpov else []),
         *(["  start SheepIt clients:       java -jar sheepit-client.jar -ui text -server "
            f"{address} -login {ADMIN} -password {sheepit_password(secret_hash(coordinator.key))}"]

@@ -29,7 +29,8 @@ from helpers.pictures import chunk, png, png_file, png_rows
 from povfarm import Coordinator, Httpov, JobOptions, PovJob, Router
 
 WHO = "client=anna:17&version=1.2"
-OTHER = "client=bob:4&version=2.2"
+OTHER = "client=bob:4&version=1.2"
+PYTHON = "client=eva:4&version=2.2"
 RECORDED = ROOT / "tests" / "data" / "httpov"
 
 
@@ -104,7 +105,7 @@ def farm_fixture(tmp_path: Path) -> Iterator[OldFarm]:
 # --- letting in
 
 def test_the_key_is_in_the_path_or_the_name_of_the_group(farm: OldFarm) -> None:
-    key, hello = farm.guest_key, "command=hello&client=a:1&version=2.2"
+    key, hello = farm.guest_key, "command=hello&client=a:1&version=1.2"
     assert re.fullmatch("[0-9a-f]{32}", key) and key not in KEY and KEY not in key
     for method in ("GET", "POST"):
         for target in (f"/{key}/httpov.php?{hello}", f"/httpov.php?{hello}&cgroup={key}",
@@ -112,6 +113,14 @@ def test_the_key_is_in_the_path_or_the_name_of_the_group(farm: OldFarm) -> None:
             reply = farm.ask(method, target, key=None)
             assert (reply.status, reply.body) == (
                 200, b"message=HTTPov server version 0.8 ready.\n"), target
+
+
+def test_a_python_client_with_the_key_in_its_address_ends_before_it_renders(farm: OldFarm) -> None:
+    """It fetches and renders with such an address, and ends when it is to deliver the picture."""
+    farm.submit(1)
+    assert farm.get("getjob", PYTHON).startswith("error=the Python client delivers nothing")
+    reply = farm.ask("GET", f"/httpov.php?command=getjob&{PYTHON}&cgroup={farm.guest_key}", key=None)
+    assert reply.body.startswith(b"command=getbatch\n")
 
 
 def test_any_other_key_is_told_where_it_belongs_and_slowed_down(farm: OldFarm) -> None:
@@ -176,13 +185,16 @@ def test_one_command_makes_both_clients_join(
         for _ in range(2):
             subprocess.run(["bash", "-c", command[1]], env={"HOME": str(tmp_path), "PATH": os.defpath},
                            check=True)
-        wanted = [f"127.0.0.1:{farm.port}", farm.access.guest_key, "mine"]
+        wanted = [f"127.0.0.1:{farm.port}", farm.access.guest_key, "mine", "30", "0"]
+        numbers = ("sleepmax", "HP_TRYTIMES")
         shown = subprocess.run(
-            ["bash", "-c", f'. {prefs}; echo "$HP_SERVER $HP_GROUP $HP_POV"'], check=True,
+            ["bash", "-c", f'. {prefs}; echo "$HP_SERVER $HP_GROUP $HP_POV" '
+             '$sleepmax $HP_TRYTIMES; test $(date +%s) -lt $HP_VERPER'], check=True,
             capture_output=True, text=True).stdout.split()
         names: Dict[str, str] = {}
         exec(prefs.read_text(), names)  # as the Python client reads it
-        assert shown == [names["HP_SERVER"], names["HP_GROUP"], names["HP_POV"]] == wanted
+        assert wanted == shown == [names["HP_SERVER"], names["HP_GROUP"], names["HP_POV"],
+                                   *(str(names[name]) for name in numbers)]
     finally:
         farm.stop()
 
@@ -194,7 +206,7 @@ def test_one_command_makes_both_clients_join(
     (f"command=getjob&{WHO}", "command=sleep\n"),
     ("command=getjob&client=a:1&version=1.1",
      "command=sleep\nmessage=HTTPov client 1.2 or later recommended.\n"),
-    ("command=getjob&client=a:1&version=2.2.1", "command=sleep\n"),
+    ("command=getjob&client=a:1&version=3.2.1", "command=sleep\n"),
     (f"command=getbatch&job=1&{WHO}", "command=getjob\n"),
     (f"command=getbatch&job=x&{WHO}", "command=getjob\n"),
     ("command=getbatch&job=1&client=a:1&version=1.0", "command=getjob\n"),
@@ -444,6 +456,18 @@ def test_a_client_that_says_every_minute_that_it_renders_keeps_its_batch(farm: O
     farm.clock.advance(2)
     farm.scheduler.expire()
     assert farm.states(job)[0] == "queued" and not farm.scheduler.live_workers()
+
+
+def test_a_client_that_has_delivered_is_there(farm: OldFarm) -> None:
+    """It asks for the next batch a moment later, and was silent for long while it rendered."""
+    job = farm.submit(3)
+    for deliver in (lambda batch: farm.post(batch["batch"], frames(int(batch["startframe"]))),
+                    lambda batch: farm.post(batch["batch"], {"none.txt": b""})):
+        batch = farm.batch(job)
+        farm.clock.advance(59)
+        deliver(batch)
+        assert [view["state"] for view in farm.ask("GET", "/api/v1/workers").json()["workers"]] == [
+            "idle"]
 
 
 def test_fetching_the_archive_may_take_as_long(farm: OldFarm) -> None:
