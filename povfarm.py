@@ -12046,6 +12046,7 @@ MAX_IMAGE = 1 << 30  # bytes
 MAX_LOG = 4 << 20  # bytes: six for each of KEPT_LETTERS
 MAX_BLOB = 1 << 40  # bytes
 SESSION_TIME = 12 * 3600.0  # seconds that a login in a browser lasts
+MAX_LOGINS = 100  # links, and browsers, of one person at a time
 FREE_TRIES = 5  # wrong keys from an address before they are answered more and more slowly,
 SLOWEST = 2.0  # seconds at last; forgotten after a minute without one
 MAX_HELD = 4  # of an address at a time: while they wait, it gets no other key looked at
@@ -12195,10 +12196,13 @@ class Access:
         return f"/-{derived(session, 'place')[:16]}"
 
     def _issue(self, ends: dict[str, tuple[float, str]], name: str, seconds: float) -> str:
-        """Return a new secret, noted with its end; those that have ended are forgotten."""
+        """Return a new secret, noted with its end; those that have ended, and more than many of one
+        name, are forgotten."""
         secret, now = secrets.token_urlsafe(24), self._clock.monotonic()
         with self._lock:
-            for old in [one for one, (end, _) in ends.items() if end < now]:
+            over = [one for one, (end, _) in ends.items() if end < now]
+            mine = [one for one, (_, whose) in ends.items() if whose == name]
+            for old in {*over, *mine[:1 - MAX_LOGINS]}:
                 del ends[old]
             ends[secret_hash(secret)] = now + seconds, name
         return secret

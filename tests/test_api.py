@@ -225,6 +225,23 @@ def test_a_login_code_is_good_once_and_for_ten_minutes(farm: Farm) -> None:
         farm.access.log_in(late)
 
 
+def test_one_person_has_so_many_links_and_browsers_and_takes_those_of_nobody_else(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "MAX_LOGINS", 3)
+    access = farm.access
+    others = access.log_in(access.login_code("anna")), access.login_code("anna")
+    codes = [access.login_code() for _ in range(5)]
+    for code in codes[:2]:
+        with pytest.raises(ProtocolError):
+            access.log_in(code)
+    sessions = [access.log_in(code) for code in codes[2:]]
+    sessions.append(access.log_in(access.login_code()))
+    known = access._sessions.keys()
+    assert [povfarm.secret_hash(one) in known for one in (*sessions, others[0])] == [
+        False, True, True, True, True]
+    assert access.log_in(others[1]) and len(access._codes) == 0
+
+
 def test_a_form_holds_the_token_of_its_own_browser(farm: Farm) -> None:
     mine, other = browser(farm), browser(farm)
     fields = {**mine, "content-type": "application/x-www-form-urlencoded"}
