@@ -14124,6 +14124,7 @@ def uploaded(request: Request, name: str) -> Iterator[bytes]:
 # cookie is made of the worker's number; a request for a job is held open.
 
 SESSION_WAIT = 6 * 3600.0  # seconds that a request for a job is held open
+BLANK_PERIOD = 25.0  # seconds: clients of 2020 hang up when they hear nothing for 60
 BEAT_PERIOD = 120  # seconds of the protocol: with so few, clients tell every 60 that they render
 QUIET_TIME = 1020.0  # seconds: those since the end of 2019 tell every 900; they write no <?xml
 MAX_CLIENTS = 500  # of one login
@@ -14136,6 +14137,7 @@ _PATHS = {"validate-job": "/server/send_frame.php", "request-job": "/server/requ
 _ELEMENTS = {"config": ("config", 999), "request_job": ("jobrequest", 204),
              "send_frame": ("jobvalidate", 303), "error": ("error", 999),
              "keepmealive": ("keepmealive", 999)}
+_XML = '<?xml version="1.0" encoding="utf-8" ?>\n'
 _KILLED = ("14", "22")  # errors of a client whose render was stopped
 
 
@@ -14145,6 +14147,10 @@ class _Said(NamedTuple):
     status: int = 0
     inside: str = ""
     cookie: str = ""
+
+    def element(self, what: str) -> str:
+        more = {"publickey": ""} if what == "config" else {}  # or those since 2019 do not log in
+        return _tag(_ELEMENTS[what][0], {"status": self.status, **more}, self.inside)
 
 
 class Sheepit(Dialect):
@@ -14177,19 +14183,31 @@ class Sheepit(Dialect):
             return self._download(request, _values(request))
         if what not in _ELEMENTS:
             raise ProtocolError(404, f"there is no {request.path} here")
-        root, trouble = _ELEMENTS[what]
-        try:
-            said = getattr(self, f"_{what}")(
-                request, request.query if what == "request_job" else _values(request))
-        except (FarmError, OSError) as error:
-            log.warning("SheepIt client at %s: %s: %s", request.remote, what, error)
-            said = _Said(trouble)
-        more = {"publickey": ""} if what == "config" else {}  # or those since 2019 do not log in
-        response = text_response('<?xml version="1.0" encoding="utf-8" ?>\n' + _tag(
-            root, {"status": said.status, **more}, said.inside), mime="text/xml")
+        if what == "request_job":
+            body = request.body.read()  # or nobody seems to go away
+            answers = self._answers(request, body)
+            return (stream_response(answers, "text/xml") if body.startswith(b"<cache")
+                    else text_response(b"".join(answers).decode(), mime="text/xml"))
+        said = self._said(what, request, _values(request))
+        response = text_response(_XML + said.element(what), mime="text/xml")
         if said.cookie:
             response.headers["Set-Cookie"] = said.cookie
         return response
+
+    def _said(self, what: str, request: Request, *given: Any) -> Any:
+        try:
+            return getattr(self, f"_{what}")(request, *given)
+        except (FarmError, OSError) as error:
+            log.warning("SheepIt client at %s: %s: %s", request.remote, what, error)
+            return _Said(_ELEMENTS[what][1])
+
+    def _answers(self, request: Request, body: bytes) -> Iterator[bytes]:
+        """Yield blanks until there is a frame: one that was not delivered yet, or a new one."""
+        yield _XML.encode()
+        end = self._farm.clock.monotonic() + SESSION_WAIT
+        while (said := self._said("request_job", request, body, end)) is None:
+            yield b" "
+        yield said.element("request_job").encode()
 
     @route("GET", "/account.php", role="anyone", summary="A SheepIt client ends")
     def log_out(self, request: Request) -> Response:
@@ -14227,22 +14245,24 @@ class Sheepit(Dialect):
             "[1-9][0-9]{0,3}", values.get("cpu_cores", ""))
         return 0 if good else 104
 
-    def _request_job(self, request: Request, values: Mapping[str, str]) -> _Said:
-        """Answer when there is a frame: one that was not delivered yet, or a new one."""
-        member, body = self._member(request), request.body.read()  # or nobody seems to go away
+    def _request_job(self, request: Request, body: bytes, end: float) -> _Said | None:
+        """Answer when there is a frame, or at the ``end``; None when it is to be asked again."""
+        member, values = self._member(request), request.query
         refusal = self._refusal(member, values)
         if member is None or refusal:
             return _Said(refusal)
         self._farm.receive(member.id, self._quiet if body.startswith(b"<cache") else self._guest)
-        held = self._held(member.id)
+        held, began = self._held(member.id), self._farm.clock.monotonic()
         if held is None:
-            self._farm.lease(member.id, Offer(1, 1, 1), SESSION_WAIT, request.alive)
+            self._farm.lease(member.id, Offer(1, 1, 1), BLANK_PERIOD, request.alive)
             held = self._held(member.id)
             if refusal := self._refusal(self._member(request), values):  # meanwhile
                 self._farm.leave(member.id)
                 return _Said(refusal)
-        if held is None:  # when we stop, the client is to come again soon
-            return _Said(200 if request.alive() else 204)
+        if held is None:  # when we stop, it is to come in 5 minutes, not in 15 as after 204
+            now = self._farm.clock.monotonic()  # the lease ends early when it has logged out
+            waits = request.alive() and began + BLANK_PERIOD <= now < end
+            return None if waits else _Said(200 if request.alive() else 999)
         return _Said(0, self._task(held, request) + self._stale(body))
 
     def _download(self, request: Request, values: Mapping[str, str]) -> Response:

@@ -338,7 +338,7 @@ def test_every_refusal_of_a_job_request(farm: Flock) -> None:
     cookie = farm.client(hostname="nothing")
     assert farm.status("request_job", {"computemethod": "1"}, cookie) == 200  # after hours
     assert farm.clock.mono > 1000 + povfarm.SESSION_WAIT - 1
-    assert farm.status("request_job", {}, cookie, alive=lambda: False) == 204
+    assert farm.status("request_job", {}, cookie, alive=lambda: False) == 999
     farm.submit(3)
     assert farm.status("request_job", {"computemethod": "2"}, cookie) == 205
     assert farm.status("request_job", {}, farm.client(os="windows")) == 205
@@ -364,6 +364,20 @@ def test_a_request_is_held_open_until_there_is_work(farm: Flock) -> None:
     assert 200 < farm.clock.mono - began < 300
 
 
+def test_who_hangs_up_after_a_minute_of_silence_hears_blanks_until_there_is_work(
+        farm: Flock) -> None:
+    """So do clients of 2020: what they say of their cache is XML that begins otherwise."""
+    cookie = farm.client()
+    farm.clock.meanwhile.extend([lambda: None] * 9 + [lambda: farm.submit(2)])
+    began = farm.clock.mono
+    reply = farm.send("request_job", {"computemethod": "1"}, cookie, b"<cache/>")
+    head, blanks, _ = re.split(rb"( *)(?=<jobrequest)", reply.body, maxsplit=1)
+    assert head == b'<?xml version="1.0" encoding="utf-8" ?>\n'
+    assert ElementTree.fromstring(reply.body).attrib["status"] == "0"
+    assert 200 < farm.clock.mono - began < 30 * (len(blanks) + 1)
+    assert farm.status("request_job", {}, farm.client(), b"<cache/>", alive=lambda: False) == 999
+
+
 def test_an_answer_that_was_lost_is_given_again(farm: Flock) -> None:
     farm.submit(3)
     cookie = farm.client()
@@ -380,7 +394,7 @@ def test_a_job_that_clients_would_render_otherwise_is_not_given_to_them(
         values: Dict[str, str], options: Dict[str, Any], uses: Tuple[str, ...],
         farm: Flock) -> None:
     farm.submit(4, values=values, uses=uses, **options)
-    assert farm.status("request_job", {}, farm.client(), alive=lambda: farm.clock.mono < 2000) == 204
+    assert farm.status("request_job", {}, farm.client(), alive=lambda: farm.clock.mono < 2000) == 999
     assert farm.ask("GET", "/api/v1/jobs/1").json()["waiting_for"] == (
         "the clients of other systems that are there do not get it (see the manual): start a "
         "worker with 'povfarm.py work'")
@@ -406,7 +420,7 @@ def test_a_client_has_one_frame_at_a_time_however_cheap(farm: Flock) -> None:
         assert farm.states(job).count("leased") == 1
         assert farm.deliver(task, cookie, rendertime="0") == 0
     assert given == list(range(1, 61)) and farm.state(job) == "done"
-    assert farm.status("request_job", {}, cookie, alive=lambda: False) == 204
+    assert farm.status("request_job", {}, cookie, alive=lambda: False) == 999
 
 
 def test_a_session_outlives_a_restart(tmp_path: Path) -> None:
