@@ -11845,7 +11845,8 @@ class Scheduler:
             tx.begin_turn(row.owner, options.priority)
             tx.set_job_options(job, _check_options(row.pov, options))
             text = ", ".join(
-                f"{name} = {('no', 'yes')[value] if isinstance(value, bool) else value}"
+                f"{JOB_OPTIONS[name].name} = "
+                f"{('no', 'yes')[value] if isinstance(value, bool) else value}"
                 for name, value in changes.items())
             self._states.tell(tx, "changed", text, job)
             self._states.news.work = math.inf
@@ -15079,6 +15080,7 @@ LOG_SHOWN = 50_000  # characters of POV-Ray's text on a page
 SCENE_SHOWN = 4_000_000  # bytes up to which a file is read for the line with an error
 TRIES_SHOWN = 20  # of a frame, the newest
 TIMES_SHOWN = 240  # frames whose times are drawn
+_THIS_COMPUTER = r"https?://(?:localhost|127\.|\[::1\])"  # so begins what only this one reaches
 
 Node = Union[None, str, int, Iterable["Node"]]
 View = Mapping[str, Any]
@@ -15511,7 +15513,7 @@ class _Sheets:
     def _join(self, request: Request) -> Html:
         """Return what to type to bring one more computer."""
         server = self._here(request)
-        here = re.match(r"https?://(localhost|127\.|\[::1\])", server)
+        here = re.match(_THIS_COMPUTER, server)
         return _section(
             "Add a computer",
             element("p", "Any computer with Python and POV-Ray can help. "
@@ -16023,7 +16025,9 @@ class Desk(_Sheets):
             for row in invited]
         with self._store.read() as tx:
             everybody = self._farm.people.allowance(tx, "")
-        command = f"povfarm.py login --server {self._here(request)} --code CODE"
+        server = f"--server {self._here(request)} "
+        away = re.sub(rf"--server {_THIS_COMPUTER}\S* ", "", server)  # another one finds the farm
+        command = f"povfarm.py login {away}--code CODE --user NAME"
         return [
             _section("Invited", element("p", "On a computer of theirs they type:"),
                      _typed_there(command), _table_of(
@@ -22463,6 +22467,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _say(f"{error.filename or 'the disk'} cannot be used: {error.strerror}", logging.ERROR)
         return 1
+    finally:
+        if arguments is None and threading.current_thread() is threading.main_thread():
+            for number in _stop_signals():
+                signal.signal(number, signal.SIG_DFL)  # Python ends, and would show a traceback
 
 
 def _let_go() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,15 @@ def test_doctor_says_why_a_disk_is_of_no_use(
     monkeypatch.setattr(povfarm, "_is_writable", lambda place: False)
     assert main(["doctor"]) == 1
     assert re.search(r"NO +disk .* may not write: choose .* --data", capsys.readouterr().out)
+
+
+def test_a_signal_while_python_ends_shows_no_traceback() -> None:
+    ending = ("import os, signal, sys, threading, povfarm; sys.argv = ['povfarm.py', 'help'];"
+              "threading._register_atexit(os.kill, os.getpid(), signal.SIGINT);"
+              "sys.exit(povfarm.main())")
+    ended = subprocess.run([sys.executable, "-c", ending], cwd=ROOT, capture_output=True, text=True,
+                           check=False)
+    assert ended.returncode == -signal.SIGINT and ended.stderr == ""
 
 
 class Terminal(io.StringIO):

@@ -259,6 +259,9 @@ def test_the_admin_invites_changes_and_removes_by_forms(house: House) -> None:
     values: Dict[str, str] = {"role": "user", "jobs": "0", "frames": "0", "priority": "0",
                               "workers": "3", "space": "5G"}
     assert house.press("/people/invite", uses="30", **values).status == 303
+    told = house.page("/people").text
+    assert "login --" in told and "--code CODE --user NAME" in told
+    assert "127.0.0.1" not in told, "an address that no other computer reaches"
     with house.farm.store.read() as tx:
         invitation, = tx.people(invited=True)
     assert invitation.limits == {"workers": 3, "space": 5_000_000_000} and invitation.uses == 30

@@ -1016,8 +1016,8 @@ def test_the_options_of_a_job_are_a_form(farm: Farm) -> None:
     with farm.store.read() as tx:
         assert tx.job(job).options.priority == 7
         assert [event.text for event in tx.events(0, 99) if event.what == "changed"] == ["priority = 7"]
-    farm.scheduler.change(job, {"bring": True, "priority": 1})
-    assert "bring = yes, priority = 1" in farm.page("/").text
+    farm.scheduler.change(job, {"bring": True, "retry_limit": 1})
+    assert "bring = yes, retries = 1" in farm.page("/").text
 
 
 def test_frames_that_are_named_are_rendered_again(farm: Farm) -> None:
