@@ -284,13 +284,18 @@ def atomic_write(path: Path, data: bytes, mode: int = 0o644) -> None:
     sync_directory(path.parent)
 
 
+def plain_reason(error: Exception) -> str:
+    """Return what an error says to a person: without its number."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an ``OSError`` while a file is made into a ``FarmError`` that names it."""
     try:
         yield
     except OSError as error:
-        raise FarmError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise FarmError(f"{path} cannot be written: {plain_reason(error)}") from error
 
 
 def derived(secret: str, *words: str) -> str:
@@ -3480,8 +3485,7 @@ def read_zip(path: Path, into: Path, most: int = MAX_ZIP_SIZE) -> None:
                 _unpack(archive, unpacked, path.stat().st_size, most)
             unpacked.rename(into)
     except (OSError, UserError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be unpacked: {why}") from None
+        raise UserError(f"{path} cannot be unpacked: {plain_reason(error)}") from None
 
 
 def find_project(path: Path) -> Path:
@@ -8268,7 +8272,8 @@ class Store:
                 raise
             self._flush_log = SharedFlush(lambda: os.fsync(self._log.fileno()))
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"the data directory {root} cannot be used: {error}") from None
+            why = plain_reason(error)
+            raise StoreError(f"the data directory {root} cannot be used: {why}") from None
 
     def close(self) -> None:
         """Close every connection, those in use as soon as they no longer are."""
@@ -8479,7 +8484,7 @@ class Store:
                     break
             part.replace(to)
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"the backup in {to} cannot be made: {error}") from None
+            raise StoreError(f"the backup in {to} cannot be made: {plain_reason(error)}") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return missing
@@ -17928,7 +17933,7 @@ def _tls_context(certificate: Path, key: Path) -> tuple[ssl.SSLContext, str]:
         der = ssl.PEM_cert_to_DER_cert("".join(found[:1]))
     except (OSError, ValueError) as error:
         raise UserError(f"the certificate {certificate} with the key {key} cannot be used: "
-                        f"{getattr(error, 'reason', None) or error}") from None
+                        f"{getattr(error, 'reason', None) or plain_reason(error)}") from None
     return context, hashlib.sha256(der).hexdigest()
 
 
@@ -19202,8 +19207,9 @@ def _split_url(base_url: str) -> urllib.parse.SplitResult:
 
 
 def _gone(base_url: str, error: Exception) -> ServerGone:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ServerGone(f"{base_url} does not answer ({reason}): is 'serve' running there?")
+    cure = ("no computer is known by this name here: give its address"
+            if isinstance(error, socket.gaierror) else "is 'serve' running there?")
+    return ServerGone(f"{base_url} does not answer ({plain_reason(error)}): {cure}")
 
 
 def _to_json(value: Any) -> bytes:
@@ -22713,7 +22719,7 @@ def _beside(label: str, text: str) -> str:
         if number % 2:
             lines += [_typed(part), ""]
             continue
-        for word in _typed(part).split():
+        for word in _typed(part).lstrip(", ").split():
             if lines[-1] and _columns(f"{lines[-1]} {word}") > room:
                 lines.append("")
             lines[-1] += f" {word}" if lines[-1] else word

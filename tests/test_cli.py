@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +233,16 @@ def test_doctor_says_why_a_disk_is_of_no_use(
     monkeypatch.setattr(povfarm, "_is_writable", lambda place: False)
     assert main(["doctor"]) == 1
     assert re.search(r"NO +disk .* may not write: choose .* --data", capsys.readouterr().out)
+
+
+def test_the_name_of_a_farm_is_no_address_of_a_computer(
+        capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(-2, "Name unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert main(["status", "--server", "studio"]) == 1
+    assert "(Name unknown): no computer is known by this name" in capsys.readouterr().err
 
 
 def test_a_signal_while_python_ends_shows_no_traceback() -> None:

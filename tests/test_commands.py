@@ -736,6 +736,8 @@ def test_commands_have_lines_of_their_own_and_are_never_broken(
     out, _ = farm.says("status", job)
     command = f"povfarm.py set {job} povray=any"
     assert command in [line.strip() for line in out.splitlines()] and widest(out) <= 80
+    assert povfarm._beside("", "type 'povfarm.py a', or 'povfarm.py b'").splitlines() == [
+        "type", "povfarm.py a", "or", "povfarm.py b"]
     place = "a/" * 50
     monkeypatch.setattr(povfarm, "_command_typed", f"povfarm.py {{}} --data {place}".format)
     for words in ([], [job]):

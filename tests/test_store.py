@@ -593,6 +593,8 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(
         Store.backup(tmp_path / "nowhere", tmp_path / "copy")
     with pytest.raises(UserError, match="already"):
         Store.backup(farm.root, tmp_path)
+    with pytest.raises(StoreError, match="copy cannot be made: Is a dir"):
+        Store.backup(farm.root, farm.root / "farm.key" / "copy")
     farm.submit()
     monkeypatch.setattr(povfarm.os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "EXDEV")))
     monkeypatch.setattr(povfarm.shutil, "copy2", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
