@@ -17845,8 +17845,8 @@ class Deliverer(Messenger):
                 to = to.with_name(f"{to.stem}-{one.sha256[:8]}{to.suffix}")  # that is not ours
             if has_hash(to, one.sha256):
                 return True
-            with placed(to) as part, open(part, "xb") as file:
-                file.writelines(file_blocks(source))
+            with placed(to) as part, open(part, "xb") as file, open(source, "rb") as made:
+                shutil.copyfileobj(made, file)
                 file.flush()
                 if not has_hash(part, one.sha256):
                     raise NotFound("it is rendered again just now")

@@ -376,10 +376,10 @@ def test_a_drive_that_is_away_or_full_gets_its_images_later(
     """Nothing is written in its place, nothing is left half, and nothing of it is deleted."""
     to, away = tmp_path / "drive", tmp_path / "away"
     to.mkdir()
-    copy = shutil.copyfile
+    copy = shutil.copyfileobj
 
     def full(source: Any, part: Any) -> None:
-        Path(part).write_bytes(b"half")
+        part.write(b"half")
         raise OSError(28, "No space left on device")
 
     with delivering(farm, to):
@@ -393,12 +393,12 @@ def test_a_drive_that_is_away_or_full_gets_its_images_later(
         farm.clock.advance(2 * DAY)
         farm.scheduler.tidy(Keeping.of("1d"))
         assert there(farm) == {second} and not list(to.iterdir())
-        monkeypatch.setattr(shutil, "copyfile", full)
+        monkeypatch.setattr(shutil, "copyfileobj", full)
         to.rmdir()
         away.rename(to)
         wait_until(lambda: "No space left on device" in caplog.text)
         assert due(farm) == 2 and not list(to.glob("*/.*.part"))
-        monkeypatch.setattr(shutil, "copyfile", copy)
+        monkeypatch.setattr(shutil, "copyfileobj", copy)
         wait_until(lambda: not due(farm))
         assert same(farm, second, to)
         wait_until(lambda: "again" in caplog.text)
@@ -428,12 +428,12 @@ def test_a_farm_delivers_after_a_restart_what_is_missing_and_starts_without_its_
 
 def test_an_image_that_changes_while_it_is_copied_is_copied_again(
         farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy, wrong = shutil.copyfile, [b"another", b"another"]
+    copy, wrong = shutil.copyfileobj, [b"another", b"another"]
 
     def changing(source: Any, part: Any) -> Any:
-        return Path(part).write_bytes(wrong.pop()) if wrong else copy(source, part)
+        return part.write(wrong.pop()) if wrong else copy(source, part)
 
-    monkeypatch.setattr(shutil, "copyfile", changing)
+    monkeypatch.setattr(shutil, "copyfileobj", changing)
     with delivering(farm, tmp_path):
         job = made(farm, 1)
         wait_until(lambda: not due(farm))
