@@ -21877,6 +21877,7 @@ def status(options: Options) -> int:
         return _show(options, views, _table([("frame", "state", "start", "end", "worker"), *(
             (one["frame"], one["state"], _date(one["started"]), _date(one["finished"]),
              one["worker"] or "") for one in views)], 4))
+    shown: Any = None
     while True:
         farm = client.get("/api/v1/farm")
         if farm["notice"]:
@@ -21886,15 +21887,16 @@ def status(options: Options) -> int:
         mine = f"?owner={urllib.parse.quote(farm['you'], safe='')}" if options.mine else ""
         jobs = ([client.get(f"/api/v1/jobs/{job}") for job in named]
                 or client.get(f"/api/v1/jobs{mine}")["jobs"])
-        if _is_one(options.rest):
+        if shown not in (None, jobs) and not options.json:
+            print(f"\n--- {_date(time.time())}")
+        if jobs != shown and _is_one(options.rest):
             _show(options, jobs[0], _job_facts(jobs[0], None if options.server else options.data))
-        else:
+        elif jobs != shown:
             _show(options, jobs, _job_table(jobs))
         if not options.watch:
             return 0
+        shown = jobs
         client.request("GET", f"/api/v1/events?after={farm['event']}&wait=30", timeout=60)
-        if not options.json:
-            print(f"\n--- {_date(time.time())}")
 
 
 @command("workers", "[pause | drain | resume | remove NAME|ID]",
