@@ -4166,9 +4166,10 @@ class _Scan:
         for path in (*self._texts, *(path for path, macros in self._writers.items() if macros)):
             flow.read(_decoded(path.read_bytes()))
         uses = flow.live()
-        written = {name for how, one in uses if how in _WRITING for name in flow.names(one)}
+        written = {self._real(name) for how, one in uses if how in _WRITING
+                   for name in flow.names(one)}
         for folder in self._search.directories:  # what is written there is found there, too
-            place = f"{_below(folder, self._search.cwd)}/" if folder else "/"
+            place = f"{_below(real_path(folder), self._search.cwd)}/" if folder else "/"
             written |= {name._replace(text=name.text[len(place):]) for name in written
                         if name.text.startswith(place)}
         read = {(how, name) for how, one in uses if how not in ("write", "save_file")
@@ -4181,7 +4182,7 @@ class _Scan:
             elif how != "#include" and (self._renders.has(name.text) if name.whole
                                         else self._renders.counts_from(name.text)):
                 self.uses.add("own-output")
-            tried |= {name._replace(text=text) for text in (
+            tried |= {self._real(name._replace(text=text)) for text in (
                 _candidates(how, name.text) if name.whole else [name.text])}
         whole, exact = ({name for name in names if name.whole} for names in (written, tried))
         most = _MANY**2 // max(len(written), len(tried), _MANY)  # beyond which it is any name
@@ -4191,6 +4192,16 @@ class _Scan:
             self.uses |= {"own-output", "own-files"}
         self.reads |= {name for name in exact - whole if any(map(name.may_be, patterns))}
         self.reads |= {name for name in vague if any(map(name.may_be, whole | patterns))}
+
+    def _real(self, name: _Name) -> _Name:
+        """Return a name without links and detours, as two names may be of one file."""
+        cwd, text = self._search.cwd, name.text
+        with contextlib.suppress(ValueError):
+            folder = text if name.whole or is_directory(cwd / text) else text.rpartition("/")[0]
+            if folder:
+                real = os.path.relpath(os.path.realpath(cwd / folder), cwd)
+                text = f"{real}{text[len(folder):]}".replace(os.sep, "/").removeprefix("./")
+        return name._replace(text=text)
 
     def _append(self, name: _Name) -> None:
         """Take the file along, for the run's own directory, that the scene appends to."""

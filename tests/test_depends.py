@@ -205,6 +205,13 @@ def test_frames_that_may_need_others_are_found(
     assert depends(tmp_path, NOT_ALONE[what])
 
 
+def test_two_names_of_one_file_are_seen_to_be_of_one(povray: str, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for read, written in (("x.inc", f"../{tmp_path.name}/x.inc"), ("link/x.inc", "real/x.inc")):
+        assert depends(tmp_path, f'#include "{read}"\n#fopen F "{written}" write #fclose F')
+
+
 def test_in_order_no_is_obeyed_and_the_failure_names_the_cure(
         farm: Farm, tmp_path: Path) -> None:
     files = GUESSED["without the file of another frame it fails"]
