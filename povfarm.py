@@ -4205,7 +4205,7 @@ class _Scan:
 
     def _append(self, name: _Name) -> None:
         """Take the file along, for the run's own directory, that the scene appends to."""
-        for read in _garbled(name.text):
+        for read in _garbled(name.text) | _garbled(self._real(name).text):
             self.uses.add(f"append {read}" if name.whole else f"appends {read}")
             if name.whole and (found := self._search.find("string", read, here_only=True)):
                 self._accept(found, read, True, [], False)
@@ -21371,9 +21371,15 @@ def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
     """
     pov = run.lease.pov
     home = run.tree / pov.run_dir
-    own = (run.own / directory for directory in tree.directories)
-    for directory in (home, run.place, *own, run.made(run.frames[0]).parent):
+    for directory in (home, run.place, run.made(run.frames[0]).parent):
         directory.mkdir(parents=True, exist_ok=True)
+    for name in sorted(tree.directories):
+        path, top = run.own / name, real_path(run.tree)
+        real = run.own / os.path.relpath(real_path(run.tree / name), top)
+        real.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # a link, so that both names are of the same files
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(real)
     names = [name for word, _, name in (use.partition(" ") for use in pov.uses)
              if word in ("load_file", "append")]
     samples = pov.values.get("Radiosity_File_Name", "object.rca")  # which may be written only

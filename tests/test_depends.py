@@ -212,6 +212,17 @@ def test_two_names_of_one_file_are_seen_to_be_of_one(povray: str, tmp_path: Path
         assert depends(tmp_path, f'#include "{read}"\n#fopen F "{written}" write #fclose F')
 
 
+@pytest.mark.parametrize("log", ['"link/log.txt"', 'concat("link/lo", "g.txt")'])
+def test_a_link_is_the_directory_that_it_leads_to(
+        log: str, povray: str, tmp_path: Path) -> None:
+    for name in ("plain", "ours"):
+        (tmp_path / name / "real").mkdir(parents=True)
+        (tmp_path / name / "link").symlink_to("real")
+    count = COUNT.replace("%s", '"link/pos.txt"', 2).replace("%s", '"real/pos.txt"')
+    said = both(tmp_path, {"walk.pov": count + SAY % log, "real/log.txt": "old\n"}, "+KFF3")
+    assert "rendered in order" in said
+
+
 def test_in_order_no_is_obeyed_and_the_failure_names_the_cure(
         farm: Farm, tmp_path: Path) -> None:
     files = GUESSED["without the file of another frame it fails"]
