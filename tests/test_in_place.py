@@ -156,7 +156,7 @@ def test_a_scene_replaces_nothing_that_is_more_than_a_file(
     (work / "scene.pov").write_text(HEAD + f'#declare N = "{name}";\n' + WRITE % "N")
     before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
     result = render(tmp_path, work, "scene.pov")
-    assert name in result.stderr, result.stderr
+    assert os.path.relpath((work / name).resolve(), work) in result.stderr, result.stderr
     after = {path: path.read_bytes() for path in home.rglob("*")
              if path.is_file() and path.suffix != ".png"}
     assert after == before
