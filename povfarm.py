@@ -6653,6 +6653,12 @@ class Request:
         willing = re.fullmatch(r"max-age=(\d)", self.headers.get("cache-control", ""))
         return int(willing[1]) if willing else 0
 
+    @property
+    def local(self) -> bool:
+        """Tell whether somebody at this very computer asks; what a proxy here passes on is not."""
+        return self.remote.startswith(("127.", "::1")) and re.match(
+            r"localhost\b|127\.|\[::1\]", self.headers.get("host", "")) is not None
+
     def json(self) -> Any:
         """Return the JSON body; ``ProtocolError`` 415, 413 or 400 when it is none."""
         text = self._text("application/json")
@@ -6983,7 +6989,7 @@ class Router:
         """
         came = time.monotonic() - request.max_age
         key = (request.path, *sorted(request.query.items()), request.secure, request.place,
-               request.headers.get("host"))
+               request.headers.get("host"), request.local)
         with self.gate.outside():
             self._turn.acquire()
         try:
@@ -15096,7 +15102,6 @@ LOG_SHOWN = 50_000  # characters of POV-Ray's text on a page
 SCENE_SHOWN = 4_000_000  # bytes up to which a file is read for the line with an error
 TRIES_SHOWN = 20  # of a frame, the newest
 TIMES_SHOWN = 240  # frames whose times are drawn
-_THIS_COMPUTER = r"https?://(?:localhost|127\.|\[::1\])"  # so begins what only this one reaches
 
 Node = Union[None, str, int, Iterable["Node"]]
 View = Mapping[str, Any]
@@ -15202,7 +15207,9 @@ class _Sheets:
                 data_reload=None if still else reload or 30),
             element("footer", switch if reload else None, " ",
                     element("span", f"povfarm {VERSION}"))), lang="en")
-        text = with_commands(page, lambda name: html.escape(self._typed(name)))
+        # Where povfarm and its data are here is of no use to who looks from elsewhere.
+        typed = self._typed if request.local else "povfarm.py {}".format
+        text = with_commands(page, lambda name: html.escape(typed(name)))
         for name in ("href", "src", "action", "formaction"):  # in what is quoted, no quote is left
             text = text.replace(f' {name}="/', f' {name}="{request.place}/')
         response = text_response(f"<!DOCTYPE html>{text}", status, "text/html")
@@ -15528,13 +15535,11 @@ class _Sheets:
 
     def _join(self, request: Request) -> Html:
         """Return what to type to bring one more computer."""
-        server = self._here(request)
-        here = re.match(_THIS_COMPUTER, server)
         return _section(
             "Add a computer",
             element("p", "Any computer with Python and POV-Ray can help. "
-                    f"{'On this one, type' if here else 'Type there'}:"),
-            _typed_there(f"povfarm.py work --server {server}"),
+                    f"{'On this one, type' if request.local else 'Type there'}:"),
+            _typed_there(f"povfarm.py work --server {self._here(request)}"),
             element("p", "On another computer you can leave --server out: it finds the farm."),
             id="add")
 
@@ -16041,8 +16046,7 @@ class Desk(_Sheets):
             for row in invited]
         with self._store.read() as tx:
             everybody = self._farm.people.allowance(tx, "")
-        server = f"--server {self._here(request)} "
-        away = re.sub(rf"--server {_THIS_COMPUTER}\S* ", "", server)  # another one finds the farm
+        away = "" if request.local else f"--server {self._here(request)} "  # else it finds the farm
         command = f"povfarm.py login {away}--code CODE --user NAME"
         return [
             _section("Invited", element("p", "On a computer of theirs they type:"),

@@ -188,6 +188,30 @@ def test_a_host_that_a_shell_would_act_on_is_not_shown(farm: Farm, host: str) ->
     assert "work --server http://HOST:2271" in dom.text and (not host or host not in dom.text)
 
 
+@pytest.mark.parametrize("remote, host", [
+    ("192.168.1.9", "farm.local:2271"), ("192.168.1.9", "127.0.0.1:2271"),
+    ("127.0.0.1", "farm.local"), ("192.168.1.9", "localhost")])
+def test_where_povfarm_and_its_data_are_is_shown_on_this_computer_only(
+        farm: Farm, remote: str, host: str) -> None:
+    """Also not to who says that he is here, or right after it was shown here."""
+    job = farm.submit()
+    pages = Pages(farm.api, farm.scheduler, farm.access,
+                  typed="python3 /home/anna/povfarm.py {} --data /home/anna/farm".format)
+    router = Router(pages, authenticate=farm.access.identify, error_page=pages.error_page)
+
+    def shown(remote: str, host: str) -> str:
+        return "".join(bytes(router.handle(Request(
+            "GET", path, headers={"host": host, "accept": "text/html", "cache-control": "max-age=1"},
+            remote=remote)).body or b"").decode()
+            for path in ("/", f"/jobs/{job}", "/computers", "/events", "/people", "/none"))
+
+    here = shown("127.0.0.1", "127.0.0.1:2271")
+    assert "/home/anna/povfarm.py login --data /home/anna/farm" in here
+    assert shown("::1", "[::1]:2271").count("/home/anna") == here.count("/home/anna")
+    there = shown(remote, host)
+    assert "povfarm.py login" in there and "anna" not in there and "python3" not in there
+
+
 def test_the_farm_while_it_renders(farm: Farm) -> None:
     job, worker = farm.submit(), farm.join()
     farm.deliver(worker, 2)
