@@ -21586,7 +21586,7 @@ def _node_answer(message: str, status: int = 200) -> Response:
 
 Options = argparse.Namespace
 _Tools = Tuple[Union[Launcher, WindowsLauncher], Engine]  # what a worker renders with
-_WHICH_FARM = ("data", "server", "discovery-port")  # what tells it is put behind commands
+_WHICH_FARM = ("data", "server", "discovery-port", "key-file")  # these are put behind commands
 CommandFunction = Callable[[Options], int]
 
 
@@ -22658,7 +22658,7 @@ def _command_typed(name: str) -> str:
         given = _given(mine[0], sys.argv[2:])[0] if mine else {}
     for row in tag.settings() if tag else ():
         text = given.get(row.name) or os.environ.get(row.variable)
-        if row.name in _WHICH_FARM and text:
+        if row.name in _WHICH_FARM and text not in (None, "", "-"):  # which is another's each time
             words += [f"--{row.name}", shell_word(str(row.parse(text, f"--{row.name}")))]
     place = setting("data")
     served = [] if name != "serve" else _served_with(place.parse(

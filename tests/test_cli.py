@@ -145,6 +145,18 @@ def test_what_was_typed_is_typed_again_with_all_its_options(
     assert again.count("--discovery-port") == again.count("--data") == 1
 
 
+@pytest.mark.parametrize("words, shown", [
+    (["--server", "attic", "--key-file", "my key"], ' --server attic --key-file "my key"'),
+    (["--key-file=-"], ""),  # standard input is another one each time
+    (["--key", "secret"], ""),
+])
+def test_a_command_that_is_shown_is_for_the_farm_that_was_meant_and_shows_no_key(
+        words: List[str], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["povfarm.py", "submit", *words, "s.pov"])
+    monkeypatch.delenv("POVFARM_DATA")
+    assert povfarm._typed("see 'povfarm.py status'").endswith(f" status{shown}'")
+
+
 def test_a_coordinator_is_to_be_started_again_as_it_was(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     real, data = povfarm.Coordinator, str(tmp_path / "the farm")
