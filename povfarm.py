@@ -24166,7 +24166,7 @@ class ProgressBar:
         text = f"{_shortened(self._name, 30)} {bar}{', '.join(done)} {100 * part:3.0f} %"
         for state in ("failed", "cancelled"):
             text += f", {frames[state]} {state}" * bool(frames[state])
-        if job["eta"] is not None and part > 0:
+        if job["eta"] is not None and (frames["done"] or part >= 0.01):  # else it is a wild guess
             text += f", {job['rate']:.2f}/s, {format_duration(job['eta'])} left"
         return text
 

@@ -316,6 +316,15 @@ def test_slices_of_the_frames_in_work_are_counted() -> None:
     assert "5/8 slices" in file.getvalue() and "7 cancelled" in file.getvalue()
 
 
+@pytest.mark.parametrize("done, part, shown", [
+    (0, 0.0, False), (0, 0.004, False), (0, 0.01, True), (40, 0.004, True)])
+def test_how_long_it_lasts_is_not_guessed_from_nothing(
+        done: int, part: float, shown: bool) -> None:
+    frames = {**view()["frames"], "total": 10_000, "done": done}
+    text = ProgressBar("camera2", Terminal()).line(view(frames=frames, progress=part, eta=900.0))
+    assert ("left" in text) == ("/s" in text) == shown, text
+
+
 def cpu_of(*command: str) -> float:
     """The least CPU-seconds of some runs of Python."""
     spent = []
