@@ -149,12 +149,15 @@ def upgrade(farm: real.Farm, copy: List[str]) -> None:
     assert told(NEWER, new)
     farm.check()
     with contextlib.closing(sqlite3.connect(place / "farm" / "farm.db")) as db:
-        attempts = db.execute("SELECT task, state, lease, message FROM attempt").fetchall()
+        attempts = db.execute("SELECT task, state, lease, message, log FROM attempt").fetchall()
         assert sorted(task for task, state, *_ in attempts if state == "done") == sorted(
             task for task, in db.execute("SELECT id FROM task"))
-        # A run in which POV-Ray itself crashes is rendered again, and that is not our doing.
-        crashed = {lease for _, _, lease, message in attempts if "exit code -11" in message}
-        assert {lease for _, state, lease, _ in attempts if state != "done"} <= crashed
+        # A run in which POV-Ray itself crashes, or gives up as it was stopped while it started,
+        # is rendered again, and that is not our doing.
+        crashed = {lease for _, _, lease, message, log in attempts if "exit code -11" in message
+                   or any("Timed out waiting for worker thread startup" in path.read_text()
+                          for path in place.glob(f"farm/jobs/*/{log}") if path.is_file())}
+        assert {lease for _, state, lease, *_ in attempts if state != "done"} <= crashed
 
 
 def attic(farm: real.Farm) -> Dict[str, Any]:
