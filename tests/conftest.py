@@ -20,6 +20,7 @@ from helpers.farm import renderers
 # Who renders waits more than he computes, so there are more workers than cores.
 WORKERS_MORE_THAN_CORES = 3
 SLOW = re.compile(r"(/usr/bin/)?povray|.*/(povfarm\.py|chromium|chromium-browser|ffmpeg)")
+RENDERERS = {"povray", "examples"}
 UNDER_WAY: List[pytest.Item] = []
 
 
@@ -46,15 +47,25 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.maxworkerrestart = "0"
 
 
+def _group(item: pytest.Item) -> str:
+    """Name the tests that one process does: each would do again what they look at together."""
+    if item.path.stem in ("test_layout", "test_limits"):  # they read the whole file
+        return "source"
+    found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    return next((f"{item.path.stem}-{name}" for name, (*_, fixture) in found.items()
+                 if fixture.scope == "module" and RENDERERS.intersection(fixture.argnames)), "")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     """What renders is slow; with ``-n``, the small ones come last and fill the gaps."""
     for item in items:
         names = getattr(item, "fixturenames", ())
-        if "povray" in names or "examples" in names:
+        if RENDERERS.intersection(names):
             item.add_marker("slow")
-        if item.path.stem in ("test_layout", "test_limits"):  # one process reads the whole file
-            item.add_marker(pytest.mark.xdist_group("source"))
+        group = _group(item)
+        if group and config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(group))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -12,12 +12,13 @@ import pytest
 from helpers.base import need, tried
 from tools import crash
 
+pytestmark = pytest.mark.usefixtures("povray")
 SEED = 1
 TRIED = {"start": 3, "serve": 5, "work": 3}  # points of each phase
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _needs_strace(povray: str) -> None:
+@pytest.fixture(autouse=True)
+def _needs_strace() -> None:
     need("strace", shutil.which("strace") is not None, "apt-get install strace")
 
 

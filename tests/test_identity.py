@@ -15,6 +15,8 @@ from helpers.base import run_povray
 from povfarm import slice_values
 from tools.identity import compared, cuts, difference, options_of, render, rows_of, together
 
+pytestmark = pytest.mark.usefixtures("povray")
+
 # Fine detail all over, so that a pixel which is sampled otherwise shows.
 START = """#version 3.7; global_settings {{ assumed_gamma 1 {setting} }}
 camera {{ location <0, 1, -4> look_at 0 }} light_source {{ <3, 5, -9>, 1 {light} }}
@@ -57,7 +59,7 @@ Case = Tuple[Path, List[str], int, str]
 
 
 @pytest.fixture(scope="module")
-def scenes(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
     folder = tmp_path_factory.mktemp("scenes")
     found = {}
     for number, (name, text) in enumerate({**STEADY, **UNSTEADY}.items()):

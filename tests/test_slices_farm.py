@@ -56,7 +56,7 @@ def plain(place: Path, *args: str) -> Dict[str, List[bytes]]:
 
 
 @pytest.fixture(scope="module", name="heavy")
-def heavy_fixture(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Dict[str, List[bytes]]:
+def heavy_fixture(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, List[bytes]]:
     """The heavy scene as plain POV-Ray renders it."""
     place = tmp_path_factory.mktemp("heavy")
     project(place, HEAVY)
