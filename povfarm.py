@@ -5049,11 +5049,8 @@ FINISHED = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
 
 
 def wanted(state: JobState, counts: Mapping[Any, int]) -> int:
-    """Return how many frames of a job are to be rendered: those that were cancelled are not.
-
-    Of a job that was cancelled itself they count, so that it is seen how far it came.
-    ``counts`` are its frames in each state.
-    """
+    """Return how many frames of a job are to be rendered, from ``counts``, its frames by state: all
+    but the cancelled ones, but of a cancelled job those, too, to show how far it came."""
     left_out = 0 if state == JobState.CANCELLED else counts[TaskState.CANCELLED]
     return sum(counts[one] for one in TaskState) - left_out
 
@@ -5064,11 +5061,8 @@ RESTS: Mapping[str, str] = {
 
 
 class Wired:
-    """A record that goes through JSON: its annotations say how.
-
-    Texts, numbers, tuples, mappings by text, enumerations and other such records.
-    What a value means, and which are too large, ``from_wire`` of the record checks.
-    """
+    """A record that goes through JSON as its annotations say: texts, numbers, tuples, mappings by
+    text, enumerations, other such records. What a value means its ``from_wire`` checks."""
 
     def to_wire(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -5077,10 +5071,8 @@ class Wired:
 
 
 def fields_of(kind: Any, wire: Any) -> dict[str, Any]:
-    """Return the fields of a record in its JSON form; ``UserError`` for what is not that.
-
-    Those that are ``Optional`` may be null or missing: then they are empty.
-    """
+    """Return the fields of a record in its JSON form; ``UserError`` for what is not that. Those
+    that are ``Optional`` may be null or missing: then they are empty."""
     given, found = wire if isinstance(wire, dict) else {}, {}
     for name, hint in _hints(kind).items():
         schema = schema_of(hint)
@@ -5143,10 +5135,9 @@ _OF_JSON = {"array": list, "object": dict, "string": str, "integer": int, "boole
 class PovJob(Wired):
     """What POV-Ray is told to do: a normalised command line over a project.
 
-    ``run_dir`` is the directory, inside the project's tree, that POV-Ray's
-    relative names start from; ``uses`` names what the scan of the scene found
-    (see ``Project``), ``create_ini NAME\\nTEXT`` is the INI file to be written, and what
-    begins with ``SENT`` is for who sent it.
+    ``run_dir`` is where in the project's tree relative names start from; ``uses`` names what the
+    scan of the scene found (see ``Project``), ``create_ini NAME\\nTEXT`` is the INI file to be
+    written, and what begins with ``SENT`` is for who sent it.
     """
 
     values: Mapping[str, str]
@@ -5224,11 +5215,8 @@ class PovJob(Wired):
 
     @property
     def thread_safe(self) -> bool:
-        """True when the picture does not depend on the number of threads.
-
-        Radiosity samples and photons are gathered in an order that threads
-        change (POV-Ray 3.7: two renders of one scene differ).
-        """
+        """True when the picture does not depend on the number of threads: they change the order in
+        which samples of radiosity and photons are gathered (in POV-Ray 3.7 two renders differ)."""
         return not {"radiosity", "photons"} & set(self.uses)
 
 
@@ -5245,19 +5233,7 @@ def pov_of(text: str) -> PovJob:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """How a job is treated by the farm. ``max_workers`` 0 is no limit.
-
-    ``slices`` is ``auto``, ``off`` or a number, as text: into how many slices
-    each frame is cut. ``radiosity`` tells whose samples are shared: those of a
-    frame between its slices (``share``), those of the first frame between all
-    frames (``animation``), or nobody's (``off``). ``povray`` is the version
-    that renders: ``auto`` for that of the first worker, ``any``, or how it begins.
-    ``verify`` percent of the frames are rendered by two workers and compared.
-    ``frame_timeout`` is in seconds; 0 goes by the frames that are done. The frames in ``first``
-    are handed out before others, all in this ``order``, ``batch`` at a time; 0 for as many as suit.
-    Its workers have all the words of ``only`` as tags or name. ``bring`` has also those deliver its
-    frames that hold theirs.
-    """
+    """How a job is treated by the farm: the rows of SETTINGS that ``JOB_OPTIONS`` names say it."""
 
     priority: int = 0
     max_workers: int = 0
@@ -5310,10 +5286,8 @@ _NOT_NAMES = frozenset({ADMIN, "farm", "browser", "guest", "nobody"})  # nor one
 
 @dataclass(frozen=True)
 class Allowance:
-    """What one person may have at a time; 0 is no limit, but of the priority. ``space`` in bytes.
-
-    ``jobs`` and ``frames`` are those that are not finished, ``workers`` those that render for it.
-    """
+    """What one person may have at a time; 0 is no limit, but of the priority. ``space`` in bytes,
+    ``jobs`` and ``frames`` that are not finished, ``workers`` that render for it."""
 
     jobs: int = 0
     frames: int = 0
@@ -5383,10 +5357,9 @@ def engine_fits(wanted: str, first: Mapping[str, str], engines: Mapping[str, str
                 least: str = "") -> bool:
     """Tell whether a worker's POV-Ray may render frames of a job.
 
-    ``wanted`` is the job's option, ``first`` what the worker has that began the
-    job, ``least`` the oldest version that can. What a worker does not know
-    of itself fits everything, and so does 3.7 with 3.7.0.10: POV-Ray for
-    Windows tells no more.
+    ``wanted`` is the job's option, ``first`` what the worker has that began the job, ``least`` the
+    oldest version that can. What a worker does not know of itself fits everything, and so does 3.7
+    with 3.7.0.10: POV-Ray for Windows tells no more.
     """
     version = povray_of(engines)
     if version == "none" or (version and release(version) < release(least)):
@@ -5459,9 +5432,7 @@ VERDICTS: Mapping[tuple[str, bool], Verdict] = {
 
 def compared(by: Sequence[int], same: Sequence[bool], worker: int, side: Collection[int]) -> str:
     """Return how an image compares with those kept, made ``by`` workers: which are the ``same``.
-
-    Who is on the ``side`` of its worker cannot confirm it.
-    """
+    Who is on the ``side`` of its worker cannot confirm it."""
     if not by:
         return "first"
     agreed = set(itertools.compress(by, same)) - {worker}
@@ -5482,9 +5453,9 @@ class TaskKind(Word):
 class TaskSpec(Wired):
     """One task as a worker gets it, and the file that it makes.
 
-    ``top`` and ``bottom`` are the rows of a slice, counted from 0, the last
-    not in it; both are 0 for a whole frame. ``state`` tells that another
-    worker has begun, and left a state that this one may go on from.
+    ``top`` and ``bottom`` are the rows of a slice, counted from 0, the last not in it; both are 0
+    for a whole frame. ``state`` tells that another worker has begun, and left a state that this one
+    may go on from.
     """
 
     id: int
@@ -5511,12 +5482,10 @@ class TaskSpec(Wired):
 class LeaseSpec(Wired):
     """Tasks that one worker holds, and all that it needs to render them.
 
-    The tasks are neighbouring frames for one run of the renderer with
-    ``threads`` threads, or one slice, or one pass. In an ``in_order`` job the
-    run starts at the job's first frame, whichever tasks are left. ``shares``
-    are the passes, by their task, whose results this run reads, ``timeout`` the
-    seconds that one task may take, 0 for as long as it likes. A worker that holds
-    frames may ``hold`` these.
+    They are neighbouring frames for one run with ``threads`` threads, or one slice, or one pass. In
+    an ``in_order`` job the run starts at the job's first frame, whichever tasks are left.
+    ``shares`` are the passes, by their task, whose results this run reads, ``timeout`` the seconds
+    that one task may take, 0 for no limit. A worker that holds frames may ``hold`` these.
     """
 
     id: str
@@ -5556,11 +5525,8 @@ Orders = TypedDict("Orders", {
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task cost: processor and wall seconds, and the peak memory in bytes.
-
-    ``parse`` is the part of the wall time before the first pixel: what every
-    slice of a frame pays again.
-    """
+    """What a task cost: processor and wall seconds, and the peak memory in bytes. ``parse`` is the
+    wall time before the first pixel: what every slice of a frame pays again."""
 
     cpu: float = 0.0
     wall: float = 0.0
@@ -5577,10 +5543,8 @@ def want(wire: Any, key: str, kind: type) -> Any:
 
 
 def pause_reason(done: int, failed: int) -> str:
-    """Return why a job that only fails should pause, or nothing when it need not.
-
-    BSAC stops after one: "it can take mere seconds to get 3000 error frames".
-    """
+    """Return why a job that only fails should pause, or nothing when it need not. BSAC stops after
+    one: "it can take mere seconds to get 3000 error frames"."""
     if done == 0 and failed >= 3:
         return "the first frames all failed: see the log of one, mend the scene, then retry"
     return ""
@@ -5594,16 +5558,13 @@ def lease_size(queued: int, slots: int, cost: Cost | None, runs: int = 0,
                longest: float = 10.0) -> int:
     """Return how many neighbouring frames one run of the renderer should get.
 
-    ``queued`` frames are left for ``slots`` runs at a time; ``cost`` is the
-    mean of the frames measured so far. Half of the fair share leaves something
-    to even out with at the end, down to single frames. But the start of a
-    process costs some 0.04 s of CPU: cheap frames come several to a run, shared
-    among those that are free besides the ``runs`` under way, or among a quarter
-    of all: they are soon done. No run should be longer than about 10 s, or the
-    ``longest`` that others are to wait for their turn. While
-    nothing is measured, the first of many frames come by one, two and three in
-    turn: what begins together should not end together, or all that follows
-    sleeps at the same time, too.
+    ``queued`` frames are left for ``slots`` runs at a time; ``cost`` is the mean of the frames
+    measured so far. Half of the fair share leaves something to even out with at the end, down to
+    single frames. But the start of a process costs some 0.04 s of CPU: cheap frames come several to
+    a run, shared among those that are free besides the ``runs`` under way, or among a quarter of
+    all: they are soon done. No run should be longer than about 10 s, or the ``longest`` that others
+    are to wait for their turn. While nothing is measured, the first of many frames come by one, two
+    and three in turn: what begins together should not end, and then sleep, together.
     """
     if cost is None:
         return 1 + runs % 3 if queued > 3 * slots and longest > 2 else 1
@@ -5629,10 +5590,7 @@ def spans_of(first: str, frames: range) -> list[tuple[int, int]]:
 
 def next_place(order: str, low: int, high: int, job: int, dealt: int) -> int:
     """Return the frame from which on a job's next batch is looked for, when so many are dealt.
-
-    ``spread`` shows soon what the whole is like: the first frame, the middle one, the quarters,
-    and so on.
-    """
+    ``spread`` shows soon what the whole is like: the first frame, the middle one, the quarters."""
     part = 0.0
     if order == "spread":
         part = int(f"{dealt:b}"[::-1], 2) / 2 ** dealt.bit_length()
@@ -5651,10 +5609,8 @@ def frame_state(slices: Collection[TaskState], state: TaskState) -> TaskState:
 
 
 def default_frame_timeout(walls: Sequence[float]) -> int:
-    """Return the seconds that one frame may take where others took ``walls``; 0 without limit.
-
-    A frame may well be much heavier than the others, and its worker slower.
-    """
+    """Return the seconds that one frame may take where others took ``walls``; 0 without limit. A
+    frame may well be much heavier than the others, and its worker slower."""
     return max(math.ceil(20 * statistics.median(walls)), 600) if walls else 0
 
 
@@ -5688,10 +5644,8 @@ NAMES_OF = {"N": "PNG", "J": "JPEG", "B": "BMP", "H": "HDR", "T": "TGA"}
 
 @dataclass(frozen=True)
 class OnlineEngine:
-    """A renderer, the files with an ``extension`` that it takes, and the words that it is given.
-
-    In these placeholders stand for what a client chooses, or a job. POV-Ray is one of them.
-    """
+    """A renderer, the files with an ``extension`` that it takes, and the words that it is given,
+    with placeholders for what a client chooses, or a job. POV-Ray is one of them."""
 
     id: int
     name: str
@@ -5865,9 +5819,7 @@ RENDERS_ALREADY = "There already is an active render!"  # what a node says then
 
 def words_of(text: str) -> list[str]:
     """Take a command line of a node's apart, as .NET does: at blanks, but for those in quotes.
-
-    ``UserError`` for what it would read in another way than we.
-    """
+    ``UserError`` for what it would read in another way than we."""
     if re.search(r'\\"|""|[\0-\x1f]', text) or text.count('"') % 2:
         raise UserError("the arguments cannot be taken apart")
     return [word.replace('"', "") for word in re.findall(r'(?:[^\s"]|"[^"]*")+', text)]
@@ -5886,8 +5838,8 @@ def program_job(engine: str, scene: str, frames: Mapping[str, str], stem: str,
                 arguments: Mapping[str, str]) -> PovJob:
     """Return a job for another program than POV-Ray, which renders a scene that is one file.
 
-    ``frames`` are POV-Ray's options for frames and the type of the pictures. ``UserError``
-    for what POV-Ray would take and such a program not.
+    ``frames`` are POV-Ray's options for frames and the type of the pictures. ``UserError`` for what
+    POV-Ray would take and such a program not.
     """
     fitting = {"Initial_Frame", "Final_Frame", "Subset_Start_Frame", "Subset_End_Frame",
                "Output_File_Type", "Output_File_Name", "Input_File_Name"}
@@ -7981,8 +7933,8 @@ SCHEMA = f"""
 class Job:
     """A job as the database has it; ``engines`` are those of the worker that began it.
 
-    ``queued`` to ``cancelled`` count its frames, ``runs`` its live leases; ``cpu``
-    and ``wall`` are the seconds that its frames cost.
+    ``queued`` to ``cancelled`` count its frames, ``runs`` its live leases; ``cpu`` and ``wall`` are
+    the seconds that its frames cost.
     """
 
     id: int
@@ -8093,10 +8045,8 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Member:
-    """A worker as the farm knows it; ``aside`` is why its pictures are not trusted.
-
-    ``owner`` is with whose key it has joined.
-    """
+    """A worker as the farm knows it; ``aside`` is why its pictures are not trusted, ``owner`` with
+    whose key it has joined."""
 
     id: int
     name: str
@@ -8126,10 +8076,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Person:
-    """One of the farm's people, or a program; ``token`` is the hash of its secret.
-
-    With ``uses`` it is an invitation for so many more, and ``token`` what their keys are made of.
-    """
+    """One of the farm's people, or a program; ``token`` is the hash of its secret. With ``uses`` it
+    is an invitation for so many more, and ``token`` what their keys are made of."""
 
     name: str
     role: Role
@@ -8147,10 +8095,8 @@ class Person:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened, for people.
-
-    ``owner`` is whose job it was, ``who`` the person who did it, if it was one.
-    """
+    """Something that happened, for people: ``owner`` is whose job it was, ``who`` the person who
+    did it, if it was one."""
 
     id: int
     time: float
@@ -8206,10 +8152,8 @@ def _said(info: WorkerInfo) -> dict[str, Any]:
 
 
 class _Known:
-    """The workers by their secrets, and the people by their names in small letters.
-
-    As they were read last, until one ``changes``.
-    """
+    """The workers by their secrets, and the people by their names in small letters, as they were
+    read last, until one ``changes``."""
 
     def __init__(self) -> None:
         self.changes = 0
@@ -8254,11 +8198,10 @@ _BACKUP_LOOKS = 5  # at a farm in which jobs are deleted meanwhile
 class Store:
     """The farm's database and blobs under one data directory.
 
-    ``durable`` False skips the waits for the disk: for a farm whose data
-    nobody needs after its process has ended. Who waits for the disk does so outside of the
-    ``gate``. Raises ``StoreError`` when the
-    directory or the database cannot be used, and ``NoRoom`` when the disk takes
-    nothing: then ``notice`` says so until ``look_for_room`` finds that it does.
+    ``durable`` False skips the waits for the disk: for a farm whose data nobody needs after its
+    process has ended. Who waits for the disk does so outside of the ``gate``. Raises ``StoreError``
+    when the directory or the database cannot be used, and ``NoRoom`` when the disk takes nothing:
+    then ``notice`` says so until ``look_for_room`` finds that it does.
     """
 
     def __init__(self, root: Path, durable: bool = True) -> None:
@@ -8307,10 +8250,8 @@ class Store:
 
     @contextlib.contextmanager
     def tx(self) -> Iterator[Tx]:
-        """One writer at a time: all of the block is done, or nothing of it.
-
-        It is on the disk at the end; meanwhile others write and see it already.
-        """
+        """One writer at a time: all of the block is done, or nothing of it. It is on the disk at
+        the end; meanwhile others write and see it already."""
         with self._noticing():
             with self._lock:
                 self._writer.execute("BEGIN IMMEDIATE")
@@ -8348,10 +8289,8 @@ class Store:
         return self.root / "blobs" / sha256[:2] / sha256[2:]
 
     def put_blob(self, sha256: str, chunks: Iterable[bytes], most: float = math.inf) -> int:
-        """Store contents as they come and return their size in bytes.
-
-        ``Damaged``, and nothing kept, when the hash is another one, or there are more bytes.
-        """
+        """Store contents as they come and return their size in bytes. ``Damaged``, and nothing
+        kept, when the hash is another one, or there are more bytes than ``most``."""
         digest, size = hashlib.sha256(), 0
         with self.placing(self.blob_path(sha256)) as part, open(part, "wb") as file:
             for chunk in chunks:
@@ -8455,7 +8394,6 @@ class Store:
 
     @contextlib.contextmanager
     def _noticing(self) -> Iterator[None]:
-        """Make ``NoRoom`` of every error that means it."""
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -8480,9 +8418,9 @@ class Store:
     def backup(cls, root: Path, to: Path) -> list[str]:
         """Copy a farm's data into a new directory, also while its coordinator runs.
 
-        Images and blobs are linked where that is possible, for what is in them
-        never changes. Returns the names of files that the database names and
-        that are not there: none, unless the farm is damaged.
+        Images and blobs are linked where that is possible, for what is in them never changes.
+        Returns the names of files that the database names and that are not there: none, unless the
+        farm is damaged.
         """
         if not (root / "farm.db").is_file():
             raise UserError(f"there is no farm in {root}: name its directory with --data")
@@ -8508,11 +8446,8 @@ class Store:
 
     @classmethod
     def _copy_files(cls, root: Path, to: Path) -> list[str]:
-        """Copy what lies beside the database; return what is not there although it should be.
-
-        A file that the database names may be gone because its job was deleted
-        after the database was copied: then both are copied again.
-        """
+        """Copy what lies beside the database; return what is not there although it should be. If
+        its job was deleted after the database was copied, both are copied again."""
         paths = [root / "farm.key", root / "povfarm.ini"]
         for name in ("blobs", "jobs", "workers"):
             paths += [Path(place, file) for place, _, files in os.walk(root / name)
@@ -8525,11 +8460,8 @@ class Store:
         return [str(path.relative_to(to)) for path in named if not path.is_file()]
 
     def sweep(self) -> None:
-        """Delete what a program that was killed left behind: half of a file, files without a row.
-
-        Of jobs that the database has not heard of yet, as it may be an older
-        copy, nothing is deleted.
-        """
+        """Delete what a program that was killed left behind: half of a file, files without a row;
+        but nothing of jobs that the database, perhaps an older copy, has not heard of yet."""
         with self.read() as tx:
             kept = {*map(self.blob_path, tx.stored_blobs()), *self._images(tx)}
             jobs, newest = {str(job.id) for job in tx.jobs(0, -1)}, tx.newest_job()
@@ -8642,6 +8574,13 @@ class _Register:
     def _one(self, kind: type[_Record], sql: str, /, **values: Any) -> _Record | None:
         return next(iter(self._all(kind, sql, **values)), None)
 
+    def _column(self, sql: str, /, **values: Any) -> list[Any]:
+        return [row[0] for row in self._db.execute(sql, values)]
+
+    def _value(self, sql: str, /, **values: Any) -> Any:
+        row = self._db.execute(sql, values).fetchone()
+        return row and row[0]
+
     def events(self, after: int, limit: int, names: Collection[str] = ()) -> list[Event]:
         """Return events with a higher id, oldest first; with ``names`` those called so."""
         return self._all(Event, """
@@ -8656,46 +8595,39 @@ class _Register:
                          limit=limit)[::-1]
 
     def last_event(self) -> int:
-        """Return the id of the newest event, 0 when there is none."""
-        return int(self._do("SELECT COALESCE(MAX(id), 0) FROM event").fetchone()[0])
+        return self._value("SELECT MAX(id) FROM event") or 0
 
     def last_event_of(self, job: int) -> int | None:
-        """Return the id of the newest event of a job, None when they were tidied."""
-        return cast("int | None", self._do("SELECT MAX(id) FROM event WHERE job = :job",
-                                           job=job).fetchone()[0])
+        return cast("int | None", self._value(
+            "SELECT MAX(id) FROM event WHERE job = :job", job=job))
 
     def was_told(self, job: int, what: str, text: str) -> bool:
         """Tell whether an event of a job, of any of its frames, said just this."""
-        return self._do("SELECT 1 FROM event WHERE job = :job AND what = :what AND text = :text",
-                        job=job, what=what, text=text).fetchone() is not None
+        return bool(self._value(
+            "SELECT 1 FROM event WHERE job = :job AND what = :what AND text = :text",
+            job=job, what=what, text=text))
 
     def alike(self, event: Event, after: int, lately: float) -> int:
-        """Return how many events of a frame say the same of its job, by the same person.
-
-        They are before it, after an id, and not longer ago than so many seconds.
-        """
-        return int(self._do("""
+        """Return how many events before one of a frame, after an id and not so many seconds ago,
+        say the same of its job, by the same person."""
+        return int(self._value("""
             SELECT count(*) FROM event WHERE job = :job AND id > :after AND id < :id
             AND what = :what AND who = :who AND time > :since""",
-            job=event.job, after=after, id=event.id, what=event.what, who=event.who,
-            since=event.time - lately).fetchone()[0])
+            **vars(event), after=after, since=event.time - lately))
 
     def first_event(self, job: int) -> int:
-        """Return the id of the event with which a job began."""
-        return int(self._do("SELECT COALESCE(MIN(id), 0) FROM event WHERE job = :job",
-                            job=job).fetchone()[0])
+        return self._value("SELECT MIN(id) FROM event WHERE job = :job", job=job) or 0
 
     def worker(self, worker: int) -> Member:
         """Return a worker that is known, or was removed."""
         return present(self.find_worker(worker))
 
     def find_worker(self, worker: int) -> Member | None:
-        """Return one worker."""
         return self._one(Member, "SELECT * FROM worker WHERE id = :id", id=worker)
 
     def totals(self) -> list[tuple[Member, list[float]]]:
-        """Return what each worker has done, also one that is gone or was removed: frames, seconds,
-        and tries that failed."""
+        """Return each worker, also one that is gone or was removed, and its frames, seconds and
+        failures."""
         return [(row, [vars(row)[name] for name in DONE]) for row in self._all(
             Member, "SELECT * FROM worker ORDER BY id")]
 
@@ -8707,41 +8639,35 @@ class _Register:
               SUM(cpu) AS cpu, SUM(kept) AS kept FROM job GROUP BY state""")}
 
     def live_jobs(self, since: float, limit: int) -> list[Job]:
-        """Return jobs that were not finished at a time, the newest first."""
         return self._all(Job, """
             SELECT * FROM job WHERE finished IS NULL OR finished > :since
             ORDER BY id DESC LIMIT :limit""", since=since, limit=limit)
 
     def first_done(self, job: int) -> float | None:
-        """Return when the first frame of a job was done."""
-        return cast("float | None", self._do("""
+        return cast("float | None", self._value("""
             SELECT MIN(finished) FROM task
-            WHERE job = :job AND state = 'done' AND parent IS NULL""", job=job).fetchone()[0])
+            WHERE job = :job AND state = 'done' AND parent IS NULL""", job=job))
 
     def idle_guests(self, before: float) -> list[int]:
         """Return the workers of other systems, whose tokens are no hashes, without a try since."""
-        return [row["id"] for row in self._do("""
+        return self._column("""
             SELECT id FROM worker WHERE state = 'admitted' AND token LIKE '% %'
             AND joined < :before AND COALESCE((
               SELECT started FROM attempt WHERE attempt.worker = worker.id
-              ORDER BY attempt.id DESC LIMIT 1), 0) < :before""", before=before)]
+              ORDER BY attempt.id DESC LIMIT 1), 0) < :before""", before=before)
 
     def was_removed(self, token: str) -> bool:
-        """Tell whether a worker that was removed had the secret with this hash."""
-        return self._do("""
+        return bool(self._value("""
             SELECT 1 FROM worker WHERE state = 'removed'
-              AND token = 'removed ' || id || ' ' || :token""", token=token).fetchone() is not None
+              AND token = 'removed ' || id || ' ' || :token""", token=token))
 
     def workers(self) -> list[Member]:
-        """Return every worker that was not removed."""
         return list(self._members().values())
 
     def worker_by_token(self, token: str) -> Member | None:
-        """Return the worker whose secret has this hash."""
         return self._members().get(token)
 
     def _members(self) -> Mapping[str, Member]:
-        """Return the workers that were not removed, by the hashes of their secrets."""
         return self._listed(Member, lambda: {row.token: row for row in self._all(Member, """
             SELECT * FROM worker WHERE state != 'removed' ORDER BY id""")})
 
@@ -8756,10 +8682,8 @@ class _Register:
         return known
 
     def person(self, name: str, invited: bool = False) -> Person | None:
-        """Return one of the people, however large or small the letters are written.
-
-        Or an ``invited`` person, of whom only an invitation is there.
-        """
+        """Return a person, however large or small the letters are written; or an ``invited`` one,
+        of whom only an invitation is there."""
         found = self._people().get(name.casefold())
         return found if found and (found.uses is not None) == invited else None
 
@@ -8772,11 +8696,9 @@ class _Register:
             Person, "SELECT * FROM person ORDER BY name")})
 
     def usage(self, owner: str) -> Allowance:
-        """Return what somebody has: unfinished jobs and frames, and the bytes that are kept."""
         return self.usages(owner).get(owner, Allowance())
 
     def usages(self, owner: str = "") -> dict[str, Allowance]:
-        """Return what people have, or only this one."""
         return {row["owner"]: Allowance(row["jobs"], row["frames"], space=row["kept"])
                 for row in self._do("""
                     SELECT owner, SUM(jobs) AS jobs, SUM(frames) AS frames, SUM(kept) AS kept
@@ -8784,14 +8706,12 @@ class _Register:
 
     def manifest(self, key: str) -> str:
         """Return a manifest's JSON text, or an empty text."""
-        row = self._do("SELECT wire FROM manifest WHERE key = :key", key=key).fetchone()
-        return row["wire"] if row else ""
+        return self._value("SELECT wire FROM manifest WHERE key = :key", key=key) or ""
 
     def missing_blobs(self, manifest: str) -> list[str]:
-        """Return the hashes that a manifest names and that are not stored."""
-        return [row["sha256"] for row in self._do("""
+        return self._column("""
             SELECT sha256 FROM manifest_blob WHERE manifest = :key
-            AND sha256 NOT IN (SELECT sha256 FROM blob) ORDER BY sha256""", key=manifest)]
+            AND sha256 NOT IN (SELECT sha256 FROM blob) ORDER BY sha256""", key=manifest)
 
     def missing_sizes(self, manifest: str) -> dict[str, int]:
         """Return what ``missing_blobs`` does, with the sizes that the manifest tells."""
@@ -8805,15 +8725,13 @@ class _Register:
             SELECT id, manifest FROM job WHERE state = 'waiting'""").fetchall()}
 
     def stored_sizes(self, manifest: str) -> dict[str, int]:
-        """Return the hashes that a manifest names and that are stored, with their sizes."""
-        return {row["sha256"]: row["size"] for row in self._do("""
+        return dict(map(tuple, self._do("""
             SELECT sha256, size FROM manifest_blob JOIN blob USING (sha256)
-            WHERE manifest = :key""", key=manifest)}
+            WHERE manifest = :key""", key=manifest)))
 
     def has_jobs(self, owner: str) -> bool:
         """Tell whether there are jobs, finished or not, of somebody with nearly this name."""
-        return owner.casefold() in {row["owner"].casefold() for row in self._do(
-            "SELECT DISTINCT owner FROM job")}
+        return owner.casefold() in map(str.casefold, self._column("SELECT DISTINCT owner FROM job"))
 
 
 class Look(_Register):
@@ -8823,23 +8741,21 @@ class Look(_Register):
 
     def meta(self, key: str) -> str:
         """Return a value of the farm itself, or an empty text."""
-        row = self._do("SELECT value FROM meta WHERE key = :key", key=key).fetchone()
-        return row["value"] if row else ""
+        return self._value("SELECT value FROM meta WHERE key = :key", key=key) or ""
 
     # --- files
 
     def stored_blobs(self) -> list[str]:
         """Return the hash of everything that is stored."""
-        return [row["sha256"] for row in self._do("SELECT sha256 FROM blob")]
+        return self._column("SELECT sha256 FROM blob")
 
     def is_stored(self, sha256: str) -> bool:
         """Tell whether these contents are recorded."""
-        return bool(self._do("SELECT 1 FROM blob WHERE sha256 = :key", key=sha256).fetchone())
+        return bool(self._value("SELECT 1 FROM blob WHERE sha256 = :key", key=sha256))
 
     def blob_wanted(self, sha256: str) -> bool:
         """Tell whether a manifest names these contents."""
-        return self._do("SELECT 1 FROM manifest_blob WHERE sha256 = :sha256 LIMIT 1",
-                        sha256=sha256).fetchone() is not None
+        return bool(self._value("SELECT 1 FROM manifest_blob WHERE sha256 = :key", key=sha256))
 
     def project(self, job: Job) -> Manifest:
         """Return the files of a job's project."""
@@ -8847,9 +8763,9 @@ class Look(_Register):
 
     def unknown_manifests(self, keys: Sequence[str]) -> list[str]:
         """Return those of the keys that are no job's (any more)."""
-        return [row["value"] for row in self._do("""
+        return self._column("""
             SELECT value FROM json_each(:keys) WHERE value NOT IN (SELECT key FROM manifest)""",
-            keys=json.dumps(keys))] if keys else []
+            keys=json.dumps(keys)) if keys else []
 
     def extent(self, job: int) -> tuple[int, int, int]:
         """Return how many files a job's project has (each content once), their bytes, and the
@@ -8864,10 +8780,10 @@ class Look(_Register):
 
     def unused_blobs(self, before: float) -> list[str]:
         """Return the hashes that nobody names and that are older than ``before``."""
-        return [row["sha256"] for row in self._do("""
+        return self._column("""
             SELECT sha256 FROM blob WHERE stored < :before
             AND sha256 NOT IN (SELECT sha256 FROM manifest_blob)
-            AND sha256 NOT IN (SELECT sha256 FROM written)""", before=before)]
+            AND sha256 NOT IN (SELECT sha256 FROM written)""", before=before)
 
     def written(self, job: int) -> list[Written]:
         """Return the files that the scene of a job wrote."""
@@ -8895,18 +8811,17 @@ class Look(_Register):
 
     def newest_job(self) -> int:
         """Return the highest number that a job ever had; numbers are not used again."""
-        row = self._do("SELECT seq FROM sqlite_sequence WHERE name = 'job'").fetchone()
-        return int(row["seq"]) if row else 0
+        return self._value("SELECT seq FROM sqlite_sequence WHERE name = 'job'") or 0
 
     def leasable_jobs(self, over: bool = False,
                       may: Callable[[str], bool] | None = None) -> Iterator[Job]:
         """Yield active jobs that have something to give out, in the order in which they are served.
 
-        Frames, slices or passes that wait for a worker, or rows that are not cut; when it is
-        looked ``over``, also what others render. Higher priority first; among equals those of
-        the owner with the fewest runs under way, then of the one for whom cores were busy for
-        the shortest time; of one owner the job with the fewest runs, so that each gets its
-        share; then the oldest. Owners whom ``may`` denies get nothing.
+        Frames, slices or passes that wait for a worker, or rows that are not cut; when it is looked
+        ``over``, also what others render. Higher priority first; among equals those of the owner
+        with the fewest runs under way, then of the one for whom cores were busy for the shortest
+        time; of one owner the job with the fewest runs, so that each gets its share; then the
+        oldest. Owners whom ``may`` denies get nothing.
         """
         for owner, priority in self._do("""
                 SELECT owner, priority FROM turn INDEXED BY turn_next WHERE active > 0
@@ -8924,18 +8839,18 @@ class Look(_Register):
 
     def open_tasks(self) -> int:
         """Return how many frames the active jobs have that are not finished."""
-        return int(self._do("SELECT TOTAL(queued + leased) FROM job INDEXED BY job_turn "
-                            "WHERE state = 'active'").fetchone()[0])
+        return int(self._value("SELECT TOTAL(queued + leased) FROM job INDEXED BY job_turn "
+                               "WHERE state = 'active'"))
 
     def left_rows(self) -> set[int]:
         """Return the numbers of jobs that are not there but of which there may be rows."""
-        return {int(row["key"][5:]) for row in self._do("""
+        return {int(key[5:]) for key in self._column("""
             SELECT key FROM meta WHERE key > 'rows ' AND key < 'rows:'""")}
 
     def half_cancelled(self) -> set[int]:
         """Return the cancelled jobs of which frames still wait or are out."""
-        return {row["id"] for row in self._do("""
-            SELECT id FROM job WHERE state = 'cancelled' AND queued + leased > 0""")}
+        return set(self._column(
+            "SELECT id FROM job WHERE state = 'cancelled' AND queued + leased > 0"))
 
     # --- tasks
 
@@ -8954,11 +8869,8 @@ class Look(_Register):
             job=job, frame=frame)
 
     def tasks(self, job: int, after: int = -1, limit: int = -1, since: float = 0.0) -> list[Task]:
-        """Return a job's frames; ``after`` is the last one already seen.
-
-        Those of which something was told ``since`` a time; all where that is longer ago than
-        events are kept.
-        """
+        """Return a job's frames ``after`` the last one already seen: those of which something was
+        told ``since`` a time; all where that is longer ago than events are kept."""
         return self._all(Task, """
             SELECT * FROM task WHERE job = :job AND frame > :after AND slice = 0
             AND (:since <= COALESCE((SELECT time FROM event ORDER BY id LIMIT 1), :since)
@@ -8975,8 +8887,8 @@ class Look(_Register):
 
     def last_start(self, job: int) -> float | None:
         """Return when something of a job was given out last."""
-        return cast("float | None", self._do(
-            "SELECT MAX(granted) FROM lease WHERE job = :job", job=job).fetchone()[0])
+        return cast("float | None", self._value(
+            "SELECT MAX(granted) FROM lease WHERE job = :job", job=job))
 
     def frame_states(self, job: Job) -> tuple[range | tuple[int, ...], str]:
         """Return the numbers of a job's frames, and the first letter of the state of each.
@@ -8988,10 +8900,9 @@ class Look(_Register):
         frames: range | tuple[int, ...] = plan
         most = max(TaskState, key=lambda state: job.counts[state])
         whole = sum(job.counts.values()) == len(frames)
-        there: dict[TaskState, list[int]] = {state: json.loads(self._do("""
+        there: dict[TaskState, list[int]] = {state: json.loads(self._value("""
             SELECT json_group_array(frame) FROM task
-            WHERE job = :job AND state = :state AND slice = 0""",
-            job=job.id, state=state.value).fetchone()[0])
+            WHERE job = :job AND state = :state AND slice = 0""", job=job.id, state=state.value))
             for state, number in job.counts.items() if number and not (whole and state is most)}
         at: Callable[[int], int] = plan.index
         if not whole:
@@ -9040,10 +8951,9 @@ class Look(_Register):
 
     def last_queued(self, job: int, low: int, high: int) -> int:
         """Return the last frame from ``low`` to ``high`` that is queued, ``low`` if none is."""
-        return int(self._do("""
+        return int(self._value("""
             SELECT COALESCE(MAX(frame), :low) FROM task WHERE job = :job AND state = 'queued'
-            AND slice = 0 AND frame BETWEEN :low AND :high""",
-            job=job, low=low, high=high).fetchone()[0])
+            AND slice = 0 AND frame BETWEEN :low AND :high""", job=job, low=low, high=high))
 
     def newest_task_of(self, job: int) -> Task | None:
         """Return the frame of one job that was finished last."""
@@ -9070,14 +8980,14 @@ class Look(_Register):
 
     def states(self) -> list[int]:
         """Return the tasks of which the state of a stopped render is kept."""
-        return [row["id"] for row in self._do("SELECT id FROM task WHERE state_of != ''")]
+        return self._column("SELECT id FROM task WHERE state_of != ''")
 
     def recent_walls(self, job: int) -> list[float]:
         """Return how long the frames took that a job finished last, in seconds."""
-        return [row["wall"] for row in self._do("""
+        return list(filter(None, self._column("""
             SELECT wall FROM task INDEXED BY task_done
             WHERE job = :job AND state = 'done' AND parent IS NULL
-            ORDER BY finished DESC LIMIT 99""", job=job) if row["wall"]]
+            ORDER BY finished DESC LIMIT 99""", job=job)))
 
     # --- slices of frames, and the passes that slices share
 
@@ -9089,9 +8999,9 @@ class Look(_Register):
 
     def slice_states(self, frame: int) -> set[TaskState]:
         """Return the states in which slices of a frame are."""
-        return {TaskState(row["state"]) for row in self._do("""
+        return set(map(TaskState, self._column("""
             SELECT DISTINCT state FROM task WHERE parent = :frame AND kind = 'slice'""",
-            frame=frame)}
+            frame=frame)))
 
     def queued_parts(self, job: int) -> list[Task]:
         """Return the slices and passes of a job that wait for a worker."""
@@ -9123,8 +9033,8 @@ class Look(_Register):
               AND part.kind = 'slice' AND part.state != 'done')""")
 
     def slice_costs(self, job: int) -> list[tuple[int, float, float]]:
-        """Return how fast the slices were that were finished last: worker, rows a second and
-        the least seconds before the first row."""
+        """Return how fast the slices were that were finished last: worker, rows a second and the
+        least seconds before the first row."""
         return [(row["worker"], row["rows"] / max(row["wall"], 0.01), row["parse"] or 0.0)
                 for row in self._do("""
             SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall,
@@ -9162,9 +9072,9 @@ class Look(_Register):
 
     def failed_workers(self, task: int) -> set[int]:
         """Return the workers that failed a task."""
-        return {row["worker"] for row in self._do("""
+        return set(self._column("""
             SELECT DISTINCT worker FROM attempt WHERE task = :task AND state = 'failed'""",
-            task=task)}
+            task=task))
 
     def kept(self, task: int) -> list[Attempt]:
         """Return the attempts of a task whose images wait to be compared, the oldest first."""
@@ -9174,36 +9084,31 @@ class Look(_Register):
     def failures(self, job: int, worker: int) -> int:
         """Return how many attempts of a job failed on one worker."""
         # CROSS JOIN: from the failures, which are few, to their tasks.
-        return int(self._do("""
+        return int(self._value("""
             SELECT COUNT(*) FROM attempt CROSS JOIN task ON task.id = attempt.task
             WHERE attempt.worker = :worker AND attempt.state = 'failed' AND task.job = :job""",
-            job=job, worker=worker).fetchone()[0])
+            job=job, worker=worker))
 
     def has_done(self, job: int, worker: int) -> bool:
         """Tell whether one worker rendered a frame of a job."""
-        return self._do("""
+        return bool(self._value("""
             SELECT 1 FROM attempt CROSS JOIN task ON task.id = attempt.task
             WHERE attempt.worker = :worker AND attempt.state = 'done' AND task.job = :job
-            LIMIT 1""", job=job, worker=worker).fetchone() is not None
+            LIMIT 1""", job=job, worker=worker))
 
     def recent_attempts(self, worker: int, limit: int) -> list[str]:
-        """Return how a worker's last attempts ended, the newest first.
-
-        Failures count only in jobs of which some frame was rendered: where
-        none was, the scene is to blame.
-        """
-        return [row["state"] for row in self._do("""
-            SELECT attempt.state AS state FROM attempt JOIN task ON task.id = attempt.task
+        """Return how a worker's last attempts ended, the newest first. Failures count only in jobs
+        of which some frame was rendered: where none was, the scene is to blame."""
+        return self._column("""
+            SELECT attempt.state FROM attempt JOIN task ON task.id = attempt.task
             WHERE attempt.worker = :worker AND (attempt.state IN ('done', 'kept') OR (
                 attempt.state = 'failed' AND EXISTS (
                     SELECT 1 FROM job WHERE job.id = task.job AND job.done > 0)))
-            ORDER BY attempt.id DESC LIMIT :limit""", worker=worker, limit=limit)]
+            ORDER BY attempt.id DESC LIMIT :limit""", worker=worker, limit=limit)
 
     def first_failure(self, job: int) -> Attempt | None:
-        """Return the last try of the first frame that failed, to show to a person.
-
-        While none has failed for good it is the newest of the tries of what is not done.
-        """
+        """Return the last try of the first frame that failed, to show to a person; while none has
+        failed for good, the newest of the tries of what is not done."""
         return self._one(Attempt, """
             SELECT * FROM try WHERE id = COALESCE((
               SELECT attempt.id FROM task CROSS JOIN attempt ON attempt.task = task.id
@@ -9216,11 +9121,8 @@ class Look(_Register):
     # --- files that are kept
 
     def done_tasks(self) -> list[Task]:
-        """Return every finished task whose file is kept.
-
-        Slices are kept until their frame is put together, passes until it is done,
-        or for all frames that share them.
-        """
+        """Return every finished task whose file is kept: slices until their frame is put together,
+        passes until it is done, or for all frames that share them."""
         return self._all(Task, """
             SELECT task.* FROM task JOIN job ON job.id = task.job
             LEFT JOIN task AS frame ON frame.id = task.parent
@@ -9361,10 +9263,8 @@ class Tx(Look):
         self._do("DELETE FROM person WHERE name = :name", name=name)
 
     def begin_turn(self, owner: str, priority: int) -> None:
-        """Let somebody who has no active job of a priority stand in line with those who have.
-
-        What was not used meanwhile is not made up for: that would be at the others' cost.
-        """
+        """Let somebody who has no active job of a priority stand in line with those who have. What
+        was not used meanwhile is not made up for: that would be at the others' cost."""
         self._do("INSERT OR IGNORE INTO turn (owner, priority) VALUES (:owner, :priority)",
                  owner=owner, priority=priority)
         self._do("""
@@ -9417,8 +9317,8 @@ class Tx(Look):
     def reserve_job(self) -> int:
         """Return a number for a job, to add tasks under; its rows are left ones until it is added.
 
-        Tasks and leases do not refer to the row of their job, which therefore comes and goes
-        in one transaction, however many they are.
+        Tasks and leases do not refer to the row of their job, which therefore comes and goes in one
+        transaction, however many they are.
         """
         job = self.newest_job() + 1
         self._do("DELETE FROM sqlite_sequence WHERE name = 'job'")
@@ -9617,10 +9517,7 @@ class Tx(Look):
             [{"task": task, "lease": lease, "worker": worker, "now": now} for task in tasks])
 
     def end_lease(self, lease: str, job: int, why: str, now: float, spent: float = 0.0) -> None:
-        """End a live lease, for which cores were busy for ``spent`` seconds.
-
-        Its attempts are ended by their own statements.
-        """
+        """End a live lease, but not its attempts; cores were busy for it for ``spent`` seconds."""
         self._do("UPDATE lease SET ended = :now, why = :why WHERE id = :id",
                  id=lease, why=why, now=now)
         self._do("UPDATE job SET runs = runs - 1 WHERE id = :job", job=job)
@@ -9683,10 +9580,9 @@ ANY_STATE = "any"  # left by a POV-Ray of unknown version
 class Offer:
     """What a worker asks for: up to ``want`` runs at once.
 
-    ``slots`` is how many runs it keeps going at a time, ``idle`` how many of
-    its cores have nothing to do. ``job`` is the only one that it takes, 0 for any. It has these
-    ``projects``, by their keys, and is answered at once when no job has one of them any more.
-    Why it wants nothing, if it rests, is ``rest``.
+    It keeps ``slots`` runs going at a time, ``idle`` of its cores have nothing to do. ``job`` is
+    the only one that it takes, 0 for any. It has these ``projects``, by their keys, and is answered
+    at once when no job has one of them any more. ``rest`` is why it wants nothing, if it rests.
     """
 
     want: int
@@ -9739,8 +9635,8 @@ class Portion:
 
     ``given`` is the task that the worker knows of, and ``task`` the one that it makes: of a frame
     that was divided since, the first slice. It was given the rows from ``top`` to before ``end``;
-    others render those from ``bottom`` on. ``notes`` are the last parts of what was given that
-    were rendered, and when each was heard of.
+    others render those from ``bottom`` on. ``notes`` are the last parts of what was given that were
+    rendered, and when each was heard of.
     """
 
     def __init__(self, grant: Grant, row: Task | Attempt, task: int, given: int, end: int) -> None:
@@ -9858,11 +9754,11 @@ class Presence:
     """A worker, as far as only this process knows of it.
 
     It was last ``seen`` by the monotonic clock, None since it has left, and told to be lost when it
-    was ``missed`` since then; ``departures`` count that it left,
-    so that a request which it has left open gives it nothing. It keeps ``slots`` runs going.
-    When it is sick, ``trial`` is when it last got a task to try, or became sick. ``well`` is True
-    where it is known that it did not fail what it did last. Its open requests wait at ``bells``.
-    ``rest`` is why it wants no work, as it said last.
+    was ``missed`` since then; ``departures`` count that it left, so that a request which it has
+    left open gives it nothing. It keeps ``slots`` runs going. When it is sick, ``trial`` is when it
+    last got a task to try, or became sick. ``well`` is True where it is known that it did not fail
+    what it did last. Its open requests wait at ``bells``. ``rest`` is why it wants no work, as it
+    said last.
     """
 
     seen: float | None = None
@@ -9907,7 +9803,6 @@ class _Waiting:
 
     @contextlib.contextmanager
     def bell(self, *lines: dict[_Bell, None]) -> Iterator[_Bell]:
-        """Stand in these lines."""
         bell, lines = _Bell(), (*lines, self._all)
         with self._changed:
             for line in lines:
@@ -9940,7 +9835,6 @@ class _Waiting:
         self.ring(dict.fromkeys(bells))
 
     def close(self) -> None:
-        """Answer everybody who waits, now and from now on."""
         self.closed = True
         self.ring(self._all)
 
@@ -9960,11 +9854,8 @@ class _News:
 
 
 class _States:
-    """Every change of a task or a job, and what lives of it in memory.
-
-    Memory is changed within the transaction that changes the database; when it
-    fails, all of memory is learned from the database again.
-    """
+    """Every change of a task or a job, and what lives of it in memory, which is changed within the
+    transaction that changes the database; when that fails, all of it is learned again."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self.store, self.clock = store, clock
@@ -9979,10 +9870,8 @@ class _States:
 
     @contextlib.contextmanager
     def tx(self, who: str = "") -> Iterator[Tx]:
-        """A transaction, which tells whom it concerns when it is on the disk; ``who`` did it.
-
-        When it fails, what was noted in memory did not happen either.
-        """
+        """A transaction, which tells whom it concerns when it is on the disk; ``who`` did it. When
+        it fails, what was noted in memory did not happen either."""
         news = _News(who)
         try:
             with self.store.tx() as tx:
@@ -9999,7 +9888,6 @@ class _States:
         self.offer(news.work)
 
     def offer(self, work: float) -> None:
-        """Call so many of those who wait for work, if there is some."""
         if work and self.waiting.work:
             with self.store.read() as look:
                 if not any(look.leasable_jobs()):
@@ -10041,13 +9929,11 @@ class _States:
 
     def tell(self, tx: Tx, what: str, text: str, job: int | None = None,
              frame: int | None = None, worker: int | None = None) -> None:
-        """Add to the story of the farm."""
         tx.add_event(self.clock.time(), what, one_line(text), job, frame, worker, self.news.who)
 
     # --- jobs
 
     def move_job(self, tx: Tx, job: Job, to: JobState, reason: str) -> None:
-        """Change the state of a job; ``IllegalTransition`` when the table does not allow it."""
         frm, finished = job.state, self.clock.time() if to in FINISHED else None
         if to is JobState.ACTIVE:
             tx.begin_turn(job.owner, job.options.priority)
@@ -10059,7 +9945,6 @@ class _States:
         self.tell(tx, f"job {to.value}", reason, job.id)
 
     def start(self, tx: Tx, job: Job) -> None:
-        """Make a job active, or let it wait for its files."""
         if missing := tx.missing_sizes(job.manifest):
             self.missing[job.id] = missing
         self.move_job(tx, job, JobState.WAITING if missing else JobState.ACTIVE, "")
@@ -10077,7 +9962,6 @@ class _States:
         tx.add_blob(sha256, size, self.clock.time())
 
     def _settle(self, tx: Tx, job: int, after_failure: bool) -> None:
-        """Let the states of its tasks become that of the job."""
         row = tx.job(job)
         self.news.work += bool(row.options.max_workers or row.options.in_order)  # held others up
         to, reason = job_state(row.state, row.counts), ""
@@ -10090,7 +9974,6 @@ class _States:
     # --- tasks
 
     def move(self, tx: Tx, task: Task, to: TaskState, why: str) -> None:
-        """Change the state of a task; ``IllegalTransition`` when the table does not allow it."""
         frm = task.state
         if (frm, to) not in TRANSITIONS or not tx.set_task_state(task.id, frm, to):
             raise IllegalTransition(f"frame {task.frame} cannot go from {frm.value} to {to.value}")
@@ -10107,10 +9990,8 @@ class _States:
 
     def move_frames(self, tx: Tx, job: int, frm: TaskState, to: TaskState, why: str,
                     after: int = -1) -> tuple[int, int]:
-        """Move the next step of those frames that are like each other.
-
-        They come ``after`` a frame; return how many were looked at, and the last.
-        """
+        """Move the next step of those frames that are like each other and come ``after`` one;
+        return how many were looked at, and the last."""
         if (frm, to) not in TRANSITIONS:
             raise IllegalTransition(f"frames cannot go from {frm.value} to {to.value}")
         number, moved, last = tx.move_frames(job, frm, to, why, self.clock.time(), after, STEP,
@@ -10120,7 +10001,6 @@ class _States:
         return number, last
 
     def settle_frame(self, tx: Tx, frame: int, why: str) -> None:
-        """Let the states of its slices become that of a frame."""
         row, slices = tx.task(frame), tx.slice_states(frame)
         to = frame_state(slices, row.state)
         if slices and row.state is not TaskState.DONE and to is not row.state:
@@ -10129,7 +10009,6 @@ class _States:
                 self.cancel_parts(tx, row, f"the frame is {to.value}")
 
     def cancel_parts(self, tx: Tx, frame: Task, why: str, but_passes: bool = False) -> None:
-        """End what is under way of a frame that is settled otherwise."""
         for part in tx.parts(frame.id, TaskKind.SLICE if but_passes else None):
             self.end_others(tx, part.id, why)
             if part.state in (TaskState.QUEUED, TaskState.LEASED):
@@ -10183,7 +10062,6 @@ class _States:
             self.end_attempt(tx, task, portion.grant.id, AttemptState.LOST, why)
 
     def end_lease(self, tx: Tx, grant: Grant, state: AttemptState, why: str) -> None:
-        """Take back what is left of a lease."""
         tasks = [portion.task for portion in grant.portions.values()]
         self._end(tx, grant, state, why)
         for task in map(tx.task, tasks):
@@ -10219,10 +10097,8 @@ class People:
         self._states, self._everybody = states, allowance
 
     def add(self, person: Person, who: str = ADMIN) -> None:
-        """Add a person, a program or an invitation.
-
-        The same again, as when an answer was lost, changes nothing.
-        """
+        """Add a person, a program or an invitation. The same again, as when an answer was lost,
+        changes nothing."""
         with self._states.tx(who) as tx:
             self._add(tx, person)
 
@@ -10271,10 +10147,8 @@ class People:
                 tx.drop_person(one.name)
 
     def remove(self, name: str, who: str = ADMIN) -> list[int]:
-        """Forget a person's secret; the jobs stay. Return the workers that came with it.
-
-        Or withdraw an invitation, by which nobody comes any more; who has come stays.
-        """
+        """Forget a person's secret; the jobs stay. Return the workers that came with it. Or
+        withdraw an invitation, by which nobody comes any more; who has come stays."""
         with self._states.tx(who) as tx:
             person = tx.person(name, invited=True) or self._known(tx, name)
             tx.drop_person(person.name)
@@ -10362,11 +10236,8 @@ class _Crew:
 
     def join(self, info: WorkerInfo, token: str, address: str, code: str = "",
              who: str = "") -> int:
-        """Add a worker whose secret hashes to ``token``; return its id.
-
-        With a ``code`` it is pending until ``admit`` is called with that. The same secret
-        again, as when an answer was lost, adds no second worker.
-        """
+        """Add a worker whose secret hashes to ``token``, pending with a ``code``; return its id.
+        The same secret again, as when an answer was lost, adds no second worker."""
         state = WorkerState.PENDING if code else WorkerState.ADMITTED
         with self.states.tx(who) as tx:
             known = tx.worker_by_token(token)
@@ -10384,7 +10255,6 @@ class _Crew:
         return worker
 
     def make_room(self, address: str) -> None:
-        """Let one more from this address ask to join, or raise ``Crowded``."""
         with self.states.tx() as tx:
             self._make_room(tx, address)
 
@@ -10411,7 +10281,6 @@ class _Crew:
         self._see(worker).trial = -math.inf  # perhaps it comes again because it was mended
 
     def admit(self, code: str, who: str = ADMIN) -> str:
-        """Admit the pending worker with this code and return its name."""
         with self.states.tx(who) as tx:
             for row in tx.workers():
                 if row.state is WorkerState.PENDING and hmac.compare_digest(
@@ -10423,11 +10292,8 @@ class _Crew:
             raise UserError(f"no worker waits with the code '{code}'")
 
     def steer(self, worker: int, action: str, who: str = ADMIN) -> None:
-        """Pause a worker, drain it or let it go on: it is told with its next answer.
-
-        One that is paused hands its renders over to others; one of another system, which cannot,
-        finishes them.
-        """
+        """Pause a worker, drain it or let it go on: it is told with its next answer. One that is
+        paused hands its renders over; one of another system, which cannot, finishes them."""
         if (rest := RESTS.get(action)) is None:
             raise NotFound(f"a worker cannot be asked to {action}")
         with self.states.tx(who) as tx:
@@ -10443,7 +10309,6 @@ class _Crew:
             self.dismiss(worker)
 
     def remove(self, worker: int, who: str = "") -> None:
-        """Take a worker's leases back and forget its secret."""
         with self.states.tx(who) as tx:
             row = tx.find_worker(worker)
             if row is None or not tx.set_worker_state(worker, WorkerState.REMOVED):
@@ -10454,14 +10319,12 @@ class _Crew:
         self.states.presence(worker).seen = None
 
     def leave(self, worker: int) -> None:
-        """Hand back every lease of a worker that stops; it may come again."""
         with self.states.tx() as tx:
             self.dismiss(worker)
             self.states.take_leases(tx, worker, "worker stopped")
         self.states.presence(worker).seen = None
 
     def release(self, worker: int, lease: str) -> None:
-        """Take back a lease that its worker hands in unfinished."""
         with self.states.tx() as tx:
             for grant in self._held(worker, [lease]):
                 self.states.end_lease(tx, grant, AttemptState.RELEASED, "handed back")
@@ -10472,9 +10335,8 @@ class _Crew:
              wait: float) -> tuple[list[str], dict[int, int]]:
         """Keep a worker's leases alive; return those of them that have ended.
 
-        Also the tasks of which others render the lower rows, each with the row
-        before which it may end. Answers after ``wait`` seconds, or at once when
-        there is such news.
+        Also the tasks of which others render the lower rows, each with the row before which it may
+        end. Answers after ``wait`` seconds, or at once when there is such news.
         """
         now, presence = self.clock.monotonic(), self.states.presence(worker)
         end, stays = now + min(wait, self.lease_time / 3), presence.departures
@@ -10534,7 +10396,6 @@ class _Crew:
         return max(guest.silence if busy else guest.pause, self.lease_time)
 
     def live_workers(self) -> set[int]:
-        """Return the workers that were heard of within the time that a lease lives."""
         now = self.clock.monotonic()
         since = now - self.lease_time  # looked at for each of a thousand workers, with every lease
         return {worker for worker, presence in list(self.states.presences.items())
@@ -10547,7 +10408,6 @@ class _Crew:
         return None if at is None else self.clock.monotonic() - at
 
     def muster(self, look: Look) -> Muster:
-        """Return who is there at this moment."""
         return Muster(self.states, look, self.live_workers(), self._people)
 
     def _held(self, worker: int, leases: Iterable[str]) -> list[Grant]:
@@ -10650,11 +10510,8 @@ class Muster:
         return self._fitting[key]
 
     def _prevailing(self, job: Job) -> Collection[str]:
-        """Return the engines (JSON) that may begin a job: a job's version is that of most cores.
-
-        Of the workers that are there and can; of those that have failed in the job only
-        where there are no others.
-        """
+        """Return the engines (JSON) that may begin a job: its version is that of most cores of the
+        workers that can, and of those that have failed in it only where there are no others."""
         least, only = job.pov.needs[0], job.options.only
         key = job.id if job.started else 0, f"{least} {only}"
         if key not in self._elected:
@@ -10677,11 +10534,8 @@ class Muster:
         return self._look.failures(job.id, worker) >= 3 and not self._look.has_done(job.id, worker)
 
     def helpers(self, job: Job, part: bool = False) -> set[int]:
-        """Return the workers that a frame of a job may wait for, or ``part`` of a frame.
-
-        Those that fail all of the job count when there are no others: then
-        the scene is to blame, and the job has to find that out.
-        """
+        """Return the workers that a frame of a job, or ``part`` of one, may wait for: also those
+        that fail all of it, when there are no others, as the scene may be to blame."""
         if (job.id, part) not in self._helping:
             well = {row.id for row in self.crew if not self.sickness(row) and self.suits(job, row)
                     and (not part or self.cuts(job, row))}
@@ -10708,10 +10562,8 @@ class Muster:
         return akin if akin and self.helpers(job).union(by) - akin else frozenset({worker})
 
     def why(self, job: Job) -> tuple[str, str]:
-        """Return why a job does not go on, in a sentence, and what would cure it; or nothing.
-
-        The cure is ``resume``, ``retry`` or an option of the job to set, such as ``povray=any``.
-        """
+        """Return why a job does not go on, in a sentence, or nothing; and what would cure it:
+        ``resume``, ``retry`` or an option of the job to set, such as ``povray=any``."""
         if job.reason:
             stuck = job.state is JobState.PAUSED and job.reason != PAUSED_BY_HAND
             return job.reason, "retry" if stuck else "resume" * (job.state is JobState.PAUSED)
@@ -10814,11 +10666,8 @@ class _Dealing:
 
     def lease(self, worker: int, offer: Offer, wait: float,
               alive: Callable[[], bool]) -> list[LeaseSpec]:
-        """Give out work: waits up to ``wait`` seconds when there is none.
-
-        ``alive`` tells whether the worker still listens: one that was killed
-        while it waited gets nothing.
-        """
+        """Give out work, waiting up to ``wait`` seconds for some; but nothing to who does not
+        listen any more (``alive``), as it was killed while it waited."""
         clock, waiting = self._states.clock, self._states.waiting
         end, looked = clock.monotonic() + wait, -math.inf
         presence = self._states.presence(worker)
@@ -10867,11 +10716,8 @@ class _Dealing:
 
 
 class _Deal:
-    """One request for work, in the transaction in which it is answered.
-
-    The pickers are asked in turn, each for all jobs: what is queued goes before
-    what others are at.
-    """
+    """One request for work, in the transaction in which it is answered. The pickers are asked in
+    turn, each for all jobs: what is queued goes before what others are at."""
 
     def __init__(self, states: _States, muster: Muster, tx: Tx, worker: Member,
                  offer: Offer) -> None:
@@ -10901,7 +10747,6 @@ class _Deal:
         return leases
 
     def _found(self) -> tuple[Job | None, list[Task]]:
-        """Find what the worker gets next, and the job that it is of."""
         pickers: Sequence[Callable[[Job], list[Task]]] = (
             self._queued, self._divided, self._straggler)
         if guest := self._presence.guest:
@@ -10915,7 +10760,6 @@ class _Deal:
         return None, []
 
     def _may_work(self, job: Job) -> bool:
-        """Tell whether the worker may have something of a job."""
         options, mine = job.options, self._worker.id
         if self._offer.job not in (0, job.id) or not self._muster.suits(job, self._worker):
             return False
@@ -10960,10 +10804,8 @@ class _Deal:
         return self._frames(job) if self._may_begin(job) else []
 
     def _whole(self, job: Job, guest: Guest) -> list[Task]:
-        """Find a slice or frames for a guest; no frames that others had better slice.
-
-        One that fails with a frame may end: so what was failed comes last, unless it fails all.
-        """
+        """Find a slice or frames for a guest; no frames that others had better slice. One that
+        fails with a frame may end: so what was failed comes last, unless it fails all."""
         if guest.cuts(job) and (part := self._part(job)):
             return [part]
         whole = unsliceable(job.pov, False, job.options.slices) or not self._wants_slices(job)
@@ -11022,7 +10864,6 @@ class _Deal:
     # --- slices and passes
 
     def _part(self, job: Job) -> Task | None:
-        """Find a slice or a pass, or cut one off a frame."""
         if unsliceable(job.pov, job.options.in_order, job.options.slices):
             return None
         if job.options.radiosity == "animation" and self._shared(job):
@@ -11063,10 +10904,8 @@ class _Deal:
             self._tx.add_part(frame, TaskKind.PASS, top, bottom)
 
     def _wants_slices(self, job: Job) -> bool:
-        """Tell whether the next whole frame should be sliced at once.
-
-        By itself only where there are fewer frames than workers.
-        """
+        """Tell whether the next whole frame should be sliced at once: with ``auto`` only where
+        there are fewer frames than workers."""
         if job.options.slices != "auto":
             return job.options.slices not in ("off", "1")
         few = job.queued < len(self._muster.live)  # soon found out, and mostly enough
@@ -11081,7 +10920,6 @@ class _Deal:
         return self._cut(job, self._tx.task(frame.id))
 
     def _cut(self, job: Job, frame: Task) -> Task:
-        """Cut the next slice off a frame."""
         (speeds, cost), mine = self._speeds_of(job), self._worker.id
         here = self._muster.helpers(job, True) | {mine}
         share = speeds[mine] / sum(speeds[helper] for helper in here)
@@ -11103,10 +10941,8 @@ class _Deal:
     # --- what others are at
 
     def _left(self, portion: Portion, job: Job | None = None) -> float:
-        """Return the seconds that a portion will still take as it looks.
-
-        Before any of it was heard, a slice of ``job`` takes as long as others did.
-        """
+        """Return the seconds that a portion will still take as it looks. Before any of it was
+        heard, a slice of ``job`` takes as long as others did."""
         usual = math.inf
         if job is not None and portion.kind is TaskKind.SLICE:
             speeds, cost = self._speeds_of(job)
@@ -11216,7 +11052,6 @@ class _Deal:
             not (grant.brings or job.options.in_order or job.options.verify))
 
     def _passes(self, job: Job, task: Task) -> tuple[int, ...]:
-        """Return the passes whose results a task reads."""
         if not self._shared(job) or task.kind is TaskKind.PASS:
             return ()
         frame = task.parent
@@ -11228,9 +11063,8 @@ class _Deal:
     def _threads(self, job: Job, task: Task) -> int:
         """Return the threads of one run: more than one only where frames run out.
 
-        A still has whole machines to itself, and so has a slice; the last
-        frames of an animation share what is idle, unless their pixels depend
-        on the threads.
+        A still has whole machines to itself, and so has a slice; the last frames of an animation
+        share what is idle, unless their pixels depend on the threads.
         """
         frames = sum(job.counts.values())
         if frames > 1 and not job.pov.thread_safe and not task.is_part:
@@ -11265,13 +11099,12 @@ class _Deliveries:
                written: Mapping[str, Path | bytes | None] = {}) -> bool:
         """Accept the image of a task; False when another was accepted before.
 
-        The image is checked whole first: ``ImageError`` when it is not the
-        picture that was asked for, and the task stays as it was. A late image
-        of a task that is still unfinished is taken. Of a slice comes the strip
-        of its rows, which may reach further down, to ``bottom``, when its worker
-        rendered on while others began with what is below. ``written`` are the
-        files that the scene wrote itself: of each, the last frame's stays. None
-        stands for one that was left where it was written.
+        The image is checked whole first: ``ImageError`` when it is not the picture that was asked
+        for, and the task stays as it was. A late image of a task that is still unfinished is taken.
+        Of a slice comes the strip of its rows, which may reach further down, to ``bottom``, when
+        its worker rendered on while others began with what is below. ``written`` are the files that
+        the scene wrote itself: of each, the last frame's stays. None stands for one that was left
+        where it was written.
         """
         with self.states.store.read() as look:
             _, row, job = self.states.shown(look, worker, lease, task)
@@ -11299,11 +11132,8 @@ class _Deliveries:
 
     def fail(self, worker: int, lease: str, task: int, message: str, log_text: bytes,
              scene: bool) -> None:
-        """Record a failed try; the task is queued again while tries are left.
-
-        ``scene`` says that the scene itself is wrong: then it is not worth
-        more than one try on each worker.
-        """
+        """Record a failed try; the task is queued again while tries are left. Where the ``scene``
+        itself is wrong, it is not worth more than one try on each worker."""
         states = self.states
         with states.store.read() as look:
             attempt, row, job = states.shown(look, worker, lease, task)
@@ -11324,10 +11154,8 @@ class _Deliveries:
                     states.move(tx, row, TaskState.FAILED if used_up else TaskState.QUEUED, message)
 
     def _used_up(self, tx: Tx, task: Task, job: Job, scene: bool) -> bool:
-        """Tell whether a task that has failed is not tried again.
-
-        Where the ``scene`` is to blame, one try on each worker that could do it is enough.
-        """
+        """Tell whether a task that has failed is not tried again. Where the ``scene`` is to blame,
+        one try on each worker that could do it is enough."""
         if not scene:
             return task.tries + 1 >= job.options.retry_limit
         failed = tx.failed_workers(task.id)
@@ -11335,7 +11163,6 @@ class _Deliveries:
                 or not self.crew.muster(tx).helpers(job, task.is_part) - failed)
 
     def keep_state(self, worker: int, lease: str, task: int, state: Path | bytes) -> None:
-        """Keep what a worker that stops leaves of an unfinished task, for others to go on from."""
         with self.states.store.read() as look:
             _, row, _ = self.states.shown(look, worker, lease, task)
         with self.turn(row):
@@ -11370,7 +11197,6 @@ class _Deliveries:
         return self.turns[task.frame % len(self.turns)]
 
     def join_frames(self) -> None:
-        """Put together every frame of which all slices are there."""
         with self.states.store.read() as look:
             if not look.frames_to_join():
                 return
@@ -11428,11 +11254,8 @@ class _Deliveries:
 
 
 class _Delivery:
-    """An image on its way to its place: prepared, stored, settled, cleaned up after.
-
-    ``pieces`` are the unfinished tasks that it settles, ``stale`` the files of
-    which nobody has any more use then.
-    """
+    """An image on its way to its place: prepared, stored, settled, cleaned up after. ``pieces`` are
+    the unfinished tasks that it settles, ``stale`` the files that nobody needs then."""
 
     def __init__(self, room: _Deliveries, shown: tuple[int, str, int], image: Path | bytes,
                  log_text: bytes, cost: Cost, bottom: int,
@@ -11443,7 +11266,6 @@ class _Delivery:
         self._log_text, self._cost, self._written = log_text, cost, written
 
     def take(self) -> bool:
-        """Store the image and accept it; False when it is not wanted."""
         while self._prepare():
             stored = self._store_all()
             with self._states.tx() as tx:
@@ -11516,10 +11338,8 @@ class _Delivery:
                             if path.is_file()))  # a person may have deleted it
 
     def _store_all(self) -> list[tuple[int, str, int]]:
-        """Store the log, the image, and the files that the scene wrote.
-
-        Return the task, the hash and the size of each piece.
-        """
+        """Store the log, the image, and the files that the scene wrote; return the task, the hash
+        and the size of each piece."""
         self.log_name = self._store.put_log(
             self.directory, f"{self.task.name}.{self.attempt.id}.txt", self._log_text)
         if self.verdict.keep:
@@ -11549,7 +11369,6 @@ class _Delivery:
         return piece.id, sha256_file(place / name), (place / name).stat().st_size
 
     def _settle(self, tx: Tx, stored: Sequence[tuple[int, str, int]]) -> bool:
-        """Note in the database what became of the image; True when it is taken."""
         if self.verdict.keep:
             self._keep(tx)
             accepted = True
@@ -11563,7 +11382,6 @@ class _Delivery:
         return accepted
 
     def _keep(self, tx: Tx) -> None:
-        """Let another worker render a frame whose image is kept beside the finished ones."""
         task, why = tx.task(self.task.id), self.verdict.keep
         tx.add_job_cost(task.job, self._cost)
         tx.count_work(self._worker, 0, self._cost.wall)
@@ -11616,16 +11434,15 @@ class _Delivery:
 
 
 def _is_open(frame: Task | None) -> bool:
-    """Tell whether the picture of a sliced frame is still wanted."""
     return frame is not None and frame.state in (TaskState.LEASED, TaskState.FAILED)
 
 
 class Scheduler:
     """The farm's rules over a ``Store``: jobs, and the doors of the rooms; all thread-safe.
 
-    ``lease_time`` is how many seconds a lease lives without a beat. It is
-    measured by the clock's ``monotonic``, so a jump of the wall clock moves
-    nothing; leases found in the database at the start get the full time.
+    ``lease_time`` is how many seconds a lease lives without a beat. It is measured by the clock's
+    ``monotonic``, so a jump of the wall clock moves nothing; leases found in the database at the
+    start get the full time.
     """
 
     def __init__(self, store: Store, clock: Clock, lease_time: float = 30.0,
@@ -11666,11 +11483,11 @@ class Scheduler:
                frames: str = "") -> tuple[int, list[str]]:
         """Add a job; return its id and the hashes of the files that are missing.
 
-        ``frames`` are those of an animation to render, for ``FramePlan.chosen``. The
-        same ``ticket`` of the same owner again, as when an answer was lost, adds no second job.
-        Raises ``UserError`` when the command line asks for no frame, when two
-        frames would have the same name, for slices that cannot be, or for more than
-        its owner may have, and ``NoRoom`` when the disk is as good as full.
+        ``frames`` are those of an animation to render, for ``FramePlan.chosen``. The same
+        ``ticket`` of the same owner again, as when an answer was lost, adds no second job. Raises
+        ``UserError`` when the command line asks for no frame, when two frames would have the same
+        name, for slices that cannot be, or for more than its owner may have, and ``NoRoom`` when
+        the disk is as good as full.
         """
         plan = pov.plan
         options = _check_options(pov, replace(options, bring=options.bring or self.delivers))
@@ -11790,8 +11607,8 @@ class Scheduler:
     def again(self, job: int, frames: str, who: str = ADMIN) -> int:
         """Queue frames again, also finished ones; return how many.
 
-        Those that wait or are being rendered stay as they are. An image is in its place until
-        the next one comes, and nothing is taken any more that was begun before.
+        Those that wait or are being rendered stay as they are. An image is in its place until the
+        next one comes, and nothing is taken any more that was begun before.
         """
         count, tasks = 0, self._chosen(job, frames)
         for start in range(0, len(tasks), STEP // 10):
@@ -11820,7 +11637,6 @@ class Scheduler:
         return count
 
     def _chosen(self, job: int, frames: str) -> list[int]:
-        """Return the tasks of some frames of a job, given as people write them."""
         with self.store.read() as look:
             plan = look.job(job).pov.plan
             still = not plan.animation and frames == str(plan.frames[0])
@@ -11895,7 +11711,6 @@ class Scheduler:
         self._states.news.workers |= self.live_workers()  # they delete its project, too
 
     def _clear(self, row: Job) -> None:
-        """Delete the files of a job that was dropped."""
         for turn in self._deliveries.turns:  # until whoever has begun to store something has ended
             with turn:
                 pass
@@ -11943,10 +11758,8 @@ class Scheduler:
         self._crew.expire()
 
     def fetched(self, job: int, hashes: Collection[str], who: str = ADMIN) -> None:
-        """Note that images with these hashes are somewhere else, too, so that the job may go.
-
-        A farm that delivers notes what was ``delivered``, and nothing else.
-        """
+        """Note that images with these hashes are somewhere else, too, so that the job may go. A
+        farm that delivers notes what was ``delivered``, and nothing else."""
         with self._steering(job, who) as tx:
             if not self.delivers:
                 tx.take_images(job, hashes)
@@ -11975,10 +11788,8 @@ class Scheduler:
         return gone, waiting
 
     def tidy(self, keeping: Keeping | None = None) -> None:
-        """Delete what was kept for long enough: jobs, logs, blobs that nobody names, events.
-
-        Forget guests that are long gone.
-        """
+        """Delete what was kept for long enough: jobs, logs, blobs that nobody names, events. Forget
+        guests that are long gone."""
         keeping, now = keeping or self.keeping, self.clock.time()
         for job in self.overdue(keeping)[0]:
             with self._steering(job.id, ADMIN) as tx:
@@ -12089,10 +11900,10 @@ BYTES = "application/octet-stream"
 class Access:
     """Tells who sends a request: by proof that a secret is known, or by browser login.
 
-    The farm key is the admin's; workers, people and programs have secrets of their own. Both
-    ends prove theirs in ``hello`` and what follows, a ``Session``; no secret is sent. A login
-    code works once and is exchanged for a cookie, as Jupyter does it, which is its holder's. Who
-    tries wrong ones again and again is answered more and more slowly.
+    The farm key is the admin's; workers, people and programs have secrets of their own. Both ends
+    prove theirs in ``hello`` and what follows, a ``Session``; no secret is sent. A login code works
+    once and is exchanged for a cookie, as Jupyter does it, which is its holder's. Who tries wrong
+    ones again and again is answered more and more slowly.
     """
 
     def __init__(self, store: Store, farm_key: str, private: bool, clock: Clock,
@@ -12148,10 +11959,8 @@ class Access:
         return looks if request.path.startswith("/api/") else identity
 
     def _named(self, name: str, secret: str | None = None) -> Identity | None:
-        """Return the admin or one of the people, None for who is none (any more).
-
-        With the hash of a ``secret`` only who has that: the one place that compares it.
-        """
+        """Return the admin or one of the people, None for who is none (any more). With the hash of
+        a ``secret`` only who has that: the one place that compares it."""
         if name == ADMIN:
             return _ADMIN
         with self._store.read() as look:
@@ -12233,15 +12042,14 @@ class Access:
     def hello(self, who: str, nonce: str) -> dict[str, str]:
         """Prove to a client that we know the secret of ``who``, as it will have to.
 
-        Nothing of it is kept until then. What is told of somebody who is not known here
-        looks like what is told of all others.
+        Nothing of it is kept until then. What is told of somebody who is not known here looks like
+        what is told of all others.
         """
         said = f"{who.encode().hex()}.{nonce}.{int(self._clock.monotonic() * 1000):x}"
         session = self._session_called(f"{said}.{mac(self._boot, said)}")
         return {"session": session.name, "farm_id": self.farm_id, "proof": session.proof}
 
     def _session_called(self, name: str) -> Session:
-        """Return the session of a name that ``hello`` has made."""
         secret = self._secret_of(_whose(name)) or mac(self._boot, name)
         return Session(name, name.split(".")[1], secret, self.farm_id, self.pin)
 
@@ -12263,7 +12071,6 @@ class Access:
         return worker_secret(key, self.farm_id, ticket)
 
     def _by_proof(self, request: Request, proof: str) -> Identity:
-        """Return who has signed the request, which is taken once."""
         match = _PROOF.fullmatch(proof)
         session = match and (self._proven.get(match[1]) or self._new_session(match[1]))
         sha256 = request.headers.get("x-sha256", "")
@@ -12298,7 +12105,6 @@ class Access:
                 self._closed = max(self._closed, _said_at(oldest.name))
 
     def _known(self, who: str, secret: str, remote: str) -> Identity:
-        """Return somebody whose secret has this hash."""
         if hmac.compare_digest(secret, self._hash):
             return _ADMIN
         name = urllib.parse.unquote(who)
@@ -12329,10 +12135,8 @@ class Access:
 
     def add(self, name: str, role: Role, limits: Mapping[str, int], ticket: str, uses: int = 0,
             who: str = ADMIN) -> str:
-        """Add a person and return the key, or invite so many, without a name: return the code.
-
-        Both ends make it of the farm's key, so that it is not sent.
-        """
+        """Add a person and return the key, or invite so many, without a name: return the code. Both
+        ends make it of the farm's key, so that it is not sent."""
         person = Person(name, role, "", json.dumps(limits), self._clock.time())
         if uses:
             key = invitation_code(self._key, ticket)
@@ -12421,12 +12225,10 @@ def _session_over() -> ProtocolError:
 
 
 def _whose(name: str) -> str:
-    """Return who has said ``hello``."""
     return bytes.fromhex(name.partition(".")[0]).decode()
 
 
 def _said_at(name: str) -> float:
-    """Return the time at which ``hello`` has made this name."""
     return int(name.split(".")[2], 16) / 1000
 
 
@@ -12638,10 +12440,8 @@ class Views:
                 "progress": self._farm.progress(task.id)} if task else None
 
     def totals(self, tx: Look) -> dict[str, list[dict[str, Any]]]:
-        """Return frames, seconds and failures of all workers, computers and groups so far.
-
-        A client of another system may have its computer after an @; tags are the groups.
-        """
+        """Return frames, seconds and failures of all workers, computers and groups so far. A client
+        of another system may have its computer after an @; tags are the groups."""
         sums: dict[str, dict[Any, list[float]]] = {"workers": {}, "computers": {}, "groups": {}}
         for row, done in tx.totals():
             computer, groups = row.name.rpartition("@")[2], json.loads(row.tags_json) or [""]
@@ -12684,8 +12484,8 @@ class Views:
         return what, ended, text
 
     def made(self, tx: Look, job: Job, frames: str = "") -> dict[str, Path]:
-        """Return by name the finished images of a job, and the files that its scene wrote; or
-        only the images of some frames."""
+        """Return by name the finished images of a job, and the files that its scene wrote; or only
+        the images of some frames."""
         directory = self._store.job_directory(job.id, job.name)
         if frames:
             chosen = tx.tasks_of_frames(job.id, job.pov.plan.chosen(frames))
@@ -12730,9 +12530,7 @@ class Views:
 
     def _put_jobs(self, tx: Look, figures: Figures) -> None:
         """Add the jobs that are not finished, or were not ten minutes ago, and how long they wait.
-
-        The oldest of all that wait tells the age of the queue.
-        """
+        The oldest of all that wait tells the age of the queue."""
         now, oldest = self._farm.clock.time(), 0.0
         for job in tx.live_jobs(now - 600, MAX_FIGURES):
             labels = {"id": job.id, "job": job.name, "owner": job.owner}
@@ -12822,10 +12620,8 @@ class Pairings:
         self._known: dict[str, tuple[Pairing, float]] = {}
 
     def of(self, commitment: str, begin: bool) -> Pairing:
-        """Return the pairing, a new one where that may ``begin``.
-
-        There are few at a time: each is one try to meet a code that somebody is shown.
-        """
+        """Return the pairing, a new one where that may ``begin``. There are few at a time: each is
+        one try to meet a code that somebody is shown."""
         if not re.fullmatch("[0-9a-f]{64}", commitment):
             raise UserError("a commitment is a SHA-256 hash")
         now = self._clock.monotonic()
@@ -12842,10 +12638,8 @@ class Pairings:
 
 @dataclass(frozen=True)
 class Newcomer(Wired):
-    """A person to be added; with ``uses`` an invitation for so many, without a name.
-
-    ``limits`` are those that are not everybody's.
-    """
+    """A person to be added; with ``uses`` an invitation for so many, without a name. ``limits`` are
+    those that are not everybody's."""
 
     name: str
     role: Role
@@ -12867,10 +12661,8 @@ class Newcomer(Wired):
 
 
 class _Answers:
-    """What the routes of ``Api`` share.
-
-    ``routes`` and ``answered`` are the router's, once it is made.
-    """
+    """What the routes of ``Api`` share. ``routes`` and ``answered`` are the router's, once it is
+    made."""
 
     def __init__(self, scheduler: Scheduler, access: Access, name: str) -> None:
         self.routes: Sequence[BoundRoute] = ()
@@ -12884,7 +12676,6 @@ class _Answers:
         self._told: set[int] = set()  # workers, of that
 
     def _download(self, job: Job, suffix: str, mime: str, pieces: Iterator[bytes]) -> Response:
-        """Return what a browser keeps as a file with the name of a job."""
         response = stream_response(pieces, mime)
         name = urllib.parse.quote(f"{self._store.job_directory(job.id, job.name).name}{suffix}")
         response.headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{name}"
@@ -12893,10 +12684,8 @@ class _Answers:
     @contextlib.contextmanager
     def _delivered(self, request: Request, log_size: int = 0
                    ) -> Iterator[tuple[tuple[int, str, int], bytes, Path | bytes]]:
-        """Give worker, lease and task, the text that a body begins with, and a file of the rest.
-
-        Or the rest itself, where it is little. Whether the worker may deliver is looked at first.
-        """
+        """Give worker, lease and task, which are looked at first, the text that a body begins with,
+        and a file of the rest; or the rest itself, where it is little."""
         mine = request.identity.worker, request.params["lease"], request.params["task"]
         self._farm.check_lease(*mine)
         if log_size > MAX_LOG:
@@ -13046,10 +12835,8 @@ class Api(_Answers):
     @route("GET", "/api/v1/jobs/<job:int>/archive.zip", role="reader",
            gives="application/zip", summary="All finished images of a job")
     def archive(self, request: Request) -> Response:
-        """A zip of them and of the files that the scene wrote, made while it is sent.
-
-        Query: frames, such as ``5-9``, for the images of only these.
-        """
+        """A zip of them and of the files that the scene wrote, made while it is sent. Query:
+        frames, such as ``5-9``, for the images of only these."""
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
             made = self.views.made(tx, job, request.query.get("frames", ""))
@@ -13058,10 +12845,8 @@ class Api(_Answers):
     @route("GET", "/api/v1/jobs/<job:int>/film.png", role="reader", gives="image/png",
            summary="All finished images of a job as an animated PNG")
     def film(self, request: Request) -> Response:
-        """The PNG images in their order, without a gap for what is missing.
-
-        Query: fps (1 to 99, default 25), frames to be shown in a second.
-        """
+        """The PNG images in their order, without a gap for what is missing. Query: fps (1 to 99,
+        default 25), frames to be shown in a second."""
         rate = min(max(_query_number(request, "fps", 25), 1), 99)
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
@@ -13090,10 +12875,8 @@ class Api(_Answers):
     @route("GET", "/api/v1/events", role="reader", waits=True,
            gives={"events": tuple[Event, ...], "more": bool}, summary="What happens, as it happens")
     def events(self, request: Request) -> Response:
-        """Server-sent events after the id ``after`` (or Last-Event-ID), or from now on.
-
-        With ``wait`` (seconds) it is one JSON list instead, answered when there is something.
-        """
+        """Server-sent events after the id ``after`` (or Last-Event-ID), or from now on. With
+        ``wait`` (seconds) it is one JSON list instead, answered when there is something."""
         with self._store.read() as tx:
             newest = tx.last_event()
         after = _query_number(request, "after", newest)
@@ -13361,9 +13144,7 @@ class Entrance:
            summary="Prove to each other that a secret is known")
     def hello(self, request: Request) -> Response:
         """Body: who (empty for the farm key, or the ``who`` of a worker), nonce; of workers wire.
-
-        Answers the coordinator's proof, and the name of a session for signing requests.
-        """
+        Answers the coordinator's proof, and the name of a session for signing requests."""
         hello = fields_of(Hello, request.json())
         _check_wire(hello.pop("wire") or int(hello["who"].startswith(WORKER)))
         if len(hello["who"]) > 100 or not re.fullmatch("[0-9a-f]{32,64}", hello["nonce"]):
@@ -13474,7 +13255,6 @@ class Entrance:
         return Response(204)
 
     def _pair(self, request: Request, info: WorkerInfo, pair: Mapping[str, str]) -> Response:
-        """Answer one of the two requests of a worker that has no key."""
         share, nonce = pair["share"], pair["nonce"]
         if not share:
             self._access.slow_down(request.remote)
@@ -13559,9 +13339,7 @@ def answer_apart(at: str) -> None:
 
 class Intake:
     """Makes jobs of scenes that lie in a directory of the coordinator's, as others have sent them.
-
-    They can use nothing of this computer but what lies there too.
-    """
+    They can use nothing of this computer but what lies there too."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._farm = scheduler
@@ -17462,16 +17240,15 @@ DELIVERIES = 100  # images between two notes of what was delivered
 class Coordinator:
     """A farm that serves: made, then ``start``ed, then ``stop``ped.
 
-    ``port`` 0 picks a free port; ``url`` tells which; with None only this process
-    is served. ``discovery_port`` None answers no probes. ``hosts`` are names that
-    this computer has beside its own. ``tls`` are the PEM files of a certificate and
-    its key; ``pin`` is then the certificate's SHA-256. ``httpov`` lets HTTPov's
-    clients in, ``sheepit`` SheepIt's, ``renderonline`` RenderOnline's; ``programs`` are the
-    words that RenderOnline's nodes are given. ``typed`` tells how commands are typed on
-    this computer, see ``with_commands``; ``started`` are its options as typed; ``hooks`` hear
-    what happens, images are copied to ``deliver``. Raises
-    ``UserError`` for a port in use or a bad certificate and ``StoreError`` for a data
-    directory that cannot be used or that another povfarm holds.
+    ``port`` 0 picks a free port; ``url`` tells which; with None only this process is served.
+    ``discovery_port`` None answers no probes. ``hosts`` are names that this computer has beside its
+    own. ``tls`` are the PEM files of a certificate and its key; ``pin`` is then the certificate's
+    SHA-256. ``httpov`` lets HTTPov's clients in, ``sheepit`` SheepIt's, ``renderonline``
+    RenderOnline's; ``programs`` are the words that RenderOnline's nodes are given. ``typed`` tells
+    how commands are typed on this computer, see ``with_commands``; ``started`` are its options as
+    typed; ``hooks`` hear what happens, images are copied to ``deliver``. Raises ``UserError`` for a
+    port in use or a bad certificate and ``StoreError`` for a data directory that cannot be used or
+    that another povfarm holds.
     """
 
     def __init__(self, data: Path, *, bind: str = "", port: int | None = 0, name: str = "",
@@ -17549,10 +17326,8 @@ class Coordinator:
         atomic_write(self.data / "coordinator.json", json.dumps(note).encode())
 
     def stop(self, for_good: bool = False) -> None:
-        """Answer everybody who waits, and stop serving. Leases live on in the database.
-
-        A farm that ends ``for_good`` tells its workers so, as long as ``FAREWELL``.
-        """
+        """Answer everybody who waits, and stop serving. Leases live on in the database. A farm that
+        ends ``for_good`` tells its workers so, as long as ``FAREWELL``."""
         self._stopped.set()
         self.api.ends = for_good
         self.scheduler.close()
@@ -17589,9 +17364,7 @@ class Coordinator:
 @dataclass(frozen=True)
 class Hook:
     """Who hears of which ``events``: a program with its ``words``; or an ``url``, and the secret.
-
-    All of it comes from the owner's command line or settings file, nothing from a job.
-    """
+    All of it comes from the owner's command line or settings file, nothing from a job."""
 
     events: tuple[str, ...]
     words: tuple[str, ...] = ()
@@ -17601,9 +17374,7 @@ class Hook:
     @classmethod
     def all_of(cls, lines: Iterable[tuple[str, str, str]], on_done: str = "") -> list[Hook]:
         """Read lines of the settings file: name, text and place; a ``UserError`` names the place.
-
-        They are ``EVENT, EVENT = COMMAND or ADDRESS``, and ``secret = TEXT`` for the addresses.
-        """
+        They are ``EVENT, EVENT = COMMAND or ADDRESS``, and ``secret = TEXT`` for the addresses."""
         given = [*lines, *([("done", on_done, "--on-done")] if on_done else [])]
         secret = next((text for name, text, _ in given if name == "secret"), "")
         return [cls._of(name, text, source, secret) for name, text, source in given
@@ -17652,8 +17423,8 @@ class Messenger(threading.Thread):
 class Herald(Messenger):
     """Tells a hook what happens, one event after the other; nobody waits for it.
 
-    The events in the database are its queue, and a note there is how far it is: so each event
-    is told at least once, also after a restart, as long as the farm keeps it.
+    The events in the database are its queue, and a note there is how far it is: so each event is
+    told at least once, also after a restart, as long as the farm keeps it.
     """
 
     def __init__(self, hook: Hook, api: Api, store: Store, clock: Clock) -> None:
@@ -17818,7 +17589,6 @@ class Deliverer(Messenger):
                 self._problem = str(error)
 
     def _round(self) -> str:
-        """Bring what is nowhere else; return what went wrong."""
         job, after, problem = 0, 0, ""
         while not self._stopped.is_set():
             if not self._mark.exists():
