@@ -6808,7 +6808,6 @@ class route:  # noqa: N801 - it is used as a decorator
     pattern: str
     role: str
     max_body: int = BODY_LIMIT
-    summary: str = ""
     takes: Any = None
     gives: Any = None
     waits: bool = False
@@ -12730,9 +12729,9 @@ class Api(_Answers):
 
     @route("GET", "/api/v1/farm", role="reader", gives={
         "name": str, "version": str, "farm_id": str, "event": int, "workers": int, "notice": str,
-        "you": str, "uptime": float}, summary="The farm as a whole")
+        "you": str, "uptime": float})
     def farm(self, request: Request) -> Response:
-        """Name, version, id, the newest event's id; ``notice`` says what is wrong, or nothing."""
+        """The farm as a whole: ``event`` is the newest one's id, ``notice`` says what is wrong."""
         with self._store.read() as tx:
             return json_response({
                 "name": self.name, "version": VERSION, "farm_id": tx.meta("farm_id"),
@@ -12740,25 +12739,24 @@ class Api(_Answers):
                 "notice": self._store.notice, "you": request.identity.name,
                 "uptime": self._farm.clock.monotonic() - self._started})
 
-    @route("GET", "/api/v1/jobs", role="reader", gives={"jobs": tuple[JobView, ...]},
-           summary="The jobs, the newest first")
+    @route("GET", "/api/v1/jobs", role="reader", gives={"jobs": tuple[JobView, ...]})
     def jobs(self, request: Request) -> Response:
-        """Query: limit, after (the last id already seen), owner (a name)."""
+        """The jobs, newest first. Query: limit, after (the last id already seen), owner."""
         with self._store.read() as tx:
             rows = tx.jobs(_query_number(request, "after", 0), _query_limit(request, 100),
                            request.query.get("owner", ""))
             return json_response({"jobs": self.views.jobs(tx, rows)})
 
-    @route("GET", "/api/v1/jobs/<job:int>", role="reader", gives=JobView, summary="One job")
+    @route("GET", "/api/v1/jobs/<job:int>", role="reader", gives=JobView)
     def job(self, request: Request) -> Response:
         """One job with its counters, rate and, when frames failed, the newest failure."""
         with self._store.read() as tx:
             return json_response(self.views.job(tx, tx.job(request.params["job"]), whole=True))
 
     @route("GET", "/api/v1/jobs/<job:int>/frames", role="reader",
-           gives={"frames": tuple[FrameView, ...]}, summary="The frames of a job")
+           gives={"frames": tuple[FrameView, ...]})
     def frames(self, request: Request) -> Response:
-        """Query: limit, after (the last frame number already seen), since (a time)."""
+        """The frames of a job. Query: limit, after (the last one already seen), since (a time)."""
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
             names = {row.id: row.name for row in tx.workers()}
@@ -12770,8 +12768,7 @@ class Api(_Answers):
                 {**self.views.frame(tx, row, names), "started": starts.get(row.frame)}
                 for row in rows]})
 
-    @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image", role="reader",
-           gives="image/*", summary="A finished image")
+    @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/image", role="reader", gives="image/*")
     def image(self, request: Request) -> Response:
         """The image as POV-Ray wrote it; takes Range and If-None-Match."""
         with self._store.read() as tx:
@@ -12781,8 +12778,7 @@ class Api(_Answers):
         path = safe_join(self._store.job_directory(job.id, job.name), task.name)
         return file_response(path, _MIME[path.suffix], request, task.sha256 or "")
 
-    @route("GET", "/api/v1/jobs/<job:int>/slices/<task:int>/image", role="reader",
-           gives="image/*", summary="A finished slice")
+    @route("GET", "/api/v1/jobs/<job:int>/slices/<task:int>/image", role="reader", gives="image/*")
     def slice_image(self, request: Request) -> Response:
         """The rows of a slice as a picture of their own, until its frame is put together."""
         with self._store.read() as tx:
@@ -12794,7 +12790,7 @@ class Api(_Answers):
         return file_response(path, _MIME[path.suffix], request, task.sha256 or "")
 
     @route("GET", "/api/v1/jobs/<job:int>/frames/<frame:int>/log", role="reader",
-           gives="text/plain", summary="What POV-Ray printed")
+           gives="text/plain")
     def log(self, request: Request) -> Response:
         """The text of every attempt at one frame, the oldest first, as plain text.
 
@@ -12808,9 +12804,9 @@ class Api(_Answers):
             return text_response(self.views.log(tx, job, task, plain))
 
     @route("GET", "/api/v1/jobs/<job:int>/files", role="reader",
-           gives={"files": tuple[WrittenView, ...]}, summary="The files that the scene wrote")
+           gives={"files": tuple[WrittenView, ...]})
     def written(self, request: Request) -> Response:
-        """Path, SHA-256, size, and the frame that wrote it last, of each file.
+        """Path, SHA-256, size, and the frame that wrote it last, of each file that the scene wrote.
 
         One that is larger than a run may leave, or has a name that is not brought back,
         has an empty SHA-256: it was not. ``appended`` tells that the scene may append to it.
@@ -12821,10 +12817,9 @@ class Api(_Answers):
             return json_response({"files": [{**vars(row), "appended": pov.appends_to(row.path)}
                                             for row in tx.written(job.id)]})
 
-    @route("GET", "/api/v1/jobs/<job:int>/files/<hash>", role="reader",
-           gives=BYTES, summary="A file that the scene wrote")
+    @route("GET", "/api/v1/jobs/<job:int>/files/<hash>", role="reader", gives=BYTES)
     def written_file(self, request: Request) -> Response:
-        """The contents with this hash."""
+        """The contents with this hash of a file that the scene wrote."""
         sha256 = _sha256(request)
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
@@ -12832,21 +12827,19 @@ class Api(_Answers):
                 raise ProtocolError(404, "the scene wrote no file with this hash")
         return file_response(self._store.blob_path(sha256), BYTES, request, sha256)
 
-    @route("GET", "/api/v1/jobs/<job:int>/archive.zip", role="reader",
-           gives="application/zip", summary="All finished images of a job")
+    @route("GET", "/api/v1/jobs/<job:int>/archive.zip", role="reader", gives="application/zip")
     def archive(self, request: Request) -> Response:
-        """A zip of them and of the files that the scene wrote, made while it is sent. Query:
-        frames, such as ``5-9``, for the images of only these."""
+        """A zip of all finished images of a job and of the files that the scene wrote. It is made
+        while it is sent. Query: frames, such as ``5-9``, for the images of only these."""
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
             made = self.views.made(tx, job, request.query.get("frames", ""))
         return self._download(job, ".zip", "application/zip", zip_stream(made.items()))
 
-    @route("GET", "/api/v1/jobs/<job:int>/film.png", role="reader", gives="image/png",
-           summary="All finished images of a job as an animated PNG")
+    @route("GET", "/api/v1/jobs/<job:int>/film.png", role="reader", gives="image/png")
     def film(self, request: Request) -> Response:
-        """The PNG images in their order, without a gap for what is missing. Query: fps (1 to 99,
-        default 25), frames to be shown in a second."""
+        """All finished images of a job as an animated PNG, without a gap for what is missing.
+        Query: fps (1 to 99, default 25), frames to be shown in a second."""
         rate = min(max(_query_number(request, "fps", 25), 1), 99)
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
@@ -12857,23 +12850,21 @@ class Api(_Answers):
         return self._download(job, ".png", "image/png", animated_png(
             (safe_join(directory, row.name) for row in rows), len(rows), Fraction(1, rate)))
 
-    @route("GET", "/api/v1/workers", role="reader", gives={"workers": tuple[WorkerView, ...]},
-           summary="The workers")
+    @route("GET", "/api/v1/workers", role="reader", gives={"workers": tuple[WorkerView, ...]})
     def workers(self, request: Request) -> Response:
         """Every worker with what it does: working, idle, resting, gone, sick or pending."""
         with self._store.read() as tx:
             return json_response({"workers": self.views.workers(tx)})
 
     @route("GET", "/api/v1/totals", role="reader",
-           gives=dict.fromkeys(("workers", "computers", "groups"), tuple[Total, ...]),
-           summary="What was rendered, and by whom")
+           gives=dict.fromkeys(("workers", "computers", "groups"), tuple[Total, ...]))
     def totals(self, request: Request) -> Response:
         """Frames (slices as parts of some), seconds and failures by workers, computers, groups."""
         with self._store.read() as tx:
             return json_response(self.views.totals(tx))
 
     @route("GET", "/api/v1/events", role="reader", waits=True,
-           gives={"events": tuple[Event, ...], "more": bool}, summary="What happens, as it happens")
+           gives={"events": tuple[Event, ...], "more": bool})
     def events(self, request: Request) -> Response:
         """Server-sent events after the id ``after`` (or Last-Event-ID), or from now on. With
         ``wait`` (seconds) it is one JSON list instead, answered when there is something."""
@@ -12890,13 +12881,12 @@ class Api(_Answers):
         return stream_response(self._event_stream(int(known[0]) if known else after,
                                                   request.identity), "text/event-stream")
 
-    @route("GET", "/api/v1/openapi.json", role="reader", gives={}, summary="This API, for programs")
+    @route("GET", "/api/v1/openapi.json", role="reader", gives={})
     def openapi(self, request: Request) -> Response:
         """An OpenAPI 3 document, made from the routes themselves."""
         return json_response(openapi_document(self.routes))
 
-    @route("GET", "/api/v1/metrics", role="reader", gives="text/plain",
-           summary="Figures for Prometheus")
+    @route("GET", "/api/v1/metrics", role="reader", gives="text/plain")
     def metrics(self, request: Request) -> Response:
         """Figures in Prometheus' text format."""
         with self._store.read() as tx:
@@ -12905,9 +12895,9 @@ class Api(_Answers):
     # --- steering
 
     @route("POST", "/api/v1/jobs", role="submit", max_body=64 << 20, takes=Submission,
-           gives=Submitted, summary="Submit a job")
+           gives=Submitted)
     def submit(self, request: Request) -> Response:
-        """Body: name, pov, manifest, options, ticket, frames. Answers id and missing hashes.
+        """Submit a job. Body: name, pov, manifest, options, ticket, frames. Answers id and missing.
 
         ``frames``, such as ``1-10,50``, are those of the animation to render, all without it.
         Everything that happens to the job comes after the event ``event``. The same ticket, any
@@ -12922,18 +12912,16 @@ class Api(_Answers):
             event = tx.first_event(job) - 1
         return json_response({"id": job, "missing": missing, "event": event}, 201)
 
-    @route("PUT", "/api/v1/blobs/<hash>", role="submit", max_body=MAX_BLOB,
-           summary="Send a file of a job")
+    @route("PUT", "/api/v1/blobs/<hash>", role="submit", max_body=MAX_BLOB)
     def put_blob(self, request: Request) -> Response:
-        """Body: the contents; 422 when they have another hash, 404 when no job asked for them."""
+        """Send a file of a job. 422 when it has another hash, 404 when no job asked for it."""
         request.body.expect(None)  # the target is signed, and says it
         self._farm.put_blob(_sha256(request), request.body.blocks())
         return Response(204)
 
-    @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", gives=JobView,
-           summary="Steer a job")
+    @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", gives=JobView)
     def steer(self, request: Request) -> Response:
-        """Action: pause, resume, cancel or retry.
+        """Steer a job. Action: pause, resume, cancel or retry.
 
         Query: frames, such as ``5-9``. With retry these are rendered again, finished or not; with
         cancel those of them that are not finished are left out.
@@ -12948,17 +12936,16 @@ class Api(_Answers):
             getattr(self._farm, action)(request.params["job"], request.identity.name)
         return self.job(request)
 
-    @route("PATCH", "/api/v1/jobs/<job:int>", role="user", takes=JobOptions, gives=JobView,
-           summary="Change a job")
+    @route("PATCH", "/api/v1/jobs/<job:int>", role="user", takes=JobOptions, gives=JobView)
     def change(self, request: Request) -> Response:
-        """Body: any of a job's options."""
+        """Change a job. Body: any of its options."""
         wire = request.json()
         if not isinstance(wire, dict):
             raise UserError("the body is not a list of changes")
         self._farm.change(request.params["job"], wire, request.identity.name)
         return self.job(request)
 
-    @route("DELETE", "/api/v1/jobs/<job:int>", role="user", summary="Delete a job")
+    @route("DELETE", "/api/v1/jobs/<job:int>", role="user")
     def delete(self, request: Request) -> Response:
         """Delete a job with its images and logs."""
         self._farm.delete(request.params["job"], request.identity.name)
@@ -12966,10 +12953,9 @@ class Api(_Answers):
 
     # --- working
 
-    @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, gives=Work,
-           summary="Ask for work")
+    @route("POST", "/api/v1/lease", role="pending", takes=Wish, waits=True, gives=Work)
     def lease(self, request: Request) -> Response:
-        """Body: want, slots, idle, wait, projects, rest. Held open until there is something to do.
+        """Ask for work. Body: want, slots, idle, wait, projects, rest. Held open until some comes.
 
         ``rest`` is why the worker wants nothing, in a sentence; in the answer it is ``paused`` or
         ``drained`` where people want that. ``open`` is how many tasks the farm has left;
@@ -12992,10 +12978,9 @@ class Api(_Answers):
                                   "ends": self._tells_end(worker),
                                   "rest": _told_to_rest(state)})
 
-    @route("POST", "/api/v1/beat", role="worker", takes=Beat, gives=Orders,
-           summary="Keep leases alive")
+    @route("POST", "/api/v1/beat", role="worker", takes=Beat, gives=Orders)
     def beat(self, request: Request) -> Response:
-        """Body: leases (id -> task -> progress 0 to 1), wait. Answers those that ended.
+        """Keep leases alive. Body: leases (id -> task -> progress 0 to 1), wait. Tells what ended.
 
         ``ends`` and ``rest`` are as with a request for work. ``cuts`` are tasks of which others
         render what is below a row: that may be left out. A frame that stays with its worker has
@@ -13026,23 +13011,23 @@ class Api(_Answers):
         """The workers that are there and have not been told that the farm ends."""
         return self._farm.live_workers() - self._told
 
-    @route("POST", "/api/v1/leave", role="pending", summary="Stop working here")
+    @route("POST", "/api/v1/leave", role="pending")
     def leave(self, request: Request) -> Response:
         """Hand back every lease of this worker."""
         self._farm.leave(request.identity.worker)
         return Response(204)
 
-    @route("POST", "/api/v1/leases/<lease>/release", role="worker", summary="Hand back a lease")
+    @route("POST", "/api/v1/leases/<lease>/release", role="worker")
     def release(self, request: Request) -> Response:
-        """What of the lease is unfinished is given to others."""
+        """Hand back a lease: what of it is unfinished is given to others."""
         self._farm.release(request.identity.worker, request.params["lease"])
         return Response(204)
 
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>", role="worker", max_body=MAX_IMAGE,
-           gives={"accepted": bool}, summary="Deliver an image")
+           gives={"accepted": bool})
     def deliver(self, request: Request) -> Response:
-        """Body: ``log`` bytes of POV-Ray's text, the image, ``files`` bytes of a zip of the
-        files that the scene wrote.
+        """Deliver an image. Body: ``log`` bytes of POV-Ray's text, the image, ``files`` bytes of a
+        zip of the files that the scene wrote.
 
         Query: log, files, cpu, wall, parse, memory, and the row before which the picture ends,
         bottom. 422 when the image is not the whole picture that was asked for.
@@ -13060,15 +13045,14 @@ class Api(_Answers):
         return json_response({"accepted": accepted})
 
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>/state", role="worker",
-           max_body=MAX_IMAGE, summary="Leave a state to go on from")
+           max_body=MAX_IMAGE)
     def keep_state(self, request: Request) -> Response:
-        """Body: what POV-Ray left of an unfinished task when it was stopped."""
+        """Leave a state to go on from: what POV-Ray left of an unfinished task when stopped."""
         with self._delivered(request) as (mine, _, state):
             self._farm.keep_state(*mine, state)
         return Response(204)
 
-    @route("GET", "/api/v1/tasks/<task:int>/<what>", role="worker",
-           gives=BYTES, summary="What a pass or a stopped render left")
+    @route("GET", "/api/v1/tasks/<task:int>/<what>", role="worker", gives=BYTES)
     def part(self, request: Request) -> Response:
         """``result`` of a pass that is done, or the ``state`` of an unfinished task."""
         place = {"result": self._store.place, "state": self._store.state_path}.get(
@@ -13081,10 +13065,10 @@ class Api(_Answers):
         return file_response(path, BYTES, request,
                              "" if place == self._store.state_path else task.sha256 or "")
 
-    @route("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail", role="worker",
-           max_body=MAX_LOG, takes=Failure, summary="Tell of a failed task")
+    @route("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail", role="worker", max_body=MAX_LOG,
+           takes=Failure)
     def fail(self, request: Request) -> Response:
-        """Body: message, scene (true when the scene is to blame), log."""
+        """Tell of a failed task. Body: message, scene (true when the scene is to blame), log."""
         self._farm.check_lease(request.identity.worker, request.params["lease"],
                                request.params["task"])
         told = fields_of(Failure, request.json())
@@ -13093,19 +13077,18 @@ class Api(_Answers):
             plain(told["message"][:1000]), told["log"].encode(), told["scene"])
         return Response(204)
 
-    @route("GET", "/api/v1/manifests/<key>", role="worker", gives=Manifest,
-           summary="The files of a project")
+    @route("GET", "/api/v1/manifests/<key>", role="worker", gives=Manifest)
     def manifest(self, request: Request) -> Response:
-        """Path, SHA-256, size and time of each file."""
+        """Path, SHA-256, size and time of each file of a project."""
         with self._store.read() as tx:
             wire = tx.manifest(request.params["key"])
         if not wire:
             raise ProtocolError(404, "there is no such project")
         return text_response(wire, mime="application/json")
 
-    @route("GET", "/api/v1/blobs/<hash>", role="worker", gives=BYTES, summary="A file of a project")
+    @route("GET", "/api/v1/blobs/<hash>", role="worker", gives=BYTES)
     def blob(self, request: Request) -> Response:
-        """The contents with this hash."""
+        """The contents with this hash of a file of a project."""
         sha256 = _sha256(request)
         return file_response(self._store.blob_path(sha256), BYTES, request, sha256)
 
@@ -13117,21 +13100,20 @@ class Entrance:
         self._farm, self._access, self._admit_private = scheduler, access, admit_private
         self._views = Views(scheduler)
 
-    @route("POST", "/api/v1/jobs/<job:int>/fetched", role="user", takes=Fetched,
-           summary="Say that images were fetched")
+    @route("POST", "/api/v1/jobs/<job:int>/fetched", role="user", takes=Fetched)
     def fetched(self, request: Request) -> Response:
-        """Body: images, the hashes of those that are whole on another computer now."""
+        """Say that images were fetched. Body: images, the hashes of those that are there whole."""
         images = fields_of(Fetched, request.json())["images"]
         self._farm.fetched(request.params["job"], [str(one) for one in images],
                            request.identity.name)
         return Response(204)
 
     @route("POST", "/api/v1/tidy", role="admin", takes=Tidying,
-           gives=dict.fromkeys(("jobs", "unfetched"), tuple[OldJob, ...]),
-           summary="Delete what is old enough")
+           gives=dict.fromkeys(("jobs", "unfetched"), tuple[OldJob, ...]))
     def tidy(self, request: Request) -> Response:
-        """Body: keep, as ``serve --keep`` has it (the coordinator's own if it is missing), and dry:
-        whether to delete nothing. Answers the jobs, and those that stay as nobody fetched them."""
+        """Delete what is old enough. Body: keep, as ``serve --keep`` has it (the coordinator's own
+        if missing), and dry: whether to delete nothing. Answers the jobs, and those that stay as
+        nobody fetched them."""
         wish = fields_of(Tidying, request.json())
         keeping = Keeping.of(wish["keep"]) if wish["keep"] else self._farm.keeping
         answer = json_response(self._views.overdue(keeping))
@@ -13140,25 +13122,25 @@ class Entrance:
         return answer
 
     @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello,
-           gives=dict.fromkeys(("session", "farm_id", "proof"), str),
-           summary="Prove to each other that a secret is known")
+           gives=dict.fromkeys(("session", "farm_id", "proof"), str))
     def hello(self, request: Request) -> Response:
-        """Body: who (empty for the farm key, or the ``who`` of a worker), nonce; of workers wire.
-        Answers the coordinator's proof, and the name of a session for signing requests."""
+        """Prove to each other that a secret is known. Body: who (empty for the farm key, or the
+        ``who`` of a worker), nonce; of workers wire. Answers the coordinator's proof, and the name
+        of a session for signing requests."""
         hello = fields_of(Hello, request.json())
         _check_wire(hello.pop("wire") or int(hello["who"].startswith(WORKER)))
         if len(hello["who"]) > 100 or not re.fullmatch("[0-9a-f]{32,64}", hello["nonce"]):
             raise UserError("a nonce has 32 to 64 hexadecimal digits")
         return json_response(self._access.hello(hello["who"], hello["nonce"]))
 
-    @route("POST", "/api/v1/login", role="person", gives={"path": str}, summary="Make a login link")
+    @route("POST", "/api/v1/login", role="person", gives={"path": str})
     def login_link(self, request: Request) -> Response:
         """Answer the path of a link that logs one browser in, as whoever asks for it."""
         return json_response({"path": f"/login/{self._access.login_code(request.identity.name)}"})
 
     # --- people
 
-    @route("GET", "/api/v1/users", role="person", summary="The people", gives={
+    @route("GET", "/api/v1/users", role="person", gives={
         "users": tuple[PersonView, ...], "invited": tuple[InvitationView, ...]})
     def users(self, request: Request) -> Response:
         """Everybody with role, limits and what they have, and the invitations that are open; to
@@ -13175,44 +13157,42 @@ class Entrance:
                  "uses": row.uses, "until": row.added + INVITED_FOR}
                 for row in self._farm.people.invited(tx) if everybody]})
 
-    @route("POST", "/api/v1/users", role="admin", takes=Newcomer, summary="Add a person, or invite")
+    @route("POST", "/api/v1/users", role="admin", takes=Newcomer)
     def add_user(self, request: Request) -> Response:
-        """Body: name, role, limits, ticket, uses. Both ends make the key, or where there are
-        ``uses`` and no name the code, of the farm's key and the ticket."""
+        """Add a person, or invite. Body: name, role, limits, ticket, uses. Both ends make the key,
+        or where there are ``uses`` and no name the code, of the farm's key and the ticket."""
         one = Newcomer.from_wire(request.json())
         self._access.add(one.name, one.role, one.limits, one.ticket, one.uses,
                          request.identity.name)
         return Response(204)
 
     @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
-           gives={"name": str, "role": Role, "share": str, "proof": str},
-           summary="Come by an invitation")
+           gives={"name": str, "role": Role, "share": str, "proof": str})
     def come(self, request: Request) -> Response:
-        """Body: name, ticket, share, and a proof, which is made of the code. Answers ours."""
+        """Come by an invitation. Body: name, ticket, share, and a proof, made of the code."""
         return json_response(self._access.come(
             **fields_of(Comer, request.json()), remote=request.remote), 201)
 
-    @route("PATCH", "/api/v1/users/<name>", role="admin", takes=Allowance,
-           summary="Change a person's limits")
+    @route("PATCH", "/api/v1/users/<name>", role="admin", takes=Allowance)
     def change_user(self, request: Request) -> Response:
-        """Body: any of the limits."""
+        """Change a person's limits. Body: any of them."""
         limits = checked(want({"limits": request.json()}, "limits", dict), ALLOWANCES)
         self._farm.people.change(request.params["name"], limits, request.identity.name)
         return Response(204)
 
-    @route("DELETE", "/api/v1/users/<name>", role="admin",
-           summary="Remove a person, or an invitation")
+    @route("DELETE", "/api/v1/users/<name>", role="admin")
     def remove_user(self, request: Request) -> Response:
-        """Its key is good for nothing from now on, nor are its workers'; the jobs stay."""
+        """Remove a person, or an invitation: the key is good for nothing now, nor are its workers';
+        the jobs stay."""
         self._farm.remove_person(request.params["name"], request.identity.name)
         return Response(204)
 
     # --- workers
 
     @route("POST", "/api/v1/workers", role="anyone", max_body=1 << 16, takes=WorkerInfo,
-           gives=Joined, summary="Join as a worker")
+           gives=Joined)
     def join(self, request: Request) -> Response:
-        """Body: name, cores, memory, system, engines, tags. Answers id, admitted.
+        """Join as a worker. Body: name, cores, memory, system, engines, tags. Answers id, admitted.
 
         With the farm key, and a ticket of 32 letters and digits or more, it is admitted at
         once: its secret is made of both. A known worker is the same worker again. Without,
@@ -13234,23 +13214,22 @@ class Entrance:
                                  who=request.identity.name)
         return json_response({"id": worker, "admitted": True}, 201)
 
-    @route("POST", "/api/v1/workers/admit", role="admin", takes=Code,
-           gives={"name": str}, summary="Admit a pending worker")
+    @route("POST", "/api/v1/workers/admit", role="admin", takes=Code, gives={"name": str})
     def admit(self, request: Request) -> Response:
-        """Body: code, as the worker shows it."""
+        """Admit a pending worker. Body: code, as the worker shows it."""
         return json_response({"name": self._farm.admit(
             fields_of(Code, request.json())["code"], request.identity.name)})
 
-    @route("POST", "/api/v1/workers/<worker:int>/<action>", role="user", summary="Steer a worker")
+    @route("POST", "/api/v1/workers/<worker:int>/<action>", role="user")
     def steer_worker(self, request: Request) -> Response:
-        """Action: pause, drain or resume."""
+        """Steer a worker. Action: pause, drain or resume."""
         self._farm.steer_worker(request.params["worker"], request.params["action"],
                                 request.identity.name)
         return Response(204)
 
-    @route("DELETE", "/api/v1/workers/<worker:int>", role="admin", summary="Remove a worker")
+    @route("DELETE", "/api/v1/workers/<worker:int>", role="admin")
     def remove_worker(self, request: Request) -> Response:
-        """Take its work back and let it in no more."""
+        """Remove a worker: take its work back and let it in no more."""
         self._farm.remove_worker(request.params["worker"], request.identity.name)
         return Response(204)
 
@@ -13414,11 +13393,13 @@ def openapi_document(routes: Sequence[BoundRoute]) -> dict[str, Any]:
             {"name": name, "in": "path", "required": True,
              "schema": {"type": "integer" if kind == ":int" else "string"}}
             for name, kind in re.findall(r"<(\w+)(:\w+)?>", tag.pattern)]
+        text = " ".join((bound.handler.__doc__ or "").split())
+        summary = text.partition(". ")[0].rstrip(".")
         paths.setdefault(tag.path, {})[tag.method.lower()] = {
-            "summary": tag.summary, "description": " ".join((bound.handler.__doc__ or "").split()),
+            "summary": summary, "description": text,
             "operationId": bound.handler.__name__, "parameters": parameters,
             "x-role": tag.role, "responses": {
-                "2XX": {"description": tag.summary, **_content(tag.gives)},
+                "2XX": {"description": summary, **_content(tag.gives)},
                 "default": {"description": "see docs/api.md",
                             **_content({"error": str, "detail": Optional[str]})}},
             "security": [] if tag.role in ("anyone", "reader") else [{"key": []}]}
@@ -13631,18 +13612,16 @@ class Httpov(Dialect):
         self._workers: dict[str, int] = {}  # by computer: also one that was removed meanwhile
         self._holders: dict[str, str] = {}  # by lease: the client of its computer that has it
 
-    @route("GET", "/httpov.php", role="anyone", summary="What an HTTPov client asks")
-    @route("GET", "/<key>/httpov.php", role="anyone", summary="What an HTTPov client asks")
-    @route("POST", "/httpov.php", role="anyone", max_body=MAX_IMAGE,
-           summary="What an HTTPov client rendered")
-    @route("POST", "/<key>/httpov.php", role="anyone", max_body=MAX_IMAGE,
-           summary="What an HTTPov client rendered")
+    @route("GET", "/httpov.php", role="anyone")
+    @route("GET", "/<key>/httpov.php", role="anyone")
+    @route("POST", "/httpov.php", role="anyone", max_body=MAX_IMAGE)
+    @route("POST", "/<key>/httpov.php", role="anyone", max_body=MAX_IMAGE)
     def command(self, request: Request) -> Response:
         """Query: command, client, version; job and batch where there is one; cgroup."""
         return text_response("".join(f"{line}\n" for line in self._answer(request)))
 
-    @route("GET", "/jobs/<name>.zip", role="anyone", summary="A job for HTTPov clients")
-    @route("GET", "/<key>/jobs/<name>.zip", role="anyone", summary="A job for HTTPov clients")
+    @route("GET", "/jobs/<name>.zip", role="anyone")
+    @route("GET", "/<key>/jobs/<name>.zip", role="anyone")
     def archive(self, request: Request) -> Response:
         """The project in one directory, with a pov.ini that renders the job's frames."""
         name = request.params["name"]
@@ -13971,9 +13950,8 @@ class Sheepit(Dialect):
         self._admin = secret_hash(key)
         self._archives: dict[int, str] = {}  # by job: the MD5 of its archive
 
-    @route("GET", "/server/<what>.php", role="anyone", summary="What a SheepIt client asks")
-    @route("POST", "/server/<what>.php", role="anyone", max_body=MAX_IMAGE,
-           summary="What a SheepIt client sends")
+    @route("GET", "/server/<what>.php", role="anyone")
+    @route("POST", "/server/<what>.php", role="anyone", max_body=MAX_IMAGE)
     def command(self, request: Request) -> Response:
         """One of config, request_job, download, send_frame, error, keepmealive."""
         what = request.params["what"]
@@ -14010,7 +13988,7 @@ class Sheepit(Dialect):
             yield b" "
         yield said.element("request_job").encode()
 
-    @route("GET", "/account.php", role="anyone", summary="A SheepIt client ends")
+    @route("GET", "/account.php", role="anyone")
     def log_out(self, request: Request) -> Response:
         """Hand back what the client has."""
         if request.identity.worker:
@@ -14421,11 +14399,9 @@ class RenderOnline:
         good = self._access.fits(token, mine, request.remote)
         return Identity(frozenset({"guest"}), name=known.name) if known and good else Identity()
 
-    @route("GET", "/renderapi/v1/info", role="anyone", summary="A RenderOnline user and tasks")
-    @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=MAX_FORM,
-           summary="What a RenderOnline client asks for")
-    @route("OPTIONS", "/renderapi/v1/<what>", role="anyone",
-           summary="Let pages of RenderOnline's client ask")
+    @route("GET", "/renderapi/v1/info", role="anyone")
+    @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=MAX_FORM)
+    @route("OPTIONS", "/renderapi/v1/<what>", role="anyone")
     def call(self, request: Request) -> Response:
         """Headers: email, token. What: enqueue, dequeue, download, delete.
 
@@ -14673,16 +14649,15 @@ class Machines(Dialect):
         for _, thread in self._used.values():
             thread.join(NODE_PATIENCE)
 
-    @route("GET", "/api/v1/machines", role="admin", gives={"machines": tuple[Machine, ...]},
-           summary="The nodes of RenderOnline's")
+    @route("GET", "/api/v1/machines", role="admin", gives={"machines": tuple[Machine, ...]})
     def show(self, request: Request) -> Response:
-        """Each with the directory that it shares with us."""
+        """The nodes of RenderOnline's, each with the directory that it shares with us."""
         return json_response({"machines": [
             {"address": address, "directory": place} for address, place in self._known.items()]})
 
-    @route("POST", "/api/v1/machines", role="admin", takes=Machine, summary="Use a node")
+    @route("POST", "/api/v1/machines", role="admin", takes=Machine)
     def add(self, request: Request) -> Response:
-        """Body: address, as HOST:PORT, and directory, which is DATA/hpc if it is missing."""
+        """Use a node. Body: address, as HOST:PORT, and directory, which is DATA/hpc if missing."""
         wish = fields_of(Machine, request.json())
         address, place = wish["address"], wish["directory"] or str(self._store.root / "hpc")
         if not re.fullmatch(r"([\w.-]{1,250}|\[[0-9A-Fa-f:]{2,45}\]):[0-9]{1,5}", address):
@@ -14694,9 +14669,9 @@ class Machines(Dialect):
         self._use(address)
         return Response(204)
 
-    @route("DELETE", "/api/v1/machines/<address>", role="admin", summary="Use a node no more")
+    @route("DELETE", "/api/v1/machines/<address>", role="admin")
     def remove(self, request: Request) -> Response:
-        """What it renders goes to others."""
+        """Use a node no more: what it renders goes to others."""
         address = request.params["address"]
         if address not in self._known:
             raise NotFound(f"no machine {address} was added")
@@ -15363,7 +15338,7 @@ class _Sheets:
 class Pages(_Sheets):
     """What people see: the farm, a job, a frame, and the forms that steer them."""
 
-    @route("GET", "/", role="reader", shared=True, summary="The status page")
+    @route("GET", "/", role="reader", shared=True)
     def home(self, request: Request) -> Response:
         """Show jobs, workers and what happened.
 
@@ -15407,7 +15382,7 @@ class Pages(_Sheets):
             reload=(3 if active else 30) if live else 5,
             state="bad" if any(need.bad for need in needs) else "busy" if busy else "")
 
-    @route("GET", "/jobs/<job:int>", role="reader", shared=True, summary="The page of a job")
+    @route("GET", "/jobs/<job:int>", role="reader", shared=True)
     def job(self, request: Request) -> Response:
         """A job with its frames.
 
@@ -15444,7 +15419,7 @@ class Pages(_Sheets):
             reload=reloads.get(view["state"], 0),
             state="bad" if view["frames"]["failed"] else "busy" if _is_busy(view) else "")
 
-    @route("GET", "/jobs/<job:int>/frames/<frame:int>", role="reader", summary="A frame's page")
+    @route("GET", "/jobs/<job:int>/frames/<frame:int>", role="reader")
     def frame(self, request: Request) -> Response:
         """A frame's image, its numbers, and what POV-Ray printed."""
         number = request.params["frame"]
@@ -15477,7 +15452,7 @@ class Pages(_Sheets):
             reload=5 if frame["state"] in ("queued", "leased") else 0)
 
     @route("GET", "/jobs/<job:int>/frames/<frame:int>/thumb/<size:int>/<hash>", role="reader",
-           waits=True, summary="A frame for a browser")
+           waits=True)
     def thumb(self, request: Request) -> Response:
         """A finished image as a PNG at most so wide, made when it is first asked for.
 
@@ -15507,7 +15482,7 @@ class Pages(_Sheets):
         response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
         return response
 
-    @route("POST", "/jobs/<job:int>/<action>", role="user", summary="Steer a job by a form")
+    @route("POST", "/jobs/<job:int>/<action>", role="user")
     def steer(self, request: Request) -> Response:
         """Action: pause, resume, cancel, retry, delete, or set, with options of the job."""
         given = self._access.check_form(request)
@@ -15530,9 +15505,9 @@ class Pages(_Sheets):
             self._api.steer(request)
         return self._done(request, f"/jobs/{request.params['job']}", "frames" in request.query)
 
-    @route("POST", "/workers/<code>/admit", role="admin", summary="Admit a worker by a form")
-    @route("POST", "/workers/<worker:int>/remove", role="admin", summary="Remove one by a form")
-    @route("POST", "/workers/<worker:int>/<action>", role="user", summary="Steer one by a form")
+    @route("POST", "/workers/<code>/admit", role="admin")
+    @route("POST", "/workers/<worker:int>/remove", role="admin")
+    @route("POST", "/workers/<worker:int>/<action>", role="user")
     def steer_worker(self, request: Request) -> Response:
         """Action: pause, drain or resume; or let in the one that shows the code, or no more."""
         self._access.check_form(request)
@@ -15545,7 +15520,7 @@ class Pages(_Sheets):
             self._farm.remove_worker(given["worker"], who)
         return self._done(request, "/" if "code" in given else "/computers")
 
-    @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
+    @route("GET", "/login/<code>", role="anyone")
     def login(self, request: Request) -> Response:
         """Exchange a login link's code for a cookie."""
         if request.method == "HEAD":  # a link's preview: it must not use the code up
@@ -15553,14 +15528,14 @@ class Pages(_Sheets):
         session = self._access.log_in(request.params["code"], request.remote)
         return self._with_cookie(request, session, self._access.place(session), "")
 
-    @route("POST", "/logout", role="person", summary="Log a browser out")
+    @route("POST", "/logout", role="person")
     def logout(self, request: Request) -> Response:
         """Let the browser forget its cookie."""
         self._access.check_form(request)
         self._access.log_out(request)
         return self._with_cookie(request, "", request.place, "; Max-Age=0")
 
-    @route("GET", "/events", role="reader", shared=True, summary="The page of what happened")
+    @route("GET", "/events", role="reader", shared=True)
     def happened(self, request: Request) -> Response:
         """What happened to jobs, computers and people. Query: before (an event), for older ones."""
         before = _query_digits(request, "before")
@@ -15576,7 +15551,7 @@ class Pages(_Sheets):
             element("p", element("a", "Older", href=f"/events?before={events[0].id}"))
             if events and events[0].id > 1 else None, reload=0 if before else 5)
 
-    @route("GET", "/computers", role="reader", shared=True, summary="The page of the workers")
+    @route("GET", "/computers", role="reader", shared=True)
     def computers(self, request: Request) -> Response:
         """Every worker with what it is and does, and how one more joins."""
         with self._farm.store.read() as tx:
@@ -15588,9 +15563,9 @@ class Pages(_Sheets):
             _needs_you(self._needs(request, [], workers)), self._workers(request, workers),
             self._join(request), _totals(totals), reload=5)
 
-    @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
-    @route("GET", "/script.js", role="anyone", summary="What keeps the pages up to date")
-    @route("GET", "/style.css", role="anyone", summary="How the pages look")
+    @route("GET", "/favicon.svg", role="anyone")
+    @route("GET", "/script.js", role="anyone")
+    @route("GET", "/style.css", role="anyone")
     def look(self, request: Request) -> Response:
         """The style sheet, the script or the mark, which changes with the state of the farm.
 
@@ -15631,7 +15606,7 @@ class Desk(_Sheets):
         self._reports: dict[str, _Report] = {}  # of people's uploads, as they are now
         self._moving = threading.Lock()  # files from requests to uploads
 
-    @route("GET", "/submit", role="user", summary="The page that takes jobs")
+    @route("GET", "/submit", role="user")
     def submit(self, request: Request) -> Response:
         """A form for a scene with its files; once they are here, what the farm makes of them."""
         owner = request.identity.name
@@ -15648,7 +15623,7 @@ class Desk(_Sheets):
             if report else None, self._drop(request, report),
             self._form(request, "/submit/forget", "Forget these files") if report else None)
 
-    @route("POST", "/submit", role="user", max_body=MAX_ZIP_SIZE, summary="Take a job's files")
+    @route("POST", "/submit", role="user", max_body=MAX_ZIP_SIZE)
     def take(self, request: Request) -> Response:
         """A form with files, command, and do: look or render, which makes the job."""
         owner, given = request.identity.name, dict[str, str]()
@@ -15679,7 +15654,7 @@ class Desk(_Sheets):
             return self._done(request, f"/jobs/{job}")
         return redirect("/submit")
 
-    @route("POST", "/submit/forget", role="user", summary="Forget files that were sent")
+    @route("POST", "/submit/forget", role="user")
     def forget(self, request: Request) -> Response:
         """Delete the upload of whoever asks."""
         self._access.check_form(request)
@@ -15783,7 +15758,7 @@ class Desk(_Sheets):
             self._reports[owner] = report
         return self._reports[owner]
 
-    @route("GET", "/people", role="person", summary="The page of the people")
+    @route("GET", "/people", role="person")
     def people(self, request: Request) -> Response:
         """Who one is and may have; everybody, and who is invited, for the admin."""
         you, admin = request.identity, "admin" in request.identity.roles
@@ -15838,7 +15813,7 @@ class Desk(_Sheets):
                         "details", element("summary", "Limits for each of them"),
                         _inputs(ALLOWANCES, vars(everybody)))))]
 
-    @route("POST", "/people/invite", role="admin", summary="Invite people by a form")
+    @route("POST", "/people/invite", role="admin")
     def invite(self, request: Request) -> Response:
         """Make a code for some people, with the limits that are not everybody's."""
         given = self._wanted(request, INVITATION)
@@ -15852,7 +15827,7 @@ class Desk(_Sheets):
                          request.identity.name)
         return self._done(request, "/people")
 
-    @route("POST", "/people/<name>/set", role="admin", summary="Change a person by a form")
+    @route("POST", "/people/<name>/set", role="admin")
     def change(self, request: Request) -> Response:
         """Set the role and the limits."""
         given = self._wanted(request, PERSON)
@@ -15860,7 +15835,7 @@ class Desk(_Sheets):
                                  Role(given.pop("role")))
         return self._done(request, "/people")
 
-    @route("POST", "/people/<name>/remove", role="admin", summary="Remove a person by a form")
+    @route("POST", "/people/<name>/remove", role="admin")
     def remove(self, request: Request) -> Response:
         """Let it in no more, nor its workers; the jobs stay. Or withdraw an invitation."""
         self._access.check_form(request)
@@ -21193,7 +21168,7 @@ class HpcNode(Resting):
         self._process: Process | None = None  # while it runs
         self._began = 0.0
 
-    @route("GET", "/hpc/status", role="anyone", summary="What a node of RenderOnline's does")
+    @route("GET", "/hpc/status", role="anyone")
     def status(self, request: Request) -> Response:
         """The engines, and the last task."""
         with self._changed:
@@ -21205,7 +21180,7 @@ class HpcNode(Resting):
                 "TaskId": 0, "IsSuccess": False, "IsRunning": True, "TotalSeconds": 0}
                 if away else self._task})
 
-    @route("POST", "/hpc/start", role="anyone", summary="Have a node render")
+    @route("POST", "/hpc/start", role="anyone")
     def start(self, request: Request) -> Response:
         """Body: EngineId, TaskId, Arguments as one text."""
         with self._changed:
@@ -21221,7 +21196,7 @@ class HpcNode(Resting):
                                     f"{wish['engineid']}")
             return _node_answer(problem, 400)
 
-    @route("POST", "/hpc/stop", role="anyone", summary="Stop a node's render")
+    @route("POST", "/hpc/stop", role="anyone")
     def stop(self, request: Request) -> Response:
         """Body: TaskId."""
         with self._changed:
@@ -22168,7 +22143,7 @@ class _FarmList:
         self._options = options
         self._farms: list[dict[str, str]] = []
 
-    @route("GET", "/farms.json", role="anyone", summary="The farms that are there")
+    @route("GET", "/farms.json", role="anyone")
     def farms(self, request: Request) -> Response:
         """Name, address, id and pin of each, as seen within the last half minute."""
         return json_response({"farms": self._farms})
@@ -24367,7 +24342,7 @@ class _WorkerPage:
         self._file.unlink(missing_ok=True)
         self.server.stop()
 
-    @route("GET", "/login/<code>", role="anyone", summary="Log a browser in")
+    @route("GET", "/login/<code>", role="anyone")
     def login(self, request: Request) -> Response:
         """Exchange a link's code for a cookie."""
         if request.method == "HEAD" or not hmac.compare_digest(
@@ -24380,14 +24355,14 @@ class _WorkerPage:
             f"{self._cookie}={self._session}; HttpOnly; SameSite=Strict; Path={self._place}/")})
         return response
 
-    @route("GET", "/favicon.svg", role="anyone", summary="The farm's mark")
-    @route("GET", "/style.css", role="anyone", summary="How the page looks")
+    @route("GET", "/favicon.svg", role="anyone")
+    @route("GET", "/style.css", role="anyone")
     def look(self, request: Request) -> Response:
         """The style sheet of all pages, or the mark."""
         mime, text = LOOKS[request.path[1:]]
         return text_response(text, mime=mime)
 
-    @route("GET", "/", role="admin", summary="What the worker does")
+    @route("GET", "/", role="admin")
     def home(self, request: Request) -> Response:
         """Show runs, what is held, and what was said last."""
         views = [worker.view() for worker in self._workers]
@@ -24401,20 +24376,20 @@ class _WorkerPage:
             _part_of_page("What it said", element("pre", "\n".join(reversed(_SAID)))),
             reload=5)
 
-    @route("GET", "/status.json", role="admin", summary="The same for programs")
+    @route("GET", "/status.json", role="admin")
     def status(self, request: Request) -> Response:
         """What the page shows but for the log."""
         return json_response({"workers": [worker.view() for worker in self._workers], "held": {
             name: [one.task.name for one in frames] for name, frames in self._held().items()}})
 
-    @route("GET", "/held/<farm>/<job>.zip", role="admin", summary="Frames that are held")
+    @route("GET", "/held/<farm>/<job>.zip", role="admin")
     def held(self, request: Request) -> Response:
         """A zip of them, made while it is sent."""
         return stream_response(zip_stream([
             (PurePosixPath(one.task.name).name, one.image) for one in self._found(request)]),
             "application/zip")
 
-    @route("POST", "/held/<farm>/<job>/deliver", role="admin", summary="Hold frames no more")
+    @route("POST", "/held/<farm>/<job>/deliver", role="admin")
     def deliver(self, request: Request) -> Response:
         """Send the frames of a job that are held to their farm."""
         self._check(request)
@@ -24422,7 +24397,7 @@ class _WorkerPage:
         self._workers[int(request.params["farm"])].outbox.bring(one.run for one in frames)
         return redirect("/")
 
-    @route("POST", "/<action>", role="admin", summary="Steer the worker")
+    @route("POST", "/<action>", role="admin")
     def steer(self, request: Request) -> Response:
         """Action: pause, drain, resume or stop, as the first Ctrl-C does."""
         self._check(request)

@@ -1130,7 +1130,8 @@ def test_the_description_lists_exactly_the_routes(farm: Farm) -> None:
         listed = {parameter["name"] for parameter in operation["parameters"]
                   if parameter["in"] == "path"}
         assert listed == set(re.findall(r"{(\w+)}", path))
-        assert operation["summary"] and operation["description"]
+        assert 8 < len(operation["summary"]) < 110 and not operation["summary"].endswith(".")
+        assert operation["description"].startswith(operation["summary"])
         assert set(operation["responses"]) == {"2XX", "default"}
     # The answers themselves are compared with it wherever a test asks a farm in a box.
     assert {key for key, one in described.items() if "content" not in one["responses"]["2XX"]} == {

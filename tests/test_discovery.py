@@ -465,7 +465,7 @@ HOLDS = """
 import time, povfarm
 povfarm.PEER_SILENCE = povfarm.PEER_PAUSE = 1
 class Pages:
-    @povfarm.route("GET", "/held", role="reader", summary="Held open")
+    @povfarm.route("GET", "/held", role="reader")
     def held(self, request):
         print("held", flush=True)
         while request.alive():
