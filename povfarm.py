@@ -705,11 +705,11 @@ class Setting:
     """
 
     name: str
-    kind: Callable[[str], Any]
-    default: Any
     help: str
     commands: str
-    metavar: str = ""
+    kind: Callable[[str], Any] = bool
+    default: Any = False
+    metavar: str = "N"
     bare: str = ""  # the value of an option that is given without one, where it may be
 
     @property
@@ -759,51 +759,47 @@ class Setting:
 _ON, _OFF = ("1", "on", "yes", "true"), ("0", "off", "no", "false", "")
 
 
-def _whole(text: str, least: int, most: float, refusal: str) -> int:
+def _whole(least: int, most: float, refusal: str, text: str) -> int:
     digits = text.strip() if least >= 0 else re.sub(r"^[-+]", "", text.strip())
     if not digits.isdecimal() or not least <= int(text) <= most:
         raise UserError(f"'{text}' is not {refusal}")
     return int(text)
 
 
-def _word(text: str, pattern: str, refusal: str) -> str:
+def _word(pattern: str, refusal: str, text: str) -> str:
     if not re.fullmatch(pattern, text):
         raise UserError(f"'{text}' is {refusal}")
     return text
 
 
-_port = functools.partial(
-    _whole, least=0, most=65535, refusal="a port: write a number from 0 to 65535")
-_count = functools.partial(_whole, least=1, most=math.inf, refusal="a whole number from 1 up")
-_percent = functools.partial(_whole, least=0, most=100, refusal="between 0 and 100")
-_nice = functools.partial(_whole, least=0, most=19, refusal="between 0 and 19")
-_retries = functools.partial(_whole, least=1, most=100, refusal="between 1 and 100")
-_priority = functools.partial(
-    _whole, least=-1000, most=1000, refusal="a whole number from -1000 to 1000")
+_port = functools.partial(_whole, 0, 65535, "a port: write a number from 0 to 65535")
+_count = functools.partial(_whole, 1, math.inf, "a whole number from 1 up")
+_most = functools.partial(_whole, 0, 2**50, "a whole number from 0 up")
+_percent = functools.partial(_whole, 0, 100, "between 0 and 100")
+_nice = functools.partial(_whole, 0, 19, "between 0 and 19")
+_retries = functools.partial(_whole, 1, 100, "between 1 and 100")
+_priority = functools.partial(_whole, -1000, 1000, "a whole number from -1000 to 1000")
 _max_workers = functools.partial(
-    _whole, least=0, most=10_000, refusal="a number of workers from 0 to 10000 (0: no limit)")
-_slices = functools.partial(_word, pattern="auto|off|[1-9][0-9]{0,3}",
-                            refusal="neither auto nor off nor a number of slices")
-_version = functools.partial(_word, pattern=r"auto|any|\d+([.-]\w+)*",
-                             refusal="neither auto nor any nor a version, such as 3.7")
-_tls = functools.partial(
-    _word, pattern="auto", refusal="not 'auto': give your own certificate with --tls-cert")
-_engine = functools.partial(_word, pattern=r"[A-Za-z][\w.-]{0,39}",
-                            refusal="not a name of letters and digits, such as blender")
-_role = functools.partial(_word, pattern="user|viewer|submit",
-                          refusal="not one of user, viewer, submit")
-_most = functools.partial(_whole, least=0, most=2**50, refusal="a whole number from 0 up")
+    _whole, 0, 10_000, "a number of workers from 0 to 10000 (0: no limit)")
 _batch = functools.partial(
-    _whole, least=0, most=1000, refusal="a number of frames from 0 to 1000 (0: as many as suit)")
-_order = functools.partial(_word, pattern="forward|reverse|spread|random",
-                           refusal="not one of forward, reverse, spread, random")
-_spans = functools.partial(_word, pattern=r"(\d{1,9}(-\d{1,9})?(,(?=\d)|$)){0,99}",
-                           refusal="no list of frames: write 1-10,50")
+    _whole, 0, 1000, "a number of frames from 0 to 1000 (0: as many as suit)")
+_slices = functools.partial(
+    _word, "auto|off|[1-9][0-9]{0,3}", "neither auto nor off nor a number of slices")
+_version = functools.partial(
+    _word, r"auto|any|\d+([.-]\w+)*", "neither auto nor any nor a version, such as 3.7")
+_tls = functools.partial(_word, "auto", "not 'auto': give your own certificate with --tls-cert")
+_engine = functools.partial(
+    _word, r"[A-Za-z][\w.-]{0,39}", "not a name of letters and digits, such as blender")
+_role = functools.partial(_word, "user|viewer|submit", "not one of user, viewer, submit")
+_order = functools.partial(
+    _word, "forward|reverse|spread|random", "not one of forward, reverse, spread, random")
+_spans = functools.partial(_word, r"(\d{1,9}(-\d{1,9})?(,(?=\d)|$)){0,99}",
+                           "no list of frames: write 1-10,50")
 
 
 def _radiosity(text: str) -> str:
-    return _word(text.removeprefix("share="), "share|animation|off",
-                 "not one of share, animation, off")
+    return _word("share|animation|off", "not one of share, animation, off",
+                 text.removeprefix("share="))
 
 
 def _pin(text: str) -> str:
@@ -893,162 +889,137 @@ PORT = 2271  # TCP, of a coordinator, where no other is given
 # "talk" stands for every command that talks to a running coordinator, "job" for those that
 # describe a new job. The options of "set" are those that say how the farm treats a job.
 SETTINGS: tuple[Setting, ...] = (
-    Setting("data", _path, Path("~/.povfarm").expanduser(),
-            "data directory: database, images, key, cache",
-            "serve work render talk doctor backup engines", "DIR"),
-    Setting("server", str, "", "address of the coordinator; default: povfarm looks for it",
-            "work talk", "URL"),
-    Setting("key", str, "", "the farm key, if it is not in DATA/farm.key", "work talk", "KEY"),
-    Setting("key-file", str, "",
-            "a file with the key, or - for standard input: others can see command lines",
-            "work talk", "FILE"),
-    Setting("name", str, "", "name of the farm (to name or to choose it), or of the job",
-            "serve work talk job", "NAME"),
-    Setting("worker-name", str, "", "name of the worker; default: the computer's name", "work",
+    Setting("data", "data directory: database, images, key, cache",
+            "serve work render talk doctor backup engines", _path,
+            Path("~/.povfarm").expanduser(), "DIR"),
+    Setting("server", "address of the coordinator; default: povfarm looks for it", "work talk", str,
+            "", "URL"),
+    Setting("key", "the farm key, if it is not in DATA/farm.key", "work talk", str, "", "KEY"),
+    Setting("key-file", "a file with the key, or - for standard input: others can see command "
+            "lines", "work talk", str, "", "FILE"),
+    Setting("name", "name of the farm (to name or to choose it), or of the job",
+            "serve work talk job", str, "", "NAME"),
+    Setting("worker-name", "name of the worker; default: the computer's name", "work", str, "",
             "NAME"),
-    Setting("port", _port, PORT, "TCP port of the coordinator; 0 picks a free one", "serve", "N"),
-    Setting("bind", str, "", "address to listen on; default: all addresses of this computer",
-            "serve", "ADDRESS"),
-    Setting("host", str, "", "other names by which browsers may call this computer, separated "
-            "by commas", "serve", "A,B"),
-    Setting("discovery-port", _port, 2269, "UDP port for discovery",
-            "serve work talk render", "N"),
-    Setting("no-discovery", bool, False, "do not answer computers that look for a farm", "serve"),
-    Setting("open", bool, False, "admit every worker with a private address", "serve"),
-    Setting("private", bool, False, "show the page and the API only to those with a key", "serve"),
-    Setting("tls", _tls, "", "'auto': use TLS, with a certificate that povfarm makes", "serve",
+    Setting("port", "TCP port of the coordinator; 0 picks a free one", "serve", _port, PORT),
+    Setting("bind", "address to listen on; default: all addresses of this computer", "serve", str,
+            "", "ADDRESS"),
+    Setting("host", "other names by which browsers may call this computer, separated by commas",
+            "serve", str, "", "A,B"),
+    Setting("discovery-port", "UDP port for discovery", "serve work talk render", _port, 2269),
+    Setting("no-discovery", "do not answer computers that look for a farm", "serve"),
+    Setting("open", "admit every worker with a private address", "serve"),
+    Setting("private", "show the page and the API only to those with a key", "serve"),
+    Setting("tls", "'auto': use TLS, with a certificate that povfarm makes", "serve", _tls, "",
             "auto"),
-    Setting("tls-cert", _path, None, "use TLS, with the certificate in this PEM file", "serve",
+    Setting("tls-cert", "use TLS, with the certificate in this PEM file", "serve", _path, None,
             "FILE"),
-    Setting("tls-key", _path, None, "the key of that certificate, if it is in another file",
-            "serve", "FILE"),
-    Setting("pin", _pin, "", "SHA-256 of the only certificate to accept from the coordinator",
-            "work talk", "SHA256"),
-    Setting("code", str, "", "the code of an invitation: it makes you one of the farm's people",
-            "work talk", "CODE"),
-    Setting("user", str, "", "your name there, with --code; default: that of your account",
-            "work talk", "NAME"),
-    Setting("invite", _most, 0, "invite so many people: print a code for them", "serve", "N"),
-    Setting("role", _role, "user",
-            "what one may do: user, viewer (who looks) or submit (a program that submits)",
-            "users", "ROLE"),
-    Setting("uses", _count, 1, "how many people an invitation is for", "users", "N"),
-    Setting("jobs-limit", _most, 0, "most unfinished jobs of a person; 0: no limit",
-            "serve users", "N"),
-    Setting("frames-limit", _most, 0, "most unfinished frames of a person; 0: no limit",
-            "serve users", "N"),
-    Setting("priority-limit", _priority, 0, "highest priority of a person's jobs",
-            "serve users", "N"),
-    Setting("workers-limit", _max_workers, 0, "most workers of a person at a time; 0: no limit",
-            "serve users", "N"),
-    Setting("space-limit", parse_size, 0,
-            "most bytes kept of a person's jobs, such as 5G; default: no limit",
-            "serve users", "SIZE"),
-    Setting("work", bool, False, "render on this computer, too", "serve"),
-    Setting("httpov", bool, False, "let HTTPov clients render, and print the command for them",
-            "serve"),
-    Setting("sheepit", bool, False, "let SheepIt clients render, and print the command for them",
-            "serve"),
-    Setting("renderonline", bool, False, "take scenes from RenderOnline's clients", "serve"),
-    Setting("on-done", str, "", "program to start when a job is done: JSON on its standard input",
-            "serve", "COMMAND"),
-    Setting("deliver", _path, None, "directory that images and written files go to as they come",
-            "serve", "DIR"),
-    Setting("keep", Keeping.of, None,
-            "how long to keep ended jobs, such as 30d or done=30d,logs=7d; default: ever",
-            "serve tidy", "LIST"),
-    Setting("dry-run", bool, False, "only say what would be deleted", "tidy"),
-    Setting("lease-time", _lease_time, 30.0,
-            "how long a silent worker keeps its frames, such as 30s", "serve", "TIME"),
-    Setting("cores", _count, None, "number of cores to keep busy; default: all",
-            "work render serve", "N"),
-    Setting("until-idle", bool, False, "stop when nothing is left to render", "work"),
-    Setting("hours", _hours, "",
-            "when to render, such as 'mon-fri 19:00-7:00, sat-sun'; default: always",
-            "work serve", "HOURS"),
-    Setting("when-idle", parse_duration, 0,
-            "render only when nobody has used the computer for so long, such as 10m",
-            "work serve", "TIME"),
-    Setting("on-battery", bool, False, "render on battery, too", "work serve"),
-    Setting("povray", str, "", "the POV-Ray program to use", "work render serve doctor", "PATH"),
-    Setting("nice", _nice, 5, "how much renders give way to other programs, 0 to 19",
-            "work serve", "N"),
-    Setting("memory", parse_size, 0, "memory limit of each POV-Ray; default: all memory",
-            "work render serve", "SIZE"),
-    Setting("unconfined", bool, False, "let scenes read and write everything that you can",
-            "work render serve"),
-    Setting("tags", _words, "", "words that describe the worker, separated by commas",
-            "work serve", "A,B"),
-    Setting("cache-size", parse_size, 10 * 1000**3, "size limit of the cache of projects",
-            "work render serve", "SIZE"),
-    Setting("engine", _engine, "",
-            "the program that renders it instead of POV-Ray, such as blender", "job", "NAME"),
-    Setting("status-port", _listening, "",
-            "show what the worker does in a browser, on this port; default: 2270", "work",
-            "[[ADDRESS:]PORT]", "2270"),
-    Setting("hold", bool, False, "let finished frames stay here until somebody fetches them",
-            "work"),
-    Setting("hpc", _listening, "",
-            "join no farm, be a node of RenderOnline's at this port, here or at the address",
-            "work", "[ADDRESS:]PORT"),
-    Setting("hpc-files", _path, None,
-            "directory of a node's scenes and pictures; default: DATA/hpc", "work", "DIR"),
-    Setting("root", _path, None, "directory of the project; default: the current or the scene's",
-            "job", "DIR"),
-    Setting("priority", _priority, 0, "jobs with a higher priority go first", "submit set", "N"),
-    Setting("max-workers", _max_workers, 0, "most workers on this job at a time; 0: no limit",
-            "submit set", "N"),
-    Setting("retries", _retries, 3, "how many times a frame is tried, on different workers",
-            "job set", "N"),
-    Setting("in-order", bool, None,
-            "render frames in order on one computer; default if one reads another", "job set"),
-    Setting("frames", str, "", "which frames of an animation, such as 1-10,50", "job cancel",
+    Setting("tls-key", "the key of that certificate, if it is in another file", "serve", _path,
+            None, "FILE"),
+    Setting("pin", "SHA-256 of the only certificate to accept from the coordinator", "work talk",
+            _pin, "", "SHA256"),
+    Setting("code", "the code of an invitation: it makes you one of the farm's people", "work talk",
+            str, "", "CODE"),
+    Setting("user", "your name there, with --code; default: that of your account", "work talk", str,
+            "", "NAME"),
+    Setting("invite", "invite so many people: print a code for them", "serve", _most, 0),
+    Setting("role", "what one may do: user, viewer (who looks) or submit (a program that submits)",
+            "users", _role, "user", "ROLE"),
+    Setting("uses", "how many people an invitation is for", "users", _count, 1),
+    Setting("jobs-limit", "most unfinished jobs of a person; 0: no limit", "serve users", _most, 0),
+    Setting("frames-limit", "most unfinished frames of a person; 0: no limit", "serve users", _most,
+            0),
+    Setting("priority-limit", "highest priority of a person's jobs", "serve users", _priority, 0),
+    Setting("workers-limit", "most workers of a person at a time; 0: no limit", "serve users",
+            _max_workers, 0),
+    Setting("space-limit", "most bytes kept of a person's jobs, such as 5G; default: no limit",
+            "serve users", parse_size, 0, "SIZE"),
+    Setting("work", "render on this computer, too", "serve"),
+    Setting("httpov", "let HTTPov clients render, and print the command for them", "serve"),
+    Setting("sheepit", "let SheepIt clients render, and print the command for them", "serve"),
+    Setting("renderonline", "take scenes from RenderOnline's clients", "serve"),
+    Setting("on-done", "program to start when a job is done: JSON on its standard input", "serve",
+            str, "", "COMMAND"),
+    Setting("deliver", "directory that images and written files go to as they come", "serve", _path,
+            None, "DIR"),
+    Setting("keep", "how long to keep ended jobs, such as 30d or done=30d,logs=7d; default: ever",
+            "serve tidy", Keeping.of, None, "LIST"),
+    Setting("dry-run", "only say what would be deleted", "tidy"),
+    Setting("lease-time", "how long a silent worker keeps its frames, such as 30s", "serve",
+            _lease_time, 30.0, "TIME"),
+    Setting("cores", "number of cores to keep busy; default: all", "work render serve", _count,
+            None),
+    Setting("until-idle", "stop when nothing is left to render", "work"),
+    Setting("hours", "when to render, such as 'mon-fri 19:00-7:00, sat-sun'; default: always",
+            "work serve", _hours, "", "HOURS"),
+    Setting("when-idle", "render only when nobody has used the computer for so long, such as 10m",
+            "work serve", parse_duration, 0, "TIME"),
+    Setting("on-battery", "render on battery, too", "work serve"),
+    Setting("povray", "the POV-Ray program to use", "work render serve doctor", str, "", "PATH"),
+    Setting("nice", "how much renders give way to other programs, 0 to 19", "work serve", _nice, 5),
+    Setting("memory", "memory limit of each POV-Ray; default: all memory", "work render serve",
+            parse_size, 0, "SIZE"),
+    Setting("unconfined", "let scenes read and write everything that you can", "work render serve"),
+    Setting("tags", "words that describe the worker, separated by commas", "work serve", _words, "",
+            "A,B"),
+    Setting("cache-size", "size limit of the cache of projects", "work render serve", parse_size,
+            10 * 1000**3, "SIZE"),
+    Setting("engine", "the program that renders it instead of POV-Ray, such as blender", "job",
+            _engine, "", "NAME"),
+    Setting("status-port", "show what the worker does in a browser, on this port; default: 2270",
+            "work", _listening, "", "[[ADDRESS:]PORT]", "2270"),
+    Setting("hold", "let finished frames stay here until somebody fetches them", "work"),
+    Setting("hpc", "join no farm, be a node of RenderOnline's at this port, here or at the address",
+            "work", _listening, "", "[ADDRESS:]PORT"),
+    Setting("hpc-files", "directory of a node's scenes and pictures; default: DATA/hpc", "work",
+            _path, None, "DIR"),
+    Setting("root", "directory of the project; default: the current or the scene's", "job", _path,
+            None, "DIR"),
+    Setting("priority", "jobs with a higher priority go first", "submit set", _priority, 0),
+    Setting("max-workers", "most workers on this job at a time; 0: no limit", "submit set",
+            _max_workers, 0),
+    Setting("retries", "how many times a frame is tried, on different workers", "job set", _retries,
+            3),
+    Setting("in-order", "render frames in order on one computer; default if one reads another",
+            "job set", bool, None),
+    Setting("frames", "which frames of an animation, such as 1-10,50", "job cancel", str, "",
             "LIST"),
-    Setting("first", _spans, "", "which of the frames go first, such as 50-60", "job set", "LIST"),
-    Setting("order", _order, "forward",
-            "in which order frames are handed out: forward, reverse, spread or random", "job set",
-            "ORDER"),
-    Setting("batch", _batch, 0,
-            "frames that a worker gets at a time, 1 to stripe them; default: as many as suit",
-            "job set", "N"),
-    Setting("bring", bool, False, "let no frames stay with workers that hold them (work --hold)",
-            "job set"),
-    Setting("slices", _slices, "auto",
-            "cut each frame into slices for several workers: auto, off or a number", "job set",
-            "N"),
-    Setting("radiosity", _radiosity, "share",
-            "samples shared by slices (share), all frames (animation) or not (off)", "job set",
-            "HOW"),
-    Setting("povray-version", _version, "auto",
-            "which POV-Ray renders the job: auto (the one on most cores), any, or e.g. 3.7",
-            "job set", "VERSION"),
-    Setting("frame-timeout", _frame_timeout, 0,
-            "time limit for a frame, such as 30m; default: 20 times the median, at least 10m",
-            "job set", "TIME"),
-    Setting("verify", _percent, 0,
-            "percentage of frames that two workers render, to compare them", "job set", "P"),
-    Setting("only", _words, "", "the tags, or the name, that a worker must have, such as gpu,room3",
-            "submit set", "A,B"),
-    Setting("wait", bool, False, "wait until the job is finished", "submit"),
-    Setting("output", _path, None, "directory for the images", "submit fetch", "DIR"),
-    Setting("apng", _path, None, "make an animated PNG of all frames", "render fetch", "FILE"),
-    Setting("video", _path, None, "make a film of all frames with ffmpeg, such as film.mp4",
-            "render fetch", "FILE"),
-    Setting("fps", _rate, Fraction(25), "frames per second, such as 24 or 30000/1001",
-            "render fetch", "N"),
-    Setting("lan", bool, False, "let other computers on this network help", "render"),
-    Setting("log", _path, None,
-            "write all that POV-Ray prints to a file, in the order of the frames", "render",
-            "FILE"),
-    Setting("serve", bool, False, "keep a list of farms for others, at TCP port 2269", "discover"),
-    Setting("mine", bool, False, "show only your own jobs", "status"),
-    Setting("since", parse_duration, None,
-            "show a job's frames that changed within this time, such as 10m", "status", "TIME"),
-    Setting("totals", bool, False, "show what was rendered, and by whom", "workers"),
-    Setting("watch", bool, False, "keep showing changes until stopped", "status"),
-    Setting("json", bool, False, "print JSON for programs", "render talk doctor backup engines"),
-    Setting("verbose", bool, False,
-            "say more; a command that waits for images shows all that POV-Ray prints",
+    Setting("first", "which of the frames go first, such as 50-60", "job set", _spans, "", "LIST"),
+    Setting("order", "in which order frames are handed out: forward, reverse, spread or random",
+            "job set", _order, "forward", "ORDER"),
+    Setting("batch", "frames that a worker gets at a time, 1 to stripe them; default: as many as "
+            "suit", "job set", _batch, 0),
+    Setting("bring", "let no frames stay with workers that hold them (work --hold)", "job set"),
+    Setting("slices", "cut each frame into slices for several workers: auto, off or a number",
+            "job set", _slices, "auto"),
+    Setting("radiosity", "samples shared by slices (share), all frames (animation) or not (off)",
+            "job set", _radiosity, "share", "HOW"),
+    Setting("povray-version", "which POV-Ray renders the job: auto (the one on most cores), any, "
+            "or e.g. 3.7", "job set", _version, "auto", "VERSION"),
+    Setting("frame-timeout", "time limit for a frame, such as 30m; default: 20 times the median, "
+            "at least 10m", "job set", _frame_timeout, 0, "TIME"),
+    Setting("verify", "percentage of frames that two workers render, to compare them", "job set",
+            _percent, 0, "P"),
+    Setting("only", "the tags, or the name, that a worker must have, such as gpu,room3",
+            "submit set", _words, "", "A,B"),
+    Setting("wait", "wait until the job is finished", "submit"),
+    Setting("output", "directory for the images", "submit fetch", _path, None, "DIR"),
+    Setting("apng", "make an animated PNG of all frames", "render fetch", _path, None, "FILE"),
+    Setting("video", "make a film of all frames with ffmpeg, such as film.mp4", "render fetch",
+            _path, None, "FILE"),
+    Setting("fps", "frames per second, such as 24 or 30000/1001", "render fetch", _rate,
+            Fraction(25)),
+    Setting("lan", "let other computers on this network help", "render"),
+    Setting("log", "write all that POV-Ray prints to a file, in the order of the frames", "render",
+            _path, None, "FILE"),
+    Setting("serve", "keep a list of farms for others, at TCP port 2269", "discover"),
+    Setting("mine", "show only your own jobs", "status"),
+    Setting("since", "show a job's frames that changed within this time, such as 10m", "status",
+            parse_duration, None, "TIME"),
+    Setting("totals", "show what was rendered, and by whom", "workers"),
+    Setting("watch", "keep showing changes until stopped", "status"),
+    Setting("json", "print JSON for programs", "render talk doctor backup engines"),
+    Setting("verbose", "say more; a command that waits for images shows all that POV-Ray prints",
             "serve work render submit"),
 )
 
@@ -1095,7 +1066,7 @@ def _read_settings_file(path: Path) -> Iterator[tuple[str, str, str, str]]:
         raise UserError(f"{path} is not UTF-8: save it again with that encoding") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    known, section, seen = {row.name for row in SETTINGS} - {"data"}, "", set()
+    section, seen = "", set()
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         source = f"{path}, line {number}"
         name, equals, value = (part.strip() for part in line.partition("="))
@@ -1112,7 +1083,7 @@ def _read_settings_file(path: Path) -> Iterator[tuple[str, str, str, str]]:
         if name == "data":
             raise UserError(f"{source}: this file is in the data directory: choose another one "
                             "with --data or POVFARM_DATA")
-        if name not in known and section == "povfarm":
+        if name not in _BY_NAME and section == "povfarm":
             raise UserError(f"{source}: there is no option '{name}': 'povfarm.py help COMMAND' "
                             "lists the options of a command")
         if name in seen and section != "hooks":  # of which several may hear of the same
@@ -22447,7 +22418,8 @@ def _command_help(tag: command) -> str:
     rows = sorted(tag.settings(), key=lambda row: not own & {*row.commands.split()})
     for row in rows:
         default = "" if row.is_flag else row.shown_default
-        lines.append(_beside(f"  --{f'{row.name} {row.metavar}':<24}  ",
+        name = row.name if row.is_flag else f"{row.name} {row.metavar}"
+        lines.append(_beside(f"  --{name:<24}  ",
                              row.help + (f" (default {default})" if default else "")))
     more = ["", "Each option is also an environment variable, such as POVFARM_DATA."]
     return "\n".join([*lines, *more[:2 * bool(rows)]]).rstrip()

@@ -61,7 +61,7 @@ def test_every_option_has_one_name_and_one_explanation() -> None:
     for row in SETTINGS:
         assert re.fullmatch("[a-z]+(-[a-z]+)*", row.name), row.name
         assert row.help and not row.help.endswith(".") and len(row.help) < 80, row.name
-        assert bool(row.metavar) != row.is_flag, f"{row.name}: a value has a name, a flag has none"
+        assert row.metavar and (row.metavar, row.kind) != ("N", str), f"{row.name}: what is N?"
 
 
 def test_every_option_belongs_to_commands_that_there_are() -> None:
@@ -109,7 +109,7 @@ def line_of(row: Setting) -> str:
     """How the manual shows an option."""
     commands = ", ".join(f"*{name}*" if name in ("talk", "job") else name
                          for name in row.commands.split())
-    option = f"--{row.name} {row.metavar}".rstrip()
+    option = f"--{row.name}" if row.is_flag else f"--{row.name} {row.metavar}"
     return f"| `{option}` | `{row.variable}` | {commands} | {row.shown_default} | {row.help} |"
 
 
