@@ -613,8 +613,8 @@ def format_size(size: float) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """Return a number of things as people write it: ``1 file``, ``2 files``, ``3 passes``."""
-    return f"{number} {thing}" + ("es" if thing.endswith("s") else "s") * (number != 1)
+    """Return a number of things as people write it: ``1 file``, ``2,000 files``, ``3 passes``."""
+    return f"{number:,} {thing}" + ("es" if thing.endswith("s") else "s") * (number != 1)
 
 
 def format_duration(seconds: float) -> str:
@@ -10268,11 +10268,14 @@ class _Crew:
             raise NotFound(f"a worker cannot be asked to {action}")
         with self.states.tx(who) as tx:
             row = tx.find_worker(worker)
-            if row is None or row.state in (WorkerState.PENDING, WorkerState.REMOVED):
-                raise UserError(f"there is no worker {worker} that was let in")
+            if row is None or row.state is WorkerState.REMOVED:
+                raise UserError(f"there is no worker {worker}")
             if who not in (ADMIN, row.owner):
                 raise NotYours(f"the worker {row.name} is not yours: only who has started it with "
                                "their own key and who has the farm key may do that")
+            if row.state is WorkerState.PENDING:
+                raise IllegalTransition(f"{row.name} was not let in: 'povfarm.py workers' shows "
+                                        "its code, 'povfarm.py admit CODE' lets it in")
             tx.set_worker_state(worker, WorkerState(rest or WorkerState.ADMITTED))
             self.states.tell(tx, f"worker {rest or 'resumed'}", row.name, worker=worker)
             self.states.news.work = math.inf  # others may get what waited for it
@@ -11693,8 +11696,8 @@ class Scheduler:
         """A transaction in which somebody steers a job, its owner's or everybody's."""
         with self._states.tx(who) as tx:
             if who not in (ADMIN, owner := tx.job(job).owner):
-                raise NotYours(f"job {job} is {owner}'s: only {owner} and who has the farm key may "
-                               "do that")
+                raise NotYours(f"job {job} is {owner}'s: only {f'{owner} and ' * (owner != ADMIN)}"
+                               "who has the farm key may do that")
             yield tx
 
     def _work_off(self, wait: bool = True) -> None:
@@ -14676,13 +14679,16 @@ class Machines(Dialect):
         """Give a node what it can render, until it is ``over``."""
         worker = self._join(WorkerInfo(f"machine-{address.replace(':', '-')}", 1, 0, "RenderOnline",
                                        {}), address, address.rpartition(":")[0])
+        told = ""
         while not over.is_set():
             try:
                 if not self._give(address, worker, over):
                     over.wait(NODE_PAUSE)
+                told = ""
             except (FarmError, OSError, http.client.HTTPException, LookupError, TypeError,
                     ValueError) as error:
-                log.warning("machine %s: %s", address, error or type(error).__name__)
+                if told != (told := plain_reason(error)):  # and not every time that it is asked
+                    log.warning("machine %s: %s", address, told)
                 self._farm.leave(worker)
                 over.wait(NODE_PAUSE)
         with contextlib.suppress(sqlite3.Error):  # when we stop, and a node did not answer in time
@@ -15302,7 +15308,7 @@ class _Sheets:
             "div", [self._cures(request, view, action) for action, can in possible.items() if can],
             self._cures(request, view, view["cure"] * ("=" in view["cure"])),
             self._asked(request, "Delete…", f"/jobs/{view['id']}/delete", "Delete it and "
-                        + _count_of(frames["done"], "image")) if state in FINISHED else None,
+                        + counted(frames["done"], "image")) if state in FINISHED else None,
             class_="row")
 
 
@@ -15718,10 +15724,10 @@ class Desk(_Sheets):
                 names = [plan.output_name(plan.frames[at]) for at in (0, -1)]
                 report = report._replace(
                     name=PurePosixPath(project.scene).stem, warnings=project.warnings, facts={
-                        "scene": project.scene, "frames": _count_of(len(plan.frames), "frame"),
+                        "scene": project.scene, "frames": counted(len(plan.frames), "frame"),
                         "pixels": f"{pov.options.width} x {pov.options.height}",
                         "images": " to ".join(dict.fromkeys(names)),
-                        "files": f"{_count_of(len(files), 'file')}, "
+                        "files": f"{counted(len(files), 'file')}, "
                                  f"{format_size(sum(one.size for one in files))}"})
             except FarmError as error:
                 report = report._replace(problem=str(error).replace(
@@ -15887,10 +15893,6 @@ def _query_digits(request: Request, name: str) -> int:
     return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0
 
 
-def _count_of(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def _ago(seconds: float) -> str:
     return f"{_lasting(seconds)} ago" if seconds >= 5 else "now"
 
@@ -15899,8 +15901,8 @@ def _lasting(seconds: float) -> str:
     """Return a time as people say it, which reads as no time of day."""
     for limit, unit, word in ((100, 1, "second"), (5400, 60, "minute"), (172_800, 3600, "hour")):
         if seconds < limit:
-            return _count_of(max(round(seconds / unit), 1), word)
-    return _count_of(round(seconds / 86400), "day")
+            return counted(max(round(seconds / unit), 1), word)
+    return counted(round(seconds / 86400), "day")
 
 
 def _clock(at: float, now: float) -> str:
@@ -15994,9 +15996,9 @@ def _at_hand(views: Sequence[View], workers: Sequence[View]) -> str:
     working = sum(worker["state"] == "working" for worker in live)
     return " · ".join(filter(None, (
         f"{_lasting(left)} left" if left else "",
-        f"{working} of {_count_of(len(workers), 'computer')} at work" if working else
-        f"{_count_of(len(live), 'computer')} with {_count_of(cores, 'core')} at hand",
-        f"{used} of {_count_of(cores, 'core')} busy" if working else "",
+        f"{working} of {counted(len(workers), 'computer')} at work" if working else
+        f"{counted(len(live), 'computer')} with {counted(cores, 'core')} at hand",
+        f"{used} of {counted(cores, 'core')} busy" if working else "",
         f"{rate:,.0f} frames an hour" if rate >= 1 else "")))
 
 
@@ -16037,7 +16039,7 @@ def _room(tx: Look, workers: Sequence[View], views: Sequence[View]) -> Node:
     rest = len(workers) - len(here[:CARDS_SHOWN])
     return _section("The room", element("ul", [
         _card(worker, tx.newest_task_by(worker["id"]), known) for worker in here[:CARDS_SHOWN]]),
-        element("p", element("a", f"{_count_of(rest, 'other computer')}", href="/computers"))
+        element("p", element("a", f"{counted(rest, 'other computer')}", href="/computers"))
         if rest else None, class_="room") if workers else None
 
 
@@ -16064,7 +16066,7 @@ def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html
             element("progress", value=f"{does['progress']:.2f}", max=1, aria_label="how far it is")
             if does else None),
         element("span", cores, class_="cores", role="img",
-                aria_label=f"{used} of {_count_of(worker['cores'], 'core')} busy"),
+                aria_label=f"{used} of {counted(worker['cores'], 'core')} busy"),
         id=f"w{worker['id']}")
 
 
@@ -16087,7 +16089,7 @@ def _finished(views: Sequence[View]) -> Node:
     """Return what has ended, as a contact sheet."""
     ended = [view for view in views if _ended(view)]
     made = {view["id"]: f"{view['frames']['done']:,} of " * (
-        view["frames"]["done"] < view["frames"]["total"]) + _count_of(
+        view["frames"]["done"] < view["frames"]["total"]) + counted(
             view["frames"]["total"], "frame") for view in ended}
     return _section("Finished", element("ul", [element(
         "li", _picture(view, view["newest"], size=320), element("h3", _to_job(view)),
@@ -18527,6 +18529,7 @@ class Transport:
 
     signs = True
     pin = ""  # of the certificate that was seen
+    program = "serve"  # what is asked
 
     def __init__(self, base_url: str, fingerprint: str = "") -> None:
         url = _split_url(base_url)
@@ -18567,7 +18570,7 @@ class Transport:
             return self._exchange(self._connect(call.timeout), call)
         except (OSError, http.client.HTTPException) as error:
             self.close()  # after a sleep of this computer they are all dead, and tell it by silence
-            raise _gone(self._base_url, error) from error
+            raise _gone(self._base_url, self.program, error) from error
 
     def close(self) -> None:
         """Close the connections that nobody uses now."""
@@ -18604,7 +18607,7 @@ class Transport:
                 raise ConnectionError("the answer ended early")
             return data
         except (OSError, http.client.HTTPException) as error:
-            raise _gone(self._base_url, error) from error
+            raise _gone(self._base_url, self.program, error) from error
 
     def _put_away(self, sock: socket.socket, response: http.client.HTTPResponse,
                   whole: bool) -> None:
@@ -18937,9 +18940,9 @@ def _split_url(base_url: str) -> urllib.parse.SplitResult:
     return url
 
 
-def _gone(base_url: str, error: Exception) -> ServerGone:
+def _gone(base_url: str, program: str, error: Exception) -> ServerGone:
     cure = ("no computer is known by this name here: give its address"
-            if isinstance(error, socket.gaierror) else "is 'serve' running there?")
+            if isinstance(error, socket.gaierror) else f"is '{program}' running there?")
     return ServerGone(f"{base_url} does not answer ({plain_reason(error)}): {cure}")
 
 
@@ -21620,7 +21623,7 @@ def status(options: Options) -> int:
         if farm["notice"]:
             _say(farm["notice"])
         if options.mine and not farm["you"]:
-            raise UserError("the farm does not know you: come by an invitation, with --code")
+            raise NotYours("the farm does not know you: come by an invitation, with --code")
         mine = f"?owner={urllib.parse.quote(farm['you'], safe='')}" if options.mine else ""
         jobs = ([client.get(f"/api/v1/jobs/{job}") for job in named]
                 or client.get(f"/api/v1/jobs{mine}")["jobs"])
@@ -21862,7 +21865,8 @@ def tidy(options: Options) -> int:
         (job["id"], job["name"], job["state"], _date(job["finished"]), format_size(job["kept"]))
         for job in jobs)], 1)] if jobs else []
     lines += [f"{counted(len(jobs), 'job')}, {format_size(sum(job['kept'] for job in jobs))}"
-              f"{' would be' if options.dry_run else ''} deleted"]
+              f"{' would be' if options.dry_run else ''} deleted" if jobs else
+              "no job goes: they are kept for ever, or for as long as --keep says"]
     if unfetched:
         lines += [f"{counted(len(unfetched), 'job')} of that age stay{'s'[len(unfetched) > 1:]}, "
                   "as nobody has fetched all images: 'povfarm.py fetch "
@@ -21960,12 +21964,20 @@ def _invited(client: Client) -> list[dict[str, Any]]:
             for one in client.get("/api/v1/users")["invited"]]
 
 
+def _takes_the_farm_key(client: Client) -> None:
+    """Refuse what is made of the farm key on this computer, as the farm refuses what it does."""
+    if ":" in client.token:
+        raise NotYours("this takes the farm's key: --key-file with a copy of the coordinator's "
+                       "farm.key")
+
+
 def _ticket_of(client: Client, code: str) -> str:
     """Return by what name the farm knows the invitation with a code."""
+    _takes_the_farm_key(client)
     plain = code.upper().replace("-", "")
     found = [one["name"] for one in _invited(client) if one["code"].replace("-", "") == plain]
     if not found:
-        raise UserError(f"no invitation that you can withdraw has the code '{code}': "
+        raise UserError(f"no invitation that is open has the code '{code}': "
                         "'povfarm.py users' shows those that are open")
     return str(found[0])
 
@@ -21986,11 +21998,11 @@ def _show_users(client: Client, options: Options) -> int:
 
 def _show_token(client: Client, options: Options, name: str) -> int:
     """Print what a person types into a RenderOnline client. It is made here, and not sent."""
+    _takes_the_farm_key(client)
     views = client.get("/api/v1/users")["users"]
     found = [view for view in views if view["name"].casefold() == name.casefold()]
-    if not found or ":" in client.token:
-        raise UserError(f"nobody is called '{name}' here: 'povfarm.py users' shows who there is"
-                        if not found else "only who has the farm key can make tokens")
+    if not found:
+        raise UserError(f"nobody is called '{name}' here: 'povfarm.py users' shows who there is")
     name, token = found[0]["name"], online_token(client.token, found[0]["name"], found[0]["added"])
     _show(options, {"email": name, "token": token}, token)
     if not options.json:
@@ -22152,7 +22164,13 @@ def _show_list(options: Options) -> int:
     views = []
     for text in options.rest:
         address = text if re.search(r":\d+$", text) else f"{text}:{options.discovery_port}"
-        told = Client(f"http://{address}").get("/farms.json", retry_for=0, timeout=10)
+        client = Client(f"http://{address}")
+        client.transport.program = "discover --serve"
+        try:
+            told = client.get("/farms.json", retry_for=0, timeout=10)
+        except RequestRefused:
+            raise FarmError(f"{address} keeps no list of farms, as 'povfarm.py discover --serve' "
+                            "does: to name a farm, write --server") from None
         views += [{name: one_line(str(farm.get(name, "")))
                    for name in ("name", "url", "farm_id", "pin")}
                   for farm in want(told, "farms", list) if isinstance(farm, dict)]

@@ -88,7 +88,7 @@ def test_open_invitations_are_listed_and_withdrawn_by_their_codes(farm: Served) 
     [one] = farm.wire("users")["invited"]
     assert (one["code"], one["uses"], one["limits"]) == (code, 30, {"jobs": 5})
     assert farm.says("users")[0].splitlines()[1].split()[:3] == [code, "30", "user"]
-    assert "no invitation that you can withdraw has the code 'AAAAA'" in farm.says(
+    assert "no invitation that is open has the code 'AAAAA'" in farm.says(
         "users", "withdraw", "AAAAA", code=2)[1][0]
     assert farm.says("users", "withdraw", code.lower().replace("-", ""))[1][0].endswith(
         "is withdrawn: nobody can come by it any more; who has come stays")
@@ -276,6 +276,28 @@ def test_bad_input_that_the_coordinator_refuses_is_exit_code_2(words: str, farm:
     out, errors = farm.says(*words.split(), code=2)
     assert out == "" and len(errors) == 1
     assert "leave out --slices" in errors[0] or "slices" not in words
+
+
+@pytest.mark.parametrize("words", [
+    "pause 1", "set 1 retries=5", "retry 1", "users add ben", "users token anna", "users token nobody",
+    "users withdraw AAAAA", "users remove ben", "machines", "tidy", "admit ABCDEF",
+    "workers pause studio"])
+def test_what_is_refused_to_a_person_is_exit_code_1(words: str, farm: Served) -> None:
+    farm.submit(2)
+    farm.worker("studio")
+    Path("key").write_text(farm.says("users", "add", "anna")[0])
+    out, errors = farm.says(*words.split(), "--key-file", "key", code=1)
+    assert out == "" and len(errors) == 1
+    assert "the farm's key: --key-file" in errors[0] or "who has the farm key may do that" in errors[0]
+    assert "admin and" not in errors[0], "nobody is called so"
+
+
+def test_what_nobody_may_yet_or_any_more_is_exit_code_1(farm: Served) -> None:
+    farm.worker("stranger", admitted=False)
+    assert "stranger was not let in: 'povfarm.py workers' shows" in farm.says(
+        "workers", "pause", "stranger", code=1)[1][0]
+    Path("no-key").write_text("0" * 64)
+    farm.says("status", "--key-file", "no-key", code=1)
 
 
 def test_a_file_is_no_directory_for_images(farm: Served) -> None:
@@ -820,7 +842,8 @@ def test_tidy_deletes_what_was_fetched_and_names_what_was_not(farm: Served) -> N
     farm.says("fetch", jobs[0])
     reader = povfarm.Client(farm.coordinator.url, "")
     povfarm._note_fetched(reader, jobs[1], [str(task.sha256) for task in farm.tasks(jobs[1])])
-    assert farm.says("tidy")[0] == "0 jobs, 0 B deleted\n"
+    for words in ((), ("--dry-run",), ("--keep", "1d")):
+        assert farm.says("tidy", *words)[0].startswith("no job goes: they are kept for ever, or ")
     shown, _ = farm.says("tidy", "--keep", "0s", "--dry-run")
     lines = shown.splitlines()
     assert lines[0].split() == ["job", "name", "state", "ended", "takes"]

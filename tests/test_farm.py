@@ -812,8 +812,11 @@ def test_a_list_of_farms_is_kept_for_other_networks(farm: Farm, tmp_path: Path) 
     known = farm.client.get("/api/v1/farm")
     assert json.loads(told) == [{"name": known["name"], "url": farm.client.base_url,
                                  "farm_id": known["farm_id"], "pin": ""}]
-    result = run(tmp_path, "discover", "127.0.0.1:9", cwd=tmp_path)
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    for address, told in (("127.0.0.1:9", "is 'discover --serve' running there?"),
+                          (farm.client.base_url[7:], "keeps no list of farms, as '")):
+        result = run(tmp_path, "discover", address, cwd=tmp_path)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+        assert told in result.stderr
 
 
 @pytest.mark.parametrize("servers", [["a=0"], ["a=x"], ["a", "b=1=2"]])

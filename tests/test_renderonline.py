@@ -595,7 +595,7 @@ def test_a_token_is_made_by_who_has_the_farm_key(
         code, text = shown("bob", "--key", farm.key)
         assert code == 2 and "nobody is called 'bob'" in text
         code, text = shown("Anna", "--key", key)
-        assert code == 2 and "only who has the farm key" in text
+        assert code == 1 and "this takes the farm's key" in text
     finally:
         farm.stop()
 
