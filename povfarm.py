@@ -5048,7 +5048,8 @@ def fields_of(kind: Any, wire: Any) -> dict[str, Any]:
     for name, hint in _hints(kind).items():
         schema = schema_of(hint)
         plain, misses = _OF_JSON[schema["type"]], given.get(name) is None
-        value = found[name] = plain() if misses and _may_miss(hint) else want(given, name, plain)
+        value = plain() if misses and _may_miss(hint) else want(given, name, plain)
+        found[name] = tuple(value) if plain is list else value
         inner = schema.get("items") or schema.get("additionalProperties") or {}
         each = _OF_JSON.get(inner.get("type", ""))
         if each and not all(type(one) is each for one in (
@@ -5120,31 +5121,22 @@ class PovJob(Wired):
     @classmethod
     def from_wire(cls, wire: Any) -> PovJob:
         """Read the JSON form; ``UserError`` when it has another shape or starts programs."""
-        given = fields_of(cls, wire)
-        values = given["values"]
-        lists = {name: tuple(given[name]) for name in ("declares", "library", "uses")}
-        job = cls(**{**given, **lists})
+        job = cls(**fields_of(cls, wire))
         # File names may have letters that an INI file cannot: workers rename those.
+        checked = dict(job.values)
         for name in ("Input_File_Name", "Output_File_Name"):
-            if any(ord(c) < 32 for c in values.get(name, "")):
+            if any(ord(c) < 32 for c in checked.pop(name, "")):
                 raise UserError(f"{name} is not a file name")
-        checked = {key: value for key, value in values.items()
-                   if key not in ("Input_File_Name", "Output_File_Name")}
         check_ini(to_ini(checked, job.declares, ()))
         for path in (job.run_dir, *job.library):
             if path not in (".", STANDARD):
                 safe_join(Path(), path)
         return job
 
-    @functools.cached_property
-    def options(self) -> PovOptions:
-        """The same as the POV section's record, for frames, names and sizes."""
-        return PovOptions(self.values, self.declares, self.library, (), ())
-
-    @functools.cached_property
-    def plan(self) -> FramePlan:
-        """All frames of the command line, whichever of them the job has."""
-        return plan_frames(self.options)
+    # As POV has it, and all frames of the command line, whichever of them the job has.
+    options = functools.cached_property(
+        lambda job: PovOptions(job.values, job.declares, job.library, (), ()))
+    plan = functools.cached_property(lambda job: plan_frames(job.options))
 
     @functools.cached_property
     def needs(self) -> tuple[str, str]:
@@ -5306,7 +5298,7 @@ class WorkerInfo(Wired):
         """Read the JSON form; ``UserError`` when it has another shape."""
         given = fields_of(cls, wire)
         info = cls(**{**given, "name": one_line(given["name"])[:100],
-                      "system": one_line(given["system"])[:100], "tags": tuple(given["tags"]),
+                      "system": one_line(given["system"])[:100],
                       "povfarm": one_line(given["povfarm"])[:40]})
         texts = [*info.engines, *info.engines.values(), *info.tags]
         if not 1 <= info.cores <= 10_000 or not 0 <= info.memory < 2**60:
@@ -5478,8 +5470,7 @@ class LeaseSpec(Wired):
         tasks = tuple(map(TaskSpec.from_wire, given["tasks"]))
         if not tasks or len({task.frame for task in tasks}) < len(tasks):
             raise UserError("a lease has one task or more, each of another frame")
-        return cls(**{**given, "tasks": tasks, "pov": pov_of(json.dumps(given["pov"])),
-                      "shares": tuple(given["shares"])})
+        return cls(**{**given, "tasks": tasks, "pov": pov_of(json.dumps(given["pov"]))})
 
 
 # What a coordinator answers to its workers; older ones do not say all of it.
@@ -6758,7 +6749,8 @@ def file_response(path: Path, mime: str, request: Request, etag: str = "") -> Re
     return response
 
 
-Handler = Callable[..., Response]
+Handler = Callable[..., Optional[Response]]  # without one there is nothing to tell: 204
+_Handler = TypeVar("_Handler", bound=Handler)
 
 
 @dataclass(frozen=True)
@@ -6789,7 +6781,7 @@ class route:  # noqa: N801 - it is used as a decorator
         """The pattern as OpenAPI writes it, and as figures name it."""
         return re.sub(r"<(\w+)(?::\w+)?>", r"{\1}", self.pattern)
 
-    def __call__(self, function: Handler) -> Handler:
+    def __call__(self, function: _Handler) -> _Handler:
         """Tag ``function``, and return it as it was."""
         if self.role not in ROLES:
             raise ValueError(f"{self.pattern}: there is no role {self.role!r}")
@@ -6890,8 +6882,8 @@ class Router:
         if bound.route.role == "anyone" or bound.route.role in request.identity.roles:
             request.enter(request.identity, bound.route.waits)
             dear = bound.route.role == "reader" and not bound.route.waits
-            response = (self._for_stranger(bound, request)
-                        if dear and not request.identity.trusted else bound.handler(request))
+            response = (self._for_stranger(bound, request) if dear and not request.identity.trusted
+                        else bound.handler(request) or Response(204))
             if response.status == 303 and request.place:
                 response.headers["Location"] = request.place + response.headers["Location"]
             return response
@@ -6918,7 +6910,7 @@ class Router:
             made, response = self._made.get(key, (-math.inf, None))
             if response is None or made < came:
                 made = time.monotonic()
-                response = bound.handler(request)
+                response = bound.handler(request) or Response(204)
                 if bound.route.shared:
                     self._made[key] = made, response
                     if len(self._made) > 20:
@@ -7899,6 +7891,17 @@ SCHEMA = f"""
 """
 
 
+@functools.lru_cache(maxsize=1024)
+def _options_in(text: str) -> JobOptions:
+    return JobOptions(**json.loads(text))
+
+
+@functools.lru_cache(maxsize=1024)
+def engines_of(text: str) -> Mapping[str, str]:
+    """Read a worker's engines: the same for most."""
+    return cast("dict[str, str]", json.loads(text))
+
+
 @dataclass(frozen=True)
 class Job:
     """A job as the database has it; ``engines`` are those of the worker that began it.
@@ -7929,25 +7932,11 @@ class Job:
     wall: float
     kept: int
 
-    @functools.cached_property
-    def pov(self) -> PovJob:
-        """What POV-Ray is told."""
-        return pov_of(self.pov_json)
-
-    @functools.cached_property
-    def options(self) -> JobOptions:
-        """How the farm treats it."""
-        return _options_in(self.options_json)
-
-    @functools.cached_property
-    def engines(self) -> Mapping[str, str]:
-        """What the worker had that began it."""
-        return engines_of(self.engines_json)
-
-    @functools.cached_property
-    def region(self) -> Region:
-        """The rows that are rendered."""
-        return region_of(self.pov.options)
+    # What is in the texts is looked at when it is needed, once.
+    pov = functools.cached_property(lambda job: pov_of(job.pov_json))
+    options = functools.cached_property(lambda job: _options_in(job.options_json))
+    engines = functools.cached_property(lambda job: engines_of(job.engines_json))
+    region = functools.cached_property(lambda job: region_of(job.pov.options))  # rendered rows
 
     @property
     def counts(self) -> dict[TaskState, int]:
@@ -8034,10 +8023,7 @@ class Member:
     owner: str
     povfarm: str
 
-    @functools.cached_property
-    def engines(self) -> Mapping[str, str]:
-        """What it renders with."""
-        return engines_of(self.engines_json)
+    engines = functools.cached_property(lambda worker: engines_of(worker.engines_json))
 
     def is_among(self, only: str) -> bool:
         """Tell whether it has all these words as tags or name."""
@@ -8059,8 +8045,7 @@ class Person:
     @functools.cached_property
     def limits(self) -> dict[str, int]:
         """The limits that are not those of everybody."""
-        limits: dict[str, int] = json.loads(self.limits_json)
-        return limits
+        return cast("dict[str, int]", json.loads(self.limits_json))
 
 
 @dataclass(frozen=True)
@@ -8100,18 +8085,6 @@ class Due:
     sha256: str
     taken: str | None  # what was delivered before
     written: bool
-
-
-@functools.lru_cache(maxsize=1024)
-def _options_in(text: str) -> JobOptions:
-    return JobOptions(**json.loads(text))
-
-
-@functools.lru_cache(maxsize=1024)
-def engines_of(text: str) -> Mapping[str, str]:
-    """Read a worker's engines: the same for most."""
-    engines: dict[str, str] = json.loads(text)
-    return engines
 
 
 DONE = ("frames", "wall", "failures")  # what is counted of a worker's
@@ -8366,14 +8339,11 @@ class Store:
     def _noticing(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
-            if not _DATABASE_TAKES_NOTHING.search(str(error)):
-                raise
-            raise self._no_room() from error
-        except OSError as error:
-            if not takes_nothing(error):
-                raise
-            raise self._no_room() from error
+        except (OSError, sqlite3.OperationalError) as error:
+            if (takes_nothing(error) if isinstance(error, OSError) else
+                    _DATABASE_TAKES_NOTHING.search(str(error))):
+                raise self._no_room() from error
+            raise
 
     def _no_room(self) -> NoRoom:
         """Note that the disk is full: while there is a notice, nothing is leased."""
@@ -8473,12 +8443,9 @@ class Store:
             self.root / "farm.db", timeout=30, isolation_level=None, check_same_thread=False)
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA foreign_keys = ON")
-        if writes:
-            # NORMAL flushes what a checkpoint needs; what a transaction needs is flushed in `tx`.
-            level = "PRAGMA synchronous = NORMAL" if self.durable else "PRAGMA synchronous = OFF"
-            connection.execute(level)
-        else:
-            connection.execute("PRAGMA query_only = ON")
+        # NORMAL flushes what a checkpoint needs; what a transaction needs is flushed in `tx`.
+        level = "NORMAL" if self.durable else "OFF"
+        connection.execute(f"PRAGMA synchronous = {level}" if writes else "PRAGMA query_only = ON")
         return connection
 
     @staticmethod
@@ -12887,11 +12854,10 @@ class Api(_Answers):
         return json_response({"id": job, "missing": missing, "event": event}, 201)
 
     @route("PUT", "/api/v1/blobs/<hash>", role="submit", max_body=MAX_BLOB)
-    def put_blob(self, request: Request) -> Response:
+    def put_blob(self, request: Request) -> None:
         """Send a file of a job. 422 when it has another hash, 404 when no job asked for it."""
         request.body.expect(None)  # the target is signed, and says it
         self._farm.put_blob(_sha256(request), request.body.blocks())
-        return Response(204)
 
     @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", gives=JobView)
     def steer(self, request: Request) -> Response:
@@ -12920,10 +12886,9 @@ class Api(_Answers):
         return self.job(request)
 
     @route("DELETE", "/api/v1/jobs/<job:int>", role="user")
-    def delete(self, request: Request) -> Response:
+    def delete(self, request: Request) -> None:
         """Delete a job with its images and logs."""
         self._farm.delete(request.params["job"], request.identity.name)
-        return Response(204)
 
     # --- working
 
@@ -12986,16 +12951,14 @@ class Api(_Answers):
         return self._farm.live_workers() - self._told
 
     @route("POST", "/api/v1/leave", role="pending")
-    def leave(self, request: Request) -> Response:
+    def leave(self, request: Request) -> None:
         """Hand back every lease of this worker."""
         self._farm.leave(request.identity.worker)
-        return Response(204)
 
     @route("POST", "/api/v1/leases/<lease>/release", role="worker")
-    def release(self, request: Request) -> Response:
+    def release(self, request: Request) -> None:
         """Hand back a lease: what of it is unfinished is given to others."""
         self._farm.release(request.identity.worker, request.params["lease"])
-        return Response(204)
 
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>", role="worker", max_body=MAX_IMAGE,
            gives={"accepted": bool})
@@ -13020,11 +12983,10 @@ class Api(_Answers):
 
     @route("PUT", "/api/v1/leases/<lease>/tasks/<task:int>/state", role="worker",
            max_body=MAX_IMAGE)
-    def keep_state(self, request: Request) -> Response:
+    def keep_state(self, request: Request) -> None:
         """Leave a state to go on from: what POV-Ray left of an unfinished task when stopped."""
         with self._delivered(request) as (mine, _, state):
             self._farm.keep_state(*mine, state)
-        return Response(204)
 
     @route("GET", "/api/v1/tasks/<task:int>/<what>", role="worker", gives=BYTES)
     def part(self, request: Request) -> Response:
@@ -13041,7 +13003,7 @@ class Api(_Answers):
 
     @route("POST", "/api/v1/leases/<lease>/tasks/<task:int>/fail", role="worker", max_body=MAX_LOG,
            takes=Failure)
-    def fail(self, request: Request) -> Response:
+    def fail(self, request: Request) -> None:
         """Tell of a failed task. Body: message, scene (true when the scene is to blame), log."""
         self._farm.check_lease(request.identity.worker, request.params["lease"],
                                request.params["task"])
@@ -13049,7 +13011,6 @@ class Api(_Answers):
         self._farm.fail(
             request.identity.worker, request.params["lease"], request.params["task"],
             plain(told["message"][:1000]), told["log"].encode(), told["scene"])
-        return Response(204)
 
     @route("GET", "/api/v1/manifests/<key>", role="worker", gives=Manifest)
     def manifest(self, request: Request) -> Response:
@@ -13075,12 +13036,10 @@ class Entrance:
         self._views = Views(scheduler)
 
     @route("POST", "/api/v1/jobs/<job:int>/fetched", role="user", takes=Fetched)
-    def fetched(self, request: Request) -> Response:
+    def fetched(self, request: Request) -> None:
         """Say that images were fetched. Body: images, the hashes of those that are there whole."""
-        images = fields_of(Fetched, request.json())["images"]
-        self._farm.fetched(request.params["job"], [str(one) for one in images],
+        self._farm.fetched(request.params["job"], fields_of(Fetched, request.json())["images"],
                            request.identity.name)
-        return Response(204)
 
     @route("POST", "/api/v1/tidy", role="admin", takes=Tidying,
            gives=dict.fromkeys(("jobs", "unfetched"), tuple[OldJob, ...]))
@@ -13132,13 +13091,12 @@ class Entrance:
                 for row in self._farm.people.invited(tx) if everybody]})
 
     @route("POST", "/api/v1/users", role="admin", takes=Newcomer)
-    def add_user(self, request: Request) -> Response:
+    def add_user(self, request: Request) -> None:
         """Add a person, or invite. Body: name, role, limits, ticket, uses. Both ends make the key,
         or where there are ``uses`` and no name the code, of the farm's key and the ticket."""
         one = Newcomer.from_wire(request.json())
         self._access.add(one.name, one.role, one.limits, one.ticket, one.uses,
                          request.identity.name)
-        return Response(204)
 
     @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
            gives={"name": str, "role": Role, "share": str, "proof": str})
@@ -13148,18 +13106,16 @@ class Entrance:
             **fields_of(Comer, request.json()), remote=request.remote), 201)
 
     @route("PATCH", "/api/v1/users/<name>", role="admin", takes=Allowance)
-    def change_user(self, request: Request) -> Response:
+    def change_user(self, request: Request) -> None:
         """Change a person's limits. Body: any of them."""
         limits = checked(want({"limits": request.json()}, "limits", dict), ALLOWANCES)
         self._farm.people.change(request.params["name"], limits, request.identity.name)
-        return Response(204)
 
     @route("DELETE", "/api/v1/users/<name>", role="admin")
-    def remove_user(self, request: Request) -> Response:
+    def remove_user(self, request: Request) -> None:
         """Remove a person, or an invitation: the key is good for nothing now, nor are its workers';
         the jobs stay."""
         self._farm.remove_person(request.params["name"], request.identity.name)
-        return Response(204)
 
     # --- workers
 
@@ -13195,17 +13151,15 @@ class Entrance:
             fields_of(Code, request.json())["code"], request.identity.name)})
 
     @route("POST", "/api/v1/workers/<worker:int>/<action>", role="user")
-    def steer_worker(self, request: Request) -> Response:
+    def steer_worker(self, request: Request) -> None:
         """Steer a worker. Action: pause, drain or resume."""
         self._farm.steer_worker(request.params["worker"], request.params["action"],
                                 request.identity.name)
-        return Response(204)
 
     @route("DELETE", "/api/v1/workers/<worker:int>", role="admin")
-    def remove_worker(self, request: Request) -> Response:
+    def remove_worker(self, request: Request) -> None:
         """Remove a worker: take its work back and let it in no more."""
         self._farm.remove_worker(request.params["worker"], request.identity.name)
-        return Response(204)
 
     def _pair(self, request: Request, info: WorkerInfo, pair: Mapping[str, str]) -> Response:
         share, nonce = pair["share"], pair["nonce"]
@@ -14630,7 +14584,7 @@ class Machines(Dialect):
             {"address": address, "directory": place} for address, place in self._known.items()]})
 
     @route("POST", "/api/v1/machines", role="admin", takes=Machine)
-    def add(self, request: Request) -> Response:
+    def add(self, request: Request) -> None:
         """Use a node. Body: address, as HOST:PORT, and directory, which is DATA/hpc if missing."""
         wish = fields_of(Machine, request.json())
         address, place = wish["address"], wish["directory"] or str(self._store.root / "hpc")
@@ -14641,10 +14595,9 @@ class Machines(Dialect):
                             "knows by the same name")
         self._change({**self._known, address: place})
         self._use(address)
-        return Response(204)
 
     @route("DELETE", "/api/v1/machines/<address>", role="admin")
-    def remove(self, request: Request) -> Response:
+    def remove(self, request: Request) -> None:
         """Use a node no more: what it renders goes to others."""
         address = request.params["address"]
         if address not in self._known:
@@ -14655,7 +14608,6 @@ class Machines(Dialect):
             member = tx.worker_by_token(self.mark + address)
         if member:
             self._farm.remove_worker(member.id, request.identity.name)
-        return Response(204)
 
     def _own(self, place: str) -> Path:
         """Return what is this farm's of a directory that several may use."""
