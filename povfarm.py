@@ -13076,8 +13076,8 @@ class Entrance:
     @route("GET", "/api/v1/users", role="person", gives={
         "users": tuple[PersonView, ...], "invited": tuple[InvitationView, ...]})
     def users(self, request: Request) -> Response:
-        """Everybody with role, limits and what they have, and the invitations that are open; to
-        others than the admin themselves."""
+        """The people with role, limits and what they have. The admin gets all, and the invitations
+        that are open; others only themselves."""
         everybody = "admin" in request.identity.roles
         with self._farm.store.read() as tx:
             return json_response({"users": [
