@@ -7370,16 +7370,16 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         """Whether the client still waits and the server is not stopping."""
         if self.server.stopping.is_set():
             return False
-        timeout = self.connection.gettimeout()
-        self.connection.settimeout(0)
         try:
+            with selectors.DefaultSelector() as ear:  # any thread may ask
+                ear.register(self.connection, selectors.EVENT_READ)
+                if not ear.select(0):
+                    return True
             # Below TLS: there, a client that waits sends nothing but its farewell.
             data = socket.socket.recv(self.connection, 1, socket.MSG_PEEK)
             return bool(data) and self.server.tls is None
-        except OSError as error:
-            return isinstance(error, BlockingIOError)
-        finally:
-            self.connection.settimeout(timeout)
+        except (OSError, ValueError):  # it is closed
+            return False
 
     def handle_one_request(self) -> None:
         """Serve the request whose head is here, and wait a moment for the next one.
@@ -9497,6 +9497,7 @@ class Tx(Look):
 
 KEEP_EVENTS = 10_000
 KEEP_GUESTS = 7 * 24 * 3600.0  # seconds that a worker of another system is shown when it is gone
+BEATS = 100.0  # a second of all workers together, as long as each is heard often enough
 LOOK_AGAIN = 1.0  # seconds after which an idle worker looks at what others render
 RECENT = 8.0  # seconds over which the speed of a task is taken
 SICK_PAUSE = 600.0  # seconds until a worker that only fails gets one task, as a trial
@@ -9614,6 +9615,9 @@ class Grants:
         for grant in grants:
             self.add(grant)
 
+    def __len__(self) -> int:
+        return len(self._all)
+
     def __iter__(self) -> Iterator[Grant]:
         """Yield those that there are at this moment."""
         return iter(list(self._all.values()))
@@ -9715,6 +9719,10 @@ class _Bell(threading.Condition):
     rung = False
     looked = 0  # which offer of work it has seen
 
+    def __init__(self, alive: Callable[[], bool] = lambda: True) -> None:
+        super().__init__()
+        self.alive = alive  # whether whoever asked still listens
+
     def ring(self) -> None:
         with self:
             self.rung = True
@@ -9739,8 +9747,9 @@ class _Waiting:
         self._changed = threading.Lock()
 
     @contextlib.contextmanager
-    def bell(self, *lines: dict[_Bell, None]) -> Iterator[_Bell]:
-        bell, lines = _Bell(), (*lines, self._all)
+    def bell(self, *lines: dict[_Bell, None],
+             alive: Callable[[], bool] = lambda: True) -> Iterator[_Bell]:
+        bell, lines = _Bell(alive), (*lines, self._all)
         with self._changed:
             for line in lines:
                 line[bell] = None
@@ -10276,9 +10285,11 @@ class _Crew:
         """Keep a worker's leases alive; return those of them that have ended.
 
         Also the tasks of which others render the lower rows, each with the row before which it may
-        end. Answers after ``wait`` seconds, or at once when there is such news.
+        end. Answers after ``wait`` seconds, or at once when there is such news; later where so many
+        work that there were too many beats.
         """
         now, presence = self.clock.monotonic(), self.states.presence(worker)
+        wait = wait and max(wait, len(self.states.grants) / BEATS)
         end, stays = now + min(wait, self.lease_time / 3), presence.departures
         for grant in self._held(worker, progress):
             for task, part in progress[grant.id].items():
@@ -10336,11 +10347,26 @@ class _Crew:
         return max(guest.silence if busy else guest.pause, self.lease_time)
 
     def live_workers(self) -> set[int]:
+        """Return the workers that were heard of within the time that a lease lives, or listen."""
         now = self.clock.monotonic()
         since = now - self.lease_time  # looked at for each of a thousand workers, with every lease
         return {worker for worker, presence in list(self.states.presences.items())
-                if presence.seen is not None and presence.seen >= (
-                    now - self.silence(worker) if presence.guest else since)}
+                if presence.seen is not None and (presence.seen >= (
+                    now - self.silence(worker) if presence.guest else since)
+                    or self._listens(presence, now))}
+
+    @staticmethod
+    def _listens(presence: Presence, now: float) -> bool:
+        """Tell whether a worker waits in a request that is still open: that is as good as a beat.
+
+        A thousand that wait need not wake for it.
+        """
+        for bell in list(presence.bells):
+            if bell.alive():
+                presence.seen = now
+                return True
+            bell.ring()  # for nothing: it ends
+        return False
 
     def seen(self, worker: int) -> float | None:
         """Return how many seconds ago a worker was heard of, None when never."""
@@ -10614,7 +10640,7 @@ class _Dealing:
         stays = presence.departures
         presence.rest = offer.rest
         lines = (presence.bells,) if offer.rest else (waiting.work, presence.bells)
-        with waiting.bell(*lines) as bell:
+        with waiting.bell(*lines, alive=alive) as bell:
             while True:
                 called, bell.looked = bell.heard(), waiting.offers
                 if stays != presence.departures or not alive():
@@ -10634,8 +10660,7 @@ class _Dealing:
                     return leases
                 if called:
                     waiting.call(1)
-                waiting.wait(bell, min(left, pause if any(self._states.grants) else math.inf,
-                                       self._crew.lease_time * 5 / 6))
+                waiting.wait(bell, min(left, pause) if self._states.grants else left)
 
     def _are_gone(self, projects: Sequence[str]) -> bool:
         with self._states.store.read() as look:
@@ -20664,7 +20689,7 @@ class Worker(Resting):
             try:
                 reply = self.client.request(
                     "POST", "/api/v1/beat", json={"leases": progress, "wait": wait},
-                    timeout=wait + 10, retry_for=math.inf).fields(Orders)
+                    timeout=wait + 15, retry_for=math.inf).fields(Orders)
             except FarmError as error:  # it is refused, which is no reason to ask without a pause
                 log.debug("no beat: %s", error)
                 time.sleep(BEAT_WAIT)

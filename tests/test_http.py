@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import shutil
@@ -760,6 +761,27 @@ def test_what_waits_ends_when_the_server_stops(path: str) -> None:
         assert idle.recv(1) == b""
         until_closed(sock)
         assert not server.connections
+
+
+def test_any_thread_may_ask_whether_a_client_is_there() -> None:
+    """While another one sends: what is sent is whole."""
+    size = 50_000_000
+
+    class Large:
+        @route("GET", "/large", role="anyone")
+        def large(self, request: Request) -> Response:
+            self.request = request
+            return povfarm.stream_response(itertools.repeat(bytes(100_000), size // 100_000), "x/y")
+
+    pages = Large()
+    with serving(pages) as server, connect(server) as sock:  # type: ignore[arg-type]
+        sock.sendall(b"GET /large HTTP/1.0\r\n" + HOST + b"\r\n")
+        got = len(sock.recv(1000))
+        while data := sock.recv(200_000):
+            assert got > size // 2 or pages.request.alive()
+            got += len(data)
+        assert got > size
+        assert not pages.request.alive()
 
 
 def test_a_handler_sees_that_its_client_has_gone() -> None:

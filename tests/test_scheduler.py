@@ -1368,7 +1368,47 @@ def test_what_one_cannot_take_is_offered_to_the_next(
 def test_an_idle_farm_is_silent(farm: Farm) -> None:
     worker, looks = farm.worker(), []
     assert farm.scheduler.lease(worker, Offer(1, 1, 1), 25, lambda: not looks.append(1)) == []
-    assert len(looks) <= 5
+    assert len(looks) <= 2
+
+
+def test_who_waits_for_work_is_there_and_need_not_wake_for_it(tmp_path: Path) -> None:
+    farm = Farm(tmp_path, lease_time=10)
+    worker, waits, live = farm.worker(), [], []
+    wait = farm.clock.wait
+    farm.clock.wait = lambda *what: (waits.append(what), wait(*what))[1]  # type: ignore[method-assign]
+
+    def keep_house() -> None:
+        farm.scheduler.expire()
+        live.append(farm.scheduler.live_workers())
+
+    farm.clock.housekeeping = keep_house
+    assert farm.leases(worker, wait=240) == []
+    assert len(waits) == 1 and len(live) == 240 and all(each == {worker} for each in live)
+    assert "lost" not in [event.what for event in farm.scheduler.wait_events(0, 0, 1000)]
+
+
+def test_who_hung_up_while_it_waited_is_lost_in_time(tmp_path: Path) -> None:
+    farm = Farm(tmp_path, lease_time=10)
+    worker, began = farm.worker(), farm.clock.mono
+    farm.clock.housekeeping = farm.scheduler.expire
+    assert farm.scheduler.lease(worker, Offer(1, 1, 1), 240,
+                                lambda: farm.clock.mono < began + 25) == []
+    assert farm.clock.mono <= began + 25 + 11  # its thread is free again
+    farm.scheduler.expire()
+    assert farm.scheduler.live_workers() == set()
+    assert "lost" in [event.what for event in farm.scheduler.wait_events(0, 0, 1000)]
+
+
+def test_the_beats_of_many_are_held_for_longer(farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = [farm.worker(name) for name in ("anna", "bert", "cleo")]
+    farm.submit(3)
+    leases = [farm.lease(worker) for worker in workers]
+    for a_second, seconds in ((100.0, 2), (0.5, 6), (0.1, 10)):  # never longer than is good for a lease
+        monkeypatch.setattr(povfarm, "BEATS", a_second)
+        began = farm.clock.mono
+        assert farm.beat(workers[0], leases[0], wait=2) == []
+        assert farm.clock.mono == began + seconds
+        assert farm.beat(workers[0], leases[0]) == [] and farm.clock.mono == began + seconds
 
 
 def test_a_poll_that_is_abandoned_gets_nothing(farm: Farm) -> None:

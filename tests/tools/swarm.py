@@ -32,10 +32,11 @@ sys.path[:0] = map(str, list(Path(__file__).resolve().parents)[1:3])  # the help
 
 from helpers.pictures import HEIGHT, WIDTH, png
 from helpers.trust import join_at, signer_at
-from povfarm import LEASE_WAIT, Client
+from povfarm import BEATS, LEASE_WAIT, Client
 
 PROGRAM = Path(os.environ.get("POVFARM_PY", Path(__file__).resolve().parents[2] / "povfarm.py"))
 BEAT_WAIT = 2.0  # seconds, as of a real worker
+LEASE_TIME = 30.0  # seconds, the default
 SPREAD = 20.0  # seconds in which many begin to wait: a connection without a request may be closed
 TRIVIAL = {"cpu": 0.03, "wall": 0.35}  # what POV-Ray's smallest render costs, in seconds
 Then = Callable[[int, Any, float], None]  # status, answer, seconds
@@ -274,7 +275,8 @@ class Worker:
     def _beaten(self, status: int, answer: Any, seconds: float) -> None:
         assert status == 200, answer
         held = not answer["ended"] and not answer["cuts"]
-        self.swarm.note("beat", max(seconds - BEAT_WAIT, 0.0) if held else 0.0)
+        wait = max(BEAT_WAIT, min(len(self.swarm.workers) / BEATS, LEASE_TIME / 3))
+        self.swarm.note("beat", max(seconds - wait, 0.0) if held else 0.0)
         if self.lease:
             self._beat()
 
