@@ -9616,6 +9616,7 @@ class Grants:
             self.add(grant)
 
     def __len__(self) -> int:
+        """Count them."""
         return len(self._all)
 
     def __iter__(self) -> Iterator[Grant]:
