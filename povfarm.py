@@ -6598,8 +6598,8 @@ class Request:
             raise ProtocolError(400, "the body is not UTF-8 text") from error
 
 
-def form_parts(request: Request) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Yield the head of each part of a form with files, and what is in it as it comes.
+def form_parts(request: Request) -> Iterator[tuple[str, str | None, Iterator[bytes]]]:
+    """Yield the name of each part of a form, of a file its own, and what is in it as it comes.
 
     What is not read of a part is passed over. ``UserError`` when it is no whole form.
     """
@@ -6612,7 +6612,9 @@ def form_parts(request: Request) -> Iterator[tuple[str, Iterator[bytes]]]:
         pass
     while not form.ends():
         head, blocks = form.head(), form.until(edge)
-        yield head, blocks
+        name = re.search(r'\bname="?([^";\s]*)', head)
+        file = re.search(r'\bfilename=("[^"\r\n]*"|[^;\s]*)', head)
+        yield name[1] if name else "", file[1].strip('"') if file else None, blocks
         for _ in blocks:
             pass
 
@@ -8246,6 +8248,13 @@ class Store:
             if digest.hexdigest() != sha256:
                 raise Damaged("the contents do not have the hash that they came under")
         return size
+
+    def save(self, path: Path, blocks: Iterable[bytes]) -> None:
+        """Write a file of what comes, as long as there is room."""
+        with open(path, "wb") as file:
+            for block in blocks:
+                self.need(len(block))
+                file.write(block)
 
     def job_directory(self, job: int, name: str) -> Path:
         """Return the directory of a job's images, such as ``jobs/7-camera2``."""
@@ -13500,13 +13509,6 @@ class Dialect:
             return grant
         return None
 
-    def _save(self, request: Request, name: str, to: Path) -> None:
-        """Save the file of a form that has this name."""
-        with open(to, "wb") as file:
-            for block in uploaded(request, name):
-                self._store.need(len(block))
-                file.write(block)
-
     def _finish(self, worker: int, attempt: Attempt, image: Path, text: bytes, cost: Cost) -> None:
         """Deliver all that was given, also where others were given its lower rows since."""
         with self._store.read() as tx:
@@ -13749,7 +13751,7 @@ class Httpov(Dialect):
         """Return the pictures of an upload by their frames, the log, and what is wrong with it."""
         images, text = {}, b""
         try:
-            self._save(request, "filedata", place / "zip")
+            self._store.save(place / "zip", uploaded(request, "filedata"))
             files = unpack_files(place / "zip", place / "files", MAX_IMAGE)
             for name, path in files.items():
                 number = re.search(r"_([0-9]{1,9})\.(png|ppm)$", name)
@@ -13839,10 +13841,10 @@ def client_ini(pov: PovJob, place: str = "", frames: Sequence[int] = ()) -> str:
     return to_ini(values, declares, library)
 
 
-def uploaded(request: Request, name: str) -> Iterator[bytes]:
+def uploaded(request: Request, wanted: str) -> Iterator[bytes]:
     """Yield the file of a form that has this name as it comes; ``UserError`` if there is none."""
-    for head, blocks in form_parts(request):
-        if f'name="{name}"' in head:
+    for name, _, blocks in form_parts(request):
+        if name == wanted:
             yield from blocks
             return
     raise UserError("the client sent no file")
@@ -13898,7 +13900,7 @@ class Sheepit(Dialect):
 
     def __init__(self, scheduler: Scheduler, access: Access, key: str) -> None:
         super().__init__(scheduler, access)
-        self._admin = secret_hash(key)
+        self._admin = Person(ADMIN, Role.USER, secret_hash(key), "{}", 0.0)
         self._archives: dict[int, str] = {}  # by job: the MD5 of its archive
 
     @route("GET", "/server/<what>.php", role="anyone")
@@ -13949,23 +13951,23 @@ class Sheepit(Dialect):
     # --- what is asked
 
     def _config(self, request: Request, values: Mapping[str, str]) -> _Said:
-        secret, old = self._secret(values.get("login", "")), self._member(request)
-        problem = self._problem(request, values, secret)
-        if problem or (old and old.state is WorkerState.REMOVED):
+        person, old = self._person(values.get("login", "")), self._member(request)
+        problem = self._problem(request, values, person)
+        if person is None or problem or (old and old.state is WorkerState.REMOVED):
             return _Said(problem or 103)
-        worker = self._worker(values, request, old)
+        worker = self._worker(values, request, person.name, old)
         if worker is None:
             return _Said(999)
         return _Said(0, "".join(_tag("request", {"type": kind, "path": path, **(
             {"max-period": BEAT_PERIOD} if kind == "keepmealive" else {})})
             for kind, path in _PATHS.items()),
-            f"PHPSESSID={worker}.{_seal(secret, worker)}; path=/; HttpOnly")
+            f"PHPSESSID={worker}.{_seal(person.token, worker)}; path=/; HttpOnly")
 
-    def _problem(self, request: Request, values: Mapping[str, str], secret: str) -> int:
+    def _problem(self, request: Request, values: Mapping[str, str], person: Person | None) -> int:
         """Return the status for a login that is no good, or 0."""
         if not values.get("login") or not values.get("password"):
             return 104
-        password = secret and sheepit_password(secret)
+        password = sheepit_password(person.token) if person else ""
         if not self._access.fits(values["password"], password, request.remote):
             return 102
         version = re.match(r"[0-9]{1,4}(?=\.|$)", values.get("version", ""))
@@ -14018,7 +14020,7 @@ class Sheepit(Dialect):
         wall = min(float(_numeral(values.get("rendertime", "")) or 0), MAX_COST)
         memory = (_numeral(values.get("memoryused", "")) or 0) * 1000
         with self._store.incoming() as place:
-            self._save(request, "file", place / "image")
+            self._store.save(place / "image", uploaded(request, "file"))
             try:
                 self._finish(worker, attempt, place / "image", b"", Cost(wall, wall, memory))
                 return _Said(0)
@@ -14082,16 +14084,15 @@ class Sheepit(Dialect):
                           request.headers.get("cookie", ""))
         with self._store.read() as tx:
             member = tx.find_worker(int(match[1])) if match else None
-        secret = self._secret(_login_of(member)) if member else ""
-        good = match and member and secret and hmac.compare_digest(
-            match[2], _seal(secret, member.id))
+        person = self._person(_login_of(member)) if member else None
+        good = match and member and person and hmac.compare_digest(
+            match[2], _seal(person.token, member.id))
         return member if good else None
 
-    def _secret(self, login: str) -> str:
-        """Return the hash of somebody's secret, empty for nobody's."""
+    def _person(self, login: str) -> Person | None:
+        """Return who has a login, by any spelling of the name."""
         with self._store.read() as tx:
-            person = tx.person(login)
-        return self._admin if login == ADMIN else person.token if person else ""
+            return self._admin if login == ADMIN else tx.person(login)
 
     def _refusal(self, member: Member | None, values: Mapping[str, str]) -> int:
         """Return the status for one that gets no jobs, or 0."""
@@ -14099,20 +14100,17 @@ class Sheepit(Dialect):
             return 202
         if member.state in (WorkerState.PENDING, WorkerState.REMOVED) or member.aside:
             return 203
-        with self._store.read() as tx:
-            person = tx.person(_login_of(member))
+        person = self._person(_login_of(member))
         if person and person.role is not Role.USER:
             return 201
         return 205 if member.system not in _SYSTEMS or values.get("computemethod") == "2" else 0
 
-    def _worker(self, values: Mapping[str, str], request: Request,
+    def _worker(self, values: Mapping[str, str], request: Request, login: str,
                 old: Member | None) -> int | None:
         """Return the worker that a client is: one of its computer's that is gone, or a new one.
 
         So the record of a computer stays with it. None when a login has too many.
         """
-        with self._store.read() as tx:  # of a person by any spelling
-            login = person.name if (person := tx.person(values["login"])) else ADMIN
         host = re.sub(r"[^\w.:-]", "-", values.get("hostname") or request.remote)[:60]
         memory = (_numeral(values.get("ram", "")) or 0) * 1024
         info = WorkerInfo(f"{login}@{host}", int(values["cpu_cores"]), min(memory, 1 << 50),
@@ -14334,21 +14332,22 @@ class RenderOnline:
         self._farm, self._store = scheduler, scheduler.store
         self._access, self._key, self._rules = access, farm_key, rules
         self._views, self._intake = Views(scheduler), Intake(scheduler)
+        access.dialects.append(self._identity)
 
-    def identify(self, request: Request) -> Identity:
-        """Return who sends a request: at our routes a guest, whose token it is.
+    def _identity(self, request: Request) -> Identity | None:
+        """Return a guest with the name of the person whose token it is.
 
         The part of an email before the @ is the person's name.
         """
         token = request.headers.get("token", "")
         if not token or not request.path.startswith("/renderapi/"):
-            return self._access.identify(request)
+            return None
         with self._store.read() as look:
             person = look.person(request.headers.get("email", "").partition("@")[0])
         known = person if person and person.role is Role.USER else None
         mine = online_token(self._key, known.name, known.added) if known else ""
         good = self._access.fits(token, mine, request.remote)
-        return Identity(frozenset({"guest"}), name=known.name) if known and good else Identity()
+        return Identity(frozenset({"guest"}), name=known.name) if known and good else None
 
     @route("GET", "/renderapi/v1/info", role="anyone")
     @route("POST", "/renderapi/v1/<what>", role="anyone", max_body=MAX_FORM)
@@ -14401,12 +14400,11 @@ class RenderOnline:
                 self._rules.check(argument, value)
             scene = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("-.")[-100:]
             values = {**dict(reversed(given)), UPLOADED: scene, OUTPUT: "image", "@threads": "1"}
-            words = chosen.arguments(values)
-            (place / "files").mkdir()
+            words, there = chosen.arguments(values), place / "files"
             if chosen.name == POVRAY and (place / "upload").stat().st_size > MAX_SCENE:
                 raise ProtocolError(413, f"the scene is larger than {format_size(MAX_SCENE)}")
-            (place / "upload").rename(place / "files" / scene)
-            there = place / "files"
+            there.mkdir()
+            (place / "upload").rename(there / scene)
             pov, project = (
                 self._intake.read(owner, words, there, there) if chosen.name == POVRAY else
                 (chosen.job(values), plain_project(there / scene)))
@@ -14461,14 +14459,12 @@ class RenderOnline:
         names: list[str] = []
         (place / "request").touch()
         try:
-            for head, blocks in form_parts(request):
-                file = re.search(r'\bfilename=("[^"\r\n]*"|[^;\s]*)', head)
-                if file or re.search(r'\bname="?request\b', head):
-                    with open(place / ("upload" if file else "request"), "wb") as to:
-                        for block in blocks:
-                            self._store.need(len(block))
-                            to.write(block)
-                names += [_base_name(file[1].strip('"'))] if file else []
+            for field, file, blocks in form_parts(request):
+                if file is not None:
+                    self._store.save(place / "upload", blocks)
+                    names.append(_base_name(file))
+                elif field == "request":
+                    self._store.save(place / "request", blocks)
         except UserError:
             names = []
         if not names:
@@ -15625,25 +15621,20 @@ class Desk(_Sheets):
             self._farm.people.check(look, request.identity.name, 0, 0, size)
         last = place
         count = 0
-        for head, blocks in form_parts(request):
-            name = re.search(r'\bname="(\w*)"', head)
-            file = re.search(r'\bfilename="([^"\r\n]*)"', head)
+        for name, file, blocks in form_parts(request):
             if file is None:
                 text = b"".join(itertools.islice(blocks, 16))[:BODY_LIMIT]
-                given[name[1] if name else ""] = text.decode("utf-8", "replace")
+                given[name] = text.decode("utf-8", "replace")
                 continue
             self._access.check_form(request, given)  # before anything is kept
-            path = file[1].replace("%22", '"').replace("\\", "/").lstrip("/")
+            path = file.replace("%22", '"').replace("\\", "/").lstrip("/")
             if not path:
                 continue  # a field that nobody has filled
             if (count := count + 1) > MAX_FILES:
                 raise UserError(f"a job has at most {MAX_FILES} files")
             last = safe_join(place, path)
             last.parent.mkdir(parents=True, exist_ok=True)
-            with open(last, "wb") as to:
-                for block in blocks:
-                    self._store.need(len(block))
-                    to.write(block)
+            self._store.save(last, blocks)
         if count == 1 and last.suffix.lower() == ".zip":
             with self._store.gate.outside():
                 packed = last.rename(place.parent / last.name)
@@ -16649,7 +16640,7 @@ SCRIPT = """\
 (() => {
 const find = what => document.querySelector(what), main = find("#main"), live = find("#live");
 const place = (/^\\/-[0-9a-f]{16}(?=\\/)/.exec(location.pathname) || [""])[0];
-const key = node => node.id || (node.getAttribute && node.getAttribute("action")) || "";
+const key = node => node.id || node.getAttribute?.("action") || "";
 const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
 let event = +main.dataset.event, loaded = Date.now(), away = false, timer = 0, since = loaded;
 
@@ -16670,43 +16661,24 @@ function morph(old, now) {
       old.setAttribute(name, value);
       if (name === "src" && !calm) old.animate([{opacity: .4}, {opacity: 1}], 150);
     }
-  const fresh = new Set([...now.childNodes].map(key)), known = new Map();
-  for (const child of [...old.childNodes])
-    if (!fresh.has(key(child)) || known.has(key(child))) child.remove();
-    else if (key(child)) known.set(key(child), child);
-  let at = old.firstChild;
-  for (const child of [...now.childNodes]) {
-    const name = key(child);
-    let same = name ? known.get(name) : at;
-    known.delete(name);
-    while (!name && same && (key(same) || same.nodeName !== child.nodeName))
-      same = same.nextSibling;
-    if (!same || same.nodeName !== child.nodeName) {
-      old.insertBefore(child, at);
-      continue;
-    }
-    while (!name && at !== same && !key(at)) at = without(at);
-    if (same === at) at = at.nextSibling;
-    else old.insertBefore(same, at);
+  const left = [...old.childNodes], fresh = [...now.childNodes].map(child => {
+    const at = left.findIndex(one => one.nodeName === child.nodeName && key(one) === key(child));
+    if (at < 0) return child;
+    const [same] = left.splice(at, 1);
     morph(same, child);
-  }
-  while (at) at = without(at);
+    return same;
+  });
+  for (const child of left) child.remove();
+  fresh.forEach((child, at) => {
+    if (old.childNodes[at] !== child) old.insertBefore(child, old.childNodes[at] || null);
+  });
 }
 
-function without(node) {
-  const next = node.nextSibling;
-  node.remove();
-  return next;
-}
-
-function ask(address) {
-  const stop = new AbortController(), over = setTimeout(() => stop.abort(), 10000);
-  const headers = {Accept: "text/html", "Cache-Control": "max-age=1"};
-  const asked = fetch(address, {headers, signal: stop.signal});
-  return asked.then(async answer => {
-    if (answer.status >= 500) throw answer;
-    return [answer, await answer.text()];
-  }).finally(() => clearTimeout(over));
+async function ask(address) {
+  const answer = await fetch(address, {signal: AbortSignal.timeout(10000),
+    headers: {Accept: "text/html", "Cache-Control": "max-age=1"}});
+  if (answer.status >= 500) throw answer;
+  return [answer, await answer.text()];
 }
 
 async function load() {
@@ -17207,13 +17179,11 @@ class Coordinator:
         desk = Desk(self.api, self.scheduler, self.access, self.pin, typed)
         dialects: list[object] = [Httpov(self.scheduler, self.access)] if httpov else []
         dialects += [Sheepit(self.scheduler, self.access, self.key)] if sheepit else []
-        identify = self.access.identify
-        if renderonline:
-            online = RenderOnline(self.scheduler, self.access, self.key, renderonline)
-            dialects, identify = [*dialects, online], online.identify
+        dialects += [RenderOnline(self.scheduler, self.access, self.key, renderonline)
+                     ] if renderonline else []
         self.machines = Machines(self.scheduler, self.access, programs)
         self.router = Router(self.api, entrance, pages, desk, self.machines, *dialects,
-                             authenticate=identify, hosts=_own_names(hosts),
+                             authenticate=self.access.identify, hosts=_own_names(hosts),
                              error_page=pages.error_page, gate=self.store.gate)
         self.api.routes, self.api.answered = self.router.routes, self.router.answered
         self.server: Server | Inside = Inside(self.router) if port is None else Server(

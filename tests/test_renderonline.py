@@ -63,7 +63,7 @@ class OnlineFarm(Farm):
     def __init__(self, root: Path, text: str = LINES, **more: Any) -> None:
         super().__init__(root, **more)
         self.online = RenderOnline(self.scheduler, self.access, KEY, rules(text))
-        self.router = Router(self.api, self.entrance, self.online, authenticate=self.online.identify)
+        self.router = Router(self.api, self.entrance, self.online, authenticate=self.access.identify)
         for name, role in (("anna", Role.USER), ("bob", Role.USER), ("vera", Role.VIEWER),
                            ("sam", Role.SUBMIT)):
             self.access.add(name, role, {}, "a-ticket-that-is-new")
@@ -648,7 +648,7 @@ def test_what_becomes_of_a_task(farm: OnlineFarm) -> None:
 def test_all_who_render_for_the_farm_render_what_was_sent(farm: OnlineFarm) -> None:
     """An HTTPov client and a worker of ours, on one task of RenderOnline's."""
     httpov = povfarm.Httpov(farm.scheduler, farm.access)
-    router = Router(farm.api, farm.entrance, httpov, farm.online, authenticate=farm.online.identify)
+    router = Router(farm.api, farm.entrance, httpov, farm.online, authenticate=farm.access.identify)
     number = farm.queued([("start_frame", "1"), ("end_frame", "5"), FRAMES[2]])
     farm.clock.advance(1)
     lease = farm.lease(farm.worker())
