@@ -13509,18 +13509,29 @@ class Dialect:
             return grant
         return None
 
-    def _finish(self, worker: int, attempt: Attempt, image: Path, text: bytes, cost: Cost) -> None:
-        """Deliver all that was given, also where others were given its lower rows since."""
+    def _finish(self, attempt: Attempt, image: Path | None, cost: Cost, missing: str = "",
+                text: bytes = b"") -> bool:
+        """Deliver all that was given, also where others were given its lower rows since.
+
+        False when the image is no good, or there is none: that is a failed try.
+        """
         with self._store.read() as tx:
             height = tx.job(attempt.job).pov.options.height
-        self._farm.beat(worker, {}, 0.0)  # with nothing in hand it may be silent for less long
-        self._farm.finish(worker, attempt.lease, attempt.task, image, text, cost,
-                          attempt.given or height)
+        try:
+            if image is None:
+                raise ImageError(missing)
+            self._farm.beat(attempt.worker, {}, 0.0)  # with nothing in hand it may be silent for
+            self._farm.finish(attempt.worker, attempt.lease, attempt.task, image, text, cost,
+                              attempt.given or height)  # less long
+        except ImageError as error:
+            self._fail(attempt, str(error), text)
+            return False
+        return True
 
-    def _fail(self, worker: int, attempt: Attempt, message: str, text: bytes = b"") -> None:
-        self._farm.beat(worker, {}, 0.0)
+    def _fail(self, attempt: Attempt, message: str, text: bytes = b"") -> None:
+        self._farm.beat(attempt.worker, {}, 0.0)
         if attempt.state == AttemptState.LIVE:
-            self._farm.fail(worker, attempt.lease, attempt.task, message, text, False)
+            self._farm.fail(attempt.worker, attempt.lease, attempt.task, message, text, False)
 
     def _takes(self, tx: Look, job: Job) -> bool:
         """Tell whether clients make the same pictures of a job as our workers."""
@@ -13666,7 +13677,7 @@ class Httpov(Dialect):
     def _abortbatch(self, request: Request, worker: int) -> list[str]:
         attempts = self._attempts(request, worker)
         for attempt in attempts:
-            self._fail(worker, attempt, "POV-Ray failed: the log is where the client runs")
+            self._fail(attempt, "POV-Ray failed: the log is where the client runs")
         if attempts and not self._farm.grants.of_worker(worker):  # then the client ends
             self._farm.leave(worker)
         return ["status=error"]
@@ -13681,17 +13692,12 @@ class Httpov(Dialect):
         with self._store.incoming() as place:
             images, text, problem = self._images(request, place, attempts[0])
             wall = (self._farm.clock.time() - attempts[0].started) / len(attempts)
-            cost, good = Cost(max(wall, 0.0), max(wall, 0.0)), True
-            for attempt in attempts:
-                missing = problem or f"frame {attempt.frame} is not in what the client sent"
-                try:
-                    if attempt.frame not in images:
-                        raise ImageError(missing)
-                    self._finish(worker, attempt, images[attempt.frame], text, cost)
-                except ImageError as error:
-                    self._fail(worker, attempt, str(error), text)
-                    good = False
-        return ["status=ok" if good else "status=error"]
+            cost = Cost(max(wall, 0.0), max(wall, 0.0))
+            good = [self._finish(
+                attempt, images.get(attempt.frame), cost,
+                problem or f"frame {attempt.frame} is not in what the client sent", text)
+                for attempt in attempts]
+        return ["status=ok" if all(good) else "status=error"]
 
     # --- inside
 
@@ -14021,11 +14027,8 @@ class Sheepit(Dialect):
         memory = (_numeral(values.get("memoryused", "")) or 0) * 1000
         with self._store.incoming() as place:
             self._store.save(place / "image", uploaded(request, "file"))
-            try:
-                self._finish(worker, attempt, place / "image", b"", Cost(wall, wall, memory))
+            if self._finish(attempt, place / "image", Cost(wall, wall, memory)):
                 return _Said(0)
-            except ImageError as error:
-                self._fail(worker, attempt, str(error))
         with self._store.read() as tx:
             hopeless = tx.recent_attempts(worker, 6) == ["failed"] * 6
         return _Said(301 if hopeless else 302)
@@ -14045,7 +14048,7 @@ class Sheepit(Dialect):
         except UserError:
             text = b""
         line = next((line for line in text.splitlines() if b"Error" in line), b"")
-        self._fail(worker, attempt, f"POV-Ray failed: {line[:300].decode(errors='replace')}"
+        self._fail(attempt, f"POV-Ray failed: {line[:300].decode(errors='replace')}"
                    if line else f"the client gave it up (error {kind[:9] or 'unknown'})", text)
         return _Said(0)
 
@@ -14062,8 +14065,8 @@ class Sheepit(Dialect):
         spent, left = (_numeral(values.get(name, "")) or 0
                        for name in ("rendertime", "remainingtime"))
         if limit := self._limit(attempt, spent):
-            self._fail(worker, attempt, f"the frame took longer than {format_duration(limit)} "
-                                        "(see --frame-timeout)")
+            self._fail(attempt, f"the frame took longer than {format_duration(limit)} "
+                                "(see --frame-timeout)")
             return _Said(400)
         part = {attempt.task: spent / (spent + left)} if left else {}
         self._farm.beat(worker, {attempt.lease: part}, 0.0)
@@ -14681,7 +14684,7 @@ class Machines(Dialect):
                 engine, words = self._lay_out(job, place, [one.frame for one in attempts])
                 self._render(address, attempts, engine, words, place, over)
             except UserError as error:
-                self._fail(worker, attempts[0], str(error))
+                self._fail(attempts[0], str(error))
                 self._farm.release(worker, lease.id)
             finally:
                 shutil.rmtree(place, ignore_errors=True)
@@ -14748,15 +14751,11 @@ class Machines(Dialect):
         if made and not good:
             del made[max(made)]
         for attempt in attempts:
-            try:
-                with self._store.incoming() as own:
-                    if attempt.frame not in made:
-                        raise ImageError(f"{address} made no picture of it: only there it is told "
-                                         "why")
-                    shutil.copyfile(made[attempt.frame], own / "image")
-                    self._finish(attempt.worker, attempt, own / "image", b"", Cost(wall, wall))
-            except ImageError as error:
-                self._fail(attempt.worker, attempt, str(error))
+            with self._store.incoming() as own:
+                image = made.get(attempt.frame) and shutil.copyfile(
+                    made[attempt.frame], own / "image")
+                self._finish(attempt, image, Cost(wall, wall), f"{address} made no picture of it: "
+                             "only there it is told why")
 
     def _ask(self, address: str, what: str, body: Mapping[str, Any] | None = None) -> Any:
         """Ask a node as RenderOnline's RenderAPI does; return its answer, a refusal too."""
