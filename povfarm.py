@@ -15011,7 +15011,7 @@ class _Sheets:
                 id=f"try{attempt.id}", name="try", open=None if shown else ""))
             left = max(left - len(said), 1000)
         plain = f"/api/v1/jobs/{row.id}/frames/{task.frame}/log"
-        return _section(
+        return section(
             f"What POV-Ray printed of {_frame_name(view, task.frame).lower()}",
             element("p", error, class_="notice failed") if error else None, scene, shown,
             element("p", element("a", "All of it as plain text", href=plain) if shown else
@@ -15146,7 +15146,7 @@ class _Sheets:
         rows = [_job_row(view, self._cures(request, view, quick.get(view["state"], "")),
                          _picture(view, self._portrait(view)))
                 for view in views if not _ended(view)]
-        return _section("Queue", element("ol", rows, class_="jobs")) if rows else None
+        return section("Queue", element("ol", rows, class_="jobs")) if rows else None
 
     def _now(self, request: Request, tx: Look, view: View) -> Html:
         """Return the largest job that is rendered: its newest frame, or the one that grows."""
@@ -15179,7 +15179,7 @@ class _Sheets:
 
     def _workers(self, request: Request, workers: Sequence[View]) -> Node:
         """Return the table of the workers."""
-        return _table_of(("Name", "State", "Cores", "Renders", "POV-Ray", "povfarm",
+        return table_of(("Name", "State", "Cores", "Renders", "POV-Ray", "povfarm",
                           "System", "Tags", "Heard of", None), [[
             worker["name"], [_badge(worker["state"]), f" {worker.get('reason', '')}"],
             worker["cores"], worker["runs"], povray_of(worker["engines"]), worker["povfarm"],
@@ -15235,7 +15235,7 @@ class _Sheets:
 
     def _join(self, request: Request) -> Html:
         """Return what to type to bring one more computer."""
-        return _section(
+        return section(
             "Add a computer",
             element("p", "Any computer with Python and POV-Ray can help. "
                     f"{'On this one, type' if request.local else 'Type there'}:"),
@@ -15723,8 +15723,8 @@ class Desk(_Sheets):
                 "You submit jobs, and steer your own." if "user" in you.roles else "You may look."),
                     None if people else " Nobody was added yet: whom you invite gets a key of "
                     "their own, with jobs that nobody else can change.", class_="lead"),
-            _table_of(("Name", "Role", "Unfinished jobs", "Unfinished frames", "Kept", "Workers",
-                    "Highest priority", None), rows), [_section(f"Change {row.name}", self._form(
+            table_of(("Name", "Role", "Unfinished jobs", "Unfinished frames", "Kept", "Workers",
+                    "Highest priority", None), rows), [section(f"Change {row.name}", self._form(
                         request, f"/people/{row.name}/set", "Set", "good", _inputs(
                             PERSON, {**vars(has[row.name][1]), "role": row.role})), id="asked")
                         for row in changed], self._invitations(request, invited) if admin else None)
@@ -15744,11 +15744,11 @@ class Desk(_Sheets):
         away = "" if request.local else f"--server {self._here(request)} "  # else it finds the farm
         command = f"povfarm.py login {away}--code CODE --user NAME"
         return [
-            _section("Invited", element("p", "On a computer of theirs they type:"),
-                     _typed_there(command), _table_of(
+            section("Invited", element("p", "On a computer of theirs they type:"),
+                     _typed_there(command), table_of(
                          ("Code", "For so many more", "Role", "Limits", "Invited", "Until", None),
                          rows)) if rows else None,
-            _section("Invite", self._form(
+            section("Invite", self._form(
                 request, "/people/invite", "Make a code", "good", _inputs(
                     {name: INVITATION[name] for name in ("uses", "role")},
                     {"uses": 1, "role": "user"}), element(
@@ -15891,7 +15891,8 @@ def _ended(view: View) -> bool:
     return JobState(view["state"]) in FINISHED
 
 
-def _section(title: str, *children: Node, **attributes: str) -> Html:
+def section(title: str, *children: Node, **attributes: str) -> Html:
+    """Return a part of a page, with its title."""
     return element("section", element("h2", title), *children, **attributes)
 
 
@@ -15900,13 +15901,13 @@ def _totals(totals: Mapping[str, Sequence[View]]) -> Node:
     shown = {kind: views for kind, views in totals.items()
              if kind == "workers" or not {view["name"] for view in views} <= {
                  "", *(view["name"] for view in totals["workers"])}}
-    tables = [_table_of((kind.capitalize()[:-1], "Frames", "Time", "Failed tries"), [[
+    tables = [table_of((kind.capitalize()[:-1], "Frames", "Time", "Failed tries"), [[
         view["name"] or "none", said_frames(view["frames"]), format_duration(view["wall"]),
         f"{view['failures']:,}"] for view in views]) for kind, views in shown.items()]
-    return _section("Rendered so far", *tables) if totals["workers"] else None
+    return section("Rendered so far", *tables) if totals["workers"] else None
 
 
-def _table_of(heads: Sequence[str | None], rows: Sequence[Sequence[Node]]) -> Node:
+def table_of(heads: Sequence[str | None], rows: Sequence[Sequence[Node]]) -> Node:
     """Return a table, if it has rows; each begins with a name. What is for buttons has no head.
 
     A column in which nothing is said is left out.
@@ -16002,7 +16003,7 @@ def _room(tx: Look, workers: Sequence[View], views: Sequence[View]) -> Node:
             or (worker["seen"] or math.inf) < GONE_FOR]
     known = {view["id"]: view for view in views}
     rest = len(workers) - len(here[:CARDS_SHOWN])
-    return _section("The room", element("ul", [
+    return section("The room", element("ul", [
         _card(worker, tx.newest_task_by(worker["id"]), known) for worker in here[:CARDS_SHOWN]]),
         element("p", element("a", f"{counted(rest, 'other computer')}", href="/computers"))
         if rest else None, class_="room") if workers else None
@@ -16056,7 +16057,7 @@ def _finished(views: Sequence[View]) -> Node:
     made = {view["id"]: f"{view['frames']['done']:,} of " * (
         view["frames"]["done"] < view["frames"]["total"]) + counted(
             view["frames"]["total"], "frame") for view in ended}
-    return _section("Finished", element("ul", [element(
+    return section("Finished", element("ul", [element(
         "li", _picture(view, view["newest"], size=320), element("h3", _to_job(view)),
         _badge(_state(view)), element(
             "p", f"#{view['id']} · {view['owner']} · {made[view['id']]} in "
@@ -16305,7 +16306,7 @@ def _times(tx: Look, job: int, numbers: Sequence[int]) -> Node:
             href=f"/jobs/{job}/frames/{frame}", tabindex=-1,
             class_=f"c{min(ranked.index(who[worker]), 4)}"))
     half = statistics.median(wall for wall, _ in took.values())
-    return _section(
+    return section(
         "Where the time goes", element(
             "p", f"Half of the frames take less than {format_duration(half)}. "
             f"Frame {longest} took longest, {format_duration(took[longest][0])}."
@@ -16387,7 +16388,7 @@ def _frames(view: View, blocks: Node, chosen: Sequence[View]) -> Html:
     legend = [element("li", element("span", _STATE_WORDS[state][0], class_=state),
                       f"{frames[state]:,}{_STATE_WORDS[state][1:]}")
               for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
-    return _section(
+    return section(
         "Frames", element("ul", legend, class_="legend"), blocks, element(
             "h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}")
         if blocks and chosen else None, element(
@@ -16397,7 +16398,7 @@ def _frames(view: View, blocks: Node, chosen: Sequence[View]) -> Html:
 def _options(view: View, row: Job) -> Html:
     options = [f"{name}={value}" for name, value in sorted(row.pov.values.items())]
     options += [f"Declare={declare}" for declare in row.pov.declares]
-    return _section("Options", _facts({
+    return section("Options", _facts({
         "job": str(view["id"]), "submitted by": view["owner"], "priority": str(view["priority"]),
         "most workers": str(view["max_workers"] or "no limit"),
         "tries for a frame": str(view["retry_limit"]),
@@ -24307,7 +24308,7 @@ class _WorkerPage:
             element("div", map(self._button, ("resume", "stop") if rests else (
                 "pause", "drain", "stop")), class_="row"),
             [self._facts(view) for view in views], self._projects(),
-            _part_of_page("What it said", element("pre", "\n".join(reversed(_SAID)))),
+            section("What it said", element("pre", "\n".join(reversed(_SAID)))),
             reload=5)
 
     @route("GET", "/status.json", role="admin")
@@ -24385,18 +24386,14 @@ class _WorkerPage:
                        action=f"{self._place}/{address or action}")
 
     def _facts(self, view: Mapping[str, Any]) -> Html:
-        rows = [element("tr", [element("td", cell) for cell in (
+        runs = table_of(("Frame", "Done", "Threads", "For", "Job"), [(
             run["frame"], f"{run['percent']} %", run["threads"], format_duration(run["seconds"]),
-            f"{run['job']} {run['name']}")]) for run in view["runs"]]
-        heads = [element("th", head, scope="col") for head in (
-            "Frame", "Done", "Threads", "For", "Job")]
-        return _part_of_page(
+            f"{run['job']} {run['name']}") for run in view["runs"]])
+        return section(
             f"For {view['farm']}: {view['state']}",
             element("p", view["trouble"], class_="notice failed") if view["trouble"] else None,
             element("p", view["rest"], class_="notice") if view["rest"] else None,
-            element("div", element("table", element("thead", element("tr", heads)),
-                                   element("tbody", rows)), class_="scroll")
-            if rows else element("p", "Nothing is rendered at the moment."),
+            runs or element("p", "Nothing is rendered at the moment."),
             element("p", f"{said_tasks(view['delivered'])} delivered, {view['waiting']} wait "
                     "for the coordinator."))
 
@@ -24404,15 +24401,13 @@ class _WorkerPage:
         caches = {worker.cache.root: worker.cache for worker in self._workers}
         keys = {key for cache in caches.values() for key in cache.known()}
         size = sum(map(bytes_in, caches))
-        held = [element("tr", element("td", name.partition("/")[2]), element(
-            "td", counted(len(frames), "frame")), element("td", element(
-                "a", "Get them", href=f"{self._place}/held/{name}.zip")), element(
-                    "td", self._button("deliver", f"held/{name}/deliver")))
-                for name, frames in self._held().items()]
-        return _part_of_page("What is kept here", element(
-            "p", f"{counted(len(keys), 'project')}, {format_size(size)}."),
-            element("div", element("table", element("tbody", held)), class_="scroll")
-            if held else None)
+        held = table_of(("Job", "Held", None, None), [(
+            name.partition("/")[2], counted(len(frames), "frame"),
+            element("a", "Get them", href=f"{self._place}/held/{name}.zip"),
+            self._button("deliver", f"held/{name}/deliver"))
+            for name, frames in self._held().items()])
+        return section("What is kept here", element(
+            "p", f"{counted(len(keys), 'project')}, {format_size(size)}."), held)
 
     def _page(self, title: str, *body: Any, reload: int = 0, status: int = 200) -> Response:
         head = element("head", element("meta", charset="utf-8"), element("title", title),
@@ -24428,10 +24423,6 @@ class _WorkerPage:
 
     def _error(self, request: Request, refusal: ProtocolError) -> Response:
         return self._page("That did not work", element("p", str(refusal)), status=refusal.status)
-
-
-def _part_of_page(title: str, *children: Any) -> Html:
-    return element("section", element("h2", title), *children)
 
 
 def _cores() -> int:
