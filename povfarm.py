@@ -316,8 +316,7 @@ def person_key(name: str, secret: str, ticket: str) -> str:
 
 def invitation_code(secret: str, ticket: str) -> str:
     """Return a code of ten letters and digits, made of the farm key."""
-    digits = int(derived(secret, "invitation", ticket), 16)
-    code = "".join(CODE_LETTERS[digits >> 5 * place & 31] for place in range(10))
+    code = letters_of(derived(secret, "invitation", ticket), 10)
     return f"{code[:5]}-{code[5:]}"
 
 
@@ -327,7 +326,10 @@ def invitation_secret(code: str) -> str:
     return hashlib.pbkdf2_hmac("sha256", plain.encode(), b"povfarm invitation", 200_000).hex()
 
 
-CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+def letters_of(secret: str, number: int) -> str:
+    """Return letters and digits that people can read to each other, from hexadecimal ones."""
+    letters, digits = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789", int(secret, 16)
+    return "".join(letters[digits >> 5 * place & 31] for place in range(number))
 
 
 def sync_directory(path: Path) -> None:
@@ -585,6 +587,11 @@ def watch_peer(sock: socket.socket) -> None:
     for name, value in silence.items():
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def to_json(value: Any) -> bytes:
+    """Return what is sent for a value; ``ValueError`` for a number that JSON has not."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def sha256_file(*parts: Path | bytes) -> str:
@@ -6001,9 +6008,8 @@ _PROBE_TIMES = (0.0, 0.2, 0.6)  # seconds: a lost packet should not cost a round
 _STOP_STEP = 0.2  # seconds after which a wait looks whether it should stop
 _LOOPBACK = ("127.0.0.1", "127.255.255.255")
 # What asks for the address, the broadcast address and the flags of an interface.
-_ADDRESS = {"linux": 0x8915, "darwin": 0xC0206921}
-_BROADCAST = {"linux": 0x8919, "darwin": 0xC0206923}
-_FLAGS = {"linux": 0x8913, "darwin": 0xC0206911}
+_ASKS = {"linux": (0x8915, 0x8919, 0x8913), "darwin": (0xC0206921, 0xC0206923, 0xC0206911)}
+_ADDRESS, _BROADCAST, _FLAGS = range(3)
 _RUNNING = 0x40
 
 
@@ -6075,15 +6081,13 @@ class Beacon:
         wanted = probe.get("name")
         if isinstance(wanted, str) and wanted.casefold() != self._name.casefold():
             return None
-        second = int(self._clock.monotonic())
-        if second != self._second:
+        last, self._second = self._second, int(self._clock.monotonic())
+        if last != self._second:
             self._answers.clear()
-        self._second = second
         if not self._answers.take(sender):
             return None
-        answer = {
-            "povfarm": "answer", "version": 1, "nonce": nonce,
-            "address": _address_towards(sender), **self._fields}
+        answer = {"povfarm": "answer", "version": 1, "nonce": nonce,
+                  "address": _address_towards(sender), **self._fields}
         return json.dumps({**answer, "mac": mac(self._key, answer)}).encode()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -6119,7 +6123,12 @@ def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
             if elapsed >= times[0]:
                 del times[0]
                 _send_to(sock, probe, port, _broadcast_addresses())
-            found = _receive_answer(sock, min(times[0], timeout) - elapsed, nonce, key)
+            sock.settimeout(max(min(times[0], timeout) - elapsed, 0.001))
+            try:
+                packet, (address, _) = sock.recvfrom(_PACKET_LIMIT + 1)
+            except OSError:  # nothing came, or Windows says that a probe found nobody
+                continue
+            found = _read_answer(packet, address, nonce, key)
             if found is None or (name is not None and found.name.casefold() != name.casefold()):
                 continue
             if found.farm_id in farms or len(farms) < _FARMS_LIMIT:
@@ -6138,13 +6147,12 @@ def look_out(look: Callable[[], Found | None], stop: threading.Event,
     """
     with _hint_socket(port) as hints:
         while not stop.is_set():
-            found = look()
-            if found is not None:
+            if found := look():
                 return found
             deadline = time.monotonic() + pause
-            while time.monotonic() < deadline and not stop.is_set():
-                if _hear_hint(hints, _STOP_STEP):
-                    break
+            while not (time.monotonic() > deadline or stop.is_set()
+                       or _hear_hint(hints, _STOP_STEP)):
+                pass
     return None
 
 
@@ -6180,18 +6188,8 @@ def _hear_hint(hints: socket.socket, seconds: float | None) -> bool:
         return False
 
 
-def _receive_answer(sock: socket.socket, seconds: float, nonce: str,
-                    key: bytes | None) -> Found | None:
-    """Return the next answer worth believing, None when this was not one."""
-    sock.settimeout(max(seconds, 0.001))
-    try:
-        packet, (address, _) = sock.recvfrom(_PACKET_LIMIT + 1)
-    except OSError:  # nothing came, or Windows says that a probe found nobody
-        return None
-    return _read_answer(packet, address, nonce, key)
-
-
 def _read_answer(packet: bytes, address: str, nonce: str, key: bytes | None) -> Found | None:
+    """Return what an answer says, None when it is not worth believing."""
     message = _parse_packet(packet, "answer")
     if message is None or message.get("nonce") != nonce:
         return None
@@ -6221,9 +6219,8 @@ def _parse_packet(packet: bytes, kind: str) -> dict[str, Any] | None:
         message = json.loads(packet)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(message, dict) or message.get("povfarm") != kind:
-        return None
-    return message if message.get("version") == 1 else None
+    known = isinstance(message, dict) and (message.get("povfarm"), message.get("version"))
+    return message if known == (kind, 1) else None
 
 
 def _is_label(value: Any) -> bool:
@@ -6263,7 +6260,7 @@ def own_addresses() -> list[str]:
     found: list[str] = []
     with contextlib.suppress(OSError):  # there is no route
         found.append(_address_towards("192.0.2.1"))  # of documentation: nothing is sent
-    if sys.platform in _ADDRESS:
+    if sys.platform in _ASKS:
         running = {name for name, reply in _ask_interfaces(_FLAGS)
                    if struct.unpack_from("=H", reply, 16)[0] & _RUNNING}
         found += [socket.inet_ntoa(reply[20:24]) for name, reply in _ask_interfaces(_ADDRESS)
@@ -6282,16 +6279,15 @@ def _broadcast_addresses() -> list[str]:
     return [address for address in dict.fromkeys(addresses) if address != "0.0.0.0"]
 
 
-def _ask_interfaces(codes: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+def _ask_interfaces(what: int) -> Iterator[tuple[str, bytes]]:
     """Yield the name of each interface that answers, and its ``struct ifreq``."""
-    code = codes.get(sys.platform)
-    if code is None:
+    if sys.platform not in _ASKS:
         return
     with _udp_socket() as sock:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
             with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                yield name, fcntl.ioctl(sock.fileno(), code, request)
+                yield name, fcntl.ioctl(sock.fileno(), _ASKS[sys.platform][what], request)
 
 
 def _address_towards(address: str) -> str:
@@ -6305,6 +6301,7 @@ def _address_towards(address: str) -> str:
 
 SESSION_OVER = "session"  # the detail of a refusal after which a client says hello again
 HELLO = "/api/v1/hello"
+Welcome = TypedDict("Welcome", {"session": str, "farm_id": str, "proof": str})
 WIRE = 2  # one more with each change after which older workers and coordinators do not get on
 FARM, WORKER = "", "#"  # who has the farm key; what is before a worker's number
 _REPLAYED = 4096  # how far the counts of requests that overtake each other may lie apart
@@ -6393,11 +6390,7 @@ class Pairing:
         self._exponent = int(seed or secrets.token_hex(32), 16) | 1 << 255
         self.share = f"{pow(2, self._exponent, _PRIME):x}"
         self.nonce = secrets.token_hex(16)
-
-    @property
-    def commitment(self) -> str:
-        """The hash of what will be shown later."""
-        return secret_hash(f"{self.share} {self.nonce}")
+        self.commitment = secret_hash(f"{self.share} {self.nonce}")
 
     def agree(self, share: str, said: Sequence[str]) -> tuple[str, str]:
         """Return the secret and the code that belong to the other's share and to all that was
@@ -6407,9 +6400,7 @@ class Pairing:
         if not 1 < number < _PRIME - 1:
             raise UserError("the other end has sent no share of a secret")
         key = mac(f"{pow(number, self._exponent, _PRIME):x}".encode(), list(said)).encode()
-        digits = int(mac(key, "code"), 16)
-        code = "".join(CODE_LETTERS[digits >> 5 * place & 31] for place in range(6))
-        return mac(key, "secret"), code
+        return mac(key, "secret"), letters_of(mac(key, "code"), 6)
 
 
 def worker_secret(key: str, farm_id: str, ticket: str) -> str:
@@ -6685,8 +6676,7 @@ class Response:
 
 def json_response(value: Any, status: int = 200) -> Response:
     """Return ``value`` as JSON."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Response(status, {"Content-Type": "application/json"}, text.encode())
+    return Response(status, {"Content-Type": "application/json"}, to_json(value))
 
 
 def text_response(text: str, status: int = 200, mime: str = "text/plain") -> Response:
@@ -7187,21 +7177,15 @@ class Server(http.server.HTTPServer):
             self._waker.send(b"\0")
 
 
-class _Stage(enum.Enum):
-    """Where a connection stands: it is held, or a thread has it."""
-
-    HANDSHAKE = "held, in the TLS handshake"
-    IDLE = "held, and nothing is asked"
-    BEGUN = "held, and the head of a request is on its way"
-    CLOSING = "held, and all is said: what still comes is thrown away"
-    ASKED = "a request is under way,"
-    ENTERED = "it has been let in,"
-    COUNTED = "and is counted as a stranger's"
-    OVER = "to be closed"
-
-
-# Until Python 3.12, looking up _Stage.IDLE takes as long as finding a request's handler.
-_HANDSHAKE, _IDLE, _BEGUN, _CLOSING, _ASKED, _ENTERED, _COUNTED, _OVER = _Stage
+# Where a connection stands: it is held, or a thread has it.
+_HANDSHAKE = "held, in the TLS handshake"
+_IDLE = "held, and nothing is asked"
+_BEGUN = "held, and the head of a request is on its way"
+_CLOSING = "held, and all is said: what still comes is thrown away"
+_ASKED = "a request is under way,"
+_ENTERED = "it has been let in,"
+_COUNTED = "and is counted as a stranger's"
+_OVER = "to be closed"
 
 
 class _Connection(http.server.BaseHTTPRequestHandler):
@@ -13086,8 +13070,7 @@ class Entrance:
             self._farm.tidy(keeping)
         return answer
 
-    @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello,
-           gives=dict.fromkeys(("session", "farm_id", "proof"), str))
+    @route("POST", HELLO, role="anyone", max_body=4096, takes=Hello, gives=Welcome)
     def hello(self, request: Request) -> Response:
         """Prove to each other that a secret is known. Body: who (empty for the farm key, or the
         ``who`` of a worker), nonce; of workers wire. Answers the coordinator's proof, and the name
@@ -17658,22 +17641,10 @@ class Run:
         return self.own / self.lease.pov.run_dir
 
     @property
-    def output_file(self) -> str:
-        """What POV-Ray is told to call its images; ASCII, whatever they are called later.
-
-        It ends in the type's own extension, which POV-Ray takes off again
-        once, so that dots in the name stay.
-        """
-        return (self._stem or "image") + self.lease.pov.plan.extension
-
-    @property
-    def _stem(self) -> str:
-        """How the names of the images begin; nothing where POV-Ray would not write such ones.
-
-        A name that is nothing but an extension stands for the scene's.
-        """
+    def stem(self) -> str:
+        """How the names of the images begin: as wanted where POV-Ray would write such ones."""
         stem = self.lease.pov.plan.stem.rpartition("/")[2]
-        return stem if _is_plain(stem) else ""
+        return stem if stem and _is_plain(stem) else _IMAGE
 
     def made(self, frame: int) -> Path:
         """Return the image that the run makes of a frame: where the scene expects it."""
@@ -17686,7 +17657,7 @@ class Run:
         name = PurePosixPath(plan.output_name(frame))
         inside = not name.is_absolute() and ".." not in name.parts and _is_plain(str(name.parent))
         number = name.name[len(plan.stem.rpartition("/")[2]):]
-        return self.place / (name.parent if inside else "") / f"{self._stem or 'image'}{number}"
+        return self.place / (name.parent if inside else "") / f"{self.stem}{number}"
 
     @property
     def state(self) -> Path:
@@ -17782,7 +17753,7 @@ class Engine:
         breaks long names in what it prints.
         """
         environment = {
-            "POVINI": _INI, "HOME": str(run.place), "PATH": os.defpath, "LANG": "C.UTF-8",
+            "POVINI": OUR_INI, "HOME": str(run.place), "PATH": os.defpath, "LANG": "C.UTF-8",
             "POV_TEMP_DIR": ".",  # for the pixels of a big image, else they lie in /tmp
         }
         values, links = self.values(run), dict[Path, Path]()
@@ -17800,10 +17771,8 @@ class Engine:
             if inside:
                 links[run.place / library[-1]] = path
         text = to_ini(values, run.lease.pov.declares, library)
-        files = {run.place / ".povray" / version / "povray.conf": POVRAY_CONF
-                 for version in ("3.7", "3.8")}
-        files[run.place / _INI] = text
-        return Command((self.program,), environment, files, links, self.parts())
+        return Command((self.program,), environment, ini_files(run.place, text), links,
+                       self.parts())
 
     def parts(self) -> tuple[str, ...]:
         """Return the files of POV-Ray, which need not lie where the system's are.
@@ -17849,7 +17818,9 @@ class Engine:
         if values.get("All_Console") == "Off":  # but we read the other streams
             del values["All_Console"]
             values.update({"Debug_Console": "Off", "Warning_Console": "Off"})
-        output = run.made(run.frames[0]).relative_to(run.place).parent / run.output_file
+        # POV-Ray takes the type's own extension off again, once: dots in the name stay.
+        output = run.made(run.frames[0]).relative_to(run.place).with_name(
+            f"{run.stem}{run.lease.pov.plan.extension}")
         if "Create_Continue_Trace_Log" in values:  # what a run leaves unfinished is gone on with
             values["Create_Continue_Trace_Log"] = "On"
         if (run.lease.pov.options.stochastic and release(self.version) >= (3, 8)
@@ -17920,8 +17891,8 @@ class WindowsEngine(Engine):
         library = [str(path) for path in self.library_of(run)]
         text = to_ini(self.values(run), run.lease.pov.declares, library)
         text += f"All_File={_LOG}\n"
-        argv = (self.program, "/NR", "/RENDER", str(run.place / _INI), "/EXIT")
-        return Command(argv, dict(os.environ), {run.place / _INI: text}, {})
+        argv = (self.program, "/NR", "/RENDER", str(run.place / OUR_INI), "/EXIT")
+        return Command(argv, dict(os.environ), {run.place / OUR_INI: text}, {})
 
 
 @dataclass(frozen=True)
@@ -17981,10 +17952,10 @@ def _parts(program: str) -> tuple[str, ...]:
 
 
 LINK = "_povfarm"  # begins the names of the links to a project's directories
-_INI = "povfarm.ini"
+OUR_INI = "povfarm.ini"
 _LOG = "povfarm.txt"  # what POV-Ray for Windows prints
 _OWN_FILES = re.compile(rf"pov\d+|.*\.pov-state|{_LOG}")  # POV-Ray's: pixels of a big image, states
-_IMAGE = "image"  # begins the names of what another program than POV-Ray makes
+_IMAGE = "image"  # begins the names of images that cannot have their own here
 _SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read
 
 
@@ -18002,6 +17973,12 @@ forbidden
 [Permitted Paths]
 read+write* = .
 """
+
+
+def ini_files(home: Path, text: str) -> dict[Path, str]:
+    """Return the files that POV-Ray is to find in its home, with the text of its INI file."""
+    conf = {home / ".povray" / version / "povray.conf": POVRAY_CONF for version in ("3.7", "3.8")}
+    return {**conf, home / OUR_INI: text}
 
 
 def locate_engine(program: str) -> Engine:
@@ -18203,27 +18180,29 @@ class PovText:
     def feed(self, line: str) -> bool:
         """Take a line; True when it says that the next frame of the run has begun."""
         match = _FRAME.match(line)
-        begun = match is not None and int(match[1]) - 1 > self.index
-        if match is not None:
-            self.index = int(match[1]) - 1
-            self.traced = False
-            if begun:
-                self.done = self.percent = 0
-                self.before = self.text
-                self.lines = []
+        begun = match is not None and self._begin(int(match[1]) - 1)
         if line.endswith("\r"):
             self._status = True
-            progress = _PERCENT.search(line[-2 * _WIDTH:])
-            if progress is not None:
+            if progress := _PERCENT.search(line[-2 * _WIDTH:]):
                 self.percent = min(self.done + int(progress[1]), 100)
         elif line or not self._status:
-            self.lines.append(line)
-            if len(self.lines) > 3 * KEPT_LINES:  # a scene can print without end
-                self.lines[KEPT_LINES:-KEPT_LINES] = [_LEFT_OUT]
-            self.traced = self.traced or "Trace Time:" in line
+            self._keep(line, "Trace Time:" in line)
         else:
             self._status = False
         return begun
+
+    def _begin(self, index: int) -> bool:
+        begun = index > self.index
+        if begun:
+            self.before, self.lines = self.text, []
+            self.index, self.done, self.percent, self.traced = index, 0, 0, False
+        return begun
+
+    def _keep(self, line: str, traced: bool) -> None:
+        self.lines.append(line)
+        if len(self.lines) > 3 * KEPT_LINES:  # a scene can print without end
+            self.lines[KEPT_LINES:-KEPT_LINES] = [_LEFT_OUT]
+        self.traced = self.traced or traced
 
     @property
     def text(self) -> str:
@@ -18279,17 +18258,10 @@ class ProgramText(PovText):
         """Take a line; True when it says that the next frame of the run has begun."""
         match = re.match(r"Fra: ?(\d{1,9})\b", line)
         if match is None:
-            self.lines.append(line)
-            self.traced = self.traced or line.startswith("Saved: ")
-            if len(self.lines) > 3 * KEPT_LINES:
-                self.lines[KEPT_LINES:-KEPT_LINES] = [_LEFT_OUT]
+            self._keep(line, line.startswith("Saved: "))
             return False
         frame = int(match[1])
-        index = self._frames.index(frame) if frame in self._frames else self.index
-        begun = index > self.index
-        if begun:
-            self.index, self.percent, self.traced = index, 0, False
-            self.before, self.lines = self.text, []
+        begun = frame in self._frames and self._begin(self._frames.index(frame))
         if parts := re.findall(r"\b(\d{1,9})/(\d{1,9})\b", line):
             done, of = map(int, parts[-1])
             self.percent = min(100 * done // max(of, 1), 100)
@@ -18459,8 +18431,8 @@ class Reply:
         try:
             return fields_of(kind, self.json())
         except UserError as error:
-            raise FarmError(
-                f"the answer of the coordinator cannot be understood: {error}") from error
+            raise FarmError(f"this is no answer of a povfarm coordinator of version {VERSION}: "
+                            f"wrong address? ({error})") from error
 
 
 class Transport:
@@ -18494,12 +18466,12 @@ class Transport:
         """
         (who, secret), nonce = split_key(key), secrets.token_hex(16)
         wire = {"wire": WIRE} if who.startswith(WORKER) else {}
-        hello = _to_json({"who": who, "nonce": nonce, **wire})
+        hello = to_json({"who": who, "nonce": nonce, **wire})
         headers = {"Content-Type": "application/json"}
         with contextlib.closing(self.exchange(
                 Call("POST", HELLO, headers, (hello,), call.timeout, call.stop))) as answer:
             _raise_refusal(answer)
-            told = _told(_in_memory(answer, BUFFER), "session", "farm_id", "proof")
+            told = Reply(200, {}, _in_memory(answer, BUFFER)).fields(Welcome)
         session = Session(told["session"], nonce, secret_hash(secret), told["farm_id"], self.pin)
         if not hmac.compare_digest(session.proof, told["proof"]):
             raise WrongFarm(f"the coordinator at {self._base_url} does not "
@@ -18750,7 +18722,7 @@ class Client:
         """
         fields = dict(headers or {})
         if json is not None:
-            body = _to_json(json)
+            body = to_json(json)
             fields["Content-Type"] = "application/json"
         parts = body if isinstance(body, tuple) else (body,)
         if self.token and self.transport.signs and any(parts) and not (
@@ -18780,8 +18752,8 @@ class Client:
         Raises ``RequestRefused`` where the coordinator takes no workers of this ``WIRE``.
         """
         hello = {"who": "", "nonce": secrets.token_hex(16), "wire": WIRE}
-        answer = self.request("POST", HELLO, json=hello, stop=stop).body
-        farm_id = _told(answer, "farm_id")["farm_id"]
+        reply = self.request("POST", HELLO, json=hello, stop=stop).fields(Welcome)
+        farm_id: str = reply["farm_id"]
         if not re.fullmatch("[0-9a-f]{8,64}", farm_id):
             raise FarmError(f"{self.base_url} is not a povfarm coordinator")
         return farm_id
@@ -18866,14 +18838,6 @@ _FORGOTTEN = ("know your key (any more): it is another farm, or your name was re
               "for an invitation, and come with --code)")
 
 
-def _told(body: bytes, *names: str) -> dict[str, str]:
-    """Return the texts that are in an answer."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        told = json.loads(body)
-        return {name: str(told[name]) for name in names}
-    raise FarmError("this is no answer of a povfarm coordinator: wrong address?")
-
-
 def _split_url(base_url: str) -> urllib.parse.SplitResult:
     try:
         url = urllib.parse.urlsplit(base_url)
@@ -18889,10 +18853,6 @@ def _gone(base_url: str, program: str, error: Exception) -> ServerGone:
     cure = ("no computer is known by this name here: give its address"
             if isinstance(error, socket.gaierror) else f"is '{program}' running there?")
     return ServerGone(f"{base_url} does not answer ({plain_reason(error)}): {cure}")
-
-
-def _to_json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _await_answer(sock: socket.socket, call: Call) -> None:
@@ -19504,11 +19464,8 @@ def probed(engine: Engine, launcher: Launcher | WindowsLauncher) -> Engine:
 
 def available_memory() -> int:
     """Return the bytes of memory that programs could still take; a guess where unknown."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 4 * 1000**3
+    found = re.search(r"MemAvailable: +(\d+)", "\n".join(_lines(Path("/proc/meminfo"))))
+    return int(found[1]) * 1024 if found else 4 * 1000**3
 
 
 def total_memory() -> int:
@@ -21211,11 +21168,11 @@ class HpcNode(Resting):
         own = Path(tempfile.mkdtemp(prefix=".povfarm-", dir=folder))
         environment = program_environment(own)
         if ini:
-            for version in ("3.7", "3.8"):
-                (own / ".povray" / version).mkdir(parents=True)
-                (own / ".povray" / version / "povray.conf").write_text(POVRAY_CONF)
-            (own / "povfarm.ini").write_text(ini)
-            environment.update(POVINI=str(own / "povfarm.ini"), POV_TEMP_DIR=str(own))
+            for path, text in ini_files(own, ini).items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+                environment["POVINI"] = str(path)  # the last one
+            environment["POV_TEMP_DIR"] = str(own)
         parts = self._engine.parts() if ini else program_parts(argv[0])
         bounds = replace(
             self._bounds, writes=str(folder), file_size=shutil.disk_usage(folder).free // 2,

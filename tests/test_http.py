@@ -1015,7 +1015,7 @@ def test_a_large_answer_takes_as_long_as_it_takes_while_it_moves() -> None:
     data = os.urandom(300_000)
     connection: Any = object.__new__(povfarm._Connection)
     connection.connection, connection.command, connection.close_connection = SlowLink(), "GET", False
-    connection._stage = povfarm._Stage.ENTERED
+    connection._stage = povfarm._ENTERED
     connection._send(Response(200, {}, data))
     link = connection.connection
     assert link.arrived.endswith(b"\r\n\r\n" + data)
@@ -1028,7 +1028,7 @@ def test_a_stranger_who_takes_an_answer_too_slowly_is_left_alone(tmp_path: Path)
         connection: Any = object.__new__(povfarm._Connection)
         connection.connection, connection.command, connection.close_connection = (
             SlowLink(), "GET", False)
-        connection._stage = povfarm._Stage.COUNTED
+        connection._stage = povfarm._COUNTED
         connection._limits = Limits(answer_seconds=-1.0, answer_rate=1e9)
         with pytest.raises(OSError, match="too slowly"):
             connection._send(Response(200, {}, body))
