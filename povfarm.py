@@ -136,7 +136,7 @@ else:
 VERSION = "0.1.0"
 BUFFER = 1 << 16  # bytes moved at a time when a file or a body is streamed
 PEER_SILENCE, PEER_PAUSE = 20, 5  # seconds after which a silent peer is asked, and asked again
-LEFT_FREE = 16 << 20  # bytes of a disk that are not filled with images and projects
+LEFT_FREE = 16 << 20  # bytes of a disk that are not filled: deleting a job takes some, too
 
 log = logging.getLogger("povfarm")
 
@@ -213,18 +213,14 @@ class ImageError(Damaged):
 
 
 class Clock:
-    """Time as the farm sees it; a test passes another one.
-
-    ``time`` is the wall clock in seconds since 1970, to show to people;
-    ``monotonic`` never jumps and is what every wait and lease is measured by.
-    """
+    """Time as the farm sees it; a test passes another one."""
 
     def time(self) -> float:
-        """Return the wall clock, in seconds since 1970."""
+        """Return the wall clock, in seconds since 1970, to show to people."""
         return time.time()
 
     def monotonic(self) -> float:
-        """Return seconds from an arbitrary start that never go backwards."""
+        """Return seconds that never jump, by which every wait and lease is measured."""
         return time.monotonic()
 
     def wait(self, condition: threading.Condition, seconds: float) -> bool:
@@ -245,10 +241,8 @@ def homes() -> list[Path]:
 
 @contextlib.contextmanager
 def placed(path: Path) -> Iterator[Path]:
-    """Give the name of a file to make, which becomes ``path`` when it is whole, or is deleted.
-
-    The name, ``.PROCESS.RANDOM.part`` beside it, tells who left it behind.
-    """
+    """Give the name of a file to make, which becomes ``path`` when it is whole, or is deleted."""
+    # It tells who left it behind: see ``sweep_parts``.
     part = path.with_name(f".{os.getpid()}.{secrets.token_hex(8)}.part")
     try:
         yield part
@@ -299,18 +293,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def derived(secret: str, *words: str) -> str:
-    """Return a secret that whoever has another one can make of it and of words that all may know.
-
-    It leads back to nothing: 64 hexadecimal digits.
-    """
+    """Return 64 hexadecimal digits made of a secret, to which they do not lead back."""
     return hmac.new(secret.encode(), "\0".join(words).encode(), "sha256").hexdigest()
 
 
 def person_key(name: str, secret: str, ticket: str) -> str:
-    """Return what a person shows: the name, encoded, and a secret that both ends make of another.
-
-    That is the farm key, or the secret of an invitation; ``ticket`` makes each another one.
-    """
+    """Return what a person shows: the name, and what is made of the farm key or an invitation's."""
     return f"{urllib.parse.quote(name)}:{derived(secret, 'person', name, ticket)}"
 
 
@@ -471,10 +459,7 @@ _TAKES_NOTHING = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EI
 
 
 def free_room(place: Path) -> int:
-    """Return the bytes that are free at a place beyond those that the farm leaves free.
-
-    A disk that is full to the brim would not even take the deletion of a job.
-    """
+    """Return the bytes that are free at a place beyond those that the farm leaves free."""
     return shutil.disk_usage(place).free - LEFT_FREE
 
 
@@ -540,11 +525,9 @@ MAX_DEPTH = 100  # directories, one in the other, of a project
 
 
 def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
-    """Return ``root / relative``, refusing anything that could leave ``root``.
+    """Return ``root / relative``, with forward slashes; ``UserError`` for what could leave it.
 
-    ``relative`` uses forward slashes. Absolute paths, ``.``, ``..``,
-    backslashes and control characters raise ``UserError`` everywhere; on
-    ``windows`` so do drive letters and the names and characters that it reserves.
+    On ``windows`` also for the names and characters that it reserves.
     """
     parts = relative.split("/")
     if len(parts) > MAX_DEPTH:  # Python makes and deletes directories one within the other
@@ -6006,7 +5989,7 @@ _ANSWERS_A_SECOND = (20, 100, 300)  # to an address, to its network, and to all
 _FARMS_LIMIT = 100
 _PROBE_TIMES = (0.0, 0.2, 0.6)  # seconds: a lost packet should not cost a round
 _STOP_STEP = 0.2  # seconds after which a wait looks whether it should stop
-_LOOPBACK = ("127.0.0.1", "127.255.255.255")
+_LOOPBACK = ("127.0.0.1", "127.255.255.255")  # the first reaches one of those that share a port
 # What asks for the address, the broadcast address and the flags of an interface.
 _ASKS = {"linux": (0x8915, 0x8919, 0x8913), "darwin": (0xC0206921, 0xC0206923, 0xC0206911)}
 _ADDRESS, _BROADCAST, _FLAGS = range(3)
@@ -6015,17 +5998,14 @@ _RUNNING = 0x40
 
 @dataclass(frozen=True)
 class Found:
-    """A coordinator that answered; ``verified`` means that it holds our farm key.
-
-    ``pin`` is the SHA-256 of the certificate that it shows, empty without TLS.
-    """
+    """A coordinator that answered."""
 
     name: str
     farm_id: str
     url: str
-    verified: bool
+    verified: bool  # it holds our farm key
     address: str
-    pin: str = ""
+    pin: str = ""  # the SHA-256 of the certificate that it shows, empty without TLS
 
     def __str__(self) -> str:
         """Return it as messages have it."""
@@ -6033,11 +6013,7 @@ class Found:
 
 
 class Beacon:
-    """Answers probes for one coordinator, in a thread, and announces its start.
-
-    Several beacons of one machine share the port. A port that cannot be had is
-    only warned about: workers can still be told the URL.
-    """
+    """Answers probes for one coordinator, in a thread, and announces its start."""
 
     def __init__(self, name: str, farm_id: str, url_port: int, farm_key: bytes, *,
                  pin: str = "", port: int = DISCOVERY_PORT, clock: Clock | None = None) -> None:
@@ -6106,11 +6082,10 @@ class Beacon:
 
 def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
              name: str | None = None) -> list[Found]:
-    """Return the coordinators that answer within ``timeout`` seconds, by name.
+    """Return the coordinators that answer within ``timeout`` seconds and hold a ``key``, by name.
 
-    With a ``key``, only those that hold it. With a ``name``, only that one, as
-    soon as it answers. A coordinator that is reached by several ways is listed
-    once, with its loopback address where it has one.
+    With a ``name``, only that one, as soon as it answers. One that is reached by several ways is
+    listed once, with its loopback address where it has one.
     """
     nonce = secrets.token_hex(16)
     wanted = {} if name is None else {"name": name}
@@ -6141,10 +6116,7 @@ def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
 
 def look_out(look: Callable[[], Found | None], stop: threading.Event,
              port: int = DISCOVERY_PORT, pause: float = 5.0) -> Found | None:
-    """Return the coordinator that ``look`` finds, as soon as it does; None when stopped.
-
-    It looks every ``pause`` seconds, and at once when a coordinator announces itself.
-    """
+    """Return what ``look`` finds: every ``pause`` seconds, and when a farm announces itself."""
     with _hint_socket(port) as hints:
         while not stop.is_set():
             if found := look():
@@ -6234,11 +6206,7 @@ def _udp_socket() -> socket.socket:
 
 
 def _share_port(sock: socket.socket, port: int) -> None:
-    """Bind to a port that others may bind too: each of them gets every broadcast.
-
-    A packet to 127.0.0.1 reaches only one of them, so probes go to
-    127.255.255.255 as well.
-    """
+    """Bind to a port that others may bind too: each of them gets every broadcast."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "SO_REUSEPORT"):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -6253,10 +6221,7 @@ def _send_to(sock: socket.socket, packet: bytes, port: int, addresses: Sequence[
 
 
 def own_addresses() -> list[str]:
-    """Return this computer's addresses on its networks, the one that leads furthest first.
-
-    They need no router. Loopback alone is returned when it is on no network.
-    """
+    """Return this computer's addresses, the one that leads furthest first; or loopback alone."""
     found: list[str] = []
     with contextlib.suppress(OSError):  # there is no route
         found.append(_address_towards("192.0.2.1"))  # of documentation: nothing is sent
@@ -6319,10 +6284,8 @@ def secret_hash(secret: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """Return whose key it is, and what is to be proved: the farm's has no name before it,
-    and of a person's the name is part of the secret.
-    """
-    who, _, secret = key.strip().rpartition(":")
+    """Return whose key it is, nobody's being the farm's, and what is to be proved."""
+    who, _, secret = key.strip().rpartition(":")  # a person's name is part of the secret
     return who, secret if who.startswith(WORKER) else key.strip()
 
 
@@ -6393,9 +6356,7 @@ class Pairing:
         self.commitment = secret_hash(f"{self.share} {self.nonce}")
 
     def agree(self, share: str, said: Sequence[str]) -> tuple[str, str]:
-        """Return the secret and the code that belong to the other's share and to all that was
-        said; ``UserError`` for a share that is none.
-        """
+        """Return the secret and the code that belong to the other's share and all that was said."""
         number = int(share, 16) if re.fullmatch("[0-9a-f]{1,512}", share) else 0
         if not 1 < number < _PRIME - 1:
             raise UserError("the other end has sent no share of a secret")
@@ -6423,15 +6384,11 @@ _DRAIN_LIMIT = 1 << 16  # an unread body up to this size is read away to keep th
 
 @dataclass(frozen=True)
 class Identity:
-    """Who sends a request: the roles held, a worker's number or 0, a name for people.
+    """Who sends a request."""
 
-    Roles imply nothing: an admin who may read holds ``reader`` as well. An
-    empty ``name`` is a stranger, who is told 401 instead of 403.
-    """
-
-    roles: frozenset[str] = frozenset()
-    worker: int = 0
-    name: str = ""
+    roles: frozenset[str] = frozenset()  # imply nothing: an admin holds ``reader`` as well
+    worker: int = 0  # its number
+    name: str = ""  # for people; a stranger, who is told 401 instead of 403, has none
 
     @property
     def trusted(self) -> bool:
@@ -6441,11 +6398,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one connection, or all of them, may cost; bytes and seconds.
-
-    Requests of strangers, as many as there may be, leave threads for those who
-    were let in.
-    """
+    """What one connection, or all of them, may cost; bytes and seconds."""
 
     connections: int = 12_000
     threads: int = 4000  # requests under way, most of which wait,
@@ -6466,13 +6419,10 @@ class Limits:
 
 
 class BodyReader:
-    """The body of a request, read once, from front to end.
+    """The body of a request, read once, from front to end; ``ProtocolError`` where it is not whole.
 
-    ``length`` is the declared size, None when it comes in chunks. ``source``
-    gives the blocks, and ``b""`` where the body ends. Reading past ``limit``,
-    which the route sets, is a ``ProtocolError`` 413; a body that breaks off is
-    a 400, one that comes too slowly a 408, and one with another hash than
-    ``expect`` was told a 503, before its last block has been looked at.
+    ``length`` is the declared size, None when it comes in chunks; ``limit`` what the route allows.
+    ``source`` gives the blocks, and ``b""`` where the body ends.
     """
 
     def __init__(self, source: Iterator[bytes], length: int | None) -> None:
@@ -6507,7 +6457,7 @@ class BodyReader:
             yield block
 
     def expect(self, sha256: str | None) -> None:
-        """Check the body while it is read; None where who reads it does that."""
+        """Check the body before its last block is given; None where who reads it does that."""
         self._digest = None if sha256 is None else hashlib.sha256()
         self._expected = sha256 or hashlib.sha256().hexdigest()
 
@@ -6518,33 +6468,26 @@ class BodyReader:
 
 @dataclass
 class Request:
-    """One request. ``path`` is decoded; ``headers`` has lower-case names.
-
-    ``params`` holds what the wildcards of the ``route`` matched; ``secure`` says that it came over
-    TLS, ``inside`` that it comes from this process. ``target`` is what the request line has;
-    ``place`` is what is before the ``path`` for a browser that is logged in. ``alive()`` is False
-    once the client has gone or the server is stopping: a handler that waits looks at it now and
-    then. ``enter`` is told who it is from, and refuses it when there are too many. ``form_token``
-    is what the forms on its page hold, as soon as there is one; ``outdated`` says that something
-    on it is older than the newest event, as it may be by ``max_age``.
-    """
+    """One request, and what becomes known of it."""
 
     method: str
-    path: str
+    path: str  # decoded
     query: Mapping[str, str] = field(default_factory=dict)
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)  # lower-case names
     body: BodyReader = field(default_factory=lambda: BodyReader.of(b""))
     remote: str = "127.0.0.1"
     identity: Identity = field(default_factory=Identity)
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)  # what the route's wildcards matched
     route: str = ""
-    secure: bool = False
-    inside: bool = False
-    target: str = ""
-    place: str = ""
-    form_token: str = ""
-    outdated: bool = False
+    secure: bool = False  # it came over TLS
+    inside: bool = False  # it comes from this process
+    target: str = ""  # what the request line has
+    place: str = ""  # what is before the path for a browser that is logged in
+    form_token: str = ""  # what the forms on its page hold, as soon as there is one
+    outdated: bool = False  # something on it is older than the newest event, as max_age allows
+    # Whether the client is still there and the server goes on: for a handler that waits.
     alive: Callable[[], bool] = lambda: True
+    # Is told who it is from, and whether it waits, and refuses it when there are too many.
     enter: Callable[[Identity, bool], None] = lambda identity, waits: None
 
     def __post_init__(self) -> None:
@@ -6690,11 +6633,9 @@ def redirect(location: str) -> Response:
 
 
 def stream_response(chunks: Iterator[bytes], mime: str) -> Response:
-    """Return a body of unknown length that is made while it is sent.
+    """Return a body that is made while it is sent, its first block at once: that may still fail.
 
-    The first block is made at once: what fails before it is still an error
-    response, not a 200 that breaks off. An iterator that has nothing to say
-    for long yields ``b""`` now and then, so that it ends when nobody listens.
+    Chunks for which nothing comes for long are ``b""`` now and then, to end when nobody listens.
     """
     return Response(200, {"Content-Type": mime}, _stream(next(chunks, b""), chunks))
 
@@ -6709,10 +6650,9 @@ def _stream(first: bytes, chunks: Iterator[bytes]) -> Generator[bytes, None, Non
 
 
 def file_response(path: Path, mime: str, request: Request, etag: str = "") -> Response:
-    """Return a file, or the one range of it that was asked for, or 304 or 416.
+    """Return a file, or the one range of it that was asked for, or 304, 404 or 416.
 
-    ``etag`` names the contents, best by their hash; without it size and time
-    do. No such file is a ``ProtocolError`` 404.
+    ``etag`` names the contents, best by their hash; without it size and time do.
     """
     try:
         file = path.open("rb")
@@ -6747,26 +6687,16 @@ _Handler = TypeVar("_Handler", bound=Handler)
 
 @dataclass(frozen=True)
 class route:  # noqa: N801 - it is used as a decorator
-    """Tags a method as the handler of a path; ``Router`` collects the tags.
-
-    In ``pattern``, ``<name>`` matches anything but a slash, ``<n:int>`` a
-    number, and ``<rest:path>`` slashes too. ``role`` is who may come in, one
-    of ``ROLES``; it has no default so that nothing is open by forgetfulness.
-    ``takes`` is the record that the JSON body has the fields of, in a PATCH any of them.
-    ``gives`` is the record that the answer has the fields of, or these with their annotations, or
-    the media type of another answer, or None where there is none.
-    What ``waits`` is held open until something happens; what is ``shared`` is made once for all
-    strangers who wait for it.
-    """
+    """Tags a method as the handler of a path; ``Router`` collects the tags."""
 
     method: str
-    pattern: str
-    role: str
+    pattern: str  # <name> matches anything but a slash, <n:int> a number, <rest:path> slashes, too
+    role: str  # who may come in; without a default, so that nothing is open by forgetfulness
     max_body: int = BODY_LIMIT
-    takes: Any = None
-    gives: Any = None
-    waits: bool = False
-    shared: bool = False
+    takes: Any = None  # the record that the JSON body has the fields of, in a PATCH any of them
+    gives: Any = None  # that of the answer, or its annotations, or another answer's media type
+    waits: bool = False  # it is held open until something happens
+    shared: bool = False  # it is made once for all strangers who wait for it
 
     @functools.cached_property
     def path(self) -> str:
@@ -6793,11 +6723,9 @@ class BoundRoute:
 class Router:
     """Finds the handler of a request and makes a response of whatever comes out.
 
-    ``authenticate`` says who sends a request. ``hosts`` are the names that we
-    are known by, addresses apart: a browser that was lured to us under another
-    one by DNS rebinding is refused; empty stands for any. ``error_page`` makes
-    what a browser is shown for an error, where others get JSON. ``gate`` lets
-    one request be handled at a time.
+    ``authenticate`` says who sends a request. ``hosts`` are the names that we are known by,
+    addresses apart, or any: a browser that was lured here by DNS rebinding knows another one.
+    ``error_page`` makes what a browser is shown, where others get JSON.
     """
 
     def __init__(self, *providers: object, authenticate: Callable[[Request], Identity],
@@ -6810,7 +6738,7 @@ class Router:
         self._turn = threading.Lock()  # of strangers
         self._made: dict[tuple[Any, ...], tuple[float, Response]] = {}  # for them, and when
         self._counting = threading.Lock()
-        self.answered: collections.Counter[tuple[str, int]] = collections.Counter()  # see handle
+        self.answered: collections.Counter[tuple[str, int]] = collections.Counter()  # route, status
         found = [BoundRoute(tag, getattr(provider, name), _compile(tag.pattern))
                  for provider in providers for name, member in vars(type(provider)).items()
                  for tag in getattr(member, "routes", ())]
@@ -6822,10 +6750,7 @@ class Router:
             raise ValueError(f"two routes are the same: {seen.most_common(1)[0][0]}")
 
     def handle(self, request: Request) -> Response:
-        """Return the response to a request, an error response for any exception.
-
-        ``answered`` counts them, by the route (nothing where there is none) and the status.
-        """
+        """Return the response to a request, an error response for any exception."""
         response = self._answer(request)
         with self._counting:
             self.answered[request.route, response.status] += 1
@@ -6968,14 +6893,12 @@ class Inside:
 
 
 class Server(http.server.HTTPServer):
-    """Serves a ``Router`` on a TCP port.
+    """Serves a ``Router`` on a TCP port, 0 for a free one; ``UserError`` if it cannot be had.
 
-    One thread holds every connection from which no whole head of a request has
-    come yet, so ten thousand that are idle or slow cost memory only; a request
-    gets a thread. The connection that has been idle for longest makes room for
-    a new one. Port 0 picks a free one; ``port`` tells which. A port or an
-    address that cannot be had is a ``UserError``. With 127.0.0.1 goes [::1], so that
-    nobody else on this computer gets what is sent to ``localhost``.
+    One thread holds every connection from which no whole head of a request has come yet, so ten
+    thousand that are idle or slow cost memory only; a request gets a thread. The connection that
+    has been idle for longest makes room for a new one. With 127.0.0.1 goes [::1], so that nobody
+    else on this computer gets what is sent to ``localhost``.
     """
 
     request_queue_size = 1024  # the base's 5 are too few when all workers come back at once
@@ -7189,11 +7112,7 @@ _OVER = "to be closed"
 
 
 class _Connection(http.server.BaseHTTPRequestHandler):
-    """One client: reads its requests, one after the other, and writes the responses.
-
-    It is held, in ``fill``, ``too_late`` and ``rest``, which never wait, or it
-    has a thread, in ``serve`` and what that calls.
-    """
+    """One client: it is held, by methods that never wait, or has a thread."""
 
     protocol_version = request_version = "HTTP/1.1"
     server: Server
@@ -7304,10 +7223,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self.rest()
 
     def _say_goodbye(self) -> None:
-        """Send no more, but let the client read what was sent.
-
-        Closing with unread data makes TCP throw away what was sent.
-        """
+        """Send no more, and read on: closing now could make TCP throw away what was sent."""
         self._stage = _CLOSING
         self._buffer.clear()
         with contextlib.suppress(OSError):
@@ -7368,10 +7284,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             return False
 
     def handle_one_request(self) -> None:
-        """Serve the request whose head is here, and wait a moment for the next one.
-
-        The base's knows a method for each of HTTP's; here Router has the routes.
-        """
+        """Serve the request whose head is here, and wait a moment for the next one."""
         self._stage, unread = _ASKED, True
         try:
             self.parse_request()
@@ -7672,10 +7585,9 @@ def _parse_fields(lines: list[str], limits: Limits) -> dict[str, str]:
 
 
 def _body_length(headers: Mapping[str, str], old: bool) -> int | None:
-    """Return how long the body is, None when it is chunked; anything odd is refused.
+    """Return how long the body is, None when it is chunked.
 
-    Two parties that disagree about where a body ends can be made to see
-    different requests, so nothing is guessed.
+    Nothing is guessed: two parties that disagree about it can be made to see different requests.
     """
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is None:
@@ -7690,11 +7602,7 @@ def _body_length(headers: Mapping[str, str], old: bool) -> int | None:
 
 
 def _byte_range(headers: Mapping[str, str], etag: str, size: int) -> tuple[int, int] | None:
-    """Return start and end of the range that is asked for, None for the whole file.
-
-    Several ranges are answered with the whole file, as is allowed; a range
-    that the file does not have comes out empty.
-    """
+    """Return start and end of the one range that is asked for, empty where the file has it not."""
     match = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", headers.get("range", ""))
     if match is None or match[0] == "bytes=-" or headers.get("if-range", etag) != etag:
         return None
@@ -17620,20 +17528,17 @@ def _hold(data: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class Run:
-    """One start of a renderer: ``frames`` are the numbers that it will render, in order.
+    """One start of a renderer.
 
-    ``tree`` is the project's directory, ``own`` the run's own empty directory,
-    the only one where it writes. Its directories are those of the tree, and
-    ``place`` is the one in which it is started: relative names, ``../`` too, are
-    looked for there first and then, by library paths, in the project, so that
-    runs at the same time cannot meet. (POV-Ray 3.7 looks for every file that it
-    reads in its current directory first and then in the library paths, in order.)
+    It writes in its ``own`` directory, which has the directories of the tree. It is started in one
+    of them, ``place``: POV-Ray looks for files, also ``../``, there first, and then by library
+    paths in the project. So runs at the same time cannot meet.
     """
 
     lease: LeaseSpec
-    tree: Path
+    tree: Path  # the project's directory
     own: Path
-    frames: tuple[int, ...]
+    frames: tuple[int, ...]  # the numbers that it will render, in order
 
     @functools.cached_property
     def place(self) -> Path:
@@ -17666,19 +17571,13 @@ class Run:
 
     @property
     def text_files(self) -> dict[str, Path]:
-        """The files of POV-Ray's streams by their keys: a part of each, called by the first frame.
-
-        POV-Ray puts them beside the image.
-        """
+        """A part of the files of POV-Ray's streams, called by the first frame, by their keys."""
         folder, values = self.made(self.frames[0]).parent, self.lease.pov.values
         return {key: folder / f"{values[key]}.{self.frames[0]:07d}.part"
                 for key in TEXT_FILES if key in values}
 
     def scene_files(self) -> dict[str, tuple[int, int]]:
-        """Return the files of its own that may be the scene's: time in ns and size, by name.
-
-        Names begin at ``place``, so that those of files above it begin with ``../``.
-        """
+        """Return time (ns) and size of own files that may be the scene's, by name from ``place``."""
         if self.lease.pov.engine:
             return {}
         images = {str(self.made(frame)) for frame in self.frames}
@@ -17714,17 +17613,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Command:
-    """What to start: a program, its environment, and files and links to make first.
-
-    ``reads`` is what it has to read besides its own directory, the project, and
-    the system's programs and libraries.
-    """
+    """What to start: a program, its environment, and files and links to make first."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     files: Mapping[Path, str]
     links: Mapping[Path, Path]
-    reads: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()  # besides its own directory, the project and the system's programs
 
 
 @dataclass(frozen=True)
@@ -17746,11 +17641,9 @@ class Engine:
     def command(self, run: Run) -> Command:
         """Return how to render a run.
 
-        Everything is in one INI file that POVINI names: no other INI file of
-        this machine is read, so every worker renders the same picture. What it
-        names is linked into the run's place under short ASCII names: POV-Ray
-        3.7 garbles other letters there, also those of a home directory, and
-        breaks long names in what it prints.
+        POVINI names one INI file with everything: none of this machine is read, so every worker
+        renders the same picture. What it names is linked into the run's place under short ASCII
+        names: POV-Ray 3.7 garbles other letters, and breaks long names in what it prints.
         """
         environment = {
             "POVINI": OUR_INI, "HOME": str(run.place), "PATH": os.defpath, "LANG": "C.UTF-8",
@@ -17775,18 +17668,11 @@ class Engine:
                        self.parts())
 
     def parts(self) -> tuple[str, ...]:
-        """Return the files of POV-Ray, which need not lie where the system's are.
-
-        Beside ``bin`` that is where ``make install`` puts the rest; never the
-        whole directory, which may be somebody's home.
-        """
+        """Return the files of POV-Ray, which need not lie where the system's are."""
         return (*_parts(self.program), *self.library)
 
     def that_says(self, text: str) -> Engine:
-        """Return the same with its version, from what ``--version`` prints.
-
-        Raises ``UserError`` when the program turns out not to be POV-Ray.
-        """
+        """Return the same with its version, from what ``--version`` prints; else ``UserError``."""
         match = re.search(r"POV-Ray (\d+\.\d+\S*)", text)
         if match is None:
             raise UserError(f"{self.program} is not POV-Ray 3.7 or newer: asked for its version, "
@@ -17794,16 +17680,12 @@ class Engine:
         return replace(self, version=match[1], library=standard_library(match[1], self.program))
 
     def versions(self) -> dict[str, str]:
-        """Return what makes two workers' pictures alike: the version, and the include files.
-
-        Of a file that is in several places POV-Ray takes the first. The ends of
-        lines do not count: they are others on Windows. A few milliseconds.
-        """
+        """Return what makes two workers' pictures alike: the version, and the include files."""
         texts: dict[str, bytes] = {}
         for place in self.library:
             for path in Path(place).glob("*.inc"):
                 with contextlib.suppress(OSError):
-                    text = path.read_bytes().replace(b"\r\n", b"\n")
+                    text = path.read_bytes().replace(b"\r\n", b"\n")  # of Windows
                     texts.setdefault(path.name, hashlib.sha256(text).digest())
         includes = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
         return {"povray": self.version, "includes": includes if texts else ""}
@@ -17811,8 +17693,7 @@ class Engine:
     def values(self, run: Run) -> dict[str, str]:
         """Return the options of a run: the job's, and where and how much this run renders.
 
-        A run whose ``state`` is there goes on from it. There is no preview: it
-        costs time, shows nothing without a display, and would be in the state.
+        Without a preview: it costs time, shows nothing, and would be in the state.
         """
         values = dict(run.lease.pov.values)
         if values.get("All_Console") == "Off":  # but we read the other streams
@@ -17864,10 +17745,7 @@ class Engine:
                 for name, text in texts.items()}
 
     def library_of(self, run: Run) -> list[Path]:
-        """Return the directories that a run reads from, after its own: the project's first.
-
-        In front of each of these is what the run itself has written there.
-        """
+        """Return the directories that a run reads from, what it has written there before each."""
         paths = [run.tree / run.lease.pov.run_dir]
         for entry in run.lease.pov.library:
             mine = [Path(path) for path in self.library]
@@ -17878,12 +17756,9 @@ class Engine:
 
 @dataclass(frozen=True)
 class WindowsEngine(Engine):
-    """POV-Ray for Windows, which is a program with a window and no console.
+    """POV-Ray for Windows, which is a program with a window and no console, and without POVINI.
 
-    ``/RENDER`` renders one INI file, ``/EXIT`` ends the program afterwards
-    and ``/NR`` keeps it from restoring what was open (POV-Ray for Windows,
-    Command-Line Options; POV-Ray/povray issue 227). POVINI does not exist
-    there, and what it prints goes into a file.
+    ``/NR`` keeps it from restoring what was open (POV-Ray/povray issue 227).
     """
 
     def command(self, run: Run) -> Command:
@@ -17982,10 +17857,9 @@ def ini_files(home: Path, text: str) -> dict[Path, str]:
 
 
 def locate_engine(program: str) -> Engine:
-    """Find POV-Ray, ``program`` or the one of this machine, without starting it.
+    """Find POV-Ray, ``program`` or the one of this machine; ``probed`` has its version.
 
-    Its version is not known yet: see ``probed``. Raises ``UserError``
-    with what to install when there is none.
+    Raises ``UserError`` with what to install when there is none.
     """
     path = shutil.which(program or "povray")
     root = "" if program else os.environ.get("PROGRAMFILES", "")
@@ -18048,10 +17922,8 @@ def shared_texts(folders: Sequence[Path], scene: str, photons: str,
                  samples: bool) -> dict[str, bytes]:
     """Return the scene files that a run has to have in its own directory, by name.
 
-    ``folders`` are the project's in the order of POV-Ray's search, which comes
-    to the run's directory first; of files with one name the first counts. The
-    scene is in one of them. ``photons`` is ``save_file``, ``load_file`` or
-    nothing, ``samples`` whether radiosity samples are loaded.
+    ``folders`` are the project's in the order of POV-Ray's search. ``photons`` is ``save_file``,
+    ``load_file`` or nothing, ``samples`` whether radiosity samples are loaded.
     """
     files = {scene: next(path / scene for path in folders if (path / scene).is_file())}
     for folder in folders if photons else ():
@@ -18082,12 +17954,9 @@ class State:
 def copy_state(source: BinaryIO, target: BinaryIO | None, region: Region, block: int) -> State:
     """Copy the finished blocks of a ``.pov-state`` that belong to a region; tell how much it is.
 
-    ``block`` is the Render_Block_Size of the run. POV-Ray believes its state
-    file: with one of a larger picture it crashes, with one of another block
-    size it paints what is wrong. So what is no block of this region is left
-    out, a message end off at the end included. Without pixels the copy is of
-    no use, as always with radiosity: its pretrace is in the file too, but the
-    samples are not (POV-Ray/povray issue 138).
+    ``block`` is the Render_Block_Size of the run. POV-Ray believes its state file: with one of a
+    larger picture it crashes, with one of another block size it paints what is wrong. Without
+    pixels the copy is of no use, as always with radiosity (POV-Ray/povray issue 138).
     """
     width, height = region.right - region.left, region.bottom - region.top
     size = max(min(block, max(width, height)), 4)  # as POV-Ray's View::StartRender
@@ -18158,22 +18027,16 @@ _ERROR = re.compile(r"(?<!Possible )(?:Parse Error|Fatal error|Cannot|rror:|fail
 class PovText:
     """Follows the text of one run: which frame, how far, and what went wrong.
 
-    ``feed`` takes a line; afterwards ``index`` is the place of the frame in
-    the run (a still has one, 0), ``percent`` 0 to 100, ``traced`` whether the
-    frame's last statistics have come, ``text`` what was printed since the
-    frame began, and ``before`` what was printed in the frame before it, both
-    without status lines, and with the names in ``links`` in place of our links'.
-    ``done`` is the percent that a run which goes on began with: POV-Ray counts
-    only what it adds.
+    ``done`` is the percent that a run which goes on begins with: POV-Ray counts what it adds.
     """
 
     def __init__(self, done: int = 0) -> None:
-        self.index = 0
+        self.index = 0  # of the frame in the run
         self.done = self.percent = done
-        self.traced = False
-        self.before = ""
-        self.lines: list[str] = []
-        self.links: Mapping[str, str] = {}
+        self.traced = False  # the frame's last statistics have come
+        self.before = ""  # the text of the frame before it
+        self.lines: list[str] = []  # of the frame, without status lines
+        self.links: Mapping[str, str] = {}  # what stands in the text for our links
         self.mine: Collection[str] = ()  # links to what the run has of a library directory
         self._status = False  # was printed last: an empty line ends it
 
@@ -18245,10 +18108,7 @@ class PovText:
 
 
 class ProgramText(PovText):
-    """Follows the text of another program for these ``frames``, as Blender writes it.
-
-    ``Fra:7`` and what follows say that it is at frame 7, ``3/16`` how far.
-    """
+    """Follows the text of another program, as Blender writes it: ``Fra:7``, and ``3/16`` of it."""
 
     def __init__(self, frames: Sequence[int]) -> None:
         super().__init__()
@@ -18303,11 +18163,7 @@ def _wrapped(line: str) -> str:
 
 
 def remarks_in(text: str) -> list[str]:
-    """Return what #debug, #warning and POV-Ray's own warnings say in the text of a frame.
-
-    They are messages as they were printed. Credits, options, statistics, and
-    the error that ends a render are left out.
-    """
+    """Return what #debug, #warning and POV-Ray's own warnings say in the text of a frame."""
     return [message for message in messages_of("".join(_REMARKS.findall(text)))
             if not _PHASE.match(message)]
 
@@ -18400,10 +18256,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """The head of an answer; ``read(n)`` gets the body, ``close()`` must follow.
-
-    ``read`` returns ``b""`` at the end and raises ``ServerGone`` when the body breaks off.
-    """
+    """The head of an answer; ``read`` gets the body, or ``ServerGone``; ``close`` must follow."""
 
     status: int
     headers: Mapping[str, str]  # lower-case names
@@ -18438,13 +18291,11 @@ class Reply:
 class Transport:
     """Sends one call to one coordinator, on a connection that is kept for the next.
 
-    ``fingerprint`` is the SHA-256 of the only certificate that is accepted;
-    without it, the system says which are. Raises ``ServerGone`` when no answer
-    comes, ``UserError`` when the certificate is wrong. ``signs`` tells that what is
-    sent could be changed on its way.
+    ``fingerprint`` is the SHA-256 of the only certificate that is accepted; without it, the system
+    says which are. ``ServerGone`` when no answer comes, ``UserError`` for a wrong certificate.
     """
 
-    signs = True
+    signs = True  # what is sent could be changed on its way
     pin = ""  # of the certificate that was seen
     program = "serve"  # what is asked
 
@@ -18537,10 +18388,7 @@ class Transport:
             sock.close()
 
     def _send(self, sock: socket.socket, call: Call) -> bool:
-        """Send the request; False when the other side stopped listening to it.
-
-        It may have answered before the end, so that is no error yet.
-        """
+        """Send the request; False when the other side, which may have answered, did not listen."""
         sock.settimeout(call.timeout)
         with contextlib.ExitStack() as held, contextlib.suppress(ConnectionError):
             parts, left = call.open_body(held)
@@ -18678,10 +18526,8 @@ class Within(Transport):
 class Client:
     """Talks to one coordinator; may be used by several threads at once.
 
-    What was sent may arrive twice, when an answer was lost: the coordinator's
-    routes are made for that. ``token`` is a key, see ``split_key``, and may be changed
-    at any time; it is never sent. Who does not know it is told nothing, ``WrongFarm``.
-    Addresses that are none are a ``UserError``.
+    What was sent may arrive twice, when an answer was lost: the routes are made for that.
+    ``token`` is a key, see ``split_key``, and may be changed at any time; it is never sent.
     """
 
     def __init__(self, base_url: str, token: str = "", *, retry_for: float = 60.0,
@@ -18702,10 +18548,7 @@ class Client:
 
     def keep_trying(self, tell: Callable[[str], None], stop: threading.Event,
                     longest: float = 5.0) -> None:
-        """From now on, try for as long as it takes or until ``stop``, every ``longest`` seconds.
-
-        For somebody who waits: it is told now and then that there is no answer.
-        """
+        """Try until there is an answer, or ``stop``, from now on, and ``tell`` who waits of it."""
         self._retry_for, self._longest, self._tell, self._stop = math.inf, longest, tell, stop
 
     def request(self, method: str, path: str, *,
@@ -18714,11 +18557,9 @@ class Client:
                 retry_for: float | None = None, stop: threading.Event | None = None) -> Reply:
         """Return the answer to one request, which is repeated until there is one.
 
-        ``path`` starts with a slash and is encoded already; a ``body``, or a part of
-        one, that is a ``Path`` is streamed from that file. ``timeout`` is the
-        silence after which a connection counts as dead, ``retry_for`` how long
-        to try, both in seconds; ``stop`` ends both soon. Raises
-        ``RequestRefused`` for every status from 300, ``ServerGone`` without one.
+        ``path`` is encoded already; a ``Path`` in ``body`` is streamed from that file. ``timeout``
+        is the silence after which a connection counts as dead, ``retry_for`` how long to try, in
+        seconds. ``RequestRefused`` for every status from 300, ``ServerGone`` without one.
         """
         fields = dict(headers or {})
         if json is not None:
@@ -18734,10 +18575,9 @@ class Client:
     def download(self, path: str, to: Path, sha256: str | None = None, *,
                  limit: int = DOWNLOAD_LIMIT, retry_for: float | None = None,
                  stop: threading.Event | None = None) -> None:
-        """Get a file; ``to`` appears only when it is whole and has that hash.
+        """Get a file of at most ``limit`` bytes; it appears when it is whole and has that hash.
 
-        Raises as ``request`` does, and ``FarmError`` when the hash differs, it
-        has more than ``limit`` bytes, or ``to`` cannot be written.
+        Raises as ``request`` does, and ``FarmError``.
         """
         call = Call("GET", path, {}, (), _SILENCE, stop or self._stop)
         self._persist(call, retry_for, functools.partial(_save, to, sha256, limit))
@@ -18815,14 +18655,11 @@ class Client:
             return known[1]
 
     def _pause(self, call: Call, seconds: float) -> bool:
-        """Wait until it is time to try again; True when ``hurry`` ended the wait.
-
-        Not at once: anybody can send hints, and many.
-        """
+        """Wait until it is time to try again; True when ``hurry`` ended the wait."""
         start = now = self._clock.monotonic()
         while now < start + seconds and not call.stop.wait(min(start + seconds - now, _STOP_LOOK)):
             now = self._clock.monotonic()
-            if self._hurried > start and now > start + _STOP_LOOK:
+            if self._hurried > start and now > start + _STOP_LOOK:  # anybody can send many hints
                 return True
         return False
 
@@ -18927,17 +18764,12 @@ class Ended:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a renderer may use of this machine; 0 and None leave it free.
+    """What a renderer, which gets no network and starts nothing, may use; 0 and None: anything."""
 
-    It may read its own directory, the system's programs and libraries and
-    ``reads``, and write only in its own directory, ``writes``; it gets no
-    network and starts no programs. ``memory`` and ``file_size`` are bytes.
-    """
-
-    reads: tuple[str, ...] | None = None
-    memory: int = 0
-    file_size: int = 0
-    writes: str = "."
+    reads: tuple[str, ...] | None = None  # besides what it may write, and the system's programs
+    memory: int = 0  # bytes
+    file_size: int = 0  # bytes
+    writes: str = "."  # its own directory
 
 
 class Process:
@@ -18950,10 +18782,7 @@ class Process:
         self.ended: concurrent.futures.Future[Ended] = concurrent.futures.Future()
 
     def lines(self) -> Iterator[str]:
-        """Yield what the process prints, line by line.
-
-        A status line, which ends with a carriage return, keeps it.
-        """
+        """Yield what the process prints, line by line; a carriage return at the end stays."""
         rest = ""
         while data := self._output.read1(BUFFER):
             *whole, rest = re.split(r"(?<=\r)|\n", rest + data.decode("utf-8", "replace"))
@@ -18975,11 +18804,7 @@ class Process:
         return None if fields is None else (int(fields[11]) + int(fields[12])) / _TICKS
 
     def wanted_now(self) -> float | None:
-        """Return the CPU seconds used so far and those that it waited for a core.
-
-        Unlike the first alone they tell, on a busy machine, a renderer that
-        computes from one that sleeps. None where the system does not tell.
-        """
+        """Return the CPU seconds that it used, or waited for: it did not sleep; None if unknown."""
         try:
             return sum(
                 int(field) for path in Path(f"/proc/{self.pid}/task").iterdir()
@@ -18998,13 +18823,10 @@ LAUNCHER_GONE = "the process that starts the renderers was killed: start the wor
 
 
 class Launcher:
-    """Starts renderers on POSIX systems. Make it before the first thread.
-
-    ``gone`` tells that it was killed: with it die all renderers.
-    """
+    """Starts renderers on POSIX systems. Make it before the first thread."""
 
     def __init__(self, nice: int = 0) -> None:
-        self.gone = False
+        self.gone = False  # it was killed, and with it all renderers
         self._ids = itertools.count(1)
         self._processes: dict[int, Process] = {}
         self._lock = threading.Lock()
@@ -19257,11 +19079,7 @@ class _Kernel:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def confine(self, runs: Sequence[str], reads: Sequence[str], writes: str) -> None:
-        """Give up, for this process and for good, what a renderer does not need.
-
-        It may run and read what is in ``runs``, read what is in ``reads``,
-        and write in ``writes``.
-        """
+        """Give up, for this process and for good, what a renderer does not need."""
         self._call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         if self._abi:
             handled = _OF_ABI[min(self._abi, 5)]
@@ -19444,10 +19262,7 @@ def make_launcher(nice: int = 0) -> Launcher | WindowsLauncher:
 
 
 def probed(engine: Engine, launcher: Launcher | WindowsLauncher) -> Engine:
-    """Return an engine with its version, which takes POV-Ray a quarter of a second.
-
-    Raises ``UserError`` when the program turns out not to be POV-Ray.
-    """
+    """Return an engine with its version, or ``UserError``: a quarter of a second."""
     if isinstance(engine, WindowsEngine):  # it cannot be asked without opening a window
         return engine
     process = launcher.start((engine.program, "--version"), Path(), os.environ)
@@ -19482,9 +19297,8 @@ USED_LOAD = 0.25  # the share of all cores from which on programs of others coun
 class Usage:
     """Whether a computer is used, by its own figures as they are looked at now and then.
 
-    Programs of others count by what they use of the processor, on Linux, where that is told
-    apart from what gives way as renderers do: not where these do not (``gives_way``). What
-    Linux tells is below ``root``.
+    Programs of others count by what they use of the processor, on Linux, where that is told apart
+    from what gives way as renderers do, if they do. What Linux tells is below ``root``.
     """
 
     def __init__(self, clock: Clock, gives_way: bool = True, root: Path = Path("/")) -> None:
@@ -19663,9 +19477,8 @@ class Pace:
     def more_runs(self, runs: Sequence[RunState], free_memory: int) -> int:
         """Return how many more runs to start now: how many POV-Rays run at once is decided here.
 
-        Runs that sleep at random leave cores idle by chance even where their
-        load adds up to the cores, so it may go beyond them by its standard
-        deviation (of a sum of independent runs, each busy or not).
+        Runs that sleep at random leave cores idle by chance even where their load adds up to the
+        cores, so it may go beyond them by its standard deviation, as of independent runs.
         """
         if not runs:
             # Two a core: half of a start is sleep, whatever the scene.
@@ -19747,11 +19560,7 @@ class RunState:
         return spent * (100 - self.text.percent) / made if made else spent
 
     def why_overdue(self) -> str:
-        """Return why the renderer should be ended: it takes too long, or does nothing; or nothing.
-
-        A renderer that waits for something that never comes still polls: that
-        took 0.6 % of a core (POV-Ray 3.7.0).
-        """
+        """Return why the renderer should be ended: it takes too long, or does nothing; or ""."""
         now, limit = self.clock.monotonic(), self.lease.timeout
         if limit and self.open and now - self.began > limit:
             return f"the frame took longer than {format_duration(limit)} (see --frame-timeout)"
@@ -19760,7 +19569,7 @@ class RunState:
             return ""
         index, percent, cpu = self._signs or (-1, 0, 0.0)
         if (index, percent) != (self.text.index, self.text.percent) or (
-                used - cpu > 0.02 * HANG_TIME):
+                used - cpu > 0.02 * HANG_TIME):  # who waits for ever polls: 0.6 % of a core
             self._signs, self._alive = (self.text.index, self.text.percent, used), now
         if now - self._alive > HANG_TIME:
             name = self.lease.pov.engine or "POV-Ray"
@@ -19852,15 +19661,12 @@ class RunState:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A finished frame on its way to the coordinator: its files are deleted when it is there.
-
-    ``packed`` is, if there is such a file, a zip of what the scene wrote.
-    """
+    """A finished frame on its way to the coordinator: its files are deleted when it is there."""
 
     run: RunState
     task: TaskSpec
     image: Path
-    packed: Path
+    packed: Path  # a zip of what the scene wrote, if it is there
     bottom: int
     text: str
     cost: Cost
@@ -19890,34 +19696,26 @@ def _copy_rest(source: Path, to: Path, old: Old | None) -> bool:
 
 
 class Tree(NamedTuple):
-    """A project as a run finds it: its directory, and what the run's own has of it.
-
-    ``directories`` are made there, for scenes that write in them, and ``links``
-    in the run's current directory. ``reads`` is what the renderer may read of the project.
-    """
+    """A project as a run finds it."""
 
     path: Path
-    directories: Collection[str]
-    links: Mapping[str, Path]
-    reads: tuple[str, ...]
+    directories: Collection[str]  # to be made in the run's own, for scenes that write in them
+    links: Mapping[str, Path]  # to be made in the run's current directory
+    reads: tuple[str, ...]  # what the renderer may read of it
 
 
 class Kept(NamedTuple):
-    """A copy of what a scene wrote: of the run with that first frame.
+    """A copy of what a scene wrote."""
 
-    It is ``added`` where it goes to the end of what is there.
-    """
-
-    first: int
+    first: int  # frame of the run
     copy: Path
-    added: bool
+    added: bool  # it goes to the end of what is there
 
 
 class InPlace:
     """The project of a render on one computer, read where it is, instead of a ``Cache``.
 
-    What its scenes write does not go by the coordinator: ``keep`` copies it below
-    ``root``, ``take`` gives it to who puts it in its place.
+    What its scenes write does not go by the coordinator: ``keep`` and ``take`` hand it on.
     """
 
     def __init__(self, root: Path, tree: Tree) -> None:
@@ -19969,9 +19767,8 @@ class InPlace:
 class Cache:
     """Projects of this worker, by the key of their manifest, within a size in bytes.
 
-    ``near`` tells where the coordinator keeps contents by their hash, for a
-    worker in its own process: they are copied, not sent. A project is deleted when the
-    coordinator has no job any more that has it, unless one of another ``farm`` has.
+    ``near`` tells where a coordinator of this process keeps contents by their hash: they are
+    copied, not sent. A project is deleted when no ``farm`` has a job any more that has it.
     """
 
     def __init__(self, root: Path, limit: int, client: Client,
@@ -19989,11 +19786,7 @@ class Cache:
     @contextlib.contextmanager
     def project(self, key: str, last_frame: int,
                 stop: threading.Event | None = None) -> Iterator[Tree]:
-        """Give a project, with every file that frames up to ``last_frame`` need.
-
-        Files that another project of the cache has are taken from there.
-        ``stop`` ends the fetching with ``ServerGone``.
-        """
+        """Give a project, with every file of frames up to ``last_frame``; or ``ServerGone``."""
         if not re.fullmatch(r"[0-9a-f]{64}", key):
             raise UserError("the coordinator named a project that has no valid key")
         with self._lock:
@@ -20109,8 +19902,7 @@ class Outbox:
     """Finished frames on their way to the coordinator, each kept until it is taken or refused.
 
     ``trouble`` is told what the coordinator cannot do, ``gone`` each run of which a frame has
-    left; ``ending`` gives up what is here. Frames of a run with ``hold`` stay until it has it no
-    more, unless that fills the disk.
+    left; ``ending`` gives up what is here. Frames of a run that has ``hold`` stay.
     """
 
     def __init__(self, client: Client, cache: Cache | InPlace, clock: Clock,
@@ -20185,10 +19977,7 @@ class Outbox:
         return kept
 
     def _pack_written(self, run: RunState, plan: Run, packed: Path) -> None:
-        """Pack what the scene has written since the last image, if there is something.
-
-        The next frame may be writing the same file already: then its own look comes later.
-        """
+        """Pack what the scene, perhaps in a later frame, has written since the last image."""
         if isinstance(self._cache, InPlace):
             if run.lease.in_order:  # else all that the run wrote is kept when it has ended
                 self._cache.keep(plan, written_by(run, plan), run.given)
@@ -20461,10 +20250,7 @@ class Worker(Resting):
                 self.client.request("POST", "/api/v1/leave", json={}, retry_for=0, timeout=5)
 
     def stop(self, patience: float = PATIENCE) -> None:
-        """Finish the frames under way and hand back the rest; a second call ends at once.
-
-        Of frames that will take longer than ``patience`` seconds what is done is handed in.
-        """
+        """Finish what takes ``patience`` seconds at most, hand back the rest; twice: end at once."""
         if self._stopping.is_set():
             self._ending.set()
         self._patience = patience
@@ -20823,11 +20609,8 @@ class Worker(Resting):
                 self._learn(run)
 
     def _gone(self, run: RunState) -> None:
-        """Note that a frame of a run is delivered, or given up.
-
-        What a run cost is learned when the coordinator knows it, too: it gives by that.
-        """
-        self._learn(run)
+        """Note that a frame of a run is delivered, or given up."""
+        self._learn(run)  # now that the coordinator, which gives by that, knows it, too
         self._let_go(run, 1)
 
     def _learn(self, run: RunState) -> None:
@@ -20965,10 +20748,7 @@ def _why_it_failed(run: RunState, bounds: Bounds, sent: bool) -> tuple[str, bool
 
 
 def _check_system_files(pov: PovJob) -> None:
-    """Raise ``RenderFailed`` when the scene would read other files of the system's than it should.
-
-    Nothing is told of other files, whatever they are asked for.
-    """
+    """Raise ``RenderFailed`` when the scene would read other system files than it should."""
     for word, sha256, path in (f"{use}  ".split(" ", 2) for use in pov.uses):
         local = Path(path.strip())
         if word == "system_file" and not (
@@ -20990,9 +20770,8 @@ def _create_ini_of(run: Run) -> None:
 def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
     """Give the run's own directory what POV-Ray wants to find in it and nowhere else.
 
-    The project's directories, for scenes that write there, and the files of
-    ``load_file``, ``append`` and radiosity samples, which it does not look for in library paths:
-    these are returned, by name.
+    The project's directories, for scenes that write there, and the files, which are returned, of
+    ``load_file``, ``append`` and radiosity samples, which it does not look for in library paths.
     """
     pov = run.lease.pov
     home = run.tree / pov.run_dir
