@@ -129,9 +129,8 @@ else:
 
 
 # === 1. BASE =================================================================
-# What every section may use: the error tree, the clock, files, sizes,
-# durations and hashes. Knows nothing of POV-Ray and of farms, and of HTTP only the
-# status with which a refusal is answered.
+# What every section may use: the error tree, the clock, files, sizes, durations and hashes. Knows
+# nothing of POV-Ray and of farms, and of HTTP only the status with which a refusal is answered.
 
 VERSION = "0.1.0"
 BUFFER = 1 << 16  # bytes moved at a time when a file or a body is streamed
@@ -418,7 +417,7 @@ class Shares:
 
 @functools.lru_cache(maxsize=1000)
 def network_of(address: str) -> str:
-    """Return the network of an address, which is no address itself."""
+    """Return the network of an address; of what is none, the same with a slash at its end."""
     with contextlib.suppress(ValueError):
         plain_one = ipaddress.ip_address(address.partition("%")[0])
         return str(ipaddress.ip_network((plain_one, 24 if plain_one.version == 4 else 64), False))
@@ -6370,11 +6369,10 @@ def worker_secret(key: str, farm_id: str, ticket: str) -> str:
 
 
 # === 9. HTTP =================================================================
-# Requests, responses, routes and roles, and the one adaptor between them and
-# sockets. Router.handle is the only place that turns anything, errors too, into
-# a response. Knows nothing of jobs, workers or keys: who somebody is, is decided
-# by the function that Router is given. Deadlines here are the real time's, not a
-# Clock's: they bound what a socket may cost.
+# Requests, responses, routes and roles, and the one adaptor between them and sockets. Router.handle
+# is the only place that turns anything, errors too, into a response. Knows nothing of jobs, workers
+# or keys: who somebody is, is decided by the function that Router is given. Deadlines here are the
+# real time's, not a Clock's: they bound what a socket may cost.
 
 ROLES = ("anyone", "reader", "person", "submit", "user", "pending", "worker", "admin")
 BODY_LIMIT = 1 << 20  # bytes that a request's body may have where its route says nothing
@@ -6598,10 +6596,6 @@ class FileSlice:
     start: int
     length: int
 
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
 
 @dataclass
 class Response:
@@ -6613,7 +6607,9 @@ class Response:
 
     def close(self) -> None:
         """Let go of what the body holds."""
-        if not isinstance(self.body, bytes):
+        if isinstance(self.body, FileSlice):
+            self.body.file.close()
+        elif not isinstance(self.body, bytes):
             self.body.close()
 
 
@@ -6841,16 +6837,9 @@ class Router:
         host = request.headers.get("host")
         if host is not None and self._hosts:
             name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
-            if name not in self._hosts and not _is_address(name):
+            if name not in self._hosts and network_of(name).endswith("/"):  # it is no address
                 raise ProtocolError(403, f"this coordinator does not know that it is called "
                                     f"{name!r}: start it with --host NAME")
-
-
-@functools.lru_cache
-def _is_address(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return False
 
 
 class Inside:
@@ -17577,7 +17566,7 @@ class Run:
                 for key in TEXT_FILES if key in values}
 
     def scene_files(self) -> dict[str, tuple[int, int]]:
-        """Return time (ns) and size of own files that may be the scene's, by name from ``place``."""
+        """Give time (ns) and size of own files that may be the scene's, by path from ``place``."""
         if self.lease.pov.engine:
             return {}
         images = {str(self.made(frame)) for frame in self.frames}
@@ -18188,11 +18177,10 @@ def joined_texts(key: str, parts: Mapping[int, str], append: bool) -> str:
 
 
 # === 19. CLIENT ==============================================================
-# How everything outside the coordinator talks to it: one request, tried again
-# while the coordinator cannot be reached, over connections that stay open.
-# Knows HTTP and JSON, nothing of the routes. It is http.client below and not
-# urllib.request, which makes a new connection for every request. Environment
-# variables for proxies are ignored: a coordinator is in the same room.
+# How everything outside the coordinator talks to it: one request, tried again while the coordinator
+# cannot be reached, over connections that stay open. Knows HTTP and JSON, nothing of the routes. It
+# is http.client below and not urllib.request, which makes a new connection for every request.
+# Environment variables for proxies are ignored: a coordinator is in the same room.
 
 REPLY_LIMIT = 64 << 20  # bytes of an answer that is kept in memory
 DOWNLOAD_LIMIT = 16 << 30
@@ -19441,10 +19429,9 @@ def nearly_full(place: Path) -> bool:
 class Pace:
     """How many runs to keep going: POV-Ray sleeps, so there are more than cores.
 
-    A job's *duty* is the share of its time in which a run uses a core:
-    CPU / (CPU + sleep). The sleep is what POV-Ray is known to sleep, or less
-    where the measured wall time says so: wall time alone would take the
-    waiting for a core, when too many run, for sleep.
+    A job's *duty* is the share of its time in which a run uses a core: CPU / (CPU + sleep). The
+    sleep is what POV-Ray is known to sleep, or less where the measured wall time says so: wall time
+    alone would take the waiting for a core, when too many run, for sleep.
     """
 
     def __init__(self, cores: int) -> None:
@@ -19647,11 +19634,6 @@ class RunState:
         self.stopped.set()
         if not self.text.traced:
             self.kill()
-
-    def move(self) -> None:
-        """Let another worker go on with it, at once."""
-        self.moves = True
-        self.stop()
 
     def kill(self) -> None:
         """End the renderer, if there is one."""
@@ -20147,14 +20129,15 @@ class Rota:
         return not self._wants.get(worker), self._spent[worker], worker is self._turn
 
 
-def _hear_of_end(worker: Worker, ends: bool | None) -> None:
-    """Stop a worker at once whose farm ends for good, unless it is to wait for a farm."""
-    if ends and not worker.until_idle:
+def _obey(worker: Worker, reply: Mapping[str, Any]) -> None:
+    """Rest as the farm says; stop at once if it ends for good, and is not to be waited for."""
+    if reply["ends"] and not worker.until_idle:
         worker._stopping.wait(5.0)
-    elif ends and not worker._ending.is_set():
+    elif reply["ends"] and not worker._ending.is_set():
         log.warning("the farm has ended")
         worker.stop()
         worker.stop()
+    worker.rest(reply["rest"], "by the farm")
 
 
 class Resting:
@@ -20250,7 +20233,7 @@ class Worker(Resting):
                 self.client.request("POST", "/api/v1/leave", json={}, retry_for=0, timeout=5)
 
     def stop(self, patience: float = PATIENCE) -> None:
-        """Finish what takes ``patience`` seconds at most, hand back the rest; twice: end at once."""
+        """Finish what takes ``patience`` seconds, hand back the rest; twice: end at once."""
         if self._stopping.is_set():
             self._ending.set()
         self._patience = patience
@@ -20265,7 +20248,8 @@ class Worker(Resting):
 
     def _rested(self, how: str) -> None:
         for run in self._runs if how == WorkerState.PAUSED else ():
-            run.move()  # others go on with it
+            run.moves = True
+            run.stop()
         self._changed.notify_all()
         self._news.set()
 
@@ -20373,8 +20357,7 @@ class Worker(Resting):
         elif not (reply["leases"] or runs):
             self.rota.has_nothing(self)
         self.cache.forget(reply["gone"])
-        _hear_of_end(self, reply["ends"])
-        self.rest(reply["rest"], "by the farm")
+        _obey(self, reply)
         if self._admitted is not None and not reply["pending"]:
             self._admitted()
             self._admitted = None
@@ -20415,8 +20398,7 @@ class Worker(Resting):
                                    for task in run.lease.tasks if str(task.id) in reply["cuts"])
             self.outbox.bring(runs[lease] for lease in (*reply["ended"], *reply["bring"])
                               if lease in runs)
-            _hear_of_end(self, reply["ends"])
-            self.rest(reply["rest"], "by the farm")
+            _obey(self, reply)
 
     def _guard(self) -> None:
         """End renderers that take too long or, when the disk is nearly full, have written most."""
