@@ -446,11 +446,8 @@ class SharedFlush:
 
 def takes_nothing(error: BaseException | None) -> bool:
     """Tell whether an error, or what caused it, says that a disk stores nothing (more) for us."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _TAKES_NOTHING:
-            return True
-        error = error.__cause__
-    return False
+    return error is not None and (
+        getattr(error, "errno", None) in _TAKES_NOTHING or takes_nothing(error.__cause__))
 
 
 _TAKES_NOTHING = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EIO, errno.EROFS,
@@ -2058,11 +2055,10 @@ def _ini_quoted(key: str, value: str) -> str:
 
 
 # === 4. IMAGE ================================================================
-# The picture formats that POV-Ray writes: is this the whole picture that was
-# asked for? Its rows, cut out and joined again; frames as an animated PNG; a picture
-# of any kind as a small PNG.
-# A picture is a file, or bytes that would be in one. However large it is, only blocks
-# of it are in memory, and a list of where its rows begin; but all of a JPEG.
+# The picture formats that POV-Ray writes: is this the whole picture that was asked for? Its rows,
+# cut out and joined again; frames as an animated PNG; a picture of any kind as a small PNG. A
+# picture is a file, or bytes that would be in one. However large it is, only blocks of it are in
+# memory, and a list of where its rows begin; but all of a JPEG.
 
 _ODD = "is of a kind that POV-Ray never writes"
 _BLOCK = 1 << 18  # bytes inflated at a time: what a lying header can cost
@@ -2071,26 +2067,20 @@ _HEAD = 1 << 12  # bytes in which a header of text has to end: POV-Ray's have le
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What a whole picture is: its size in pixels, its channels and the bits of each.
+    """What a whole picture is."""
 
-    ``channels`` is 1 to 4: grey, grey and alpha, colour, colour and alpha.
-    """
-
-    width: int
+    width: int  # in pixels
     height: int
-    channels: int
-    depth: int
+    channels: int  # 1 to 4: grey, grey and alpha, colour, colour and alpha
+    depth: int  # bits of each channel
 
 
 def check_image(source: Path | bytes, extension: str, width: int, height: int) -> ImageInfo:
-    """Return what ``source`` is when it is one whole picture of this type and size.
+    """Return what ``source`` is when it is one whole picture of this type and size, 0 for any.
 
-    ``extension`` is one of ``IMAGE_TYPES``; with a ``width`` of 0 any size is right.
-    Raises ``ImageError`` with one line for a picture that ends early or late, has
-    another type or size, or is damaged where its format lets one see it: all of a PNG
-    and of an EXR's pixels, but only the structure of the others; and for a file that cannot be
-    read. What is expected is what POV-Ray 3.7 writes (measured with 3.7.0.10),
-    not all that a format allows.
+    ``ImageError`` for one that ends early or late, or is damaged where its format lets one see it:
+    all of a PNG and of an EXR's pixels, only the structure of the others. What is expected is what
+    POV-Ray 3.7 writes (measured with 3.7.0.10), not all that a format allows.
     """
     check = _CHECKS.get(extension)
     if check is None:
@@ -2101,11 +2091,10 @@ def check_image(source: Path | bytes, extension: str, width: int, height: int) -
 
 
 def crop_rows(source: Path | bytes, extension: str, top: int, rows: int, to: Path) -> None:
-    """Write ``rows`` rows of a picture, from row ``top`` on, as a picture of its own.
+    """Write rows of a picture that has passed ``check_image`` as one of its own, a *strip*.
 
-    Such a *strip* is of the same type and keeps the notes in the header. The
-    picture has passed ``check_image``. Raises ``ImageError`` for rows that it
-    does not have, and for a type that is not one of ``STRIP_TYPES``.
+    It keeps the notes in the header. ``ImageError`` for rows that are not there, and for a type
+    that is not one of ``STRIP_TYPES``.
     """
     with _opened(source, extension) as data:
         picture = _read(data, extension)
@@ -2117,12 +2106,10 @@ def crop_rows(source: Path | bytes, extension: str, top: int, rows: int, to: Pat
 
 
 def join_rows(strips: Sequence[Path | bytes], extension: str, to: Path) -> None:
-    """Write the whole picture that strips make, given from the top to the bottom.
+    """Write the whole picture that strips make, from the top to the bottom, and check it.
 
-    Its pixels are those of the strips; what its header says besides (software,
-    date) is the first strip's. Each strip has passed ``check_image``, and so
-    does the result. Raises ``ImageError`` when a strip is of another kind than
-    the first.
+    What its header says besides (software, date) is the first strip's. Each strip has passed
+    ``check_image``. ``ImageError`` when one is of another kind than the first.
     """
     _need(bool(strips), "there are no strips to join")
     found: list[_Strip] = []
@@ -2138,10 +2125,9 @@ def join_rows(strips: Sequence[Path | bytes], extension: str, to: Path) -> None:
 
 
 def same_pixels(one: Path | bytes, other: Path | bytes, extension: str) -> bool:
-    """Tell whether two whole pictures of a type show the same, whatever else is in them.
+    """Tell whether two whole pictures of a type show the same, whatever date is in them.
 
-    Besides the date that POV-Ray writes into most of them, a PNG may be filtered
-    otherwise by another libpng. JPEG is compared as it is packed.
+    A PNG may be filtered otherwise, by another libpng. JPEG is compared as it is packed.
     """
     with _opened(one, extension) as data, _opened(other, extension) as more:
         if extension == ".jpg":
@@ -2161,8 +2147,7 @@ def same_pixels(one: Path | bytes, other: Path | bytes, extension: str) -> bool:
 def is_black(source: Path | bytes, extension: str) -> bool:
     """Tell whether a whole PNG picture is black all over, whatever its alpha; else False.
 
-    Filters work on each colour by itself and leave nothing of zeros, so rows
-    need not be unfiltered. A picture that is not black is seen in its first rows.
+    Filters work on each colour by itself and leave nothing of zeros, so they may stay.
     """
     if extension != ".png":
         return False
@@ -2174,10 +2159,9 @@ def is_black(source: Path | bytes, extension: str) -> bool:
 
 
 def animated_png(frames: Iterable[Path | bytes], count: int, delay: Fraction) -> Iterator[bytes]:
-    """Yield the pieces of an animated PNG of ``count`` PNG pictures, which goes on for ever.
+    """Yield an animated PNG of ``count`` PNG pictures, each shown ``delay`` seconds, for ever.
 
-    Each is shown for ``delay`` seconds. The packed pixels are copied. Raises
-    ``ImageError`` with the picture's number, from 1, when it is unlike the first.
+    The packed pixels are copied. ``ImageError`` for a picture that is unlike the first.
     """
     short = delay.limit_denominator(int(65535 / max(1.0, float(delay))))  # two numbers of 16 bits
     sequence = itertools.count()
@@ -2202,20 +2186,19 @@ def animated_png(frames: Iterable[Path | bytes], count: int, delay: Fraction) ->
 
 
 def small_png(source: Path | bytes, extension: str, width: int, stops: int = 0) -> bytes:
-    """Return a picture as a PNG of 8 bits a colour, at most so wide, for a browser.
+    """Return a picture that has passed ``check_image`` as a PNG, at most so wide, for a browser.
 
-    Of one that becomes smaller each pixel is the mean of four. Transparency is left out. EXR and
-    HDR hold light, of which 1 and more is white: it gets the curve of sRGB (IEC 61966-2-1), after
-    it is doubled ``stops`` times, or halved.
-    The picture has passed ``check_image``. Raises ``ImageError`` for a JPEG, whose pixels are
-    not unpacked here.
+    It has 8 bits a colour and no alpha; each pixel of a smaller one is the mean of four. Light, of
+    EXR and HDR, is doubled ``stops`` times, or halved, cut off at 1, and gets the curve of sRGB
+    (IEC 61966-2-1). ``ImageError`` for a JPEG, whose pixels are not unpacked here.
     """
     with _opened(source, extension) as data:
         picture = _read(data, extension)
         across, down = picture.info.width, picture.info.height
         wide = min(width, across)
         high = max(round(down * wide / across), 1)
-        colors = _LIGHT[extension](picture, stops) if stops else _COLORS[extension](picture)
+        read = _COLORS[extension]
+        colors = read(picture, stops) if stops else read(picture)
         parts = (0.25, 0.75) if wide < across else (0.0,)  # of a pixel, where it is looked at
         picks = [operator.itemgetter(*(place for x in range(wide) for place in colors.places(
             int((x + part) * across / wide)))) for part in parts]
@@ -2264,7 +2247,6 @@ class _Data:
         return self._loaded[start - self._start:end - self._start]
 
     def blocks(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield what is between two places, a block at a time."""
         return (self[at:min(at + BUFFER, end)] for at in range(start, end, BUFFER))
 
     def unpack(self, form: str, at: int) -> tuple[Any, ...]:
@@ -2313,16 +2295,12 @@ def _need_end(kind: str, end: int, data: _Data) -> None:
 
 
 class _Picture(NamedTuple):
-    """A picture taken apart: its rows, and what two must share to be joined.
-
-    ``rows`` are the places where rows begin and the last one ends, of PNG and
-    EXR the picture's parts.
-    """
+    """A picture taken apart."""
 
     info: ImageInfo
-    form: str
+    form: str  # what two must share to be joined
     data: _Data
-    rows: Any
+    rows: Any  # where rows begin and the last one ends; of PNG and EXR the picture's parts
 
 
 class _Strip(NamedTuple):
@@ -2333,21 +2311,17 @@ class _Strip(NamedTuple):
     rows: int
 
     def blocks(self) -> Iterator[bytes]:
-        """Yield the rows as they are in the file, a block at a time."""
         edges = self.picture.rows
         return self.picture.data.blocks(*sorted((edges[self.top], edges[self.top + self.rows])))
 
 
 class _Layout(NamedTuple):
-    """How to take a picture apart, how to write one like the first of strips, what to compare.
+    """What can be done with a type of pictures."""
 
-    ``read`` checks everything, against a size too; without one the picture has
-    passed that, and packed pixels need not be unpacked.
-    """
-
+    # Checks everything with a size; without one the picture has passed that.
     read: Callable[[_Data, tuple[int, int] | None], _Picture]
-    write: Callable[[BinaryIO, Sequence[_Strip]], None]
-    pixels: Callable[[_Strip], Iterable[Any]] = _Strip.blocks
+    write: Callable[[BinaryIO, Sequence[_Strip]], None]  # one like the first of strips
+    pixels: Callable[[_Strip], Iterable[Any]] = _Strip.blocks  # to be compared
 
 
 def _read(data: _Data, extension: str) -> _Picture:
@@ -2369,11 +2343,8 @@ def _all_same(one: Iterable[Any], other: Iterable[Any]) -> bool:
 
 
 def _row_end(kind: str, data: bytes, at: int, width: int, steps: Sequence[tuple[int, int]]) -> int:
-    """Return where a row of ``width`` packed values ends.
-
-    ``steps`` tells by the first byte of a packet how many values it has, in how many bytes.
-    """
-    done = 0
+    """Return where a row of ``width`` packed values ends."""
+    done = 0  # the first byte of a packet tells how many values it has, in how many bytes
     while done < width:
         count, size = steps[data[at]]
         done += count
@@ -2833,7 +2804,6 @@ class _ExrBlock(NamedTuple):
     size: int
 
     def packed(self) -> bytes:
-        """Return the bytes as they are in the file."""
         return self.data[self.start:self.end]
 
     def unpacked(self) -> bytes:
@@ -2930,15 +2900,11 @@ _CHECKS: Mapping[str, Callable[[_Data, tuple[int, int] | None], _Picture]] = {
 
 
 class _Colors(NamedTuple):
-    """How the colours of a picture are read.
+    """How the colours of a picture are read."""
 
-    ``rows`` yields the rows of some numbers, which ascend; ``places`` tells where in a row the
-    values of a pixel are, and ``bright`` makes bytes of values that were found there.
-    """
-
-    rows: Callable[[Sequence[int]], Iterator[Sequence[Any]]]
-    places: Callable[[int], tuple[int, ...]]
-    bright: Callable[[Any], bytes] = bytes
+    rows: Callable[[Sequence[int]], Iterator[Sequence[Any]]]  # of some numbers, which ascend
+    places: Callable[[int], tuple[int, ...]]  # where in a row the values of a pixel are
+    bright: Callable[[Any], bytes] = bytes  # makes bytes of them
 
 
 def _plain_rows(picture: _Picture, wanted: Sequence[int]) -> Iterator[bytes]:
@@ -2948,10 +2914,7 @@ def _plain_rows(picture: _Picture, wanted: Sequence[int]) -> Iterator[bytes]:
 
 
 def _runs(packed: bytes, at: int, size: int, more: int) -> bytes:
-    """Unpack a row from a place on: runs of one value of a size, or so many values as they are.
-
-    They are so many ``more`` than the first byte of a packet says.
-    """
+    """Unpack a row from a place on: runs of ``more`` values than their first byte says."""
     out = bytearray()
     while at < len(packed):
         count = packed[at] + more
@@ -3051,13 +3014,10 @@ def _exr_rows(picture: _Picture, kind: str, wanted: Sequence[int]) -> Iterator[S
                                 raw[start:start + block.size])
 
 
-_LIGHT: Mapping[str, Callable[[_Picture, int], _Colors]] = {
-    ".hdr": _hdr_colors, ".exr": _exr_colors}
-_COLORS: Mapping[str, Callable[[_Picture], _Colors]] = {
+_COLORS: Mapping[str, Callable[..., _Colors]] = {
     ".png": _png_colors, ".ppm": _ppm_colors, ".tga": _bgr_colors, ".bmp": _bgr_colors,
-    ".hdr": _hdr_colors, ".exr": _exr_colors,
-}
-LIGHT_TYPES = frozenset(_LIGHT)
+    ".hdr": _hdr_colors, ".exr": _exr_colors}
+LIGHT_TYPES = frozenset([".hdr", ".exr"])  # their colours can have stops
 # The types whose rows can be cut and joined: JPEG's cannot without a loss.
 STRIP_TYPES = frozenset(_LAYOUTS)
 
