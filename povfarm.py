@@ -20934,20 +20934,19 @@ CommandFunction = Callable[[Options], int]
 
 @dataclass(frozen=True)
 class command:  # noqa: N801 - it is used as a decorator
-    """Tags a function as a command, or as several; ``main`` collects the tags.
+    """Tags a function as a command; its docstring is what the help says of it.
 
     ``arguments`` is how the help shows what follows the name, and tells how many words
     that is; POV-Ray's are all that do not start with ``--``. ``groups`` are those of SETTINGS.
     """
 
     name: str
-    arguments: str
-    summary: str
-    groups: tuple[str, ...] = ()
+    arguments: str = ""
+    groups: tuple[str, ...] = ("talk",)
 
     def __call__(self, function: CommandFunction) -> CommandFunction:
         """Tag ``function``, and return it as it was."""
-        vars(function).setdefault("commands", []).insert(0, self)
+        vars(function)["command"] = self
         return function
 
     def takes(self, count: int) -> bool:
@@ -21044,10 +21043,9 @@ class Draft:
         return replace(self, pov=pov, project=project)
 
 
-@command("render", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]",
-         "render here and now, with every core; --lan lets other computers help", ("job",))
+@command("render", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]", ("job",))
 def render(options: Options) -> int:
-    """The whole farm for one job: coordinator, worker, job, images in their places."""
+    """Render here and now, with every core; --lan lets other computers help."""
     launcher = make_launcher()  # before the first thread
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(_scratch())
@@ -21074,9 +21072,9 @@ def render(options: Options) -> int:
         return _Follower(client, draft, options, here).follow(job, event)
 
 
-@command("serve", "", "start a coordinator: it holds the jobs, the page and the images")
+@command("serve", groups=())
 def serve(options: Options) -> int:
-    """Coordinate until stopped."""
+    """Start a coordinator: it holds the jobs, the page and the images."""
     keep_private(options.data)
     stop = threading.Event()
     with contextlib.ExitStack() as stack:
@@ -21117,9 +21115,9 @@ def serve(options: Options) -> int:
         return 130
 
 
-@command("work", "", "start a worker: it finds the coordinator and renders until stopped")
+@command("work", groups=())
 def work(options: Options) -> int:
-    """Render for a coordinator, or for several; the first Ctrl-C finishes what is under way."""
+    """Start a worker: it finds the coordinator and renders until stopped."""
     keep_private(options.data)
     servers = options.server.split() or [""]
     shares = [re.fullmatch(r"[^=]*(?:=([1-9]\d{0,3}))?", server) for server in servers]
@@ -21152,7 +21150,6 @@ def work(options: Options) -> int:
 
 
 def _be_node(options: Options, tools: _Tools, shifts: _Shifts) -> int:
-    """Render what is asked for at a port, until stopped."""
     if not landlock_abi() and not options.unconfined:
         raise UserError("this system cannot confine what is rendered for whoever asks (it has no "
                         "Landlock): say --unconfined to let scenes do what you can do")
@@ -21182,10 +21179,9 @@ def _be_node(options: Options, tools: _Tools, shifts: _Shifts) -> int:
         server.stop()
 
 
-@command("submit", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]",
-         "queue a job and print its number", ("talk", "job"))
+@command("submit", "[POVRAY ARGUMENTS | DIRECTORY | PROJECT.zip]", ("talk", "job"))
 def submit(options: Options) -> int:
-    """Send a project to a coordinator that runs already."""
+    """Queue a job and print its number."""
     if "output" in options.typed and not options.wait:
         raise UserError("--output needs --wait, which puts the images there; without it, get them "
                         "later: povfarm.py fetch JOB --output DIR")
@@ -21225,9 +21221,9 @@ def submit(options: Options) -> int:
     return 0
 
 
-@command("status", "[JOB ...]", "show the jobs, or all about one", ("talk",))
+@command("status", "[JOB ...]")
 def status(options: Options) -> int:
-    """Print jobs; with --watch again after every change."""
+    """Show the jobs, or all about one."""
     client = _coordinator(options)
     if options.watch:
         client.keep_trying(_say, threading.Event())
@@ -21262,10 +21258,9 @@ def status(options: Options) -> int:
         client.request("GET", f"/api/v1/events?after={farm['event']}&wait=30", timeout=60)
 
 
-@command("workers", "[pause | drain | resume | remove NAME|ID]",
-         "show the workers, or let some rest, go on, or come no more", ("talk",))
+@command("workers", "[pause | drain | resume | remove NAME|ID]")
 def workers(options: Options) -> int:
-    """Print the workers and what they do, or what was done."""
+    """Show the workers, or let some rest, go on, or come no more."""
     client = _coordinator(options)
     if options.totals:
         return _show_totals(client, options)
@@ -21324,10 +21319,9 @@ _WORKER_ANSWERS = {  # what is said, and what of it only where something is unde
                "a new key (see the manual)", "; its frames go to others")}
 
 
-@command("logs", "JOB [FRAME]", "show what POV-Ray printed for a frame, the error first",
-         ("talk",))
+@command("logs", "JOB [FRAME]")
 def logs(options: Options) -> int:
-    """Print the text of every attempt at a frame; without one, of the frame that failed."""
+    """Show what POV-Ray printed for a frame, the error first."""
     client, (word, *frames) = _coordinator(options), options.rest
     job, *others = _jobs(client, word, newest=True)
     if others:
@@ -21342,7 +21336,6 @@ def logs(options: Options) -> int:
 
 
 def _frame_to_see(client: Client, job: int) -> str:
-    """Return the only frame of a job, or the first that failed."""
     view = client.get(f"/api/v1/jobs/{job}")
     if view["failure"] and view["frames"]["total"] > 1:
         return str(view["failure"]["frame"])
@@ -21353,9 +21346,9 @@ def _frame_to_see(client: Client, job: int) -> str:
     return str(frames[0]["frame"])
 
 
-@command("fetch", "JOB ...", "get the finished images of a job", ("talk",))
+@command("fetch", "JOB ...")
 def fetch(options: Options) -> int:
-    """Copy finished images that are not here yet into --output or NAME-frames."""
+    """Get the finished images of a job."""
     _check_films(options)
     client = _coordinator(options)
     client.keep_trying(_say, threading.Event())
@@ -21373,7 +21366,6 @@ def fetch(options: Options) -> int:
 
 
 def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """Get what is new of a job and make its films; return what ``fetch --json`` prints of it."""
     job = view["id"]
     directory = options.output or _own_directory(view, options.data)
     if view["held"]:
@@ -21428,7 +21420,6 @@ def _note_fetched(client: Client, job: int, hashes: Sequence[str]) -> None:
 
 
 def _what_is_missing(view: Mapping[str, Any], finished: int) -> str:
-    """Return how many frames are not among those ``finished``, and what to do; or nothing."""
     job, total, state = view["id"], view["frames"]["total"], view["state"]
     number = total - finished
     again = f"'povfarm.py retry {job}' renders the rest"
@@ -21439,48 +21430,48 @@ def _what_is_missing(view: Mapping[str, Any], finished: int) -> str:
             + ways.get(state, "fetch again later")) if number else ""
 
 
-@command("pause", "JOB ...", "hand out no more of a job", ("talk",))
-@command("resume", "JOB ...", "go on with a paused job", ("talk",))
-def steer(options: Options) -> int:
-    """Pause or resume jobs."""
-    return _ask_each(options, options.rest, "POST", f"/{options.command}", {})
+@command("pause", "JOB ...")
+def pause(options: Options) -> int:
+    """Hand out no more of a job."""
+    return _ask_each(options, options.rest, "POST", "/pause", {})
 
 
-@command("cancel", "JOB ...", "end a job, or cancel --frames of it; finished images stay",
-         ("talk",))
+@command("resume", "JOB ...")
+def resume(options: Options) -> int:
+    """Go on with a paused job."""
+    return _ask_each(options, options.rest, "POST", "/resume", {})
+
+
+@command("cancel", "JOB ...")
 def cancel(options: Options) -> int:
-    """Cancel jobs, or some of their frames."""
+    """End a job, or cancel --frames of it; finished images stay."""
     some = urllib.parse.quote(options.frames)
     return _ask_each(options, options.rest, "POST", f"/cancel{f'?frames={some}' * bool(some)}", {},
                      {"": f": frames {options.frames} are cancelled"} if some else {})
 
 
-@command("retry", "JOB [FRAMES]", "render the failed and cancelled frames again, or those named",
-         ("talk",))
+@command("retry", "JOB [FRAMES]")
 def retry(options: Options) -> int:
-    """Render frames again: those that failed, or any."""
+    """Render the failed and cancelled frames again, or those named."""
     job, *frames = options.rest
     if not frames:
-        return _ask_each(options, [job], "POST", "/retry", {}, _NOTHING_FAILED)
+        return _ask_each(options, [job], "POST", "/retry", {}, {JobState.DONE.value: (
+            " is done and nothing failed; to render frames again, name them: "
+            f"'povfarm.py retry {shell_word(job)} FRAMES'")})
     few = f"frame {frames[0]} is" if frames[0].isdecimal() else f"frames {frames[0]} are"
     return _ask_each(options, [job], "POST", f"/retry?frames={urllib.parse.quote(frames[0])}", {},
                      {"": f": {few} rendered again"})
 
 
-_NOTHING_FAILED = {JobState.DONE.value: (
-    " is done and nothing failed; to render frames again, name them: "
-    "'povfarm.py retry JOB FRAMES'")}
-
-
-@command("delete", "JOB ...", "delete a job and its images from the farm", ("talk",))
+@command("delete", "JOB ...")
 def delete(options: Options) -> int:
-    """Delete jobs."""
+    """Delete a job and its images from the farm."""
     return _ask_each(options, options.rest, "DELETE")
 
 
-@command("tidy", "", "delete what the farm has kept for as long as --keep says", ("talk",))
+@command("tidy")
 def tidy(options: Options) -> int:
-    """Delete old jobs, or show with --dry-run which ones that would be."""
+    """Delete what the farm has kept for as long as --keep says."""
     told = _coordinator(options).request("POST", "/api/v1/tidy", json={
         "keep": options.typed.get("keep", ""), "dry": options.dry_run}).json()
     jobs, unfetched = told["jobs"], told["unfetched"]
@@ -21497,10 +21488,9 @@ def tidy(options: Options) -> int:
     return _show(options, told, "\n".join(lines))
 
 
-@command("set", "JOB ... [KEY=VALUE ...]",
-         "change how a job is treated, such as --retries 5 or retries=5", ("talk",))
+@command("set", "JOB ... [KEY=VALUE ...]")
 def set_option(options: Options) -> int:
-    """Change the options of jobs, which are called and written as ``submit`` has them."""
+    """Change how a job is treated, such as --retries 5 or retries=5."""
     jobs, changes = _assigned(options, options.rest, JOB_OPTIONS)
     if not jobs or not changes:
         raise UserError(_usage(_command("set")[0]))
@@ -21527,18 +21517,17 @@ def _assigned(options: Options, words: Sequence[str],
     return others, changes
 
 
-@command("admit", "CODE", "admit the worker that shows this code", ("talk",))
+@command("admit", "CODE")
 def admit(options: Options) -> int:
-    """Admit a pending worker."""
+    """Admit the worker that shows this code."""
     worker = _coordinator(options).request(
         "POST", "/api/v1/workers/admit", json={"code": options.rest[0]}).json()
     return _tell(options, worker, f"{worker['name']} may work now")
 
 
-@command("login", "", "print a link that makes a browser yours; with --code, come to a farm first",
-         ("talk",))
+@command("login")
 def login(options: Options) -> int:
-    """Print a login link, good once; a person's key that is given is kept."""
+    """Print a link that makes a browser yours; with --code, come to a farm first."""
     client = _coordinator(options)
     if ":" in options.key:
         _keep(client, options)
@@ -21547,10 +21536,9 @@ def login(options: Options) -> int:
 
 
 @command("users", "[add NAME | invite | withdraw CODE | set NAME KEY=VALUE ... | remove NAME | "
-         "token NAME | password]",
-         "show the farm's people and what they have, add, invite, limit or remove some", ("talk",))
+         "token NAME | password]")
 def users(options: Options) -> int:
-    """Print the people, or change who they are and what they may have."""
+    """Show the farm's people and what they have, add, invite, limit or remove some."""
     word, *rest = options.rest or ["list"]
     names, limits = _assigned(options, rest, ALLOWANCES)
     count = {"list": 0, "add": 1, "invite": 0, "set": 1, "remove": 1,
@@ -21595,7 +21583,6 @@ def _takes_the_farm_key(client: Client) -> None:
 
 
 def _ticket_of(client: Client, code: str) -> str:
-    """Return by what name the farm knows the invitation with a code."""
     _takes_the_farm_key(client)
     plain = code.upper().replace("-", "")
     found = [one["name"] for one in _invited(client) if one["code"].replace("-", "") == plain]
@@ -21657,9 +21644,9 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
     return 0
 
 
-@command("engines", "", "check and show what RenderOnline's clients can render here")
+@command("engines", groups=())
 def engines(options: Options) -> int:
-    """Print the engines and argument types of the settings file."""
+    """Check and show what RenderOnline's clients can render here."""
     rules = _online_rules(options)
     found = [vars(engine) for engine in rules.engines]
     types = {name: f"{kind}, {pattern.pattern}" for name, (kind, pattern)
@@ -21678,10 +21665,9 @@ def _online_rules(options: Options, node: bool = False) -> OnlineRules:
     return rules
 
 
-@command("machines", "[add HOST:PORT [DIRECTORY] | remove HOST:PORT]",
-         "list nodes of RenderOnline's that render for the farm, or change which", ("talk",))
+@command("machines", "[add HOST:PORT [DIRECTORY] | remove HOST:PORT]")
 def machines(options: Options) -> int:
-    """Print the nodes; with words add or remove one."""
+    """List nodes of RenderOnline's that render for the farm, or change which."""
     client, rest = _coordinator(options), options.rest
     if rest[:1] == ["add"] and len(rest) in (2, 3):
         place = str(Path(rest[2]).expanduser().absolute()) if rest[2:] else ""
@@ -21696,9 +21682,9 @@ def machines(options: Options) -> int:
         "no machine is used: add one that runs 'work --hpc', or HPCServer")
 
 
-@command("backup", "DIRECTORY", "copy all data of a coordinator, even while it runs")
+@command("backup", "DIRECTORY", ())
 def backup(options: Options) -> int:
-    """Copy a data directory; ``serve --data`` starts from the copy."""
+    """Copy all data of a coordinator, even while it runs."""
     to = Path(options.rest[0]).expanduser()
     keep_private(to)
     missing = Store.backup(options.data, to)
@@ -21711,10 +21697,9 @@ def backup(options: Options) -> int:
     return 0
 
 
-@command("discover", "[ADDRESS ...]",
-         "show the coordinators on this network, or on a list that is kept elsewhere", ("talk",))
+@command("discover", "[ADDRESS ...]")
 def discover_command(options: Options) -> int:
-    """Print every coordinator that answers within a second and a half; or serve such a list."""
+    """Show the coordinators on this network, or on a list that is kept elsewhere."""
     if options.serve:
         return _FarmList(options).serve()
     if options.rest:
@@ -21740,10 +21725,7 @@ def discover_command(options: Options) -> int:
 
 
 class _FarmList:
-    """A list of farms for whoever asks: those that answer here, and those that were named.
-
-    It tells what coordinators tell anybody.
-    """
+    """A list of farms that answer here or were named: it tells what they tell anybody."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -21751,7 +21733,6 @@ class _FarmList:
 
     @route("GET", "/farms.json", role="anyone")
     def farms(self, request: Request) -> Response:
-        """Name, address, id and pin of each, as seen within the last half minute."""
         return json_response({"farms": self._farms})
 
     def look(self) -> None:
@@ -21783,7 +21764,6 @@ class _FarmList:
 
 
 def _show_list(options: Options) -> int:
-    """Print the farms on lists that are kept elsewhere."""
     views = []
     for text in options.rest:
         address = text if re.search(r":\d+$", text) else f"{text}:{options.discovery_port}"
@@ -21803,9 +21783,9 @@ def _show_list(options: Options) -> int:
     return 0 if views or options.json else 1
 
 
-@command("doctor", "", "check whether this computer is ready to render")
+@command("doctor", groups=())
 def doctor(options: Options) -> int:
-    """Look at everything that the farm needs, and say what is missing."""
+    """Check whether this computer is ready to render."""
     with contextlib.closing(make_launcher()) as launcher:
         checks = {
             "Python": (sys.version_info >= (3, 9), platform.python_version()),
@@ -21820,9 +21800,9 @@ def doctor(options: Options) -> int:
     return 0 if all(good for good, _ in checks.values()) else 1
 
 
-@command("help", "[COMMAND]", "show this, or the options of a command")
+@command("help", "[COMMAND]", ())
 def help_command(options: Options) -> int:
-    """Print the help."""
+    """Show this, or the options of a command."""
     print(_command_help(_command(options.rest[0])[0]) if options.rest else _help())
     return 0
 
@@ -21833,7 +21813,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that it has not got
     if arguments is None:
-        _let_go()
+        # What was made of this file is no garbage, and half of the memory that reading it took
+        # can go: with it, the fork before each renderer would take twice as long.
+        gc.freeze()
+        with contextlib.suppress(AttributeError):  # only glibc has it
+            ctypes.pythonapi.malloc_trim(0)
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -21859,16 +21843,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 signal.signal(number, signal.SIG_DFL)  # Python ends, and would show a traceback
 
 
-def _let_go() -> None:
-    """Give back the memory that reading this file took; what was made of it is no garbage.
-
-    It is half of all: with it, the fork before each renderer would take twice as long.
-    """
-    gc.freeze()
-    with contextlib.suppress(AttributeError):  # only glibc has it
-        ctypes.pythonapi.malloc_trim(0)
-
-
 def _hold_streams() -> None:
     """Open what is closed of stdin, stdout and stderr, lest another file takes its place."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -21882,8 +21856,8 @@ def _hold_streams() -> None:
 
 @functools.cache
 def _commands() -> dict[str, tuple[command, CommandFunction]]:
-    return {tag.name: (tag, function) for function in [*globals().values()] if callable(function)
-            for tag in getattr(function, "__dict__", {}).get("commands", ())}
+    return {tag.name: (tag, function) for function in [*globals().values()]
+            if isinstance(tag := getattr(function, "command", None), command)}
 
 
 def _command(name: str) -> tuple[command, CommandFunction]:
@@ -21899,7 +21873,6 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 
 def _takers(name: str) -> str:
-    """Return, to go behind an option that a command has not got, which ones have it."""
     takers = [tag.name for tag, _ in _commands().values()
               if name in {f"--{row.name}" for row in tag.settings()}]
     names = [*takers[:4], *["..."] * (len(takers) > 4)]
@@ -21934,7 +21907,6 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parse(tag: command, arguments: Sequence[str]) -> Options:
-    """Return every option and, as ``rest``, what is none of ours: POV-Ray's command line."""
     given, rest = _given(tag, arguments)
     values = configured_defaults(os.environ, given.get("data", ""))
     values.update({name: setting(name).parse(text, f"--{name}") for name, text in given.items()})
@@ -21976,11 +21948,8 @@ def _given(tag: command, arguments: Sequence[str]) -> tuple[dict[str, str], list
 
 
 def program_typed(script: str, started: Sequence[str], windows: bool = os.name == "nt") -> str:
-    """Return what to type to start ``script`` again, which was started by the words ``started``.
-
-    They are an interpreter with its options and the script, whoever wrote the interpreter:
-    the person, or the script's first line.
-    """
+    """Return what to type to start ``script`` again, which was started by the words ``started``:
+    an interpreter with its options and the script, whoever wrote it, a person or a first line."""
     path, interpreter, words = Path(script), Path(started[0]), list(started)
     found = shutil.which(path.name)
     if interpreter.is_absolute() and shutil.which(interpreter.name) == started[0]:
@@ -22007,7 +21976,6 @@ def _program() -> str:
 
 
 def _command_typed(name: str) -> str:
-    """Return a command as it is typed here, with the options that name the farm which is meant."""
     tag, _ = _commands().get(name, (None, None))
     words = [_program(), *filter(None, [name])]
     mine, given = _commands().get("".join(sys.argv[1:2])), {}
@@ -22038,8 +22006,13 @@ def _usage(tag: command) -> str:
     return f"usage: povfarm.py {tag.name} {tag.arguments}".rstrip()
 
 
+def _summary(name: str) -> str:
+    text = _command(name)[1].__doc__ or ""
+    return text[:1].lower() + text[1:].rstrip(".")
+
+
 def _help() -> str:
-    rows = [_beside(f"  {name:<10}", tag.summary) for name, (tag, _) in _commands().items()]
+    rows = [_beside(f"  {name:<10}", _summary(name)) for name in _commands()]
     program = _program()
     return "\n".join([
         f"povfarm {VERSION}: the render farm for POV-Ray, in one file", "",
@@ -22054,7 +22027,7 @@ def _help() -> str:
 
 def _command_help(tag: command) -> str:
     lines = [f"usage: {_program()} {tag.name} [--OPTIONS] {tag.arguments}".rstrip(), "",
-             _beside("", tag.summary), ""]
+             _beside("", _summary(tag.name)), ""]
     own = {tag.name, *tag.groups} - {"talk"}  # these options come first, then those that many have
     rows = sorted(tag.settings(), key=lambda row: not own & {*row.commands.split()})
     for row in rows:
@@ -22071,9 +22044,7 @@ COLUMNS = 80  # that tables keep to, in a terminal and in a pipe
 
 def _table(rows: Sequence[Sequence[Any] | str], flexible: int | None = None) -> str:
     """Lay out rows of cells; a row that is a text goes below the others, from the second column.
-
-    Where it would be wider than ``COLUMNS``, cells of the column ``flexible`` are shortened.
-    """
+    Where it would be wider than ``COLUMNS``, cells of the column ``flexible`` are shortened."""
     cells = [map(str, row) for row in rows if not isinstance(row, str)]
     widths = [max(map(_columns, column)) for column in zip(*cells)]
     if flexible is not None:
@@ -22091,10 +22062,8 @@ def _table(rows: Sequence[Sequence[Any] | str], flexible: int | None = None) -> 
 
 
 def _beside(label: str, text: str) -> str:
-    """Return a text to the right of a label, broken so that it keeps to ``COLUMNS``.
-
-    A command between quotes has a line of its own, without them, and is never broken: it is copied.
-    """
+    """Return a text to the right of a label, broken so that it keeps to ``COLUMNS``. A command
+    between quotes has a line of its own, without them, and is never broken: it is copied."""
     room, lines = COLUMNS - _columns(label), [""]
     for number, part in enumerate(re.split(r"'(povfarm\.py [^']*)'", text)):
         if number % 2:
@@ -22122,12 +22091,10 @@ def _column(letter: str) -> int:
 
 
 def _cut(text: str, width: int) -> str:
-    """Return what of the beginning of a text fits into so many columns."""
     return text[:sum(end <= width for end in itertools.accumulate(map(_column, text)))]
 
 
 def _shortened(text: str, width: int) -> str:
-    """Return a text in one line, without its middle where it is wider."""
     text = re.sub(r"\s", " ", text)
     if _columns(text) <= width:
         return text
@@ -22136,7 +22103,6 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _show(options: Options, data: Any, text: str) -> int:
-    """Print what was asked for, to people or to programs; return the exit code."""
     print(json.dumps(data) if options.json else plain(text), flush=True)
     return 0
 
@@ -22144,13 +22110,11 @@ def _show(options: Options, data: Any, text: str) -> int:
 def _show_table(options: Options, data: Any, heads: Sequence[str],
                 rows: Sequence[Sequence[Any] | str], nothing: str,
                 flexible: int | None = None) -> int:
-    """Show a table, or what to do while there is ``nothing`` in it."""
     return _show(options, data,
                  _table([heads, *rows], flexible) if rows else _typed(nothing))
 
 
 def _tell(options: Options, data: Any, text: str) -> int:
-    """Say what was done, to people or to programs; return the exit code."""
     if options.json:
         print(json.dumps(data))
     else:
@@ -22193,9 +22157,7 @@ def _tell_systemd(*lines: str) -> None:
 
 def _is_ready(alive: Callable[[], Any]) -> None:
     """Tell systemd so and, where it watches, twice in its time that ``alive`` has come back.
-
-    A process that hangs says nothing more, and systemd starts it again.
-    """
+    A process that hangs says nothing more, and systemd starts it again."""
     _tell_systemd("READY=1")
     pause = int(os.environ.get("WATCHDOG_USEC") or 0) / 2e6
     if pause and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
@@ -22218,7 +22180,6 @@ class _Log(logging.Handler):
         self._least = least
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Say a record: in one line what others have said, and then a traceback."""
         record.msg, record.args = one_line(record.getMessage()), None
         if record.levelno >= self._least:
             _say(self.format(record), record.levelno)
@@ -22230,9 +22191,8 @@ class _Log(logging.Handler):
 def _scratch(place: Path | None = None, prefix: str = "povfarm-") -> Iterator[Path]:
     """Give a directory that is deleted at the end, in ``place`` or where temporary files belong.
 
-    If this process is killed, the next one deletes it: a lock, unlike the number
-    of a process, tells of every living one, those of containers too. Nothing is
-    in its file before it is held.
+    If this process is killed, the next one deletes it: a lock, unlike the number of a process,
+    tells of every living one, those of containers too. Nothing is in its file before it is held.
     """
     place = place or Path(tempfile.gettempdir())
     for old in place.glob(f"{prefix}*"):
@@ -22254,9 +22214,7 @@ def _scratch(place: Path | None = None, prefix: str = "povfarm-") -> Iterator[Pa
 
 class _Renderer:
     """The POV-Ray that a command line is for: ``engine``, whose version ``ask`` finds out.
-
-    Without ``ask`` others render, and the words of every version are taken.
-    """
+    Without ``ask`` others render, and the words of every version are taken."""
 
     def __init__(self, options: Options, engine: Engine | None,
                  ask: Callable[[], Engine] | None = None) -> None:
@@ -22280,7 +22238,6 @@ class _Renderer:
         return self._read(arguments, cwd)
 
     def library(self, pov: PovOptions) -> tuple[str, ...]:
-        """Return the include directories here of the POV-Ray that a command line needs."""
         fits = self.engine and release(self.engine.guess or OLDEST) >= release(pov.needs[0])
         return self.engine.library if self.engine and fits else ()
 
@@ -22368,7 +22325,6 @@ def _here() -> Path:
 
 
 def _program_draft(options: Options, scratch: Path, here: Path) -> Draft:
-    """Read the command line of a job that another program renders than POV-Ray."""
     files = [item for item in options.rest if item[:1] not in "+-" and "=" not in item]
     if len(files) != 1:
         raise UserError(f"{options.engine} renders one file, with all in it: name that")
@@ -22402,10 +22358,8 @@ def _limits(options: Options, **more: Any) -> JobOptions:
 
 
 def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
-    """Refuse what an INI file, and not a person, puts where it may not.
-
-    It reaches up to the directory that what was typed has in common with the current one.
-    """
+    """Refuse what an INI file, and not a person, puts where it may not: outside of the directory
+    that what was typed has in common with the current one."""
     image, ini = pov.values.get("Output_File_Name", ""), pov.creates[0]
     base = top_of(directory, [directory / path for path in
                               {*pov.ini_files, pov.scene} - pov.by_file])
@@ -22423,7 +22377,6 @@ def _check_names(pov: PovOptions, plan: FramePlan, directory: Path) -> None:
 def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
                frames: Sequence[int], library: Iterable[str],
                scratch: Path) -> tuple[functools.partial[Project], Project, InPlace | None]:
-    """Read which files a scene needs, and where they are when it is rendered in their place."""
     standard = [Path(path) for path in library]
     ini_dirs = [(cwd / name).parent for name in pov.ini_files]
     collect = functools.partial(
@@ -22443,7 +22396,7 @@ def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
 def _readable_places(options: Options, cwd: Path) -> tuple[str, ...]:
     """Return what scenes of ``render`` without ``--lan`` may read: all but what is private.
 
-    A hidden place that a person names, or stands in, is not hidden from the scene; fonts are not
+    Hidden places that a person names, or stands in, are not hidden from the scene; fonts are not
     secret, nor is what POV-Ray itself keeps in a home.
     """
     hidden = private_places(options.data)
@@ -22457,11 +22410,8 @@ def _readable_places(options: Options, cwd: Path) -> tuple[str, ...]:
 
 
 def _is_in_order(project: Project, values: Mapping[str, str], options: Options) -> bool:
-    """Tell whether the frames of an animation need each other's files, and say so.
-
-    Where the names are not written out, what is written decides (``_better``),
-    if somebody waits for that.
-    """
+    """Tell whether the frames of an animation need each other's files, and say so. Where names are
+    not written out, what is written decides (``_better``), if somebody waits for that."""
     samples = all(values.get(key) == "On" for key in ("Radiosity_From_File", "Radiosity_To_File"))
     certain = samples or "own-output" in project.uses
     waits = options.command == "render" or options.wait
@@ -22474,11 +22424,8 @@ def _is_in_order(project: Project, values: Mapping[str, str], options: Options) 
 
 def _whole_project(arguments: Sequence[str], here: Path,
                    scratch: Path) -> tuple[list[str], Path, str]:
-    """Turn a directory or zip among POV-Ray's arguments into what it holds.
-
-    Returns the arguments, the directory that they are meant in, and the name
-    of the project, empty when there is none.
-    """
+    """Turn a directory or zip among POV-Ray's arguments into what it holds. Returns those, the
+    directory that they are meant in, and the name of the project, empty when there is none."""
     alone = len([item for item in arguments if item[:1] not in ("+", "-")]) == 1
     for index, item in enumerate(arguments):
         place = here / item
@@ -22500,12 +22447,10 @@ def _whole_project(arguments: Sequence[str], here: Path,
 
 
 def _flat(plan: FramePlan) -> FramePlan:
-    """Return a plan whose files have no directory."""
     return replace(plan, stem=plan.stem.rpartition("/")[2])
 
 
 def _check_destination(draft: Draft, options: Options) -> None:
-    """Fail before anything is rendered where images, films or the log could not be written."""
     log = options.log
     if log is not None and (not _is_writable(log.parent) or log.is_dir()):
         raise UserError(f"the log cannot be written to {log}: name another file with --log")
@@ -22530,7 +22475,6 @@ def _check_destination(draft: Draft, options: Options) -> None:
 
 
 def _images_of(draft: Draft, options: Options) -> list[Path]:
-    """Return where all images that were asked for are in the end."""
     return [draft.destination(frame) for frame in draft.plan.chosen(options.frames)]
 
 
@@ -22538,9 +22482,8 @@ def _left_to_do(draft: Draft, options: Options) -> Draft:
     """Return what +C leaves to render: frames without a whole image, and from where to continue.
 
     What is done it sees by the images themselves (``_flaw``) and by state files (``_states``).
-
-    Frames that need others are rendered again with them; those in place that
-    need nothing but their images only from the first that is missing on.
+    Frames that need others are rendered again with them; those in place that need nothing but
+    their images only from the first that is missing on.
     """
     if not (draft.goes_on and draft.keeps_files):
         return draft
@@ -22582,7 +22525,6 @@ def _flaw(draft: Draft, frame: int) -> str | None:
 
 
 def _states(draft: Draft, frames: Iterable[int]) -> dict[int, Path]:
-    """Return the files in which POV-Ray left something of these frames."""
     found, options = {}, draft.pov.options
     for frame in frames:
         with contextlib.suppress(OSError), open(draft.state(frame), "rb") as file:
@@ -22596,7 +22538,6 @@ def _states(draft: Draft, frames: Iterable[int]) -> dict[int, Path]:
 
 
 def _all_there(draft: Draft, options: Options) -> int:
-    """Say that nothing is left to render, and make the films that were asked for."""
     films = _make_films(_images_of(draft, options), options) if options.command == "render" else []
     where = draft.destination(draft.plan.frames[0]).parent
     return _show(options, {"job": None, "files": [], "films": films, "seconds": 0.0},
@@ -22612,11 +22553,8 @@ def _is_writable(directory: Path) -> bool:
 
 
 def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tuple[int, int]:
-    """Submit a job and send the files that the farm does not have.
-
-    Returns the job's number and that of the last event before it. A ``farm``
-    in this process is handed the files; nothing is sent.
-    """
+    """Submit a job and its files, which a ``farm`` in this process is handed; return the number
+    of the job and that of the last event before it."""
     for _ in range(TRIES_TO_SEND):
         reply = client.request("POST", "/api/v1/jobs", json={
             "name": draft.name, "pov": draft.pov.to_wire(),
@@ -22667,11 +22605,8 @@ def _send_files(client: Client, project: Project, missing: Iterable[str],
 
 
 def _put_image(image: Path, to: Path) -> None:
-    """Put an image that is on this computer in its place, whole or not at all.
-
-    Of a link POV-Ray follows only one that leads to nothing yet.
-    """
-    with writing(to), placed(_end_of(to) if to.is_symlink() and not to.exists() else to) as part:
+    with writing(to), placed(  # of a link POV-Ray follows only one that leads to nothing yet
+            _end_of(to) if to.is_symlink() and not to.exists() else to) as part:
         link_or_copy(image, part)
 
 
@@ -22696,7 +22631,6 @@ def _give_up(client: Client, job: int, state: str) -> None:
 
 
 def _goes_on(job: int, options: Options) -> str:
-    """Return how to come by the images of a job that nobody waits for any more."""
     return f"job {job} goes on; {_get_with(job, options)}"
 
 
@@ -22733,9 +22667,7 @@ class _Follower:
 
     def follow(self, job: int, event: int) -> int:
         """Wait for a job, whose events come after that one; return the command's exit code.
-
-        One that cannot end as POV-Ray would is given up and begun again (``_better``).
-        """
+        One that cannot end as POV-Ray would is given up and begun again (``_better``)."""
         started, signals = time.monotonic(), _Signals(self._stop.set)
         self._client.keep_trying(self._bar.say, self._stop)
         try:
@@ -22776,7 +22708,6 @@ class _Follower:
         return job, event
 
     def _watch(self, job: int, event: int) -> dict[str, Any]:
-        """Show what happens after an event until the job has ended, or has to begin again."""
         self._job, self._route = job, f"/api/v1/jobs/{job}"
         # The directory of the images where the coordinator is this process.
         self._near = self._here and self._here.farm.store.job_directory(job, self._draft.name)
@@ -22834,7 +22765,6 @@ class _Follower:
         self._bar.show(view)
 
     def _put_images(self) -> None:
-        """Put the images in their places that are done and not there yet."""
         got: list[str] = []
         for frame in sorted(self._done - self._put if self._draft.keeps_files else ()):
             to = self._draft.destination(frame)
@@ -22853,16 +22783,13 @@ class _Follower:
 
     def _tell(self, to_the_end: bool = False) -> None:
         """Show what POV-Ray said of the frames, in their order: up to the first that is not done.
-
-        ``to_the_end`` passes over those, and tells of those that failed, too.
-        """
+        ``to_the_end`` passes over those, and tells of those that failed, too."""
         while self._untold and (to_the_end or self._untold[-1] in self._done):
             frame = self._untold.pop()
             if frame in self._done or frame in self._failed:
                 self._show_text(self._log_of(frame, "?plain"))
 
     def _show_text(self, text: bytes) -> None:
-        """Put all that POV-Ray said of a frame into --log, and show what is new in it."""
         if self._options.log is not None:
             with open(self._options.log, "ab") as file:
                 file.write(text)
@@ -22876,7 +22803,6 @@ class _Follower:
             _write(plain(said), sys.stderr)
 
     def _log_of(self, frame: int, query: str = "") -> bytes:
-        """Return what POV-Ray printed for a frame."""
         return self._client.request("GET", f"{self._route}/frames/{frame}/log{query}").body
 
     def _kept(self, here: _Here) -> str:
@@ -22906,9 +22832,8 @@ class _Follower:
     def _better(self, view: Mapping[str, Any]) -> tuple[Draft, str] | None:
         """Return what to begin the job again as, and why; None when it is as good as it gets.
 
-        ``view`` is the job's as it has ended, done or failed, before what its scene
-        wrote is brought here. What is returned differs from the draft in what was
-        wrong, so that no job is begun again twice for the same reason.
+        It has ended, done or failed, and what its scene wrote is not here yet. What is returned
+        differs from the draft in what was wrong, so that none begins twice for the same reason.
         """
         draft = self._draft
         missed = [name for name in self._missed(view) if draft.project.explain(name)[0]]
@@ -22944,7 +22869,6 @@ class _Follower:
         return (draft, why) if why else None
 
     def _missed(self, view: Mapping[str, Any], words: str = _NO_FILE) -> list[str]:
-        """Return the names that POV-Ray did not find for the frame that failed."""
         if view["failure"] is None:
             return []
         text = self._log_of(view["failure"]["frame"]).decode("utf-8", "replace")
@@ -22960,9 +22884,7 @@ class _Follower:
 
     def _keep_log(self, view: Mapping[str, Any]) -> Path | None:
         """Keep what POV-Ray printed for a frame that failed, beside where its image would be.
-
-        A file of that name is overwritten only if it is such a log, too.
-        """
+        A file of that name is overwritten only if it is such a log, too."""
         failure = view["failure"]
         if failure is None or view["state"] == JobState.DONE.value:
             return None
@@ -22981,7 +22903,6 @@ class _Follower:
         return [file["path"] for file in _written(self._client, self._job)]
 
     def _bring_written(self) -> list[str]:
-        """Put what the scene wrote in its place; return where that is."""
         draft = self._draft
         if draft.place is not None:
             copies = _whole_texts(draft.place.take(self._job), draft, draft.place.root)
@@ -23001,7 +22922,6 @@ def _alike(directory: Path, name: str) -> dict[str, Path]:
 
 
 def _again(options: Options, *more: str) -> str:
-    """Return the command that was typed, with more words, as messages have it."""
     words = _options_typed(options.typed)
     words += ["--"] * any(word.startswith("--") for word in options.rest) + options.rest
     return f"povfarm.py {options.command} " + " ".join(map(shell_word, (*words, *more)))
@@ -23017,7 +22937,6 @@ _JOB_ENDS = frozenset(f"job {state}" for state in ("done", "failed", "cancelled"
 
 def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft: Draft,
               seconds: float, options: Options, log: Path | None = None) -> int:
-    """Say how a job ended, make the films of its images, and return the exit code."""
     counts, films = view["frames"], []
     done = view["state"] == JobState.DONE.value and counts["done"] == counts["total"]
     if done and options.command == "render":
@@ -23052,7 +22971,6 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
 
 def _made(total: int, files: Sequence[str], written: Sequence[str], draft: Draft,
           options: Options) -> str:
-    """Return what a job of so many frames has made, and where that is."""
     made = counted(total, "frame")
     where = f" in {Path(files[0]).parent}" if files else ""
     if total == 1:
@@ -23086,7 +23004,6 @@ def _whole_texts(copies: dict[str, Kept], draft: Draft, root: Path) -> dict[str,
 
 
 def _bring(copies: Mapping[str, Kept], draft: Draft, private: Collection[Path]) -> list[str]:
-    """Put what a scene wrote in place where POV-Ray would have left it; return where that is."""
     put, refused, denied = [], [], []
     for name, kept in sorted(copies.items()):
         to = Path(os.path.normpath(draft.directory / name))
@@ -23108,10 +23025,8 @@ def _bring(copies: Mapping[str, Kept], draft: Draft, private: Collection[Path]) 
 
 
 def _leave(kept: Kept, target: Path) -> None:
-    """Put what a scene wrote in its place: as POV-Ray does into what is there, or at its end.
-
-    Others may write at the end as well, meanwhile.
-    """
+    """Put what a scene wrote in its place: as POV-Ray does into what is there, or at its end,
+    where others may write meanwhile."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_file(target):
         with open(kept.copy, "rb") as source, open(target, "ab" if kept.added else "wb") as file:
@@ -23133,7 +23048,6 @@ def _is_program(path: Path) -> bool:
 
 
 def _may_leave(to: Path, base: Path, private: Collection[Path]) -> bool:
-    """Tell whether a scene that runs in ``base`` may leave a file there."""
     where = real_path(to.parent)
     hidden = to.name.startswith(".")
     if (hidden and to.exists()) or _is_program(to):
@@ -23147,9 +23061,7 @@ def _may_leave(to: Path, base: Path, private: Collection[Path]) -> bool:
 def _fetch_written(client: Client, job: int, directory: Path, owners: _Owners | None,
                    named: Collection[str] = ()) -> list[str]:
     """Get the files that the scene wrote and that are not there already; return where they are.
-
-    Of what is there and was never got for this job, only what is ``named`` is replaced.
-    """
+    Of what is there and was never got for this job, only what is ``named`` is replaced."""
     fetched, strange, written = [], [], _written(client, job)
     names = [file["path"] for file in written if file["sha256"] and file["path"] not in named]
     unknown = owners.claim(names) if owners else {*names}
@@ -23191,7 +23103,6 @@ def _fetch_appended(client: Client, route: str, directory: Path, name: str,
 
 
 def _fetch(client: Client, route: str, directory: Path, name: str, sha256: str) -> list[str]:
-    """Get a file unless it is there already; return where it is if it was got."""
     with held_place(directory, name) as to:
         if is_file(to) and sha256_file(to) == sha256:
             return []
@@ -23200,7 +23111,6 @@ def _fetch(client: Client, route: str, directory: Path, name: str, sha256: str) 
 
 
 def _own_directory(job: Mapping[str, Any], data: Path) -> Path:
-    """Return where a job's images go: the directory that it has here already, or a new one."""
     name = _file_name(job["name"])
     places = [Path(f"{name}-frames"), Path(f"{name}-{job['id']}-frames")]
     owners = [_Owners(place, data) for place in places]
@@ -23239,7 +23149,6 @@ class _Owners:
         self._ours.add(self._job)
 
     def known(self) -> bool:
-        """Tell whether the job has been here before."""
         self._look()
         return self._job in self._owners.values()
 
@@ -23248,13 +23157,11 @@ class _Owners:
         return self._notes.exists()
 
     def nobody(self) -> bool:
-        """Tell whether no job has been here, and nothing is."""
         self._look()
         return not self._owners and not (
             self._directory.exists() and any(self._directory.iterdir()))
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise ``UserError`` when one of these files is here and another job's."""
         self._look()
         for name in names if self._owners else ():
             owner = self._owners.get(name, "")
@@ -23264,10 +23171,8 @@ class _Owners:
                                 "another directory with --output, or delete what is there")
 
     def claim(self, names: Sequence[str], replaces: bool = False) -> set[str]:
-        """Note that files here are the job's; ``UserError`` when one is another's.
-
-        Those that are here and nobody's are returned, and not noted unless it ``replaces`` them.
-        """
+        """Note that files here are the job's; ``UserError`` when one is another's. Those that
+        are here and nobody's are returned, and not noted unless it ``replaces`` them."""
         self.check(names)
         strange = {name for name in names if not (replaces or self._owners.get(name))
                    and os.path.lexists(self._directory / name)}
@@ -23290,7 +23195,6 @@ class _Owners:
 
 
 def _frames_of(client: Client, job: int, since: float = 0.0) -> Iterator[dict[str, Any]]:
-    """Yield the frames of a job, or those that changed since a time."""
     after, route = -1, f"/api/v1/jobs/{job}/frames?since={since}&after="
     while frames := client.get(f"{route}{after}")["frames"]:
         if frames[-1]["frame"] <= after:
@@ -23306,9 +23210,8 @@ def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:
 def _jobs(client: Client, text: str, newest: bool = False) -> list[dict[str, Any]]:
     """Return the jobs that one word of a command line means, the newest first; one at least.
 
-    The word is a number, a range such as 5-7 (of which some may be missing),
-    ``last``, or a name. Of several jobs of one name it is the ``newest``, or
-    nobody knows which. ``UserError`` when there is none.
+    The word is a number, a range such as 5-7 (of which some may be missing), ``last``, or a
+    name, of which there is one job, or it is the ``newest``. ``UserError`` when there is none.
     """
     numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
     if numbers:
@@ -23350,9 +23253,9 @@ def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "
               body: Any = None, said: Mapping[str, str] = {}) -> int:
     """Ask the same of every job that is named; one that cannot do it does not stop the others.
 
-    ``said`` is told of those that can, by their state or of any, in place of that; JOB is theirs.
-    Neighbours that refuse for the same reason share a line. Returns the exit code: 1 when
-    some failed, 2 when all that was asked for is bad input.
+    ``said`` is told of those that can, by their state or of any, in place of that. Neighbours
+    that refuse for the same reason share a line. Returns the exit code: 1 when some failed, 2
+    when all that was asked for is bad input.
     """
     told: list[dict[str, Any]] = []
     codes = set()
@@ -23365,8 +23268,7 @@ def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "
             jobs.append(str(each["job"]))
             if not (reason or options.json):
                 _say(f"job {each['job']} ({each['name']})"
-                     + (said.get(each["state"]) or said.get("", f" is {each['state']}")
-                        ).replace("JOB", str(each["job"])))
+                     + (said.get(each["state"]) or said.get("", f" is {each['state']}")))
         if reason:
             _say(told[-1]["error"] if len(jobs) == 1 else
                  f"jobs {_shortened(', '.join(jobs), 60)}: each {reason}")
@@ -23376,7 +23278,6 @@ def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "
 
 
 def _why_refused(answer: tuple[int, Mapping[str, Any]]) -> str:
-    """Return what a job was refused for, without its number; nothing of one that was not."""
     told = answer[1]
     return str(told.get("error", "")).replace(f"job {told['job']} ", "", 1)
 
@@ -23384,9 +23285,7 @@ def _why_refused(answer: tuple[int, Mapping[str, Any]]) -> str:
 def _answers(client: Client, words: Sequence[str], method: str, path: str,
              body: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield what became of each job that was asked something, with the exit code for it.
-
-    Nothing is asked of any where one of the words is no job: it may be meant otherwise.
-    """
+    Nothing is asked of any where one of the words is no job: it may be meant otherwise."""
     found: list[dict[str, Any]] = []
     wrong: list[tuple[int, dict[str, Any]]] = []
     for word in words:
@@ -23473,7 +23372,6 @@ def _job_facts(job: Mapping[str, Any], data: Path | None) -> str:
 
 
 def _options_of(values: Mapping[str, Any], rows: Mapping[str, Setting] = JOB_OPTIONS) -> str:
-    """Return options of a job or a person as ``set`` takes them, from values by the rows' names."""
     words = {True: "yes", False: "no"}
     return " ".join(f"{row.name}={words[values[name]] if row.is_flag else values[name]}"
                     for name, row in rows.items() if name in values)
@@ -23484,7 +23382,6 @@ def _date(seconds: float | None) -> str:
 
 
 def _slices_of(job: Mapping[str, Any]) -> str:
-    """Return how many slices of the frames in work are there, for a line about a job."""
     slices = job["slices"]
     return f"{slices['done']}/{slices['total']} slices" if slices["total"] else ""
 
@@ -23554,7 +23451,6 @@ FILMS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .ogv .mpg .gif .apng".split())
 
 
 def _check_films(options: Options, frames: Sequence[Path] = ()) -> None:
-    """Fail where the films that were asked for cannot be made of these images."""
     suffix = frames[0].suffix if frames else ""
     if options.video:
         _ffmpeg()
@@ -23578,7 +23474,6 @@ def _check_films(options: Options, frames: Sequence[Path] = ()) -> None:
 
 
 def _make_films(frames: Sequence[Path], options: Options) -> list[str]:
-    """Make the films that were asked for; return where they are."""
     _check_films(options, frames)
     if options.apng:
         with _film(options.apng) as part, open(part, "wb") as file:
@@ -23646,7 +23541,6 @@ def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
 
 
 def _client_of(farm: Coordinator) -> Client:
-    """Return a client of a farm in this process."""
     inside = Within(farm.server) if isinstance(farm.server, Inside) else None
     return Client(farm.url, farm.key, fingerprint=farm.pin, transport=inside)
 
@@ -23725,10 +23619,8 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
 
 def _admission(own: Client, key: str, kept: _Kept, info: Mapping[str, Any],
                stop: threading.Event | None) -> tuple[bool, str]:
-    """Ask a coordinator to be its worker; ``own`` is known to it from then on.
-
-    Tell whether it is let in, and the code if not. A farm that let it in once has to prove it.
-    """
+    """Ask a coordinator to be its worker, as which it knows ``own`` from then on; tell whether it
+    is let in, and the code if not. A farm that let it in once has to prove it."""
     for token in filter(None, (kept.key, key)):
         own.token = token
         try:
@@ -23769,7 +23661,6 @@ def _pair(own: Client, farm_id: str, info: Mapping[str, Any],
 
 def _begin_work(client: Client, engine: Engine, programs: Iterable[str], options: Options,
                 kept: _Kept) -> None:
-    """Say for whom a worker works that was let in, and remember it for the next time."""
     renderers = " and ".join([f"POV-Ray {engine.version}"] * bool(engine.version) + [*programs])
     _say(f"working for {client.base_url} with {renderers} "
          "(Ctrl-C finishes what is under way, twice stops at once)")
@@ -23833,7 +23724,6 @@ class _Owner:
                 signal.signal(getattr(signal, name), functools.partial(self._rest, RESTS[action]))
 
     def steer(self, mine: Resting) -> None:
-        """Steer one more."""
         self._mine.append(mine)
         self._look()
 
@@ -23878,7 +23768,6 @@ class _Shifts:
             worker.client.hurry()
 
     def try_to_work(self, server: str, share: int) -> bool:
-        """Work for one of several farms; say what keeps it from that, and tell whether it went."""
         try:
             return self.work(server, share)
         except FarmError as error:
@@ -23886,7 +23775,6 @@ class _Shifts:
             return False
 
     def work(self, server: str, share: int) -> bool:
-        """Find a farm, join it, and work until stopped."""
         options = Options(**{**vars(self._options), "server": server})
         client = _find_coordinator(options, self.stop)
         if client is None:
@@ -23945,7 +23833,6 @@ class _WorkerPage:
         self._cookie = f"povfarm-work-{self.server.port}"
 
     def start(self) -> None:
-        """Serve, and say where."""
         self._offer_link()
         self.server.start()
         _say(f"what this worker does is shown at {self._url}/login/{self._code} (the link works "
@@ -23957,7 +23844,6 @@ class _WorkerPage:
 
     @route("GET", "/login/<code>", role="anyone")
     def login(self, request: Request) -> Response:
-        """Exchange a link's code for a cookie."""
         if request.method == "HEAD" or not hmac.compare_digest(
                 request.params["code"].encode(), self._code.encode()):
             raise ProtocolError(403, "this link was used before: the worker said where the next is")
@@ -23971,13 +23857,11 @@ class _WorkerPage:
     @route("GET", "/favicon.svg", role="anyone")
     @route("GET", "/style.css", role="anyone")
     def look(self, request: Request) -> Response:
-        """The style sheet of all pages, or the mark."""
         mime, text = LOOKS[request.path[1:]]
         return text_response(text, mime=mime)
 
     @route("GET", "/", role="admin")
     def home(self, request: Request) -> Response:
-        """Show runs, what is held, and what was said last."""
         views = [worker.view() for worker in self._workers]
         rests = any(view["rest"] for view in views)
         return self._page(
@@ -23991,20 +23875,17 @@ class _WorkerPage:
 
     @route("GET", "/status.json", role="admin")
     def status(self, request: Request) -> Response:
-        """What the page shows but for the log."""
         return json_response({"workers": [worker.view() for worker in self._workers], "held": {
             name: [one.task.name for one in frames] for name, frames in self._held().items()}})
 
     @route("GET", "/held/<farm>/<job>.zip", role="admin")
     def held(self, request: Request) -> Response:
-        """A zip of them, made while it is sent."""
         return stream_response(zip_stream([
             (PurePosixPath(one.task.name).name, one.image) for one in self._found(request)]),
             "application/zip")
 
     @route("POST", "/held/<farm>/<job>/deliver", role="admin")
     def deliver(self, request: Request) -> Response:
-        """Send the frames of a job that are held to their farm."""
         self._check(request)
         frames = self._found(request)
         self._workers[int(request.params["farm"])].outbox.bring(one.run for one in frames)
@@ -24041,14 +23922,12 @@ class _WorkerPage:
         raise ProtocolError(401, "open the link that the worker has printed")
 
     def _check(self, request: Request) -> None:
-        """Refuse a form that is not of this page."""
         check_origin(request.headers)
         given = request.form().get("token", "")
         if not hmac.compare_digest(given.encode(), self._token.encode()):
             raise ProtocolError(403, "this form is too old: load the page again")
 
     def _held(self) -> dict[str, list[Delivery]]:
-        """Return the frames that are held, by farm and job."""
         return {f"{farm}/{job}": frames for farm, worker in enumerate(self._workers)
                 for job, frames in worker.held().items()}
 
@@ -24104,7 +23983,6 @@ class _WorkerPage:
 
 
 def _cores() -> int:
-    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -24118,7 +23996,6 @@ def _tls_files(options: Options) -> tuple[Path, Path] | None:
 
 def _greet(coordinator: Coordinator, options: Options, engine: Engine | None,
            code: str = "") -> None:
-    """Say where a farm is, and what to type to use it."""
     address, more = coordinator.url, []
     if options.bind in ("", "0.0.0.0", "::"):
         scheme = address.partition(":")[0]
@@ -24166,7 +24043,6 @@ def _kept(options: Options) -> dict[str, str]:
 
 
 def _keep(client: Client, options: Options) -> None:
-    """Remember whose key this is and where, for the commands that follow."""
     farm = client.get("/api/v1/farm")
     kept = {"key": client.token, "farm_id": farm["farm_id"], "name": farm["name"],
             "url": client.base_url, "pin": client.fingerprint}
@@ -24214,7 +24090,6 @@ def _come(client: Client, options: Options) -> None:
 
 
 def _key_in(file: str) -> str:
-    """Return the key that is in a file, or in standard input."""
     try:
         key = sys.stdin.readline() if file == "-" else Path(file).expanduser().read_text("ascii")
     except (OSError, ValueError) as error:
@@ -24258,10 +24133,7 @@ def _coordinator(options: Options) -> Client:
 
 
 def _find_coordinator(options: Options, stop: threading.Event | None = None) -> Client | None:
-    """Return a client for the coordinator that is meant.
-
-    With ``stop`` it is waited for; None when that comes first.
-    """
+    """Return a client for the coordinator; with ``stop`` wait for it: None if that comes first."""
     key = _known_key(options)
     if len(options.server.split()) > 1:
         raise UserError("only a worker can have several farms: give one --server")
@@ -24329,7 +24201,6 @@ class _LookOut:
         self._say = _news()
 
     def look(self) -> Found | None:
-        """Return the coordinator to work for, if it is there now."""
         chosen = self._choose()
         if isinstance(chosen, Found):
             return chosen
@@ -24362,7 +24233,6 @@ class _LookOut:
         return found[0]
 
     def _proves(self, farm: Found) -> bool:
-        """Tell whether it is the farm that has let this computer in, as it says."""
         with contextlib.suppress(FarmError):
             client = _client(self._options, farm.url, self._admitted, farm.pin, 0.0)
             with contextlib.suppress(RequestRefused):  # it is removed there, and will be told so
@@ -24372,14 +24242,12 @@ class _LookOut:
 
 
 def _client(options: Options, url: str, key: str, pin: str, patience: float) -> Client:
-    """Return a client that believes the certificate of the command line, if there is one."""
     if options.pin and not url.startswith("https:"):
         raise UserError(f"{url} speaks no TLS, which --pin asks for")
     return Client(url, key, retry_for=patience, fingerprint=options.pin or pin)
 
 
 def _server_url(text: str, tls: bool) -> str:
-    """Return the address of a coordinator from what a person types for it."""
     bare = "//" not in text
     url = f"{'https' if tls else 'http'}://{text}" if bare else text
     parts = urllib.parse.urlsplit(url)
@@ -24389,11 +24257,8 @@ def _server_url(text: str, tls: bool) -> str:
 
 
 def _discover(options: Options, key: str, name: str) -> list[Found]:
-    """Return the coordinators that answer; those that hold our key, if any does.
-
-    A key that was typed must be right; one that only lies here may be that of
-    another farm, one of this computer.
-    """
+    """Return the coordinators that answer; those that hold our key, if any does. One that was
+    typed must be right; one that only lies here may be another farm's, of this computer."""
     known = key and ":" not in key  # else it is a person's, of which coordinators show nothing
     found = discover(1.5, key.encode(), options.discovery_port, name or None) if known else []
     others = [] if found else discover(1.5, None, options.discovery_port, name or None)
@@ -24404,7 +24269,6 @@ def _discover(options: Options, key: str, name: str) -> list[Found]:
 
 
 def _others_than(name: str, options: Options) -> str:
-    """Return in words which farms answer instead of the one that is meant, if any do."""
     others = ", ".join(map(str, discover(1.5, None, options.discovery_port) if name else []))
     return f"no farm called '{name}' answers here; there is {others}" if others else ""
 
@@ -24423,7 +24287,6 @@ def _choose(found: Sequence[Found], options: Options, name: str) -> Found:
 
 
 def _check_coordinator(client: Client, options: Options) -> Client:
-    """Fail, in one line, when there is no coordinator or the key is wrong."""
     ask = functools.partial(client.request, "GET", "/api/v1/farm", timeout=10)
     key = client.token
     try:
@@ -24447,7 +24310,6 @@ class _Signals:
 
     What a second Ctrl-C does is the action's: ``work`` has ``Worker.stop``, which then
     ends at once; ``render`` lets it end the program (``end_at_next``); others ignore it.
-
     Not by an exception, which would be lost where it hits a ``__del__``, nor
     in the handler itself, which runs in the middle of anything, locks too.
     """
@@ -24504,7 +24366,6 @@ class _Background:
         return self._future.result()
 
     def check(self) -> None:
-        """Raise what the function has raised, if it has."""
         if self._future.done():
             self._future.result()
 
