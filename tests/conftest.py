@@ -17,8 +17,9 @@ import pytest
 from helpers.base import EXAMPLES, TRIED, need, tried, wait_until
 from helpers.farm import renderers
 
-# Who renders waits more than he computes, so there are more workers than cores.
-WORKERS_MORE_THAN_CORES = 3
+# POV-Ray sleeps nine tenths of a small render, so of what renders more run at once than there are cores.
+WORKERS_MORE_THAN_CORES = 8
+FAST_LANE = "not slow"
 SLOW = re.compile(r"(/usr/bin/)?povray|.*/(povfarm\.py|chromium|chromium-browser|ffmpeg)")
 RENDERERS = {"povray", "examples"}
 UNDER_WAY: List[pytest.Item] = []
@@ -30,10 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many run at once with ``-n auto``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (cores or 1) + WORKERS_MORE_THAN_CORES
+    return (cores or 1) + (0 if config.option.markexpr == FAST_LANE else WORKERS_MORE_THAN_CORES)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,7 +50,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def _group(item: pytest.Item) -> str:
     """Name the tests that one process does: each would do again what they look at together."""
-    if item.path.stem in ("test_layout", "test_limits"):  # they read the whole file
+    if item.path.stem in ("test_house", "test_layout", "test_limits"):  # they read whole programs
         return "source"
     found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
     return next((f"{item.path.stem}-{name}" for name, (*_, fixture) in found.items()

@@ -371,7 +371,10 @@ def test_a_guessed_login_code_costs_time_too(farm: Farm) -> None:
     assert farm.clock.mono == began
 
 
-def test_so_many_may_ask_to_join_and_those_that_went_away_make_room(farm: Farm) -> None:
+def test_so_many_may_ask_to_join_and_those_that_went_away_make_room(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "MAX_PENDING", 20)
+
     def ask(number: int) -> int:
         remote = f"10.0.{number}.1"
         status = farm.ask("POST", "/api/v1/workers", key=None, remote=remote,
