@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Iterator, List, Optional, Tuple
 
 import pytest
@@ -48,15 +49,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.maxworkerrestart = "0"
 
 
-def _group(item: pytest.Item) -> str:
-    """Name the tests that one process does: each would do again what they look at together."""
-    if item.path.stem in ("test_house", "test_layout", "test_limits"):  # they read whole programs
-        return "source"
-    found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
-    return next((f"{item.path.stem}-{name}" for name, (*_, fixture) in found.items()
-                 if fixture.scope == "module" and RENDERERS.intersection(fixture.argnames)), "")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     """What renders is slow; with ``-n``, the small ones come last and fill the gaps."""
@@ -64,9 +56,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
         names = getattr(item, "fixturenames", ())
         if RENDERERS.intersection(names):
             item.add_marker("slow")
-        group = _group(item)
-        if group and config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(group))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
@@ -87,9 +76,27 @@ def pytest_xdist_setupnodes(config: pytest.Config) -> None:
             pool.map(_compile, changed, chunksize=1)
 
 
-def pytest_collection_finish() -> None:
-    """What was collected stays: to look through it for garbage takes longer than most tests do."""
+def _group(item: pytest.Item) -> str:
+    """Name the tests that one process does: each would do again what they look at together."""
+    if item.path.stem in ("test_house", "test_layout", "test_limits"):  # they read whole programs
+        return "@source"
+    found = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
+    return next((f"@{item.path.stem}-{name}" for name, (*_, fixture) in found.items()
+                 if fixture.scope == "module" and RENDERERS.intersection(fixture.argnames)), "")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection_finish(session: pytest.Session) -> Iterator[None]:
+    """Name each test with its group for pytest-xdist, whose marks do not reach it from every pytest.
+
+    What was collected stays: to look through it for garbage takes longer than most tests do.
+    """
     gc.freeze()
+    items = session.items
+    if hasattr(session.config, "workerinput"):
+        session.items = [SimpleNamespace(nodeid=item.nodeid + _group(item)) for item in items]
+    yield
+    session.items = items
 
 
 def pytest_make_parametrize_id(val: object) -> Optional[str]:
