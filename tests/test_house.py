@@ -144,7 +144,7 @@ def test_the_figures_of_all_processes_are_added(
 @pytest.mark.slow
 def test_what_shares_something_is_done_by_one_process() -> None:
     pytest.importorskip("xdist")
-    done = subprocess.run([povfarm.sys.executable, "-m", "pytest", "-v", "-n", "2", "tests/test_limits.py"],
+    done = subprocess.run([povfarm.sys.executable, "-m", "pytest", "-vv", "-n", "2", "tests/test_limits.py"],
                           cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and len(set(re.findall(r"\[gw\d\]", done.stdout))) == 1, done.stdout
 
