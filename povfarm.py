@@ -4976,8 +4976,7 @@ def wanted(state: JobState, counts: Mapping[Any, int]) -> int:
 
 
 # How a worker rests that is asked to do so.
-RESTS: Mapping[str, str] = {
-    "pause": WorkerState.PAUSED.value, "drain": WorkerState.DRAINED.value, "resume": ""}
+RESTS: Mapping[str, str] = {"pause": "paused", "drain": "drained", "resume": ""}
 
 
 class Wired:
@@ -5683,7 +5682,6 @@ def _argument_type(kind: str, pattern: str, source: str) -> re.Pattern[str]:
 
 
 def _template_problem(engine: OnlineEngine, arguments: Collection[str], node: bool) -> str:
-    """Say what is wrong with an engine, or nothing."""
     povray = engine.name == POVRAY
     try:
         words = engine.words
@@ -8389,7 +8387,6 @@ class _Register:
             "SELECT MAX(id) FROM event WHERE job = :job", job=job))
 
     def was_told(self, job: int, what: str, text: str) -> bool:
-        """Tell whether an event of a job, of any of its frames, said just this."""
         return bool(self._value(
             "SELECT 1 FROM event WHERE job = :job AND what = :what AND text = :text",
             job=job, what=what, text=text))
@@ -8475,7 +8472,6 @@ class _Register:
         return found if found and (found.uses is not None) == invited else None
 
     def people(self, invited: bool = False) -> list[Person]:
-        """Return all people and programs, by name; or the invitations."""
         return [one for one in self._people().values() if (one.uses is not None) == invited]
 
     def _people(self) -> Mapping[str, Person]:
@@ -8492,7 +8488,6 @@ class _Register:
                     FROM turn WHERE :owner IN ('', owner) GROUP BY owner""", owner=owner)}
 
     def manifest(self, key: str) -> str:
-        """Return a manifest's JSON text, or an empty text."""
         return self._value("SELECT wire FROM manifest WHERE key = :key", key=key) or ""
 
     def missing_blobs(self, manifest: str) -> list[str]:
@@ -8507,7 +8502,6 @@ class _Register:
         return {sha256: sizes[sha256] for sha256 in self.missing_blobs(manifest)}
 
     def missing_files(self) -> dict[int, dict[str, int]]:
-        """Return what ``missing_sizes`` does for each job that waits."""
         return {row["id"]: self.missing_sizes(row["manifest"]) for row in self._do("""
             SELECT id, manifest FROM job WHERE state = 'waiting'""").fetchall()}
 
@@ -9812,7 +9806,6 @@ class _States:
                 self.move(tx, part, TaskState.CANCELLED, why)
 
     def cancel(self, tx: Tx, job: Job) -> None:
-        """Cancel a job, and as much of its tasks as is done in one step."""
         self.move_job(tx, job, JobState.CANCELLED, "")
         for frame in tx.frames_with_parts(job.id):
             self.cancel_frame(tx, frame, "job cancelled")
@@ -9866,7 +9859,6 @@ class _States:
                 self.move(tx, task, TaskState.QUEUED, why)
 
     def take_leases(self, tx: Tx, worker: int, why: str) -> None:
-        """Take back all leases of a worker, which may not come again."""
         self.news.work = math.inf  # also what others failed and this one might have rendered
         for grant in self.grants.of_worker(worker):
             self.end_lease(tx, grant, AttemptState.RELEASED, why)
@@ -10008,12 +10000,9 @@ class People:
 
     def may_have(self, look: Look, worker: int, owner: str) -> bool:
         """Tell whether a worker may render for somebody, beside those that do already."""
-        most = self.allowance(look, owner)
-        if most.workers:
-            others = self._states.grants.rendering("owner", owner) - {worker}
-            if len(others) >= most.workers:
-                return False
-        return not self.too_much(look, owner)
+        most = self.allowance(look, owner).workers
+        others = self._states.grants.rendering("owner", owner) - {worker} if most else ()
+        return not ((most and len(others) >= most) or self.too_much(look, owner))
 
     def _known(self, look: Look, name: str) -> Person:
         person = look.person(name)
@@ -10072,7 +10061,6 @@ class _Crew:
             raise Crowded(f"{MAX_OPEN} workers have joined without a key, which is the most")
 
     def rejoin(self, worker: int, info: WorkerInfo, address: str) -> None:
-        """Take what a known worker says of itself when it comes again."""
         with self.states.tx() as tx:
             tx.set_worker_info(worker, info, address)
         self._see(worker).trial = -math.inf  # perhaps it comes again because it was mended
@@ -10168,7 +10156,6 @@ class _Crew:
                 self.states.waiting.wait(bell, left)
 
     def expire(self) -> None:
-        """Take back every lease whose worker has been silent for too long, and tell who is lost."""
         now, live = self.clock.monotonic(), self.live_workers()
         late = [grant.id for grant in self.states.grants
                 if grant.heard + self.silence(grant.worker) < now]
@@ -10579,17 +10566,15 @@ class _Deal:
         options, mine = job.options, self._worker.id
         if self._offer.job not in (0, job.id) or not self._muster.suits(job, self._worker):
             return False
-        if options.max_workers:
-            others = self._grants.rendering("job", job.id) - {mine}
-            if len(others) >= options.max_workers:
-                return False
+        if (options.max_workers and options.max_workers <= len(
+                self._grants.rendering("job", job.id) - {mine})):
+            return False
         if (options.in_order and job.leased) or not self._may_have_another(job):
             return False
         return (self._sick or not self._muster.is_hopeless(job, mine)
                 or mine in self._muster.helpers(job))
 
     def _may_have_another(self, job: Job) -> bool:
-        """Tell whether the worker may have another slice or pass beside those that it has."""
         slices = job.options.slices
         parts = [portion for grant in self._grants.of_worker(self._worker.id)
                  for portion in grant.portions.values()
@@ -10646,14 +10631,11 @@ class _Deal:
             return [task for task in self._tx.tasks_in(job.id, TaskState.QUEUED)
                     if task.cut is None and self._may_try(job, task)][:1]
         step = job.pov.plan.frames.step
-        for index in range(1, len(tasks)):
-            if abs(tasks[index].frame - tasks[index - 1].frame) != step:
-                tasks = tasks[:index]
-                break
-        return sorted(tasks, key=operator.attrgetter("frame"))
+        end = next((at for at in range(1, len(tasks))
+                    if abs(tasks[at].frame - tasks[at - 1].frame) != step), None)
+        return sorted(tasks[:end], key=operator.attrgetter("frame"))
 
     def _next(self, job: Job, size: int, fresh: bool = False) -> list[Task]:
-        """Find so many queued frames at most, as the job wants them to be handed out."""
         options, frames, mine = job.options, job.pov.plan.frames, self._worker.id
         dealt, backwards = sum(job.counts.values()) - job.queued, options.order == "reverse"
         for low, high in spans_of(options.first, frames):
@@ -11000,7 +10982,6 @@ class _Deliveries:
             tx.set_state_of(task.id, version)
 
     def states_of(self, job: int) -> dict[int, Path]:
-        """Return what stopped renders have left of the whole frames of a job, by frame."""
         with self.states.store.read() as look:
             tasks = [task for task in map(look.task, look.states())
                      if task.job == job and task.kind is TaskKind.FRAME]
@@ -11095,7 +11076,6 @@ class _Delivery:
         return False
 
     def _prepare(self) -> bool:
-        """Look what the image is for; False when nobody wants it."""
         with self._store.read() as look:
             self.attempt, self.task, self.job = self._states.shown(look, *self._shown)
             self.directory = self._store.job_directory(self.job.id, self.job.name)
@@ -11145,7 +11125,6 @@ class _Delivery:
         return VERDICTS[how, others_left], wrong
 
     def _is_odd(self, look: Look, extension: str) -> bool:
-        """Tell whether the image is black and those of its neighbours are not."""
         near = [self.directory / row.name for row in look.neighbours(self.job.id, self.task.frame)]
         return (bool(near) and is_black(self._image, extension)
                 and not any(is_black(path, extension) for path in near
@@ -11475,7 +11454,6 @@ class Scheduler:
         return True
 
     def _retry_parts(self, tx: Tx, job: Job) -> int:
-        """Queue again what is missing of sliced frames; return how many frames that were."""
         bad = (TaskState.FAILED, TaskState.CANCELLED)
         frames = [frame for frame in tx.frames_with_parts(job.id) if frame.state in bad]
         for frame in frames:
@@ -11560,7 +11538,6 @@ class Scheduler:
             self._stepping.release()
 
     def _rest(self) -> None:
-        """Let others have their turn."""
         self._states.waiting.wait(_Bell(), STEP_PAUSE)
 
     # --- keeping house
@@ -12752,10 +12729,8 @@ class Api(_Answers):
     @route("PATCH", "/api/v1/jobs/<job:int>", role="user", takes=JobOptions, gives=JobView)
     def change(self, request: Request) -> Response:
         """Change a job. Body: any of its options."""
-        wire = request.json()
-        if not isinstance(wire, dict):
-            raise UserError("the body is not a list of changes")
-        self._farm.change(request.params["job"], wire, request.identity.name)
+        changes = want({"options": request.json()}, "options", dict)
+        self._farm.change(request.params["job"], changes, request.identity.name)
         return self.job(request)
 
     @route("DELETE", "/api/v1/jobs/<job:int>", role="user")
@@ -12878,12 +12853,10 @@ class Api(_Answers):
            takes=Failure)
     def fail(self, request: Request) -> None:
         """Tell of a failed task. Body: message, scene (true when the scene is to blame), log."""
-        self._farm.check_lease(request.identity.worker, request.params["lease"],
-                               request.params["task"])
+        mine = request.identity.worker, request.params["lease"], request.params["task"]
+        self._farm.check_lease(*mine)
         told = fields_of(Failure, request.json())
-        self._farm.fail(
-            request.identity.worker, request.params["lease"], request.params["task"],
-            plain(told["message"][:1000]), told["log"].encode(), told["scene"])
+        self._farm.fail(*mine, plain(told["message"][:1000]), told["log"].encode(), told["scene"])
 
     @route("GET", "/api/v1/manifests/<key>", role="worker", gives=Manifest)
     def manifest(self, request: Request) -> Response:
@@ -13222,7 +13195,6 @@ def _content(kind: Any) -> dict[str, Any]:
 
 
 def _told_to_rest(state: WorkerState) -> str:
-    """Return the state of a worker that people want to rest, else nothing."""
     return state.value if state.value in RESTS.values() else ""
 
 
@@ -17010,21 +16982,20 @@ class Coordinator:
                 tx.set_meta("farm_id", secrets.token_hex(8))
             farm_id = tx.meta("farm_id")
         self.name = name or socket.gethostname()
-        self.scheduler = Scheduler(self.store, self.clock, lease_time, allowance, keeping)
-        self.access = Access(self.store, self.key, private, self.clock, self.scheduler.people,
-                             self.pin)
-        self.api = Api(self.scheduler, self.access, self.name)
-        entrance = Entrance(self.scheduler, self.access, admit_private)
-        pages = Pages(self.api, self.scheduler, self.access, self.pin, typed)
-        desk = Desk(self.api, self.scheduler, self.access, self.pin, typed)
-        dialects: list[object] = [Httpov(self.scheduler, self.access)] if httpov else []
-        dialects += [Sheepit(self.scheduler, self.access, self.key)] if sheepit else []
-        dialects += [RenderOnline(self.scheduler, self.access, self.key, renderonline)
-                     ] if renderonline else []
-        self.machines = Machines(self.scheduler, self.access, programs)
-        self.router = Router(self.api, entrance, pages, desk, self.machines, *dialects,
-                             authenticate=self.access.identify, hosts=_own_names(hosts),
-                             error_page=pages.error_page, gate=self.store.gate)
+        self.scheduler = farm = Scheduler(self.store, self.clock, lease_time, allowance, keeping)
+        self.access = access = Access(
+            self.store, self.key, private, self.clock, farm.people, self.pin)
+        self.api = Api(farm, access, self.name)
+        pages = Pages(self.api, farm, access, self.pin, typed)
+        desk = Desk(self.api, farm, access, self.pin, typed)
+        dialects: list[object] = [Httpov(farm, access)] if httpov else []
+        dialects += [Sheepit(farm, access, self.key)] if sheepit else []
+        dialects += [RenderOnline(farm, access, self.key, renderonline)] if renderonline else []
+        self.machines = Machines(farm, access, programs)
+        self.router = Router(self.api, Entrance(farm, access, admit_private), pages, desk,
+                             self.machines, *dialects, authenticate=access.identify,
+                             hosts=_own_names(hosts), error_page=pages.error_page,
+                             gate=self.store.gate)
         self.api.routes, self.api.answered = self.router.routes, self.router.answered
         self.server: Server | Inside = Inside(self.router) if port is None else Server(
             self.router, bind or "0.0.0.0", port, context)
