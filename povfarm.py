@@ -8102,7 +8102,7 @@ class Store:
 
     def place(self, job: Job, task: Task) -> Path:
         """Return where the file of a task is, or would be."""
-        return place_of(self.job_directory(job.id, job.name), task)
+        return Path(*place_of(self.job_directory(job.id, job.name), task))
 
     def state_path(self, job: Job, task: Task) -> Path:
         """Return where the state of a task is that a stopped render has left, if any."""
@@ -8127,20 +8127,20 @@ class Store:
                     shutil.rmtree(old, ignore_errors=True)
         return self.root / "incoming" / f"upload-{secret_hash(owner)[:16]}"
 
-    def put_image(self, path: Path, data: Path | bytes) -> None:
+    def put_image(self, directory: Path, name: str, data: Path | bytes) -> None:
         """Store a finished image, or the file of one, so that it is there whole or not at all."""
-        with self.placing(path) as part:
+        with self.placing(safe_join(directory, name)) as part:
             if isinstance(data, Path):
                 _link(data, part)
             else:
                 self.need(len(data))
                 part.write_bytes(data)
 
-    def move_image(self, made: Path, path: Path) -> None:
+    def move_image(self, made: Path, directory: Path, name: str) -> None:
         """Bring an image that ``placing`` made elsewhere in the directory to where it belongs."""
         with self._noticing():
-            made.replace(path)
-            self._flush(path.parent)
+            made.replace(safe_join(directory, name))
+            self._flush(directory)
 
     def put_log(self, directory: Path, name: str, text: bytes) -> str:
         """Keep the renderer's text of one attempt; return its name below ``directory``."""
@@ -8269,9 +8269,9 @@ class Store:
 
     def _images(self, tx: Look) -> list[Path]:
         places = {job.id: self.job_directory(job.id, job.name) for job in tx.jobs(0, -1)}
-        return [*(place_of(places[task.job], task) for task in tx.done_tasks()),
-                *(kept_place(places[kept.job], tx.task(kept.task), kept.id)
-                  for kept in tx.kept_images())]
+        images = [Path(*place_of(places[task.job], task)) for task in tx.done_tasks()]
+        return images + [places[kept.job] / "parts" / kept_name(tx.task(kept.task), kept.id)
+                         for kept in tx.kept_images()]
 
     def _flush(self, directory: Path) -> None:
         if self.durable:
@@ -8318,17 +8318,12 @@ def _check_version(root: Path, version: int) -> None:
                          "another --data")
 
 
-def place_of(directory: Path, task: Task) -> Path:
-    """Return where a task's file is in the directory of its job: parts have their own place."""
+def place_of(directory: Path, task: Task) -> tuple[Path, str]:
+    """Return the directory and the name of a task's file: parts have their own until joined."""
     if not task.is_part:
-        return safe_join(directory, task.name)
+        return directory, task.name
     suffix = PurePosixPath(task.name).suffix if task.kind is TaskKind.SLICE else ".zip"
-    return directory / "parts" / f"{task.id}{suffix}"
-
-
-def kept_place(directory: Path, task: Task, attempt: int) -> Path:
-    """Return where in it an image is that waits to be compared."""
-    return directory / "parts" / f"{task.id}.{attempt}{PurePosixPath(task.name).suffix}"
+    return directory / "parts", f"{task.id}{suffix}"
 
 
 def _link(source: Path, to: Path) -> None:
@@ -8341,6 +8336,11 @@ def _link(source: Path, to: Path) -> None:
         to.unlink()
     to.parent.mkdir(parents=True, exist_ok=True)
     link_or_copy(source, to)
+
+
+def kept_name(task: Task, attempt: int) -> str:
+    """Return the name in ``parts`` of an image that waits to be compared."""
+    return f"{task.id}.{attempt}{PurePosixPath(task.name).suffix}"
 
 
 class _Register:
@@ -10977,7 +10977,8 @@ class _Deliveries:
         self._put_state(*row, state, ANY_STATE)
 
     def _put_state(self, job: Job, task: Task, state: Path | bytes, version: str) -> None:
-        self.states.store.put_image(self.states.store.state_path(job, task), state)
+        path = self.states.store.state_path(job, task)
+        self.states.store.put_image(path.parent, path.name, state)
         with self.states.tx() as tx:
             tx.set_state_of(task.id, version)
 
@@ -11007,7 +11008,7 @@ class _Deliveries:
     def _join_frame(self, frame: Task, job: Job, parts: Sequence[Task]) -> None:
         store = self.states.store
         directory = store.job_directory(job.id, job.name)
-        places, problem = [place_of(directory, part) for part in parts
+        places, problem = [Path(*place_of(directory, part)) for part in parts
                            if part.kind is TaskKind.SLICE], ""
         whole = directory / "parts" / f"{frame.id}{Path(frame.name).suffix}"
         try:
@@ -11023,7 +11024,7 @@ class _Deliveries:
                     whole.unlink(missing_ok=True)
                     return
             if not problem:
-                store.move_image(whole, place_of(directory, frame))
+                store.move_image(whole, *place_of(directory, frame))
             with self.states.tx() as tx:
                 row = tx.find_task(frame.id)
                 if row is None or not _is_open(row):
@@ -11086,11 +11087,12 @@ class _Delivery:
             self.pieces, self.stale = [], []
             if not self.verdict.keep:
                 self.pieces = self._settled(look)
-                self.stale = [*(kept_place(self.directory, self.task, row.id) for row in kept),
-                              *(place_of(self.directory, part)
-                                for part in look.parts(self.task.id, TaskKind.SLICE)),
-                              *(self._store.state_path(self.job, piece)
-                                for piece in self.pieces if piece.state_of)]
+                self.stale = [self.directory / "parts" / kept_name(self.task, row.id)
+                              for row in kept]
+                self.stale += [Path(*place_of(self.directory, part))
+                               for part in look.parts(self.task.id, TaskKind.SLICE)]
+                self.stale += [self._store.state_path(self.job, piece) for piece in self.pieces
+                               if piece.state_of]
         return True
 
     def _settled(self, look: Look) -> list[Task]:
@@ -11112,8 +11114,8 @@ class _Delivery:
             odd = not kept and self._is_odd(look, extension)
             return VERDICTS["odd" if odd else "same", True], []
         with self._room.gate_open(self._image):
-            same = [same_pixels(kept_place(self.directory, task, row.id), self._image, extension)
-                    for row in kept]
+            same = [same_pixels(self.directory / "parts" / kept_name(task, row.id), self._image,
+                                extension) for row in kept]
         by, muster = [row.worker for row in kept], self._room.crew.muster(look)
         mine, *sides = (muster.side(job, worker, by) for worker in (self._worker, *by))
         how, others = compared(by, same, self._worker, mine), muster.helpers(job).difference(
@@ -11136,7 +11138,7 @@ class _Delivery:
         self.log_name = self._store.put_log(
             self.directory, f"{self.task.name}.{self.attempt.id}.txt", self._log_text)
         if self.verdict.keep:
-            self._store.put_image(kept_place(self.directory, self.task, self.attempt.id),
+            self._store.put_image(self.directory / "parts", kept_name(self.task, self.attempt.id),
                                   self._image)
         self.files: dict[str, tuple[str, int]] = {}
         for path, data in self._written.items():
@@ -11151,15 +11153,15 @@ class _Delivery:
         return sha256, stored.stat().st_size
 
     def _put(self, piece: Task) -> tuple[int, str, int]:
-        place = place_of(self.directory, piece)
+        place, name = place_of(self.directory, piece)
         if piece.kind is not TaskKind.SLICE or (
                 piece.top == self.task.top and piece.bottom >= self._bottom):
-            self._store.put_image(place, self._image)
+            self._store.put_image(place, name, self._image)
         else:
-            with self._room.gate_open(self._image), self._store.placing(place) as part:
-                crop_rows(self._image, place.suffix, piece.top - self.task.top,
+            with self._room.gate_open(self._image), self._store.placing(place / name) as part:
+                crop_rows(self._image, Path(name).suffix, piece.top - self.task.top,
                           piece.bottom - piece.top, part)
-        return piece.id, sha256_file(place), place.stat().st_size
+        return piece.id, sha256_file(place / name), (place / name).stat().st_size
 
     def _settle(self, tx: Tx, stored: Sequence[tuple[int, str, int]]) -> bool:
         if self.verdict.keep:
@@ -12280,10 +12282,10 @@ class Views:
         directory = self._store.job_directory(job.id, job.name)
         if frames:
             chosen = tx.tasks_of_frames(job.id, job.pov.plan.chosen(frames))
-            return {row.name: place_of(directory, row) for row in chosen}
+            return {row.name: safe_join(directory, row.name) for row in chosen}
         files = {row.path: self._store.blob_path(row.sha256)
                  for row in tx.written(job.id) if row.sha256}
-        return {**files, **{row.name: place_of(directory, row)
+        return {**files, **{row.name: safe_join(directory, row.name)
                             for row in tx.tasks_in(job.id, TaskState.DONE)}}
 
     def figures(self, tx: Look, answered: Mapping[tuple[str, int], int]) -> str:
@@ -12567,7 +12569,7 @@ class Api(_Answers):
             job, task = self._frame(tx, request)
         if task.state != TaskState.DONE:
             raise ProtocolError(404, f"frame {task.frame} is {task.state}")
-        path = self._store.place(job, task)
+        path = safe_join(self._store.job_directory(job.id, job.name), task.name)
         return file_response(path, _MIME[path.suffix], request, task.sha256 or "")
 
     @route("GET", "/api/v1/jobs/<job:int>/slices/<task:int>/image", role="reader", gives="image/*")
@@ -12638,8 +12640,9 @@ class Api(_Answers):
             rows = tx.tasks_in(job.id, TaskState.DONE)
         if not rows or not rows[0].name.endswith(".png"):
             raise ProtocolError(409, f"job {job.id} has no PNG images, which this is made of")
+        directory = self._store.job_directory(job.id, job.name)
         return self._download(job, ".png", "image/png", animated_png(
-            (self._store.place(job, row) for row in rows), len(rows), Fraction(1, rate)))
+            (safe_join(directory, row.name) for row in rows), len(rows), Fraction(1, rate)))
 
     @route("GET", "/api/v1/workers", role="reader", gives={"workers": tuple[WorkerView, ...]})
     def workers(self, request: Request) -> Response:
@@ -12940,8 +12943,7 @@ class Entrance:
         """Add a person, or invite. Body: name, role, limits, ticket, uses. Both ends make the key,
         or where there are ``uses`` and no name the code, of the farm's key and the ticket."""
         one = Newcomer.from_wire(request.json())
-        self._access.add(one.name, one.role, one.limits, one.ticket, one.uses,
-                         request.identity.name)
+        self._access.add(**vars(one), who=request.identity.name)
 
     @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
            gives={"name": str, "role": Role, "share": str, "proof": str})

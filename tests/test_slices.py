@@ -735,11 +735,11 @@ def test_what_is_divided_while_its_picture_is_stored_keeps_its_own_rows(
         assert lease.tasks[0].kind is TaskKind.SLICE and beat(farm, anna, lease, 0.1) == {}
     put, rest = farm.store.put_image, []
 
-    def divide(path: Path, data: bytes) -> None:
+    def divide(directory: Path, name: str, data: bytes) -> None:
         if not rest:
             rest.extend(farm.leases(farm.worker("carl")))
             assert rest[0].tasks[0].kind is TaskKind.SLICE
-        put(path, data)
+        put(directory, name, data)
 
     monkeypatch.setattr(farm.store, "put_image", divide)
     assert hand_in(farm, anna, lease)
@@ -838,7 +838,7 @@ def test_a_full_disk_while_slices_are_put_together_loses_none(
         farm: Farm, two: Tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     job = submit(farm, slices=2)
 
-    def full(made: Path, path: Path) -> None:
+    def full(made: Path, directory: Path, name: str) -> None:
         raise povfarm.NoRoom("the disk is full")
 
     with monkeypatch.context() as patch:
@@ -1093,9 +1093,9 @@ class SlicedChaos(Chaos):
             jobs = {row.id: row.pov.options for row in tx.jobs(0, -1)}
         for row in rows:
             if row.kind != TaskKind.PASS:
-                place = povfarm.place_of(self.farm.store.job_directory(row.job, "ball"), row)
+                place, name = povfarm.place_of(self.farm.store.job_directory(row.job, "ball"), row)
                 height = row.bottom - row.top or jobs[row.job].height
-                povfarm.check_image(place.read_bytes(), ".png", WIDTH, height)
+                povfarm.check_image((place / name).read_bytes(), ".png", WIDTH, height)
         done = {(row.job, row.frame): row.sha256 for row in rows if not row.parent}
         assert all(done[key] == sha for key, sha in self.done.items() if key[0] in jobs)
         self.done = done

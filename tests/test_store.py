@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, Type, cast
+from typing import Any, Callable, Dict, Iterator, List, Set, Tuple, Type
 
 import pytest
 
@@ -32,7 +32,6 @@ from povfarm import (
     ProtocolError,
     Store,
     StoreError,
-    Task,
     TaskKind,
     TaskState,
     Tx,
@@ -279,10 +278,10 @@ def test_the_directory_of_a_job_has_its_name(store: Store) -> None:
 def test_an_image_is_there_whole_or_not_at_all(
         store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = store.root / "jobs" / "1-x"
-    store.put_image(directory / "out1.png", b"old picture")
+    store.put_image(directory, "out1.png", b"old picture")
     monkeypatch.setattr(povfarm.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28)))
     with pytest.raises(OSError):
-        store.put_image(directory / "out1.png", b"new")
+        store.put_image(directory, "out1.png", b"new")
     monkeypatch.undo()
     assert (directory / "out1.png").read_bytes() == b"old picture"
     assert files_in(directory) == {"out1.png"}
@@ -293,7 +292,7 @@ def test_images_and_logs_stay_in_their_directory(name: str, store: Store) -> Non
     before = files_in(store.root.parent)
     directory = store.root / "jobs" / "1-x"
     with pytest.raises(UserError):
-        povfarm.place_of(directory, cast(Task, SimpleNamespace(is_part=False, name=name)))
+        store.put_image(directory, name, b"x")
     with pytest.raises(UserError):
         store.put_log(directory, name, b"x")
     assert files_in(store.root.parent) == before
