@@ -1702,7 +1702,9 @@ class _CommandLine:
                 return path
         if self.open or dot >= 0:
             whose = f" (named in {self.open[-1]})" if self.open else ""
-            raise UserError(f"there is no INI file {name!r}{whose}")
+            raise UserError(f"there is no INI file {name!r}{whose}" if not self._is_there(name) else
+                            f"{name!r} is there, but by its name neither a scene nor an INI file: "
+                            "if another program renders it, name that with --engine")
         if self._is_there(f"{name}.pov"):
             raise UserError(f"{name} is the name of a scene: write {name}.pov")
         raise UserError(f"there is no directory, scene or INI file called {name!r} here: look at "
@@ -20901,7 +20903,8 @@ def _node_answer(message: str, status: int = 200) -> Response:
 
 Options = argparse.Namespace
 _Tools = Tuple[Union[Launcher, WindowsLauncher], Engine]  # what a worker renders with
-_WHICH_FARM = ("data", "server", "discovery-port", "key-file")  # these are put behind commands
+_WHICH_FARM = ("data", "server", "pin", "discovery-port", "key-file")  # put behind commands
+_NAMES_ELSE = {"serve", "submit", "render"}  # whose --name does not choose a farm
 CommandFunction = Callable[[Options], int]
 
 
@@ -21954,9 +21957,10 @@ def _command_typed(name: str) -> str:
     mine, given = _commands().get("".join(sys.argv[1:2])), {}
     with contextlib.suppress(UserError):  # which is told elsewhere
         given = _given(mine[0], sys.argv[2:])[0] if mine else {}
+    which = {*_WHICH_FARM, *["name"] * _NAMES_ELSE.isdisjoint([name, *sys.argv[1:2]])}
     for row in tag.settings() if tag else ():
         text = given.get(row.name) or os.environ.get(row.variable)
-        if row.name in _WHICH_FARM and text not in (None, "", "-"):  # which is another's each time
+        if row.name in which and text not in (None, "", "-"):  # which is another's each time
             words += [f"--{row.name}", shell_word(str(row.parse(text, f"--{row.name}")))]
     place = setting("data")
     served = [] if name != "serve" else _served_with(place.parse(

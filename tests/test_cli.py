@@ -149,12 +149,21 @@ def test_what_was_typed_is_typed_again_with_all_its_options(
     (["--server", "attic", "--key-file", "my key"], ' --server attic --key-file "my key"'),
     (["--key-file=-"], ""),  # standard input is another one each time
     (["--key", "secret"], ""),
+    (["--server", "attic", "--pin", "ab" * 32], f" --server attic --pin {'ab' * 32}"),
+    (["--name", "my job"], ""),
 ])
 def test_a_command_that_is_shown_is_for_the_farm_that_was_meant_and_shows_no_key(
         words: List[str], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["povfarm.py", "submit", *words, "s.pov"])
     monkeypatch.delenv("POVFARM_DATA")
     assert povfarm._typed("see 'povfarm.py status'").endswith(f" status{shown}'")
+
+
+def test_a_farm_that_was_chosen_by_its_name_is_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["povfarm.py", "status", "--name", "class room"])
+    monkeypatch.delenv("POVFARM_DATA")
+    assert povfarm._typed("see 'povfarm.py workers'").endswith(' workers --name "class room"\'')
+    assert povfarm._typed("see 'povfarm.py submit'").endswith(" submit'"), "that is a job's name"
 
 
 def test_a_coordinator_is_to_be_started_again_as_it_was(
