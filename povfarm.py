@@ -24150,13 +24150,25 @@ def _find_coordinator(options: Options, stop: threading.Event | None = None) -> 
     if farm is None:
         return None
     mine = farm.verified or options.key or farm.farm_id == kept.get("farm_id")
-    if options.command == "submit" and not (mine or options.code):
-        raise UserError(
-            f"{farm} is the farm that answers here, and does not have your key: it would be given "
-            "your project. If it is the one that is meant, give its key with --key-file, and name "
-            f"it with --server {farm.url}" if key else f"you have no key for {farm}: come with "
-            "--code CODE (an invitation), or give its key with --key-file")
+    if not (mine or options.code or stop or name):
+        _warn_of(farm, key, options)
     return _client(options, farm.url, key if mine else "", farm.pin, patience)
+
+
+def _warn_of(farm: Found, key: str, options: Options) -> None:
+    """Say that the farm that answers is not ours; refuse what would leave, or be taken for ours."""
+    other = f"{farm} is the farm that answers here, and does not have your key"
+    if options.command == "submit":
+        raise UserError(
+            f"{other}: it would be given your project. If it is the one that is meant, give its "
+            f"key with --key-file, and name it with --server {farm.url}" if key else
+            f"you have no key for {farm}: come with --code CODE (an invitation), or give its key "
+            "with --key-file")
+    if options.command == "fetch" and key:
+        raise UserError(f"{other}: its images are of other jobs. If it is the one that is meant, "
+                        f"name it with --server {farm.url}")
+    if key:
+        _say(other)
 
 
 def _news() -> Callable[[str], None]:

@@ -592,8 +592,9 @@ def test_a_worker_follows_only_who_proves_to_be_the_farm_that_let_it_in(
         assert chosen == here if good else "waiting for mine, which has let" in str(chosen)
 
 
-def test_a_project_is_not_given_to_whoever_answers(
-        served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_project_is_not_given_to_whoever_answers_nor_are_its_images_taken_for_ours(
+        served: Coordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     here = povfarm.Found("stranger", "a" * 16, served.url, False, "127.0.0.1")
     monkeypatch.setattr(povfarm, "_discover", lambda *_: [here])
     (tmp_path / "farm.key").write_text("k" * 64)
@@ -601,6 +602,13 @@ def test_a_project_is_not_given_to_whoever_answers(
         povfarm._find_coordinator(options_of(tmp_path, "submit"))
     client = povfarm._find_coordinator(options_of(tmp_path, "status"))
     assert client is not None and client.token == "", "one may look"
+    assert "the farm that answers here, and does not have your key" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"its images are of other jobs.* name it with --server"):
+        povfarm._find_coordinator(options_of(tmp_path, "fetch"))
+    (tmp_path / "farm.key").unlink()  # who has no farm of their own means the one that is there
+    assert povfarm._find_coordinator(options_of(tmp_path, "fetch"))
+    assert not capsys.readouterr().err
+    (tmp_path / "farm.key").write_text("k" * 64)
     # What has its coordinator's place may be the program of another user.
     (tmp_path / "coordinator.json").write_text(json.dumps(
         {"name": "mine", "url": served.url, "pin": ""}))
