@@ -17504,12 +17504,17 @@ class Run:
         """Give time (ns) and size of own files that may be the scene's, by path from ``place``."""
         if self.lease.pov.engine:
             return {}
-        images = {str(self.made(frame)) for frame in self.frames}
+        images = [self.made(frame) for frame in self.frames]
+        states = (image.with_suffix(".pov-state") for image in images)
+        ours = {str(path) for path in (*images, *states, self.place / _HOME, self.place / _LOG)}
         found, place = {}, str(self.place)
-        for folder, _, names in os.walk(self.own):
+        for folder, folders, names in os.walk(self.own):
+            if folder in ours:
+                folders.clear()
+                continue
             for name in names:
                 path = os.path.join(folder, name)  # noqa: PTH118 - this is done for every frame
-                if path in images or _OWN_FILES.fullmatch(name):
+                if path in ours:
                     continue
                 with contextlib.suppress(OSError):  # POV-Ray may have deleted it just now
                     about = os.lstat(path)
@@ -17570,8 +17575,9 @@ class Engine:
         names: POV-Ray 3.7 garbles other letters, and breaks long names in what it prints.
         """
         environment = {
-            "POVINI": OUR_INI, "HOME": str(run.place), "PATH": os.defpath, "LANG": "C.UTF-8",
-            "POV_TEMP_DIR": ".",  # for the pixels of a big image, else they lie in /tmp
+            "POVINI": f"{_HOME}/{OUR_INI}", "HOME": str(run.place / _HOME), "PATH": os.defpath,
+            "POV_TEMP_DIR": _HOME,  # for the pixels of a big image, else they lie in /tmp
+            "LANG": "C.UTF-8",
         }
         values, links = self.values(run), dict[Path, Path]()
         scene = values["Input_File_Name"]
@@ -17588,7 +17594,7 @@ class Engine:
             if inside:
                 links[run.place / library[-1]] = path
         text = to_ini(values, run.lease.pov.declares, library)
-        return Command((self.program,), environment, ini_files(run.place, text), links,
+        return Command((self.program,), environment, ini_files(run.place / _HOME, text), links,
                        self.parts())
 
     def parts(self) -> tuple[str, ...]:
@@ -17750,12 +17756,12 @@ def _parts(program: str) -> tuple[str, ...]:
     return (str(path), *map(str, found))
 
 
-LINK = "_povfarm"  # begins the names of the links to a project's directories
-OUR_INI = "povfarm.ini"
-_LOG = "povfarm.txt"  # what POV-Ray for Windows prints
-_OWN_FILES = re.compile(rf"pov\d+|.*\.pov-state|{_LOG}")  # POV-Ray's: pixels of a big image, states
+LINK = "_povfarm"  # begins the names of the links to a project's directories, as no scene's do
+_HOME = LINK  # the directory of what POV-Ray has for itself, such as the pixels of a big image
+OUR_INI = f"{LINK}.ini"
+_LOG = f"{LINK}.txt"  # what POV-Ray for Windows prints
 _IMAGE = "image"  # begins the names of images that cannot have their own here
-_SCENE = "scene.pov"  # the name of a scene whose own name POV-Ray cannot read
+_SCENE = f"{LINK}.pov"  # the name of a scene whose own name POV-Ray cannot read
 
 
 def _is_plain(name: str) -> bool:
@@ -17939,7 +17945,7 @@ def _state_messages(source: BinaryIO, pixels: int) -> Iterator[tuple[bytes, dict
 KEPT_LINES = 2000  # of what is printed for a frame: at its beginning and at its end
 KEPT_LETTERS = 600_000  # of these lines, likewise
 _LEFT_OUT = "(povfarm left out what came here)"
-_OUR_LINK = re.compile(rf"\b({LINK}\d+)\b(/?)")
+_OUR_LINK = re.compile(rf"\b({LINK}(?:\d+|\.pov))\b(/?)")
 _FRAME = re.compile(r"Rendering frame (\d+) of \d+")
 _PERCENT = re.compile(r"(?:Rendered|pretrace:) .*\((\d+)%\)")
 _SCENE_ERROR = re.compile(r"(?<!Possible )Parse Error|Cannot parse input|Fatal error in parser")

@@ -44,10 +44,10 @@ def test_a_run_is_one_ini_file_with_short_names(tmp_path: Path) -> None:
     command = Engine("/usr/bin/povray", "3.7", LIBRARY).command(make_run(tmp_path))
     values = ini(command)
     assert command.argv == ("/usr/bin/povray",)
-    assert command.environment["POVINI"] == "povfarm.ini"
+    assert command.environment["POVINI"] == f"{LINK}/{LINK}.ini"
     confs = [text for path, text in command.files.items() if path.name == "povray.conf"]
     assert confs and all("[Shellout Security]\nforbidden\n" in text for text in confs)
-    assert command.environment["HOME"] == str(tmp_path / "run")
+    assert command.environment["HOME"] == str(tmp_path / "run" / LINK)
     assert set(command.environment) == {"POVINI", "HOME", "PATH", "LANG", "POV_TEMP_DIR"}
     assert (values["Subset_Start_Frame"], values["Subset_End_Frame"]) == ("3", "4")
     assert values["Work_Threads"] == "1" and values["Display"].lower() == "off"
@@ -125,9 +125,9 @@ def test_names_that_povray_cannot_read_are_linked(tmp_path: Path) -> None:
     (run.tree / "ünder" / "süß.pov").write_text("")
     command = Engine("povray", "3.7", LIBRARY).command(run)
     text = ini_text(command)
-    assert text.isascii() and 'Input_File_Name="scene.pov"' in text
+    assert text.isascii() and f'Input_File_Name="{LINK}.pov"' in text
     assert command.links == {
-        run.place / "scene.pov": run.tree / "ünder" / "süß.pov",
+        run.place / f"{LINK}.pov": run.tree / "ünder" / "süß.pov",
         run.place / f"{LINK}0": run.tree / "ünder", run.place / f"{LINK}2": run.tree / "_lib1"}
 
 
@@ -136,9 +136,9 @@ def test_windows_gets_pvengines_switches_and_paths(tmp_path: Path) -> None:
     engine = WindowsEngine("C:/POV-Ray/bin/pvengine64.exe", "3.7", ("C:/POV-Ray/include",))
     command = engine.command(run)
     assert command.argv == ("C:/POV-Ray/bin/pvengine64.exe", "/NR", "/RENDER",
-                            str(run.place / "povfarm.ini"), "/EXIT")
+                            str(run.place / f"{LINK}.ini"), "/EXIT")
     values = ini(command)
-    assert values["All_File"] == '"povfarm.txt"' or values["All_File"] == "povfarm.txt"
+    assert values["All_File"].strip('"') == f"{LINK}.txt"
     assert "C:/POV-Ray/include" in "".join(command.files.values())
     assert not command.links
 
@@ -232,3 +232,14 @@ def test_a_frame_that_was_tried_again_is_once_in_a_text_file() -> None:
     assert joined.split(povfarm._APPENDED) == ["1", "2", "3", "4", "5", "6", "7"]
     assert joined_texts("All_File", marked, append=True) == povfarm._APPENDED + joined
     assert joined_texts("Debug_File", {2: "b", 1: "a"}, append=True) == "ab"
+
+
+def test_all_that_a_run_leaves_is_the_scenes_but_its_images_and_states(tmp_path: Path) -> None:
+    run = make_run(tmp_path, (3, 4), Output_File_Name="out/film")
+    ours = ("out/film3.png", "out/film4.png", "out/film4.pov-state", f"{LINK}/pov123",
+            f"{LINK}.txt")
+    theirs = {"pov123", "film4.pov-state", "out/film5.pov-state", "out/pov7", "povfarm.txt"}
+    for name in (*ours, *theirs):
+        (run.place / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.place / name).write_text("x")
+    assert set(run.scene_files()) == theirs

@@ -87,7 +87,9 @@ def test_what_is_not_hidden_is_named_along_the_way(tmp_path: Path) -> None:
         str(tmp_path / "a" / "b"), str(tmp_path / "c")]
 
 
-@pytest.mark.parametrize("name", ["new.txt", "../beside/new.txt", ".cache", "sub/.x/new.inc"])
+@pytest.mark.parametrize("name", [
+    "new.txt", "../beside/new.txt", ".cache", "sub/.x/new.inc", "pov7", "povfarm.txt",
+    "other.pov-state", "povfarm.ini"])
 def test_a_scene_writes_where_povray_does(povray: str, tmp_path: Path, name: str) -> None:
     """With the rights that a new file has, not with those of a renderer."""
     for place in ("plain", "home/farm"):
@@ -102,6 +104,18 @@ def test_a_scene_writes_where_povray_does(povray: str, tmp_path: Path, name: str
         plain, ours = (tmp_path / place / "project" / file for place in ("plain", "home/farm"))
         assert stat.S_IMODE(ours.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
     assert ours.parent.joinpath(name).read_bytes() == plain.parent.joinpath(name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scene", "name"), [
+    ("scene.pov", "povfarm.ini"), ("tür.pov", "scene.pov"), ("scene.pov", ".povray/3.7/povray.conf")])
+def test_a_scene_reads_its_own_files_whatever_they_are_called(
+        povray: str, tmp_path: Path, scene: str, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(f'#declare S = "{MARK}";')
+    (tmp_path / scene).write_text(HEAD + f'#include "{name}"\n#debug concat(S, "\\n")\n')
+    result = render(tmp_path, tmp_path, scene)
+    assert result.returncode == 0 and MARK in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
