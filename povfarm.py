@@ -544,7 +544,7 @@ _RESERVED_NAMES = frozenset(
 
 
 # Unlike Path's, False for a name that none can have, too: one that is too long, or has a NUL in it.
-is_file, is_directory = os.path.isfile, os.path.isdir
+is_file, is_directory, is_link = os.path.isfile, os.path.isdir, os.path.islink
 
 
 def file_blocks(source: Path | bytes) -> Iterator[bytes]:
@@ -3273,11 +3273,21 @@ def collect_project(
         _as_povray_reads(name.replace("\\", "/") if os.name == "nt" else name),
         tuple(map(_as_povray_reads, tree.library)),
         (*search.warnings, *listing.warnings(), *scan.warnings, *unread),
-        frozenset(scan.uses | {f"system_file {sha256_file(Path(path))} {path}"
-                               for path in scan.system}),
+        frozenset({*scan.uses, *(_links_within(tree, listing.links) if scan.writes else ()),
+                   *(f"system_file {sha256_file(Path(path))} {path}" for path in scan.system)}),
         frozenset(scan.reads),
-        {key: _as_povray_reads(name) for key, name in scan.new_names("").items()},
-        frozenset(named), frozenset(scan.written), scan.explain)
+        {key: _as_povray_reads(names[value]) for key, value in (values or {}).items()
+         if value in (names := scan.new_names(""))},
+        frozenset(named), frozenset(name for one in scan.written for name in scan.names_of(one)),
+        scan.explain)
+
+
+def _links_within(tree: _Tree, links: Mapping[str, str]) -> Iterator[str]:
+    """Say which links there are from one place in the tree to another, as a run has them, too."""
+    for path, real in itertools.islice(links.items(), MAX_FOLDERS):
+        with contextlib.suppress(UserError):  # it leads out of the tree
+            if (place := tree.place(path)).isascii() and (to := tree.place(real)) != ".":
+                yield f"link {place}\n{to}"
 
 
 def plain_project(scene: Path) -> Project:
@@ -3359,9 +3369,10 @@ def scan_in_place(scene: str, library: Sequence[str], cwd: Path, outputs: Iterab
         for garbled in _garbled(name):
             if links.setdefault(garbled, local) != local:
                 raise _taken_for_another(name, str(links[garbled]))
-    folders = [*filter(is_directory, (search.cwd / name for name in scan.folders)),
-               *_folders(search.cwd)]
-    places = {_below(Path(os.path.normpath(path)), top) for path in folders}
+    folders = {*_folders(search.cwd), *(step for name in scan.folders
+                                        for step in _steps(search.cwd, name))}
+    places = {_below(path, top) for path in folders
+              if str(path) not in scan.renders.paths and path.suffix != ".pov-state"}
     whole = {name: f"the scene writes {name}, which its confinement does not let it do: give it a "
              "name without the whole path, or add --unconfined"
              for name in sorted(scan.written) if confined and _is_absolute(name)}
@@ -3618,6 +3629,14 @@ class _Reach:
         return known
 
 
+def _straight(path: Path) -> Path:
+    """Return a path without "..", which leads up from what a link leads to, not from the link."""
+    plain = Path(os.path.normpath(path))
+    if ".." not in path.parts or "\0" in str(path) or real_path(plain) == real_path(path):
+        return plain
+    return real_path(path) if path.name == ".." else real_path(path.parent) / path.name
+
+
 def _common(one: Path, other: Path) -> Path | None:
     """Return the directory that holds both; None on different disks of Windows."""
     with contextlib.suppress(ValueError):
@@ -3647,7 +3666,9 @@ _ABSOLUTE, _OWN = -1, -2  # places of what was found, when it is in no directory
 class _FoundFile(NamedTuple):
     local: Path  # what to read
     path: Path  # its name without "..", which is its place: the tree has no links
-    place: int  # which directory of the search, or _ABSOLUTE, or _OWN for POV-Ray's own files
+    # Which directory of the search, or _OWN for POV-Ray's own files, or _ABSOLUTE where the name
+    # leads there on this computer only.
+    place: int
 
 
 class _Search:
@@ -3686,8 +3707,10 @@ class _Search:
                 for folder in self._standard if directory is None else [directory]:
                     local = folder / candidate
                     if is_file(local):
-                        path = Path(os.path.normpath(local))
-                        return _FoundFile(local, path, _OWN if directory is None else place)
+                        path = _straight(local)
+                        turns = path != Path(os.path.normpath(local))
+                        return _FoundFile(local, path, _OWN if directory is None else
+                                          _ABSOLUTE if turns else place)
                 if directory is None and not self._standard and candidate in _STANDARD_FILES:
                     return _FoundFile(bare, bare, _OWN)
             if kind == "ttf" and candidate in _FONTS:
@@ -3906,11 +3929,12 @@ class _Scan:
         self.folders: set[str] = set()  # that are named, or that files are named in
         self._tree = tree
         self._search = tree.search
-        self._renders, self._reach, self._listing = renders, reach, listing
+        self.renders, self._reach, self._listing = renders, reach, listing
         self._most = most  # bytes that are still looked into
         self._waiting: tuple[list[Path], list[Path]] = ([], [])  # perhaps and certainly needed
         self._strings: dict[str, dict[str, None]] = {}  # and the files in which they stand
         self._absolute: dict[str, dict[str, tuple[Path, str]]] = {}  # by file: names, what they are
+        self.writes = False  # perhaps
         self.written: dict[str, bool] = {}  # by name: certainly
         self._texts: list[Path] = []  # what was read
         self._first: list[tuple[str, str]] = []  # what POV-Ray reads before all, and as what
@@ -3925,6 +3949,9 @@ class _Scan:
             self._refer("#include", header, None, 0, True)
             self._first.append(("#include", header))
         samples = values.get("Radiosity_File_Name", "object.rca")
+        self.folders.add(samples.rpartition("/")[0])
+        if values.get("Radiosity_To_File") == "On":
+            self._note_written(samples, "", True)
         if values.get("Radiosity_From_File") == "On" and is_file(self._search.cwd / samples):
             self._refer("load_file", samples, None, 0, True)
         for name in also:
@@ -3948,7 +3975,8 @@ class _Scan:
         # Whether the scene may write a file, or read an image whose name is not a string.
         words = [re.escape(word) for macros in self._writers.values() for word in macros]
         writes = re.compile(b"|".join([_WRITES.pattern, *words]))
-        if any(writes.search(path.read_bytes()) for path in self._texts):
+        self.writes = any(writes.search(path.read_bytes()) for path in self._texts)
+        if self.writes:
             self._trace()
 
     def _note_version(self, scene: Path) -> None:
@@ -4061,17 +4089,24 @@ class _Scan:
                 self.uses.add(event.name)
                 continue
             if event.kind == "write":
-                name = os.path.normpath(event.name)
-                self.written[name] = self.written.get(name, False) or (certain and event.certain)
+                self._note_written(event.name, reader, certain and event.certain)
                 continue
-            if self._renders.has(event.name) or (
-                    event.kind == "concat" and self._renders.counts_from(event.name)):
+            if self.renders.has(event.name) or (
+                    event.kind == "concat" and self.renders.counts_from(event.name)):
                 self.uses.add("own-output")
             if event.kind in ("string", "concat"):
                 self._strings.setdefault(event.name, {})[reader] = None
                 continue
             line, at = line + text.count("\n", at, event.at), event.at
             self._refer(event.kind, event.name, path, line, certain and event.certain)
+
+    def _note_written(self, name: str, reader: str, certain: bool) -> None:
+        cwd, plain = self._search.cwd, os.path.normpath(name)
+        path = _straight(cwd / name)
+        if path != cwd / plain:  # it leads up from a link, which the tree does not have
+            plain = os.path.relpath(path, cwd)
+            self._strings.setdefault(name, {})[reader] = None
+        self.written[plain] = self.written.get(plain, False) or certain
 
     def _look_into(self, own: Path) -> None:
         """Note which macros of one of POV-Ray's own files write."""
@@ -4096,13 +4131,13 @@ class _Scan:
                         if name.text.startswith(place)}
         read = {(how, name) for how, one in uses if how not in ("write", "save_file")
                 for name in flow.names(one)}
-        read |= {(how, _Name(os.path.normpath(name), True)) for how, name in self._first}
+        read |= {(how, _Name(name, True)) for how, name in self._first}
         tried = set()
         for how, name in read:
             if how == "append":
                 self._append(name)
-            elif how != "#include" and (self._renders.has(name.text) if name.whole
-                                        else self._renders.counts_from(name.text)):
+            elif how != "#include" and (self.renders.has(name.text) if name.whole
+                                        else self.renders.counts_from(name.text)):
                 self.uses.add("own-output")
             tried |= {self._real(name._replace(text=text)) for text in (
                 _candidates(how, name.text) if name.whole else [name.text])}
@@ -4125,9 +4160,14 @@ class _Scan:
                 text = f"{real}{text[len(folder):]}".replace(os.sep, "/").removeprefix("./")
         return name._replace(text=text)
 
+    def names_of(self, name: str, whole: bool = True) -> set[str]:
+        """Return by which names a run may write a file: its own, and that without links."""
+        plain = set() if ".." in name.split("/") else _garbled(name)
+        return plain | _garbled(self._real(_Name(name, whole)).text)
+
     def _append(self, name: _Name) -> None:
         """Take the file along, for the run's own directory, that the scene appends to."""
-        for read in _garbled(name.text) | _garbled(self._real(name).text):
+        for read in self.names_of(name.text, name.whole):
             self.uses.add(f"append {read}" if name.whole else f"appends {read}")
             if name.whole and (found := self._search.find("string", read, here_only=True)):
                 self._accept(found, read, True, [], False)
@@ -4135,7 +4175,9 @@ class _Scan:
     def _refer(self, kind: str, name: str, path: Path | None, line: int, certain: bool) -> None:
         here, absolute, include = kind == "load_file", _is_absolute(name), kind == "#include"
         # What POV-Ray looks for in its own directory only has no other place on other computers.
-        found = None if here and absolute else self._search.find(kind, name, here_only=here)
+        found = self._search.find(kind, name, here_only=here)
+        if here and found and found.place == _ABSOLUTE and (absolute or self._listing):
+            found, absolute = None, True
         reader = os.path.normpath(path) if path else ""
         why = self._accept(found, name, certain, [reader], include) if found else ""
         if found and not why:
@@ -4176,21 +4218,24 @@ class _Scan:
         """Take along a directory that a string names, or what it begins the names of there."""
         whole = directory / name
         folder, start = (whole, "") if is_directory(whole) else (whole.parent, whole.name)
-        path = Path(os.path.normpath(folder))
         if not is_directory(folder) or (start and name[-1] == "/"):
             return
+        path = _straight(folder)
+        if _is_absolute(name) or path != Path(os.path.normpath(folder)):
+            place = _ABSOLUTE
         if (start or _below(self._search.cwd, path) is None) and not self._reach.forbids(path):
             listing.mention(path, start)
-            self._lead(_FoundFile(path, path, _ABSOLUTE if _is_absolute(name) else place), name,
+            self._lead(_FoundFile(path, path, place), name,
                        f"/{start}" if start or name[-1] == "/" else "", readers)
 
     def check(self) -> None:
         """Raise ``UserError`` for files that the scene names and that are not there."""
         wrong = {}
-        made = {os.path.normpath(self._search.cwd / name) for name in self.written}
+        made = {self._real(_Name(name, True)) for name in self.written}
         for name, (problem, certain) in self._lost.items():
-            if self._renders.has(name) or any(os.path.normpath(folder / name) in made for folder in
-                                              filter(None, self._search.directories)):
+            if self.renders.has(name) or any(
+                    self._real(_Name(str(folder / name), True)) in made
+                    for folder in filter(None, self._search.directories)):
                 continue  # the scene makes it, or an earlier frame does
             # A name that is a plain string too may be what a macro is told to write.
             if certain and name not in self._strings:
@@ -4354,8 +4399,7 @@ class _Flow:
                 continue
             seen.add(one)
             if not one.variable:
-                path = one.text and os.path.normcase(os.path.normpath(one.text))
-                found.add(one._replace(text=path))
+                found.add(one._replace(text=os.path.normcase(one.text)))
             macro, _, variable = one.variable.rpartition(" ")
             for values in (self._values.get(variable, ()), self._values.get(f"{macro} ", ())):
                 self._looked += len(values)
@@ -4485,14 +4529,24 @@ MAX_FOLDERS = 300  # that a render in place makes for its scene to write in, nam
 
 
 def _folders(root: Path) -> list[Path]:
-    """Return a directory and those below it, the nearest first; not what links lead to."""
-    found = [root]
+    """Return a directory and those below it, the nearest first, and links; not what is in those."""
+    found, links = [root], list[Path]()
     for folder in found:
-        with contextlib.suppress(OSError), os.scandir(folder) as inside:
+        with contextlib.suppress(OSError), os.scandir(folder) as items:
+            inside = list(items)
             found += [Path(item.path) for item in inside if item.is_dir(follow_symlinks=False)]
+            links += [Path(item.path) for item in inside if item.is_symlink()]
         if len(found) >= MAX_FOLDERS:
             break
-    return found[:MAX_FOLDERS]
+    return [*found[:MAX_FOLDERS], *links[:MAX_FOLDERS]]
+
+
+def _steps(start: Path, name: str) -> list[Path]:
+    """Return through which directories a name leads to a directory or link; nothing to others."""
+    if not (is_directory(start / name) or is_link(start / name)):
+        return []
+    parts = PurePosixPath(name).parts
+    return [_straight(start.joinpath(*parts[:number])) for number in range(1, len(parts) + 1)]
 
 
 # --- listing a directory, .bsac files
@@ -4547,6 +4601,7 @@ class _Listing:
                  made: Callable[[Path], bool] | None) -> None:
         self.members: dict[str, tuple[Path, float]] = {}  # by path, which may lead through links
         self.folders: dict[str, None] = {}  # that were looked through
+        self.links: dict[str, str] = {}  # that were followed, and where to
         self._renders, self._reach, self._made = renders, reach, made
         self._large: dict[Path, str] = {}  # what was not looked through, and why
         self._unread: list[tuple[str, str]] = []
@@ -4668,6 +4723,7 @@ class _Listing:
             if round_about or self._reach.forbids(real):
                 self._links.append(place)
                 return []
+            self.links[item.path] = str(real)
         if not _is_portable(item.name):
             self._odd.append(place)
         elif is_folder and not _is_farm(Path(item.path)):
@@ -20700,11 +20756,12 @@ def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
     home = run.tree / pov.run_dir
     for directory in (home, run.place, run.made(run.frames[0]).parent):
         directory.mkdir(parents=True, exist_ok=True)
-    for name in sorted(tree.directories):
-        path, top = run.own / name, real_path(run.tree)
-        real = run.own / os.path.relpath(real_path(run.tree / name), top)
-        real.mkdir(parents=True, exist_ok=True)
-        if not path.exists():  # a link, so that both names are of the same files
+    top, known = real_path(run.tree), _links_of(pov)
+    for name in sorted({*tree.directories, *known}):
+        path, source = run.own / name, run.tree / name
+        real = run.own / known.get(name, os.path.relpath(real_path(source), top))
+        (real if is_directory(source) else real.parent).mkdir(parents=True, exist_ok=True)
+        if path != real and not os.path.lexists(path):  # so that both names are of the same files
             path.parent.mkdir(parents=True, exist_ok=True)
             path.symlink_to(real)
     names = [name for word, _, name in (use.partition(" ") for use in pov.uses)
@@ -20713,9 +20770,8 @@ def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
     read = [samples] if pov.values.get("Radiosity_From_File") == "On" else []
     given = {}
     for name, source in [*tree.links.items(), *((name, home / name) for name in (*names, samples))]:
-        path, link = Path(os.path.normpath(run.place / name)), name in tree.links
-        if run.own not in path.parents or path.is_symlink() or not (
-                link or is_directory(source.parent)):
+        path, link = real_path(run.place / name), name in tree.links
+        if real_path(run.own) not in path.parents or not (link or is_directory(source.parent)):
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         if link:
@@ -20724,6 +20780,14 @@ def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
             shutil.copyfile(source, path)
             given[name] = Old(path.stat().st_size, sha256_file(path))
     return given
+
+
+def _links_of(pov: PovJob) -> dict[str, str]:
+    """Return the links of a project, which its tree does not have, and what each leads to there."""
+    links = (use.partition(" ")[2].partition("\n")[::2] for use in pov.uses
+             if use.startswith("link "))
+    return {name: target for name, target in links
+            if all(safe_join(Path(), path) for path in (name, target))}
 
 
 # --- a node of RenderOnline's

@@ -1,0 +1,102 @@
+"""Links in a project: a name leads where the system leads it, alone and on a farm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
+
+import pytest
+
+from helpers.base import run_povray
+from helpers.farm import SMALL, Farm, made_in, run
+
+HEAD = """#version 3.7; global_settings { assumed_gamma 1 }
+camera { location -5*z look_at 0 }
+"""
+PLANE = "\nplane { z, 1 pigment { color rgb C } finish { ambient 1 } }\n"
+RED, GREEN, BLUE = (f"#declare C = {color};\n" for color in "xyz")
+UP = {"project/link": "-> ../beside/deep", "beside/deep/keep": "", "beside/x.inc": GREEN,
+      "project/x.inc": RED}
+WITHIN = {"project/link": "-> real", "project/real/x.inc": GREEN}
+ONE_FILE = {"project/x.inc": "-> real/x.inc", "project/real/x.inc": GREEN}
+
+
+def write(name: str, text: str = BLUE, how: str = "write") -> str:
+    return f'#fopen F {name} {how} #write (F, "{text.strip()}\\n") #fclose F\n'
+
+
+def include(name: str) -> str:
+    return f"#include {name}"
+
+
+# By name: the files, "-> " before where a link leads; the scene; more arguments.
+CASES: Dict[str, Tuple[Dict[str, str], str, List[str]]] = {
+    "an include above what a link leads to": (UP, include('"link/../x.inc"'), []),
+    "and the one above the link, too": (
+        UP, include('"x.inc"') + "\nsphere { 0, 1 pigment { color rgb C } finish { ambient 1 } }\n"
+        + include('"link/../x.inc"'), []),
+    "the same, put together": (UP, include('concat("link/..", "/x.inc")'), []),
+    "the same, by a variable": (UP, '#declare D = "link/../";' + include('concat(D, "x.inc")'), []),
+    "the same, as a library": (
+        {**UP, "project/x.inc": "-> nothing"}, include('"x.inc"'), ["+Llink/.."]),
+    "the same, as a header": (UP, "", ["+HIlink/../x.inc"]),
+    "written above what a link leads to": (
+        {**UP, "project/link": "-> sub/deep", "project/sub/deep/keep": ""},
+        write('"link/../new.inc"') + include('"sub/new.inc"'), []),
+    "samples above what a link leads to": (
+        {**UP, "project/link": "-> sub/deep", "project/sub/deep/keep": ""},
+        RED + "global_settings { radiosity { count 5 } }",
+        ["+RFO", "+RFlink/../new.rca", "+WT1"]),
+    "written by a link, read without": (
+        WITHIN, write('"link/x.inc"') + include('"real/x.inc"'), []),
+    "written by a link with a computed name": (
+        {"project/link": "-> real", "project/real/keep": ""},
+        write('concat("link/", "x", ".inc")') + include('concat("real/", "x.inc")'), []),
+    "written without, read by a link": (
+        WITHIN, write('"real/x.inc"') + include('"link/x.inc"'), []),
+    "written by a link to one file": (
+        ONE_FILE, write('"x.inc"') + include('"real/x.inc"'), []),
+    "read by a link to one file": (ONE_FILE, write('"real/x.inc"') + include('"x.inc"'), []),
+    "written by a link that leads to nothing yet": (
+        {"project/x.inc": "-> real/x.inc", "project/real/keep": ""},
+        write('"x.inc"') + include('"real/x.inc"'), []),
+    "appended to by a link": (
+        {**ONE_FILE, "project/log": "-> real/log", "project/real/log": "old\n"},
+        write('"log"', "new", "append") + include('"x.inc"'), []),
+    "links in circles": (
+        {"project/x.inc": RED, "project/a": "-> b", "project/b": "-> a", "project/c": "-> c",
+         "project/sub/up": "-> ..", "project/sub/here": "-> ."},
+        include('"sub/up/sub/here/../x.inc"'), []),
+}
+
+
+def lay_out(place: Path, name: str) -> Path:
+    files, scene, _ = CASES[name]
+    for path, text in {**files, "project/s.pov": HEAD + scene + PLANE}.items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        if text.startswith("-> "):
+            (place / path).symlink_to(text[3:])
+        else:
+            (place / path).write_text(text)
+    return place / "project"
+
+
+@pytest.fixture(scope="module", name="farm")
+def one_farm(povray: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
+    farm = Farm(tmp_path_factory.mktemp("links"))
+    farm.work()
+    yield farm
+    farm.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_names_lead_where_they_lead_povray(farm: Farm, tmp_path: Path, name: str) -> None:
+    places = [lay_out(tmp_path / place, name) for place in ("plain", "alone", "sent")]
+    args = ["s.pov", *SMALL, *CASES[name][2]]
+    plain = run_povray(args, places[0])
+    assert plain.returncode == 0, plain.stderr
+    for place, command in zip(places[1:], (["render"], ["submit", "--wait", "--output", "."])):
+        result = run(farm.tmp_path, *command, *args, cwd=place)
+        assert result.returncode == 0, result.stderr
+        assert made_in(place.parent) == made_in(places[0].parent)
