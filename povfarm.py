@@ -14005,7 +14005,6 @@ class Sheepit(Dialect):
     # --- what there is to do
 
     def _attempt(self, worker: int, values: Mapping[str, str]) -> Attempt | None:
-        """Return the last try of a client at the frame that it names."""
         with self._store.read() as tx:
             task = tx.task_of_frame(*_named(values)) if _named(values) else None
             tries = [attempt for attempt in (tx.attempts(task.id) if task else [])
@@ -14088,7 +14087,6 @@ def _login_of(member: Member) -> str:
 
 
 def _values(request: Request) -> Mapping[str, str]:
-    """Return what is asked with a query, a form or both."""
     form = "urlencoded" in request.headers.get("content-type", "")
     return {**request.query, **request.form()} if form else request.query
 
@@ -14355,7 +14353,6 @@ class RenderOnline:
 
     def _submit(self, owner: str, scene: str, words: Sequence[str], engine: OnlineEngine,
                 pov: PovJob, project: Project) -> None:
-        """Make a job of a scene, with what clients are told of it."""
         render = {"FileName": scene, "FilePath": "", "FileSize": project.manifest.files[0].size,
                   "Arguments": " ".join([engine.name, *words]), "EngineId": engine.id}
         pov = replace(pov, uses=tuple(sorted({*pov.uses, SENT + json.dumps(render)})))
@@ -14563,7 +14560,6 @@ class Machines(Dialect):
         return True
 
     def _renders(self, engines: Collection[str], tx: Look, job: Job) -> bool:
-        """Tell whether a node with these engines can render a job."""
         name = job.pov.engine
         if name:
             return name.lower() in engines and self._rules.named(name) is not None
@@ -14789,7 +14785,6 @@ class _Sheets:
         return response
 
     def _header(self, request: Request, mark: str, now: str) -> Html:
-        """Return what is above every page: where one is, and who one is."""
         you = request.identity
         user = element("span", f"You are {you.name} ", self._form(request, "/logout", "Log out"),
                        class_="row") if "person" in you.roles else element(
@@ -14831,7 +14826,6 @@ class _Sheets:
         return cast("_Made", made)
 
     def _course(self, request: Request, tx: Look, job: Job) -> _Course:
-        """Return how far the frames of a job are."""
         return self._once(request, tx, "course", job, lambda: _course(
             job.pov.plan, *tx.frame_states(job)))
 
@@ -14855,7 +14849,6 @@ class _Sheets:
             action=address, class_="some")
 
     def _settings(self, request: Request, view: View, row: Job) -> Node:
-        """Return the job's options as a form."""
         if not self._may_steer(request, view) or _ended(view):
             return None
         return element("details", element("summary", "Change how it is treated"), self._form(
@@ -14933,7 +14926,6 @@ class _Sheets:
         return redirect(f"{to}?did={did[-1]}" if did else to)
 
     def _said(self, request: Request, tx: Look) -> Node:
-        """Return what was just done by whoever looks."""
         did = _query_digits(request, "did")
         for event in tx.events(did - 1, 1) if did else ():
             if event.who == request.identity.name and (
@@ -14991,7 +14983,6 @@ class _Sheets:
         return needs
 
     def _failed(self, request: Request, view: View) -> _Need:
-        """Return that frames of a job failed, with what POV-Ray said of the first."""
         failure, text = view["failure"], view["why"]
         if view["state"] not in (JobState.PAUSED, JobState.FAILED):
             text = f"{counted(view['frames']['failed'], 'frame')} failed"
@@ -15003,7 +14994,6 @@ class _Sheets:
             [log, self._cures(request, view, "retry")], bad=True)
 
     def _cures(self, request: Request, view: View, cure: str) -> Node:
-        """Return the button for what would help a job."""
         if not cure or not self._may_steer(request, view):
             return None
         address = f"/jobs/{view['id']}/{cure if '=' not in cure else 'set'}"
@@ -15050,7 +15040,6 @@ class _Sheets:
             element("strong", code), "?"], how)
 
     def _workers(self, request: Request, workers: Sequence[View]) -> Node:
-        """Return the table of the workers."""
         return table_of(("Name", "State", "Cores", "Renders", "POV-Ray", "povfarm",
                           "System", "Tags", "Heard of", None), [[
             worker["name"], [_badge(worker["state"]), f" {worker.get('reason', '')}"],
@@ -15106,7 +15095,6 @@ class _Sheets:
         return f"https://{host} --pin {self._pin}" if self._pin else f"http://{host}"
 
     def _join(self, request: Request) -> Html:
-        """Return what to type to bring one more computer."""
         return section(
             "Add a computer",
             element("p", "Any computer with Python and POV-Ray can help. "
@@ -15319,8 +15307,8 @@ class Pages(_Sheets):
         else:
             if not given.get("frames", "all").strip():  # not all of them, then
                 raise UserError("write which frames are meant, such as 1-10,50")
-            request.query = {**request.query, **{
-                name: text for name, text in given.items() if name == "frames"}}
+            if "frames" in given:
+                request.query = {**request.query, "frames": given["frames"]}
             self._api.steer(request)
         return self._done(request, f"/jobs/{request.params['job']}", "frames" in request.query)
 
@@ -15535,7 +15523,6 @@ class Desk(_Sheets):
             path.replace(to)
 
     def _read(self, owner: str) -> tuple[PovJob, Project]:
-        """Read the command line of somebody's upload, and the scene."""
         upload = self._store.upload(owner)
         place, command = upload / "files", (upload / "command").read_text(encoding="utf-8")
         try:
@@ -15657,7 +15644,6 @@ class Desk(_Sheets):
         return self._done(request, "/people")
 
     def _wanted(self, request: Request, rows: Mapping[str, Setting]) -> dict[str, Any]:
-        """Return what a form says of some rows of SETTINGS."""
         given = self._access.check_form(request)
         return {name: row.parse(given.get(name, ""), row.name) for name, row in rows.items()}
 
@@ -15822,7 +15808,6 @@ def _live(workers: Sequence[View]) -> list[View]:
 
 
 def _at_hand(views: Sequence[View], workers: Sequence[View]) -> str:
-    """Return how long it takes, and who is there for it."""
     live = _live(workers)
     if not live:
         return "No computer is here"
@@ -15924,7 +15909,6 @@ def _job_row(view: View, button: Node, picture: Html) -> Html:
 
 
 def _finished(views: Sequence[View]) -> Node:
-    """Return what has ended, as a contact sheet."""
     ended = [view for view in views if _ended(view)]
     made = {view["id"]: f"{view['frames']['done']:,} of " * (
         view["frames"]["done"] < view["frames"]["total"]) + counted(
@@ -16192,7 +16176,6 @@ def _times(tx: Look, job: int, numbers: Sequence[int]) -> Node:
 
 
 def _inputs(rows: Mapping[str, Setting], values: Mapping[str, Any]) -> Html:
-    """Return what is to be filled in for rows of SETTINGS."""
     fields = [element("div", element("label", setting.name.replace("-", " "), " ", _choice(
         name, "yes" if values[name] else "no", ("no", "yes")) if setting.is_flag else
         _choice(name, values[name], Role) if name == "role" else
@@ -16629,14 +16612,16 @@ function pace(by) {
   controls();
 }
 
+function turn(what, name, then) {
+  what[name] = !what[name];
+  then();
+}
+
 const pressed = {
   " ": () => play(!film.playing), k: () => play(false), ArrowRight: () => show(film.at + 1),
   ArrowLeft: () => show(film.at - 1), j: () => pace(.5),
   l: () => film.playing ? pace(2) : play(true),
-  o: () => {
-    film.loop = !film.loop;
-    controls();
-  },
+  o: () => turn(film, "loop", controls),
   f: () => {
     if (document.fullscreenElement) return document.exitFullscreen();
     screen().closest(".picture").requestFullscreen();
@@ -16659,9 +16644,8 @@ document.body.append(box);
 const [shown, pinned] = box.querySelectorAll("img"), pane = box.querySelector(".pane");
 
 function look(frame) {
-  const [link, many] = [find(".large a"), player()];
-  let address = link.href;
-  if (many) address = place + many.dataset.whole.replace("*", frame || film.list[film.at]);
+  const link = find(".large a"), many = player(), address = many
+    ? place + many.dataset.whole.replace("*", frame || film.list[film.at]) : link.href;
   shown.src = address + (eye.stops ? "?stops=" + eye.stops : "");
   shown.alt = screen().alt;
   for (const key of ["ArrowLeft", "ArrowRight"]) tool(key).hidden = !many;
@@ -16710,14 +16694,10 @@ const looks = {
   "+": () => expose(1), Escape: () => box.close(),
   p: () => {
     pinned.src = shown.src;
-    pinned.hidden = !pinned.hidden;
     eye.pin = player() ? "frame " + film.list[film.at] : "the picture";
-    point();
+    turn(pinned, "hidden", point);
   },
-  d: () => {
-    eye.differ = !eye.differ;
-    point();
-  },
+  d: () => turn(eye, "differ", point),
 };
 shown.onload = () => {
   if (!eye.x) [eye.x, eye.y] = [shown.naturalWidth >> 1, shown.naturalHeight >> 1];
@@ -16881,20 +16861,18 @@ document.addEventListener("dragstart", drag => {
 });
 
 // Files that are dropped, or a folder with all that is in it, go with the form.
-async function unfold(entry, to, place) {
-  if (entry.isFile)
-    return to.push([place + entry.name, await new Promise((good, bad) => entry.file(good, bad))]);
+async function unfold(entry, data, place) {
+  const got = (from, how) => new Promise((good, bad) => from[how](good, bad));
+  if (entry.isFile) return data.append("files", await got(entry, "file"), place + entry.name);
   const reader = entry.createReader();
-  const read = () => new Promise((good, bad) => reader.readEntries(good, bad));
-  for (let some = await read(); some.length; some = await read())
-    for (const one of some) await unfold(one, to, place + entry.name + "/");
+  for (let some; (some = await got(reader, "readEntries")).length;)
+    for (const one of some) await unfold(one, data, place + entry.name + "/");
 }
 
 async function dropped(form, items) {
-  const said = form.querySelector("output"), files = [], data = new FormData(form);
+  const said = form.querySelector("output"), data = new FormData(form);
   const entries = [...items].map(item => item.webkitGetAsEntry()).filter(entry => entry);
-  for (const entry of entries) await unfold(entry, files, "");
-  for (const [name, file] of files) data.append("files", file, name);
+  for (const entry of entries) await unfold(entry, data, "");
   const send = new XMLHttpRequest();
   send.open("POST", form.action);
   send.responseType = "document";
