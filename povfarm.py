@@ -14271,7 +14271,7 @@ class RenderOnline:
                                     f"files extension {extension}.")
             for argument, value in given:
                 self._rules.check(argument, value)
-            scene = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip("-.")[-100:]
+            scene = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-100:].lstrip("-.")
             values = {**dict(reversed(given)), UPLOADED: scene, OUTPUT: "image", "@threads": "1"}
             words, there = chosen.arguments(values), place / "files"
             if chosen.name == POVRAY and (place / "upload").stat().st_size > MAX_SCENE:

@@ -393,7 +393,8 @@ def test_a_newer_povrays_words_wait_for_that(farm: OnlineFarm) -> None:
     ("a.pov", "a.pov"), ('"my scene.pov"', "my_scene.pov"),
     ('"file:///home/u/my%20scene.pov"', "my_scene.pov"), (r'"C:\\tmp\\a.pov"', "a.pov"),
     ('"../../a.pov"', "a.pov"), ('"=?utf-8?B?L2hvbWUvw6QucG92?="', "_.pov"), ('"-x.pov"', "x.pov"),
-    ('"+x;y#.pov"', "_x_y_.pov"), ('"' + "x" * 300 + '.pov"', "x" * 96 + ".pov")])
+    ('"+x;y#.pov"', "_x_y_.pov"), ('"' + "x" * 300 + '.pov"', "x" * 96 + ".pov"),
+    ('"' + "x" * 9 + "-" * 4 + "x" * 92 + '.pov"', "x" * 92 + ".pov")])
 def test_a_files_name_is_made_a_plain_one(name: str, kept: str, farm: OnlineFarm) -> None:
     """The desktop client sends a URI, the one in a browser a bare name."""
     assert farm.enqueue(("request", None, wish()), ("scene", name, SCENE)) == (200, QUEUED)
