@@ -13339,11 +13339,8 @@ _OWN_INI = ("pov.ini", "povray.ini")  # POV-Ray reads the latter by itself, also
 
 
 class Dialect:
-    """What the dialects of other systems' clients have in common.
-
-    Their workers' tokens begin with ``mark``, which begins no hash, so that nobody can show the
-    secret of one.
-    """
+    """What the dialects of other systems' clients have in common. Their workers' tokens begin with
+    ``mark``, which begins no hash, so that nobody can show the secret of one."""
 
     mark = ""
     most: int | None = None  # frames at a time
@@ -13384,9 +13381,7 @@ class Dialect:
     def _finish(self, attempt: Attempt, image: Path | None, cost: Cost, missing: str = "",
                 text: bytes = b"") -> bool:
         """Deliver all that was given, also where others were given its lower rows since.
-
-        False when the image is no good, or there is none: that is a failed try.
-        """
+        False when the image is no good, or there is none: that is a failed try."""
         with self._store.read() as tx:
             height = tx.job(attempt.job).pov.options.height
         try:
@@ -13435,11 +13430,10 @@ class Dialect:
 class Httpov(Dialect):
     """The routes of HTTPov's clients, for a ``Coordinator`` that lets them in.
 
-    The clients know no passwords. The bash one takes a path behind the server's
-    address, for the key; the Python one does not, but both send the name of
-    their group with every command, so that may be the key as well. What they
-    fetch without it, a job's archive, has a name that nobody can guess.
-    """
+    The clients know no passwords. The bash one takes a path behind the server's address, for the
+    key; the Python one does not, but both send the name of their group with every command, so that
+    may be the key as well. What they fetch without it, a job's archive, has a name that nobody can
+    guess."""
 
     mark = "HTTPov "
 
@@ -13574,11 +13568,8 @@ class Httpov(Dialect):
     # --- inside
 
     def _worker(self, request: Request) -> int | None:
-        """Return the worker that a client's computer is, 0 when it was removed; None for one too
-        many.
-
-        What fails on a computer fails there again, whatever number the next client has.
-        """
+        """Return the worker that a client's computer is, 0 when that was removed, None for one too
+        many. What fails on a computer fails there again, whatever number the next client has."""
         computer, group = request.query["client"].rpartition(":")[0], request.query.get("cgroup")
         tags = (one_line(group)[:100],) if group not in (None, "", self._access.guest_key) else ()
         info = WorkerInfo(computer, 1, 0, "HTTPov", {}, tags)
@@ -13598,9 +13589,7 @@ class Httpov(Dialect):
 
     def _lease(self, request: Request, worker: int, job: int) -> tuple[str, int] | None:
         """Return lease and job of what a client is to render, of this job or any (0).
-
-        What it has not delivered yet comes first; perhaps it only knows of the job so far.
-        """
+        What it has not delivered yet comes first; perhaps it only knows of the job so far."""
         client = request.query["client"]
         if held := self._held(worker, lambda grant: job in (
                 0, grant.job) and self._holders.setdefault(grant.id, client) == client):
@@ -13614,10 +13603,8 @@ class Httpov(Dialect):
         return leases[0].id, leases[0].job
 
     def _cuts(self, job: Job) -> bool:
-        """Tell whether the rows of the PPM that clients make of a slice are those of the PNG.
-
-        That has no alpha and no mark of a gamma. What slices share is not in their reach.
-        """
+        """Tell whether the rows of the PPM that clients make of a slice are those of the PNG: that
+        has no alpha and no mark of a gamma. What slices share is not in their reach."""
         values = job.pov.values
         return (not {"radiosity", "photons"}.intersection(job.pov.uses)
                 and "On" not in map(values.get, ("Output_Alpha", "Dither", "Grayscale_Output"))
@@ -13686,16 +13673,13 @@ MADE = "made/image"  # how names of pictures begin where the place is known
 
 
 def client_ini(pov: PovJob, place: str = "", frames: Sequence[int] = ()) -> str:
-    """Return the pov.ini with which a client's POV-Ray renders a job's frames.
+    """Return the pov.ini with which a client's POV-Ray renders a job's frames; where its ``place``
+    is known, started anywhere, these ``frames``. ``UserError`` for names that it cannot hold.
 
-    Where its ``place`` is known it may be started anywhere, and renders these ``frames``.
-
-    POV-Ray's own include files are where the client's own INI file says, which
-    comes before this one. A still becomes the first frame of an animation, as
-    the client looks for a file with a number. Warnings are not printed: clients
-    take "Possible Parse Error", of a scene without assumed_gamma, for an error.
-    ``UserError`` for names that an INI file cannot hold.
-    """
+    POV-Ray's own include files are where the client's own INI file says, which comes before this
+    one. A still becomes the first frame of an animation, as the client looks for a file with a
+    number. Warnings are not printed: clients take "Possible Parse Error", of a scene without
+    assumed_gamma, for an error."""
     plan = pov.plan
     values = {key: value for key, value in pov.values.items()
               if key not in ("Output_File_Name", "Clock")}
@@ -13768,8 +13752,7 @@ class Sheepit(Dialect):
     """The routes of SheepIt's clients, for a ``Coordinator`` that lets them in.
 
     A login's password is made of the person's secret and does not lead back to it; so is the
-    seal of a session's cookie. So sessions outlive us, but not the person.
-    """
+    seal of a session's cookie. So sessions outlive us, but not the person."""
 
     mark = "SheepIt "
     most = 1
@@ -13982,10 +13965,8 @@ class Sheepit(Dialect):
 
     def _worker(self, values: Mapping[str, str], request: Request, login: str,
                 old: Member | None) -> int | None:
-        """Return the worker that a client is: one of its computer's that is gone, or a new one.
-
-        So the record of a computer stays with it. None when a login has too many.
-        """
+        """Return the worker that a client is: one of its computer's that is gone, whose record so
+        stays with it, or a new one. None when a login has too many."""
         host = re.sub(r"[^\w.:-]", "-", values.get("hostname") or request.remote)[:60]
         memory = (_numeral(values.get("ram", "")) or 0) * 1024
         info = WorkerInfo(f"{login}@{host}", int(values["cpu_cores"]), min(memory, 1 << 50),
@@ -14208,10 +14189,7 @@ class RenderOnline:
         access.dialects.append(self._identity)
 
     def _identity(self, request: Request) -> Identity | None:
-        """Return a guest with the name of the person whose token it is.
-
-        The part of an email before the @ is the person's name.
-        """
+        """Return a guest: the person whose token it is, whose name is before the @ of the email."""
         token = request.headers.get("token", "")
         if not token or not request.path.startswith("/renderapi/"):
             return None
@@ -14227,9 +14205,7 @@ class RenderOnline:
     @route("OPTIONS", "/renderapi/v1/<what>", role="anyone")
     def call(self, request: Request) -> Response:
         """Headers: email, token. What: enqueue, dequeue, download, delete.
-
-        Who shows no token that is good is refused here, in the dialect's words.
-        """
+        Who shows no token that is good is refused here, in the dialect's words."""
         what = request.params.get("what", "info")
         if request.method == "OPTIONS":
             response = Response(204)
@@ -14609,9 +14585,7 @@ class Machines(Dialect):
     def _collect(self, attempts: Sequence[Attempt], place: Path, wall: float, address: str,
                  good: bool) -> None:
         """Deliver the pictures that are there; what is missing has failed.
-
-        Where the program did not end well its last picture is not looked at.
-        """
+        Where the program did not end well its last picture is not looked at."""
         folder = (place / MADE).parent
         made = {int(number[1]): path for path in folder.iterdir()
                 if (number := re.fullmatch(r"image(\d{1,9})\.\w+", path.name))
@@ -14681,10 +14655,7 @@ class Html(str):
 
 def element(tag: str, /, *children: Node, **attributes: str | int | None) -> Html:
     """Return an HTML element; everything in it that is not ``Html`` is escaped.
-
-    ``class_`` and ``http_equiv`` are written ``class`` and ``http-equiv``; an
-    attribute that is None is left out.
-    """
+    ``class_`` and ``http_equiv`` are written ``class`` and ``http-equiv``; None is left out."""
     start = "".join([f' {_attribute(name)}="{_escaped(value)}"'
                      for name, value in attributes.items() if value is not None])
     end = "" if tag in ("meta", "link", "img", "input") else f"{_markup(children)}</{tag}>"
@@ -14711,11 +14682,9 @@ class _Report(NamedTuple):
 
 
 class _Course(NamedTuple):
-    """How far the frames of a job are: their ``numbers``, and the first letter of each one's state.
-
-    ``runs`` is the latter, shorter; ``listed`` are all, ``done`` finished ones as the plan, whose
-    frames are ``step`` apart, lists them.
-    """
+    """How far the frames of a job are: their ``numbers``, and the first letter of each one's state;
+    ``runs`` is the latter, shorter. ``listed`` are all, ``done`` finished ones as the plan, whose
+    frames are ``step`` apart, lists them."""
 
     numbers: Sequence[int]
     letters: str
@@ -14747,8 +14716,7 @@ class _Sheets:
         """Return a whole page that loads itself again after ``reload`` seconds, 0 for never.
 
         Where the script runs, it brings what has changed into the page instead, at the latest
-        after so many seconds. ``state`` of the farm is shown by the mark: bad, busy or nothing.
-        """
+        after so many seconds. ``state`` of the farm is shown by the mark: bad, busy or nothing."""
         notice = self._farm.store.notice if request.identity.roles else ""
         still = "still" in request.query
         mark = _address("favicon.svg") + f"&state={state}"
@@ -14813,9 +14781,7 @@ class _Sheets:
     def _once(self, request: Request, tx: Look, what: Any, job: Job,
               make: Callable[[], _Made]) -> _Made:
         """Return what ``make`` does, once for all who look until something happens to the job.
-
-        Who keeps a page up to date may get what is a second old, and then looks once more.
-        """
+        Who keeps a page up to date may get what is a second old, and then looks once more."""
         now, state, key = time.monotonic(), (tx.last_event_of(job.id), job.counts), (what, job.id)
         since, then, made = self._kept.get(key, (-math.inf, None, None))
         if then != state and since + request.max_age > now:
@@ -14831,9 +14797,7 @@ class _Sheets:
 
     def _some(self, request: Request, view: View) -> Node:
         """Return the form for some frames; the script fills in what is selected.
-
-        The token is the button's that changes something, so no other sends it in an address.
-        """
+        The token is the button's that changes something, so no other sends it in an address."""
         if view["frames"]["total"] == 1:
             return None
         address, steers = f"/jobs/{view['id']}", self._may_steer(request, view)
@@ -14857,9 +14821,7 @@ class _Sheets:
 
     def _log(self, request: Request, tx: Look, view: View, row: Job, task: Task) -> Html:
         """Return what went wrong with a frame, and where, then what was printed, newest first.
-
-        The scene is shown to its owner only: on an open farm everybody may read a log.
-        """
+        The scene is shown to its owner only: on an open farm everybody may read a log."""
         attempts, left, shown = tx.attempts(task.id)[::-1], LOG_SHOWN, list[Node]()
         error = next((attempt.message for attempt in attempts if attempt.state == "failed"
                       and task.state != TaskState.DONE), "")
@@ -14914,10 +14876,8 @@ class _Sheets:
         return newest
 
     def _done(self, request: Request, to: str, of_frames: bool = False) -> Response:
-        """Go to a page, which says what was done: the newest event of whoever asked for it.
-
-        What was done ``of_frames`` is not what became of the job by that.
-        """
+        """Go to a page, which says what was done: the newest event of whoever asked for it; what
+        was done ``of_frames`` is not what became of the job by that."""
         with self._farm.store.read() as tx:
             last = tx.last_event()
             did = [event.id for event in tx.events(last - NEWS_SHOWN, NEWS_SHOWN)
@@ -15121,10 +15081,7 @@ class _Sheets:
         return "admin" in you.roles or ("user" in you.roles and you.name == view["owner"])
 
     def _buttons(self, request: Request, view: View) -> Node:
-        """Return what can be done to a job by its owner, or the admin.
-
-        Only an ended one can be deleted, after a question.
-        """
+        """Return what its owner, or the admin, can do to a job: delete only an ended one."""
         if not self._may_steer(request, view):
             return None
         state, frames = JobState(view["state"]), view["frames"]
@@ -15147,10 +15104,7 @@ class Pages(_Sheets):
 
     @route("GET", "/", role="reader", shared=True)
     def home(self, request: Request) -> Response:
-        """Show jobs, workers and what happened.
-
-        Query: before (a job's id), for older jobs; mine, for those of who looks.
-        """
+        """The farm. Query: before (a job's id), for older jobs; mine, for those of who looks."""
         before, mine = _query_digits(request, "before"), "mine" in request.query
         owner = request.identity.name if mine else ""
         with self._farm.store.read() as tx:
@@ -15191,10 +15145,7 @@ class Pages(_Sheets):
 
     @route("GET", "/jobs/<job:int>", role="reader", shared=True)
     def job(self, request: Request) -> Response:
-        """A job with its frames.
-
-        Query: from (a frame), to see the frames of its cell; frames, to see the first of them.
-        """
+        """A job. Query: from (a frame), for those of its cell; frames, to go to the first one."""
         if chosen_first := re.match(r" *(\d{1,9})", request.query.get("frames", "")):
             return redirect(f"/jobs/{request.params['job']}/frames/{int(chosen_first[1])}")
         with self._farm.store.read() as tx:
@@ -15262,9 +15213,7 @@ class Pages(_Sheets):
            waits=True)
     def thumb(self, request: Request) -> Response:
         """A finished image as a PNG at most so wide, made when it is first asked for.
-
-        Query: stops (-4 to 4), how often the light of an EXR or HDR is doubled.
-        """
+        Query: stops (-4 to 4), how often the light of an EXR or HDR is doubled."""
         size, frame = request.params["size"], request.params["frame"]
         with self._farm.store.read() as tx:
             job = tx.job(request.params["job"])
@@ -15375,9 +15324,7 @@ class Pages(_Sheets):
     @route("GET", "/style.css", role="anyone")
     def look(self, request: Request) -> Response:
         """The style sheet, the script or the mark, which changes with the state of the farm.
-
-        Their addresses have the hash of what is there, so nothing is asked for twice.
-        """
+        Their addresses have the hash of what is there, so nothing is asked for twice."""
         name = request.path[1:]
         mime, text = LOOKS[name]
         if name == "favicon.svg":
@@ -15403,9 +15350,7 @@ class Pages(_Sheets):
 
 class Desk(_Sheets):
     """Where people hand in scenes and see what the farm makes of them, and where people are let in.
-
-    What a browser sends waits on the disk, one upload for each person, until it becomes a job.
-    """
+    What a browser sends waits on the disk, one upload for each person, until it becomes a job."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
@@ -15767,9 +15712,7 @@ def _totals(totals: Mapping[str, Sequence[View]]) -> Node:
 
 def table_of(heads: Sequence[str | None], rows: Sequence[Sequence[Node]]) -> Node:
     """Return a table, if it has rows; each begins with a name. What is for buttons has no head.
-
-    A column in which nothing is said is left out.
-    """
+    A column in which nothing is said is left out."""
     said = [at for at, _ in enumerate(heads)
             if not at or any(row[at] not in ("", None) for row in rows)]
     heads, rows = [heads[at] for at in said], [[row[at] for at in said] for row in rows]
@@ -15988,9 +15931,7 @@ def _picture(view: View, task: Task | None, kind: str = "", size: int = 160) -> 
 
 def _shown(job: int, task: Task, size: int) -> str:
     """Return where a browser gets an image: as it is where it can show it and it is small enough.
-
-    A JPEG is small, and not unpacked here.
-    """
+    A JPEG is small, and not unpacked here."""
     suffix = PurePosixPath(task.name).suffix.lower()
     if suffix in BROWSER_TYPES and (suffix == ".jpg" or (task.size or 0) <= SMALL[size]):
         return f"/api/v1/jobs/{job}/frames/{task.frame}/image"
@@ -16058,10 +15999,8 @@ def _story(events: Sequence[Event], views: Sequence[View], now: float,
 
 
 def _others(line: Sequence[Event], views: Mapping[int, View]) -> int:
-    """Return how many frames had the fate of a line's first before it.
-
-    The job knows of more than those in the newest events.
-    """
+    """Return how many frames had the fate of a line's first before it: the job knows of more
+    than those in the newest events."""
     event, view = line[0], views.get(line[0].job or 0)
     known = view["frames"][event.what] if view and event.frame is not None and event.what in (
         TaskState.DONE, TaskState.CANCELLED) else 0
