@@ -7292,9 +7292,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         """Serve the request whose head is here, and wait a moment for the next one."""
         self._stage, unread = _ASKED, True
         try:
-            self.parse_request()
-            request = self.asked
-            del self.asked  # or both would wait for the garbage collector
+            request = self._parsed()
             response = self.server.router.handle(request)
             # Who was refused may read and write as slowly as others.
             with contextlib.suppress(ProtocolError):
@@ -7315,7 +7313,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             self.close_connection = not (self._has_head() or self._comes_soon())
             self._stage = _IDLE
 
-    def parse_request(self) -> bool:
+    def _parsed(self) -> Request:
         """Read the head that is here; ``ProtocolError`` where it is not to the letter.
 
         The base's takes more: bare line feeds, blanks before a colon, two lengths, of which
@@ -7339,12 +7337,11 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         length = _body_length(headers, old)
         expects = headers.get("expect", "").lower() == "100-continue" and not old
         self.close_connection = old or "close" in headers.get("connection", "").lower()
-        self.asked = Request(
+        return Request(
             self.command, _decode(path), _fields(query), headers,
             BodyReader(self._body(length, expects), length), self.remote,
             secure=self.server.tls is not None, target=self.path, alive=self.alive,
             enter=self.enter)
-        return True
 
     def _drained(self, request: Request) -> bool:
         """Read away the little that a handler left of a body; False when it is not little."""
@@ -7359,21 +7356,17 @@ class _Connection(http.server.BaseHTTPRequestHandler):
 
     def _head(self, response: Response, last: bool) -> bytes:
         """Return the head of a response: it travels with what follows, in one packet."""
-        body = response.body
-        with io.BytesIO() as self.wfile:
-            self.send_response_only(response.status)
-            if isinstance(body, FileSlice):
-                self.send_header("Content-Length", str(body.length))
-            elif isinstance(body, bytes) and response.status not in (204, 304):
-                self.send_header("Content-Length", str(len(body)))
-            elif not isinstance(body, bytes) and self.request_version != "HTTP/1.0":
-                self.send_header("Transfer-Encoding", "chunked")
-            if last:
-                self.send_header("Connection", "close")
-            self.flush_headers()
-            self.wfile.write(_standing(int(time.time()), *response.headers.items()))
-            self.end_headers()
-            return self.wfile.getvalue()
+        body, status = response.body, response.status
+        text = f"HTTP/1.1 {status} {self.responses.get(status, ('', ''))[0]}\r\n"
+        if isinstance(body, FileSlice):
+            text += f"Content-Length: {body.length}\r\n"
+        elif isinstance(body, bytes) and status not in (204, 304):
+            text += f"Content-Length: {len(body)}\r\n"
+        elif not isinstance(body, bytes) and self.request_version != "HTTP/1.0":
+            text += "Transfer-Encoding: chunked\r\n"
+        if last:
+            text += "Connection: close\r\n"
+        return text.encode() + _standing(int(time.time()), *response.headers.items()) + b"\r\n"
 
     def _send(self, response: Response) -> None:
         try:
@@ -17557,7 +17550,7 @@ class Engine:
         if not _is_plain(scene):
             found = [path / scene for path in self.library_of(run) if (path / scene).is_file()]
             if not found:
-                raise RenderFailed(f"the scene {scene} is not in the project")
+                raise FarmError(f"the scene {scene} is not in the project")
             links[run.place / _SCENE] = found[0]
             values["Input_File_Name"] = _SCENE
         library = []
@@ -18753,7 +18746,7 @@ class Launcher:
             try:
                 socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], [writing])
             except OSError:
-                raise RenderFailed(LAUNCHER_GONE) from None
+                raise FarmError(LAUNCHER_GONE) from None
             finally:
                 os.close(writing)
         return process
@@ -18808,7 +18801,11 @@ class _LauncherProcess:
 
     def _serve(self) -> None:
         os.setsid()
-        _close_all_but(self._link.fileno())
+        with contextlib.suppress(OSError):  # renderers get nothing but 0, 1 and 2
+            for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
+                if descriptor > 2 and descriptor != self._link.fileno():
+                    with contextlib.suppress(OSError):
+                        os.close(descriptor)
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -18899,15 +18896,6 @@ def _become(request: dict[str, Any], output: int, kernel: _Kernel | None) -> Non
     if bounds.reads is not None and kernel is not None:
         kernel.confine((request["argv"][0], *_SYSTEM), bounds.reads, bounds.writes)
     os.execve(request["argv"][0], request["argv"], request["env"])
-
-
-def _close_all_but(keep: int) -> None:
-    """Close what this process has inherited: renderers get nothing but 0, 1 and 2."""
-    with contextlib.suppress(OSError):
-        for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
-            if descriptor > 2 and descriptor != keep:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
 
 
 # --- what the kernel holds a renderer to; run in the child, between fork and exec
@@ -19223,7 +19211,8 @@ class Usage:
             return bool(ctypes.windll.kernel32.GetSystemPowerStatus(power) and power.raw[0] == 0)
         if sys.platform == "darwin":
             return bool(re.search("'(Battery|UPS) Power'", _said_by("pmset", "-g", "batt")))
-        supplies = [{name: _line(path / name) for name in ("type", "online", "status", "scope")}
+        supplies = [{name: "".join(_lines(path / name)[:1])
+                     for name in ("type", "online", "status", "scope")}
                     for path in self._root.glob("sys/class/power_supply/*")]
         return not any(one["online"] == "1" for one in supplies if one["type"] != "Battery") and (
             any(one["status"] == "Discharging" for one in supplies
@@ -19254,10 +19243,6 @@ def _lines(path: Path) -> list[str]:
         return path.read_text("utf-8", "replace").splitlines()
     except OSError:
         return []
-
-
-def _line(path: Path) -> str:
-    return next(iter(_lines(path)), "")
 
 
 def _said_by(*command: str) -> str:
@@ -20439,7 +20424,7 @@ class Worker(Resting):
         """Start the renderer, with all that it looks for in its place; None when it is too late."""
         name = plan.lease.pov.engine
         if name and name not in self.programs:
-            raise RenderFailed(f"the owner of this computer lets it run no '{name}'")
+            raise FarmError(f"the owner of this computer lets it run no '{name}'")
         engine = self.programs[name] if name else self.engine
         command = engine.command(plan)
         texts = {path: text.encode() for path, text in command.files.items()}
@@ -20644,12 +20629,12 @@ def _why_it_failed(run: RunState, bounds: Bounds, sent: bool) -> tuple[str, bool
 
 
 def _check_system_files(pov: PovJob) -> None:
-    """Raise ``RenderFailed`` when the scene would read other system files than it should."""
+    """Raise ``FarmError`` when the scene would read other system files than it should."""
     for word, sha256, path in (f"{use}  ".split(" ", 2) for use in pov.uses):
         local = Path(path.strip())
         if word == "system_file" and not (
                 is_shared(local) and is_file(local) and sha256_file(local) == sha256):
-            raise RenderFailed(f"the scene reads {local}, and this computer has not the same file "
+            raise FarmError(f"the scene reads {local}, and this computer has not the same file "
                                "there: install it here, or copy it into the project")
 
 

@@ -29,8 +29,7 @@ from povfarm import (
 
 
 @pytest.mark.parametrize("kind", [
-    UserError, StoreError, povfarm.IllegalTransition, povfarm.StaleLease, povfarm.RenderFailed,
-    povfarm.ImageError,
+    UserError, StoreError, povfarm.IllegalTransition, povfarm.StaleLease, povfarm.ImageError,
 ])
 def test_every_error_is_a_farm_error_with_its_text(kind: Type[FarmError]) -> None:
     assert issubclass(kind, FarmError)

@@ -228,7 +228,7 @@ def test_routes_are_told_for_a_document() -> None:
     (povfarm.StaleLease("that lease has ended"), 410),
     (povfarm.IllegalTransition("done cannot become leased"), 409),
     (povfarm.StoreError("the disk is full"), 500),
-    (povfarm.RenderFailed("it failed"), 409),
+    (povfarm.FarmError("it failed"), 409),
 ])
 def test_an_error_becomes_a_response(error: povfarm.FarmError, status: int) -> None:
     pages = Pages()

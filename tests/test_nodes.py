@@ -70,7 +70,7 @@ class Held:
 
     def start(self, argv: Any, cwd: Path, environment: Any, bounds: Bounds) -> Process:
         if self.code == 127:
-            raise povfarm.RenderFailed("it cannot be started")
+            raise povfarm.FarmError("it cannot be started")
         self.started.append((tuple(argv), cwd, dict(environment), bounds))
         if "POVINI" in environment:
             self.ini = Path(environment["POVINI"]).read_text()

@@ -416,7 +416,7 @@ def test_a_worker_whose_launcher_was_killed_hands_back_and_ends(room: Room) -> N
     job = room.farm.submit(frames=2)
     room.worker._launcher.gone = True
     room.worker._launcher.start = lambda *_: (_ for _ in ()).throw(  # type: ignore[method-assign]
-        povfarm.RenderFailed(povfarm.LAUNCHER_GONE))
+        povfarm.FarmError(povfarm.LAUNCHER_GONE))
     with pytest.raises(povfarm.FarmError, match="start the worker again"):
         room.worker.run()
     assert room.farm.states(job) == ["queued"] * 2
@@ -431,7 +431,7 @@ def test_what_is_finished_is_delivered_after_the_launcher_was_killed(room: Room)
         wait_until(lambda: len(room.waiting()) == 2)
         room.worker._launcher.gone = True
         room.worker._launcher.start = lambda *_: (_ for _ in ()).throw(  # type: ignore[method-assign]
-            povfarm.RenderFailed(povfarm.LAUNCHER_GONE))
+            povfarm.FarmError(povfarm.LAUNCHER_GONE))
         second = room.farm.submit(frames=40)  # in several runs at once
         wait_until(room.worker._stopping.is_set)
         wait_until(lambda: not room.worker._runs)
