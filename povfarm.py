@@ -539,8 +539,7 @@ def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Pat
 
 
 _RESERVED_NAMES = frozenset(
-    ["CON", "PRN", "AUX", "NUL"] + [f"{name}{n}" for name in ("COM", "LPT") for n in range(1, 10)]
-)
+    ["CON", "PRN", "AUX", "NUL"] + [f"{name}{n}" for name in ("COM", "LPT") for n in range(1, 10)])
 
 
 # Unlike Path's, False for a name that none can have, too: one that is too long, or has a NUL in it.
@@ -2894,11 +2893,9 @@ _LAYOUTS: Mapping[str, _Layout] = {
     ".tga": _Layout(_read_tga, _write_tga), ".bmp": _Layout(_read_bmp, _write_bmp),
     ".hdr": _Layout(_read_hdr, _write_under_text),
     ".exr": _Layout(_read_exr, _write_exr,
-                    lambda strip: (block.raw() for block in strip.picture.rows)),
-}
+                    lambda strip: (block.raw() for block in strip.picture.rows))}
 _CHECKS: Mapping[str, Callable[[_Data, tuple[int, int] | None], _Picture]] = {
-    **{extension: layout.read for extension, layout in _LAYOUTS.items()}, ".jpg": _check_jpeg,
-}
+    **{extension: layout.read for extension, layout in _LAYOUTS.items()}, ".jpg": _check_jpeg}
 
 
 class _Colors(NamedTuple):
@@ -2916,7 +2913,7 @@ def _plain_rows(picture: _Picture, wanted: Sequence[int]) -> Iterator[bytes]:
 
 
 def _runs(packed: bytes, at: int, size: int, more: int) -> bytes:
-    """Unpack a row from a place on: runs of ``more`` values than their first byte says."""
+    """Unpack a row: one value often, or values as they are, ``more`` than a first byte says."""
     out = bytearray()
     while at < len(packed):
         count = packed[at] + more
@@ -7492,8 +7489,7 @@ _PLACE = re.compile("/-[0-9a-f]{16}(?=/)")
 _LINE_ENDS = re.compile(rb"(?:\r\n)*")
 _HEAD_END = re.compile(rb"\n\r?\n")
 _REQUEST_LINE = re.compile(
-    r"([A-Z]{1,20}) (?:https?://([A-Za-z0-9.:\[\]_-]+))?(/[^\s\x00-\x1f\x7f]*) HTTP/1\.([0-9])"
-)
+    r"([A-Z]{1,20}) (?:https?://([A-Za-z0-9.:\[\]_-]+))?(/[^\s\x00-\x1f\x7f]*) HTTP/1\.([0-9])")
 _UNSENDABLE = re.compile("[\r\n\0\u0100-\U0010ffff]")
 _FIELD = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\n-\x1f\x7f]*)")
 _WILDCARD = re.compile(r"<([a-z]+)(?::(int|path))?>")
@@ -17608,8 +17604,7 @@ class Engine:
         values.update({
             "Work_Threads": str(run.lease.threads), "Output_To_File": "On", "Display": "Off",
             "Pause_When_Done": "Off", "Verbose": "On", "Preview_Start_Size": "1",
-            "Statistic_Console": "On",
-            "Continue_Trace": "On" if run.state.is_file() else "Off",
+            "Statistic_Console": "On", "Continue_Trace": "On" if run.state.is_file() else "Off",
             "Output_File_Name": output.as_posix(),
             **{key: path.name for key, path in run.text_files.items()}})
         task, pov = run.lease.tasks[0], run.lease.pov
@@ -17778,8 +17773,7 @@ def locate_engine(program: str) -> Engine:
 
 _INSTALL: Mapping[str, str] = {
     "linux": "sudo apt-get install povray (or your system's package of that name)",
-    "darwin": "brew install povray",
-}
+    "darwin": "brew install povray"}
 
 
 def standard_library(version: str = OLDEST, program: str = "") -> tuple[str, ...]:
@@ -17804,8 +17798,7 @@ def standard_library(version: str = OLDEST, program: str = "") -> tuple[str, ...
 # On top of a slice's own values. What the pass of each slice saves is simply put together: the
 # files are text, a sample a line. Anti-aliasing takes hardly any further samples.
 RADIOSITY_PASS: Mapping[str, str] = {
-    "Radiosity_To_File": "On", "Radiosity_File_Name": SAMPLE_FILE, "Antialias": "Off",
-}
+    "Radiosity_To_File": "On", "Radiosity_File_Name": SAMPLE_FILE, "Antialias": "Off"}
 RADIOSITY_USE: Mapping[str, str] = {"Radiosity_From_File": "On", "Radiosity_File_Name": SAMPLE_FILE}
 
 
@@ -18338,8 +18331,7 @@ class Transport:
         except ssl.SSLCertVerificationError as error:
             raise UserError(
                 f"the certificate of {self._host} is not trusted ({error.verify_message}): "
-                "use the worker command that 'serve' prints there, or its --pin"
-            ) from error
+                "use the worker command that 'serve' prints there, or its --pin") from error
         except ssl.SSLError as error:
             if error.reason not in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
                 raise
@@ -20635,7 +20627,7 @@ def _check_system_files(pov: PovJob) -> None:
         if word == "system_file" and not (
                 is_shared(local) and is_file(local) and sha256_file(local) == sha256):
             raise FarmError(f"the scene reads {local}, and this computer has not the same file "
-                               "there: install it here, or copy it into the project")
+                            "there: install it here, or copy it into the project")
 
 
 def _create_ini_of(run: Run) -> None:
