@@ -332,12 +332,10 @@ def sync_directory(path: Path) -> None:
 
 
 class Gate:
-    """Lets one thread in at a time, in the order in which they came.
-
-    Threads of Python that compute at the same time hinder each other so much that each takes
-    twice as long. Who has to wait for something else goes ``outside`` meanwhile, and comes back
-    without waiting. Nobody is kept out for long by one that computes for long.
-    """
+    """Lets one thread in at a time, in the order in which they came. Threads of Python that compute
+    at the same time hinder each other so much that each takes twice as long. Who has to wait for
+    something else goes ``outside`` meanwhile, and comes back without waiting. Nobody is kept out
+    for long by one that computes for long."""
 
     def __init__(self) -> None:
         self._changed = threading.Lock()
@@ -385,10 +383,8 @@ class Gate:
 
 
 class Shares:
-    """Who has how many of what there are only so many of: an address, its network, all of them.
-
-    A network is what one can have who has one address of it: a /24, in IPv6 a /64.
-    """
+    """Who has how many of what there are only so many of: an address, its network, all of them. A
+    network is what one can have who has one address of it: a /24, in IPv6 a /64."""
 
     def __init__(self, each: int, network: int, together: int) -> None:
         self._most = each, network, together
@@ -521,10 +517,8 @@ MAX_DEPTH = 100  # directories, one in the other, of a project
 
 
 def safe_join(root: Path, relative: str, windows: bool = os.name == "nt") -> Path:
-    """Return ``root / relative``, with forward slashes; ``UserError`` for what could leave it.
-
-    On ``windows`` also for the names and characters that it reserves.
-    """
+    """Return ``root / relative``, with forward slashes; ``UserError`` for what could leave it. On
+    ``windows`` also for the names and characters that it reserves."""
     parts = relative.split("/")
     if len(parts) > MAX_DEPTH:  # Python makes and deletes directories one within the other
         raise UserError(f"{relative[:60]!r}... lies in more than {MAX_DEPTH} directories")
@@ -553,11 +547,9 @@ def file_blocks(source: Path | bytes) -> Iterator[bytes]:
 
 
 def watch_peer(sock: socket.socket) -> None:
-    """Send at once, and find out when the other end has vanished without a word.
-
-    An idle connection to a computer that was switched off would wait for ever (RFC 1122,
-    4.2.3.6): the system asks after some seconds of silence, and again, and gives up.
-    """
+    """Send at once, and find out when the other end has vanished without a word. An idle connection
+    to a computer that was switched off would wait for ever (RFC 1122, 4.2.3.6): the system asks
+    after some seconds of silence, and again, and gives up."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     silence = {"TCP_KEEPIDLE": PEER_SILENCE, "TCP_KEEPALIVE": PEER_SILENCE,  # of macOS
@@ -632,9 +624,7 @@ _SPAN = re.compile(r"(?:({0})(?: *- *({0}))?)?(?:^| +|$)"
 @functools.lru_cache
 def week_of(text: str) -> frozenset[int]:
     """Return the minutes of a week, from Monday 0:00 on, that ``mon-fri 19:00-7:00, sat`` names.
-
-    Hours over midnight belong to the day on which they begin. ``UserError`` for another text.
-    """
+    Hours over midnight belong to the day on which they begin. ``UserError`` for another text."""
     minutes: set[int] = set()
     for part in text.lower().split(","):
         match = _SPAN.fullmatch(part.strip())
@@ -653,12 +643,10 @@ def week_of(text: str) -> frozenset[int]:
 
 
 def with_commands(text: str, typed: Callable[[str], str]) -> str:
-    """Return a message with its commands as they are typed where it is read.
-
-    Only CLI knows how povfarm was started, so messages write ``povfarm.py NAME``, for
-    which ``typed(NAME)`` stands here; or ``typed("")`` for ``povfarm.py``, where options follow
-    in the message itself, or where it tells the usage.
-    """
+    """Return a message with its commands as they are typed where it is read. Only CLI knows how
+    povfarm was started, so messages write ``povfarm.py NAME``, for which ``typed(NAME)`` stands
+    here; or ``typed("")`` for ``povfarm.py``, where options follow in the message itself, or where
+    it tells the usage."""
     return _COMMAND.sub(lambda found: typed(found[1] or "").rstrip(), text)
 
 
@@ -2078,11 +2066,9 @@ class ImageInfo:
 
 def check_image(source: Path | bytes, extension: str, width: int, height: int) -> ImageInfo:
     """Return what ``source`` is when it is one whole picture of this type and size, 0 for any.
-
     ``ImageError`` for one that ends early or late, or is damaged where its format lets one see it:
     all of a PNG and of an EXR's pixels, only the structure of the others. What is expected is what
-    POV-Ray 3.7 writes (measured with 3.7.0.10), not all that a format allows.
-    """
+    POV-Ray 3.7 writes (measured with 3.7.0.10), not all that a format allows."""
     check = _CHECKS.get(extension)
     if check is None:
         known = ", ".join(_CHECKS)
@@ -2092,11 +2078,9 @@ def check_image(source: Path | bytes, extension: str, width: int, height: int) -
 
 
 def crop_rows(source: Path | bytes, extension: str, top: int, rows: int, to: Path) -> None:
-    """Write rows of a picture that has passed ``check_image`` as one of its own, a *strip*.
-
-    It keeps the notes in the header. ``ImageError`` for rows that are not there, and for a type
-    that is not one of ``STRIP_TYPES``.
-    """
+    """Write rows of a picture that has passed ``check_image`` as one of its own, a *strip*. It
+    keeps the notes in the header. ``ImageError`` for rows that are not there, and for a type that
+    is not one of ``STRIP_TYPES``."""
     with _opened(source, extension) as data:
         picture = _read(data, extension)
         height = picture.info.height
@@ -2107,11 +2091,9 @@ def crop_rows(source: Path | bytes, extension: str, top: int, rows: int, to: Pat
 
 
 def join_rows(strips: Sequence[Path | bytes], extension: str, to: Path) -> None:
-    """Write the whole picture that strips make, from the top to the bottom, and check it.
-
-    What its header says besides (software, date) is the first strip's. Each strip has passed
-    ``check_image``. ``ImageError`` when one is of another kind than the first.
-    """
+    """Write the whole picture that strips make, from the top to the bottom, and check it. What its
+    header says besides (software, date) is the first strip's. Each strip has passed
+    ``check_image``. ``ImageError`` when one is of another kind than the first."""
     _need(bool(strips), "there are no strips to join")
     found: list[_Strip] = []
     for number, strip in enumerate(strips, 1):
@@ -2126,10 +2108,8 @@ def join_rows(strips: Sequence[Path | bytes], extension: str, to: Path) -> None:
 
 
 def same_pixels(one: Path | bytes, other: Path | bytes, extension: str) -> bool:
-    """Tell whether two whole pictures of a type show the same, whatever date is in them.
-
-    A PNG may be filtered otherwise, by another libpng. JPEG is compared as it is packed.
-    """
+    """Tell whether two whole pictures of a type show the same, whatever date is in them. A PNG may
+    be filtered otherwise, by another libpng. JPEG is compared as it is packed."""
     with _opened(one, extension) as data, _opened(other, extension) as more:
         if extension == ".jpg":
             dated = re.compile(rb"Render Date: [-0-9 :Z]+")
@@ -2146,10 +2126,8 @@ def same_pixels(one: Path | bytes, other: Path | bytes, extension: str) -> bool:
 
 
 def is_black(source: Path | bytes, extension: str) -> bool:
-    """Tell whether a whole PNG picture is black all over, whatever its alpha; else False.
-
-    Filters work on each colour by itself and leave nothing of zeros, so they may stay.
-    """
+    """Tell whether a whole PNG picture is black all over, whatever its alpha; else False. Filters
+    work on each colour by itself and leave nothing of zeros, so they may stay."""
     if extension != ".png":
         return False
     with _opened(source, extension) as data:
@@ -2160,10 +2138,8 @@ def is_black(source: Path | bytes, extension: str) -> bool:
 
 
 def animated_png(frames: Iterable[Path | bytes], count: int, delay: Fraction) -> Iterator[bytes]:
-    """Yield an animated PNG of ``count`` PNG pictures, each shown ``delay`` seconds, for ever.
-
-    The packed pixels are copied. ``ImageError`` for a picture that is unlike the first.
-    """
+    """Yield an animated PNG of ``count`` PNG pictures, each shown ``delay`` seconds, for ever. The
+    packed pixels are copied. ``ImageError`` for a picture that is unlike the first."""
     short = delay.limit_denominator(int(65535 / max(1.0, float(delay))))  # two numbers of 16 bits
     sequence = itertools.count()
     number, first, tail = 0, "", b""
@@ -2187,12 +2163,10 @@ def animated_png(frames: Iterable[Path | bytes], count: int, delay: Fraction) ->
 
 
 def small_png(source: Path | bytes, extension: str, width: int, stops: int = 0) -> bytes:
-    """Return a picture that has passed ``check_image`` as a PNG, at most so wide, for a browser.
-
-    It has 8 bits a colour and no alpha; each pixel of a smaller one is the mean of four. Light, of
-    EXR and HDR, is doubled ``stops`` times, or halved, cut off at 1, and gets the curve of sRGB
-    (IEC 61966-2-1). ``ImageError`` for a JPEG, whose pixels are not unpacked here.
-    """
+    """Return a picture that has passed ``check_image`` as a PNG, at most so wide, for a browser. It
+    has 8 bits a colour and no alpha; each pixel of a smaller one is the mean of four. Light, of EXR
+    and HDR, is doubled ``stops`` times, or halved, cut off at 1, and gets the curve of sRGB (IEC
+    61966-2-1). ``ImageError`` for a JPEG, whose pixels are not unpacked here."""
     with _opened(source, extension) as data:
         picture = _read(data, extension)
         across, down = picture.info.width, picture.info.height
@@ -2224,10 +2198,8 @@ def small_png(source: Path | bytes, extension: str, width: int, stops: int = 0) 
 
 
 class _Data:
-    """The bytes of a file, of which only those that were read last are in memory.
-
-    The file is opened anew for each read, because hundreds of pictures may be in use together.
-    """
+    """The bytes of a file, of which only those that were read last are in memory. The file is
+    opened anew for each read, because hundreds of pictures may be in use together."""
 
     def __init__(self, source: Path | bytes) -> None:
         self._source, self._start = source, 0
@@ -2569,9 +2541,7 @@ def _write_png(out: BinaryIO, strips: Sequence[_Strip]) -> None:
 
 def png_of_ppm(source: Path, size: tuple[int, int], depth: int, rows: range, to: Path) -> None:
     """Write some ``rows`` of a PPM picture of a ``size`` as the PNG that POV-Ray makes of them.
-
-    ``ImageError`` for one that is damaged, grey, or not of ``depth`` bits a colour.
-    """
+    ``ImageError`` for one that is damaged, grey, or not of ``depth`` bits a colour."""
     with _opened(source, ".ppm") as data, open(to, "wb") as out:
         picture = _read_ppm(data, size)
         _need(picture.info.channels == 3 and picture.form.endswith(f" to {(1 << depth) - 1}"),
@@ -6095,10 +6065,8 @@ class Beacon:
 def discover(timeout: float, key: bytes | None, port: int = DISCOVERY_PORT,
              name: str | None = None) -> list[Found]:
     """Return the coordinators that answer within ``timeout`` seconds and hold a ``key``, by name.
-
     With a ``name``, only that one, as soon as it answers. One that is reached by several ways is
-    listed once, with its loopback address where it has one.
-    """
+    listed once, with its loopback address where it has one."""
     nonce = secrets.token_hex(16)
     wanted = {} if name is None else {"name": name}
     probe = _packet("probe", nonce=nonce, **wanted)
@@ -6302,12 +6270,10 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 class Session:
-    """What two ends have that know the same secret: a key, for this conversation only.
-
-    ``name`` is what the coordinator calls it, ``nonce`` the client's random number.
-    ``pin`` is the certificate that each end sees, empty without TLS: a relay with another
-    one makes their keys differ. ``proof`` is the coordinator's, that it knows the secret.
-    """
+    """What two ends have that know the same secret: a key, for this conversation only. ``name`` is
+    what the coordinator calls it, ``nonce`` the client's random number. ``pin`` is the certificate
+    that each end sees, empty without TLS: a relay with another one makes their keys differ.
+    ``proof`` is the coordinator's, that it knows the secret."""
 
     def __init__(self, name: str, nonce: str, secret: str, farm_id: str, pin: str) -> None:
         self.name = name
@@ -6354,12 +6320,10 @@ _PRIME = int("""
 
 
 class Pairing:
-    """One end of an agreement on a secret between two that know nothing of each other.
-
-    The worker first shows ``commitment`` alone, and its ``share`` and ``nonce`` when it has
-    those of the coordinator. So a relay in between, who has to agree with each of them,
-    has one try to come to the same code with both: people see that the codes differ.
-    """
+    """One end of an agreement on a secret between two that know nothing of each other. The worker
+    first shows ``commitment`` alone, and its ``share`` and ``nonce`` when it has those of the
+    coordinator. So a relay in between, who has to agree with each of them, has one try to come to
+    the same code with both: people see that the codes differ."""
 
     def __init__(self, seed: str = "") -> None:
         self._exponent = int(seed or secrets.token_hex(32), 16) | 1 << 255
@@ -6431,10 +6395,8 @@ class Limits:
 
 class BodyReader:
     """The body of a request, read once, from front to end; ``ProtocolError`` where it is not whole.
-
     ``length`` is the declared size, None when it comes in chunks; ``limit`` what the route allows.
-    ``source`` gives the blocks, and ``b""`` where the body ends.
-    """
+    ``source`` gives the blocks, and ``b""`` where the body ends."""
 
     def __init__(self, source: Iterator[bytes], length: int | None) -> None:
         self.length = length
@@ -6544,10 +6506,8 @@ class Request:
 
 
 def form_parts(request: Request) -> Iterator[tuple[str, str | None, Iterator[bytes]]]:
-    """Yield the name of each part of a form, of a file its own, and what is in it as it comes.
-
-    What is not read of a part is passed over. ``UserError`` when it is no whole form.
-    """
+    """Yield the name of each part of a form, of a file its own, and what is in it as it comes. What
+    is not read of a part is passed over. ``UserError`` when it is no whole form."""
     kind = re.fullmatch(r'multipart/form-data *; *boundary="?([^";]{1,200})"?',
                         request.headers.get("content-type", ""))
     if kind is None:
@@ -6643,9 +6603,7 @@ def redirect(location: str) -> Response:
 
 def stream_response(chunks: Iterator[bytes], mime: str) -> Response:
     """Return a body that is made while it is sent, its first block at once: that may still fail.
-
-    Chunks for which nothing comes for long are ``b""`` now and then, to end when nobody listens.
-    """
+    Chunks for which nothing comes for long are ``b""`` now and then, to end when nobody listens."""
     return Response(200, {"Content-Type": mime}, _stream(next(chunks, b""), chunks))
 
 
@@ -6659,10 +6617,8 @@ def _stream(first: bytes, chunks: Iterator[bytes]) -> Generator[bytes, None, Non
 
 
 def file_response(path: Path, mime: str, request: Request, etag: str = "") -> Response:
-    """Return a file, or the one range of it that was asked for, or 304, 404 or 416.
-
-    ``etag`` names the contents, best by their hash; without it size and time do.
-    """
+    """Return a file, or the one range of it that was asked for, or 304, 404 or 416. ``etag`` names
+    the contents, best by their hash; without it size and time do."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -6730,12 +6686,10 @@ class BoundRoute:
 
 
 class Router:
-    """Finds the handler of a request and makes a response of whatever comes out.
-
-    ``authenticate`` says who sends a request. ``hosts`` are the names that we are known by,
-    addresses apart, or any: a browser that was lured here by DNS rebinding knows another one.
-    ``error_page`` makes what a browser is shown, where others get JSON.
-    """
+    """Finds the handler of a request and makes a response of whatever comes out. ``authenticate``
+    says who sends a request. ``hosts`` are the names that we are known by, addresses apart, or any:
+    a browser that was lured here by DNS rebinding knows another one. ``error_page`` makes what a
+    browser is shown, where others get JSON."""
 
     def __init__(self, *providers: object, authenticate: Callable[[Request], Identity],
                  hosts: Collection[str] = (),
@@ -6822,11 +6776,9 @@ class Router:
                             WWW_Authenticate="Povfarm")
 
     def _for_stranger(self, bound: BoundRoute, request: Request) -> Response:
-        """Return the response for a stranger, one at a time, so that others wait for no more.
-
-        What was begun since this one came is as good as new: so all who wait share a page. Who
-        asks with ``Cache-Control: max-age=1`` also takes one that is a second old.
-        """
+        """Return the response for a stranger, one at a time, so that others wait for no more. What
+        was begun since this one came is as good as new: so all who wait share a page. Who asks with
+        ``Cache-Control: max-age=1`` also takes one that is a second old."""
         came = time.monotonic() - request.max_age
         key = (request.path, *sorted(request.query.items()), request.secure, request.place,
                request.headers.get("host"), request.local)
@@ -6900,8 +6852,7 @@ class Server(http.server.HTTPServer):
     One thread holds every connection from which no whole head of a request has come yet, so ten
     thousand that are idle or slow cost memory only; a request gets a thread. The connection that
     has been idle for longest makes room for a new one. With 127.0.0.1 goes [::1], so that nobody
-    else on this computer gets what is sent to ``localhost``.
-    """
+    else on this computer gets what is sent to ``localhost``."""
 
     request_queue_size = 1024  # the base's 5 are too few when all workers come back at once
     allow_reuse_address = os.name != "nt"  # there two servers would have the port
@@ -7158,10 +7109,8 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self.connection.settimeout(0)
 
     def fill(self) -> bool:
-        """Take in what has come; True when there is a request to serve, ``OSError`` at the end.
-
-        One block at a time: who sends without end is not alone here.
-        """
+        """Take in what has come; True when there is a request to serve, ``OSError`` at the end. One
+        block at a time: who sends without end is not alone here."""
         try:
             if self._stage is _HANDSHAKE:
                 self._shake_hands()
@@ -7311,11 +7260,9 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             self._stage = _IDLE
 
     def _parsed(self) -> Request:
-        """Read the head that is here; ``ProtocolError`` where it is not to the letter.
-
-        The base's takes more: bare line feeds, blanks before a colon, two lengths, of which
-        somebody else may make two requests. And email.parser is slower than all the rest here.
-        """
+        """Read the head that is here; ``ProtocolError`` where it is not to the letter. The base's
+        takes more: bare line feeds, blanks before a colon, two lengths, of which somebody else may
+        make two requests. And email.parser is slower than all the rest here."""
         first, *lines = self._buffer[: self._end - 4].decode("latin-1").split("\r\n")
         del self._buffer[: self._end]
         self._searched = 0
@@ -7473,9 +7420,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
 
 def send_all(sock: socket.socket, data: bytes, hurry: tuple[float, float] | None = None) -> None:
     """Send all of it. The socket's timeout is that of a silence: ``sendall``'s is of the whole.
-
-    Where there is ``hurry``, the whole may take so many seconds, and so many for each byte.
-    """
+    Where there is ``hurry``, the whole may take so many seconds, and so many for each byte."""
     left, end = memoryview(data), math.inf
     if hurry:
         end = time.monotonic() + hurry[0] + hurry[1] * len(data)
@@ -7579,10 +7524,8 @@ def _parse_fields(lines: list[str], limits: Limits) -> dict[str, str]:
 
 
 def _body_length(headers: Mapping[str, str], old: bool) -> int | None:
-    """Return how long the body is, None when it is chunked.
-
-    Nothing is guessed: two parties that disagree about it can be made to see different requests.
-    """
+    """Return how long the body is, None when it is chunked. Nothing is guessed: two parties that
+    disagree about it can be made to see different requests."""
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is None:
         if length is not None and not re.fullmatch("[0-9]{1,18}", length):
@@ -17414,12 +17357,9 @@ def _hold(data: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class Run:
-    """One start of a renderer.
-
-    It writes in its ``own`` directory, which has the directories of the tree. It is started in one
-    of them, ``place``: POV-Ray looks for files, also ``../``, there first, and then by library
-    paths in the project. So runs at the same time cannot meet.
-    """
+    """One start of a renderer. It writes in its ``own`` directory, which has the directories of the
+    tree. It is started in one of them, ``place``: POV-Ray looks for files, also ``../``, there
+    first, and then by library paths in the project. So runs at the same time cannot meet."""
 
     lease: LeaseSpec
     tree: Path  # the project's directory
@@ -17530,12 +17470,10 @@ class Engine:
         return self.version or (found.pop() if len(found) == 1 else "")
 
     def command(self, run: Run) -> Command:
-        """Return how to render a run.
-
-        POVINI names one INI file with everything: none of this machine is read, so every worker
-        renders the same picture. What it names is linked into the run's place under short ASCII
-        names: POV-Ray 3.7 garbles other letters, and breaks long names in what it prints.
-        """
+        """Return how to render a run. POVINI names one INI file with everything: none of this
+        machine is read, so every worker renders the same picture. What it names is linked into the
+        run's place under short ASCII names: POV-Ray 3.7 garbles other letters, and breaks long
+        names in what it prints."""
         environment = {
             "POVINI": f"{_HOME}/{OUR_INI}", "HOME": str(run.place / _HOME), "PATH": os.defpath,
             "POV_TEMP_DIR": _HOME,  # for the pixels of a big image, else they lie in /tmp
@@ -17583,10 +17521,8 @@ class Engine:
         return {"povray": self.version, "includes": includes if texts else ""}
 
     def values(self, run: Run) -> dict[str, str]:
-        """Return the options of a run: the job's, and where and how much this run renders.
-
-        Without a preview: it costs time, shows nothing, and would be in the state.
-        """
+        """Return the options of a run: the job's, and where and how much this run renders. Without
+        a preview: it costs time, shows nothing, and would be in the state."""
         values = dict(run.lease.pov.values)
         if values.get("All_Console") == "Off":  # but we read the other streams
             del values["All_Console"]
@@ -17648,9 +17584,7 @@ class Engine:
 @dataclass(frozen=True)
 class WindowsEngine(Engine):
     """POV-Ray for Windows, which is a program with a window and no console, and without POVINI.
-
-    ``/NR`` keeps it from restoring what was open (POV-Ray/povray issue 227).
-    """
+    ``/NR`` keeps it from restoring what was open (POV-Ray/povray issue 227)."""
 
     def command(self, run: Run) -> Command:
         """Return how to render a run with pvengine.exe."""
@@ -17748,10 +17682,8 @@ def ini_files(home: Path, text: str) -> dict[Path, str]:
 
 
 def locate_engine(program: str) -> Engine:
-    """Find POV-Ray, ``program`` or the one of this machine; ``probed`` has its version.
-
-    Raises ``UserError`` with what to install when there is none.
-    """
+    """Find POV-Ray, ``program`` or the one of this machine; ``probed`` has its version. Raises
+    ``UserError`` with what to install when there is none."""
     path = shutil.which(program or "povray")
     root = "" if program else os.environ.get("PROGRAMFILES", "")
     if root and path is None:
@@ -17809,11 +17741,9 @@ def has_samples(data: bytes) -> bool:
 
 def shared_texts(folders: Sequence[Path], scene: str, photons: str,
                  samples: bool) -> dict[str, bytes]:
-    """Return the scene files that a run has to have in its own directory, by name.
-
-    ``folders`` are the project's in the order of POV-Ray's search. ``photons`` is ``save_file``,
-    ``load_file`` or nothing, ``samples`` whether radiosity samples are loaded.
-    """
+    """Return the scene files that a run has to have in its own directory, by name. ``folders`` are
+    the project's in the order of POV-Ray's search. ``photons`` is ``save_file``, ``load_file`` or
+    nothing, ``samples`` whether radiosity samples are loaded."""
     files = {scene: next(path / scene for path in folders if (path / scene).is_file())}
     for folder in folders if photons else ():
         for path in sorted(folder.rglob("*")):
@@ -17842,11 +17772,9 @@ class State:
 
 def copy_state(source: BinaryIO, target: BinaryIO | None, region: Region, block: int) -> State:
     """Copy the finished blocks of a ``.pov-state`` that belong to a region; tell how much it is.
-
     ``block`` is the Render_Block_Size of the run. POV-Ray believes its state file: with one of a
     larger picture it crashes, with one of another block size it paints what is wrong. Without
-    pixels the copy is of no use, as always with radiosity (POV-Ray/povray issue 138).
-    """
+    pixels the copy is of no use, as always with radiosity (POV-Ray/povray issue 138)."""
     width, height = region.right - region.left, region.bottom - region.top
     size = max(min(block, max(width, height)), 4)  # as POV-Ray's View::StartRender
     columns = -(-width // size)
@@ -17914,10 +17842,8 @@ _ERROR = re.compile(r"(?<!Possible )(?:Parse Error|Fatal error|Cannot|rror:|fail
 
 
 class PovText:
-    """Follows the text of one run: which frame, how far, and what went wrong.
-
-    ``done`` is the percent that a run which goes on begins with: POV-Ray counts what it adds.
-    """
+    """Follows the text of one run: which frame, how far, and what went wrong. ``done`` is the
+    percent that a run which goes on begins with: POV-Ray counts what it adds."""
 
     def __init__(self, done: int = 0) -> None:
         self.index = 0  # of the frame in the run
@@ -18062,12 +17988,10 @@ _APPENDED = "\n{0}\n={1}Appending to stream output file{2}=\n{0}\n\n".format(
 
 
 def joined_texts(key: str, parts: Mapping[int, str], append: bool) -> str:
-    """Put the parts of a text file, by their first frames, together as one POV-Ray writes it.
-
-    That is with a mark before each frame but the first; with ``append`` before
-    the first, too; and never in what #debug prints (RenderFrontend::CreateScene).
-    Of a frame in which a run failed there is another part, which begins with it.
-    """
+    """Put the parts of a text file, by their first frames, together as one POV-Ray writes it. That
+    is with a mark before each frame but the first; with ``append`` before the first, too; and never
+    in what #debug prints (RenderFrontend::CreateScene). Of a frame in which a run failed there is
+    another part, which begins with it."""
     if key == "Debug_File":
         return "".join(part for _, part in sorted(parts.items()))
     frames: dict[int, str] = {}
@@ -18177,11 +18101,9 @@ class Reply:
 
 
 class Transport:
-    """Sends one call to one coordinator, on a connection that is kept for the next.
-
-    ``fingerprint`` is the SHA-256 of the only certificate that is accepted; without it, the system
-    says which are. ``ServerGone`` when no answer comes, ``UserError`` for a wrong certificate.
-    """
+    """Sends one call to one coordinator, on a connection that is kept for the next. ``fingerprint``
+    is the SHA-256 of the only certificate that is accepted; without it, the system says which are.
+    ``ServerGone`` when no answer comes, ``UserError`` for a wrong certificate."""
 
     signs = True  # what is sent could be changed on its way
     pin = ""  # of the certificate that was seen
@@ -18199,10 +18121,8 @@ class Transport:
         self._idle: list[socket.socket] = []  # append and pop are atomic
 
     def prove(self, key: str, call: Call) -> Callable[[str, str, str], str]:
-        """Return what signs requests once the coordinator has proved that it knows the key.
-
-        It is sent nothing before that but numbers. ``WrongFarm`` when it does not know it.
-        """
+        """Return what signs requests once the coordinator has proved that it knows the key. It is
+        sent nothing before that but numbers. ``WrongFarm`` when it does not know it."""
         (who, secret), nonce = split_key(key), secrets.token_hex(16)
         wire = {"wire": WIRE} if who.startswith(WORKER) else {}
         hello = to_json({"who": who, "nonce": nonce, **wire})
@@ -18351,11 +18271,9 @@ class Transport:
 
 
 class Within(Transport):
-    """Hands calls to a coordinator in this process: there is nobody else to prove it to.
-
-    What may be held open (a POST, or what has ``wait`` in its query) is answered in another
-    thread, so that ``stop`` ends it; anything else at once, since threads hinder each other.
-    """
+    """Hands calls to a coordinator in this process: there is nobody else to prove it to. What may
+    be held open (a POST, or what has ``wait`` in its query) is answered in another thread, so that
+    ``stop`` ends it; anything else at once, since threads hinder each other."""
 
     signs = False
 
@@ -18411,11 +18329,9 @@ class Within(Transport):
 
 
 class Client:
-    """Talks to one coordinator; may be used by several threads at once.
-
-    What was sent may arrive twice, when an answer was lost: the routes are made for that.
-    ``token`` is a key, see ``split_key``, and may be changed at any time; it is never sent.
-    """
+    """Talks to one coordinator; may be used by several threads at once. What was sent may arrive
+    twice, when an answer was lost: the routes are made for that. ``token`` is a key, see
+    ``split_key``, and may be changed at any time; it is never sent."""
 
     def __init__(self, base_url: str, token: str = "", *, retry_for: float = 60.0,
                  fingerprint: str = "", clock: Clock | None = None,
@@ -18442,12 +18358,10 @@ class Client:
                 body: Path | bytes | tuple[Path | bytes, ...] = b"", json: Any = None,
                 headers: Mapping[str, str] | None = None, timeout: float = _SILENCE,
                 retry_for: float | None = None, stop: threading.Event | None = None) -> Reply:
-        """Return the answer to one request, which is repeated until there is one.
-
-        ``path`` is encoded already; a ``Path`` in ``body`` is streamed from that file. ``timeout``
-        is the silence after which a connection counts as dead, ``retry_for`` how long to try, in
-        seconds. ``RequestRefused`` for every status from 300, ``ServerGone`` without one.
-        """
+        """Return the answer to one request, which is repeated until there is one. ``path`` is
+        encoded already; a ``Path`` in ``body`` is streamed from that file. ``timeout`` is the
+        silence after which a connection counts as dead, ``retry_for`` how long to try, in seconds.
+        ``RequestRefused`` for every status from 300, ``ServerGone`` without one."""
         fields = dict(headers or {})
         if json is not None:
             body = to_json(json)
@@ -18463,9 +18377,7 @@ class Client:
                  limit: int = DOWNLOAD_LIMIT, retry_for: float | None = None,
                  stop: threading.Event | None = None) -> None:
         """Get a file of at most ``limit`` bytes; it appears when it is whole and has that hash.
-
-        Raises as ``request`` does, and ``FarmError``.
-        """
+        Raises as ``request`` does, and ``FarmError``."""
         call = Call("GET", path, {}, (), _SILENCE, stop or self._stop)
         self._persist(call, retry_for, functools.partial(_save, to, sha256, limit))
 
@@ -18474,10 +18386,8 @@ class Client:
         return self.request("GET", path, **how).json()
 
     def claims(self, stop: threading.Event | None = None) -> str:
-        """Return the id of the farm that the coordinator says it is: it may not be true.
-
-        Raises ``RequestRefused`` where the coordinator takes no workers of this ``WIRE``.
-        """
+        """Return the id of the farm that the coordinator says it is: it may not be true. Raises
+        ``RequestRefused`` where the coordinator takes no workers of this ``WIRE``."""
         hello = {"who": "", "nonce": secrets.token_hex(16), "wire": WIRE}
         reply = self.request("POST", HELLO, json=hello, stop=stop).fields(Welcome)
         farm_id: str = reply["farm_id"]
@@ -18913,12 +18823,10 @@ def landlock_abi() -> int:
 
 
 def all_but(hidden: Collection[Path], top: Path = Path("/")) -> list[str]:
-    """Return places that together hold everything below ``top`` but what is ``hidden``.
-
-    Landlock knows no exceptions: what lies beside the hidden places, all the way
-    down to them, is named instead. Links are left out, for they may lead to a
-    hidden place; where they lead is named by itself.
-    """
+    """Return places that together hold everything below ``top`` but what is ``hidden``. Landlock
+    knows no exceptions: what lies beside the hidden places, all the way down to them, is named
+    instead. Links are left out, for they may lead to a hidden place; where they lead is named by
+    itself."""
     if top in hidden or top.is_symlink():
         return []
     below = [path for path in hidden if top in path.parents]
@@ -19121,9 +19029,7 @@ def _windows_cpu(program: subprocess.Popen[bytes]) -> float:
 
 def confined(program: str, reads: str, writes: str) -> Callable[[], None] | None:
     """Return what holds another program to what a renderer may, as ``preexec_fn``; None elsewhere.
-
-    It reads what is in one directory and what was installed with it, and writes in the other.
-    """
+    It reads what is in one directory and what was installed with it, and writes in the other."""
     if sys.platform != "linux":
         return None
     kernel, installed = _Kernel(), Path(program).resolve()
@@ -19177,11 +19083,9 @@ USED_LOAD = 0.25  # the share of all cores from which on programs of others coun
 
 
 class Usage:
-    """Whether a computer is used, by its own figures as they are looked at now and then.
-
-    Programs of others count by what they use of the processor, on Linux, where that is told apart
-    from what gives way as renderers do, if they do. What Linux tells is below ``root``.
-    """
+    """Whether a computer is used, by its own figures as they are looked at now and then. Programs
+    of others count by what they use of the processor, on Linux, where that is told apart from what
+    gives way as renderers do, if they do. What Linux tells is below ``root``."""
 
     def __init__(self, clock: Clock, gives_way: bool = True, root: Path = Path("/")) -> None:
         self._clock, self._gives_way, self._root = clock, gives_way, root
@@ -19318,12 +19222,10 @@ def nearly_full(place: Path) -> bool:
 
 
 class Pace:
-    """How many runs to keep going: POV-Ray sleeps, so there are more than cores.
-
-    A job's *duty* is the share of its time in which a run uses a core: CPU / (CPU + sleep). The
-    sleep is what POV-Ray is known to sleep, or less where the measured wall time says so: wall time
-    alone would take the waiting for a core, when too many run, for sleep.
-    """
+    """How many runs to keep going: POV-Ray sleeps, so there are more than cores. A job's *duty* is
+    the share of its time in which a run uses a core: CPU / (CPU + sleep). The sleep is what POV-Ray
+    is known to sleep, or less where the measured wall time says so: wall time alone would take the
+    waiting for a core, when too many run, for sleep."""
 
     def __init__(self, cores: int) -> None:
         self.cores = cores
@@ -19354,10 +19256,8 @@ class Pace:
 
     def more_runs(self, runs: Sequence[RunState], free_memory: int) -> int:
         """Return how many more runs to start now: how many POV-Rays run at once is decided here.
-
         Runs that sleep at random leave cores idle by chance even where their load adds up to the
-        cores, so it may go beyond them by its standard deviation, as of independent runs.
-        """
+        cores, so it may go beyond them by its standard deviation, as of independent runs."""
         if not runs:
             # Two a core: half of a start is sleep, whatever the scene.
             return 2 * self.cores
@@ -19456,11 +19356,9 @@ class RunState:
 
     def lacked_room(self, free: int) -> bool:
         """Tell whether POV-Ray failed for want of room on a disk that has ``free`` bytes now.
-
         POV-Ray 3.7 is aborted when it cannot write, and does not say why; or killed when it writes
-        more than it may, which where little is free is not the scene's fault. Now there may be
-        room again: what another run wrote is gone, which failed at the same moment.
-        """
+        more than it may, which where little is free is not the scene's fault. Now there may be room
+        again: what another run wrote is gone, which failed at the same moment."""
         if self.fills_disk:
             return self.free < GENEROUS
         options = self.lease.pov.options
@@ -19586,10 +19484,8 @@ class Kept(NamedTuple):
 
 
 class InPlace:
-    """The project of a render on one computer, read where it is, instead of a ``Cache``.
-
-    What its scenes write does not go by the coordinator: ``keep`` and ``take`` hand it on.
-    """
+    """The project of a render on one computer, read where it is, instead of a ``Cache``. What its
+    scenes write does not go by the coordinator: ``keep`` and ``take`` hand it on."""
 
     def __init__(self, root: Path, tree: Tree) -> None:
         self.root, self._tree = root, tree
@@ -19613,10 +19509,8 @@ class InPlace:
     forget = staticmethod(lambda keys: None)
 
     def keep(self, run: Run, names: Iterable[str], given: Mapping[str, Old]) -> None:
-        """Copy what a run has written; of two runs the later frames' stays.
-
-        Of a file that was given to the run, and to which it has only added, the copy is the rest.
-        """
+        """Copy what a run has written; of two runs the later frames' stays. Of a file that was
+        given to the run, and to which it has only added, the copy is the rest."""
         with self._lock:
             kept = self._kept[run.lease.job]
             for name in names:
@@ -19638,11 +19532,9 @@ class InPlace:
 
 
 class Cache:
-    """Projects of this worker, by the key of their manifest, within a size in bytes.
-
-    ``near`` tells where a coordinator of this process keeps contents by their hash: they are
-    copied, not sent. A project is deleted when no ``farm`` has a job any more that has it.
-    """
+    """Projects of this worker, by the key of their manifest, within a size in bytes. ``near`` tells
+    where a coordinator of this process keeps contents by their hash: they are copied, not sent. A
+    project is deleted when no ``farm`` has a job any more that has it."""
 
     def __init__(self, root: Path, limit: int, client: Client,
                  near: Callable[[str], Path] | None = None, farm: str = "") -> None:
@@ -19773,10 +19665,8 @@ def bytes_in(directory: Path) -> int:
 
 class Outbox:
     """Finished frames on their way to the coordinator, each kept until it is taken or refused.
-
-    ``trouble`` is told what the coordinator cannot do, ``gone`` each run of which a frame has
-    left; ``ending`` gives up what is here. Frames of a run that has ``hold`` stay.
-    """
+    ``trouble`` is told what the coordinator cannot do, ``gone`` each run of which a frame has left;
+    ``ending`` gives up what is here. Frames of a run that has ``hold`` stay."""
 
     def __init__(self, client: Client, cache: Cache | InPlace, clock: Clock,
                  ending: threading.Event, trouble: Callable[[str], None],
@@ -19937,11 +19827,9 @@ def said_tasks(number: Mapping[TaskKind, int]) -> str:
 
 class Rota:
     """Whose turn it is of the workers of one computer, each of which renders for another farm.
-
     Where others want it, a turn ends after ``TURN`` seconds, as soon as what was begun is rendered;
-    one that has nothing gives it away at once. Next comes who has had least for its share; what
-    was not used is not made up for. Who is alone has the turn always.
-    """
+    one that has nothing gives it away at once. Next comes who has had least for its share; what was
+    not used is not made up for. Who is alone has the turn always."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -20064,8 +19952,7 @@ class Worker(Resting):
     those that take longer than a minute; twice ends everything at once. ``until_idle`` ends when
     there is nothing left. ``admitted`` is called when the coordinator lets a worker in that waits
     for it. ``programs`` render beside the engine. To ``hold`` is to deliver frames when they are
-    asked for, or at the end.
-    """
+    asked for, or at the end."""
 
     def __init__(self, client: Client, engine: Engine, launcher: Launcher | WindowsLauncher,
                  cache: Cache | InPlace, cores: int, until_idle: bool = False,
@@ -20599,10 +20486,8 @@ _FILE_TOO_LARGE = 25  # SIGXFSZ, which Windows does not have
 
 
 def _why_it_failed(run: RunState, bounds: Bounds, sent: bool) -> tuple[str, bool]:
-    """Return what went wrong, best in POV-Ray's words, and whether the scene is to blame.
-
-    A file that is missing where the project was ``sent`` did not come with it.
-    """
+    """Return what went wrong, best in POV-Ray's words, and whether the scene is to blame. A file
+    that is missing where the project was ``sent`` did not come with it."""
     error, ended, name = run.text.error(), run.ended, run.lease.pov.engine or "POV-Ray"
     if run.overdue:
         return run.overdue, False
@@ -20641,11 +20526,9 @@ def _create_ini_of(run: Run) -> None:
 
 
 def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
-    """Give the run's own directory what POV-Ray wants to find in it and nowhere else.
-
-    The project's directories, for scenes that write there, and the files, which are returned, of
-    ``load_file``, ``append`` and radiosity samples, which it does not look for in library paths.
-    """
+    """Give the run's own directory what POV-Ray wants to find in it and nowhere else. The project's
+    directories, for scenes that write there, and the files, which are returned, of ``load_file``,
+    ``append`` and radiosity samples, which it does not look for in library paths."""
     pov = run.lease.pov
     home = run.tree / pov.run_dir
     for directory in (home, run.place, run.made(run.frames[0]).parent):
@@ -20689,11 +20572,10 @@ def _links_of(pov: PovJob) -> dict[str, str]:
 class HpcNode(Resting):
     """This computer as a node of RenderOnline's: renders one thing at a time, for whoever asks.
 
-    It renders what ``rules`` name, in the owner's words and with values that fit: with POV-Ray
-    also an INI file that povfarm has written. Scene and pictures lie below ``place``; a
-    render reads and writes only in the scene's own directory. Answers are the protocol's, which
-    knows no rest: a paused node is one that is busy with something else.
-    """
+    It renders what ``rules`` name, in the owner's words and with values that fit: with POV-Ray also
+    an INI file that povfarm has written. Scene and pictures lie below ``place``; a render reads and
+    writes only in the scene's own directory. Answers are the protocol's, which knows no rest: a
+    paused node is one that is busy with something else."""
 
     def __init__(self, rules: OnlineRules, place: Path, engine: Engine,
                  launcher: Launcher | WindowsLauncher, bounds: Bounds) -> None:
