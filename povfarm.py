@@ -18345,14 +18345,24 @@ class Client:
         self._stop = threading.Event()
         self._longest = _LONGEST_DELAY
         self._tell: Callable[[str], None] = log.info
+        self._look: Callable[[], None] = lambda: None
         self._proving = threading.Lock()
         self._proven: tuple[str, Callable[[str, str, str], str]] | None = None
         self._was_there = False
 
-    def keep_trying(self, tell: Callable[[str], None], stop: threading.Event,
-                    longest: float = 5.0) -> None:
-        """Try until there is an answer, or ``stop``, from now on, and ``tell`` who waits of it."""
+    def keep_trying(self, tell: Callable[[str], None], stop: threading.Event, longest: float = 5.0,
+                    look: Callable[[], None] = lambda: None) -> None:
+        """Try until there is an answer, or ``stop``, from now on, and ``tell`` who waits of it.
+
+        Once that was told, ``look`` may find the farm elsewhere, and ``move``.
+        """
         self._retry_for, self._longest, self._tell, self._stop = math.inf, longest, tell, stop
+        self._look = look
+
+    def move(self, base_url: str, fingerprint: str) -> None:
+        """Ask at another address from now on; what was signed for the old one is signed anew."""
+        self.base_url, self.fingerprint = base_url.rstrip("/"), fingerprint
+        self.transport, self._proven = Transport(base_url, fingerprint), None
 
     def request(self, method: str, path: str, *,
                 body: Path | bytes | tuple[Path | bytes, ...] = b"", json: Any = None,
@@ -18425,11 +18435,10 @@ class Client:
                     raise
                 failure: FarmError = error
                 delay = max(delay, min(error.later, _LONGEST_DELAY))
-            except WrongFarm as error:  # somebody else has its place: perhaps while it is away
-                if not self._was_there:
+            except (ServerGone, WrongFarm) as error:
+                # Somebody else may have its place while it is away.
+                if isinstance(error, WrongFarm) and not self._was_there:
                     raise
-                failure = error
-            except ServerGone as error:
                 failure, once_more = error, True
             if call.stop.is_set():
                 break
@@ -18438,6 +18447,8 @@ class Client:
             if self._clock.monotonic() >= tell:
                 tell = self._clock.monotonic() + _TELL_AGAIN
                 self._tell(f"{failure} (trying again until it answers)")
+            if tell > start + _TELL_FIRST:
+                self._look()
             hurried = self._pause(call, delay)
             longest = _FIRST_DELAY if hurried else min(longest * 2, self._longest)
         raise ServerGone(f"stopped before {self.base_url} had answered")
@@ -23414,7 +23425,8 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
         "ticket": secrets.token_urlsafe(32)}
     own = Client(client.base_url, retry_for=math.inf, transport=client.transport)
     if options.command == "work":
-        own.keep_trying(_news(), threading.Event(), longest=30.0)
+        own.keep_trying(_news(), threading.Event(), longest=30.0, look=functools.partial(
+            _look_elsewhere, own, options) if not options.server else lambda: None)
     farm_id = own.claims(stop)
     kept = _Kept(home / "workers", str(info["name"]), farm_id)
     admitted, code = _admission(own, client.token, kept, info, stop)
@@ -23438,6 +23450,14 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     finally:
         worker.stop()
         worker.stop()  # at once
+
+
+def _look_elsewhere(own: Client, options: Options) -> None:
+    """Follow a worker's farm, which proves that it is the one, to where it has moved."""
+    farm = _LookOut(options, _known_key(options)).last()
+    if farm and farm.url != own.base_url:
+        own.move(farm.url, farm.pin)
+        _say(f"{farm.name} is at {farm.url} now")
 
 
 def _admission(own: Client, key: str, kept: _Kept, info: Mapping[str, Any],
@@ -24055,9 +24075,8 @@ class _LookOut:
                     else "start it with 'povfarm.py serve'")
             return f"{others}. Waiting for '{named}'" if others else (
                 f"no coordinator answers yet: waiting for one ({hint})")
-        for farm in found:
-            if farm.farm_id == self._last_id and (farm.verified or self._proves(farm)):
-                return farm
+        if last := self._last_of(found):
+            return last
         if self._admitted and not (named or found[0].verified):
             return (f"waiting for {self._last_name}, which has let this computer in; here is "
                     f"{', '.join(map(str, found))} (--name or --server chooses another)")
@@ -24066,6 +24085,16 @@ class _LookOut:
             return (f"there are several coordinators: {others}. Waiting until one is alone; "
                     "--name or --server chooses one")
         return found[0]
+
+    def last(self) -> Found | None:
+        """Return where the farm is that this computer worked for last."""
+        with contextlib.suppress(FarmError):
+            return self._last_of(_discover(self._options, self._key, ""))
+        return None
+
+    def _last_of(self, found: Sequence[Found]) -> Found | None:
+        return next((farm for farm in found if farm.farm_id == self._last_id
+                     and (farm.verified or self._proves(farm))), None)
 
     def _proves(self, farm: Found) -> bool:
         with contextlib.suppress(FarmError):

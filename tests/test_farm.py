@@ -577,6 +577,42 @@ def test_a_worker_comes_back_at_once_when_a_coordinator_announces_itself(
         gone.accept()[0].close()
 
 
+@pytest.mark.parametrize("key", [True, False])
+def test_a_worker_follows_its_farm_to_another_address(
+        farm: Farm, tmp_path: Path, key: bool) -> None:
+    """Whether it has the key or was let in; nobody types anything at the worker."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        found_at = "--discovery-port", str(free.getsockname()[1] - 1)
+    data = tmp_path / "moving"
+
+    def serve() -> "subprocess.Popen[str]":
+        return farm.start("serve", "--data", str(data), "--port", "0", "--bind", "127.0.0.1",
+                          *found_at, *["--open"] * (not key))
+
+    def client() -> povfarm.Client:
+        note = json.loads((data / "coordinator.json").read_text())
+        return povfarm.Client(note["url"], (data / "farm.key").read_text())
+
+    first = serve()
+    wait_until(lambda: (data / "coordinator.json").exists(), "no coordinator")
+    worker = farm.work("--data", str(tmp_path / "mine"), *found_at,
+                       *["--key-file", str(data / "farm.key")] * key)
+    wait_until(lambda: (tmp_path / "mine" / "workers" / "farm.json").exists(), "none comes")
+    before = client().base_url
+    first.send_signal(signal.SIGINT)
+    assert first.wait(60) == 130
+    with socket.socket() as taken:  # else the next one may get the same port
+        taken.bind(("127.0.0.1", int(before.rpartition(":")[2])))
+        serve()
+        wait_until(lambda: (data / "coordinator.json").exists(), "no second coordinator")
+        assert client().base_url != before
+        wait_until(lambda: client().get("/api/v1/farm")["workers"], "it stays where nothing is")
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(60) == 130 and worker.stdout is not None
+    assert " now\n" in worker.stdout.read()
+
+
 class Pretender(http.server.BaseHTTPRequestHandler):
     """Says that it is a coordinator, and has the key ``k``."""
 

@@ -588,8 +588,12 @@ def test_a_worker_follows_only_who_proves_to_be_the_farm_that_let_it_in(
         (place / "farm.json").write_text(json.dumps({"name": "mine", "farm_id": farm_id}))
         here = povfarm.Found("mine", farm_id, served.url, False, "127.0.0.1")
         monkeypatch.setattr(povfarm, "_discover", lambda *_, here=here: [here])
-        chosen = povfarm._LookOut(options_of(tmp_path / "pupil", "work"), "")._choose()
+        options = options_of(tmp_path / "pupil", "work")
+        chosen = povfarm._LookOut(options, "")._choose()
         assert chosen == here if good else "waiting for mine, which has let" in str(chosen)
+        gone = Client("http://127.0.0.1:9", keys[farm_id])
+        povfarm._look_elsewhere(gone, options)
+        assert gone.base_url == (served.url if good else "http://127.0.0.1:9")
 
 
 def test_a_project_is_not_given_to_whoever_answers_nor_are_its_images_taken_for_ours(
