@@ -14703,11 +14703,11 @@ class _Sheets:
                     role="status"),
             element("nav", _apart(links), aria_label="Pages"), user)))
 
-    def _views(self, tx: Look, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    def _views(self, tx: Look, jobs: Sequence[Job]) -> list[_Shown]:
         """Return API's views of jobs, each with the frame that was finished last as ``newest``."""
         views = self._api.views
-        return [{**view, **views.shown(tx, job),
-                 "newest": tx.newest_task_of(job.id) if job.done else None}
+        return [_Shown({**view, **views.shown(tx, job),
+                        "newest": tx.newest_task_of(job.id) if job.done else None})
                 for job, view in zip(jobs, views.jobs(tx, jobs))]
 
     def _once(self, request: Request, tx: Look, what: Any, job: Job,
@@ -14727,13 +14727,13 @@ class _Sheets:
         return self._once(request, tx, "course", job, lambda: _course(
             job.pov.plan, *tx.frame_states(job)))
 
-    def _some(self, request: Request, view: View) -> Node:
+    def _some(self, request: Request, view: _Shown) -> Node:
         """Return the form for some frames; the script fills in what is selected.
         The token is the button's that changes something, so no other sends it in an address."""
-        if view["frames"]["total"] == 1:
+        if view.still:
             return None
-        address, steers = f"/jobs/{view['id']}", self._may_steer(request, view)
-        actions = {"Render again": "retry", **({} if _ended(view) else {"Cancel frames": "cancel"})}
+        address, steers = view.address, self._may_steer(request, view)
+        actions = {"Render again": "retry", **({} if view.ended else {"Cancel frames": "cancel"})}
         return element(
             "form", _apart([element("label", "Frames ", element(
                 "input", name="frames", id="picked", size=24, placeholder="1-10,50", required="")),
@@ -14744,14 +14744,14 @@ class _Sheets:
                         for words, action in actions.items() if steers)]),
             action=address, class_="some")
 
-    def _settings(self, request: Request, view: View, row: Job) -> Node:
-        if not self._may_steer(request, view) or _ended(view):
+    def _settings(self, request: Request, view: _Shown, row: Job) -> Node:
+        if not self._may_steer(request, view) or view.ended:
             return None
         return element("details", element("summary", "Change how it is treated"), self._form(
-            request, f"/jobs/{view['id']}/set", "Set", "good",
+            request, f"{view.address}/set", "Set", "good",
             _inputs(JOB_OPTIONS, vars(row.options))), id="settings")
 
-    def _log(self, request: Request, tx: Look, view: View, row: Job, task: Task) -> Html:
+    def _log(self, request: Request, tx: Look, view: _Shown, row: Job, task: Task) -> Html:
         """Return what went wrong with a frame, and where, then what was printed, newest first.
         The scene is shown to its owner only: on an open farm everybody may read a log."""
         attempts, left, shown = tx.attempts(task.id)[::-1], LOG_SHOWN, list[Node]()
@@ -14771,7 +14771,7 @@ class _Sheets:
             left = max(left - len(said), 1000)
         plain = f"/api/v1/jobs/{row.id}/frames/{task.frame}/log"
         return section(
-            f"What POV-Ray printed of {_frame_name(view, task.frame).lower()}",
+            f"What POV-Ray printed of {view.frame_name(task.frame).lower()}",
             element("p", error, class_="notice failed") if error else None, scene, shown,
             element("p", element("a", "All of it as plain text", href=plain) if shown else
                     "Nobody has tried it yet."), id="log")
@@ -14796,11 +14796,11 @@ class _Sheets:
                         class_="scene", aria_label=f"{file['path']}, line {at}")
         return None
 
-    def _portrait(self, view: View, size: int = 160) -> Task | None:
+    def _portrait(self, view: _Shown, size: int = 160) -> Task | None:
         """Return the frame that stands for a job: not each is worth making a small one of."""
         newest: Task | None = view["newest"]
         now = self._farm.clock.monotonic()
-        if newest and (newest.size or 0) > SMALL[size] and not _ended(view):
+        if newest and (newest.size or 0) > SMALL[size] and not view.ended:
             until, shown = self._portraits.get(newest.job, (-math.inf, newest))
             if until > now:
                 return shown
@@ -14824,9 +14824,10 @@ class _Sheets:
                     self._farm.clock.time() - event.time < SAID_FOR):
                 job = event.job and tx.find_job(event.job)
                 like = 0 if event.frame is None else tx.alike(event, did - STEP, SAID_FOR)
+                views = self._api.views.jobs(tx, [job] if job else [])
                 return element("p", _event_line(event, like, {
-                    view["id"]: view for view in self._api.views.jobs(tx, [job] if job else [])}),
-                    class_="notice said", role="status")
+                    view["id"]: _Shown(view) for view in views}), class_="notice said",
+                    role="status")
         return None
 
     def _with_cookie(self, request: Request, value: str, place: str, more: str) -> Response:
@@ -14843,13 +14844,13 @@ class _Sheets:
                                 for name, value in values.items()], *fields,
                        element("button", label, class_=kind), method="post", action=address)
 
-    def _needs(self, request: Request, views: Sequence[View],
+    def _needs(self, request: Request, views: Sequence[_Shown],
                workers: Sequence[View]) -> list[_Need]:
         """Return what waits for a person, the worst first, each cause once and with its cure."""
         lately = self._farm.clock.time() - 86400
         needs = [self._failed(request, view) for view in views
                  if view["frames"]["failed"] and (view["finished"] or math.inf) > lately]
-        waiting: dict[str, list[View]] = {}
+        waiting: dict[str, list[_Shown]] = {}
         for view in views:
             if view["waiting_for"] and view["state"] == JobState.ACTIVE:
                 text = view["waiting_for"].replace(f"set {view['id']} ", "set JOB ")
@@ -14874,51 +14875,50 @@ class _Sheets:
                     "went to others."], None))
         return needs
 
-    def _failed(self, request: Request, view: View) -> _Need:
+    def _failed(self, request: Request, view: _Shown) -> _Need:
         failure, text = view["failure"], view["why"]
         if view["state"] not in (JobState.PAUSED, JobState.FAILED):
             text = f"{counted(view['frames']['failed'], 'frame')} failed"
         log = failure and element("a", "Log", class_="button", href=(
-            f"/jobs/{view['id']}/frames/{failure['frame']}#log"))
+            f"{view.address}/frames/{failure['frame']}#log"))
         return _Need("✕", [
-            element("strong", _to_job(view)), f": {text}",
+            element("strong", view.link()), f": {text}",
             [" ", element("q", failure["message"])] if failure else None],
             [log, self._cures(request, view, "retry")], bad=True)
 
-    def _cures(self, request: Request, view: View, cure: str) -> Node:
+    def _cures(self, request: Request, view: _Shown, cure: str) -> Node:
         if not cure or not self._may_steer(request, view):
             return None
-        address = f"/jobs/{view['id']}/{cure if '=' not in cure else 'set'}"
-        name, _, value = cure.partition("=")
-        return self._form(request, address, {
-            "povray": "Let any POV-Ray render it", "bring": "Have them brought"}.get(
-            name, name.title()), **({name: value} if value else {}))
+        name, sets, value = cure.partition("=")
+        words = {"povray": "Let any POV-Ray render it", "bring": "Have them brought"}
+        return self._form(request, f"{view.address}/{'set' if sets else name}",
+                          words.get(name, name.title()), **({name: value} if value else {}))
 
-    def _queue(self, request: Request, views: Sequence[View]) -> Node:
+    def _queue(self, request: Request, views: Sequence[_Shown]) -> Node:
         """Return jobs with their pictures, and the button for what is done to each most often."""
         quick = {JobState.ACTIVE.value: "pause", JobState.PAUSED.value: "resume"}
-        rows = [_job_row(view, self._cures(request, view, quick.get(view["state"], "")),
-                         _picture(view, self._portrait(view)))
-                for view in views if not _ended(view)]
+        rows = [view.row(self._cures(request, view, quick.get(view["state"], "")),
+                         view.picture(self._portrait(view)))
+                for view in views if not view.ended]
         return section("Queue", element("ol", rows, class_="jobs")) if rows else None
 
-    def _now(self, request: Request, tx: Look, view: View) -> Html:
+    def _now(self, request: Request, tx: Look, view: _Shown) -> Html:
         """Return the largest job that is rendered: its newest frame, or the one that grows."""
         course = self._course(request, tx, tx.job(view["id"]))
         newest, grown = self._portrait(view, 640), self._grown(tx, view)
-        said = f"{_frame_name(view, newest.frame)}, {format_duration(newest.wall or 0)}" \
-            if newest and not grown else f"{100 * view['progress']:.0f} %"
+        said = f"{view.frame_name(newest.frame)}, {format_duration(newest.wall or 0)}" \
+            if newest and not grown else view.percent()
         return element(
-            "section", grown or _picture(view, newest, "large", 640), element(
-                "div", element("h2", _to_job(view), id="film"),
+            "section", grown or view.picture(newest, "large", 640), element(
+                "div", element("h2", view.link(), id="film"),
                 element("span", f"● {said}", class_="badge rendering"), class_="cap"),
-            _player(view, course), _storyboard(tx, view, course.numbers), _bar(view),
+            view.player(course), view.storyboard(tx, course.numbers), view.bar(),
             class_="film", aria_labelledby="film")
 
-    def _grown(self, tx: Look, view: View) -> Html | None:
+    def _grown(self, tx: Look, view: _Shown) -> Html | None:
         """Return the frame of a job that grows from its slices, if one does."""
         names = {worker.id: worker.name for worker in tx.workers()}
-        return next((_growing(view, self._api.views.frame(tx, task, names))
+        return next((view.growing(self._api.views.frame(tx, task, names))
                      for task in tx.frames_to_cut(view["id"])), None)
 
     def _asks_to_join(self, request: Request, worker: View) -> _Need:
@@ -15012,7 +15012,7 @@ class _Sheets:
         you = request.identity
         return "admin" in you.roles or ("user" in you.roles and you.name == view["owner"])
 
-    def _buttons(self, request: Request, view: View) -> Node:
+    def _buttons(self, request: Request, view: _Shown) -> Node:
         """Return what its owner, or the admin, can do to a job: delete only an ended one."""
         if not self._may_steer(request, view):
             return None
@@ -15026,7 +15026,7 @@ class _Sheets:
         return element(
             "div", [self._cures(request, view, action) for action, can in possible.items() if can],
             self._cures(request, view, view["cure"] * ("=" in view["cure"])),
-            self._asked(request, "Delete…", f"/jobs/{view['id']}/delete", "Delete it and "
+            self._asked(request, "Delete…", f"{view.address}/delete", "Delete it and "
                         + counted(frames["done"], "image")) if state in FINISHED else None,
             class_="row")
 
@@ -15049,7 +15049,7 @@ class Pages(_Sheets):
             views = self._views(tx, rows)
             workers = self._api.views.workers(tx)
             _sort(views, workers, [row.id for row in order])
-            busy, now = _busy(views), self._farm.clock.time()
+            busy, now = [view for view in views if view.busy], self._farm.clock.time()
             stage = self._now(request, tx, max(
                 busy, key=lambda view: view["frames"]["total"])) if busy else None
             room = _room(tx, workers, views)
@@ -15089,25 +15089,25 @@ class Pages(_Sheets):
             shown = [] if size > 1 and first not in numbers[::size] else (
                 tx.tasks(row.id, first - 1, size) if size > 1 else tx.tasks(row.id))
             chosen = [self._api.views.frame(tx, task, {}) for task in shown]
-            board = _storyboard(tx, view, numbers)
+            board = view.storyboard(tx, numbers)
             failed = view["failure"] and tx.task_of_frame(row.id, view["failure"]["frame"])
             log = self._log(request, tx, view, row, failed) if failed else None
             times = self._once(request, tx, "times", row, lambda: _times(tx, row.id, numbers))
-            picture = self._grown(tx, view) or _picture(view, view["newest"], "large", 4096)
+            picture = self._grown(tx, view) or view.picture(view["newest"], "large", 4096)
         reloads = {JobState.ACTIVE: 3, JobState.WAITING: 3, JobState.PAUSED: 30}
         return self._page(
             request, _title([view], view["name"]),
-            element("div", element("div", picture, _player(view, course)), element(
-                "div", element("h1", view["name"]), element("p", _badge(_state(view)), element(
-                    "span", f" {view['why']}" * _is_in_line(view),
-                    f" · #{view['id']} · {view['owner']}", class_="dim")), _warnings(view),
-                _bar(view), _figures(view), self._buttons(request, view),
-                _job_links(view)), class_="stage"),
-            board, _frames(view, _blocks(row.id, course, size), chosen),
+            element("div", element("div", picture, view.player(course)), element(
+                "div", element("h1", view["name"]), element("p", view.badge(), element(
+                    "span", f" {view['why']}" * view.in_line,
+                    f" · #{view['id']} · {view['owner']}", class_="dim")), view.warnings(),
+                view.bar(), view.figures(), self._buttons(request, view),
+                view.links()), class_="stage"),
+            board, view.frames(_blocks(row.id, course, size), chosen),
             self._some(request, view), log, times,
-            _options(view, row), self._settings(request, view, row),
+            view.options(row), self._settings(request, view, row),
             reload=reloads.get(view["state"], 0),
-            state="bad" if view["frames"]["failed"] else "busy" if _is_busy(view) else "")
+            state="bad" if view["frames"]["failed"] else "busy" if view.busy else "")
 
     @route("GET", "/jobs/<job:int>/frames/<frame:int>", role="reader")
     def frame(self, request: Request) -> Response:
@@ -15127,10 +15127,10 @@ class Pages(_Sheets):
         return self._page(
             request, f"Frame {number} · {row.name}",
             element("h1", element("a", row.name, href=address)),
-            element("p", f"{_frame_name(view, number)} ", _badge(frame["state"]), class_="lead"),
+            element("p", f"{view.frame_name(number)} ", _badge(frame["state"]), class_="lead"),
             element("div", element(
-                "div", _growing(view, frame) if "slices" in frame else
-                _picture(view, task, "large", 4096), _frame_facts(frame),
+                "div", view.growing(frame) if "slices" in frame else
+                view.picture(task, "large", 4096), _frame_facts(frame),
                 None if not self._may_steer(request, view) else
                 self._form(request, f"{address}/retry?frames={number}", "Render again")
                 if task.state not in (TaskState.QUEUED, TaskState.LEASED) else
@@ -15231,7 +15231,7 @@ class Pages(_Sheets):
             last = min(before or math.inf, tx.last_event() + 1)
             events = tx.events(int(last) - 1 - EVENTS_READ, EVENTS_READ)
             rows = [tx.find_job(job) for job in {event.job for event in events if event.job}]
-            views = self._api.views.jobs(tx, [row for row in rows if row])
+            views = [*map(_Shown, self._api.views.jobs(tx, [row for row in rows if row]))]
         events = [event for event in events if event.id < last]
         return self._page(
             request, f"What happened · {self._api.name}",
@@ -15610,22 +15610,6 @@ def _clock(at: float, now: float) -> str:
                          else "%d %B %Y", time.localtime(at))
 
 
-def _frame_name(view: View, frame: int) -> str:
-    return "The image" if view["frames"]["total"] == 1 else f"Frame {frame}"
-
-
-def _is_busy(view: View) -> bool:
-    return bool(view["state"] == JobState.ACTIVE and view["frames"]["leased"])
-
-
-def _state(view: View) -> str:
-    return "rendering" if _is_busy(view) else str(view["state"])
-
-
-def _ended(view: View) -> bool:
-    return JobState(view["state"]) in FINISHED
-
-
 def section(title: str, *children: Node, **attributes: str) -> Html:
     """Return a part of a page, with its title."""
     return element("section", element("h2", title), *children, **attributes)
@@ -15659,17 +15643,13 @@ def _badge(state: str) -> Html:
     return element("span", _STATE_WORDS[state], class_=f"badge {state}")
 
 
-def _busy(views: Sequence[View]) -> list[View]:
-    return list(filter(_is_busy, views))
+def _title(views: Sequence[_Shown], name: str) -> str:
+    busy = [f"{view.percent()} {view['name']} · " for view in views if view.busy]
+    return "".join(busy[:1]) + name
 
 
-def _title(views: Sequence[View], name: str) -> str:
-    return "".join(f"{100 * view['progress']:.0f} % {view['name']} · "
-                   for view in _busy(views)[:1]) + name
-
-
-def _verdict(views: Sequence[View], now: float) -> str:
-    busy = _busy(views)
+def _verdict(views: Sequence[_Shown], now: float) -> str:
+    busy = [view for view in views if view.busy]
     if not busy:
         idle = [view["name"] for view in views if view["state"] == JobState.ACTIVE]
         return f"{idle[0]} is waiting" if idle else "Nothing to render"
@@ -15682,13 +15662,13 @@ def _live(workers: Sequence[View]) -> list[View]:
     return [worker for worker in workers if worker["state"] in ("working", "idle")]
 
 
-def _at_hand(views: Sequence[View], workers: Sequence[View]) -> str:
+def _at_hand(views: Sequence[_Shown], workers: Sequence[View]) -> str:
     live = _live(workers)
     if not live:
         return "No computer is here"
-    busy = _busy(views)
-    left, rate = max((view["eta"] or 0.0 for view in busy), default=0.0), 3600 * sum(
-        view["rate"] for view in busy)
+    busy = [view for view in views if view.busy]
+    left = max((view["eta"] or 0.0 for view in busy), default=0.0)
+    rate = 3600 * sum(view["rate"] for view in busy)
     cores = sum(worker["cores"] for worker in live)
     used = sum(min(worker["cores"], worker["does"]["threads"]) for worker in live if worker["does"])
     working = sum(worker["state"] == "working" for worker in live)
@@ -15700,11 +15680,11 @@ def _at_hand(views: Sequence[View], workers: Sequence[View]) -> str:
         f"{rate:,.0f} frames an hour" if rate >= 1 else "")))
 
 
-def _sort(views: list[dict[str, Any]], workers: list[dict[str, Any]], order: list[int]) -> None:
+def _sort(views: list[_Shown], workers: list[dict[str, Any]], order: list[int]) -> None:
     """Put jobs in the order in which they are rendered, and workers in that of their states."""
     place = {job: number for number, job in enumerate(order)}
-    views.sort(key=lambda view: (_ended(view), not _is_busy(view), place.get(
-        view["id"], len(place)), -view["id"] if _ended(view) else view["id"]))
+    views.sort(key=lambda view: (view.ended, not view.busy, place.get(
+        view["id"], len(place)), -view["id"] if view.ended else view["id"]))
     workers.sort(key=lambda worker: WORKER_STATES.index(worker["state"]))
 
 
@@ -15725,11 +15705,7 @@ def _typed_there(command: str) -> Html:
         "button", "Copy", type="button", class_="copy"), class_="typed")
 
 
-def _to_job(view: View) -> Html:
-    return element("a", view["name"], href=f"/jobs/{view['id']}")
-
-
-def _room(tx: Look, workers: Sequence[View], views: Sequence[View]) -> Node:
+def _room(tx: Look, workers: Sequence[View], views: Sequence[_Shown]) -> Node:
     """Return a card for each computer, those that have been gone for long apart."""
     here = [worker for worker in workers if worker["state"] != "gone"
             or (worker["seen"] or math.inf) < GONE_FOR]
@@ -15741,7 +15717,7 @@ def _room(tx: Look, workers: Sequence[View], views: Sequence[View]) -> Node:
         if rest else None, class_="room") if workers else None
 
 
-def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html:
+def _card(worker: View, picture: Task | None, views: Mapping[int, _Shown]) -> Html:
     """Return a computer's last picture, what it does, and its cores, those in use filled."""
     does, state = worker["does"], worker["state"]
     what: Node = None
@@ -15749,7 +15725,7 @@ def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html
         job = views.get(does["job"])
         name = job["name"] if job else f"job {does['job']}"
         rows = f", rows {does['top']} to {does['bottom'] - 1}" if does["kind"] == "slice" else ""
-        frame = "" if job and job["frames"]["total"] == 1 else f" frame {does['frame']}"
+        frame = "" if job and job.still else f" frame {does['frame']}"
         more = f", {does['tasks']} in hand" if does["tasks"] > 1 else ""
         what = element("a", f"{name}{frame}{rows}{more}", href=f"/jobs/{does['job']}")
     elif state == "gone" and worker["seen"] is not None:
@@ -15759,7 +15735,7 @@ def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html
     cores = [element("i", class_="on" if core * worker["cores"] < used * shown else None)
              for core in range(shown)]
     return element(
-        "li", _picture(job, picture) if job else element("div", class_="picture"), element(
+        "li", job.picture(picture) if job else element("div", class_="picture"), element(
             "div", element("h3", worker["name"]), _badge(state), " ", what,
             element("progress", value=f"{does['progress']:.2f}", max=1, aria_label="how far it is")
             if does else None),
@@ -15768,97 +15744,19 @@ def _card(worker: View, picture: Task | None, views: Mapping[int, View]) -> Html
         id=f"w{worker['id']}")
 
 
-def _job_row(view: View, button: Node, picture: Html) -> Html:
-    frames = view["frames"]
-    figures = f"{100 * view['progress']:.0f} %" if frames["total"] == 1 else \
-        f"{frames['done']:,} of {frames['total']:,}"
-    why = view["why"] if view["why"] != PAUSED_BY_HAND else "by hand"
-    return element(
-        "li", picture, element(
-            "div", element("h3", _to_job(view), element(
-                "span", f" #{view['id']} · {view['owner']}", class_="dim")),
-            _badge(_state(view)), element("span", f" {why}", class_="dim") if why else None),
-        _bar(view), element("span", figures, class_="fig"), " ", element(
-            "span", view["eta"] and f"{_lasting(view['eta'])} left", class_="dim eta"), " ", button,
-        id=f"j{view['id']}")
-
-
-def _finished(views: Sequence[View]) -> Node:
-    ended = [view for view in views if _ended(view)]
-    made = {view["id"]: f"{view['frames']['done']:,} of " * (
-        view["frames"]["done"] < view["frames"]["total"]) + counted(
-            view["frames"]["total"], "frame") for view in ended}
+def _finished(views: Sequence[_Shown]) -> Node:
+    ended = [view for view in views if view.ended]
     return section("Finished", element("ul", [element(
-        "li", _picture(view, view["newest"], size=320), element("h3", _to_job(view)),
-        _badge(_state(view)), element(
-            "p", f"#{view['id']} · {view['owner']} · {made[view['id']]} in "
+        "li", view.picture(view["newest"], size=320), element("h3", view.link()),
+        view.badge(), element(
+            "p", f"#{view['id']} · {view['owner']} · {view.made()} in "
             f"{_lasting(view['elapsed'])}", class_="dim"), id=f"j{view['id']}")
         for view in ended], class_="sheet")) if ended else None
-
-
-def _bar(view: View) -> Html:
-    """Return a job's progress as a picture, in thousandths: done, in work, failed."""
-    total = max(wanted(view["state"], view["frames"]), 1)
-    done, failed = view["frames"]["done"] / total, view["frames"]["failed"] / total
-    rects = [element("rect", class_=name, x=f"{1000 * x:.1f}", width=f"{1000 * part:.1f}", y=y,
-                     height=height)  # told apart by their shapes too
-             for name, x, part, y, height in (
-                 ("done", 0.0, done, 0, 10), ("live", done, view["progress"] - done, 5, 5),
-                 ("failed", view["progress"], failed, -3, 16))]
-    return element("svg", rects, class_="bar", viewBox="0 0 1000 10", preserveAspectRatio="none",
-                   role="img", aria_label=f"{100 * view['progress']:.0f} percent")
 
 
 def _facts(facts: Mapping[str, str | None]) -> Html:
     return element("dl", [element("div", element("dt", name), element("dd", value))
                           for name, value in facts.items() if value])
-
-
-def _figures(view: View) -> Html:
-    frames, slices, rate = view["frames"], view["slices"], 3600 * view["rate"]
-    still = frames["total"] == 1
-    return _facts({
-        "frames": None if still else f"{frames['done']:,} of {frames['total']:,}",
-        "slices done": f"{slices['done']}" if slices["total"] else None,
-        "finished": f"{100 * view['progress']:.0f} %" if still and not _ended(view) else None,
-        "an hour": None if still or not rate else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}",
-        "left": f"≈ {_lasting(view['eta'])}"
-                if view["eta"] and not _ended(view) else None,
-        "spent": _lasting(view["elapsed"]) if view["started"] else None,
-        **{state: f"{frames[state]:,}" for state in ("failed", "cancelled") if frames[state]},
-    })
-
-
-def _is_in_line(view: View) -> bool:
-    """Tell whether a job only waits for those before it."""
-    return bool(view["state"] == JobState.ACTIVE and not view["waiting_for"])
-
-
-def _warnings(view: View) -> Node:
-    failure = view["failure"]
-    address = failure and f"/jobs/{view['id']}/frames/{failure['frame']}#log"
-    return [
-        element("p", view["why"], class_="notice")
-        if view["why"] and view["state"] != JobState.FAILED and not _is_in_line(view) else None,
-        element("p", element("a", f"{_frame_name(view, failure['frame'])} failed", href=address),
-                f": {failure['message']}", class_="notice failed") if failure else None,
-    ]
-
-
-def _picture(view: View, task: Task | None, kind: str = "", size: int = 160) -> Html:
-    """Return the image of a finished task, made small or as it is, or a box that says why none."""
-    content, address = element("span", "No image" if _ended(view) else "No image yet"), ""
-    light = "" if view["extension"] in LIGHT_TYPES else None
-    if task is not None and task.state == TaskState.DONE:
-        address = f"/api/v1/jobs/{view['id']}/frames/{task.frame}/image"
-        content = element("img", src=_shown(view["id"], task, size), loading="lazy",
-                          alt=f"frame {task.frame} of {view['name']}",
-                          width=view["width"], height=view["height"])
-        if PurePosixPath(task.name).suffix.lower() not in BROWSER_TYPES:
-            address = _shown(view["id"], task, 4096)
-    return element("div", element("a", content, href=address, data_light=light)
-                   if kind and address else content,
-                   class_=f"picture {kind}")
 
 
 def _shown(job: int, task: Task, size: int) -> str:
@@ -15870,27 +15768,183 @@ def _shown(job: int, task: Task, size: int) -> str:
     return f"/jobs/{job}/frames/{task.frame}/thumb/{size}/{task.sha256}"
 
 
-def _growing(view: View, frame: View) -> Html:
-    """Return a frame as far as its slices are there, each in its place."""
-    high, done = view["height"] or 3, 0
-    parts = [element("rect", class_="queued", width=view["width"], height=high)]
-    for part in frame["slices"]:
-        place = {"x": 0, "y": part["top"], "width": view["width"],
-                 "height": part["bottom"] - part["top"]}
-        done += part["state"] == TaskState.DONE
-        if part["state"] == TaskState.DONE and view["extension"] in BROWSER_TYPES:
-            address = f"/api/v1/jobs/{view['id']}/slices/{part['id']}/image"
-            parts.append(element("image", href=address, **place))
-        else:
-            words = f"rows {part['top']} to {part['bottom'] - 1}: {_STATE_WORDS[part['state']]}"
-            parts.append(element("rect", element("title", words), class_=part["state"], **place))
-        if place["height"] > high / 20:
-            parts.append(element("text", part["worker"], x=high // 50,
-                                 y=part["top"] + high // 22, font_size=high // 26))
-    return element("div", element(
-        "svg", parts, viewBox=f"0 0 {view['width'] or 4} {high}", role="img",
-        aria_label=f"{_frame_name(view, frame['frame'])}, {done} slices of it finished"),
-        class_="picture large")
+class _Shown(Dict[str, Any]):
+    """A job as API tells of it, and how it looks on pages."""
+
+    def __init__(self, view: View) -> None:
+        super().__init__(view)
+        active, self.address = view["state"] == JobState.ACTIVE, f"/jobs/{view['id']}"
+        self.still = view["frames"]["total"] == 1
+        self.busy = bool(active and view["frames"]["leased"])
+        self.in_line = bool(active and not view["waiting_for"])  # only waits for those before it
+        self.ended = JobState(view["state"]) in FINISHED
+
+    def frame_name(self, frame: int) -> str:
+        return "The image" if self.still else f"Frame {frame}"
+
+    def badge(self) -> Html:
+        return _badge("rendering" if self.busy else self["state"])
+
+    def percent(self) -> str:
+        return f"{100 * self['progress']:.0f} %"
+
+    def made(self) -> str:
+        done, total = self["frames"]["done"], self["frames"]["total"]
+        return (f"{done:,} of " if done < total else "") + counted(total, "frame")
+
+    def link(self) -> Html:
+        return element("a", self["name"], href=self.address)
+
+    def bar(self) -> Html:
+        """Return a job's progress as a picture, in thousandths: done, in work, failed."""
+        total = max(wanted(self["state"], self["frames"]), 1)
+        done, failed = self["frames"]["done"] / total, self["frames"]["failed"] / total
+        rects = [element("rect", class_=name, x=f"{1000 * x:.1f}", width=f"{1000 * part:.1f}", y=y,
+                         height=height)  # told apart by their shapes too
+                 for name, x, part, y, height in (
+                     ("done", 0.0, done, 0, 10), ("live", done, self["progress"] - done, 5, 5),
+                     ("failed", self["progress"], failed, -3, 16))]
+        return element(
+            "svg", rects, class_="bar", viewBox="0 0 1000 10", preserveAspectRatio="none",
+            role="img", aria_label=f"{100 * self['progress']:.0f} percent")
+
+    def figures(self) -> Html:
+        frames, rate = self["frames"], 3600 * self["rate"] * (not self.still)
+        return _facts({
+            "frames": None if self.still else f"{frames['done']:,} of {frames['total']:,}",
+            "slices done": str(self["slices"]["done"]) if self["slices"]["total"] else None,
+            "finished": self.percent() if self.still and not self.ended else None,
+            "an hour": f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}" if rate else None,
+            "left": f"≈ {_lasting(self['eta'])}" if self["eta"] and not self.ended else None,
+            "spent": _lasting(self["elapsed"]) if self["started"] else None,
+            **{state: f"{frames[state]:,}" for state in ("failed", "cancelled") if frames[state]},
+        })
+
+    def warnings(self) -> Node:
+        failure, why = self["failure"], self["why"]
+        address = failure and f"{self.address}/frames/{failure['frame']}#log"
+        return [
+            element("p", why, class_="notice")
+            if why and self["state"] != JobState.FAILED and not self.in_line else None,
+            element("p", element("a", f"{self.frame_name(failure['frame'])} failed", href=address),
+                    f": {failure['message']}", class_="notice failed") if failure else None,
+        ]
+
+    def picture(self, task: Task | None, kind: str = "", size: int = 160) -> Html:
+        """Return the image of a finished task, made small or as it is, or why there is none."""
+        content, address = element("span", "No image" if self.ended else "No image yet"), ""
+        light = "" if self["extension"] in LIGHT_TYPES else None
+        if task is not None and task.state == TaskState.DONE:
+            address = f"/api/v1{self.address}/frames/{task.frame}/image"
+            content = element("img", src=_shown(self["id"], task, size), loading="lazy",
+                              alt=f"frame {task.frame} of {self['name']}",
+                              width=self["width"], height=self["height"])
+            if PurePosixPath(task.name).suffix.lower() not in BROWSER_TYPES:
+                address = _shown(self["id"], task, 4096)
+        return element("div", element("a", content, href=address, data_light=light)
+                       if kind and address else content, class_=f"picture {kind}")
+
+    def row(self, button: Node, picture: Html) -> Html:
+        frames = self["frames"]
+        why = self["why"] if self["why"] != PAUSED_BY_HAND else "by hand"
+        figures = self.percent() if self.still else f"{frames['done']:,} of {frames['total']:,}"
+        return element(
+            "li", picture, element(
+                "div", element("h3", self.link(), element(
+                    "span", f" #{self['id']} · {self['owner']}", class_="dim")),
+                self.badge(), element("span", f" {why}", class_="dim") if why else None),
+            self.bar(), element("span", figures, class_="fig"), " ", element(
+                "span", self["eta"] and f"{_lasting(self['eta'])} left", class_="dim eta"), " ",
+            button, id=f"j{self['id']}")
+
+    def growing(self, frame: View) -> Html:
+        """Return a frame as far as its slices are there, each in its place."""
+        high, done = self["height"] or 3, 0
+        parts = [element("rect", class_="queued", width=self["width"], height=high)]
+        for part in frame["slices"]:
+            place = {"x": 0, "y": part["top"], "width": self["width"],
+                     "height": part["bottom"] - part["top"]}
+            done += part["state"] == TaskState.DONE
+            if part["state"] == TaskState.DONE and self["extension"] in BROWSER_TYPES:
+                address = f"/api/v1{self.address}/slices/{part['id']}/image"
+                parts.append(element("image", href=address, **place))
+            else:
+                words = f"rows {part['top']} to {part['bottom'] - 1}: {_STATE_WORDS[part['state']]}"
+                parts.append(element(
+                    "rect", element("title", words), class_=part["state"], **place))
+            if place["height"] > high / 20:
+                parts.append(element("text", part["worker"], x=high // 50,
+                                     y=part["top"] + high // 22, font_size=high // 26))
+        return element("div", element(
+            "svg", parts, viewBox=f"0 0 {self['width'] or 4} {high}", role="img",
+            aria_label=f"{self.frame_name(frame['frame'])}, {done} slices of it finished"),
+            class_="picture large")
+
+    def links(self) -> Html:
+        failure, newest, done = self["failure"], self["newest"], self["frames"]["done"]
+        frame = failure["frame"] if failure else newest.frame if newest else None
+        return element(
+            "nav", element("a", "All images (zip)", href=f"/api/v1{self.address}/archive.zip")
+            if done else None, " ", element(
+                "a", "Animated PNG", href=f"/api/v1{self.address}/film.png")
+            if self["extension"] == ".png" and done > 1 else None, " ",
+            None if frame is None else element("a", f"{self.frame_name(frame)}: log",
+                                               href=f"{self.address}/frames/{frame}#log"),
+            element("p", "As a film: ", element(
+                "code", f"povfarm.py fetch {self['id']} --video film.mp4"), class_="dim")
+            if done > 1 else None, class_="links")
+
+    def storyboard(self, tx: Look, numbers: Sequence[int]) -> Node:
+        """Return images from all over an animation, the same ones at every look."""
+        if len(numbers) < STRIP or not self["frames"]["done"]:
+            return None
+        board = [present(tx.task_of_frame(self["id"], numbers[part * len(numbers) // STRIP]))
+                 for part in range(STRIP)]
+        return element("div", [
+            element("a", self.picture(task), element("span", task.frame),
+                    href=f"{self.address}/frames/{task.frame}", class_=task.state)
+            for task in board], class_="strip", aria_label="Storyboard")
+
+    def player(self, course: _Course) -> Node:
+        """Return what the script plays: the finished frames, and where their images are."""
+        if len(course.numbers) < 2 or not course.done:
+            return None
+        frame, small = f"{self.address}/frames/*", self["extension"] not in BROWSER_TYPES
+        buttons = [element("button", sign, type="button", data_key=key, aria_label=words,
+                           title=words) for sign, key, words in (
+                       ("▶", " ", "Play or stop (space)"), ("-", "j", "Slower (J)"),
+                       ("+", "l", "Faster (L)"), ("↻", "o", "Once, or again and again (O)"),
+                       ("Full", "f", "Fill the screen (F)"))]
+        return element(
+            "div", buttons[0], element("input", type="range", min=0, max=0, aria_label="Frame"),
+            element("output"), buttons[1:], class_="player", id="player",
+            data_shown=f"{frame}/thumb/640/latest" if small else f"/api/v1{frame}/image",
+            data_whole=f"{frame}/thumb/4096/latest" if small else f"/api/v1{frame}/image",
+            data_newest=self["newest"].frame, data_step=course.step, data_frames=course.done)
+
+    def frames(self, blocks: Node, chosen: Sequence[View]) -> Html:
+        """Return a cell for each chosen frame, which are all where they have no ``blocks``."""
+        job, frames = self["id"], self["frames"]
+        legend = [element("li", element("span", _STATE_WORDS[state][0], class_=state),
+                          f"{frames[state]:,}{_STATE_WORDS[state][1:]}")
+                  for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
+        return section(
+            "Frames", element("ul", legend, class_="legend"), blocks, element(
+                "h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}")
+            if blocks and chosen else None, element(
+                "div", _apart(_cell(job, frame) for frame in chosen), class_="grid", id="part"))
+
+    def options(self, row: Job) -> Html:
+        options = [f"{name}={value}" for name, value in sorted(row.pov.values.items())]
+        options += [f"Declare={declare}" for declare in row.pov.declares]
+        return section("Options", _facts({
+            "job": str(self["id"]), "submitted by": self["owner"],
+            "priority": str(self["priority"]),
+            "most workers": str(self["max_workers"] or "no limit"),
+            "tries for a frame": str(self["retry_limit"]),
+            "in order": "yes" if self["in_order"] else None,
+            "processor time": format_duration(self["cpu"]), "takes": format_size(self["kept"]),
+        }), element("p", [[element("code", option), " "] for option in options]))
 
 
 def _no_jobs() -> Html:
@@ -15908,7 +15962,7 @@ def _latest(tx: Look) -> list[Event]:
     return [*older, *newest]
 
 
-def _story(events: Sequence[Event], views: Sequence[View], now: float,
+def _story(events: Sequence[Event], views: Sequence[_Shown], now: float,
            most: int = NEWS_SHOWN) -> Node:
     """Return the newest events in words; frames with the same fate share a line."""
     known = {view["id"]: view for view in views}
@@ -15919,7 +15973,7 @@ def _story(events: Sequence[Event], views: Sequence[View], now: float,
             del lines[begun.id]  # it says the same
         begun = event if event.what == "job active" else None
         view = known.get(event.job or 0)
-        still = event.what == "done" and view is not None and view["frames"]["total"] == 1
+        still = event.what == "done" and view is not None and view.still
         if not (still or event.what.endswith(TaskState.LEASED.value)):  # "job done" comes, too
             same = (event.job, event.what, event.text)
             lines.setdefault(event.id if event.frame is None else same, []).append(event)
@@ -15930,7 +15984,7 @@ def _story(events: Sequence[Event], views: Sequence[View], now: float,
                    element("ul", items, class_="story")) if items else None
 
 
-def _others(line: Sequence[Event], views: Mapping[int, View]) -> int:
+def _others(line: Sequence[Event], views: Mapping[int, _Shown]) -> int:
     """Return how many frames had the fate of a line's first before it: the job knows of more
     than those in the newest events."""
     event, view = line[0], views.get(line[0].job or 0)
@@ -15939,7 +15993,7 @@ def _others(line: Sequence[Event], views: Mapping[int, View]) -> int:
     return max(len(line), known) - 1
 
 
-def _event_line(event: Event, more: int, views: Mapping[int, View]) -> Node:
+def _event_line(event: Event, more: int, views: Mapping[int, _Shown]) -> Node:
     job, text = event.job, event.text
     kind, _, what = event.what.rpartition(" ")
     part = _KIND_WORDS.get(kind)
@@ -15949,38 +16003,11 @@ def _event_line(event: Event, more: int, views: Mapping[int, View]) -> Node:
     if job is None or what == "deleted":
         return [element("strong", text), words, by]
     view = views.get(job)
-    whole = event.frame is None or (view is not None and view["frames"]["total"] == 1)
-    return [_to_job(view) if view else f"job {job}",
+    whole = event.frame is None or (view is not None and view.still)
+    return [view.link() if view else f"job {job}",
             None if whole else f" frame {event.frame}", part, words, by,
             f", like {more:,} other{'s' * (more > 1)} before it" if more else None,
             f": {text}" if text and not (by and text.endswith("by hand")) else None]
-
-
-def _job_links(view: View) -> Html:
-    address, failure, newest = f"/jobs/{view['id']}", view["failure"], view["newest"]
-    frame = failure["frame"] if failure else newest.frame if newest else None
-    return element(
-        "nav", element("a", "All images (zip)", href=f"/api/v1{address}/archive.zip")
-        if view["frames"]["done"] else None, " ", element(
-            "a", "Animated PNG", href=f"/api/v1{address}/film.png")
-        if view["extension"] == ".png" and view["frames"]["done"] > 1 else None, " ",
-        None if frame is None else element("a", f"{_frame_name(view, frame)}: log",
-                                           href=f"{address}/frames/{frame}#log"),
-        element("p", "As a film: ", element(
-            "code", f"povfarm.py fetch {view['id']} --video film.mp4"), class_="dim")
-        if view["frames"]["done"] > 1 else None, class_="links")
-
-
-def _storyboard(tx: Look, view: View, numbers: Sequence[int]) -> Node:
-    """Return images from all over an animation, the same ones at every look."""
-    if len(numbers) < STRIP or not view["frames"]["done"]:
-        return None
-    board = [present(tx.task_of_frame(view["id"], numbers[part * len(numbers) // STRIP]))
-             for part in range(STRIP)]
-    return element("div", [
-        element("a", _picture(view, task), element("span", task.frame),
-                href=f"/jobs/{view['id']}/frames/{task.frame}", class_=task.state)
-        for task in board], class_="strip", aria_label="Storyboard")
 
 
 def _course(plan: FramePlan, numbers: Sequence[int], letters: str) -> _Course:
@@ -15990,24 +16017,6 @@ def _course(plan: FramePlan, numbers: Sequence[int], letters: str) -> _Course:
     return _Course(
         numbers, letters, re.sub(r"(.)\1{3,}", lambda run: f"{run[1]}{len(run[0])}", letters),
         plan.frames.step, plan.listed(numbers), ",".join(ranges[::1 + len(ranges) // RANGES_SHOWN]))
-
-
-def _player(view: View, course: _Course) -> Node:
-    """Return what the script plays: the finished frames, and where their images are."""
-    if len(course.numbers) < 2 or not course.done:
-        return None
-    frame, small = f"/jobs/{view['id']}/frames/*", view["extension"] not in BROWSER_TYPES
-    buttons = [element("button", sign, type="button", data_key=key, aria_label=words, title=words)
-               for sign, key, words in (
-                   ("▶", " ", "Play or stop (space)"), ("-", "j", "Slower (J)"),
-                   ("+", "l", "Faster (L)"), ("↻", "o", "Once, or again and again (O)"),
-                   ("Full", "f", "Fill the screen (F)"))]
-    return element(
-        "div", buttons[0], element("input", type="range", min=0, max=0, aria_label="Frame"),
-        element("output"), buttons[1:], class_="player", id="player",
-        data_shown=f"{frame}/thumb/640/latest" if small else f"/api/v1{frame}/image",
-        data_whole=f"{frame}/thumb/4096/latest" if small else f"/api/v1{frame}/image",
-        data_newest=view["newest"].frame, data_step=course.step, data_frames=course.done)
 
 
 def _times(tx: Look, job: int, numbers: Sequence[int]) -> Node:
@@ -16106,31 +16115,6 @@ def _blocks(job: int, course: _Course, size: int) -> Node:
         element("div", _apart(
             _block(job, numbers[index:index + size], letters[index:index + size])
             for index in range(0, len(numbers), size)), class_="grid plain")]))
-
-
-def _frames(view: View, blocks: Node, chosen: Sequence[View]) -> Html:
-    """Return a cell for each chosen frame, which are all where they have no ``blocks``."""
-    job, frames = view["id"], view["frames"]
-    legend = [element("li", element("span", _STATE_WORDS[state][0], class_=state),
-                      f"{frames[state]:,}{_STATE_WORDS[state][1:]}")
-              for state in ("done", "leased", "queued", "failed", "cancelled") if frames[state]]
-    return section(
-        "Frames", element("ul", legend, class_="legend"), blocks, element(
-            "h3", f"Frames {chosen[0]['frame']} to {chosen[-1]['frame']}")
-        if blocks and chosen else None, element(
-            "div", _apart(_cell(job, frame) for frame in chosen), class_="grid", id="part"))
-
-
-def _options(view: View, row: Job) -> Html:
-    options = [f"{name}={value}" for name, value in sorted(row.pov.values.items())]
-    options += [f"Declare={declare}" for declare in row.pov.declares]
-    return section("Options", _facts({
-        "job": str(view["id"]), "submitted by": view["owner"], "priority": str(view["priority"]),
-        "most workers": str(view["max_workers"] or "no limit"),
-        "tries for a frame": str(view["retry_limit"]),
-        "in order": "yes" if view["in_order"] else None,
-        "processor time": format_duration(view["cpu"]), "takes": format_size(view["kept"]),
-    }), element("p", [[element("code", option), " "] for option in options]))
 
 
 def _frame_facts(frame: View) -> Html:
