@@ -1886,7 +1886,7 @@ class _CommandLine:
         # With a base INI of one's own its includes are POV-Ray's last resort, too.
         library = tuple(dict.fromkeys([*self.library, STANDARD]))
         texts = {key: values[key] for key in TEXT_FILES if key in values}
-        append = "On" in (values.get("Append_File"), values.get("Continue_Trace"))
+        append = values.get("Append_File") == "On"
         kept = {key: value for key, value in values.items()
                 if key in _WRITABLE and key not in (*_OF_NO_USE, *texts)}
         files = tuple(dict.fromkeys(self.files))
@@ -22303,6 +22303,7 @@ def _left_to_do(draft: Draft, options: Options) -> Draft:
     Frames that need others are rendered again with them; those in place that need nothing but
     their images only from the first that is missing on.
     """
+    anew, draft = draft, replace(draft, append=draft.append or draft.goes_on)
     if not (draft.goes_on and draft.keeps_files):
         return draft
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -22318,10 +22319,11 @@ def _left_to_do(draft: Draft, options: Options) -> Draft:
         images_only = "own-output" in draft.pov.uses and not (
             "own-files" in draft.pov.uses or draft.project.reads or options.in_order)
         if draft.place is None or not images_only:
-            if len(left) < len(flaws):
-                _say("frames need files that earlier ones write: all are rendered again, in spite "
-                     "of +C")
-            return draft
+            if len(left) == len(flaws):
+                return draft
+            _say("frames need files that earlier ones write: all are rendered again, in spite "
+                 "of +C")
+            return anew  # its text files say all of it, and that once
         left = [frame for frame in draft.frames if frame >= left[0]]
         values = {**values, "Subset_Start_Frame": str(left[0])}
     if left and len(left) < len(draft.frames):

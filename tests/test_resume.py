@@ -444,6 +444,20 @@ def test_frames_that_read_files_of_earlier_ones_are_rendered_with_those(tmp_path
     assert "nothing is left" in place.run("render", "s.pov", *SMALL, "+KFF5", "+C").stdout
 
 
+@pytest.mark.parametrize("more", [[], ["+GP"]])
+def test_what_is_rendered_again_says_its_text_anew(tmp_path: Path, more: List[str]) -> None:
+    place = Place(tmp_path, WALK + '#debug concat(str(frame_number, 0, 0), "\\n")\n')
+    args = ["render", "s.pov", *SMALL, "+KFF3", "+GDdebug", *more]
+    assert place.run(*args).returncode == 0
+    (place.path / "s2.ppm").unlink()
+    assert place.run(*args, "+C").returncode == 0
+    assert (place.path / "debug").read_text() == "1\n2\n3\n" * (1 + len(more))
+    for path in place.path.glob("*.ppm"):
+        path.unlink()
+    assert place.run(*args, "+C").returncode == 0
+    assert (place.path / "debug").read_text() == "1\n2\n3\n" * (2 + len(more))
+
+
 def test_a_render_whose_terminal_is_closed_keeps_what_is_done(tmp_path: Path) -> None:
     place = Place(tmp_path, HANGS)
     master, slave = os.openpty()
