@@ -19,7 +19,7 @@ from helpers.base import EXAMPLES, TRIED, need, tried, wait_until
 from helpers.farm import renderers
 
 # POV-Ray sleeps nine tenths of a small render, so of what renders more run at once than there are cores.
-WORKERS_MORE_THAN_CORES = 8
+WORKERS_MORE_THAN_CORES = 6
 FAST_LANE = "not slow"
 SLOW = re.compile(r"(/usr/bin/)?povray|.*/(povfarm\.py|chromium|chromium-browser|ffmpeg)")
 RENDERERS = {"povray", "examples"}

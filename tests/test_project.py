@@ -142,9 +142,13 @@ def only_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_examples_render_from_the_files_that_scanning_finds(
-    povray: str, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    povray: str, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    pytestconfig: pytest.Config
 ) -> None:
-    """Those of many sorts of files without an error that POV-Ray goes on after."""
+    """Those of many sorts of files without an error that POV-Ray goes on after.
+
+    Besides these every fourth, or all with ``--long``.
+    """
     only_scanned(monkeypatch)
 
     def render(scene: Path) -> Optional[str]:
@@ -161,6 +165,8 @@ def test_all_examples_render_from_the_files_that_scanning_finds(
 
     scenes = sorted(examples.rglob("*.pov"))
     assert {examples / name for name in COMPLETE} <= {*scenes} and not {*COMPLETE} & {*NOT_RENDERABLE}
+    if not pytestconfig.getoption("long"):
+        scenes = sorted({*scenes[::4], *(examples / name for name in COMPLETE)})
     with ThreadPoolExecutor(14) as pool:  # POV-Ray sleeps most of the time
         assert {str(s): text for s, text in zip(scenes, pool.map(render, scenes)) if text} == {}
 

@@ -1,6 +1,6 @@
 """Small projects in the layouts that people use end as with povray, and leave the same behind.
 
-Every fifth of them, or all with ``--long``.
+Every eighth of them, or all with ``--long``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 
 from tools.layouts import LAYOUTS, difference
 
-EVERY = 5
+EVERY = 8
 Ends = Dict[str, "concurrent.futures.Future[str]"]
 
 
