@@ -5078,17 +5078,14 @@ _OF_JSON = {"array": list, "object": dict, "string": str, "integer": int, "boole
 
 @dataclass(frozen=True)
 class PovJob(Wired):
-    """What POV-Ray is told to do: a normalised command line over a project.
-
-    ``run_dir`` is where in the project's tree relative names start from; ``uses`` names what the
-    scan of the scene found (see ``Project``), ``create_ini NAME\\nTEXT`` is the INI file to be
-    written, and what begins with ``SENT`` is for who sent it.
-    """
+    """What POV-Ray is told to do: a normalised command line over a project."""
 
     values: Mapping[str, str]
     declares: tuple[str, ...]
     library: tuple[str, ...]
-    run_dir: str
+    run_dir: str  # in the project's tree, where relative names start from
+    # What the scan of the scene found (see ``Project``); ``create_ini NAME\\nTEXT`` is the INI file
+    # to be written, and what begins with ``SENT`` is for who sent it.
     uses: tuple[str, ...] = ()
 
     @classmethod
@@ -5222,14 +5219,13 @@ _NOT_NAMES = frozenset({ADMIN, "farm", "browser", "guest", "nobody"})  # nor one
 
 @dataclass(frozen=True)
 class Allowance:
-    """What one person may have at a time; 0 is no limit, but of the priority. ``space`` in bytes,
-    ``jobs`` and ``frames`` that are not finished, ``workers`` that render for it."""
+    """What one person may have at a time; 0 is no limit, but of the priority."""
 
-    jobs: int = 0
-    frames: int = 0
+    jobs: int = 0  # that are not finished
+    frames: int = 0  # as well
     priority: int = 0
-    workers: int = 0
-    space: int = 0
+    workers: int = 0  # that render for it
+    space: int = 0  # bytes
 
 
 # The rows of SETTINGS that are limits of a person, by the names of Allowance's fields.
@@ -5337,15 +5333,11 @@ def is_chosen(job: int, frame: int, percent: int) -> bool:
 
 
 class Verdict(NamedTuple):
-    """What becomes of an image of a frame that is compared, or looks wrong.
+    """What becomes of an image of a frame that is compared, or looks wrong."""
 
-    ``keep`` says why it waits for another worker's; else it is accepted, and ``doubt`` tells of it,
-    of each frame or, where it is the same for all, ``once`` for the job.
-    """
-
-    keep: str = ""
-    doubt: str = ""
-    once: bool = False
+    keep: str = ""  # why it waits for another worker's; else it is accepted
+    doubt: str = ""  # that is told of an accepted one,
+    once: bool = False  # and not of each frame, but for the job, as it is the same for all
 
 
 # By how an image compares with those kept of its frame, and whether another worker could come next.
@@ -5387,20 +5379,15 @@ class TaskKind(Word):
 
 @dataclass(frozen=True)
 class TaskSpec(Wired):
-    """One task as a worker gets it, and the file that it makes.
-
-    ``top`` and ``bottom`` are the rows of a slice, counted from 0, the last not in it; both are 0
-    for a whole frame. ``state`` tells that another worker has begun, and left a state that this one
-    may go on from.
-    """
+    """One task as a worker gets it, and the file that it makes."""
 
     id: int
     frame: int
     name: str
     kind: TaskKind = TaskKind.FRAME
-    top: int = 0
-    bottom: int = 0
-    state: bool = False
+    top: int = 0  # the rows of a slice, counted from 0,
+    bottom: int = 0  # the last not in it; both are 0 for a whole frame
+    state: bool = False  # another worker has left a state that this one may go on from
 
     @classmethod
     def from_wire(cls, wire: Any) -> TaskSpec:
@@ -5416,25 +5403,19 @@ class TaskSpec(Wired):
 
 @dataclass(frozen=True)
 class LeaseSpec(Wired):
-    """Tasks that one worker holds, and all that it needs to render them.
-
-    They are neighbouring frames for one run with ``threads`` threads, or one slice, or one pass. In
-    an ``in_order`` job the run starts at the job's first frame, whichever tasks are left.
-    ``shares`` are the passes, by their task, whose results this run reads, ``timeout`` the seconds
-    that one task may take, 0 for no limit. A worker that holds frames may ``hold`` these.
-    """
+    """Tasks that one worker holds, and all that it needs to render them."""
 
     id: str
     job: int
     job_name: str
     threads: int
-    tasks: tuple[TaskSpec, ...]
+    tasks: tuple[TaskSpec, ...]  # neighbouring frames for one run, or one slice, or one pass
     manifest: str
     pov: PovJob
-    in_order: bool
-    shares: tuple[int, ...] = ()
-    timeout: int = 0
-    hold: bool = False
+    in_order: bool  # the run starts at the job's first frame, whichever tasks are left
+    shares: tuple[int, ...] = ()  # the passes, by their task, whose results this run reads
+    timeout: int = 0  # the seconds that one task may take, 0 for no limit
+    hold: bool = False  # a worker that holds frames may hold these
 
     @classmethod
     def from_wire(cls, wire: Any) -> LeaseSpec:
@@ -5460,13 +5441,12 @@ Orders = TypedDict("Orders", {
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task cost: processor and wall seconds, and the peak memory in bytes. ``parse`` is the
-    wall time before the first pixel: what every slice of a frame pays again."""
+    """What a task cost."""
 
-    cpu: float = 0.0
+    cpu: float = 0.0  # seconds
     wall: float = 0.0
-    memory: int = 0
-    parse: float = 0.0
+    memory: int = 0  # bytes, at its peak
+    parse: float = 0.0  # of it, before the first pixel: what every slice of a frame pays again
 
 
 def want(wire: Any, key: str, kind: type) -> Any:
@@ -7735,11 +7715,7 @@ def engines_of(text: str) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the database has it; ``engines`` are those of the worker that began it.
-
-    ``queued`` to ``cancelled`` count its frames, ``runs`` its live leases; ``cpu`` and ``wall`` are
-    the seconds that its frames cost.
-    """
+    """A job as the database has it."""
 
     id: int
     name: str
@@ -7749,17 +7725,17 @@ class Job:
     pov_json: str
     manifest: str
     options_json: str
-    engines_json: str
+    engines_json: str  # of the worker that began it
     created: float
     started: float | None
     finished: float | None
-    queued: int
+    queued: int  # frames
     leased: int
     done: int
     failed: int
     cancelled: int
-    runs: int
-    cpu: float
+    runs: int  # live leases
+    cpu: float  # seconds that its frames cost
     wall: float
     kept: int
 
@@ -7835,8 +7811,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Member:
-    """A worker as the farm knows it; ``aside`` is why its pictures are not trusted, ``owner`` with
-    whose key it has joined."""
+    """A worker as the farm knows it."""
 
     id: int
     name: str
@@ -7850,8 +7825,8 @@ class Member:
     tags_json: str
     address: str
     joined: float
-    aside: str
-    owner: str
+    aside: str  # why its pictures are not trusted
+    owner: str  # with whose key it has joined
     povfarm: str
 
     engines = functools.cached_property(lambda worker: engines_of(worker.engines_json))
@@ -7863,15 +7838,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Person:
-    """One of the farm's people, or a program; ``token`` is the hash of its secret. With ``uses`` it
-    is an invitation for so many more, and ``token`` what their keys are made of."""
+    """One of the farm's people, or a program; or an invitation."""
 
     name: str
     role: Role
-    token: str
+    token: str  # the hash of its secret; of an invitation what their keys are made of
     limits_json: str
     added: float
-    uses: int | None = None
+    uses: int | None = None  # of an invitation: for how many more it is
 
     @functools.cached_property
     def limits(self) -> dict[str, int]:
@@ -7881,8 +7855,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened, for people: ``owner`` is whose job it was, ``who`` the person who
-    did it, if it was one."""
+    """Something that happened, for people."""
 
     id: int
     time: float
@@ -7891,17 +7864,17 @@ class Event:
     worker: Optional[int]
     what: str
     text: str
-    owner: str
-    who: str
+    owner: str  # whose job it was
+    who: str  # the person who did it, if it was one
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file that a scene wrote; without a hash where it was left on the worker."""
+    """A file that a scene wrote."""
 
     path: str
     frame: int
-    sha256: str
+    sha256: str  # nothing where it was left on the worker
     size: int
 
 
@@ -9350,71 +9323,53 @@ ANY_STATE = "any"  # left by a POV-Ray of unknown version
 
 @dataclass(frozen=True)
 class Offer:
-    """What a worker asks for: up to ``want`` runs at once.
+    """What a worker asks for."""
 
-    It keeps ``slots`` runs going at a time, ``idle`` of its cores have nothing to do. ``job`` is
-    the only one that it takes, 0 for any. It has these ``projects``, by their keys, and is answered
-    at once when no job has one of them any more. ``rest`` is why it wants nothing, if it rests.
-    """
-
-    want: int
-    slots: int
-    idle: int
-    job: int = 0
-    projects: tuple[str, ...] = ()
-    rest: str = ""
+    want: int  # runs at once, at most
+    slots: int  # how many it keeps going at a time
+    idle: int  # cores that have nothing to do
+    job: int = 0  # the only one that it takes, 0 for any
+    projects: tuple[str, ...] = ()  # what it has, by their keys: it is told when no job has one
+    rest: str = ""  # why it wants nothing, if it rests
 
 
 class Guest(NamedTuple):
-    """How a worker of another system differs from ours.
+    """How a worker of another system differs from ours."""
 
-    It may be silent for ``silence`` seconds, for ``pause`` seconds while it has nothing. It renders
-    the jobs that ``takes`` accepts, ``most`` frames at a time, and slices of those that ``cuts``
-    does.
-    """
-
-    silence: float
-    pause: float
-    takes: Callable[[Look, Job], bool]
-    cuts: Callable[[Job], bool]
-    most: int | None = None
+    silence: float  # seconds for which it may be silent,
+    pause: float  # and while it has nothing
+    takes: Callable[[Look, Job], bool]  # which jobs it renders
+    cuts: Callable[[Job], bool]  # and slices of which
+    most: int | None = None  # frames at a time
 
 
 class Grant:
-    """A lease that lives: what one worker holds of one job, and how far it is.
-
-    It was ``granted`` and last ``heard`` of by the monotonic clock; its ``portions`` are found by
-    the tasks that were given. It has so many ``threads``, as far as is known. ``cut`` is the task
-    of which others render the lower rows, and the row before which it may end; ``told`` is the row
-    that a beat was answered with. Since ``rests`` all that is left of it is held, which its worker
-    delivers when it ``brings``.
-    """
+    """A lease that lives: what one worker holds of one job, and how far it is."""
 
     def __init__(self, lease: str, worker: int, job: Job, now: float) -> None:
         self.id, self.worker, self.job, self.owner = lease, worker, job.id, job.owner
         self.region, self.height = job.region, job.pov.options.height
-        self.brings = job.options.bring
-        self.granted = self.heard = now
-        self.threads = 1
-        self.portions: dict[int, Portion] = {}
+        self.brings = job.options.bring  # its worker delivers what it holds
+        self.granted = self.heard = now  # heard of last; by the monotonic clock
+        self.threads = 1  # as far as is known
+        self.portions: dict[int, Portion] = {}  # by the tasks that were given
+        # The task of which others render the lower rows, and the row before which it may end,
         self.cut: tuple[int, int] | None = None
-        self.told = 0
-        self.rests: float | None = None
+        self.told = 0  # and the row that a beat was answered with.
+        self.rests: float | None = None  # since when all that is left of it is held
 
 
 class Portion:
-    """A task of a grant, for as long as its worker is at it.
-
-    ``given`` is the task that the worker knows of, and ``task`` the one that it makes: of a frame
-    that was divided since, the first slice. It was given the rows from ``top`` to before ``end``;
-    others render those from ``bottom`` on. ``notes`` are the last parts of what was given that were
-    rendered, and when each was heard of.
-    """
+    """A task of a grant, for as long as its worker is at it."""
 
     def __init__(self, grant: Grant, row: Task | Attempt, task: int, given: int, end: int) -> None:
+        # The worker knows of the task that it was given, and makes one: if that is a frame that
+        # was divided since, the first slice.
         self.grant, self.task, self.given = grant, task, given
+        # It was given the rows from top to before end; others render those from bottom on.
         self.kind, self.top = row.kind, row.top
         self.bottom, self.end = row.bottom or grant.height, end or grant.height
+        # The last parts of what was given that were rendered, and when each was heard of.
         self.notes: tuple[tuple[float, float], ...] = ()
         grant.portions[given] = self
 
@@ -9527,25 +9482,17 @@ class Grants:
 
 @dataclass
 class Presence:
-    """A worker, as far as only this process knows of it.
+    """A worker, as far as only this process knows of it."""
 
-    It was last ``seen`` by the monotonic clock, None since it has left, and told to be lost when it
-    was ``missed`` since then; ``departures`` count that it left, so that a request which it has
-    left open gives it nothing. It keeps ``slots`` runs going. When it is sick, ``trial`` is when it
-    last got a task to try, or became sick. ``well`` is True where it is known that it did not fail
-    what it did last. Its open requests wait at ``bells``. ``rest`` is why it wants no work, as it
-    said last.
-    """
-
-    seen: float | None = None
-    missed: float | None = None
-    slots: int = 1
-    departures: int = 0
-    trial: float | None = None
-    well: bool = False
+    seen: float | None = None  # last, by the monotonic clock; None since it has left
+    missed: float | None = None  # when it was seen last, where it was told to be lost since then
+    slots: int = 1  # runs that it keeps going
+    departures: int = 0  # how often it left: a request that it had open gives it nothing
+    trial: float | None = None  # when it got a task to try, or became sick; None while it is not
+    well: bool = False  # it is known that it did not fail what it did last
     guest: Guest | None = None
-    bells: dict[_Bell, None] = field(default_factory=dict)
-    rest: str = ""
+    bells: dict[_Bell, None] = field(default_factory=dict)  # where its open requests wait
+    rest: str = ""  # why it wants no work, as it said last
 
 
 class _Bell(threading.Condition):
@@ -9622,15 +9569,12 @@ class _Waiting:
 
 @dataclass
 class _News:
-    """Whom a transaction concerns: some workers, and as many others as may find ``work``.
+    """Whom a transaction concerns."""
 
-    ``cuts`` are the grants of whose task others got the lower rows, with what beats tell of it;
-    ``who`` is the person who did what is done.
-    """
-
-    who: str = ""
+    who: str = ""  # the person who did what is done
     workers: set[int] = field(default_factory=set)
-    work: float = 0.0
+    work: float = 0.0  # how many others may find some
+    # The grants of whose task others got the lower rows, with what beats tell of it.
     cuts: dict[Grant, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -12421,14 +12365,13 @@ class Pairings:
 
 @dataclass(frozen=True)
 class Newcomer(Wired):
-    """A person to be added; with ``uses`` an invitation for so many, without a name. ``limits`` are
-    those that are not everybody's."""
+    """A person to be added, or an invitation."""
 
     name: str
     role: Role
-    limits: Mapping[str, int]
+    limits: Mapping[str, int]  # those that are not everybody's
     ticket: str
-    uses: int
+    uses: int  # an invitation for so many, without a name
 
     @classmethod
     def from_wire(cls, wire: Any) -> Newcomer:
