@@ -4991,6 +4991,7 @@ JOB_TRANSITIONS: frozenset[tuple[JobState, JobState]] = frozenset(
 
 PAUSED_BY_HAND = "paused by hand"  # the reason that waits for a person, not for a mended scene
 FINISHED = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
+OPEN = frozenset({TaskState.QUEUED, TaskState.LEASED})
 
 
 def wanted(state: JobState, counts: Mapping[Any, int]) -> int:
@@ -5634,10 +5635,8 @@ class OnlineRules:
     @classmethod
     def of(cls, lines: Iterable[tuple[str, str, str]], node: bool = False) -> OnlineRules:
         """Read lines of the settings file: name, text and place; a ``UserError`` names the place.
-
         They are ``engine NAME = .EXTENSION TEMPLATE`` and ``argument NAME = TYPE [REGEX]``. For a
-        ``node`` the pictures may have any names, as it does not look for them.
-        """
+        ``node`` the pictures may have any names, as it does not look for them."""
         engines: list[tuple[OnlineEngine, str]] = []
         arguments = {}
         for key, text, source in lines:
@@ -5751,10 +5750,8 @@ def node_text(words: Iterable[str]) -> str:
 def program_job(engine: str, scene: str, frames: Mapping[str, str], stem: str,
                 arguments: Mapping[str, str]) -> PovJob:
     """Return a job for another program than POV-Ray, which renders a scene that is one file.
-
     ``frames`` are POV-Ray's options for frames and the type of the pictures. ``UserError`` for what
-    POV-Ray would take and such a program not.
-    """
+    POV-Ray would take and such a program not."""
     fitting = {"Initial_Frame", "Final_Frame", "Subset_Start_Frame", "Subset_End_Frame",
                "Output_File_Type", "Output_File_Name", "Input_File_Name"}
     frames = {name: value for name, value in frames.items() if name != "Output_To_File"}
@@ -8635,11 +8632,9 @@ class Look(_Register):
             "SELECT MAX(granted) FROM lease WHERE job = :job", job=job))
 
     def frame_states(self, job: Job) -> tuple[range | tuple[int, ...], str]:
-        """Return the numbers of a job's frames, and the first letter of the state of each.
-
-        Looked up are those that are not in the commonest state, in an index that has all of them:
-        so 100,000 take two hundredths of a second. Of some chosen frames each is looked up.
-        """
+        """Return the numbers of a job's frames, and the first letter of the state of each. Looked
+        up are those that are not in the commonest state, in an index that has all of them: so
+        100,000 take two hundredths of a second. Of some chosen frames each is looked up."""
         plan = job.pov.plan.frames
         frames: range | tuple[int, ...] = plan
         most = max(TaskState, key=lambda state: job.counts[state])
@@ -9060,10 +9055,8 @@ class Tx(Look):
 
     def reserve_job(self) -> int:
         """Return a number for a job, to add tasks under; its rows are left ones until it is added.
-
         Tasks and leases do not refer to the row of their job, which therefore comes and goes in one
-        transaction, however many they are.
-        """
+        transaction, however many they are."""
         job = self.newest_job() + 1
         self._do("DELETE FROM sqlite_sequence WHERE name = 'job'")
         self._do("INSERT INTO sqlite_sequence (name, seq) VALUES ('job', :job)", job=job)
@@ -9147,11 +9140,9 @@ class Tx(Look):
 
     def move_frames(self, job: int, frm: TaskState, to: TaskState, why: str, now: float,
                     after: int, limit: int, who: str = "") -> tuple[int, int, int]:
-        """Move those without parts of the next so many frames at once, but do not count them.
-
-        They come ``after`` a frame, in order; return how many there were and were moved, and the
-        last one. Those that somebody renders stay; what is queued again may be tried by everybody.
-        """
+        """Move those without parts of the next so many frames at once, but do not count them. They
+        come ``after`` a frame, in order; return how many there were and were moved, and the last
+        one. Those that somebody renders stay; what is queued again may be tried by everybody."""
         parameters = {"job": job, "frm": frm.value, "to": to.value, "why": why, "now": now,
                       "after": after, "limit": limit, "who": who}
         number, last = self._db.execute(
@@ -9298,7 +9289,7 @@ class Tx(Look):
 # === 11. SCHEDULER ===========================================================
 # The only writer of states, in four rooms. _States: every change of a task or a
 # job is held to the tables of MODEL, counted, and ripples, in one transaction.
-# _Crew: who is there. _Dealing: who gets what. _Deliveries: what came of it.
+# _Crew: who is there. _Deal: who gets what. _Deliveries: what came of it.
 # Scheduler is the door to them, and steers jobs. What is in memory (leases that
 # live, who was heard of, who waits) may be lost with the process without harm.
 
@@ -9736,7 +9727,7 @@ class _States:
     def cancel_parts(self, tx: Tx, frame: Task, why: str, but_passes: bool = False) -> None:
         for part in tx.parts(frame.id, TaskKind.SLICE if but_passes else None):
             self.end_others(tx, part.id, why)
-            if part.state in (TaskState.QUEUED, TaskState.LEASED):
+            if part.state in OPEN:
                 self.move(tx, part, TaskState.CANCELLED, why)
 
     def cancel(self, tx: Tx, job: Job) -> None:
@@ -9747,7 +9738,7 @@ class _States:
 
     def cancel_frame(self, tx: Tx, frame: Task, why: str, but_passes: bool = False) -> bool:
         """Cancel a frame that is not finished, with its slices; ``but_passes`` go on for others."""
-        if frame.state not in (TaskState.QUEUED, TaskState.LEASED):
+        if frame.state not in OPEN:
             return False
         self.end_others(tx, frame.id, why)
         self.move(tx, frame, TaskState.CANCELLED, why)
@@ -10129,10 +10120,8 @@ class _Crew:
 
     @staticmethod
     def _listens(presence: Presence, now: float) -> bool:
-        """Tell whether a worker waits in a request that is still open: that is as good as a beat.
-
-        A thousand that wait need not wake for it.
-        """
+        """Tell whether a worker waits in a request that is still open: that is as good as a beat. A
+        thousand that wait need not wake for it."""
         for bell in list(presence.bells):
             if bell.alive():
                 presence.seen = now
@@ -10203,10 +10192,8 @@ class Muster:
 
     def sickness(self, worker: Member) -> str:
         """Say what makes a worker sick: wrong pictures, or nothing but failures; else nothing.
-
         While all fail nobody is sick: then the scenes are to blame. Who only fails gets a task
-        every ``SICK_PAUSE`` seconds; who is set aside gets nothing until it joins again.
-        """
+        every ``SICK_PAUSE`` seconds; who is set aside gets nothing until it joins again."""
         if worker.aside:
             return worker.aside
         sick = self._only_fails(worker.id) and self._some_succeed
@@ -10396,62 +10383,6 @@ def _waiting(workers: Sequence[Member]) -> str:
     return "1 worker waits" if len(workers) == 1 else f"{len(workers)} workers wait"
 
 
-class _Dealing:
-    """Who gets what: answers those who ask for work, as soon as there is some for them."""
-
-    def __init__(self, states: _States, crew: _Crew) -> None:
-        self._states, self._crew = states, crew
-
-    def lease(self, worker: int, offer: Offer, wait: float,
-              alive: Callable[[], bool]) -> list[LeaseSpec]:
-        """Give out work, waiting up to ``wait`` seconds for some; but nothing to who does not
-        listen any more (``alive``), as it was killed while it waited."""
-        clock, waiting = self._states.clock, self._states.waiting
-        end, looked = clock.monotonic() + wait, -math.inf
-        presence = self._states.presence(worker)
-        stays = presence.departures
-        presence.rest = offer.rest
-        lines = (presence.bells,) if offer.rest else (waiting.work, presence.bells)
-        with waiting.bell(*lines, alive=alive) as bell:
-            while True:
-                called, bell.looked = bell.heard(), waiting.offers
-                if stays != presence.departures or not alive():
-                    bell.rung = called  # another may take what it was called for
-                    return []
-                now = presence.seen = clock.monotonic()
-                presence.slots = offer.slots
-                # What is under way becomes a straggler, or worth dividing, by the passing of time;
-                # where many wait it is enough that some of them look.
-                pause = LOOK_AGAIN * max(len(waiting.work) / 10, 1)
-                over = now - looked >= pause
-                looked = now if over else looked
-                leases = [] if offer.rest else self._deal(worker, offer, over, stays)
-                left = end - clock.monotonic()
-                if leases or left <= 0 or waiting.closed or self._are_gone(offer.projects):
-                    bell.rung |= called and not leases
-                    return leases
-                if called:
-                    waiting.call(1)
-                waiting.wait(bell, min(left, pause) if self._states.grants else left)
-
-    def _are_gone(self, projects: Sequence[str]) -> bool:
-        with self._states.store.read() as look:
-            return bool(look.unknown_manifests(projects))
-
-    def _deal(self, worker: int, offer: Offer, over: bool, stays: int) -> list[LeaseSpec]:
-        """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
-        with self._states.store.read() as look:
-            if self._states.store.notice or not any(look.leasable_jobs(over)):
-                return []
-        with self._states.tx() as tx:
-            row, muster = tx.worker(worker), self._crew.muster(tx)
-            # Who leaves after this look hands back what it is given.
-            if (muster.rest(row) or row.aside
-                    or stays != self._states.presence(worker).departures):
-                return []
-            return _Deal(self._states, muster, tx, row, offer).leases()
-
-
 class _Deal:
     """One request for work, in the transaction in which it is answered. The pickers are asked in
     turn, each for all jobs: what is queued goes before what others are at."""
@@ -10621,8 +10552,7 @@ class _Deal:
     def _is_ready(self, task: Task) -> bool:
         """Tell whether the pass of a task's frame, if it has one, is over; for good or ill."""
         return task.kind is TaskKind.PASS or not any(
-            part.state in (TaskState.QUEUED, TaskState.LEASED)
-            for part in self._tx.parts(task.parent or task.id, TaskKind.PASS))
+            part.state in OPEN for part in self._tx.parts(task.parent or task.id, TaskKind.PASS))
 
     def _first(self, job: Job) -> Task:
         return self._tx.tasks(job.id, limit=1)[0]
@@ -10793,11 +10723,9 @@ class _Deal:
                      if part.state is TaskState.DONE)
 
     def _threads(self, job: Job, task: Task) -> int:
-        """Return the threads of one run: more than one only where frames run out.
-
-        A still has whole machines to itself, and so has a slice; the last frames of an animation
-        share what is idle, unless their pixels depend on the threads.
-        """
+        """Return the threads of one run: more than one only where frames run out. A still has whole
+        machines to itself, and so has a slice; the last frames of an animation share what is idle,
+        unless their pixels depend on the threads."""
         frames = sum(job.counts.values())
         if frames > 1 and not job.pov.thread_safe and not task.is_part:
             return 1
@@ -10901,7 +10829,7 @@ class _Deliveries:
             with self.states.store.read() as look:
                 _, row, job = self.states.shown(look, worker, lease, task)
                 engines = look.worker(worker).engines
-            if row.state in (TaskState.LEASED, TaskState.QUEUED):
+            if row.state in OPEN:
                 self._put_state(job, row, state, engines.get("povray") or ANY_STATE)
 
     def begin_from(self, job: int, frame: int, state: bytes) -> None:
@@ -11041,7 +10969,7 @@ class _Delivery:
         """Say whether the image is to be accepted at once, and whose two others differ from."""
         task, job = self.task, self.job
         if (task.kind is not TaskKind.FRAME or task.cut is not None or job.options.in_order
-                or task.state not in (TaskState.QUEUED, TaskState.LEASED)):
+                or task.state not in OPEN):
             return Verdict(), []
         extension = PurePosixPath(task.name).suffix
         if not is_chosen(job.id, task.frame, job.options.verify):
@@ -11192,7 +11120,6 @@ class Scheduler:
         self.beat, self.release = crew.beat, crew.release
         self.live_workers, self.seen = crew.live_workers, crew.seen
         self.muster = crew.muster
-        self.lease = _Dealing(states, crew).lease
         self.check_lease, self.finish = deliveries.check_lease, deliveries.finish
         self.fail = deliveries.fail
         self.keep_state, self.begin_from = deliveries.keep_state, deliveries.begin_from
@@ -11272,11 +11199,9 @@ class Scheduler:
             self._coming.discard(job)
 
     def put_blob(self, sha256: str, chunks: Iterable[bytes]) -> None:
-        """Store contents that a job asked for; the last one starts the job.
-
-        ``NotFound`` for contents that nobody asked for, ``Damaged`` for more than was told. Where
-        less was told, it is of no use: what is there counts.
-        """
+        """Store contents that a job asked for; the last one starts the job. ``NotFound`` for
+        contents that nobody asked for, ``Damaged`` for more than was told. Where less was told, it
+        is of no use: what is there counts."""
         with self.store.read() as look:
             if not look.blob_wanted(sha256):
                 raise NotFound("no job asked for a file with this hash")
@@ -11334,11 +11259,9 @@ class Scheduler:
         return count
 
     def again(self, job: int, frames: str, who: str = ADMIN) -> int:
-        """Queue frames again, also finished ones; return how many.
-
-        Those that wait or are being rendered stay as they are. An image is in its place until the
-        next one comes, and nothing is taken any more that was begun before.
-        """
+        """Queue frames again, also finished ones; return how many. Those that wait or are being
+        rendered stay as they are. An image is in its place until the next one comes, and nothing is
+        taken any more that was begun before."""
         count, tasks = 0, self._chosen(job, frames)
         for start in range(0, len(tasks), STEP // 10):
             with self._steering(job, who) as tx:
@@ -11376,8 +11299,7 @@ class Scheduler:
         return [task.id for task in tasks if task]
 
     def _render_again(self, tx: Tx, job: Job, frame: Task | None) -> bool:
-        if frame is None or self.grants.at(frame.id) or frame.state in (
-                TaskState.QUEUED, TaskState.LEASED):
+        if frame is None or self.grants.at(frame.id) or frame.state in OPEN:
             return False
         shared = job.options.radiosity == "animation"  # by all frames, so it stays
         for part in tx.parts(frame.id, TaskKind.SLICE if shared else None):
@@ -11475,6 +11397,56 @@ class Scheduler:
 
     def _rest(self) -> None:
         self._states.waiting.wait(_Bell(), STEP_PAUSE)
+
+    # --- giving work
+
+    def lease(self, worker: int, offer: Offer, wait: float,
+              alive: Callable[[], bool]) -> list[LeaseSpec]:
+        """Give out work, waiting up to ``wait`` seconds for some; but nothing to who does not
+        listen any more (``alive``), as it was killed while it waited."""
+        waiting = self._states.waiting
+        end, looked = self.clock.monotonic() + wait, -math.inf
+        presence = self._states.presence(worker)
+        stays = presence.departures
+        presence.rest = offer.rest
+        lines = (presence.bells,) if offer.rest else (waiting.work, presence.bells)
+        with waiting.bell(*lines, alive=alive) as bell:
+            while True:
+                called, bell.looked = bell.heard(), waiting.offers
+                if stays != presence.departures or not alive():
+                    bell.rung = called  # another may take what it was called for
+                    return []
+                now = presence.seen = self.clock.monotonic()
+                presence.slots = offer.slots
+                # What is under way becomes a straggler, or worth dividing, by the passing of time;
+                # where many wait it is enough that some of them look.
+                pause = LOOK_AGAIN * max(len(waiting.work) / 10, 1)
+                over = now - looked >= pause
+                looked = now if over else looked
+                leases = [] if offer.rest else self._deal(worker, offer, over, stays)
+                left = end - self.clock.monotonic()
+                if leases or left <= 0 or waiting.closed or self._are_gone(offer.projects):
+                    bell.rung |= called and not leases
+                    return leases
+                if called:
+                    waiting.call(1)
+                waiting.wait(bell, min(left, pause) if self._states.grants else left)
+
+    def _are_gone(self, projects: Sequence[str]) -> bool:
+        with self.store.read() as look:
+            return bool(look.unknown_manifests(projects))
+
+    def _deal(self, worker: int, offer: Offer, over: bool, stays: int) -> list[LeaseSpec]:
+        """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
+        with self.store.read() as look:
+            if self.store.notice or not any(look.leasable_jobs(over)):
+                return []
+        with self._states.tx() as tx:
+            row, muster = tx.worker(worker), self._crew.muster(tx)
+            # Who leaves after this look hands back what it is given.
+            if muster.rest(row) or row.aside or stays != self._states.presence(worker).departures:
+                return []
+            return _Deal(self._states, muster, tx, row, offer).leases()
 
     # --- keeping house
 
@@ -11747,11 +11719,9 @@ class Access:
         return ""
 
     def place(self, session: str) -> str:
-        """Return what is before the path of every page for a browser's session.
-
-        The cookie is for this place alone. Browsers send cookies to all ports of a host, also to
-        one of another user; but only with the paths that a cookie is for.
-        """
+        """Return what is before the path of every page for a browser's session. The cookie is for
+        this place alone. Browsers send cookies to all ports of a host, also to one of another user;
+        but only with the paths that a cookie is for."""
         return f"/-{derived(session, 'place')[:16]}"
 
     def _issue(self, ends: dict[str, tuple[float, str]], name: str, seconds: float) -> str:
@@ -11767,11 +11737,9 @@ class Access:
         return secret
 
     def hello(self, who: str, nonce: str) -> dict[str, str]:
-        """Prove to a client that we know the secret of ``who``, as it will have to.
-
-        Nothing of it is kept until then. What is told of somebody who is not known here looks like
-        what is told of all others.
-        """
+        """Prove to a client that we know the secret of ``who``, as it will have to. Nothing of it
+        is kept until then. What is told of somebody who is not known here looks like what is told
+        of all others."""
         said = f"{who.encode().hex()}.{nonce}.{int(self._clock.monotonic() * 1000):x}"
         session = self._session_called(f"{said}.{mac(self._boot, said)}")
         return {"session": session.name, "farm_id": self.farm_id, "proof": session.proof}
@@ -11882,11 +11850,9 @@ class Access:
         return invitation_code(self._key, invitation.name[1:])
 
     def come(self, name: str, ticket: str, share: str, proof: str, remote: str) -> dict[str, str]:
-        """Let somebody in who proves to know a code; return our proof, and share of the key.
-
-        The code alone does not lead to the key: others may have it, and hear what is said. A
-        request that comes again is answered with the same.
-        """
+        """Let somebody in who proves to know a code; return our proof, and share of the key. The
+        code alone does not lead to the key: others may have it, and hear what is said. A request
+        that comes again is answered with the same."""
         self.check_patience(remote)
         name = person_name(name)
         invitation = self._people.invitation(lambda secret: hmac.compare_digest(
@@ -12534,10 +12500,8 @@ class Api(_Answers):
            gives={"files": tuple[WrittenView, ...]})
     def written(self, request: Request) -> Response:
         """Path, SHA-256, size, and the frame that wrote it last, of each file that the scene wrote.
-
-        One that is larger than a run may leave, or has a name that is not brought back,
-        has an empty SHA-256: it was not. ``appended`` tells that the scene may append to it.
-        """
+        One that is larger than a run may leave, or has a name that is not brought back, has an
+        empty SHA-256: it was not. ``appended`` tells that the scene may append to it."""
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
             pov = job.pov
@@ -12647,11 +12611,9 @@ class Api(_Answers):
 
     @route("POST", "/api/v1/jobs/<job:int>/<action>", role="user", gives=JobView)
     def steer(self, request: Request) -> Response:
-        """Steer a job. Action: pause, resume, cancel or retry.
-
-        Query: frames, such as ``5-9``. With retry these are rendered again, finished or not; with
-        cancel those of them that are not finished are left out.
-        """
+        """Steer a job. Action: pause, resume, cancel or retry. Query: frames, such as ``5-9``. With
+        retry these are rendered again, finished or not; with cancel those of them that are not
+        finished are left out."""
         action, frames = request.params["action"], request.query.get("frames", "")
         if action not in ("pause", "resume", "cancel", "retry"):
             raise ProtocolError(404, f"a job cannot be asked to {action}")
@@ -15076,7 +15038,7 @@ class Pages(_Sheets):
                 view.picture(task, "large", 4096), _frame_facts(frame),
                 None if not self._may_steer(request, view) else
                 self._form(request, f"{address}/retry?frames={number}", "Render again")
-                if task.state not in (TaskState.QUEUED, TaskState.LEASED) else
+                if task.state not in OPEN else
                 self._form(request, f"{address}/cancel?frames={number}", "Cancel this frame"),
                 element("nav", _apart(
                     element("a", f"Frame {to}", href=f"{address}/frames/{to}")
@@ -16961,11 +16923,9 @@ class Messenger(threading.Thread):
 
 
 class Herald(Messenger):
-    """Tells a hook what happens, one event after the other; nobody waits for it.
-
-    The events in the database are its queue, and a note there is how far it is: so each event is
-    told at least once, also after a restart, as long as the farm keeps it.
-    """
+    """Tells a hook what happens, one event after the other; nobody waits for it. The events in the
+    database are its queue, and a note there is how far it is: so each event is told at least once,
+    also after a restart, as long as the farm keeps it."""
 
     def __init__(self, hook: Hook, api: Api, store: Store, clock: Clock) -> None:
         super().__init__("hook")
