@@ -5355,8 +5355,7 @@ VERDICTS: Mapping[tuple[str, bool], Verdict] = {
         doubt="checked only by a worker behind which the same person may be", once=True),
     ("same", True): Verdict(),
     ("same", False): Verdict(),
-    ("odd", True): Verdict(keep="black, unlike its neighbours: rendered once more"),
-}
+    ("odd", True): Verdict(keep="black, unlike its neighbours: rendered once more")}
 
 
 def compared(by: Sequence[int], same: Sequence[bool], worker: int, side: Collection[int]) -> str:
@@ -7568,9 +7567,7 @@ _MORE = """INSERT INTO turn (owner, priority) SELECT NEW.owner, NEW.priority WHE
     frames = frames + (NEW.finished IS NULL) * (NEW.queued + NEW.leased)
     WHERE owner = NEW.owner AND priority = NEW.priority;"""
 SCHEMA = f"""
-    CREATE TABLE meta (
-        key TEXT PRIMARY KEY, value TEXT NOT NULL
-    ) WITHOUT ROWID;
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     -- aside: why its pictures are not trusted; owner: with whose key it has joined; frames, with
     -- slices as parts of some, wall (seconds) and failures: what it has done so far
     CREATE TABLE worker (
@@ -7580,24 +7577,18 @@ SCHEMA = f"""
         address TEXT NOT NULL, joined REAL NOT NULL, aside TEXT NOT NULL DEFAULT '',
         owner TEXT NOT NULL DEFAULT '', frames REAL NOT NULL DEFAULT 0,
         wall REAL NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
-        povfarm TEXT NOT NULL DEFAULT ''
-    );
+        povfarm TEXT NOT NULL DEFAULT '');
     -- People and programs, and invitations, which have uses: how many may still come.
     -- token: the hash of what they show, or a secret that keys are made of
     CREATE TABLE person (
         name TEXT PRIMARY KEY, role TEXT NOT NULL, token TEXT NOT NULL,
-        limits_json TEXT NOT NULL, added REAL NOT NULL, uses INTEGER
-    ) WITHOUT ROWID;
+        limits_json TEXT NOT NULL, added REAL NOT NULL, uses INTEGER) WITHOUT ROWID;
     CREATE TABLE blob (
-        sha256 TEXT PRIMARY KEY, size INTEGER NOT NULL, stored REAL NOT NULL
-    ) WITHOUT ROWID;
-    CREATE TABLE manifest (
-        key TEXT PRIMARY KEY, wire TEXT NOT NULL
-    ) WITHOUT ROWID;
+        sha256 TEXT PRIMARY KEY, size INTEGER NOT NULL, stored REAL NOT NULL) WITHOUT ROWID;
+    CREATE TABLE manifest (key TEXT PRIMARY KEY, wire TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE manifest_blob (
         manifest TEXT NOT NULL REFERENCES manifest ON DELETE CASCADE, sha256 TEXT NOT NULL,
-        PRIMARY KEY (manifest, sha256)
-    ) WITHOUT ROWID;
+        PRIMARY KEY (manifest, sha256)) WITHOUT ROWID;
     CREATE INDEX manifest_blob_sha256 ON manifest_blob (sha256);
     -- priority: as in options_json, to sort by; engines_json: of the worker that began it;
     -- kept: the bytes of its project, images and written files
@@ -7611,8 +7602,7 @@ SCHEMA = f"""
         done INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
         cancelled INTEGER NOT NULL DEFAULT 0, runs INTEGER NOT NULL DEFAULT 0,
         cpu REAL NOT NULL DEFAULT 0, wall REAL NOT NULL DEFAULT 0,
-        kept INTEGER NOT NULL DEFAULT 0
-    );
+        kept INTEGER NOT NULL DEFAULT 0);
     CREATE INDEX job_state ON job (state);
     CREATE INDEX job_owner ON job (owner);
     CREATE INDEX job_turn ON job (owner, priority, runs, id, queued, leased)
@@ -7624,8 +7614,7 @@ SCHEMA = f"""
         owner TEXT NOT NULL, priority INTEGER NOT NULL, active INTEGER NOT NULL DEFAULT 0,
         runs INTEGER NOT NULL DEFAULT 0, spent REAL NOT NULL DEFAULT 0,
         jobs INTEGER NOT NULL DEFAULT 0, frames INTEGER NOT NULL DEFAULT 0,
-        kept INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (owner, priority)
-    ) WITHOUT ROWID;
+        kept INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (owner, priority)) WITHOUT ROWID;
     CREATE INDEX turn_next ON turn (priority DESC, runs, spent, owner) WHERE active > 0;
     CREATE TRIGGER job_added AFTER INSERT ON job BEGIN {_MORE} END;
     CREATE TRIGGER job_dropped AFTER DELETE ON job BEGIN {_LESS} END;
@@ -7641,8 +7630,7 @@ SCHEMA = f"""
         sha256 TEXT, size INTEGER, cpu REAL, wall REAL, memory INTEGER, parse REAL,
         parent INTEGER REFERENCES task ON DELETE CASCADE, kind TEXT NOT NULL DEFAULT 'frame',
         top INTEGER NOT NULL DEFAULT 0, bottom INTEGER NOT NULL DEFAULT 0, cut INTEGER,
-        state_of TEXT NOT NULL DEFAULT '', taken TEXT, UNIQUE (job, frame, slice)
-    );
+        state_of TEXT NOT NULL DEFAULT '', taken TEXT, UNIQUE (job, frame, slice));
     CREATE TRIGGER task_kept AFTER UPDATE OF size ON task WHEN NEW.parent IS NULL BEGIN
         UPDATE job SET kept = kept + NEW.size - COALESCE(OLD.size, 0) WHERE id = NEW.job; END;
     CREATE INDEX task_state ON task (job, state, frame, slice);
@@ -7655,8 +7643,7 @@ SCHEMA = f"""
     CREATE TABLE lease (
         id TEXT PRIMARY KEY, worker INTEGER NOT NULL REFERENCES worker,
         job INTEGER NOT NULL, granted REAL NOT NULL,
-        ended REAL, why TEXT NOT NULL DEFAULT ''
-    ) WITHOUT ROWID;
+        ended REAL, why TEXT NOT NULL DEFAULT '') WITHOUT ROWID;
     CREATE INDEX lease_job ON lease (job, granted);
     -- given: the row before which a slice was to end when it was given out, 0 for a whole frame;
     -- where its task has fewer rows now, others were given the rest
@@ -7666,8 +7653,7 @@ SCHEMA = f"""
         lease TEXT NOT NULL REFERENCES lease ON DELETE CASCADE, worker INTEGER NOT NULL,
         state TEXT NOT NULL, started REAL NOT NULL, ended REAL,
         message TEXT NOT NULL DEFAULT '', log TEXT NOT NULL DEFAULT '',
-        given INTEGER NOT NULL DEFAULT 0, UNIQUE (task, lease)
-    );
+        given INTEGER NOT NULL DEFAULT 0, UNIQUE (task, lease));
     CREATE INDEX attempt_lease ON attempt (lease);
     CREATE INDEX attempt_recent ON attempt (worker, id);
     CREATE INDEX attempt_live ON attempt (task) WHERE state = 'live';
@@ -7681,16 +7667,14 @@ SCHEMA = f"""
     CREATE TABLE event (
         id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, job INTEGER, frame INTEGER,
         worker INTEGER, what TEXT NOT NULL, text TEXT NOT NULL,
-        owner TEXT NOT NULL, who TEXT NOT NULL
-    );
+        owner TEXT NOT NULL, who TEXT NOT NULL);
     CREATE INDEX event_job ON event (job);
     -- Files that scenes wrote themselves, as the last frame left them; their contents are blobs.
     -- taken: the hash of what was delivered under this name.
     CREATE TABLE written (
         job INTEGER NOT NULL REFERENCES job ON DELETE CASCADE, path TEXT NOT NULL,
         frame INTEGER NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, taken TEXT,
-        PRIMARY KEY (job, path)
-    ) WITHOUT ROWID;
+        PRIMARY KEY (job, path)) WITHOUT ROWID;
     CREATE INDEX written_sha256 ON written (sha256);
     CREATE TRIGGER written_added AFTER INSERT ON written BEGIN
         UPDATE job SET kept = kept + NEW.size WHERE id = NEW.job; END;
@@ -8678,13 +8662,10 @@ class Look(_Register):
         return self._all(Task, """
             SELECT * FROM task WHERE job = :job AND state = 'queued' AND slice = 0
             AND frame BETWEEN :low AND :high AND cut IS NULL AND tries * :fresh = 0
-            AND NOT EXISTS (
-              SELECT 1 FROM attempt WHERE attempt.task = task.id
+            AND NOT EXISTS (SELECT 1 FROM attempt WHERE attempt.task = task.id
               AND attempt.worker = :worker AND attempt.state = 'failed')
-            AND NOT EXISTS (
-              SELECT 1 FROM attempt WHERE attempt.task = task.id
-              AND attempt.worker IN (SELECT value FROM json_each(:side))
-              AND attempt.state = 'kept')
+            AND NOT EXISTS (SELECT 1 FROM attempt WHERE attempt.task = task.id
+              AND attempt.worker IN (SELECT value FROM json_each(:side)) AND attempt.state = 'kept')
             ORDER BY frame LIMIT :limit""", job=job, worker=worker,
             side=json.dumps([*side]), limit=limit, low=low, high=high, fresh=fresh)
 
@@ -8776,12 +8757,10 @@ class Look(_Register):
         least seconds before the first row."""
         return [(row["worker"], row["rows"] / max(row["wall"], 0.01), row["parse"] or 0.0)
                 for row in self._do("""
-            SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall,
-                   MIN(parse) AS parse
+            SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall, MIN(parse) AS parse
             FROM (SELECT * FROM task INDEXED BY task_slice
                   WHERE job = :job AND kind = 'slice' AND state = 'done' AND wall > 0
-                  ORDER BY finished DESC LIMIT 64)
-            GROUP BY worker""", job=job)]
+                  ORDER BY finished DESC LIMIT 64) GROUP BY worker""", job=job)]
 
     # --- attempts
 
@@ -8953,9 +8932,8 @@ class Tx(Look):
         self.changes = -1
         self._do("""
             UPDATE worker SET name = :name, cores = :cores, memory = :memory, system = :system,
-                              engines_json = :engines, tags_json = :tags,
-                              address = :address, aside = '', povfarm = :povfarm,
-                              state = CASE state WHEN 'drained' THEN 'admitted' ELSE state END
+              engines_json = :engines, tags_json = :tags, address = :address, aside = '',
+              povfarm = :povfarm, state = CASE state WHEN 'drained' THEN 'admitted' ELSE state END
             WHERE id = :id""",
             id=worker, address=address, **_said(info))
 
@@ -8963,9 +8941,8 @@ class Tx(Look):
         """Change it, and forget the secret of who is removed; False when there is none."""
         self.changes = -1
         return self._do("""
-            UPDATE worker SET state = :state,
-              token = CASE WHEN :state = 'removed' THEN 'removed ' || id || ' ' || token
-                           ELSE token END
+            UPDATE worker SET state = :state, token = CASE :state
+              WHEN 'removed' THEN 'removed ' || id || ' ' || token ELSE token END
             WHERE id = :id AND state != 'removed'""", id=worker, state=state.value).rowcount == 1
 
     def forget_worker(self, worker: int) -> None:
@@ -9045,9 +9022,8 @@ class Tx(Look):
         """Record a file that a scene wrote, unless that of a later frame is there."""
         self._do("""
             INSERT INTO written (job, path, frame, sha256, size)
-            VALUES (:job, :path, :frame, :sha256, :size)
-            ON CONFLICT (job, path) DO UPDATE SET
-              frame = excluded.frame, sha256 = excluded.sha256, size = excluded.size
+            VALUES (:job, :path, :frame, :sha256, :size) ON CONFLICT (job, path) DO UPDATE
+            SET frame = excluded.frame, sha256 = excluded.sha256, size = excluded.size
             WHERE excluded.frame >= written.frame""",
             job=job, path=path, frame=frame, sha256=sha256, size=size)
 
@@ -9184,8 +9160,7 @@ class Tx(Look):
         """Record the accepted image of a task."""
         self._do("""
             UPDATE task SET worker = :worker, sha256 = :sha256, size = :size, cpu = :cpu,
-                            wall = :wall, memory = :memory, parse = :parse, finished = :now,
-                            state_of = ''
+              wall = :wall, memory = :memory, parse = :parse, finished = :now, state_of = ''
             WHERE id = :id""",
             id=task, worker=worker, sha256=sha256, size=size, now=now, **vars(cost))
 
@@ -9194,8 +9169,7 @@ class Tx(Look):
         self._do("UPDATE attempt SET state = 'void' WHERE task = :id", id=task)
         self._do("""
             UPDATE task SET tries = 0, worker = NULL, finished = NULL, sha256 = NULL, cpu = NULL,
-                            wall = NULL, memory = NULL, parse = NULL, state_of = ''
-            WHERE id = :id""", id=task)
+              wall = NULL, memory = NULL, parse = NULL, state_of = '' WHERE id = :id""", id=task)
 
     def set_tries(self, task: int, tries: int) -> None:
         """Set how often a task has failed."""
@@ -11930,8 +11904,7 @@ _ADMIN = Identity(frozenset({"reader", "person", "submit", "user", "admin"}), na
 _ROLES_OF: Mapping[Role, frozenset[str]] = {
     Role.USER: frozenset({"reader", "person", "submit", "user"}),
     Role.VIEWER: frozenset({"reader", "person"}),
-    Role.SUBMIT: frozenset({"submit"}),
-}
+    Role.SUBMIT: frozenset({"submit"})}
 GUEST = Identity(frozenset({"guest"}), name="guest")
 _WORKER = frozenset({"reader", "pending", "worker"})
 
@@ -11963,8 +11936,7 @@ FIGURES = {  # for Prometheus; what ends in _total only grows
     "person_jobs": "Unfinished jobs of a person.",
     "person_frames": "Unfinished frames of a person.",
     "person_space": "Bytes that are kept of a person's jobs.",
-    "answers_total": "Requests that were answered since the coordinator started.",
-}
+    "answers_total": "Requests that were answered since the coordinator started."}
 
 
 class Figures:
@@ -12067,11 +12039,8 @@ class Views:
     def frame(self, tx: Look, task: Task, workers: Mapping[int, str]) -> dict[str, Any]:
         """Return a frame as people want to see it, with its slices while there are any."""
         view = {name: getattr(task, name) for name in (
-            "frame", "name", "state", "tries", "finished", "size", "sha256", "cpu", "wall",
-            "memory")}
-        view["progress"] = (1.0 if task.state == TaskState.DONE else self._farm.progress(task.id))
-        at = (portion.grant.worker for portion in self._farm.grants.at(task.id))
-        view["worker"] = workers.get(task.worker or next(at, 0), "")
+            "frame", "name", "tries", "finished", "size", "sha256", "cpu", "wall", "memory")}
+        view.update(self._stands(task, workers))
         if task.cut is not None and task.state != TaskState.DONE:
             view["slices"] = self._slices(tx, task, workers)
             view["progress"] = sum(part["share"] * part["progress"] for part in view["slices"])
@@ -12081,12 +12050,13 @@ class Views:
         """Return the slices of a frame from top to bottom; ``share`` is of the frame's rows."""
         return [{
             "id": part.id, "top": part.top, "bottom": part.bottom,
-            "state": part.state, "worker": workers.get(part.worker or next(
-                (portion.grant.worker for portion in self._farm.grants.at(part.id)), 0), ""),
-            "share": (part.bottom - part.top) / frame.bottom,
-            "progress": 1.0 if part.state == TaskState.DONE
-            else self._farm.progress(part.id),
-        } for part in tx.parts(frame.id) if part.kind == TaskKind.SLICE]
+            "share": (part.bottom - part.top) / frame.bottom, **self._stands(part, workers)}
+            for part in tx.parts(frame.id, TaskKind.SLICE)]
+
+    def _stands(self, task: Task, workers: Mapping[int, str]) -> dict[str, Any]:
+        at = (portion.grant.worker for portion in self._farm.grants.at(task.id))
+        return {"state": task.state, "worker": workers.get(task.worker or next(at, 0), ""),
+                "progress": 1.0 if task.state is TaskState.DONE else self._farm.progress(task.id)}
 
     def overdue(self, keeping: Keeping) -> dict[str, list[dict[str, Any]]]:
         """Return the jobs that were kept for long enough, and those of them that stay."""
