@@ -12379,8 +12379,7 @@ class _Answers:
             events = self._farm.wait_events(after, 1.0, MAX_EVENTS)
             for event in events:
                 after = event.id
-                data = json.dumps(vars(event))
-                yield f"id: {after}\nevent: change\ndata: {data}\n\n".encode()
+                yield f"id: {after}\nevent: change\ndata: {json.dumps(vars(event))}\n\n".encode()
             if not events:
                 yield b""
 
@@ -12474,9 +12473,9 @@ class Api(_Answers):
         empty SHA-256: it was not. ``appended`` tells that the scene may append to it."""
         with self._store.read() as tx:
             job = tx.job(request.params["job"])
-            pov = job.pov
-            return json_response({"files": [{**vars(row), "appended": pov.appends_to(row.path)}
-                                            for row in tx.written(job.id)]})
+            return json_response({"files": [
+                {**vars(row), "appended": job.pov.appends_to(row.path)}
+                for row in tx.written(job.id)]})
 
     @route("GET", "/api/v1/jobs/<job:int>/files/<hash>", role="reader", gives=BYTES)
     def written_file(self, request: Request) -> Response:
@@ -12807,8 +12806,7 @@ class Entrance:
     def add_user(self, request: Request) -> None:
         """Add a person, or invite. Body: name, role, limits, ticket, uses. Both ends make the key,
         or where there are ``uses`` and no name the code, of the farm's key and the ticket."""
-        one = Newcomer.from_wire(request.json())
-        self._access.add(**vars(one), who=request.identity.name)
+        self._access.add(**vars(Newcomer.from_wire(request.json())), who=request.identity.name)
 
     @route("POST", "/api/v1/users/come", role="anyone", max_body=1 << 12, takes=Comer,
            gives={"name": str, "role": Role, "share": str, "proof": str})
@@ -16713,31 +16711,24 @@ DELIVERIES = 100  # images between two notes of what was delivered
 
 
 class Coordinator:
-    """A farm that serves: made, then ``start``ed, then ``stop``ped.
+    """A farm that serves: made, then ``start``ed, then ``stop``ped. Raises ``UserError`` for a port
+    in use or a bad certificate and ``StoreError`` for a data directory that cannot be used or that
+    another povfarm holds."""
 
-    ``port`` 0 picks a free port; ``url`` tells which; with None only this process is served.
-    ``discovery_port`` None answers no probes. ``hosts`` are names that this computer has beside its
-    own. ``tls`` are the PEM files of a certificate and its key; ``pin`` is then the certificate's
-    SHA-256. ``httpov`` lets HTTPov's clients in, ``sheepit`` SheepIt's, ``renderonline``
-    RenderOnline's; ``programs`` are the words that RenderOnline's nodes are given. ``typed`` tells
-    how commands are typed on this computer, see ``with_commands``; ``started`` are its options as
-    typed; ``hooks`` hear what happens, images are copied to ``deliver``. Raises ``UserError`` for a
-    port in use or a bad certificate and ``StoreError`` for a data directory that cannot be used or
-    that another povfarm holds.
-    """
-
-    def __init__(self, data: Path, *, bind: str = "", port: int | None = 0, name: str = "",
-                 discovery_port: int | None = None, admit_private: bool = False,
-                 private: bool = False, hosts: Collection[str] = (),
-                 tls: tuple[Path, Path] | None = None, durable: bool = True,
-                 lease_time: float = 30.0, httpov: bool = False, sheepit: bool = False,
+    def __init__(self, data: Path, *, bind: str = "", name: str = "", private: bool = False,
+                 port: int | None = 0,  # 0: a free one; None: only this process is served
+                 discovery_port: int | None = None,  # None answers no probes
+                 hosts: Collection[str] = (),  # names that this computer has beside its own
+                 tls: tuple[Path, Path] | None = None,  # PEM files of a certificate and its key
+                 httpov: bool = False, sheepit: bool = False,  # whose clients are let in
                  renderonline: OnlineRules | None = None,
-                 programs: OnlineRules = OnlineRules((), {}),
-                 allowance: Allowance = Allowance(),
-                 typed: Callable[[str], str] = "povfarm.py {}".format,
-                 started: Sequence[str] = (), hooks: Iterable[Hook] = (),
-                 keeping: Keeping | None = None, deliver: Path | None = None,
-                 clock: Clock | None = None) -> None:
+                 programs: OnlineRules = OnlineRules((), {}),  # what RenderOnline's nodes are given
+                 typed: Callable[[str], str] = "povfarm.py {}".format,  # see ``with_commands``
+                 started: Sequence[str] = (),  # its options, as typed
+                 deliver: Path | None = None,  # where images are copied to
+                 hooks: Iterable[Hook] = (), admit_private: bool = False, durable: bool = True,
+                 lease_time: float = 30.0, allowance: Allowance = Allowance(),
+                 keeping: Keeping | None = None, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
         self.data, self._started = data, started
         context, self.pin = _tls_context(*tls) if tls else (None, "")
