@@ -12241,14 +12241,12 @@ JobView = TypedDict("JobView", {
     "id": int, "name": str, "state": JobState, "reason": str, "owner": str, "created": float,
     "started": Optional[float], "finished": Optional[float], "cpu": float, "wall": float,
     "kept": int, "held": int, "why": str, "cure": str, "progress": float, "elapsed": float,
-    "rate": float,
-    "eta": Optional[float], "frames": Mapping[str, int], "slices": Mapping[str, int],
-    "slicing": str, "waiting_for": str,
+    "rate": float, "eta": Optional[float], "frames": Mapping[str, int],
+    "slices": Mapping[str, int], "slicing": str, "waiting_for": str,
     # options
     "priority": int, "max_workers": int, "only": str, "retry_limit": int, "in_order": bool,
-    "radiosity": str,
-    "povray": str, "verify": int, "frame_timeout": int, "first": str, "order": str, "batch": int,
-    "bring": bool,
+    "radiosity": str, "povray": str, "verify": int, "frame_timeout": int, "first": str,
+    "order": str, "batch": int, "bring": bool,
     # only where it is the one that was asked for
     "files": Optional[int], "size": Optional[int], "written": Optional[int],
     "active": Optional[bool], "last_start": Optional[float], "directory": Optional[str],
