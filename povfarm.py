@@ -672,15 +672,12 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """One option: ``--name``, ``POVFARM_NAME`` and ``name`` in povfarm.ini.
-
-    ``kind`` is bool (a flag without a value), or a function from text to a value.
-    """
+    """One option: ``--name``, ``POVFARM_NAME`` and ``name`` in povfarm.ini."""
 
     name: str
     help: str
     commands: str
-    kind: Callable[[str], Any] = bool
+    kind: Callable[[str], Any] = bool  # a flag without a value, or what makes a value of text
     default: Any = False
     metavar: str = "N"
     bare: str = ""  # the value of an option that is given without one, where it may be
@@ -829,20 +826,16 @@ KEEP_BLOBS = 24 * 3600.0  # seconds after which contents that nobody names may g
 
 
 class Keeping(NamedTuple):
-    """For how many seconds a farm keeps what it does not need any more.
-
-    A job that is ``done``, ``failed`` or ``cancelled`` counts from its end, and one with images
-    that nobody has fetched goes only after ``unfetched``; ``logs`` count from that, too.
-    ``blobs`` are project files that no job names. Of ``events`` the newest are kept in any case.
-    """
+    """For how many seconds a farm keeps what it does not need any more: jobs and logs since the
+    job's end."""
 
     done: float = math.inf
     failed: float = math.inf
     cancelled: float = math.inf
-    unfetched: float = math.inf
+    unfetched: float = math.inf  # such a job with images that nobody has fetched, at least
     logs: float = math.inf
-    blobs: float = KEEP_BLOBS
-    events: float = math.inf
+    blobs: float = KEEP_BLOBS  # project files that no job names
+    events: float = math.inf  # but for the newest, which are kept in any case
 
     @classmethod
     def of(cls, text: str) -> Keeping:
@@ -858,143 +851,130 @@ class Keeping(NamedTuple):
 
 
 PORT = 2271  # TCP, of a coordinator, where no other is given
+# Kinds of values that many options have, each with the default and what the help calls it.
+_NAME, _SIZE = (str, "", "NAME"), (parse_size, 0, "SIZE")
+_FILE, _DIR = (_path, None, "FILE"), (_path, None, "DIR")
 
 # "talk" stands for every command that talks to a running coordinator, "job" for those that
 # describe a new job. The options of "set" are those that say how the farm treats a job.
-SETTINGS: tuple[Setting, ...] = (
-    Setting("data", "data directory: database, images, key, cache",
-            "serve work render talk doctor backup engines", _path,
-            Path("~/.povfarm").expanduser(), "DIR"),
-    Setting("server", "address of the coordinator; default: povfarm looks for it", "work talk", str,
-            "", "URL"),
-    Setting("key", "the farm key, if it is not in DATA/farm.key", "work talk", str, "", "KEY"),
-    Setting("key-file", "a file with the key, or - for standard input: others can see command "
-            "lines", "work talk", str, "", "FILE"),
-    Setting("name", "name of the farm (to name or to choose it), or of the job",
-            "serve work talk job", str, "", "NAME"),
-    Setting("worker-name", "name of the worker; default: the computer's name", "work", str, "",
-            "NAME"),
-    Setting("port", "TCP port of the coordinator; 0 picks a free one", "serve", _port, PORT),
-    Setting("bind", "address to listen on; default: all addresses of this computer", "serve", str,
-            "", "ADDRESS"),
-    Setting("host", "other names by which browsers may call this computer, separated by commas",
-            "serve", str, "", "A,B"),
-    Setting("discovery-port", "UDP port for discovery", "serve work talk render", _port, 2269),
-    Setting("no-discovery", "do not answer computers that look for a farm", "serve"),
-    Setting("open", "admit every worker with a private address", "serve"),
-    Setting("private", "show the page and the API only to those with a key", "serve"),
-    Setting("tls", "'auto': use TLS, with a certificate that povfarm makes", "serve", _tls, "",
-            "auto"),
-    Setting("tls-cert", "use TLS, with the certificate in this PEM file", "serve", _path, None,
-            "FILE"),
-    Setting("tls-key", "the key of that certificate, if it is in another file", "serve", _path,
-            None, "FILE"),
-    Setting("pin", "SHA-256 of the only certificate to accept from the coordinator", "work talk",
-            _pin, "", "SHA256"),
-    Setting("code", "the code of an invitation: it makes you one of the farm's people", "work talk",
-            str, "", "CODE"),
-    Setting("user", "your name there, with --code; default: that of your account", "work talk", str,
-            "", "NAME"),
-    Setting("invite", "invite so many people: print a code for them", "serve", _most, 0),
-    Setting("role", "what one may do: user, viewer (who looks) or submit (a program that submits)",
-            "users", _role, "user", "ROLE"),
-    Setting("uses", "how many people an invitation is for", "users", _count, 1),
-    Setting("jobs-limit", "most unfinished jobs of a person; 0: no limit", "serve users", _most, 0),
-    Setting("frames-limit", "most unfinished frames of a person; 0: no limit", "serve users", _most,
-            0),
-    Setting("priority-limit", "highest priority of a person's jobs", "serve users", _priority, 0),
-    Setting("workers-limit", "most workers of a person at a time; 0: no limit", "serve users",
-            _max_workers, 0),
-    Setting("space-limit", "most bytes kept of a person's jobs, such as 5G; default: no limit",
-            "serve users", parse_size, 0, "SIZE"),
-    Setting("work", "render on this computer, too", "serve"),
-    Setting("httpov", "let HTTPov clients render, and print the command for them", "serve"),
-    Setting("sheepit", "let SheepIt clients render, and print the command for them", "serve"),
-    Setting("renderonline", "take scenes from RenderOnline's clients", "serve"),
-    Setting("on-done", "program to start when a job is done: JSON on its standard input", "serve",
-            str, "", "COMMAND"),
-    Setting("deliver", "directory that images and written files go to as they come", "serve", _path,
-            None, "DIR"),
-    Setting("keep", "how long to keep ended jobs, such as 30d or done=30d,logs=7d; default: ever",
-            "serve tidy", Keeping.of, None, "LIST"),
-    Setting("dry-run", "only say what would be deleted", "tidy"),
-    Setting("lease-time", "how long a silent worker keeps its frames, such as 30s", "serve",
-            _lease_time, 30.0, "TIME"),
-    Setting("cores", "number of cores to keep busy; default: all", "work render serve", _count,
-            None),
-    Setting("until-idle", "stop when nothing is left to render", "work"),
-    Setting("hours", "when to render, such as 'mon-fri 19:00-7:00, sat-sun'; default: always",
-            "work serve", _hours, "", "HOURS"),
-    Setting("when-idle", "render only when nobody has used the computer for so long, such as 10m",
-            "work serve", parse_duration, 0, "TIME"),
-    Setting("on-battery", "render on battery, too", "work serve"),
-    Setting("povray", "the POV-Ray program to use", "work render serve doctor", str, "", "PATH"),
-    Setting("nice", "how much renders give way to other programs, 0 to 19", "work serve", _nice, 5),
-    Setting("memory", "memory limit of each POV-Ray; default: all memory", "work render serve",
-            parse_size, 0, "SIZE"),
-    Setting("unconfined", "let scenes read and write everything that you can", "work render serve"),
-    Setting("tags", "words that describe the worker, separated by commas", "work serve", _words, "",
-            "A,B"),
-    Setting("cache-size", "size limit of the cache of projects", "work render serve", parse_size,
-            10 * 1000**3, "SIZE"),
-    Setting("engine", "the program that renders it instead of POV-Ray, such as blender", "job",
-            _engine, "", "NAME"),
-    Setting("status-port", "show what the worker does in a browser, on this port; default: 2270",
-            "work", _listening, "", "[[ADDRESS:]PORT]", "2270"),
-    Setting("hold", "let finished frames stay here until somebody fetches them", "work"),
-    Setting("hpc", "join no farm, be a node of RenderOnline's at this port, here or at the address",
-            "work", _listening, "", "[ADDRESS:]PORT"),
-    Setting("hpc-files", "directory of a node's scenes and pictures; default: DATA/hpc", "work",
-            _path, None, "DIR"),
-    Setting("root", "directory of the project; default: the current or the scene's", "job", _path,
-            None, "DIR"),
-    Setting("priority", "jobs with a higher priority go first", "submit set", _priority, 0),
-    Setting("max-workers", "most workers on this job at a time; 0: no limit", "submit set",
-            _max_workers, 0),
-    Setting("retries", "how many times a frame is tried, on different workers", "job set", _retries,
-            3),
-    Setting("in-order", "render frames in order on one computer; default if one reads another",
-            "job set", bool, None),
-    Setting("frames", "which frames of an animation, such as 1-10,50", "job cancel", str, "",
-            "LIST"),
-    Setting("first", "which of the frames go first, such as 50-60", "job set", _spans, "", "LIST"),
-    Setting("order", "in which order frames are handed out: forward, reverse, spread or random",
-            "job set", _order, "forward", "ORDER"),
-    Setting("batch", "frames that a worker gets at a time, 1 to stripe them; default: as many as "
-            "suit", "job set", _batch, 0),
-    Setting("bring", "let no frames stay with workers that hold them (work --hold)", "job set"),
-    Setting("slices", "cut each frame into slices for several workers: auto, off or a number",
-            "job set", _slices, "auto"),
-    Setting("radiosity", "samples shared by slices (share), all frames (animation) or not (off)",
-            "job set", _radiosity, "share", "HOW"),
-    Setting("povray-version", "which POV-Ray renders the job: auto (the one on most cores), any, "
-            "or e.g. 3.7", "job set", _version, "auto", "VERSION"),
-    Setting("frame-timeout", "time limit for a frame, such as 30m; default: 20 times the median, "
-            "at least 10m", "job set", _frame_timeout, 0, "TIME"),
-    Setting("verify", "percentage of frames that two workers render, to compare them", "job set",
-            _percent, 0, "P"),
-    Setting("only", "the tags, or the name, that a worker must have, such as gpu,room3",
-            "submit set", _words, "", "A,B"),
-    Setting("wait", "wait until the job is finished", "submit"),
-    Setting("output", "directory for the images", "submit fetch", _path, None, "DIR"),
-    Setting("apng", "make an animated PNG of all frames", "render fetch", _path, None, "FILE"),
-    Setting("video", "make a film of all frames with ffmpeg, such as film.mp4", "render fetch",
-            _path, None, "FILE"),
-    Setting("fps", "frames per second, such as 24 or 30000/1001", "render fetch", _rate,
-            Fraction(25)),
-    Setting("lan", "let other computers on this network help", "render"),
-    Setting("log", "write all that POV-Ray prints to a file, in the order of the frames", "render",
-            _path, None, "FILE"),
-    Setting("serve", "keep a list of farms for others, at TCP port 2269", "discover"),
-    Setting("mine", "show only your own jobs", "status"),
-    Setting("since", "show a job's frames that changed within this time, such as 10m", "status",
-            parse_duration, None, "TIME"),
-    Setting("totals", "show what was rendered, and by whom", "workers"),
-    Setting("watch", "keep showing changes until stopped", "status"),
-    Setting("json", "print JSON for programs", "render talk doctor backup engines"),
-    Setting("verbose", "say more; a command that waits for images shows all that POV-Ray prints",
-            "serve work render submit"),
-)
+SETTINGS: tuple[Setting, ...] = tuple(itertools.starmap(Setting, (
+    ("data", "data directory: database, images, key, cache",
+     "serve work render talk doctor backup engines", _path, Path("~/.povfarm").expanduser(), "DIR"),
+    ("server", "address of the coordinator; default: povfarm looks for it", "work talk", str, "",
+     "URL"),
+    ("key", "the farm key, if it is not in DATA/farm.key", "work talk", str, "", "KEY"),
+    ("key-file", "a file with the key, or - for standard input: others can see command lines",
+     "work talk", str, "", "FILE"),
+    ("name", "name of the farm (to name or to choose it), or of the job", "serve work talk job",
+     *_NAME),
+    ("worker-name", "name of the worker; default: the computer's name", "work", *_NAME),
+    ("port", "TCP port of the coordinator; 0 picks a free one", "serve", _port, PORT),
+    ("bind", "address to listen on; default: all addresses of this computer", "serve", str, "",
+     "ADDRESS"),
+    ("host", "other names by which browsers may call this computer, separated by commas", "serve",
+     str, "", "A,B"),
+    ("discovery-port", "UDP port for discovery", "serve work talk render", _port, 2269),
+    ("no-discovery", "do not answer computers that look for a farm", "serve"),
+    ("open", "admit every worker with a private address", "serve"),
+    ("private", "show the page and the API only to those with a key", "serve"),
+    ("tls", "'auto': use TLS, with a certificate that povfarm makes", "serve", _tls, "", "auto"),
+    ("tls-cert", "use TLS, with the certificate in this PEM file", "serve", *_FILE),
+    ("tls-key", "the key of that certificate, if it is in another file", "serve", *_FILE),
+    ("pin", "SHA-256 of the only certificate to accept from the coordinator", "work talk", _pin, "",
+     "SHA256"),
+    ("code", "the code of an invitation: it makes you one of the farm's people", "work talk", str,
+     "", "CODE"),
+    ("user", "your name there, with --code; default: that of your account", "work talk", *_NAME),
+    ("invite", "invite so many people: print a code for them", "serve", _most, 0),
+    ("role", "what one may do: user, viewer (who looks) or submit (a program that submits)",
+     "users", _role, "user", "ROLE"),
+    ("uses", "how many people an invitation is for", "users", _count, 1),
+    ("jobs-limit", "most unfinished jobs of a person; 0: no limit", "serve users", _most, 0),
+    ("frames-limit", "most unfinished frames of a person; 0: no limit", "serve users", _most, 0),
+    ("priority-limit", "highest priority of a person's jobs", "serve users", _priority, 0),
+    ("workers-limit", "most workers of a person at a time; 0: no limit", "serve users",
+     _max_workers, 0),
+    ("space-limit", "most bytes kept of a person's jobs, such as 5G; default: no limit",
+     "serve users", *_SIZE),
+    ("work", "render on this computer, too", "serve"),
+    ("httpov", "let HTTPov clients render, and print the command for them", "serve"),
+    ("sheepit", "let SheepIt clients render, and print the command for them", "serve"),
+    ("renderonline", "take scenes from RenderOnline's clients", "serve"),
+    ("on-done", "program to start when a job is done: JSON on its standard input", "serve", str, "",
+     "COMMAND"),
+    ("deliver", "directory that images and written files go to as they come", "serve", *_DIR),
+    ("keep", "how long to keep ended jobs, such as 30d or done=30d,logs=7d; default: ever",
+     "serve tidy", Keeping.of, None, "LIST"),
+    ("dry-run", "only say what would be deleted", "tidy"),
+    ("lease-time", "how long a silent worker keeps its frames, such as 30s", "serve", _lease_time,
+     30.0, "TIME"),
+    ("cores", "number of cores to keep busy; default: all", "work render serve", _count, None),
+    ("until-idle", "stop when nothing is left to render", "work"),
+    ("hours", "when to render, such as 'mon-fri 19:00-7:00, sat-sun'; default: always",
+     "work serve", _hours, "", "HOURS"),
+    ("when-idle", "render only when nobody has used the computer for so long, such as 10m",
+     "work serve", parse_duration, 0, "TIME"),
+    ("on-battery", "render on battery, too", "work serve"),
+    ("povray", "the POV-Ray program to use", "work render serve doctor", str, "", "PATH"),
+    ("nice", "how much renders give way to other programs, 0 to 19", "work serve", _nice, 5),
+    ("memory", "memory limit of each POV-Ray; default: all memory", "work render serve", *_SIZE),
+    ("unconfined", "let scenes read and write everything that you can", "work render serve"),
+    ("tags", "words that describe the worker, separated by commas", "work serve", _words, "",
+     "A,B"),
+    ("cache-size", "size limit of the cache of projects", "work render serve", parse_size,
+     10 * 1000**3, "SIZE"),
+    ("engine", "the program that renders it instead of POV-Ray, such as blender", "job", _engine,
+     "", "NAME"),
+    ("status-port", "show what the worker does in a browser, on this port; default: 2270", "work",
+     _listening, "", "[[ADDRESS:]PORT]", "2270"),
+    ("hold", "let finished frames stay here until somebody fetches them", "work"),
+    ("hpc", "join no farm, be a node of RenderOnline's at this port, here or at the address",
+     "work", _listening, "", "[ADDRESS:]PORT"),
+    ("hpc-files", "directory of a node's scenes and pictures; default: DATA/hpc", "work", *_DIR),
+    ("root", "directory of the project; default: the current or the scene's", "job", *_DIR),
+    ("priority", "jobs with a higher priority go first", "submit set", _priority, 0),
+    ("max-workers", "most workers on this job at a time; 0: no limit", "submit set", _max_workers,
+     0),
+    ("retries", "how many times a frame is tried, on different workers", "job set", _retries, 3),
+    ("in-order", "render frames in order on one computer; default if one reads another", "job set",
+     bool, None),
+    ("frames", "which frames of an animation, such as 1-10,50", "job cancel", str, "", "LIST"),
+    ("first", "which of the frames go first, such as 50-60", "job set", _spans, "", "LIST"),
+    ("order", "in which order frames are handed out: forward, reverse, spread or random", "job set",
+     _order, "forward", "ORDER"),
+    ("batch", "frames that a worker gets at a time, 1 to stripe them; default: as many as suit",
+     "job set", _batch, 0),
+    ("bring", "let no frames stay with workers that hold them (work --hold)", "job set"),
+    ("slices", "cut each frame into slices for several workers: auto, off or a number", "job set",
+     _slices, "auto"),
+    ("radiosity", "samples shared by slices (share), all frames (animation) or not (off)",
+     "job set", _radiosity, "share", "HOW"),
+    ("povray-version", "which POV-Ray renders the job: auto (the one on most cores), any, "
+     "or e.g. 3.7", "job set", _version, "auto", "VERSION"),
+    ("frame-timeout", "time limit for a frame, such as 30m; default: 20 times the median, "
+     "at least 10m", "job set", _frame_timeout, 0, "TIME"),
+    ("verify", "percentage of frames that two workers render, to compare them", "job set", _percent,
+     0, "P"),
+    ("only", "the tags, or the name, that a worker must have, such as gpu,room3", "submit set",
+     _words, "", "A,B"),
+    ("wait", "wait until the job is finished", "submit"),
+    ("output", "directory for the images", "submit fetch", *_DIR),
+    ("apng", "make an animated PNG of all frames", "render fetch", *_FILE),
+    ("video", "make a film of all frames with ffmpeg, such as film.mp4", "render fetch", *_FILE),
+    ("fps", "frames per second, such as 24 or 30000/1001", "render fetch", _rate, Fraction(25)),
+    ("lan", "let other computers on this network help", "render"),
+    ("log", "write all that POV-Ray prints to a file, in the order of the frames", "render",
+     *_FILE),
+    ("serve", "keep a list of farms for others, at TCP port 2269", "discover"),
+    ("mine", "show only your own jobs", "status"),
+    ("since", "show a job's frames that changed within this time, such as 10m", "status",
+     parse_duration, None, "TIME"),
+    ("totals", "show what was rendered, and by whom", "workers"),
+    ("watch", "keep showing changes until stopped", "status"),
+    ("json", "print JSON for programs", "render talk doctor backup engines"),
+    ("verbose", "say more; a command that waits for images shows all that POV-Ray prints",
+     "serve work render submit"),
+)))
 
 
 _BY_NAME = {row.name: row for row in SETTINGS}
@@ -20641,7 +20621,7 @@ class command:  # noqa: N801 - it is used as a decorator
 
 
 @dataclass(frozen=True)
-class Draft:
+class _Draft:
     """A job before it is submitted, and where its images belong on this machine."""
 
     name: str
@@ -20668,11 +20648,9 @@ class Draft:
 
     @property
     def texts(self) -> dict[str, str]:
-        """POV-Ray's text files by their keys."""
         return {key: name for key, name in self.pov.values.items() if key in TEXT_FILES}
 
     def destination(self, frame: int) -> Path:
-        """Return where POV-Ray would have put the image of a frame."""
         return self.directory / self.plan.output_name(frame)
 
     @property
@@ -20689,22 +20667,20 @@ class Draft:
         """The frames to render, as text; none when they are all."""
         return self.plan.listed(self.frames) if len(self.frames) < len(self.plan.frames) else ""
 
-    def ordered(self) -> Draft:
-        """Return the same job with its frames rendered in order."""
+    def ordered(self) -> _Draft:
         values = self.pov.values
         if self.chosen:  # begins with the first of them, as with +SF
             values = {**values, "Subset_Start_Frame": str(self.frames[0])}
         return replace(self, pov=replace(self.pov, values=values),
                        options=replace(self.options, in_order=True, first="", order="forward"))
 
-    def given(self, word: str, files: Mapping[str, Path]) -> Draft:
+    def given(self, word: str, files: Mapping[str, Path]) -> _Draft:
         """Return the same job whose runs have these files in their own directories."""
         uses = {*self.pov.uses, *(f"{word} {name}" for name in files)}
         return replace(self, pov=replace(self.pov, uses=tuple(sorted(uses))),
                        project=self.project if self.place else with_files(self.project, files))
 
-    def over(self, project: Project) -> Draft:
-        """Return the same job over the files of a project."""
+    def over(self, project: Project) -> _Draft:
         values = {**self.pov.values, **project.values, "Input_File_Name": project.scene}
         noted = {use for use in self.pov.uses
                  if use.startswith(("povray ", "append ", "create_ini ", "load_file "))}
@@ -20798,9 +20774,9 @@ def serve(options: Options) -> int:
 def work(options: Options) -> int:
     """Start a worker: it finds the coordinator and renders until stopped."""
     keep_private(options.data)
-    servers = options.server.split() or [""]
-    shares = [re.fullmatch(r"[^=]*(?:=([1-9]\d{0,3}))?", server) for server in servers]
-    if not all(shares) or (len(servers) > 1 and (options.code or options.pin)):
+    farms = [re.fullmatch(r"([^=]*)(?:=([1-9]\d{0,3}))?", server)
+             for server in options.server.split() or [""]]
+    if not all(farms) or (len(farms) > 1 and (options.code or options.pin)):
         raise UserError("--server is an address, of several farms one each, such as --server "
                         "studio=2 --server attic for two turns and one; --code and --pin are for "
                         "one farm")
@@ -20815,16 +20791,15 @@ def work(options: Options) -> int:
             page.start()
             stack.callback(page.stop)
         _is_ready(lambda: [worker.view() for worker in shifts.workers])
-        ends = [_Background(functools.partial(
-            shifts.work if len(servers) == 1 else shifts.try_to_work, server.partition("=")[0],
-            int(share[1] or 1))) for server, share in zip(servers, shares) if share]
+        begin = shifts.work if len(farms) == 1 else shifts.try_to_work
+        ends = [_Background(functools.partial(begin, farm[1], int(farm[2] or 1)))
+                for farm in farms if farm]
         good = [end.join() for end in ends]
         lost = sum(len(worker.outbox) + worker.outbox.given_up for worker in shifts.workers)
         taken = sum((worker.outbox.taken for worker in shifts.workers), collections.Counter())
         if shifts.workers:
-            _say(f"rendered {said_tasks(taken)}" + (
-                f"; {lost} more did not reach the coordinator and will be rendered again"
-                if lost else ""))
+            _say(f"rendered {said_tasks(taken)}" + bool(lost) * (
+                f"; {lost} more did not reach the coordinator and will be rendered again"))
         return 130 if shifts.signals.count else int(not all(good))
 
 
@@ -20890,13 +20865,11 @@ def submit(options: Options) -> int:
         except KeyboardInterrupt:
             raise Stopped(_goes_on(job, options)) from None
         try:
-            why = client.get(f"/api/v1/jobs/{job}")["waiting_for"]
-        except RequestRefused as error:  # a program that submits, and does not look
-            if error.status != 403:
+            if why := client.get(f"/api/v1/jobs/{job}")["waiting_for"]:
+                _say(f"job {job} waits: {why}")
+        except RequestRefused as error:
+            if error.status != 403:  # a program that submits, and does not look
                 raise
-            why = ""
-        if why:
-            _say(f"job {job} waits: {why}")
     return 0
 
 
@@ -20946,15 +20919,15 @@ def workers(options: Options) -> int:
     views = client.get("/api/v1/workers")["workers"]
     if options.rest:
         return _steer_workers(client, views, options)
-    rows: list[Sequence[Any] | str] = []
+    rows: list[Sequence[Any] | str] = [
+        ("id", "name", "state", "cores", "runs", "POV-Ray", "povfarm", "address")]
     for view in views:
         code = f" (code {view['code']})" if "code" in view else ""
         rows.append((view["id"], view["name"], view["state"] + code, view["cores"], view["runs"],
                      povray_of(view["engines"]), view["povfarm"] or "-", view["address"]))
         rows += [view["reason"]] if "reason" in view else []
         rows += [f"tags: {', '.join(view['tags'])}"] if view["tags"] else []
-    return _show_table(options, views, ("id", "name", "state", "cores", "runs", "POV-Ray",
-                                        "povfarm", "address"), rows,
+    return _show_table(options, views, rows,
                        "no worker has joined: start one with 'povfarm.py work'", 1)
 
 
@@ -21293,10 +21266,8 @@ def _show_token(client: Client, options: Options, name: str) -> int:
     if not found:
         raise UserError(f"nobody is called '{name}' here: 'povfarm.py users' shows who there is")
     name, token = found[0]["name"], online_token(client.token, found[0]["name"], found[0]["added"])
-    _show(options, {"email": name, "token": token}, token)
-    if not options.json:
-        _say(f"in a RenderOnline client, {name} is the e-mail address and this is the token")
-    return 0
+    return _show(options, {"email": name, "token": token}, token, "in a RenderOnline client, "
+                 f"{name} is the e-mail address and this is the token")
 
 
 def _new_users(client: Client, options: Options, names: Sequence[str],
@@ -21308,11 +21279,9 @@ def _new_users(client: Client, options: Options, names: Sequence[str],
         "name": name, "role": options.role, "limits": limits, "ticket": ticket, "uses": uses})
     if name:
         key = person_key(name, client.token, ticket)
-        _show(options, {"name": name, "role": options.role, "key": key}, key)
-        if not options.json:
-            _say(f"this is the key of {name}, and is not shown again: keep it in a file, and give "
-                 "that with --key-file FILE")
-        return 0
+        return _show(options, {"name": name, "role": options.role, "key": key}, key,
+                     f"this is the key of {name}, and is not shown again: keep it in a file, and "
+                     "give that with --key-file FILE")
     code = invitation_code(client.token, ticket)
     _show(options, {"code": code, "uses": uses, "role": options.role}, code)
     many = f"{uses} people" if uses > 1 else "one person"
@@ -21356,8 +21325,8 @@ def machines(options: Options) -> int:
     elif rest:
         raise UserError(_usage(_command("machines")[0]))
     found = client.get("/api/v1/machines")["machines"]
-    return _show_table(options, found, ("machine", "directory"), [
-        (one["address"], one["directory"]) for one in found],
+    return _show_table(options, found, [
+        ("machine", "directory"), *((one["address"], one["directory"]) for one in found)],
         "no machine is used: add one that runs 'work --hpc', or HPCServer")
 
 
@@ -21392,13 +21361,12 @@ def discover_command(options: Options) -> int:
             farm = client.get("/api/v1/farm")
             found += [Found(farm["name"], farm["farm_id"], client.base_url, bool(client.token), "")
                       ] * (farm["farm_id"] not in [one.farm_id for one in found])
-    proven = {_kept(options).get("farm_id", "")} if ":" in key else {
-        farm.farm_id for farm in discover(1.0, key.encode(), options.discovery_port)} \
-        if key else set()
+    proven = {_kept(options).get("farm_id", "")} if ":" in key else {farm.farm_id for farm in (
+        discover(1.0, key.encode(), options.discovery_port) if key else ())}
     views = [{"name": farm.name, "url": farm.url, "farm_id": farm.farm_id,
               "yours": farm.verified or farm.farm_id in proven} for farm in found]
-    _show_table(options, views, ("name", "address", ""), [
-        (view["name"], view["url"], "has your key" if view["yours"] else "") for view in views],
+    _show_table(options, views, [("name", "address", ""), *(
+        (view["name"], view["url"], "has your key" if view["yours"] else "") for view in views)],
         "no coordinator answers: start one with 'povfarm.py serve'")
     return 0 if found or options.json else 1
 
@@ -21456,9 +21424,9 @@ def _show_list(options: Options) -> int:
         views += [{name: one_line(str(farm.get(name, "")))
                    for name in ("name", "url", "farm_id", "pin")}
                   for farm in want(told, "farms", list) if isinstance(farm, dict)]
-    _show_table(options, views, ("name", "address"), [
+    _show_table(options, views, [("name", "address"), *(
         (view["name"], view["url"] + (f" --pin {view['pin']}" if view["pin"] else ""))
-        for view in views], "no farm is on the list")
+        for view in views)], "no farm is on the list")
     return 0 if views or options.json else 1
 
 
@@ -21782,16 +21750,16 @@ def _shortened(text: str, width: int) -> str:
     return f"{head}...{_cut(text[::-1], width - 3 - _columns(head))[::-1]}"
 
 
-def _show(options: Options, data: Any, text: str) -> int:
+def _show(options: Options, data: Any, text: str, remark: str = "") -> int:
     print(json.dumps(data) if options.json else plain(text), flush=True)
+    if remark and not options.json:
+        _say(remark)
     return 0
 
 
-def _show_table(options: Options, data: Any, heads: Sequence[str],
-                rows: Sequence[Sequence[Any] | str], nothing: str,
+def _show_table(options: Options, data: Any, rows: Sequence[Sequence[Any] | str], nothing: str,
                 flexible: int | None = None) -> int:
-    return _show(options, data,
-                 _table([heads, *rows], flexible) if rows else _typed(nothing))
+    return _show(options, data, _table(rows, flexible) if rows[1:] else _typed(nothing))
 
 
 def _tell(options: Options, data: Any, text: str) -> int:
@@ -21942,7 +21910,7 @@ class _Renderer:
 MOST_WARNINGS = 100  # about a project, that are shown: a scene can name any number of files
 
 
-def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
+def _draft(options: Options, scratch: Path, renderer: _Renderer) -> _Draft:
     """Read the command line and the project; nothing is started or changed."""
     here = _here()
     if options.engine:
@@ -21985,7 +21953,7 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> Draft:
     if place and PurePosixPath(samples := values.get("Radiosity_File_Name", "")).is_absolute():
         values["Radiosity_File_Name"] = os.path.relpath(samples, cwd)  # it is written with the rest
     job = PovJob(values, pov.declares, pov.library, ".", tuple(noted))
-    draft = Draft(name, job, project, plan, frames, directory, limits,
+    draft = _Draft(name, job, project, plan, frames, directory, limits,
                   pov.to_file and not pov.to_stdout, collect, scratch, place=place,
                   to_stdout=pov.to_stdout, append=pov.append, creates=pov.creates).over(project)
     for version in (options.povray_version, renderer.version):
@@ -22004,7 +21972,7 @@ def _here() -> Path:
     return here
 
 
-def _program_draft(options: Options, scratch: Path, here: Path) -> Draft:
+def _program_draft(options: Options, scratch: Path, here: Path) -> _Draft:
     files = [item for item in options.rest if item[:1] not in "+-" and "=" not in item]
     if len(files) != 1:
         raise UserError(f"{options.engine} renders one file, with all in it: name that")
@@ -22024,7 +21992,7 @@ def _program_draft(options: Options, scratch: Path, here: Path) -> Draft:
     project = collect()
     stem = pov.values.get("Output_File_Name") or PurePosixPath(project.scene).stem
     job = program_job(options.engine, project.scene, pov.values, stem, {})
-    return Draft(options.name or PurePosixPath(project.scene).stem, job, project, job.plan,
+    return _Draft(options.name or PurePosixPath(project.scene).stem, job, project, job.plan,
                  job.plan.chosen(options.frames), here, _limits(options), True, collect, scratch)
 
 
@@ -22130,7 +22098,7 @@ def _flat(plan: FramePlan) -> FramePlan:
     return replace(plan, stem=plan.stem.rpartition("/")[2])
 
 
-def _check_destination(draft: Draft, options: Options) -> None:
+def _check_destination(draft: _Draft, options: Options) -> None:
     log = options.log
     if log is not None and (not _is_writable(log.parent) or log.is_dir()):
         raise UserError(f"the log cannot be written to {log}: name another file with --log")
@@ -22154,11 +22122,11 @@ def _check_destination(draft: Draft, options: Options) -> None:
         raise UserError(f"the images cannot be written into {directory}: choose another with +O")
 
 
-def _images_of(draft: Draft, options: Options) -> list[Path]:
+def _images_of(draft: _Draft, options: Options) -> list[Path]:
     return [draft.destination(frame) for frame in draft.plan.chosen(options.frames)]
 
 
-def _left_to_do(draft: Draft, options: Options) -> Draft:
+def _left_to_do(draft: _Draft, options: Options) -> _Draft:
     """Return what +C leaves to render: frames without a whole image, and from where to continue.
 
     What is done it sees by the images themselves (``_flaw``) and by state files (``_states``).
@@ -22194,7 +22162,7 @@ def _left_to_do(draft: Draft, options: Options) -> Draft:
     return replace(draft, frames=left, states=states, pov=replace(draft.pov, values=values))
 
 
-def _flaw(draft: Draft, frame: int) -> str | None:
+def _flaw(draft: _Draft, frame: int) -> str | None:
     """Return what is wrong with a frame's image, nothing when it is not there; None if whole."""
     wanted, path = draft.pov.options, draft.destination(frame)
     try:
@@ -22206,7 +22174,7 @@ def _flaw(draft: Draft, frame: int) -> str | None:
     return ""
 
 
-def _states(draft: Draft, frames: Iterable[int]) -> dict[int, Path]:
+def _states(draft: _Draft, frames: Iterable[int]) -> dict[int, Path]:
     found, options = {}, draft.pov.options
     for frame in frames:
         with contextlib.suppress(OSError), open(draft.state(frame), "rb") as file:
@@ -22219,7 +22187,7 @@ def _states(draft: Draft, frames: Iterable[int]) -> dict[int, Path]:
     return found
 
 
-def _all_there(draft: Draft, options: Options) -> int:
+def _all_there(draft: _Draft, options: Options) -> int:
     films = _make_films(_images_of(draft, options), options) if options.command == "render" else []
     where = draft.destination(draft.plan.frames[0]).parent
     return _show(options, {"job": None, "files": [], "films": films, "seconds": 0.0},
@@ -22234,7 +22202,7 @@ def _is_writable(directory: Path) -> bool:
     return True
 
 
-def _submit(client: Client, draft: Draft, farm: Scheduler | None = None) -> tuple[int, int]:
+def _submit(client: Client, draft: _Draft, farm: Scheduler | None = None) -> tuple[int, int]:
     """Submit a job and its files, which a ``farm`` in this process is handed; return the number
     of the job and that of the last event before it."""
     for _ in range(TRIES_TO_SEND):
@@ -22337,12 +22305,12 @@ _NO_FILE, _NO_PHOTONS = r"Cannot find file '(.+?)',", r"Could not load photon ma
 class _Follower:
     """Waits for a job, shows its progress, and puts its images in their places as they are done."""
 
-    def __init__(self, client: Client, draft: Draft, options: Options,
+    def __init__(self, client: Client, draft: _Draft, options: Options,
                  here: _Here | None = None) -> None:
         self._client, self._draft, self._options = client, draft, options
         self._here = here
         self._stop = threading.Event()
-        self._bar = ProgressBar(draft.name, sys.stderr)
+        self._bar = _ProgressBar(draft.name, sys.stderr)
         self._seen: set[str] = set()  # what POV-Ray said and was shown
         self._place = real_path(draft.destination(draft.plan.frames[0]).parent)
         self._notice = ""
@@ -22382,7 +22350,7 @@ class _Follower:
         return _conclude(view, self._files, written, self._draft, time.monotonic() - started,
                          self._options, log)
 
-    def _begin_again(self, view: Mapping[str, Any], draft: Draft, why: str) -> tuple[int, int]:
+    def _begin_again(self, view: Mapping[str, Any], draft: _Draft, why: str) -> tuple[int, int]:
         self._draft = draft
         _give_up(self._client, self._job, view["state"])
         job, event = _submit(self._client, draft, self._here and self._here.farm.scheduler)
@@ -22511,7 +22479,7 @@ class _Follower:
         return (f"stopped; {len(self._files)} of {len(draft.frames)} images are in their places. "
                 f"Go on with: {again}")
 
-    def _better(self, view: Mapping[str, Any]) -> tuple[Draft, str] | None:
+    def _better(self, view: Mapping[str, Any]) -> tuple[_Draft, str] | None:
         """Return what to begin the job again as, and why; None when it is as good as it gets.
 
         It has ended, done or failed, and what its scene wrote is not here yet. What is returned
@@ -22617,7 +22585,7 @@ def _options_typed(typed: Mapping[str, str]) -> list[str]:
 _JOB_ENDS = frozenset(f"job {state}" for state in ("done", "failed", "cancelled", "paused"))
 
 
-def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft: Draft,
+def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft: _Draft,
               seconds: float, options: Options, log: Path | None = None) -> int:
     counts, films = view["frames"], []
     done = view["state"] == JobState.DONE.value and counts["done"] == counts["total"]
@@ -22651,7 +22619,7 @@ def _conclude(view: dict[str, Any], files: list[str], written: list[str], draft:
     raise FarmError("\n".join(lines))
 
 
-def _made(total: int, files: Sequence[str], written: Sequence[str], draft: Draft,
+def _made(total: int, files: Sequence[str], written: Sequence[str], draft: _Draft,
           options: Options) -> str:
     made = counted(total, "frame")
     where = f" in {Path(files[0]).parent}" if files else ""
@@ -22668,7 +22636,7 @@ def _written(client: Client, job: int) -> list[dict[str, Any]]:
     return list(client.get(f"/api/v1/jobs/{job}/files")["files"])
 
 
-def _whole_texts(copies: dict[str, Kept], draft: Draft, root: Path) -> dict[str, Kept]:
+def _whole_texts(copies: dict[str, Kept], draft: _Draft, root: Path) -> dict[str, Kept]:
     """Put the parts of each of POV-Ray's text files together: they are the runs', by frames."""
     folder = draft.destination(draft.frames[0]).parent
     for key, name in draft.texts.items():
@@ -22685,7 +22653,7 @@ def _whole_texts(copies: dict[str, Kept], draft: Draft, root: Path) -> dict[str,
     return copies
 
 
-def _bring(copies: Mapping[str, Kept], draft: Draft, private: Collection[Path]) -> list[str]:
+def _bring(copies: Mapping[str, Kept], draft: _Draft, private: Collection[Path]) -> list[str]:
     put, refused, denied = [], [], []
     for name, kept in sorted(copies.items()):
         to = Path(os.path.normpath(draft.directory / name))
@@ -22942,9 +22910,9 @@ def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "
     told: list[dict[str, Any]] = []
     codes = set()
     for reason, answers in itertools.groupby(
-            _answers(_coordinator(options), words, method, path, body), _why_refused):
+            _answers(_coordinator(options), words, method, path, body), operator.itemgetter(0)):
         jobs = []
-        for code, each in answers:
+        for _, code, each in answers:
             codes.add(code)
             told.append(each)
             jobs.append(str(each["job"]))
@@ -22959,33 +22927,28 @@ def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "
     return codes.pop() if len(codes) == 1 else 1
 
 
-def _why_refused(answer: tuple[int, Mapping[str, Any]]) -> str:
-    told = answer[1]
-    return str(told.get("error", "")).replace(f"job {told['job']} ", "", 1)
-
-
 def _answers(client: Client, words: Sequence[str], method: str, path: str,
-             body: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what became of each job that was asked something, with the exit code for it.
+             body: Any) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Yield for each job why it was refused what was asked, the exit code, and what became of it.
     Nothing is asked of any where one of the words is no job: it may be meant otherwise."""
     found: list[dict[str, Any]] = []
-    wrong: list[tuple[int, dict[str, Any]]] = []
+    wrong: list[tuple[str, int, dict[str, Any]]] = []
     for word in words:
         try:
             found += _jobs(client, word)
         except UserError as error:
-            wrong.append((error.exit_code, {"job": word, "error": str(error)}))
+            wrong.append((str(error), error.exit_code, {"job": word, "error": str(error)}))
     yield from wrong
-    if not wrong:
-        for job in found:
-            told = {"job": job["id"], "name": job["name"]}
-            try:
-                reply = client.request(method, f"/api/v1/jobs/{job['id']}{path}", json=body)
-                yield 0, {**told, "state": reply.json()["state"] if reply.body else "deleted"}
-            except RequestRefused as error:
-                if error.status not in (400, 404, 409):  # the others would hear the same
-                    raise
-                yield error.exit_code, {**told, "error": str(error)}
+    for job in () if wrong else found:
+        told = {"job": job["id"], "name": job["name"]}
+        try:
+            reply = client.request(method, f"/api/v1/jobs/{job['id']}{path}", json=body)
+            yield "", 0, {**told, "state": reply.json()["state"] if reply.body else "deleted"}
+        except RequestRefused as error:
+            if error.status not in (400, 404, 409):  # the others would hear the same
+                raise
+            why = str(error).replace(f"job {job['id']} ", "", 1)
+            yield why, error.exit_code, {**told, "error": str(error)}
 
 
 def _file_name(text: str) -> str:
@@ -23068,7 +23031,7 @@ def _slices_of(job: Mapping[str, Any]) -> str:
     return f"{slices['done']}/{slices['total']} slices" if slices["total"] else ""
 
 
-class ProgressBar:
+class _ProgressBar:
     """A line that is drawn again on a terminal, or a line now and then in a pipe."""
 
     def __init__(self, name: str, file: Any) -> None:
@@ -23080,11 +23043,9 @@ class ProgressBar:
         self._width = 0
 
     def due(self) -> bool:
-        """Tell whether it is time to show something new."""
         return time.monotonic() - self._last >= self.pause
 
     def show(self, job: Mapping[str, Any]) -> None:
-        """Show how far a job is, as the API describes it."""
         self._last = time.monotonic()
         line = self.line(job)
         if self._terminal:
@@ -23095,7 +23056,6 @@ class ProgressBar:
             _write(line + "\n", self._file)
 
     def line(self, job: Mapping[str, Any]) -> str:
-        """Return the line for a job."""
         frames, part = job["frames"], job["progress"]
         filled = int(24 * part)
         bar = f"[{'#' * filled}{'.' * (24 - filled)}] " if self._terminal else ""
@@ -23113,7 +23073,6 @@ class ProgressBar:
         _say(text)
 
     def close(self) -> None:
-        """Take the line away."""
         if self._terminal and self._width:
             _write("\r" + " " * self._width + "\r", self._file)
 
@@ -23204,7 +23163,7 @@ def _film(to: Path) -> Iterator[Path]:
 
 # --- farms and workers
 
-def _private_farm(options: Options, scratch: Path, draft: Draft) -> Coordinator:
+def _private_farm(options: Options, scratch: Path, draft: _Draft) -> Coordinator:
     data = scratch / "farm"
     if free_room(scratch) < LEAST_FREE:
         raise NoRoom(f"{scratch.parent} is nearly full: make room there for what is rendered just "

@@ -20,7 +20,7 @@ import pytest
 import povfarm
 from helpers.base import ROOT
 from helpers.pictures import png
-from povfarm import SETTINGS, ProgressBar, main
+from povfarm import SETTINGS, _ProgressBar, main
 
 COMMANDS = list(povfarm._commands())
 
@@ -202,7 +202,7 @@ def test_a_render_that_others_help_leaves_the_key_that_admits_them_and_nothing_e
         tmp_path: Path) -> None:
     options = povfarm._parse(povfarm._command("render")[0], [
         "--lan", "--discovery-port=0", "s.pov", f"--data={tmp_path / 'data'}"])
-    draft = cast(povfarm.Draft, SimpleNamespace(name="s"))
+    draft = cast(povfarm._Draft, SimpleNamespace(name="s"))
     coordinator = povfarm._private_farm(options, tmp_path, draft)
     coordinator.start()
     coordinator.stop()
@@ -293,7 +293,7 @@ def view(**changes: Any) -> Dict[str, Any]:
 
 def test_the_progress_bar_is_redrawn_on_a_terminal() -> None:
     file = Terminal()
-    bar = ProgressBar("camera2", file)
+    bar = _ProgressBar("camera2", file)
     bar.show(view())
     assert "\r" in file.getvalue() and "\n" not in file.getvalue()
     for part in ("camera2", "12/30 frames", "40 %", "3.20/s", "1:05 left"):
@@ -305,13 +305,13 @@ def test_the_progress_bar_is_redrawn_on_a_terminal() -> None:
 def test_the_progress_bar_stays_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     file = Terminal()
-    ProgressBar("a name that is long", file).show(view())
+    _ProgressBar("a name that is long", file).show(view())
     assert len(file.getvalue()) == 40 and file.getvalue().startswith("\ra name that is long [")
 
 
 def test_a_pipe_gets_plain_lines() -> None:
     file = io.StringIO()
-    bar = ProgressBar("camera2", file)
+    bar = _ProgressBar("camera2", file)
     assert bar.due()
     bar.show(view())
     assert not bar.due()
@@ -321,7 +321,7 @@ def test_a_pipe_gets_plain_lines() -> None:
 def test_slices_of_the_frames_in_work_are_counted() -> None:
     file = io.StringIO()
     frames = {**view()["frames"], "cancelled": 7}
-    ProgressBar("camera2", file).show(view(slices={"total": 8, "done": 5}, frames=frames))
+    _ProgressBar("camera2", file).show(view(slices={"total": 8, "done": 5}, frames=frames))
     assert "5/8 slices" in file.getvalue() and "7 cancelled" in file.getvalue()
 
 
@@ -330,7 +330,7 @@ def test_slices_of_the_frames_in_work_are_counted() -> None:
 def test_how_long_it_lasts_is_not_guessed_from_nothing(
         done: int, part: float, shown: bool) -> None:
     frames = {**view()["frames"], "total": 10_000, "done": done}
-    text = ProgressBar("camera2", Terminal()).line(view(frames=frames, progress=part, eta=900.0))
+    text = _ProgressBar("camera2", Terminal()).line(view(frames=frames, progress=part, eta=900.0))
     assert ("left" in text) == ("/s" in text) == shown, text
 
 
@@ -434,7 +434,7 @@ def test_a_name_neither_breaks_nor_steers_the_terminal(tmp_path: Path) -> None:
 def test_a_full_stop_is_not_in_the_middle_of_a_sentence() -> None:
     ended = view(state="failed", failure={"message": "it broke.", "frame": 3})
     ended["frames"] = {**ended["frames"], "total": 4, "failed": 1}
-    draft = povfarm.Draft("x", *[None] * 7, True, None, None)  # type: ignore[arg-type,call-arg]
+    draft = povfarm._Draft("x", *[None] * 7, True, None, None)  # type: ignore[arg-type,call-arg]
     with pytest.raises(povfarm.FarmError, match=r"^1 of 4 frames failed: it broke \(frame 3\)$"):
         povfarm._conclude(ended, [], [], draft, 1.0, argparse.Namespace(json=False, command="render"))
 
@@ -446,7 +446,7 @@ def test_images_of_another_size_are_told_of_in_one_line(
     for frame in range(1, 40):
         (tmp_path / f"s{frame:02}.png").write_bytes(png(frame, *((10, 8) if frame > 1 else (64, 48))))
     (tmp_path / "s02.png").write_bytes(b"")
-    draft = povfarm.Draft("s", pov, cast(povfarm.Project, SimpleNamespace(reads=False)), pov.plan,
+    draft = povfarm._Draft("s", pov, cast(povfarm.Project, SimpleNamespace(reads=False)), pov.plan,
                           [*pov.plan.frames], tmp_path, povfarm.JobOptions(), True, cast(Any, None),
                           tmp_path)
     left = povfarm._left_to_do(draft, argparse.Namespace(command="submit", in_order=None))
@@ -458,7 +458,7 @@ def test_images_of_another_size_are_told_of_in_one_line(
 
 def test_a_job_that_was_cancelled_does_not_end_with_frames_that_failed(tmp_path: Path) -> None:
     ended = view(state="cancelled", reason="by hand", failure=None)
-    draft = povfarm.Draft("x", *[None] * 7, True, None, None)  # type: ignore[arg-type,call-arg]
+    draft = povfarm._Draft("x", *[None] * 7, True, None, None)  # type: ignore[arg-type,call-arg]
     with pytest.raises(povfarm.FarmError, match=r"^the job is cancelled: by hand$"):
         povfarm._conclude(ended, [], [], draft, 1.0, argparse.Namespace(json=False, command=""))
 

@@ -631,7 +631,7 @@ def test_submit_that_waits_says_where_the_images_are(
         output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = povfarm._parse(povfarm._command("submit")[0], [
         "s.pov", "--wait", *(["--output", output] if output else [])])
-    draft = povfarm.Draft("x", *[None] * 7, bool(output), None, None)  # type: ignore[arg-type,call-arg]
+    draft = povfarm._Draft("x", *[None] * 7, bool(output), None, None)  # type: ignore[arg-type,call-arg]
     view = {"id": 27, "state": "done", "frames": {"total": 3, "done": 3, "failed": 0},
             "failure": None, "reason": ""}
     files = [str(tmp_path / f"{number}.png") for number in range(3 if output else 0)]
