@@ -23224,12 +23224,10 @@ def _joined(client: Client, tools: _Tools, options: Options, home: Path,
     cores = options.cores or _cores()
     programs = _programs(options)
     info = {
-        "name": _worker_name(options),
-        "cores": cores, "memory": total_memory(),
-        "system": f"{platform.system()} {platform.release()}",
+        "name": _worker_name(options), "cores": cores, "memory": total_memory(),
+        "system": f"{platform.system()} {platform.release()}", "povfarm": VERSION,
         "engines": {**(engine.versions() if engine.version else {}), **dict.fromkeys(programs, "")},
-        "tags": [tag for tag in options.tags.split(",") if tag], "povfarm": VERSION,
-        "ticket": secrets.token_urlsafe(32)}
+        "tags": [*filter(None, options.tags.split(","))], "ticket": secrets.token_urlsafe(32)}
     own = Client(client.base_url, retry_for=math.inf, transport=client.transport)
     if options.command == "work":
         own.keep_trying(_news(), threading.Event(), longest=30.0, look=functools.partial(
@@ -23520,8 +23518,7 @@ class _WorkerPage:
             element("div", map(self._button, ("resume", "stop") if rests else (
                 "pause", "drain", "stop")), class_="row"),
             [self._facts(view) for view in views], self._projects(),
-            section("What it said", element("pre", "\n".join(reversed(_SAID)))),
-            reload=5)
+            section("What it said", element("pre", "\n".join(reversed(_SAID)))), reload=5)
 
     @route("GET", "/status.json", role="admin")
     def status(self, request: Request) -> Response:
@@ -23884,14 +23881,13 @@ class _LookOut:
                 f"no coordinator answers yet: waiting for one ({hint})")
         if last := self._last_of(found):
             return last
+        names = ", ".join(map(str, found))
         if self._admitted and not (named or found[0].verified):
             return (f"waiting for {self._last_name}, which has let this computer in; here is "
-                    f"{', '.join(map(str, found))} (--name or --server chooses another)")
-        others = ", ".join(map(str, found))
-        if len(found) > 1:
-            return (f"there are several coordinators: {others}. Waiting until one is alone; "
-                    "--name or --server chooses one")
-        return found[0]
+                    f"{names} (--name or --server chooses another)")
+        return found[0] if len(found) == 1 else (
+            f"there are several coordinators: {names}. Waiting until one is alone; --name or "
+            "--server chooses one")
 
     def last(self) -> Found | None:
         """Return where the farm is that this computer worked for last."""
@@ -23919,8 +23915,7 @@ def _client(options: Options, url: str, key: str, pin: str, patience: float) -> 
 
 
 def _server_url(text: str, tls: bool) -> str:
-    bare = "//" not in text
-    url = f"{'https' if tls else 'http'}://{text}" if bare else text
+    url = text if "//" in text else f"{'https' if tls else 'http'}://{text}"
     parts = urllib.parse.urlsplit(url)
     if parts.scheme in ("http", "https") and not re.search(r":\d+$", parts.netloc):
         url = parts._replace(netloc=f"{parts.netloc}:{PORT}").geturl()
