@@ -197,10 +197,6 @@ class StaleLease(StoreError):
     """A lease that has ended was shown: its holder should stop that work."""
 
 
-class RenderFailed(FarmError):
-    """A renderer ran and left no good picture; the message says why."""
-
-
 class Stopped(FarmError):
     """A person has ended the command; the message says how to go on."""
 
@@ -17354,8 +17350,8 @@ class Engine:
             del values["All_Console"]
             values.update({"Debug_Console": "Off", "Warning_Console": "Off"})
         # POV-Ray takes the type's own extension off again, once: dots in the name stay.
-        output = run.made(run.frames[0]).relative_to(run.place).with_name(
-            f"{run.stem}{run.lease.pov.plan.extension}")
+        folder = run.made(run.frames[0]).relative_to(run.place).parent
+        output = folder / f"{run.stem}{run.lease.pov.plan.extension}"
         if "Create_Continue_Trace_Log" in values:  # what a run leaves unfinished is gone on with
             values["Create_Continue_Trace_Log"] = "On"
         if (run.lease.pov.options.stochastic and release(self.version) >= (3, 8)
@@ -20549,9 +20545,8 @@ class HpcNode(Resting):
         if ini:
             for path, text in ini_files(own, ini).items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-                environment["POVINI"] = str(path)  # the last one
-            environment["POV_TEMP_DIR"] = str(own)
+                path.write_text(text, "utf-8")
+            environment.update(POVINI=str(own / OUR_INI), POV_TEMP_DIR=str(own))
         parts = self._engine.parts() if ini else program_parts(argv[0])
         bounds = replace(
             self._bounds, writes=str(folder), file_size=shutil.disk_usage(folder).free // 2,
