@@ -6548,6 +6548,11 @@ def text_response(text: str, status: int = 200, mime: str = "text/plain") -> Res
     return Response(status, {"Content-Type": f"{mime}; charset=utf-8"}, text.encode())
 
 
+def numeral(text: str) -> int | None:
+    """Return a number that is written in digits, None for what is none."""
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
+
+
 def redirect(location: str) -> Response:
     """Send the browser to ``location``, with a GET."""
     return Response(303, {"Location": location})
@@ -12511,8 +12516,8 @@ class Api(_Answers):
                 raise ProtocolError(401, "you were removed from this farm")
             return json_response({
                 "events": list(map(vars, events)), "more": len(events) == MAX_EVENTS})
-        known = re.fullmatch("[0-9]{1,15}", request.headers.get("last-event-id", ""))
-        return stream_response(self._event_stream(int(known[0]) if known else after,
+        known = numeral(request.headers.get("last-event-id", ""))
+        return stream_response(self._event_stream(after if known is None else known,
                                                   request.identity), "text/event-stream")
 
     @route("GET", "/api/v1/openapi.json", role="reader", gives={})
@@ -13638,7 +13643,7 @@ class Sheepit(Dialect):
         return _Said(0, self._task(held, request) + self._stale(body))
 
     def _download(self, request: Request, values: Mapping[str, str]) -> Response:
-        job = _numeral(values.get("job", ""))
+        job = numeral(values.get("job", ""))
         with self._store.read() as tx:
             row = tx.find_job(job) if job is not None and request.identity.worker else None
             row = row if row and self._takes(tx, row) else None
@@ -13657,8 +13662,8 @@ class Sheepit(Dialect):
         attempt = self._attempt(worker, values)
         if attempt is None:
             return _Said(0)  # the job was deleted: nobody wants it, go on
-        wall = min(float(_numeral(values.get("rendertime", "")) or 0), MAX_COST)
-        memory = (_numeral(values.get("memoryused", "")) or 0) * 1000
+        wall = min(float(numeral(values.get("rendertime", "")) or 0), MAX_COST)
+        memory = (numeral(values.get("memoryused", "")) or 0) * 1000
         with self._store.incoming() as place:
             self._store.save(place / "image", uploaded(request, "file"))
             if self._finish(attempt, place / "image", Cost(wall, wall, memory)):
@@ -13696,7 +13701,7 @@ class Sheepit(Dialect):
         attempt = self._attempt(worker, values)
         if attempt is None or attempt.state != AttemptState.LIVE:
             return _Said(400)
-        spent, left = (_numeral(values.get(name, "")) or 0
+        spent, left = (numeral(values.get(name, "")) or 0
                        for name in ("rendertime", "remainingtime"))
         if limit := self._limit(attempt, spent):
             self._fail(attempt, f"the frame took longer than {format_duration(limit)} "
@@ -13747,7 +13752,7 @@ class Sheepit(Dialect):
         """Return the worker that a client is: one of its computer's that is gone, whose record so
         stays with it, or a new one. None when a login has too many."""
         host = re.sub(r"[^\w.:-]", "-", values.get("hostname") or request.remote)[:60]
-        memory = (_numeral(values.get("ram", "")) or 0) * 1024
+        memory = (numeral(values.get("ram", "")) or 0) * 1024
         info = WorkerInfo(f"{login}@{host}", int(values["cpu_cores"]), min(memory, 1 << 50),
                           f"{self.mark}{values['os'][:20]}", {})
         with self._joining:
@@ -13854,12 +13859,8 @@ def _values(request: Request) -> Mapping[str, str]:
 def _named(values: Mapping[str, str]) -> tuple[int, ...]:
     """Return the numbers of the job and the frame that are meant, or nothing."""
     numbers = [number for name in ("job", "frame")
-               if (number := _numeral(values.get(name, ""))) is not None]
+               if (number := numeral(values.get(name, ""))) is not None]
     return tuple(numbers) if len(numbers) == 2 else ()
-
-
-def _numeral(text: str) -> int | None:
-    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
 
 
 def _tag(name: str, attributes: Mapping[str, Any], inside: str = "") -> str:
@@ -14665,7 +14666,7 @@ class _Sheets:
         return redirect(f"{to}?did={did[-1]}" if did else to)
 
     def _said(self, request: Request, tx: Look) -> Node:
-        did = _query_digits(request, "did")
+        did = numeral(request.query.get("did", "")) or 0
         for event in tx.events(did - 1, 1) if did else ():
             if event.who == request.identity.name and (
                     self._farm.clock.time() - event.time < SAID_FOR):
@@ -14884,7 +14885,7 @@ class Pages(_Sheets):
     @route("GET", "/", role="reader", shared=True)
     def home(self, request: Request) -> Response:
         """The farm. Query: before (a job's id), for older jobs; mine, for those of who looks."""
-        before, mine = _query_digits(request, "before"), "mine" in request.query
+        before, mine = numeral(request.query.get("before", "")) or 0, "mine" in request.query
         owner = request.identity.name if mine else ""
         with self._farm.store.read() as tx:
             rows = tx.jobs(before, JOBS_SHOWN, owner)
@@ -14932,7 +14933,7 @@ class Pages(_Sheets):
             view, = self._views(tx, [row])
             course = self._course(request, tx, row)
             numbers, size = course.numbers, -(-len(course.numbers) // CELLS_SHOWN)
-            first = _query_digits(request, "from")
+            first = numeral(request.query.get("from", "")) or 0
             shown = [] if size > 1 and first not in numbers[::size] else (
                 tx.tasks(row.id, first - 1, size) if size > 1 else tx.tasks(row.id))
             chosen = [self._api.views.frame(tx, task, {}) for task in shown]
@@ -15073,7 +15074,7 @@ class Pages(_Sheets):
     @route("GET", "/events", role="reader", shared=True)
     def happened(self, request: Request) -> Response:
         """What happened to jobs, computers and people. Query: before (an event), for older ones."""
-        before = _query_digits(request, "before")
+        before = numeral(request.query.get("before", ""))
         with self._farm.store.read() as tx:
             last = min(before or math.inf, tx.last_event() + 1)
             events = tx.events(int(last) - 1 - EVENTS_READ, EVENTS_READ)
@@ -15410,16 +15411,14 @@ def _attribute(name: str) -> str:
     return name.rstrip("_").replace("_", "-")
 
 
+@functools.lru_cache(maxsize=4096)  # most words are on a page many times
 def _escape(text: str) -> str:
     return html.escape(plain(text))
 
 
-_escape_once = functools.lru_cache(maxsize=4096)(_escape)  # most words are on a page many times
-
-
 def _escaped(value: str | int) -> str:
     text = str(value)
-    return _escape_once(text) if len(text) < 100 else _escape(text)
+    return _escape(text) if len(text) < 100 else _escape.__wrapped__(text)
 
 
 def _markup(node: Node) -> str:
@@ -15433,11 +15432,6 @@ def _markup(node: Node) -> str:
 def _apart(nodes: Iterable[Node]) -> list[Node]:
     """Return nodes with spaces between them, for browsers that know no style."""
     return [part for node in nodes for part in (node, " ")]
-
-
-def _query_digits(request: Request, name: str) -> int:
-    text = request.query.get(name, "")
-    return int(text) if re.fullmatch("[0-9]{1,15}", text) else 0
 
 
 def _ago(seconds: float) -> str:
