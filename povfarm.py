@@ -13556,16 +13556,18 @@ class Sheepit(Dialect):
         if what != "send_frame":
             request.body.limit = MAX_LOG if what == "error" and request.identity.worker \
                 else BODY_LIMIT
-        if what == "download":
-            return self._download(request, _values(request))
-        if what not in _ELEMENTS:
+        if what not in (*_ELEMENTS, "download"):
             raise ProtocolError(404, f"there is no {request.path} here")
         if what == "request_job":
             body = request.body.read()  # or nobody seems to go away
             answers = self._answers(request, body)
             return (stream_response(answers, "text/xml") if body.startswith(b"<cache")
                     else text_response(b"".join(answers).decode(), mime="text/xml"))
-        said = self._said(what, request, _values(request))
+        form = "urlencoded" in request.headers.get("content-type", "")
+        values = {**request.query, **request.form()} if form else request.query
+        if what == "download":
+            return self._download(request, values)
+        said = self._said(what, request, values)
         response = text_response(_XML + said.element(what), mime="text/xml")
         if said.cookie:
             response.headers["Set-Cookie"] = said.cookie
@@ -13849,11 +13851,6 @@ def _seal(secret: str, worker: int) -> str:
 def _login_of(member: Member) -> str:
     match = re.fullmatch(r"(?:removed [0-9]+ )?SheepIt (\S+) .*", member.token)
     return match[1] if match else ""
-
-
-def _values(request: Request) -> Mapping[str, str]:
-    form = "urlencoded" in request.headers.get("content-type", "")
-    return {**request.query, **request.form()} if form else request.query
 
 
 def _named(values: Mapping[str, str]) -> tuple[int, ...]:
@@ -15203,8 +15200,7 @@ class Desk(_Sheets):
         size = MAX_ZIP_SIZE if request.body.length is None else request.body.length
         with self._store.read() as look:
             self._farm.people.check(look, request.identity.name, 0, 0, size)
-        last = place
-        count = 0
+        last, count = place, 0
         for name, file, blocks in form_parts(request):
             if file is None:
                 text = b"".join(itertools.islice(blocks, 16))[:BODY_LIMIT]
