@@ -13132,9 +13132,7 @@ class Dialect:
     quiet = CLIENT_SILENCE  # of those that are the least heard of
 
     def __init__(self, scheduler: Scheduler, access: Access) -> None:
-        self._farm = scheduler
-        self._store = scheduler.store
-        self._access = access
+        self._farm, self._store, self._access = scheduler, scheduler.store, access
         self._joining = threading.Lock()
         self._guest = Guest(CLIENT_SILENCE, CLIENT_PAUSE, self._takes, self._cuts, self.most)
         self._quiet = self._guest._replace(silence=self.quiet)
@@ -14479,9 +14477,8 @@ class _Sheets:
 
     def __init__(self, api: Api, scheduler: Scheduler, access: Access, pin: str = "",
                  typed: Callable[[str], str] = "povfarm.py {}".format) -> None:
-        self._api = api
-        self._farm = scheduler
-        self._access = access
+        self._api, self._access = api, access
+        self._farm, self._store = scheduler, scheduler.store
         self._pin = pin  # of the certificate that is shown
         self._typed = typed  # how commands are written, see with_commands
         self._portraits: dict[int, tuple[float, Task]] = {}  # of jobs, and when they are outdated
@@ -14494,7 +14491,7 @@ class _Sheets:
 
         Where the script runs, it brings what has changed into the page instead, at the latest
         after so many seconds. ``state`` of the farm is shown by the mark: bad, busy or nothing."""
-        notice = self._farm.store.notice if request.identity.roles else ""
+        notice = self._store.notice if request.identity.roles else ""
         still = "still" in request.query
         mark = _address("favicon.svg") + f"&state={state}"
         head = element(
@@ -14509,7 +14506,7 @@ class _Sheets:
         switch = element("noscript", element(
             "a", "Reload this page automatically" if still else "Stop reloading this page",
             href=_same_page(request, **({} if still else {"still": "1"}))))
-        with self._farm.store.read() as tx:
+        with self._store.read() as tx:
             event, said = tx.last_event(), self._said(request, tx)
         now = time.strftime("%H:%M:%S", time.localtime(self._farm.clock.time()))
         page = element("html", head, element(
@@ -14632,7 +14629,7 @@ class _Sheets:
         for file in json.loads(tx.manifest(job.manifest) or '{"files": []}')["files"]:
             if file["path"] in paths and file["size"] <= SCENE_SHOWN:
                 with contextlib.suppress(OSError), open(
-                        self._farm.store.blob_path(file["sha256"]), encoding="utf-8",
+                        self._store.blob_path(file["sha256"]), encoding="utf-8",
                         errors="replace") as scene:
                     lines = list(itertools.islice(enumerate(scene, 1), max(at - 4, 0), at + 3))
                     return element("pre", [element(
@@ -14655,7 +14652,7 @@ class _Sheets:
     def _done(self, request: Request, to: str, of_frames: bool = False) -> Response:
         """Go to a page, which says what was done: the newest event of whoever asked for it; what
         was done ``of_frames`` is not what became of the job by that."""
-        with self._farm.store.read() as tx:
+        with self._store.read() as tx:
             last = tx.last_event()
             did = [event.id for event in tx.events(last - NEWS_SHOWN, NEWS_SHOWN)
                    if event.who == request.identity.name
@@ -14884,7 +14881,7 @@ class Pages(_Sheets):
         """The farm. Query: before (a job's id), for older jobs; mine, for those of who looks."""
         before, mine = numeral(request.query.get("before", "")) or 0, "mine" in request.query
         owner = request.identity.name if mine else ""
-        with self._farm.store.read() as tx:
+        with self._store.read() as tx:
             rows = tx.jobs(before, JOBS_SHOWN, owner)
             older = rows[-1].id if len(rows) == JOBS_SHOWN else None
             shown = {row.id for row in rows}
@@ -14925,7 +14922,7 @@ class Pages(_Sheets):
         """A job. Query: from (a frame), for those of its cell; frames, to go to the first one."""
         if chosen_first := re.match(r" *(\d{1,9})", request.query.get("frames", "")):
             return redirect(f"/jobs/{request.params['job']}/frames/{int(chosen_first[1])}")
-        with self._farm.store.read() as tx:
+        with self._store.read() as tx:
             row = tx.job(request.params["job"])
             view, = self._views(tx, [row])
             course = self._course(request, tx, row)
@@ -14958,7 +14955,7 @@ class Pages(_Sheets):
     def frame(self, request: Request) -> Response:
         """A frame's image, its numbers, and what POV-Ray printed."""
         number = request.params["frame"]
-        with self._farm.store.read() as tx:
+        with self._store.read() as tx:
             row = tx.job(request.params["job"])
             task = tx.task_of_frame(row.id, number)
             if task is None:
@@ -14992,7 +14989,7 @@ class Pages(_Sheets):
         """A finished image as a PNG at most so wide, made when it is first asked for.
         Query: stops (-4 to 4), how often the light of an EXR or HDR is doubled."""
         size, frame = request.params["size"], request.params["frame"]
-        with self._farm.store.read() as tx:
+        with self._store.read() as tx:
             job = tx.job(request.params["job"])
             task = tx.task_of_frame(job.id, frame)
         stops = request.query.get("stops", "")
@@ -15000,15 +14997,15 @@ class Pages(_Sheets):
             return redirect(_shown(job.id, task, size) + f"?stops={stops}" * bool(stops))
         if size not in SMALL or task is None or request.params["hash"] != task.sha256:
             raise ProtocolError(404, f"frame {frame} of job {job.id} does not look so any more")
-        image = self._farm.store.place(job, task)
+        image = self._store.place(job, task)
         if not re.fullmatch(r"|-?[0-4]", stops) or (stops and image.suffix not in LIGHT_TYPES):
             raise ProtocolError(404, f"'{stops}' is no exposure of frame {frame}: -4 to 4, of EXR "
                                      "or HDR")
         path = image.parent / "thumbs" / f"{size}-{task.sha256}{stops}.png"
-        with self._farm.store.gate.outside(), self._making:
+        with self._store.gate.outside(), self._making:
             if not path.is_file():
                 small = small_png(image, image.suffix, size, int(stops or 0))
-                with contextlib.suppress(NoRoom, OSError), self._farm.store.placing(path) as part:
+                with contextlib.suppress(NoRoom, OSError), self._store.placing(path) as part:
                     part.write_bytes(small)
         response = file_response(path, "image/png", request) if path.is_file() else \
             Response(200, {"Content-Type": "image/png"}, small)
@@ -15018,25 +15015,25 @@ class Pages(_Sheets):
     @route("POST", "/jobs/<job:int>/<action>", role="user")
     def steer(self, request: Request) -> Response:
         """Action: pause, resume, cancel, retry, delete, or set, with options of the job."""
-        given = self._access.check_form(request)
+        given, job = self._access.check_form(request), request.params["job"]
         if request.params["action"] == "delete":
             self._api.delete(request)
             return self._done(request, "/")
         if request.params["action"] == "set":
-            with self._farm.store.read() as tx:
-                options = tx.job(request.params["job"]).options
+            with self._store.read() as tx:
+                options = tx.job(job).options
             values = {name: row.parse(given[name], name) for name, row in JOB_OPTIONS.items()
                       if name in given}
             if new := {name: value for name, value in values.items()
                        if value != getattr(options, name)}:
-                self._farm.change(request.params["job"], new, request.identity.name)
+                self._farm.change(job, new, request.identity.name)
         else:
             if not given.get("frames", "all").strip():  # not all of them, then
                 raise UserError("write which frames are meant, such as 1-10,50")
             if "frames" in given:
                 request.query = {**request.query, "frames": given["frames"]}
             self._api.steer(request)
-        return self._done(request, f"/jobs/{request.params['job']}", "frames" in request.query)
+        return self._done(request, f"/jobs/{job}", "frames" in request.query)
 
     @route("POST", "/workers/<code>/admit", role="admin")
     @route("POST", "/workers/<worker:int>/remove", role="admin")
@@ -15072,7 +15069,7 @@ class Pages(_Sheets):
     def happened(self, request: Request) -> Response:
         """What happened to jobs, computers and people. Query: before (an event), for older ones."""
         before = numeral(request.query.get("before", ""))
-        with self._farm.store.read() as tx:
+        with self._store.read() as tx:
             last = min(before or math.inf, tx.last_event() + 1)
             events = tx.events(int(last) - 1 - EVENTS_READ, EVENTS_READ)
             rows = [tx.find_job(job) for job in {event.job for event in events if event.job}]
@@ -15087,7 +15084,7 @@ class Pages(_Sheets):
     @route("GET", "/computers", role="reader", shared=True)
     def computers(self, request: Request) -> Response:
         """Every worker with what it is and does, and how one more joins."""
-        with self._farm.store.read() as tx:
+        with self._store.read() as tx:
             workers, totals = self._api.views.workers(tx), self._api.views.totals(tx)
         _sort([], workers, [])
         return self._page(
@@ -15131,7 +15128,7 @@ class Desk(_Sheets):
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self._intake, self._store = Intake(self._farm), self._farm.store
+        self._intake = Intake(self._farm)
         self._reports: dict[str, _Report] = {}  # of people's uploads, as they are now
         self._moving = threading.Lock()  # files from requests to uploads
 
