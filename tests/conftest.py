@@ -20,7 +20,7 @@ from helpers.farm import renderers
 
 # POV-Ray sleeps nine tenths of a small render, so of what renders more run at once than there are cores.
 WORKERS_MORE_THAN_CORES = 6
-FAST_LANE = "not slow"
+FAST_LANE, FAST_MORE_THAN_CORES = "not slow", 1
 SLOW = re.compile(r"(/usr/bin/)?povray|.*/(povfarm\.py|chromium|chromium-browser|ffmpeg)")
 RENDERERS = {"povray", "examples"}
 UNDER_WAY: List[pytest.Item] = []
@@ -35,7 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many run at once with ``-n auto``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (cores or 1) + (0 if config.option.markexpr == FAST_LANE else WORKERS_MORE_THAN_CORES)
+    fast = config.option.markexpr == FAST_LANE
+    return (cores or 1) + (FAST_MORE_THAN_CORES if fast else WORKERS_MORE_THAN_CORES)
 
 
 @pytest.hookimpl(tryfirst=True)
