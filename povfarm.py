@@ -6316,6 +6316,7 @@ class Identity:
     roles: frozenset[str] = frozenset()  # imply nothing: an admin holds ``reader`` as well
     worker: int = 0  # its number
     name: str = ""  # for people; a stranger, who is told 401 instead of 403, has none
+    secret: str = field(default="", repr=False)  # the hash of a person's: a name may change hands
 
     @property
     def trusted(self) -> bool:
@@ -11580,8 +11581,9 @@ class Access:
         # With --private a stranger sees nothing of the farm, and may only ask to join.
         self._stranger = Identity(frozenset() if private else frozenset({"reader"}))
         self._lock = threading.Condition()
-        self._codes: dict[str, tuple[float, str]] = {}  # when they end and whose, by their hashes
-        self._sessions: dict[str, tuple[float, str]] = {}
+        # When they end, and whose they are by name and secret, by their hashes.
+        self._codes: dict[str, tuple[float, tuple[str, str]]] = {}
+        self._sessions: dict[str, tuple[float, tuple[str, str]]] = {}
         self._tries: dict[str, tuple[int, float]] = {}  # by address: how often, when last
         self._held: collections.Counter[str] = collections.Counter()
         self.dialects: list[Callable[[Request], Identity | None]] = []  # that know their guests
@@ -11600,8 +11602,8 @@ class Access:
             raise ProtocolError(401, "this key is not to be sent, requests are signed with it: use "
                                 "povfarm.py, or see docs/api.md")
         with self._lock:
-            end, name = self._sessions.get(secret_hash(self._session(request)), (0.0, ""))
-        identity = self._named(name)
+            end, whose = self._sessions.get(secret_hash(self._session(request)), _NOBODYS)
+        identity = self._named(*whose)
         if end <= self._clock.monotonic() or identity is None:
             return next(filter(None, (one(request) for one in self.dialects)), self._stranger)
         if request.method in ("GET", "HEAD"):
@@ -11612,36 +11614,38 @@ class Access:
         looks = replace(identity, roles=identity.roles & {"reader"})
         return looks if request.path.startswith("/api/") else identity
 
-    def _named(self, name: str, secret: str | None = None) -> Identity | None:
-        """Return the admin or one of the people, None for who is none (any more). With the hash of
-        a ``secret`` only who has that: the one place that compares it."""
+    def _named(self, name: str, secret: str) -> Identity | None:
+        """Return the admin, or who has that name and the hash of that ``secret``; None for who is
+        nobody (any more). The one place that compares it."""
         if name == ADMIN:
             return _ADMIN
         with self._store.read() as look:
             person = look.person(name)
-        if person is None or not hmac.compare_digest(secret or person.token, person.token):
+        if person is None or not hmac.compare_digest(secret, person.token):
             return None
-        return Identity(_ROLES_OF[person.role] | self._stranger.roles, 0, person.name)
+        roles = _ROLES_OF[person.role] | self._stranger.roles
+        return Identity(roles, 0, person.name, person.token)
 
     def knows(self, identity: Identity) -> bool:
         """Tell whether somebody is still what it was when it came, and was not removed."""
         if not identity.worker:
-            return "person" not in identity.roles or self._named(identity.name) is not None
+            return "person" not in identity.roles or (
+                self._named(identity.name, identity.secret) is not None)
         with self._store.read() as look:
             worker = look.find_worker(identity.worker)
         return worker is not None and worker.state is not WorkerState.REMOVED
 
     def login_code(self, name: str = ADMIN) -> str:
         """Return a new code that logs somebody's browser in, once, within ten minutes."""
-        return self._issue(self._codes, name, 600)
+        return self._issue(self._codes, (name, self._secret_called(name)), 600)
 
     def log_in(self, code: str, remote: str = "127.0.0.1") -> str:
         """Exchange a login code for a session; ``ProtocolError`` 403 when it is no good."""
         self.check_patience(remote)
         with self._lock:
-            end, name = self._codes.pop(secret_hash(code), (0.0, ""))
-        if end >= self._clock.monotonic():
-            return self._issue(self._sessions, name, SESSION_TIME)
+            end, whose = self._codes.pop(secret_hash(code), _NOBODYS)
+        if end >= self._clock.monotonic() and self._named(*whose):
+            return self._issue(self._sessions, whose, SESSION_TIME)
         self.slow_down(remote)
         raise ProtocolError(403, "this link was used before or is too old: "
                                  "'povfarm.py login' prints a new one")
@@ -11679,16 +11683,17 @@ class Access:
         but only with the paths that a cookie is for."""
         return f"/-{derived(session, 'place')[:16]}"
 
-    def _issue(self, ends: dict[str, tuple[float, str]], name: str, seconds: float) -> str:
+    def _issue(self, ends: dict[str, tuple[float, tuple[str, str]]], whose: tuple[str, str],
+               seconds: float) -> str:
         """Return a new secret, noted with its end; those that have ended, and more than many of one
-        name, are forgotten."""
+        person, are forgotten."""
         secret, now = secrets.token_urlsafe(24), self._clock.monotonic()
         with self._lock:
             over = [one for one, (end, _) in ends.items() if end < now]
-            mine = [one for one, (_, whose) in ends.items() if whose == name]
+            mine = [one for one, (_, other) in ends.items() if other == whose]
             for old in {*over, *mine[:1 - MAX_LOGINS]}:
                 del ends[old]
-            ends[secret_hash(secret)] = now + seconds, name
+            ends[secret_hash(secret)] = now + seconds, whose
         return secret
 
     def hello(self, who: str, nonce: str) -> dict[str, str]:
@@ -11717,8 +11722,10 @@ class Access:
 
     def secret_for(self, name: str, ticket: str) -> str:
         """Return the secret of a worker that joins with the key of somebody."""
-        key = self._secret_of(FARM if name == ADMIN else urllib.parse.quote(name))
-        return worker_secret(key, self.farm_id, ticket)
+        return worker_secret(self._secret_called(name), self.farm_id, ticket)
+
+    def _secret_called(self, name: str) -> str:
+        return self._secret_of(FARM if name == ADMIN else urllib.parse.quote(name))
 
     def _by_proof(self, request: Request, proof: str) -> Identity:
         match = _PROOF.fullmatch(proof)
@@ -11881,6 +11888,7 @@ def _said_at(name: str) -> float:
 
 
 _PROOF = re.compile(r"session=([0-9a-f]*(?:\.[0-9a-f]+){3}),count=([0-9]{1,15}),mac=([0-9a-f]{64})")
+_NOBODYS = 0.0, ("", "")  # a login that there is not
 _ADMIN = Identity(frozenset({"reader", "person", "submit", "user", "admin"}), name=ADMIN)
 _ROLES_OF: Mapping[Role, frozenset[str]] = {
     Role.USER: frozenset({"reader", "person", "submit", "user"}),

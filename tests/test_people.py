@@ -25,12 +25,13 @@ __all__ = ["farm_fixture"]
 TICKET = "a-ticket-that-is-new"
 
 
-def add(farm: Farm, name: str = "anna", role: Role = Role.USER, **limits: int) -> str:
+def add(farm: Farm, name: str = "anna", role: Role = Role.USER, ticket: str = TICKET,
+        **limits: int) -> str:
     """Add a person as the admin does; return the key, which is not in the answer."""
     reply = farm.ask("POST", "/api/v1/users", json_body={
-        "name": name, "role": role.value, "limits": limits, "ticket": TICKET, "uses": 0})
+        "name": name, "role": role.value, "limits": limits, "ticket": ticket, "uses": 0})
     assert reply.status == 204 and reply.body == b""
-    return povfarm.person_key(name, KEY, TICKET)
+    return povfarm.person_key(name, KEY, ticket)
 
 
 def invite(farm: Farm, uses: int, role: Role = Role.USER, ticket: str = TICKET, **limits: int) -> str:
@@ -169,10 +170,26 @@ def test_a_removed_person_is_out_at_once_and_the_jobs_stay(farm: Farm) -> None:
     assert farm.ask("DELETE", "/api/v1/users/Anna").status == 204
     assert farm.ask("GET", "/api/v1/jobs", key=anna).status == 401
     assert farm.access.identify(request).name == ""
-    late = request_of(farm.access, {
-        "cookie": f"{farm.access.cookie}={farm.access.log_in(link)}"})
-    assert farm.access.identify(late).name == ""
+    with pytest.raises(povfarm.ProtocolError, match="this link was used before or is too old"):
+        farm.access.log_in(link)
     assert farm.job(job).owner == "anna" and farm.ask("DELETE", "/api/v1/users/anna").status == 404
+
+
+def test_who_is_added_again_is_somebody_else(farm: Farm) -> None:
+    """Whose key was lost is removed and added again: what was logged in with the old one is out."""
+    old = add(farm)
+    cookie = {"cookie": f"{farm.access.cookie}=" + farm.access.log_in(farm.access.login_code("anna"))}
+    link, request = farm.access.login_code("anna"), request_of(farm.access, cookie)
+    before = farm.access.identify(request)
+    assert before.name == "anna" and farm.access.knows(before)
+    assert farm.ask("DELETE", "/api/v1/users/anna").status == 204
+    new = add(farm, ticket="cd" * 16)
+    assert farm.ask("GET", "/api/v1/jobs", key=old).status == 401
+    assert farm.ask("GET", "/api/v1/jobs", key=new).status == 200
+    assert farm.access.identify(request).name == "", "a browser that somebody has found"
+    assert not farm.access.knows(before), "whose events go on"
+    with pytest.raises(povfarm.ProtocolError):
+        farm.access.log_in(link)
 
 
 def test_the_workers_of_who_is_removed_go_too(farm: Farm) -> None:
