@@ -97,29 +97,11 @@ import urllib.parse
 import uuid
 import zipfile
 import zlib
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
-from typing import (
-    Any,
-    BinaryIO,
-    Callable,
-    Collection,
-    ContextManager,
-    Dict,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-    TypedDict,
-    TypeVar,
-    Union,
-    cast,
-)
+from typing import Any, BinaryIO, NamedTuple, Optional, TypedDict, TypeVar, Union, cast
 
 if sys.platform == "win32":
     import msvcrt
@@ -3160,7 +3142,7 @@ class Project:
                        sources=sources), left_out
 
 
-HashCache = Dict[Tuple[str, int, int], str]  # (path, size, mtime in ns) -> SHA-256
+HashCache = dict[tuple[str, int, int], str]  # (path, size, mtime in ns) -> SHA-256
 
 
 def collect_project(
@@ -3242,7 +3224,7 @@ def plain_project(scene: Path) -> Project:
                    named=frozenset({scene.name}))
 
 
-_Members = Dict[str, Tuple[Union[Path, bytes], float]]  # by place: what is there, for frames after
+_Members = dict[str, tuple[Union[Path, bytes], float]]  # by place: what is there, for frames after
 
 
 def with_files(project: Project, files: Mapping[str, Path]) -> Project:
@@ -10741,7 +10723,7 @@ class _Deliveries:
             self.join_frames()
         return accepted
 
-    def gate_open(self, image: Path | bytes) -> ContextManager[None]:
+    def gate_open(self, image: Path | bytes) -> contextlib.AbstractContextManager[None]:
         """Let others in while an image is computed with that is not small."""
         small = isinstance(image, bytes) and len(image) <= BUFFER
         return contextlib.nullcontext() if small else self.states.store.gate.outside()
@@ -15610,7 +15592,7 @@ def _shown(job: int, task: Task, size: int) -> str:
     return f"/jobs/{job}/frames/{task.frame}/thumb/{size}/{task.sha256}"
 
 
-class _Shown(Dict[str, Any]):
+class _Shown(dict[str, Any]):
     """A job as API tells of it, and how it looks on pages."""
 
     def __init__(self, view: View) -> None:
@@ -20575,7 +20557,7 @@ def _node_answer(message: str, status: int = 200) -> Response:
 # progress and errors to stderr.
 
 Options = argparse.Namespace
-_Tools = Tuple[Union[Launcher, WindowsLauncher], Engine]  # what a worker renders with
+_Tools = tuple[Union[Launcher, WindowsLauncher], Engine]  # what a worker renders with
 _WHICH_FARM = ("data", "server", "pin", "discovery-port", "key-file")  # put behind commands
 _NAMES_ELSE = {"serve", "submit", "render"}  # whose --name does not choose a farm
 CommandFunction = Callable[[Options], int]
