@@ -14100,7 +14100,6 @@ class RenderOnline:
         self._intake.submit(PurePosixPath(scene).stem, owner, pov, project)
 
     def _tasks(self, tx: Look, owner: str, user: object) -> Iterator[dict[str, Any]]:
-        """Yield somebody's tasks, the newest first."""
         after = 0
         while jobs := tx.jobs(after, 100, owner):
             for job in jobs:
@@ -14260,7 +14259,6 @@ class Machines(Dialect):
         thread.start()
 
     def _drive(self, address: str, over: threading.Event) -> None:
-        """Give a node what it can render, until it is ``over``."""
         worker = self._join(WorkerInfo(f"machine-{address.replace(':', '-')}", 1, 0, "RenderOnline",
                                        {}), address, address.rpartition(":")[0])
         told = ""
@@ -14327,7 +14325,6 @@ class Machines(Dialect):
 
     def _render(self, address: str, attempts: Sequence[Attempt], engine: str,
                 words: Sequence[str], place: Path, over: threading.Event) -> None:
-        """Start a node, wait for its end, and take what it made."""
         one, begun = attempts[0], self._farm.clock.monotonic()
         answer = self._ask(address, "start", {
             "EngineId": engine, "TaskId": one.id, "Arguments": node_text(words)})
@@ -14778,7 +14775,6 @@ class _Sheets:
                            "Remove it from the farm") if "admin" in request.identity.roles else None
 
     def _rests(self, request: Request, worker: View) -> Node:
-        """Return the buttons that let a worker rest, or go on, for whose it is."""
         if "code" in worker or not self._may_steer(request, worker):
             return None
         actions = ("resume",) if "by hand" in worker.get("reason", "") else ("pause", "drain")
@@ -15367,13 +15363,10 @@ def _same_page(request: Request, **query: str) -> str:
 
 
 _STATE_WORDS: Mapping[str, str] = {
-    "waiting": "… waiting for its files", "active": "◷ waiting:",
-    "rendering": "● rendering", "paused": "‖ paused", "done": "✓ finished", "failed": "✕ failed",
-    "cancelled": "⊘ cancelled", "queued": "◷ queued", "leased": "● in work",
-    "working": "● working", "idle": "○ idle", "resting": "‖ resting", "gone": "◌ gone",
-    "sick": "✕ sick",
-    "pending": "? asks to join",
-}
+    "waiting": "… waiting for its files", "active": "◷ waiting:", "rendering": "● rendering",
+    "paused": "‖ paused", "done": "✓ finished", "failed": "✕ failed", "cancelled": "⊘ cancelled",
+    "queued": "◷ queued", "leased": "● in work", "working": "● working", "idle": "○ idle",
+    "resting": "‖ resting", "gone": "◌ gone", "sick": "✕ sick", "pending": "? asks to join"}
 # What happened, after the name of a job, a frame or a worker.
 _EVENT_WORDS: Mapping[str, str] = {
     "submitted": "was submitted", "job active": "is ready to render", "job done": "is finished",
@@ -15765,8 +15758,7 @@ class _Shown(dict[str, Any]):
             "job": str(self["id"]), "submitted by": self["owner"],
             "priority": str(self["priority"]),
             "most workers": str(self["max_workers"] or "no limit"),
-            "tries for a frame": str(self["retry_limit"]),
-            "in order": "yes" if self["in_order"] else None,
+            "tries for a frame": str(self["retry_limit"]), "in order": "yes" * self["in_order"],
             "processor time": format_duration(self["cpu"]), "takes": format_size(self["kept"]),
         }), element("p", [[element("code", option), " "] for option in options]))
 
