@@ -14987,14 +14987,14 @@ class Pages(_Sheets):
         if not re.fullmatch(r"|-?[0-4]", stops) or (stops and image.suffix not in LIGHT_TYPES):
             raise ProtocolError(404, f"'{stops}' is no exposure of frame {frame}: -4 to 4, of EXR "
                                      "or HDR")
-        path = image.parent / "thumbs" / f"{size}-{task.sha256}{stops}.png"
+        path, small = image.parent / "thumbs" / f"{size}-{task.sha256}{stops}.png", b""
         with self._store.gate.outside(), self._making:
             if not path.is_file():
                 small = small_png(image, image.suffix, size, int(stops or 0))
                 with contextlib.suppress(NoRoom, OSError), self._store.placing(path) as part:
                     part.write_bytes(small)
-        response = file_response(path, "image/png", request) if path.is_file() else \
-            Response(200, {"Content-Type": "image/png"}, small)
+        response = Response(200, {"Content-Type": "image/png"}, small) \
+            if small and not path.is_file() else file_response(path, "image/png", request)
         response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
         return response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import random
@@ -343,6 +344,25 @@ def test_a_large_picture_is_shown_small(farm: Farm) -> None:
     assert isinstance(answer.body, bytes)
     info = povfarm.check_image(answer.body, ".png", 160, 120)
     assert info.channels == 3 and not farm.page(f"/jobs/{job}").all("img", src="/thumb/4096")
+
+
+def test_a_small_picture_that_goes_while_it_is_asked_for_is_not_here(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, worker = farm.submit(Output_File_Type="P"), farm.join()
+    farm.deliver(worker, 1, b"P6\n4 3\n255\n" + bytes(36))
+    thumb = farm.send("GET", f"/jobs/{job}/frames/1/thumb/160/latest").headers["Location"]
+    assert farm.send("GET", thumb).status == 200
+    outside = farm.store.gate.outside
+
+    @contextlib.contextmanager
+    def meanwhile() -> Iterator[None]:
+        with outside():
+            yield
+        for path in farm.store.root.rglob("thumbs/*"):
+            path.unlink()
+
+    monkeypatch.setattr(farm.store.gate, "outside", meanwhile)
+    assert farm.send("GET", thumb).status == 404
 
 
 def test_an_ended_job_has_no_image_yet_to_come(farm: Farm) -> None:
