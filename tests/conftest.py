@@ -21,7 +21,7 @@ from helpers.farm import renderers
 # POV-Ray sleeps nine tenths of a small render, so of what renders more run at once than there are cores.
 WORKERS_MORE_THAN_CORES = 6
 FAST_LANE, FAST_MORE_THAN_CORES = "not slow", 1
-SLOW = re.compile(r"(/usr/bin/)?povray|.*/(povfarm\.py|chromium|chromium-browser|ffmpeg)")
+SLOW = re.compile(r"(/usr/bin/)?povray|.*/((povfarm|started)\.py|chromium|chromium-browser|ffmpeg)")
 RENDERERS = {"povray", "examples"}
 UNDER_WAY: List[pytest.Item] = []
 

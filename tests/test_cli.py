@@ -18,7 +18,7 @@ from typing import Any, Dict, List, cast
 import pytest
 
 import povfarm
-from helpers.base import ROOT
+from helpers.base import POVFARM, ROOT
 from helpers.pictures import png
 from povfarm import SETTINGS, _ProgressBar, main
 
@@ -422,7 +422,7 @@ def test_a_name_neither_breaks_nor_steers_the_terminal(tmp_path: Path) -> None:
         info = povfarm.WorkerInfo("\u6771\x1b[2J\x9b2J", 1, 1, "x", {}, ())
         farm.scheduler.join(info, "1", "10.0.0.7")
         shown = subprocess.run(
-            [sys.executable, str(ROOT / "povfarm.py"), "workers", "--server", farm.url, "--key",
+            [*POVFARM, "workers", "--server", farm.url, "--key",
              farm.key], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True,
             text=True, check=False)
         assert (shown.returncode, shown.stderr) == (0, "")

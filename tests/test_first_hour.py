@@ -18,7 +18,7 @@ from typing import Iterator, List
 
 import pytest
 
-from helpers.base import ROOT
+from helpers.base import POVFARM, ROOT
 from helpers.farm import stop_renderer
 from helpers.sockets import free_port
 
@@ -71,6 +71,10 @@ sphere { 0, 1 pigment { rgb 1 } }
 """
 
 
+WAY = f"{sys.executable} {ROOT / 'povfarm.py'}"
+STARTED = " ".join(POVFARM)  # which does the same, and is compiled once for all tests
+
+
 class Terminals:
     """Programs that are typed in one directory, below the home of its user."""
 
@@ -86,17 +90,18 @@ class Terminals:
 
     def start(self, typed: str) -> "subprocess.Popen[str]":
         """Type a command, the output of which is then read line by line."""
-        one = subprocess.Popen(["sh", "-c", f"exec {typed}"], cwd=self.place, env=self.environ,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        one = subprocess.Popen(["sh", "-c", f"exec {typed.replace(WAY, STARTED)}"], cwd=self.place,
+                               env=self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)
         self.started.append(one)
         return one
 
     def run(self, typed: str, code: int = 0) -> str:
         """Type a command and return all that it says."""
-        done = subprocess.run(["sh", "-c", typed], cwd=self.place, env=self.environ, text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=120, check=False)
+        done = subprocess.run(["sh", "-c", typed.replace(WAY, STARTED)], cwd=self.place,
+                              env=self.environ, text=True, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+                              check=False)
         assert done.returncode == code, done.stdout
         return done.stdout
 
@@ -169,15 +174,11 @@ def test_the_settings_of_the_data_directory_that_is_typed_are_read(terminals: Te
     (terminals.place / "srv").mkdir()
     (terminals.place / "srv" / "povfarm.ini").write_text(
         f"[povfarm]\nname = attic\nport = 0\nno-discovery = yes\npovray = {terminals.place}\n")
-    way = f"{sys.executable} {ROOT / 'povfarm.py'}"
-    assert "povfarm 'attic' is at" in until(terminals.start(f"{way} serve --data srv"), "Ctrl-C")
-    assert f"{terminals.place}" in terminals.run(f"{way} work --data srv", 2)  # no renderer
+    assert "povfarm 'attic' is at" in until(terminals.start(f"{WAY} serve --data srv"), "Ctrl-C")
+    assert f"{terminals.place}" in terminals.run(f"{WAY} work --data srv", 2)  # no renderer
     (terminals.place / "srv" / "povfarm.ini").write_text("[povfarm]\n\ncores = few\n")
-    assert terminals.run(f"{way} status --data srv", 2).startswith(
+    assert terminals.run(f"{WAY} status --data srv", 2).startswith(
         f"povfarm: {terminals.place}/srv/povfarm.ini, line 3: cores: 'few' is not a whole number from 1 up")
-
-
-WAY = f"{sys.executable} {ROOT / 'povfarm.py'}"
 
 
 class Farm:

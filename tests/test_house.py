@@ -14,7 +14,7 @@ import pytest
 
 import helpers.base
 import povfarm
-from helpers.base import ROOT
+from helpers.base import POVFARM, ROOT
 from helpers.source import SECTIONS, owners
 
 TESTS = ROOT / "tests"
@@ -70,7 +70,7 @@ def test_the_files_that_the_papers_name_are_there() -> None:
 # --- the fast lane
 
 def test_what_is_not_slow_starts_no_povray() -> None:
-    for program in ("povray", "/usr/bin/povray", str(ROOT / "povfarm.py")):
+    for program in ("povray", "/usr/bin/povray", str(ROOT / "povfarm.py"), POVFARM[1]):
         with pytest.raises(AssertionError, match="marked as slow"):
             subprocess.run([program, "--version"], check=False, capture_output=True)
 

@@ -12,7 +12,6 @@ import shutil
 import socket
 import struct
 import subprocess
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Tuple
 import pytest
 
 import povfarm
-from helpers.base import ROOT, need, run_povray
+from helpers.base import POVFARM, ROOT, need, run_povray
 from helpers.clients import ANIMATION, PART, BashClient, fields
 from helpers.farm_in_a_box import KEY, SCENE, Farm, manifest, pov_job
 from helpers.invariants import broken
@@ -967,7 +966,7 @@ def test_a_clients_pictures_are_those_of_plain_povray(
     farm.start()
     try:
         done = subprocess.run(
-            [sys.executable, str(ROOT / "povfarm.py"), "submit", "--server", farm.url, "--key",
+            [*POVFARM, "submit", "--server", farm.url, "--key",
              farm.key, "--name", "Ball game", *args], cwd=project, capture_output=True, text=True,
             timeout=60, check=False)
         assert done.returncode == 0, done.stderr
@@ -1012,7 +1011,7 @@ def test_slices_of_clients_and_ours_make_the_picture_of_plain_povray(
     assert run_povray(command, plain).returncode == 0
     farm = Coordinator(tmp_path / "data", bind="127.0.0.1", durable=False, httpov=True)
     farm.start()
-    main = [sys.executable, str(ROOT / "povfarm.py")]
+    main = POVFARM
     reach = ["--server", farm.url, "--key", farm.key]
     try:
         done = subprocess.run(

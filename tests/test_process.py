@@ -13,7 +13,7 @@ from typing import Iterator, Union
 import pytest
 
 import povfarm
-from helpers.base import ROOT, need, wait_until
+from helpers.base import POVFARM, ROOT, need, wait_until
 from povfarm import (
     Bounds,
     Engine,
@@ -237,7 +237,7 @@ def test_what_is_asked_for_its_version_does_not_outlive_a_worker_that_is_killed(
     need("linux", sys.platform == "linux", "process states are read from /proc")
     fake = program(tmp_path, 'echo $$ > part; mv part "$HOME/pid"; exec sleep 600')
     worker = subprocess.Popen(
-        [sys.executable, str(ROOT / "povfarm.py"), "work", "--server", "http://127.0.0.1:9",
+        [*POVFARM, "work", "--server", "http://127.0.0.1:9",
          "--povray", fake.program, "--data", str(tmp_path / "data")],
         cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)})
     while not (tmp_path / "pid").exists():

@@ -13,7 +13,6 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.parse
@@ -961,7 +960,7 @@ def project_fixture(tmp_path: Path) -> Path:
 
 def queue(farm: Coordinator, project: Path, *args: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "povfarm.py"), "submit", "--server", farm.url, "--key",
+        [*POVFARM, "submit", "--server", farm.url, "--key",
          farm.key, *args], cwd=project, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -11,7 +11,6 @@ import socket
 import ssl
 import stat
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
@@ -19,7 +18,7 @@ from typing import Any, Dict, Iterator, Tuple
 import pytest
 
 import povfarm
-from helpers.base import ROOT, need
+from helpers.base import POVFARM, need
 from helpers.sockets import shared_socket
 from helpers.trust import join_at
 from povfarm import Client, Coordinator, RequestRefused, ServerGone, UserError, own_certificate
@@ -44,7 +43,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuple[Path, Dic
 
 def run(tmp_path: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "HOME": str(tmp_path), "POVFARM_DATA": str(tmp_path / "own")}
-    return subprocess.run([sys.executable, str(ROOT / "povfarm.py"), *arguments], text=True,
+    return subprocess.run([*POVFARM, *arguments], text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False,
                           cwd=tmp_path, env=environment)
 
@@ -112,7 +111,7 @@ def test_the_printed_worker_command_works_and_a_wrong_pin_is_refused(
         povray: str, tmp_path: Path) -> None:
     (tmp_path / "scene.pov").write_text(SCENE)
     farm_data = tmp_path / "farm"
-    command = [sys.executable, str(ROOT / "povfarm.py"), "serve", "--data", str(farm_data),
+    command = [*POVFARM, "serve", "--data", str(farm_data),
                "--port", "0", "--no-discovery", "--tls", "auto"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serve:
         try:
