@@ -20915,14 +20915,15 @@ def _steer_workers(client: Client, views: Sequence[dict[str, Any]], options: Opt
         raise UserError(f"there {'is no worker' if not found else 'are several workers'} called "
                         f"'{names[0]}': take the id from 'povfarm.py workers'")
     worker, path = found[0], f"/api/v1/workers/{found[0]['id']}"
+    name = worker["name"]
     if action == "remove":
         client.request("DELETE", path)
     else:
         client.request("POST", f"{path}/{action}", json={})
     said, runs = _WORKER_ANSWERS[action]
     state = "removed" if action == "remove" else RESTS[action] or "admitted"
-    return _tell(options, {"id": worker["id"], "name": worker["name"], "state": state},
-                 f"{worker['name']} {said.format(runs * bool(worker['runs']), worker['name'])}")
+    return _show(options, {"id": worker["id"], "name": name, "state": state},
+                 remark=f"{name} {said.format(runs * bool(worker['runs']), name)}")
 
 
 _WORKER_ANSWERS = {  # what is said, and what of it only where something is under way
@@ -20989,7 +20990,7 @@ def _fetch_job(client: Client, view: Mapping[str, Any], options: Options) -> dic
     done = list(_finished_frames(client, job))
     owners = _Owners(directory, options.data)
     owners.begin(view)
-    owners.check(file["path"] for file in _written(client, job))
+    owners.check(file["path"] for file in client.get(f"/api/v1/jobs/{job}/files")["files"])
     strange = owners.claim([file["name"] for file in done])
     frames = [place_below(directory, frame["name"]) for frame in done]
     fetched = []
@@ -21138,7 +21139,7 @@ def admit(options: Options) -> int:
     """Admit the worker that shows this code."""
     worker = _coordinator(options).request(
         "POST", "/api/v1/workers/admit", json={"code": options.rest[0]}).json()
-    return _tell(options, worker, f"{worker['name']} may work now")
+    return _show(options, worker, remark=f"{worker['name']} may work now")
 
 
 @command("login")
@@ -21182,7 +21183,7 @@ def users(options: Options) -> int:
         client.request("DELETE", person)
         said = (" is withdrawn: nobody can come by it any more; who has come stays" if ticket else
                 " is removed, with the workers that came with this key; the jobs stay")
-    return _tell(options, {"name": names[0], "limits": limits}, names[0] + said)
+    return _show(options, {"name": names[0], "limits": limits}, remark=names[0] + said)
 
 
 def _invited(client: Client) -> list[dict[str, Any]]:
@@ -21300,9 +21301,9 @@ def backup(options: Options) -> int:
     to = Path(options.rest[0]).expanduser()
     keep_private(to)
     missing = Store.backup(options.data, to)
-    _tell(options, {"directory": str(to), "missing": missing}, "the farm is copied: "
-          "'" + " ".join(["povfarm.py serve --data", *map(shell_word, [
-              str(to), *_served_with(options.data)])]) + "' starts from there")
+    words = " ".join(map(shell_word, [str(to), *_served_with(options.data)]))
+    _show(options, {"directory": str(to), "missing": missing},
+          remark=f"the farm is copied: 'povfarm.py serve --data {words}' starts from there")
     if missing:
         raise FarmError(f"the farm and the copy lack {counted(len(missing), 'file')}, such as "
                         f"{missing[0]}")
@@ -21714,8 +21715,9 @@ def _shortened(text: str, width: int) -> str:
     return f"{head}...{_cut(text[::-1], width - 3 - _columns(head))[::-1]}"
 
 
-def _show(options: Options, data: Any, text: str, remark: str = "") -> int:
-    print(json.dumps(data) if options.json else plain(text), flush=True)
+def _show(options: Options, data: Any, text: str | None = None, remark: str = "") -> int:
+    if options.json or text is not None:
+        print(json.dumps(data) if options.json else plain(text or ""), flush=True)
     if remark and not options.json:
         _say(remark)
     return 0
@@ -21724,14 +21726,6 @@ def _show(options: Options, data: Any, text: str, remark: str = "") -> int:
 def _show_table(options: Options, data: Any, rows: Sequence[Sequence[Any] | str], nothing: str,
                 flexible: int | None = None) -> int:
     return _show(options, data, _table(rows, flexible) if rows[1:] else _typed(nothing))
-
-
-def _tell(options: Options, data: Any, text: str) -> int:
-    if options.json:
-        print(json.dumps(data))
-    else:
-        _say(text)
-    return 0
 
 
 def _say(text: str, level: int = logging.INFO) -> None:
@@ -21918,8 +21912,8 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> _Draft:
         values["Radiosity_File_Name"] = os.path.relpath(samples, cwd)  # it is written with the rest
     job = PovJob(values, pov.declares, pov.library, ".", tuple(noted))
     draft = _Draft(name, job, project, plan, frames, directory, limits,
-                  pov.to_file and not pov.to_stdout, collect, scratch, place=place,
-                  to_stdout=pov.to_stdout, append=pov.append, creates=pov.creates).over(project)
+                   pov.to_file and not pov.to_stdout, collect, scratch, place=place,
+                   to_stdout=pov.to_stdout, append=pov.append, creates=pov.creates).over(project)
     for version in (options.povray_version, renderer.version):
         if problem := unrenderable(draft.pov, version):
             raise UserError(problem)
@@ -22514,7 +22508,7 @@ class _Follower:
     def _names_written(self) -> list[str]:
         if self._draft.place is not None:
             return self._draft.place.written(self._job)
-        return [file["path"] for file in _written(self._client, self._job)]
+        return [file["path"] for file in self._client.get(f"{self._route}/files")["files"]]
 
     def _bring_written(self) -> list[str]:
         draft = self._draft
@@ -22596,10 +22590,6 @@ def _made(total: int, files: Sequence[str], written: Sequence[str], draft: _Draf
     return made + (f" and {counted(len(written), 'other file')}" if written else "") + where
 
 
-def _written(client: Client, job: int) -> list[dict[str, Any]]:
-    return list(client.get(f"/api/v1/jobs/{job}/files")["files"])
-
-
 def _whole_texts(copies: dict[str, Kept], draft: _Draft, root: Path) -> dict[str, Kept]:
     """Put the parts of each of POV-Ray's text files together: they are the runs', by frames."""
     folder = draft.destination(draft.frames[0]).parent
@@ -22676,7 +22666,8 @@ def _fetch_written(client: Client, job: int, directory: Path, owners: _Owners | 
                    named: Collection[str] = ()) -> list[str]:
     """Get the files that the scene wrote and that are not there already; return where they are.
     Of what is there and was never got for this job, only what is ``named`` is replaced."""
-    fetched, strange, written = [], [], _written(client, job)
+    fetched, strange = [], []
+    written = client.get(f"/api/v1/jobs/{job}/files")["files"]
     names = [file["path"] for file in written if file["sha256"] and file["path"] not in named]
     unknown = owners.claim(names) if owners else {*names}
     _say_left([file["path"] for file in written if not file["sha256"]],
@@ -23700,17 +23691,6 @@ def _come(client: Client, options: Options) -> None:
     _keep(client, options)
 
 
-def _key_in(file: str) -> str:
-    try:
-        key = sys.stdin.readline() if file == "-" else Path(file).expanduser().read_text("ascii")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "it is not plain text"
-        raise UserError(f"no key can be read from {file}: {why}") from None
-    if not key.strip():
-        raise UserError(f"there is no key in {'standard input' if file == '-' else file}")
-    return key.strip()
-
-
 def _from_elsewhere(client: Client) -> str:
     """Return the address of a coordinator with the options that other computers need for it."""
     url, pin = client.base_url, client.fingerprint
@@ -23724,8 +23704,16 @@ def _from_elsewhere(client: Client) -> str:
 
 
 def _known_key(options: Options) -> str:
-    if options.key_file and not options.key:
-        options.key = _key_in(options.key_file)
+    file = options.key_file
+    if file and not options.key:
+        try:
+            options.key = (sys.stdin.readline() if file == "-" else
+                           Path(file).expanduser().read_text("ascii")).strip()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it is not plain text"
+            raise UserError(f"no key can be read from {file}: {why}") from None
+        if not options.key:
+            raise UserError(f"there is no key in {'standard input' if file == '-' else file}")
     if options.key:
         return str(options.key)
     if kept := _kept(options):
