@@ -960,13 +960,11 @@ setting = _BY_NAME.__getitem__  # by the name of an option
 
 
 def configured_defaults(environ: Mapping[str, str], data: str = "") -> dict[str, Any]:
-    """Return every option's value before the rest of the command line is read.
-
-    The environment wins over the file povfarm.ini in the data directory (``data`` is what
-    ``--data`` gave, if it did), and the file over the default in the option's row. Raises
-    ``UserError`` for a bad value, and for a name in the file that is no option's. The
-    lines below [renderonline] are ``renderonline-lines``, as they are, and so with [hooks].
-    """
+    """Return every option's value before the rest of the command line is read. The environment wins
+    over the file povfarm.ini in the data directory (``data`` is what ``--data`` gave, if it did),
+    and the file over the default in the option's row. Raises ``UserError`` for a bad value, and for
+    a name in the file that is no option's. The lines below [renderonline] are
+    ``renderonline-lines``, as they are, and so with [hooks]."""
     values: dict[str, Any] = {row.name: row.default for row in SETTINGS}
     values.update({f"{section}-lines": [] for section in _SECTIONS})
     place = setting("data")
@@ -20557,11 +20555,9 @@ CommandFunction = Callable[[Options], int]
 
 @dataclass(frozen=True)
 class command:  # noqa: N801 - it is used as a decorator
-    """Tags a function as a command; its docstring is what the help says of it.
-
-    ``arguments`` is how the help shows what follows the name, and tells how many words
-    that is; POV-Ray's are all that do not start with ``--``. ``groups`` are those of SETTINGS.
-    """
+    """Tags a function as a command; its docstring is what the help says of it. ``arguments`` is how
+    the help shows what follows the name, and tells how many words that is; POV-Ray's are all that
+    do not start with ``--``. ``groups`` are those of SETTINGS."""
 
     name: str
     arguments: str = ""
@@ -21795,11 +21791,9 @@ class _Log(logging.Handler):
 
 @contextlib.contextmanager
 def _scratch(place: Path | None = None, prefix: str = "povfarm-") -> Iterator[Path]:
-    """Give a directory that is deleted at the end, in ``place`` or where temporary files belong.
-
-    If this process is killed, the next one deletes it: a lock, unlike the number of a process,
-    tells of every living one, those of containers too. Nothing is in its file before it is held.
-    """
+    """Give a directory that is deleted at the end, in ``place`` or where temporary files belong. If
+    this process is killed, the next one deletes it: a lock, unlike the number of a process, tells
+    of every living one, those of containers too. Nothing is in its file before it is held."""
     place = place or Path(tempfile.gettempdir())
     for old in place.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
@@ -21936,14 +21930,13 @@ def _program_draft(options: Options, scratch: Path, here: Path) -> _Draft:
         raise UserError(f"{options.engine} renders one file, with all in it: name that")
     pov = read_command_line([item for item in options.rest if item not in files], here, {}, (),
                             strict=False)
-    rules = OnlineRules.of(options.renderonline_lines, node=True)
-    line, suffix = rules.named(options.engine), PurePosixPath(files[0]).suffix
+    line = OnlineRules.of(options.renderonline_lines, node=True).named(options.engine)
+    suffix = PurePosixPath(files[0]).suffix
     kind = line.extension if line else {"blender": ".blend"}.get(options.engine, "")
     if suffix.lower() != kind.lower() if kind else suffix == ".pov":
         raise UserError(f"{options.engine} renders {kind or 'its own'} files, and not {files[0]}: "
                         "leave out --engine for POV-Ray")
-    if options.command == "render" and not options.lan and options.engine not in owned_programs(
-            rules):
+    if options.command == "render" and not (options.lan or options.engine in _programs(options)):
         raise UserError(f"no line 'engine {options.engine}' of {options.data / 'povfarm.ini'} "
                         "names a program that is here: the manual shows one")
     collect = functools.partial(plain_project, real_path(here / files[0]))
@@ -21951,7 +21944,7 @@ def _program_draft(options: Options, scratch: Path, here: Path) -> _Draft:
     stem = pov.values.get("Output_File_Name") or PurePosixPath(project.scene).stem
     job = program_job(options.engine, project.scene, pov.values, stem, {})
     return _Draft(options.name or PurePosixPath(project.scene).stem, job, project, job.plan,
-                 job.plan.chosen(options.frames), here, _limits(options), True, collect, scratch)
+                  job.plan.chosen(options.frames), here, _limits(options), True, collect, scratch)
 
 
 def _limits(options: Options, **more: Any) -> JobOptions:
@@ -22000,11 +21993,9 @@ def _collected(options: Options, pov: PovOptions, cwd: Path, outputs: set[str],
 
 
 def _readable_places(options: Options, cwd: Path) -> tuple[str, ...]:
-    """Return what scenes of ``render`` without ``--lan`` may read: all but what is private.
-
-    Hidden places that a person names, or stands in, are not hidden from the scene; fonts are not
-    secret, nor is what POV-Ray itself keeps in a home.
-    """
+    """Return what scenes of ``render`` without ``--lan`` may read: all but what is private. Hidden
+    places that a person names, or stands in, are not hidden from the scene; fonts are not secret,
+    nor is what POV-Ray itself keeps in a home."""
     hidden = private_places(options.data)
     home = Path.home().resolve()
     typed = [cwd, *((cwd / item).parent for item in options.rest if item[:1] not in "+-"),
@@ -22086,11 +22077,9 @@ def _images_of(draft: _Draft, options: Options) -> list[Path]:
 
 def _left_to_do(draft: _Draft, options: Options) -> _Draft:
     """Return what +C leaves to render: frames without a whole image, and from where to continue.
-
     What is done it sees by the images themselves (``_flaw``) and by state files (``_states``).
-    Frames that need others are rendered again with them; those in place that need nothing but
-    their images only from the first that is missing on.
-    """
+    Frames that need others are rendered again with them; those in place that need nothing but their
+    images only from the first that is missing on."""
     anew, draft = draft, replace(draft, append=draft.append or draft.goes_on)
     if not (draft.goes_on and draft.keeps_files):
         return draft
@@ -22438,11 +22427,9 @@ class _Follower:
                 f"Go on with: {again}")
 
     def _better(self, view: Mapping[str, Any]) -> tuple[_Draft, str] | None:
-        """Return what to begin the job again as, and why; None when it is as good as it gets.
-
-        It has ended, done or failed, and what its scene wrote is not here yet. What is returned
-        differs from the draft in what was wrong, so that none begins twice for the same reason.
-        """
+        """Return what to begin the job again as, and why; None when it is as good as it gets. The
+        job has ended, done or failed, and what its scene wrote is not here yet. What is returned
+        differs from the draft in what was wrong, so that none begins twice for the same reason."""
         draft = self._draft
         missed = [name for name in self._missed(view) if draft.project.explain(name)[0]]
         if missed:
@@ -22730,12 +22717,10 @@ def _own_directory(job: Mapping[str, Any], data: Path) -> Path:
 
 
 class _Owners:
-    """Whose the images in a directory are, so that no job replaces another one's.
-
-    For each directory, a file below ``data`` has a line for each image: number
-    and time of the job, which tell it from those of other farms, too, and the
-    name. It is not beside the images, where nothing is that POV-Ray would not write.
-    """
+    """Whose the images in a directory are, so that no job replaces another one's. For each
+    directory, a file below ``data`` has a line for each image: number and time of the job, which
+    tell it from those of other farms, too, and the name. It is not beside the images, where nothing
+    is that POV-Ray would not write."""
 
     def __init__(self, directory: Path, data: Path) -> None:
         if directory.exists() and not directory.is_dir():
@@ -22813,11 +22798,9 @@ def _finished_frames(client: Client, job: int) -> Iterator[dict[str, Any]]:
 
 
 def _jobs(client: Client, text: str, newest: bool = False) -> list[dict[str, Any]]:
-    """Return the jobs that one word of a command line means, the newest first; one at least.
-
-    The word is a number, a range such as 5-7 (of which some may be missing), ``last``, or a
-    name, of which there is one job, or it is the ``newest``. ``UserError`` when there is none.
-    """
+    """Return the jobs that one word of a command line means, the newest first; one at least. The
+    word is a number, a range such as 5-7 (of which some may be missing), ``last``, or a name, of
+    which there is one job, or it is the ``newest``. ``UserError`` when there is none."""
     numbers = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
     if numbers:
         low, high = int(numbers[1]), int(numbers[2] or numbers[1])
@@ -22857,11 +22840,9 @@ def _is_one(words: Sequence[str]) -> bool:
 def _ask_each(options: Options, words: Sequence[str], method: str, path: str = "",
               body: Any = None, said: Mapping[str, str] = {}) -> int:
     """Ask the same of every job that is named; one that cannot do it does not stop the others.
-
-    ``said`` is told of those that can, by their state or of any, in place of that. Neighbours
-    that refuse for the same reason share a line. Returns the exit code: 1 when some failed, 2
-    when all that was asked for is bad input.
-    """
+    ``said`` is told of those that can, by their state or of any, in place of that. Neighbours that
+    refuse for the same reason share a line. Returns the exit code: 1 when some failed, 2 when all
+    that was asked for is bad input."""
     told: list[dict[str, Any]] = []
     codes = set()
     for reason, answers in itertools.groupby(
@@ -23170,11 +23151,9 @@ def _programs(options: Options) -> dict[str, Program]:
 def _joined(client: Client, tools: _Tools, options: Options, home: Path,
             near: InPlace | Callable[[str], Path] | None = None,
             stop: threading.Event | None = None) -> Iterator[Worker]:
-    """Join a farm as a worker, as the one that this computer was before if it can.
-
-    That is known by the files in ``home``, where projects are kept as well; ``near`` is for
-    the ``Cache``, or takes its place. It waits for the coordinator, until ``stop``.
-    """
+    """Join a farm as a worker, as the one that this computer was before if it can. That is known by
+    the files in ``home``, where projects are kept as well; ``near`` is for the ``Cache``, or takes
+    its place. It waits for the coordinator, until ``stop``."""
     launcher, engine = tools
     cores = options.cores or _cores()
     programs = _programs(options)
@@ -23416,10 +23395,8 @@ class _Shifts:
 
 class _WorkerPage:
     """What workers of this process do, for a browser on their computer, and what can be done there.
-
     Who may come in has the cookie that a link gives, once, and a path of its own goes with it, as
-    with the coordinator's pages. The next link is in ``file``, which others cannot read.
-    """
+    with the coordinator's pages. The next link is in ``file``, which others cannot read."""
 
     def __init__(self, workers: Sequence[Worker], listen: str, file: Path) -> None:
         self._workers, self._file = workers, file
@@ -23924,13 +23901,10 @@ def _check_coordinator(client: Client, options: Options) -> Client:
 
 
 class _Signals:
-    """Calls ``action`` for every Ctrl-C or SIGTERM, and counts them.
-
-    What a second Ctrl-C does is the action's: ``work`` has ``Worker.stop``, which then
-    ends at once; ``render`` lets it end the program (``end_at_next``); others ignore it.
-    Not by an exception, which would be lost where it hits a ``__del__``, nor
-    in the handler itself, which runs in the middle of anything, locks too.
-    """
+    """Calls ``action`` for every Ctrl-C or SIGTERM, and counts them. What a second Ctrl-C does is
+    the action's: ``work`` has ``Worker.stop``, which then ends at once; ``render`` lets it end the
+    program (``end_at_next``); others ignore it. Not by an exception, which would be lost where it
+    hits a ``__del__``, nor in the handler itself, which runs in the middle of locks, too."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self.action = action
