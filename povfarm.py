@@ -22142,11 +22142,10 @@ def _all_there(draft: _Draft, options: Options) -> int:
 
 
 def _is_writable(directory: Path) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         tempfile.TemporaryFile(dir=directory).close()
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _submit(client: Client, draft: _Draft, farm: Scheduler | None = None) -> tuple[int, int]:
@@ -23695,10 +23694,9 @@ def _known_key(options: Options) -> str:
         return str(options.key)
     if kept := _kept(options):
         return kept["key"]
-    try:
+    with contextlib.suppress(OSError):
         return Path(options.data, "farm.key").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+    return ""
 
 
 def _coordinator(options: Options) -> Client:
@@ -24031,12 +24029,10 @@ def _check_disk(data: Path) -> tuple[bool, str]:
 
 
 def _check_port(kind: int, port: int) -> tuple[bool, str]:
-    with socket.socket(socket.AF_INET, kind) as sock:
-        try:
-            sock.bind(("", port))
-        except OSError:
-            return True, "in use: a coordinator seems to run here"
-    return True, "free"
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, kind) as sock:
+        sock.bind(("", port))
+        return True, "free"
+    return True, "in use: a coordinator seems to run here"
 
 
 if __name__ == "__main__":
