@@ -12106,8 +12106,7 @@ class Views:
         ended = attempt.state + f": {attempt.message}" * bool(attempt.message)
         if attempt.state == AttemptState.VOID:
             ended = "counts no more, as a new picture was asked for"
-        rows = (f", rows {attempt.top} to {attempt.bottom - 1}"
-                if attempt.kind == TaskKind.SLICE else "")
+        rows = f", rows {attempt.top} to {attempt.bottom - 1}" * (attempt.kind is TaskKind.SLICE)
         what, text = f"frame {attempt.frame}{rows} on {tx.worker(attempt.worker).name}", ""
         if attempt.log:
             directory = self._store.job_directory(job.id, job.name)
