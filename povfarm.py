@@ -13153,12 +13153,12 @@ class Dialect:
         False when the image is no good, or there is none: that is a failed try."""
         with self._store.read() as tx:
             height = tx.job(attempt.job).pov.options.height
+        self._farm.beat(attempt.worker, {}, 0.0)  # with nothing in hand it is silent less long
         try:
             if image is None:
                 raise ImageError(missing)
-            self._farm.beat(attempt.worker, {}, 0.0)  # with nothing in hand it may be silent for
             self._farm.finish(attempt.worker, attempt.lease, attempt.task, image, text, cost,
-                              attempt.given or height)  # less long
+                              attempt.given or height)
         except ImageError as error:
             self._fail(attempt, str(error), text)
             return False
