@@ -3552,7 +3552,7 @@ class _Reach:
         return known
 
 
-def _straight(path: Path) -> Path:
+def straight_path(path: Path) -> Path:
     """Return a path without "..", which leads up from what a link leads to, not from the link."""
     plain = Path(os.path.normpath(path))
     if ".." not in path.parts or "\0" in str(path) or real_path(plain) == real_path(path):
@@ -3630,7 +3630,7 @@ class _Search:
                 for folder in self._standard if directory is None else [directory]:
                     local = folder / candidate
                     if is_file(local):
-                        path = _straight(local)
+                        path = straight_path(local)
                         turns = path != Path(os.path.normpath(local))
                         return _FoundFile(local, path, _OWN if directory is None else
                                           _ABSOLUTE if turns else place)
@@ -4025,7 +4025,7 @@ class _Scan:
 
     def _note_written(self, name: str, reader: str, certain: bool) -> None:
         cwd, plain = self._search.cwd, os.path.normpath(name)
-        path = _straight(cwd / name)
+        path = straight_path(cwd / name)
         if path != cwd / plain:  # it leads up from a link, which the tree does not have
             plain = os.path.relpath(path, cwd)
             self._strings.setdefault(name, {})[reader] = None
@@ -4143,7 +4143,7 @@ class _Scan:
         folder, start = (whole, "") if is_directory(whole) else (whole.parent, whole.name)
         if not is_directory(folder) or (start and name[-1] == "/"):
             return
-        path = _straight(folder)
+        path = straight_path(folder)
         if _is_absolute(name) or path != Path(os.path.normpath(folder)):
             place = _ABSOLUTE
         if (start or _below(self._search.cwd, path) is None) and not self._reach.forbids(path):
@@ -4469,7 +4469,7 @@ def _steps(start: Path, name: str) -> list[Path]:
     if not (is_directory(start / name) or is_link(start / name)):
         return []
     parts = PurePosixPath(name).parts
-    return [_straight(start.joinpath(*parts[:number])) for number in range(1, len(parts) + 1)]
+    return [straight_path(start.joinpath(*parts[:number])) for number in range(1, len(parts) + 1)]
 
 
 # --- listing a directory, .bsac files
@@ -21898,15 +21898,17 @@ def _draft(options: Options, scratch: Path, renderer: _Renderer) -> _Draft:
     if options.command == "render":
         _check_names(pov, plan, directory)
     noted = [f"povray {' '.join(pov.needs)}"] * bool(pov.needs[0])
-    if options.command == "submit" and pov.creates[0]:
-        noted.append("create_ini {}\n{}".format(*pov.creates))
+    ini, text = pov.creates
+    if options.command == "submit" and ini:
+        ini = os.path.relpath(straight_path(cwd / ini), cwd)
+        noted.append(f"create_ini {ini}\n{text}")
     values = {**pov.values, **(pov.texts if place else {})}
     if place and PurePosixPath(samples := values.get("Radiosity_File_Name", "")).is_absolute():
         values["Radiosity_File_Name"] = os.path.relpath(samples, cwd)  # it is written with the rest
     job = PovJob(values, pov.declares, pov.library, ".", tuple(noted))
     draft = _Draft(name, job, project, plan, frames, directory, limits,
                    pov.to_file and not pov.to_stdout, collect, scratch, place=place,
-                   to_stdout=pov.to_stdout, append=pov.append, creates=pov.creates).over(project)
+                   to_stdout=pov.to_stdout, append=pov.append, creates=(ini, text)).over(project)
     for version in (options.povray_version, renderer.version):
         if problem := unrenderable(draft.pov, version):
             raise UserError(problem)
