@@ -2049,7 +2049,8 @@ def crop_rows(source: Path | bytes, extension: str, top: int, rows: int, to: Pat
 def join_rows(strips: Sequence[Path | bytes], extension: str, to: Path) -> None:
     """Write the whole picture that strips make, from the top to the bottom, and check it. What its
     header says besides (software, date) is the first strip's. Each strip has passed
-    ``check_image``. ``ImageError`` when one is of another kind than the first."""
+    ``check_image``. ``ImageError`` when one is of another kind than the first. Memory is bounded:
+    each ``_Data`` opens its file anew for what it reads."""
     _need(bool(strips), "there are no strips to join")
     found: list[_Strip] = []
     for number, strip in enumerate(strips, 1):
@@ -5292,12 +5293,12 @@ def is_chosen(job: int, frame: int, percent: int) -> bool:
 class Verdict(NamedTuple):
     """What becomes of an image of a frame that is compared, or looks wrong."""
 
-    keep: str = ""  # why it waits for another worker's; else it is accepted
-    doubt: str = ""  # that is told of an accepted one,
-    once: bool = False  # and not of each frame, but for the job, as it is the same for all
+    keep: str = ""  # why it waits for another worker's; empty: it is accepted
+    doubt: str = ""  # what is told of an accepted image,
+    once: bool = False  # once for the job and not for each frame
 
 
-# By how an image compares with those kept of its frame, and whether another worker could come next.
+# What ``compared`` returns, and whether another worker could still render the frame.
 VERDICTS: Mapping[tuple[str, bool], Verdict] = {
     ("first", True): Verdict(keep="rendered, and waits for another worker to check it"),
     ("first", False): Verdict(doubt="not verified: there is no other worker"),
@@ -5315,8 +5316,8 @@ VERDICTS: Mapping[tuple[str, bool], Verdict] = {
 
 
 def compared(by: Sequence[int], same: Sequence[bool], worker: int, side: Collection[int]) -> str:
-    """Return how an image compares with those kept, made ``by`` workers: which are the ``same``.
-    Who is on the ``side`` of its worker cannot confirm it."""
+    """Return how an image of ``worker`` compares with those kept of its frame: ``by`` are their
+    workers, ``same`` tells which are equal to it. Nobody on the worker's ``side`` confirms it."""
     if not by:
         return "first"
     agreed = set(itertools.compress(by, same)) - {worker}
@@ -8466,7 +8467,8 @@ class Look(_Register):
         return files, int(size), written
 
     def unused_blobs(self, before: float) -> list[str]:
-        """Return the hashes that nobody names and that are older than ``before``."""
+        """Return the hashes that nobody names and that are older than ``before``; ``tidy`` deletes
+        them."""
         return self._column("""
             SELECT sha256 FROM blob WHERE stored < :before
             AND sha256 NOT IN (SELECT sha256 FROM manifest_blob)
@@ -9415,7 +9417,7 @@ class Presence:
     missed: float | None = None  # when it was seen last, where it was told to be lost since then
     slots: int = 1  # runs that it keeps going
     departures: int = 0  # how often it left: a request that it had open gives it nothing
-    trial: float | None = None  # when it got a task to try, or became sick; None while it is not
+    trial: float | None = None  # when it got its last task to try, or became sick; None: well
     well: bool = False  # it is known that it did not fail what it did last
     guest: Guest | None = None
     bells: dict[_Bell, None] = field(default_factory=dict)  # where its open requests wait
@@ -9713,6 +9715,7 @@ class _States:
             self.end_attempt(tx, task, portion.grant.id, AttemptState.LOST, why)
 
     def end_lease(self, tx: Tx, grant: Grant, state: AttemptState, why: str) -> None:
+        """End a lease whatever it has left: tasks that nobody else is at are queued again."""
         tasks = [portion.task for portion in grant.portions.values()]
         self._end(tx, grant, state, why)
         for task in map(tx.task, tasks):
@@ -10017,6 +10020,7 @@ class _Crew:
                 self.states.waiting.wait(bell, left)
 
     def expire(self) -> None:
+        """Queue the tasks of workers that were silent for too long, and tell who is lost."""
         now, live = self.clock.monotonic(), self.live_workers()
         late = [grant.id for grant in self.states.grants
                 if grant.heard + self.silence(grant.worker) < now]
@@ -10205,20 +10209,19 @@ class Muster:
         return self._helping[job.id, part]
 
     def akin(self, worker: int, by: Collection[int] = ()) -> frozenset[int]:
-        """Return the workers behind which the person behind this one may be, also of those ``by``
-        whom something was made, who may be removed.
+        """Return the workers that may belong to the same person as this one.
 
-        They are of one computer, or came with one person's key. Or nobody has looked at them
-        (``--open``, clients of other systems); whoever was let in by its code, or has the farm key,
-        stands for itself.
+        They are on one computer, came with one person's key, or were let in unseen (``--open``,
+        clients of other systems). Whoever was let in by its code, or has the farm key, stands for
+        itself. Of removed workers only those ``by`` whom something was made are looked at.
         """
         mine, rows = self._look.worker(worker), [*self._look.workers(), *map(self._look.worker, by)]
         return frozenset(row.id for row in rows if row.address == mine.address or (
             mine.owner != ADMIN and (row.owner, row.code) == (mine.owner, mine.code)))
 
     def side(self, job: Job, worker: int, by: Collection[int] = ()) -> frozenset[int]:
-        """Return the workers that cannot confirm a picture of one: all that are akin to it, where
-        others could or did make the picture, too; else, and where none is checked, only itself."""
+        """Return the workers that cannot confirm a picture of this one: all that are akin to it if
+        others could make the picture or did; otherwise, and without --verify, only itself."""
         akin = self.akin(worker, by) if job.options.verify else frozenset()
         return akin if akin and self.helpers(job).union(by) - akin else frozenset({worker})
 
@@ -10902,7 +10905,7 @@ class _Delivery:
         return [task for task in tasks if task.state not in (TaskState.DONE, TaskState.CANCELLED)]
 
     def _compared(self, look: Look, kept: Sequence[Attempt]) -> tuple[Verdict, list[int]]:
-        """Say whether the image is to be accepted at once, and whose two others differ from."""
+        """Return what becomes of the image, and who made others if it is confirmed."""
         task, job = self.task, self.job
         if (task.kind is not TaskKind.FRAME or task.cut is not None or job.options.in_order
                 or task.state not in OPEN):
@@ -11373,7 +11376,8 @@ class Scheduler:
             return bool(look.unknown_manifests(projects))
 
     def _deal(self, worker: int, offer: Offer, over: bool, stays: int) -> list[LeaseSpec]:
-        """Give out what is queued, or else, when that is to be looked ``over``, what is leased."""
+        """Give out what is queued. ``over`` asks to look at what others render as well: some of it
+        may be divided, or rendered a second time."""
         with self.store.read() as look:
             if self.store.notice or not any(look.leasable_jobs(over)):
                 return []
@@ -12341,13 +12345,13 @@ class _Answers:
 
     def _event_stream(self, after: int, identity: Identity) -> Iterator[bytes]:
         yield b"retry: 2000\n\n"
-        while self._access.knows(identity):
+        while self._access.knows(identity):  # who was removed hears no more, after a second at most
             events = self._farm.wait_events(after, 1.0, MAX_EVENTS)
             for event in events:
                 after = event.id
                 yield f"id: {after}\nevent: change\ndata: {json.dumps(vars(event))}\n\n".encode()
             if not events:
-                yield b""
+                yield b""  # the server looks whether the client is still there
 
 
 class Api(_Answers):
@@ -13372,8 +13376,8 @@ class Httpov(Dialect):
         return leases[0].id, leases[0].job
 
     def _cuts(self, job: Job) -> bool:
-        """Tell whether the rows of the PPM that clients make of a slice are those of the PNG: that
-        has no alpha and no mark of a gamma. What slices share is not in their reach."""
+        """Tell whether clients can render slices: they make PPM, which has neither alpha nor a
+        gamma, and cannot read what the slices of a frame share."""
         values = job.pov.values
         return (not {"radiosity", "photons"}.intersection(job.pov.uses)
                 and "On" not in map(values.get, ("Output_Alpha", "Dither", "Grayscale_Output"))
@@ -17452,8 +17456,8 @@ def _is_plain(name: str) -> bool:
     return name.isascii() and not ('"' in name and "'" in name)
 
 
-# POV-Ray 3.7 minds the second setting, and the first only where it writes All_File
-# and its like. Without the file its text begins with a complaint.
+# POV-Ray 3.7 heeds the shellout setting, and the first only where it writes All_File
+# and its like. Without this file its messages begin with a complaint.
 POVRAY_CONF = """[File I/O Security]
 restricted
 [Shellout Security]
@@ -18360,7 +18364,11 @@ class Ended:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a renderer, which gets no network and starts nothing, may use; 0 and None: anything."""
+    """What a renderer may use; 0 and None: anything. Enforced by ``_become``.
+
+    On Linux it has no network either and starts nothing (Landlock, seccomp). Elsewhere only the
+    sizes hold, on Windows nothing: there ``work`` wants a farm that it knows, or --unconfined.
+    """
 
     reads: tuple[str, ...] | None = None  # besides what it may write, and the system's programs
     memory: int = 0  # bytes
@@ -18645,7 +18653,7 @@ _SYSTEM = (
 # WRITE_FILE REMOVE_DIR REMOVE_FILE MAKE_DIR MAKE_REG REFER TRUNCATE, but no links, pipes,
 # sockets and devices: who reads a renderer's files must not be led elsewhere by them.
 _READ, _RUN, _WRITE = 0xC, 0xD, 0x61BE
-_OF_FILES = 0xC007  # those that a rule for a file may have
+_OF_FILES = 0xC007  # the rights that a rule for a file, and not a directory, may have
 _OF_ABI = (0, 0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF)
 
 
@@ -18672,7 +18680,7 @@ class _Kernel:
         self._call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         if self._abi:
             handled = _OF_ABI[min(self._abi, 5)]
-            # Of later ABIs all TCP, then signals and abstract sockets to processes outside.
+            # ABI 4 can forbid all TCP, ABI 6 signals and abstract sockets to processes outside.
             rules = self._call("syscall", 444, struct.pack(
                 "QQQ", handled, 3 if self._abi >= 4 else 0, 3 if self._abi >= 6 else 0), 24, 0)
             for path in runs:
@@ -18784,7 +18792,7 @@ def _calls_of(machine: str) -> dict[str, int]:
 
 
 class WindowsLauncher:
-    """Starts renderers where there is no fork; same methods as ``Launcher``."""
+    """Starts renderers where there is no fork; same methods as ``Launcher``. Bounds are ignored."""
 
     def __init__(self, nice: int = 0) -> None:
         self.gone = False
@@ -21420,8 +21428,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names in letters that it has not got
     if arguments is None:
-        # What was made of this file is no garbage, and half of the memory that reading it took
-        # can go: with it, the fork before each renderer would take twice as long.
+        # What Python made of this file stays: no collection need look at it. Half of the memory
+        # that compiling took is free and goes back, as the fork before each renderer copies maps.
         gc.freeze()
         with contextlib.suppress(AttributeError):  # only glibc has it
             ctypes.pythonapi.malloc_trim(0)
@@ -22282,7 +22290,7 @@ class _Follower:
             for name in self._missed(view)[:1]:
                 view["failure"]["message"] = (f"{view['failure']['message'].rstrip('.')}; "
                                               + self._draft.project.explain(name)[1])
-        except FarmError as error:
+        except FarmError as error:  # Ctrl-C arrives as one, too
             self._bar.close()
             if self._stop.is_set() and self._here:
                 signals.end_at_next()
@@ -23901,9 +23909,9 @@ def _check_coordinator(client: Client, options: Options) -> Client:
 
 class _Signals:
     """Calls ``action`` for every Ctrl-C or SIGTERM, and counts them. What a second Ctrl-C does is
-    the action's: ``work`` has ``Worker.stop``, which then ends at once; ``render`` lets it end the
-    program (``end_at_next``); others ignore it. Not by an exception, which would be lost where it
-    hits a ``__del__``, nor in the handler itself, which runs in the middle of locks, too."""
+    the action's: ``work`` has ``Worker.stop``, which then ends at once; ``render`` calls
+    ``end_at_next``; others ignore it. The first raises no exception, which would be lost in a
+    ``__del__``. Nor is the action run in the handler, which interrupts anything, also a lock."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self.action = action
@@ -23912,7 +23920,8 @@ class _Signals:
             signal.signal(name, self._handle)
 
     def end_at_next(self) -> None:
-        """Let the next one end the program at once; a terminal that is closed may say so twice."""
+        """Let the next signal end the program at once, by KeyboardInterrupt. SIGHUP is ignored from
+        now on: a terminal that is closed may send it twice."""
         for name in _stop_signals():
             signal.signal(name, signal.SIG_IGN if name == getattr(signal, "SIGHUP", 0)
                           else signal.default_int_handler)
