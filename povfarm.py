@@ -23530,9 +23530,9 @@ class _WorkerPage:
                        action=f"{self._place}/{address or action}")
 
     def _facts(self, view: Mapping[str, Any]) -> Html:
-        runs = table_of(("Frame", "Done", "Threads", "For", "Job"), [(
-            run["frame"], f"{run['percent']} %", run["threads"], format_duration(run["seconds"]),
-            f"{run['job']} {run['name']}") for run in view["runs"]])
+        runs = table_of(("Job", "Frame", "Done", "Threads", "For"), [(
+            f"{run['job']} {run['name']}", run["frame"], f"{run['percent']} %", run["threads"],
+            format_duration(run["seconds"])) for run in view["runs"]])
         return section(
             f"For {view['farm']}: {view['state']}",
             element("p", view["trouble"], class_="notice failed") if view["trouble"] else None,
