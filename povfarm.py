@@ -6314,6 +6314,8 @@ class Limits:
     strangers: int = 128  # those of strangers,
     strangers_network: int = 64  # of strangers from one network,
     strangers_each: int = 32  # and from one address; as many again of those that only wait
+    people: int = 2000  # of people but the admin,
+    known_each: int = 200  # of one who was let in: a person, a worker, a guest's address
     head_bytes: int = 16384
     head_fields: int = 100
     head_seconds: float = 20.0
@@ -6809,6 +6811,8 @@ class Server(http.server.HTTPServer):
         most = self.limits
         self.strangers, self.waiting = (Shares(
             most.strangers_each, most.strangers_network, most.strangers) for _ in range(2))
+        self.people, self.workers = (Shares(
+            most.known_each, together, together) for together in (most.people, most.threads))
         self._held: dict[_Connection, None] = {}  # of the holding thread; idle longest first
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -6827,6 +6831,7 @@ class Server(http.server.HTTPServer):
             listener.settimeout(0)
         self._most = min(self.limits.connections, _descriptors(self.limits.connections))
         self._wakee, self._waker = socket.socketpair()
+        self._waker.setblocking(False)  # where it is full, it wakes already
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self.serve_forever, name="http", daemon=True)
 
@@ -7017,6 +7022,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self.deadline = 0.0  # of what is awaited now, while it is held
         self._limits = server.limits
         self._stage = _IDLE
+        self._counted: tuple[Shares, str] | None = None  # among whose requests this one is
         self._buffer = bytearray()  # received and not yet used
         self._searched = 0  # of the buffer: so far there is no end of a head,
         self._end = 0  # or here it is
@@ -7145,18 +7151,23 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         return self._has_head()
 
     def enter(self, identity: Identity, waits: bool = False) -> None:
-        """Let a request in; ``ProtocolError`` 503 when too many of strangers are under way."""
+        """Let a request in; ``ProtocolError`` 503 when too many of the same are under way."""
         if self._stage is not _ASKED:
             return
-        if identity.trusted:
-            self._stage = _ENTERED
-            return
-        with self.server.changed:
-            self._counted = self.server.waiting if waits else self.server.strangers
-            if not self._counted.take(self.remote):
-                raise ProtocolError(503, "too many requests at a time: try again in a moment",
-                                    Retry_After="1")
-        self._stage = _COUNTED
+        server, who = self.server, self.remote
+        if not identity.trusted:
+            shares = server.waiting if waits else server.strangers
+        elif identity.worker or "guest" in identity.roles:
+            shares, who = server.workers, f"#{identity.worker}" if identity.worker else who
+        else:
+            shares, who = server.people, f"@{identity.name}"
+        with server.changed:
+            if "admin" not in identity.roles:
+                if not shares.take(who):
+                    raise ProtocolError(503, "too many requests at a time: try again in a moment",
+                                        Retry_After="1")
+                self._counted = shares, who
+        self._stage = _ENTERED if identity.trusted else _COUNTED
 
     def alive(self) -> bool:
         """Whether the client still waits and the server is not stopping."""
@@ -7188,9 +7199,10 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(0 if self._stage is _ASKED else self._limits.send_seconds)
             self._send(response)
         finally:
-            if self._stage is _COUNTED:
+            if self._counted:
                 with self.server.changed:
-                    self._counted.give_back(self.remote)
+                    self._counted[0].give_back(self._counted[1])
+                self._counted = None
             self._stage = _OVER
         if unread:
             self._say_goodbye()

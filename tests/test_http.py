@@ -906,6 +906,57 @@ def test_strangers_leave_threads_for_those_who_were_let_in() -> None:
         server.stop()
 
 
+def test_many_who_end_at_once_wait_for_nobody_to_be_woken() -> None:
+    """The pipe by which threads wake the one that holds connections takes some 300 bytes."""
+    with serving(Pages()) as server:
+        server.stopping.set()
+        server._wake()
+        server._thread.join(60)
+        done = threading.Event()
+
+        def wake() -> None:
+            for _ in range(100_000):
+                server._wake()
+            done.set()
+
+        threading.Thread(target=wake, daemon=True).start()
+        woken = done.wait(60)
+        server._waker.close()  # or to stop would wait with it
+        assert woken
+
+
+def test_who_was_let_in_leaves_threads_for_others() -> None:
+    """One person, all people, one worker: none of them keeps out the admin or another worker."""
+    doors = Slow()
+    people = {name: Identity(frozenset({"reader", "person"}), name=name) for name in ("ann", "ben", "cem")}
+    workers = {f"w{number}": Identity(frozenset({"worker"}), number, "w") for number in (1, 2)}
+    guest = Identity(frozenset({"guest"}), name="guest")
+    those = {**people, **workers, "guest": guest,
+             "admin": Identity(frozenset({"reader", "person", "admin"}), name="admin")}
+    server = Server(Router(doors, authenticate=lambda request: those[request.headers["authorization"]]),
+                    "127.0.0.1", 0, limits=Limits(known_each=2, people=3))
+    server.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            def ask(who: str) -> socket.socket:
+                sock = stack.enter_context(connect(server))
+                sock.sendall(f"GET /wait HTTP/1.1\r\nHost: x\r\nAuthorization: {who}\r\n\r\n".encode())
+                return sock
+
+            for who, refused in (("ann", False), ("ann", False), ("ann", True), ("ben", False),
+                                 ("cem", True), ("w1", False), ("w1", False), ("w1", True),
+                                 ("w2", False), ("guest", False), ("guest", False), ("guest", True),
+                                 *[("admin", False)] * 5):
+                sock = ask(who)
+                assert statuses(sock.recv(1000)) == [503] if refused else doors.entered.acquire(timeout=60)
+            doors.over.set()
+        with server.changed:
+            assert server.changed.wait_for(lambda: not server.connections, 60)
+        assert not server.people and not server.workers
+    finally:
+        server.stop()
+
+
 class Slow:
     """Routes that keep whoever comes until they are told to let go."""
 
