@@ -4952,8 +4952,7 @@ OPEN = frozenset({TaskState.QUEUED, TaskState.LEASED})
 
 
 def wanted(state: JobState, counts: Mapping[Any, int]) -> int:
-    """Return how many frames of a job are to be rendered, from ``counts``, its frames by state: all
-    but the cancelled ones, but of a cancelled job those, too, to show how far it came."""
+    """Return how many frames are wanted, of ``counts``: cancelled ones only of a cancelled job."""
     left_out = 0 if state == JobState.CANCELLED else counts[TaskState.CANCELLED]
     return sum(counts[one] for one in TaskState) - left_out
 
@@ -4973,8 +4972,7 @@ class Wired:
 
 
 def fields_of(kind: Any, wire: Any) -> dict[str, Any]:
-    """Return the fields of a record in its JSON form; ``UserError`` for what is not that. Those
-    that are ``Optional`` may be null or missing: then they are empty."""
+    """Return a record's fields from JSON, or ``UserError``; ``Optional`` ones may be missing."""
     given, found = wire if isinstance(wire, dict) else {}, {}
     for name, hint in _hints(kind).items():
         schema = schema_of(hint)
@@ -5687,8 +5685,7 @@ RENDERS_ALREADY = "There already is an active render!"  # what a node says then
 
 
 def words_of(text: str) -> list[str]:
-    """Take a command line of a node's apart, as .NET does: at blanks, but for those in quotes.
-    ``UserError`` for what it would read in another way than we."""
+    """Split a node's command line as .NET does, at blanks outside of quotes, or ``UserError``."""
     if re.search(r'\\"|""|[\0-\x1f]', text) or text.count('"') % 2:
         raise UserError("the arguments cannot be taken apart")
     return [word.replace('"', "") for word in re.findall(r'(?:[^\s"]|"[^"]*")+', text)]
@@ -7855,8 +7852,7 @@ def _said(info: WorkerInfo) -> dict[str, Any]:
 
 
 class _Known:
-    """The workers by their secrets, and the people by their names in small letters, as they were
-    read last, until one ``changes``."""
+    """The workers by their secrets, the people by their names in small letters, as last read."""
 
     def __init__(self) -> None:
         self.changes = 0
@@ -7953,8 +7949,7 @@ class Store:
 
     @contextlib.contextmanager
     def tx(self) -> Iterator[Tx]:
-        """One writer at a time: all of the block is done, or nothing of it. It is on the disk at
-        the end; meanwhile others write and see it already."""
+        """One writer at a time: all of the block is done, and on the disk at the end, or none."""
         with self._noticing():
             with self._lock:
                 self._writer.execute("BEGIN IMMEDIATE")
@@ -8311,8 +8306,7 @@ class _Register:
             job=job, what=what, text=text))
 
     def alike(self, event: Event, after: int, lately: float) -> int:
-        """Return how many events before one of a frame, after an id and not so many seconds ago,
-        say the same of its job, by the same person."""
+        """Return how many such events, before one and lately, say the same of its job."""
         return int(self._value("""
             SELECT count(*) FROM event WHERE job = :job AND id > :after AND id < :id
             AND what = :what AND who = :who AND time > :since""",
@@ -8329,8 +8323,7 @@ class _Register:
         return self._one(Member, "SELECT * FROM worker WHERE id = :id", id=worker)
 
     def totals(self) -> list[tuple[Member, list[float]]]:
-        """Return each worker, also one that is gone or was removed, and its frames, seconds and
-        failures."""
+        """Return each worker, also one that is gone, and its frames, seconds and failures."""
         return [(row, [vars(row)[name] for name in DONE]) for row in self._all(
             Member, "SELECT * FROM worker ORDER BY id")]
 
@@ -8385,8 +8378,7 @@ class _Register:
         return known
 
     def person(self, name: str, invited: bool = False) -> Person | None:
-        """Return a person, however large or small the letters are written; or an ``invited`` one,
-        of whom only an invitation is there."""
+        """Return a person, in whatever case the name is; or an ``invited`` one, yet to come."""
         found = self._people().get(name.casefold())
         return found if found and (found.uses is not None) == invited else None
 
@@ -8468,8 +8460,7 @@ class Look(_Register):
             keys=json.dumps(keys)) if keys else []
 
     def extent(self, job: int) -> tuple[int, int, int]:
-        """Return how many files a job's project has (each content once), their bytes, and the
-        number of the files that its scene wrote."""
+        """Return how many files a project has, their bytes, and how many its scene wrote."""
         files, size, written = self._do("""
             SELECT COUNT(*), TOTAL(blob.size),
                    (SELECT COUNT(*) FROM written WHERE written.job = :job)
@@ -8729,8 +8720,7 @@ class Look(_Register):
               AND part.kind = 'slice' AND part.state != 'done')""")
 
     def slice_costs(self, job: int) -> list[tuple[int, float, float]]:
-        """Return how fast the slices were that were finished last: worker, rows a second and the
-        least seconds before the first row."""
+        """Return how fast the last slices were: worker, rows a second, least seconds before."""
         return [(row["worker"], row["rows"] / max(row["wall"], 0.01), row["parse"] or 0.0)
                 for row in self._do("""
             SELECT worker, SUM(bottom - top) AS rows, SUM(wall - parse) AS wall, MIN(parse) AS parse
@@ -9656,8 +9646,7 @@ class _States:
 
     def move_frames(self, tx: Tx, job: int, frm: TaskState, to: TaskState, why: str,
                     after: int = -1) -> tuple[int, int]:
-        """Move the next step of those frames that are like each other and come ``after`` one;
-        return how many were looked at, and the last."""
+        """Move the next step of frames ``after`` one; return how many were seen, and the last."""
         if (frm, to) not in TRANSITIONS:
             raise IllegalTransition(f"frames cannot go from {frm.value} to {to.value}")
         number, moved, last = tx.move_frames(job, frm, to, why, self.clock.time(), after, STEP,
@@ -9762,8 +9751,7 @@ class People:
         self._states, self._everybody = states, allowance
 
     def add(self, person: Person, who: str = ADMIN) -> None:
-        """Add a person, a program or an invitation. The same again, as when an answer was lost,
-        changes nothing."""
+        """Add a person, a program or an invitation; the same again changes nothing."""
         with self._states.tx(who) as tx:
             self._add(tx, person)
 
@@ -10072,8 +10060,7 @@ class _Crew:
 
     @staticmethod
     def _listens(presence: Presence, now: float) -> bool:
-        """Tell whether a worker waits in a request that is still open: that is as good as a beat. A
-        thousand that wait need not wake for it."""
+        """Tell whether a worker waits in an open request, which is as good as a beat."""
         for bell in list(presence.bells):
             if bell.alive():
                 presence.seen = now
@@ -10517,8 +10504,7 @@ class _Deal:
             self._tx.add_part(frame, TaskKind.PASS, top, bottom)
 
     def _wants_slices(self, job: Job) -> bool:
-        """Tell whether the next whole frame should be sliced at once: with ``auto`` only where
-        there are fewer frames than workers."""
+        """Tell whether the next whole frame should be sliced at once."""
         if job.options.slices != "auto":
             return job.options.slices not in ("off", "1")
         few = job.queued < len(self._muster.live)  # soon found out, and mostly enough
@@ -10554,8 +10540,7 @@ class _Deal:
     # --- what others are at
 
     def _left(self, portion: Portion, job: Job | None = None) -> float:
-        """Return the seconds that a portion will still take as it looks. Before any of it was
-        heard, a slice of ``job`` takes as long as others did."""
+        """Return the seconds a portion still takes; if nothing was heard, as others of ``job``."""
         usual = math.inf
         if job is not None and portion.kind is TaskKind.SLICE:
             speeds, cost = self._speeds_of(job)
@@ -10698,8 +10683,7 @@ class _Deliveries:
         self._joining = threading.Lock()
 
     def check_lease(self, worker: int, lease: str, task: int) -> None:
-        """Raise ``StaleLease`` for a task that a worker was not given under this lease, or that
-        nobody wants any more."""
+        """Raise ``StaleLease`` for a task that the worker was not given, or that nobody wants."""
         with self.states.store.read() as look:
             _, row, _ = self.states.shown(look, worker, lease, task)
         if row.state is TaskState.CANCELLED:
@@ -10765,8 +10749,7 @@ class _Deliveries:
                     states.move(tx, row, TaskState.FAILED if used_up else TaskState.QUEUED, message)
 
     def _used_up(self, tx: Tx, task: Task, job: Job, scene: bool) -> bool:
-        """Tell whether a task that has failed is not tried again. Where the ``scene`` is to blame,
-        one try on each worker that could do it is enough."""
+        """Tell whether a task is not tried again: of a bad ``scene``, when each worker tried."""
         if not scene:
             return task.tries + 1 >= job.options.retry_limit
         failed = tx.failed_workers(task.id)
@@ -10946,8 +10929,7 @@ class _Delivery:
                             if path.is_file()))  # a person may have deleted it
 
     def _store_all(self) -> list[tuple[int, str, int]]:
-        """Store the log, the image, and the files that the scene wrote; return the task, the hash
-        and the size of each piece."""
+        """Store log, image and written files; return task, hash and size of each piece."""
         self.log_name = self._store.put_log(
             self.directory, f"{self.task.name}.{self.attempt.id}.txt", self._log_text)
         if self.verdict.keep:
@@ -11439,8 +11421,7 @@ class Scheduler:
         return gone, waiting
 
     def tidy(self, keeping: Keeping | None = None) -> None:
-        """Delete what was kept for long enough: jobs, logs, blobs that nobody names, events. Forget
-        guests that are long gone."""
+        """Delete what was kept for long enough: jobs, logs, blobs, events, and guests long gone."""
         keeping, now = keeping or self.keeping, self.clock.time()
         for job in self.overdue(keeping)[0]:
             with self._steering(job.id, ADMIN) as tx:
@@ -11681,8 +11662,7 @@ class Access:
 
     def _issue(self, ends: dict[str, tuple[float, tuple[str, str]]], whose: tuple[str, str],
                seconds: float) -> str:
-        """Return a new secret, noted with its end; those that have ended, and more than many of one
-        person, are forgotten."""
+        """Return a new secret, noted with its end; ended ones, and too many of one person, go."""
         secret, now = secrets.token_urlsafe(24), self._clock.monotonic()
         with self._lock:
             over = [one for one, (end, _) in ends.items() if end < now]
@@ -11735,8 +11715,7 @@ class Access:
         return self._known(_whose(session.name), session.secret, request.remote)
 
     def _new_session(self, name: str) -> Session:
-        """Return a session that nobody has used yet: soon after ``hello``, or what is heard twice
-        could be taken twice."""
+        """Return a session soon after ``hello``: else what is heard twice could be taken twice."""
         said, _, mark = name.rpartition(".")
         if not hmac.compare_digest(mark, mac(self._boot, said)) or (
                 _said_at(name) <= max(self._closed, self._clock.monotonic() - HELLO_TIME)):
@@ -12131,8 +12110,7 @@ class Views:
         return what, ended, text
 
     def made(self, tx: Look, job: Job, frames: str = "") -> dict[str, Path]:
-        """Return by name the finished images of a job, and the files that its scene wrote; or only
-        the images of some frames."""
+        """Return the images and written files of a job by name, or the images of ``frames``."""
         directory = self._store.job_directory(job.id, job.name)
         if frames:
             chosen = tx.tasks_of_frames(job.id, job.pov.plan.chosen(frames))
@@ -12176,8 +12154,7 @@ class Views:
         return figures.text()
 
     def _put_jobs(self, tx: Look, figures: Figures) -> None:
-        """Add the jobs that are not finished, or were not ten minutes ago, and how long they wait.
-        The oldest of all that wait tells the age of the queue."""
+        """Add the jobs that go on, or ended just now, and for how long the oldest one waits."""
         now, oldest = self._farm.clock.time(), 0.0
         for job in tx.live_jobs(now - 600, MAX_FIGURES):
             labels = {"id": job.id, "job": job.name, "owner": job.owner}
@@ -12305,8 +12282,7 @@ class Newcomer(Wired):
 
 
 class _Answers:
-    """What the routes of ``Api`` share. ``routes`` and ``answered`` are the router's, once it is
-    made."""
+    """What the routes of ``Api`` share; ``routes`` and ``answered`` come from the router."""
 
     def __init__(self, scheduler: Scheduler, access: Access, name: str) -> None:
         self.routes: Sequence[BoundRoute] = ()
