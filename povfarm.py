@@ -5742,17 +5742,18 @@ def unsliceable(pov: PovJob, in_order: bool, slices: str = "auto") -> str:
     """Return why the frames of a job cannot be put together from slices, or nothing."""
     if pov.engine:
         return f"{pov.engine} renders whole frames"
-    if slices == "auto" and pov.options.stochastic:
-        return "stochastic anti-aliasing (+AM3) draws other pixels in slices"
-    if in_order:
-        return ("its frames run in order: leave out --slices, or say --in-order=no if no "
-                "frame needs an earlier one")
-    if pov.options.extension not in STRIP_TYPES:
-        return "JPEG pictures cannot be put together from slices: choose +FN for PNG"
     region = region_of(pov.options)
-    if region.bottom - region.top <= region.block:
-        return "the picture is no higher than one block of the renderer"
-    return ""
+    return next((why for wrong, why in (
+        (slices == "auto" and pov.options.stochastic,
+         "stochastic anti-aliasing (+AM3) draws other pixels in slices"),
+        (in_order, "its frames run in order: leave out --slices, or say --in-order=no if no "
+                   "frame needs an earlier one"),
+        (pov.values.get("Radiosity_To_File") == "On",
+         "each slice would save radiosity samples of its own: leave out --slices, or +RFO"),
+        (pov.options.extension not in STRIP_TYPES,
+         "JPEG pictures cannot be put together from slices: choose +FN for PNG"),
+        (region.bottom - region.top <= region.block,
+         "the picture is no higher than one block of the renderer")) if wrong), "")
 
 
 def worth_slicing(region: Region, mean: Cost | None) -> bool:
@@ -20137,8 +20138,9 @@ class Worker(Resting):
 
     def _finish_early(self, run: RunState, plan: Run, measure: _Measure) -> None:
         """Deliver the last frame before POV-Ray, which sleeps at its end, has ended."""
-        if plan.scene_files() != run.scene_files:
-            return  # POV-Ray closes some of them, such as radiosity samples, when it ends
+        samples = run.lease.pov.values.get("Radiosity_To_File") == "On"
+        if samples or plan.scene_files() != run.scene_files:
+            return  # POV-Ray writes the rest when it ends
         options, path = run.lease.pov.options, plan.made(plan.frames[-1])
         until = self._clock.monotonic() + START_SLEEP
         while run.open and self._clock.monotonic() < until:

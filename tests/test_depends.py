@@ -184,6 +184,14 @@ def test_samples_that_are_read_and_written_run_in_order(povray: str, tmp_path: P
     assert "rendered in order" in said
 
 
+def test_the_last_samples_that_povray_saves_are_there(povray: str, tmp_path: Path) -> None:
+    """It writes them when it ends, after the image."""
+    scene = ("global_settings { radiosity { count 20 } }\nplane { z, 1 pigment { rgb 0.7 } finish { "
+             "ambient 1 diffuse 0 } }\nsphere { 0, 1 pigment { rgb 1 } } sphere { x + y, 0.5 "
+             "pigment { rgb x } }")
+    both(tmp_path, {"walk.pov": scene}, "+RFO", "+RFI", "+WT1", "+KFF3")
+
+
 def depends(tmp_path: Path, text: str) -> bool:
     """Tell whether the scan of a scene finds that its frames may need each other."""
     place = laid_out(tmp_path, {"walk.pov": text, "y.inc": ""})

@@ -1074,6 +1074,7 @@ def test_why_a_picture_cannot_be_sliced_is_told() -> None:
     assert "JPEG" in povfarm.unsliceable(pov_job(1, Output_File_Type="J"), False)
     assert "order" in povfarm.unsliceable(pov_job(1), True)
     assert "block" in povfarm.unsliceable(pov_job(1, Antialias="On"), False)
+    assert "+RFO" in povfarm.unsliceable(pov_job(1, Radiosity_To_File="On"), False)
 
 
 # --- anything at all
