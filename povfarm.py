@@ -20896,9 +20896,10 @@ def _show_totals(client: Client, options: Options) -> int:
     tables = [_table([(kind[:-1], "frames", "time", "failed tries"), *(
         (view["name"] or "-", said_frames(view["frames"]), format_duration(view["wall"]),
          f"{view['failures']:,}") for view in views)], 0) for kind, views in totals.items()]
-    return _show(options, totals, "\n\n".join([
+    text = "\n\n".join([
         *tables, "A frame that several rendered counts as a part of one for each. A computer is "
-        "what stands\nbehind the @ of a worker's name, or else that name."]))
+        "what stands\nbehind the @ of a worker's name, or else that name."])
+    return _show(options, totals, text if any(totals.values()) else "nothing was rendered yet")
 
 
 def _steer_workers(client: Client, views: Sequence[dict[str, Any]], options: Options) -> int:

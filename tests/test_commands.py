@@ -60,6 +60,7 @@ def farm_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_totals_are_of_workers_computers_and_groups(farm: Served) -> None:
     farm.submit(2)
+    assert farm.says("workers", "--totals") == ("nothing was rendered yet\n", [])
     one = farm.scheduler.join(povfarm.WorkerInfo("eve@attic", 1, 0, "", {}, ("roof",)), "t", "::1")
     farm.finish(one, farm.lease(one), cpu=90.0)
     farm.fail(one, farm.lease(one))
