@@ -9,6 +9,7 @@ import pytest
 
 from helpers.base import run_povray
 from helpers.farm import SMALL, Farm, made_in, run
+from povfarm import PovJob, UserError, _links_of
 
 HEAD = """#version 3.7; global_settings { assumed_gamma 1 }
 camera { location -5*z look_at 0 }
@@ -109,3 +110,11 @@ def test_names_lead_where_they_lead_povray(farm: Farm, tmp_path: Path, name: str
         result = run(farm.tmp_path, *command, *args, cwd=place)
         assert result.returncode == 0, result.stderr
         assert made(place) == made(places[0])
+
+
+@pytest.mark.parametrize("use", [
+    "link ../out\nin", "link in\n../out", "link in\n/etc", "link in\n", "link \nin", "link in"])
+def test_no_link_of_a_job_leads_out_of_its_run(use: str) -> None:
+    assert _links_of(PovJob({}, (), (), ".", ("link a b\nc/d", "append x"))) == {"a b": "c/d"}
+    with pytest.raises(UserError):
+        _links_of(PovJob({}, (), (), ".", (use,)))
