@@ -20,7 +20,6 @@ from helpers.farm import renderers
 
 # POV-Ray sleeps nine tenths of a small render, so of what renders more run at once than there are cores.
 WORKERS_MORE_THAN_CORES = 6
-FAST_LANE, FAST_MORE_THAN_CORES = "not slow", 1
 SLOW = re.compile(r"(/usr/bin/)?povray|.*/((povfarm|started)\.py|chromium|chromium-browser|ffmpeg)")
 RENDERERS = {"povray", "examples"}
 UNDER_WAY: List[pytest.Item] = []
@@ -32,11 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+def pytest_xdist_auto_num_workers() -> int:
     """How many run at once with ``-n auto``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    fast = config.option.markexpr == FAST_LANE
-    return (cores or 1) + (FAST_MORE_THAN_CORES if fast else WORKERS_MORE_THAN_CORES)
+    return (cores or 1) + WORKERS_MORE_THAN_CORES
 
 
 @pytest.hookimpl(tryfirst=True)
