@@ -6313,6 +6313,7 @@ class Limits:
     strangers_network: int = 64  # of strangers from one network,
     strangers_each: int = 32  # and from one address; as many again of those that only wait
     people: int = 2000  # of people but the admin,
+    workers: int = 3500  # of workers, of which an open farm lets in whoever comes,
     known_each: int = 200  # of one who was let in: a person, a worker, a guest's address
     head_bytes: int = 16384
     head_fields: int = 100
@@ -6810,7 +6811,7 @@ class Server(http.server.HTTPServer):
         self.strangers, self.waiting = (Shares(
             most.strangers_each, most.strangers_network, most.strangers) for _ in range(2))
         self.people, self.workers = (Shares(
-            most.known_each, together, together) for together in (most.people, most.threads))
+            most.known_each, together, together) for together in (most.people, most.workers))
         self._held: dict[_Connection, None] = {}  # of the holding thread; idle longest first
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:

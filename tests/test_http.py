@@ -934,7 +934,7 @@ def test_who_was_let_in_leaves_threads_for_others() -> None:
     those = {**people, **workers, "guest": guest,
              "admin": Identity(frozenset({"reader", "person", "admin"}), name="admin")}
     server = Server(Router(doors, authenticate=lambda request: those[request.headers["authorization"]]),
-                    "127.0.0.1", 0, limits=Limits(known_each=2, people=3))
+                    "127.0.0.1", 0, limits=Limits(known_each=2, people=3, workers=5))
     server.start()
     try:
         with contextlib.ExitStack() as stack:
@@ -945,7 +945,7 @@ def test_who_was_let_in_leaves_threads_for_others() -> None:
 
             for who, refused in (("ann", False), ("ann", False), ("ann", True), ("ben", False),
                                  ("cem", True), ("w1", False), ("w1", False), ("w1", True),
-                                 ("w2", False), ("guest", False), ("guest", False), ("guest", True),
+                                 ("w2", False), ("guest", False), ("guest", False), ("guest", True), ("w2", True),
                                  *[("admin", False)] * 5):
                 sock = ask(who)
                 assert statuses(sock.recv(1000)) == [503] if refused else doors.entered.acquire(timeout=60)
