@@ -2968,6 +2968,7 @@ MAX_LIST = 32 << 20  # bytes of a zip file's list of files
 MAX_RATIO = 200  # how much larger than a zip file its files may be
 GUARD_FILES = 20_000  # a root with more is taken for no project, unless the user says so
 GUARD_SIZE = 2 * 10**9
+MAX_LINKS = 300  # that go with every lease of a job whose scenes write
 MAX_WRITTEN, MAX_WRITTEN_SIZE = 1000, 64 << 20  # files that a scene may write, and their bytes
 
 # What POV-Ray 3.8 comes with, for a machine that has no such POV-Ray.
@@ -2995,6 +2996,9 @@ _FILE_WORDS = frozenset(_EXTENSIONS_TRIED) - {"scene", "ttf"} | {"load_file", "s
 _IMAGE_BLOCKS = frozenset(
     ["image_map", "bump_map", "material_map", "image_pattern", "height_field"])
 _BLOCK_STARTS = frozenset(["#if", "#ifdef", "#ifndef", "#switch", "#while", "#for", "#macro"])
+
+# Begins the names of what povfarm adds where POV-Ray is started, and so none of a project's there.
+LINK = "_povfarm"
 
 # What is sent only when a scene mentions it, and what is not sent even then.
 _JUNK = re.compile(r"\..*|CVS|__pycache__|__MACOSX|Thumbs\.db|desktop\.ini|.*\.pov-state")
@@ -3152,23 +3156,19 @@ def collect_project(
     made: Callable[[Path], bool] | None = None, also: Iterable[str] = (),
     most: float = math.inf,
 ) -> Project:
-    """Find the files that a job needs, as POV-Ray 3.7 run in ``cwd`` would find them.
+    """Find the files that a job needs, as POV-Ray 3.7 run in ``cwd`` would find them: those below
+    the root and the library directories, by the rules of ``.bsac`` files where there are any
+    (``_Listing``), and those that the scene and its includes name (``_Scan``), as far as names may
+    lead (``_Reach``). ``UserError`` for a scene or a file that is missing or outside.
 
-    ``scene`` and ``library`` are as the command line and the INI files have
-    them, ``by_file`` those that only INI files named, ``values`` the options
-    that name further files; ``root`` is the scene's directory when None, and the
-    current one where it is above; ``outputs`` are the images that the job
-    writes, relative to ``cwd``; ``standard_dirs`` is what ``STANDARD`` means
-    here, empty where there is no POV-Ray; ``ini_dirs`` are the directories of
-    the INI files, for a better message; nothing above the ``ceiling`` belongs to
-    the project; ``made`` tells whether povfarm has put images into a directory;
-    ``also`` are names that POV-Ray was seen to miss; ``most`` the bytes of scenes that
-    are looked into. The files are
-    those below the root and the library directories, by the rules of ``.bsac``
-    files where there are any (``_Listing``), and those that the scene and its
-    includes name (``_Scan``), as far as names may lead (``_Reach``). Raises
-    ``UserError`` for a scene or a file that is missing or outside.
-    """
+    ``scene`` and ``library`` are as the command line and the INI files have them, ``by_file`` those
+    that only INI files named, ``values`` the options that name further files; ``root`` is the
+    scene's directory when None, and the current one where it is above; ``outputs`` are the images
+    that the job writes, relative to ``cwd``; ``standard_dirs`` is what ``STANDARD`` means here,
+    empty where there is no POV-Ray; ``ini_dirs`` are the directories of the INI files, for a better
+    message; nothing above the ``ceiling`` belongs to the project; ``made`` tells whether povfarm
+    has put images into a directory; ``also`` are names that POV-Ray was seen to miss; ``most`` the
+    bytes of scenes that are looked into."""
     reach = _Reach(cwd.resolve(), ceiling)
     search = _Search(cwd.resolve(), library, standard_dirs, reach, by_file)
     found = search.find("scene", scene) or _no_scene(search, scene, ini_dirs)
@@ -3191,13 +3191,14 @@ def collect_project(
     entries, unread = _entries(members, named, {} if hash_cache is None else hash_cache)
     directories = _empty_directories(tree, [*listing.folders, *scan.passed], entries)
     name = scene if found.place >= 0 else tree.name_of(found.path)
+    links, cut = _links_within(tree, listing) if scan.writes else ((), ())
     return Project(
         Manifest(entries, directories), {file.path: members[file.path][0] for file in entries},
         _as_povray_reads(tree.run_dir),
         _as_povray_reads(name.replace("\\", "/") if os.name == "nt" else name),
         tuple(map(_as_povray_reads, tree.library)),
-        (*search.warnings, *listing.warnings(), *scan.warnings, *unread),
-        frozenset({*scan.uses, *(_links_within(tree, listing.links) if scan.writes else ()),
+        (*search.warnings, *listing.warnings(), *scan.warnings, *unread, *cut),
+        frozenset({*scan.uses, *links,
                    *(f"system_file {sha256_file(Path(path))} {path}" for path in scan.system)}),
         frozenset(scan.reads),
         {key: _as_povray_reads(names[value]) for key, value in (values or {}).items()
@@ -3206,12 +3207,22 @@ def collect_project(
         scan.explain)
 
 
-def _links_within(tree: _Tree, links: Mapping[str, str]) -> Iterator[str]:
-    """Say which links there are from one place in the tree to another, as a run has them, too."""
-    for path, real in itertools.islice(links.items(), MAX_FOLDERS):
-        with contextlib.suppress(UserError):  # it leads out of the tree
-            if (place := tree.place(path)).isascii() and (to := tree.place(real)) != ".":
-                yield f"link {place}\n{to}"
+def _links_within(tree: _Tree, listing: _Listing) -> tuple[Iterable[str], Iterable[str]]:
+    """Say of links from one place in the tree to another by which names a run has them, too; and
+    what to say where there are too many."""
+    taken = {tree.place(path) for path in (*listing.folders, *listing.members)}
+    links = []
+    for path, real in listing.links.items():
+        with contextlib.suppress(UserError):  # it leads out of the tree, or no system can have it
+            place, to = _checked_path(tree.place(path)), _checked_path(tree.place(real))
+            blanks = ((_as_povray_reads(place, charset), _as_povray_reads(to, charset))
+                      for charset in ("latin-1", "utf-8"))
+            links.append({f"link {place}\n{to}", *(
+                f"link {one}\n{other}" for one, other in blanks if one not in taken)})
+    more = len(links) - MAX_LINKS
+    return itertools.chain(*links[:MAX_LINKS]), [
+        f"of the project's {len(links)} links the last {more} are no links on a farm: let the "
+        "scene write there by the names of what they lead to"] if more > 0 else []
 
 
 def plain_project(scene: Path) -> Project:
@@ -3618,6 +3629,10 @@ class _Search:
                 self.directories.append(directory)
                 if directory is not None and name not in by_file:
                     reach.bases.append(directory)
+        for directory in filter(None, self.directories):
+            with contextlib.suppress(OSError):
+                for path in sorted(directory.iterdir()):
+                    _refuse_ours(path.name, f"{path} has a name")
 
     def find(self, kind: str, name: str, here_only: bool = False) -> _FoundFile | None:
         """Find a file by the name in a scene; ``kind`` tells the extensions that are tried."""
@@ -3656,6 +3671,11 @@ class _Search:
         if beside != self.cwd and is_file(beside / name):
             return f", but in {beside}: go there first, or add +L{beside}"
         return ""
+
+
+def _refuse_ours(name: str, what: str) -> None:
+    if name.lower().startswith(LINK):
+        raise UserError(f"{what} that begins with {LINK}, as povfarm's own do: give it another")
 
 
 def _candidates(kind: str, name: str) -> list[str]:
@@ -4026,6 +4046,7 @@ class _Scan:
 
     def _note_written(self, name: str, reader: str, certain: bool) -> None:
         cwd, plain = self._search.cwd, os.path.normpath(name)
+        _refuse_ours(plain, f"the scene writes '{name}', a name")
         path = straight_path(cwd / name)
         if path != cwd / plain:  # it leads up from a link, which the tree does not have
             plain = os.path.relpath(path, cwd)
@@ -17436,7 +17457,6 @@ def _parts(program: str) -> tuple[str, ...]:
     return (str(path), *map(str, found))
 
 
-LINK = "_povfarm"  # begins the names of the links to a project's directories, as no scene's do
 _HOME = LINK  # the directory of what POV-Ray has for itself, such as the pixels of a big image
 OUR_INI = f"{LINK}.ini"
 _LOG = f"{LINK}.txt"  # what POV-Ray for Windows prints

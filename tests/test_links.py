@@ -112,6 +112,36 @@ def test_names_lead_where_they_lead_povray(farm: Farm, tmp_path: Path, name: str
         assert made(place) == made(places[0])
 
 
+@pytest.mark.slow
+def test_links_lead_there_below_letters_beyond_ascii_too(farm: Farm, tmp_path: Path) -> None:
+    text = HEAD + write('"link/new.inc"') + include('"../x.inc"') + include('"real/new.inc"') + PLANE
+    places = [tmp_path / place / "süß" for place in ("plain", "alone", "sent")]
+    for place in places:
+        (place / "real").mkdir(parents=True)
+        (place / "link").symlink_to("real")
+        (place / "s.pov").write_text(text)
+        (place.parent / "x.inc").write_text(RED)
+    assert run_povray(["s.pov", *SMALL], places[0]).returncode == 0
+    for place, command in zip(places[1:], (["render"], ["submit", "--wait", "--output", "."])):
+        result = run(farm.tmp_path, *command, "s.pov", *SMALL, cwd=place)
+        assert result.returncode == 0, result.stderr
+        assert made(place) == made(places[0])
+
+
+@pytest.mark.slow
+def test_a_name_of_povfarms_own_is_refused_before_anything_is_rendered(
+        farm: Farm, tmp_path: Path) -> None:
+    (tmp_path / "s.pov").write_text(HEAD + RED + PLANE)
+    (tmp_path / "_povfarm0").mkdir()
+    for command in (["render"], ["submit", "--wait", "--output", "."]):
+        result = run(farm.tmp_path, *command, "s.pov", *SMALL, cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stderr.splitlines() == [
+            f"povfarm: {tmp_path / '_povfarm0'} has a name that begins with _povfarm, as povfarm's "
+            "own do: give it another"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["_povfarm0", "s.pov"]
+
+
 @pytest.mark.parametrize("use", [
     "link ../out\nin", "link in\n../out", "link in\n/etc", "link in\n", "link \nin", "link in"])
 def test_no_link_of_a_job_leads_out_of_its_run(use: str) -> None:

@@ -912,6 +912,40 @@ def test_a_library_or_the_current_directory_may_be_the_top_of_all(tmp_path: Path
         assert (top / project.run_dir).resolve() == cwd.resolve()
 
 
+@pytest.mark.parametrize(("library", "ours", "text"), [
+    ([], "_povfarm0/x.inc", ""), ([], "_povfarm", ""), ([], "_povfarm.ini", ""),
+    (["lib"], "lib/_PovFarm1/x.inc", ""), ([], "", '#fopen F "_povfarm/x" write #fclose F')])
+def test_names_of_povfarms_own_are_refused(
+        tmp_path: Path, library: List[str], ours: str, text: str) -> None:
+    make(tmp_path, {"s.pov": scene(), "lib/x.inc": INC, "sub/_povfarm0/x.inc": INC})
+    collect(tmp_path, library=library)  # elsewhere they are in nobody's way
+    make(tmp_path, {"s.pov": scene() + text, **({ours: INC} if ours else {})})
+    with pytest.raises(povfarm.UserError, match="a name that begins with _povfarm, as povfarm's"):
+        collect(tmp_path, library=library)
+    with pytest.raises(povfarm.UserError, match="a name that begins with _povfarm, as povfarm's"):
+        povfarm.scan_in_place("s.pov", library, tmp_path, (), OWN)
+
+
+def test_links_go_along_by_all_their_names_and_those_left_out_are_said(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, {"s.pov": scene() + '#fopen F "link/x" write #fclose F', "real/keep": "",
+                    "l nk/keep": ""})
+    for name in ("link", "lïnk", "öde"):
+        (tmp_path / name).symlink_to("real")
+    links = {"link link\nreal", "link lïnk\nreal", "link l  nk\nreal", "link öde\nreal",
+             "link   de\nreal", "link  de\nreal"}  # a directory has the name "l nk"
+    project = collect(tmp_path)
+    assert {use for use in project.uses if use.startswith("link ")} == links
+    assert not project.warnings
+    monkeypatch.setattr(povfarm, "MAX_LINKS", 1)
+    project = collect(tmp_path)
+    assert {use for use in project.uses if use.startswith("link ")} == {"link link\nreal"}
+    assert [text.partition(":")[0] for text in project.warnings] == [
+        "of the project's 3 links the last 2 are no links on a farm"]
+    (tmp_path / "s.pov").write_text(scene())  # it writes nothing
+    assert not collect(tmp_path).warnings
+
+
 def test_names_that_are_one_for_povray_are_told_apart(tmp_path: Path) -> None:
     make(tmp_path, {"gröxe.pov": scene(), "grüxe.pov": scene("a.inc"), "a.inc": INC})
     for name in ("gröxe.pov", "grüxe.pov"):
