@@ -1169,31 +1169,19 @@ IMAGE_TYPES: Mapping[str, ImageType] = {
 
 @dataclass(frozen=True)
 class PovOptions:
-    """What one POV-Ray command line says, all its INI files included.
+    """What one POV-Ray command line says, all its INI files included."""
 
-    ``values`` maps INI keys to values as INI text has them, without the keys
-    that mean nothing on a farm. ``declares`` are ``name=value`` in order: of
-    two with one name POV-Ray takes the FIRST. ``library`` are the directories
-    in search order as they were written, relative to the working directory.
-    ``warnings`` say what was left out. ``needs`` is the oldest POV-Ray that
-    knows every word of it, and the word; nothing where the oldest of all does.
-    ``by_file`` are the names and library directories that a person did not type,
-    because an INI file names them.
-    ``texts`` are the files of its streams by their keys (``TEXT_FILES``), which
-    begin anew or, with ``append``, go on. ``creates`` is the INI file that it asks
-    for (Create_Ini) and the text of that; two empty ones where it does not.
-    """
-
-    values: Mapping[str, str]
-    declares: tuple[str, ...]
-    library: tuple[str, ...]
+    values: Mapping[str, str]  # of INI keys, as INI text has them; none that mean nothing on a farm
+    declares: tuple[str, ...]  # name=value, in order: of two with one name POV-Ray takes the FIRST
+    library: tuple[str, ...]  # as they were written, relative to the working directory, in order
     ini_files: tuple[str, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...]  # what was left out
+    # The oldest POV-Ray that knows every word of it, and the word; nothing where the oldest does.
     needs: tuple[str, str] = ("", "")
-    by_file: frozenset[str] = frozenset()
-    texts: Mapping[str, str] = field(default_factory=dict)
-    append: bool = False
-    creates: tuple[str, str] = ("", "")
+    by_file: frozenset[str] = frozenset()  # names and libraries that an INI file has, no person
+    texts: Mapping[str, str] = field(default_factory=dict)  # files of its streams, by TEXT_FILES
+    append: bool = False  # these go on, and do not begin anew
+    creates: tuple[str, str] = ("", "")  # the INI file that it asks for (Create_Ini), and its text
 
     @property
     def scene(self) -> str:
@@ -1240,29 +1228,23 @@ class PovOptions:
 
 @dataclass(frozen=True)
 class FramePlan:
-    """Every frame that a command line asks for, in the order of rendering.
+    """Every frame that a command line asks for, in the order of rendering."""
 
-    A still is frame 0 and its clock is ``initial_clock``. ``stem`` is the path
-    of a picture up to the frame number, ``digits`` the width of that number.
-    """
-
-    animation: bool
+    animation: bool  # a still is frame 0, and its clock is initial_clock
     frames: range
     initial_frame: int
     final_frame: int
     initial_clock: float
     final_clock: float
     cyclic: bool
-    digits: int
-    stem: str
+    digits: int  # the width of the frame number
+    stem: str  # the path of a picture up to that
     extension: str
 
     def clock(self, frame: int) -> float:
-        """Return ``clock`` as the scene sees it: computed in double, kept in single precision.
-
-        A cyclic animation runs as if it had one frame more. An animation whose
-        first frame is its last divides by zero, as in POV-Ray: its clock is NaN.
-        """
+        """Return ``clock`` as the scene sees it: computed in double, kept in single precision. A
+        cyclic animation runs as if it had one frame more. An animation whose first frame is its
+        last divides by zero, as in POV-Ray: its clock is NaN."""
         if not self.animation:
             return self.initial_clock
         steps = self.final_frame + self.cyclic - self.initial_frame
@@ -1277,9 +1259,7 @@ class FramePlan:
 
     def chosen(self, text: str) -> list[int]:
         """Return the frames that a text such as ``1-10,50`` names, in order; all for no text.
-
-        Raises ``UserError`` for a part of it that names no frame, or one that is not there.
-        """
+        Raises ``UserError`` for a part of it that names no frame, or one that is not there."""
         if text and not self.animation:
             raise UserError(f"'{text}' chooses frames of an animation, and this is a still")
         first, last, step = self.frames[0], self.frames[-1], self.frames.step
@@ -1315,16 +1295,13 @@ class FramePlan:
 def read_command_line(args: Sequence[str], cwd: Path, environ: Mapping[str, str],
                       system: Sequence[Path] | None = None, version: str = OLDEST,
                       strict: bool = True, ceiling: Path | None = None) -> PovOptions:
-    """Read ``args`` as POV-Ray of a ``version``, started in ``cwd``, reads its command line.
-
-    The base INI comes first (POVINI, ./povray.ini, the user's, the system's),
-    then the arguments; later wins, but Library_Path and Declare add up.
-    Raises ``UserError`` for what POV-Ray refuses, for what starts programs and
-    for what cannot be done in parts. Words that are newer than the version are
-    refused if ``strict``, and noted in ``needs`` otherwise. Unlike POV-Ray 3.7,
-    which garbles them, letters beyond ASCII in names are taken as they are. No INI
-    file is there that is not below the ``ceiling``.
-    """
+    """Read ``args`` as POV-Ray of a ``version``, started in ``cwd``, reads its command line. The
+    base INI comes first (POVINI, ./povray.ini, the user's, the system's), then the arguments; later
+    wins, but Library_Path and Declare add up. Raises ``UserError`` for what POV-Ray refuses, for
+    what starts programs and for what cannot be done in parts. Words that are newer than the version
+    are refused if ``strict``, and noted in ``needs`` otherwise. Unlike POV-Ray 3.7, which garbles
+    them, letters beyond ASCII in names are taken as they are. No INI file is there that is not
+    below the ``ceiling``."""
     reader = _CommandLine(cwd, version if strict else "", ceiling)
     inis = system_ini(version) if system is None else system
     home = environ.get("HOME", "")
@@ -1357,13 +1334,10 @@ def read_command_line(args: Sequence[str], cwd: Path, environ: Mapping[str, str]
 
 
 def plan_frames(options: PovOptions) -> FramePlan:
-    """Return the frames of a command line as POV-Ray counts them.
-
-    Initial and final frame both 0 or both 1 (unset counts as 0) make a still.
-    Raises ``UserError`` when there are no frames, or more than ``MAX_FRAMES``,
-    or no rows in them, or when POV-Ray would write the pictures to stderr or
-    under garbled names.
-    """
+    """Return the frames of a command line as POV-Ray counts them. Initial and final frame both 0 or
+    both 1 (unset counts as 0) make a still. Raises ``UserError`` when there are no frames, or more
+    than ``MAX_FRAMES``, or no rows in them, or when POV-Ray would write the pictures to stderr or
+    under garbled names."""
     region_of(options)
     values = options.values
     stem = _output_stem(options)
@@ -1390,25 +1364,19 @@ def plan_frames(options: PovOptions) -> FramePlan:
 
 @dataclass(frozen=True)
 class Region:
-    """What one frame renders: its rows and columns from 0, without ``bottom`` and ``right``.
-
-    Slices that begin at ``top + k * block`` make up exactly the picture of the
-    whole; where no slices do, ``block`` is all of the rows.
-    """
+    """What one frame renders: its rows and columns from 0, without ``bottom`` and ``right``."""
 
     top: int
     bottom: int
     left: int
     right: int
-    block: int
+    block: int  # slices that begin at top + k * block make up the picture; all rows where none do
 
 
 def region_of(options: PovOptions) -> Region:
     """Return the part of a frame that a command line asks for; ``UserError`` when it is none.
-
-    POV-Ray itself ends with an error, writes a black picture or hangs for ever
-    (POV-Ray/povray issue 312) where this refuses.
-    """
+    POV-Ray itself ends with an error, writes a black picture or hangs for ever (POV-Ray/povray
+    issue 312) where this refuses."""
     top, bottom = _span(options.values, "Row", options.height)
     left, right = _span(options.values, "Column", options.width)
     values, block = options.values, 1
@@ -1436,23 +1404,19 @@ def block_size(options: PovOptions) -> int:
 
 
 def slice_block(options: PovOptions) -> int:
-    """Return the edge of the blocks of a slice: small where the pixels do not depend on it.
-
-    Then little is lost of a slice that ends sooner than it was asked to, dear
-    rows can be handed on, and threads share few rows evenly. A block costs some
-    10 microseconds (chess2.pov: no more CPU time with 4 than with 32).
-    """
+    """Return the edge of the blocks of a slice: small where the pixels do not depend on it. Then
+    little is lost of a slice that ends sooner than it was asked to, dear rows can be handed on, and
+    threads share few rows evenly. A block costs some 10 microseconds (chess2.pov: no more CPU time
+    with 4 than with 32)."""
     fixed = "Render_Block_Size" in options.values or region_of(options).block > 1
     return block_size(options) if fixed else 4
 
 
 def slice_values(options: PovOptions, top: int, bottom: int) -> dict[str, str]:
-    """Return the INI values that render just the rows from ``top`` to before ``bottom``.
-
-    They go on top of the options' own; rows outside of the region are left out.
-    The pixels are those of the whole frame when the slice begins at the region's
-    ``top + k * block``, and so does the one below it.
-    """
+    """Return the INI values that render just the rows from ``top`` to before ``bottom``. They go on
+    top of the options' own; rows outside of the region are left out. The pixels are those of the
+    whole frame when the slice begins at the region's ``top + k * block``, and so does the one below
+    it."""
     region = region_of(options)
     top, bottom = max(top, region.top), min(bottom, region.bottom)
     if top >= bottom:
@@ -1470,12 +1434,10 @@ def quoted(text: str) -> str:
 
 
 def to_ini(values: Mapping[str, str], declares: Sequence[str], library: Sequence[str]) -> str:
-    """Return INI text that POV-Ray reads back to exactly these options, one on a line.
-
-    Raises ``UserError`` for a key or value that povfarm does not hand on, and
-    for names that POV-Ray 3.7 cannot read: it has no escapes, so not both kinds
-    of quotes in one, and it garbles what is not ASCII.
-    """
+    """Return INI text that POV-Ray reads back to exactly these options, one on a line. Raises
+    ``UserError`` for a key or value that povfarm does not hand on, and for names that POV-Ray 3.7
+    cannot read: it has no escapes, so not both kinds of quotes in one, and it garbles what is not
+    ASCII."""
     lines = [f"{key}={_ini_value(key, values[key])}\n" for key in sorted(values)]
     # Quotes around the whole of name="text" keep the inner ones, which make it a string and not a
     # number. Of a number POV-Ray keeps six digits.
@@ -1767,10 +1729,8 @@ class _CommandLine:
         return letter
 
     def set(self, name: str, kind: str, value: str, where: str, word: str = "") -> None:
-        """Take over one option; ``UserError`` when POV-Ray or povfarm refuses its value.
-
-        ``word`` is how it was written, where that is not ``name=value``.
-        """
+        """Take over one option; ``UserError`` when POV-Ray or povfarm refuses its value. ``word``
+        is how it was written, where that is not ``name=value``."""
         if not self.open:
             self.typed.add(value)
         if kind == "program":
@@ -3009,18 +2969,13 @@ _EVERY_FRAME, _NO_FRAME = -math.inf, math.inf  # beside N: the frames after N
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a project.
+    """One file of a project."""
 
-    ``path`` is its place in the tree with forward slashes, ``size`` in bytes,
-    ``mtime`` in seconds since 1970. Only frames after ``after_frame`` need it;
-    with None every frame does.
-    """
-
-    path: str
+    path: str  # its place in the tree, with forward slashes
     sha256: str
-    size: int
-    mtime: float
-    after_frame: Optional[int] = None
+    size: int  # bytes
+    mtime: float  # seconds since 1970
+    after_frame: Optional[int] = None  # only those after it need the file; with None every frame
 
 
 @dataclass(frozen=True)
@@ -3080,33 +3035,24 @@ class Manifest:
 class Project:
     """A job's files and how POV-Ray is started over them.
 
-    ``sources`` tells the local file of each path of the manifest, or its
-    contents where they differ from it. ``run_dir`` is the place of the current
-    directory in the tree, ``.`` for its top, and ``scene`` is relative to it, or
-    to a directory of ``library``. Those are places in the tree too, or
-    ``STANDARD``. ``uses`` names what the scene has: ``radiosity``, ``photons``,
-    ``own-output`` (it reads what its frames render or write), ``own-files`` (what
-    they write), ``load_file NAME`` (POV-Ray looks for that file in its own
-    directory only), ``append NAME`` (it may write on there), ``appends NAME`` (to
-    names that begin so) and ``system_file SHA256 PATH`` (it reads that file where it
-    is). ``reads`` are the names that it may read and write, where they are not all
-    written out. ``values`` are options of the command line that have to be others;
-    ``named`` are the paths that the scene names, ``writes`` what its text says that it
-    writes, from the current directory on. ``explain`` says of a name that
-    POV-Ray did not find whether the file could be sent, and why it was not.
-    """
+    ``uses`` names what the scene has: ``radiosity``, ``photons``, ``own-output`` (it reads what its
+    frames render or write), ``own-files`` (what they write), ``load_file NAME`` (POV-Ray looks for
+    that file in its own directory only), ``append NAME`` (it may write on there), ``appends NAME``
+    (to names that begin so), ``system_file SHA256 PATH`` (it reads that file where it is) and
+    ``link PLACE`` with where it leads in the next line."""
 
     manifest: Manifest
-    sources: Mapping[str, Path | bytes]
-    run_dir: str
-    scene: str
-    library: tuple[str, ...]
+    sources: Mapping[str, Path | bytes]  # by path there: the file, or contents that differ from it
+    run_dir: str  # the current directory's place in the tree, "." for its top
+    scene: str  # from there on, or from a directory of the library
+    library: tuple[str, ...]  # places in the tree, too, or STANDARD
     warnings: tuple[str, ...]
     uses: frozenset[str]
-    reads: frozenset[_Name] = frozenset()
-    values: Mapping[str, str] = field(default_factory=dict)
-    named: frozenset[str] = frozenset()
-    writes: frozenset[str] = frozenset()
+    reads: frozenset[_Name] = frozenset()  # names that are not all written out
+    values: Mapping[str, str] = field(default_factory=dict)  # the options that have to be others
+    named: frozenset[str] = frozenset()  # paths that the scene names
+    writes: frozenset[str] = frozenset()  # what its text says that it writes, from run_dir on
+    # Of a name that POV-Ray did not find: whether the file could be sent, and why it was not.
     explain: Callable[[str], tuple[bool, str]] = lambda name: (False, name)
 
     def read_by_others(self, names: Iterable[str]) -> str:
@@ -3116,12 +3062,9 @@ class Project:
             for read in self.reads for text in _garbled(read.text))), "")
 
     def as_it_is_now(self, scratch: Path, sha256: str) -> tuple[Project, list[str]]:
-        """Look at the files again, as what was sent for ``sha256`` had another hash.
-
-        Of those that have changed, the ones that the scene names are copied to
-        ``scratch`` first, so that they hold still. The others stay out; their
-        names are returned, too.
-        """
+        """Look at the files again, as what was sent for ``sha256`` had another hash. Of those that
+        have changed, the ones that the scene names are copied to ``scratch`` first, so that they
+        hold still. The others stay out; their names are returned, too."""
         files, left_out, sources = [], [], dict(self.sources)
         for file in self.manifest.files:
             local = sources[file.path]
@@ -3159,16 +3102,15 @@ def collect_project(
     """Find the files that a job needs, as POV-Ray 3.7 run in ``cwd`` would find them: those below
     the root and the library directories, by the rules of ``.bsac`` files where there are any
     (``_Listing``), and those that the scene and its includes name (``_Scan``), as far as names may
-    lead (``_Reach``). ``UserError`` for a scene or a file that is missing or outside.
-
-    ``scene`` and ``library`` are as the command line and the INI files have them, ``by_file`` those
-    that only INI files named, ``values`` the options that name further files; ``root`` is the
-    scene's directory when None, and the current one where it is above; ``outputs`` are the images
-    that the job writes, relative to ``cwd``; ``standard_dirs`` is what ``STANDARD`` means here,
-    empty where there is no POV-Ray; ``ini_dirs`` are the directories of the INI files, for a better
-    message; nothing above the ``ceiling`` belongs to the project; ``made`` tells whether povfarm
-    has put images into a directory; ``also`` are names that POV-Ray was seen to miss; ``most`` the
-    bytes of scenes that are looked into."""
+    lead (``_Reach``). ``UserError`` for a scene or a file that is missing or outside. ``scene`` and
+    ``library`` are as the command line and the INI files have them, ``by_file`` those that only INI
+    files named, ``values`` the options that name further files; ``root`` is the scene's directory
+    when None, and the current one where it is above; ``outputs`` are the images that the job
+    writes, relative to ``cwd``; ``standard_dirs`` is what ``STANDARD`` means here, empty where
+    there is no POV-Ray; ``ini_dirs`` are the directories of the INI files, for a better message;
+    nothing above the ``ceiling`` belongs to the project; ``made`` tells whether povfarm has put
+    images into a directory; ``also`` are names that POV-Ray was seen to miss; ``most`` the bytes of
+    scenes that are looked into."""
     reach = _Reach(cwd.resolve(), ceiling)
     search = _Search(cwd.resolve(), library, standard_dirs, reach, by_file)
     found = search.find("scene", scene) or _no_scene(search, scene, ini_dirs)
@@ -3283,14 +3225,11 @@ def scan_in_place(scene: str, library: Sequence[str], cwd: Path, outputs: Iterab
                   standard_dirs: Sequence[Path], ini_dirs: Sequence[Path] = (), *,
                   values: Mapping[str, str] | None = None, confined: bool = True,
                   ) -> tuple[Project, Mapping[str, Path], Collection[str]]:
-    """Return a project that stays where it is: its tree is the whole file system.
-
-    The arguments are those of ``collect_project``; a ``confined`` scene writes
-    nothing by a whole path. With it come the files that
-    POV-Ray 3.7 finds under garbled names only, by these names, which start from
-    ``cwd``; and the places of directories that the scene may want to write in.
-    Whether a file is there is POV-Ray's business: ``UserError`` only without the scene.
-    """
+    """Return a project that stays where it is: its tree is the whole file system. The arguments are
+    those of ``collect_project``; a ``confined`` scene writes nothing by a whole path. With it come
+    the files that POV-Ray 3.7 finds under garbled names only, by these names, which start from
+    ``cwd``; and the places of directories that the scene may want to write in. Whether a file is
+    there is POV-Ray's business: ``UserError`` only without the scene."""
     reach = _Reach(cwd.resolve(), in_place=True)
     search = _Search(cwd.resolve(), library, standard_dirs, reach, ())
     found = search.find("scene", scene) or _no_scene(search, scene, ini_dirs)
@@ -3322,10 +3261,8 @@ def scan_in_place(scene: str, library: Sequence[str], cwd: Path, outputs: Iterab
 
 def private_places(data: Path) -> frozenset[Path]:
     """Return what no render in place may read though its user may, ``data`` of a farm among it.
-
-    That is what is hidden in the homes of people, where programs keep their
-    secrets, and what the kernel shows of other programs.
-    """
+    That is what is hidden in the homes of people, where programs keep their secrets, and what the
+    kernel shows of other programs."""
     homes = {Path.home().resolve(), Path("/root")}
     hidden = {Path(place) for place in ("/proc", "/sys", "/dev", "/run")}
     with contextlib.suppress(OSError):
@@ -3338,11 +3275,9 @@ def private_places(data: Path) -> frozenset[Path]:
 
 def read_zip(path: Path, into: Path, most: int = MAX_ZIP_SIZE) -> None:
     """Unpack a project of ``most`` bytes that someone packed into the new directory ``into``.
-
-    Raises ``UserError``, and leaves nothing behind, for a zip file that is
-    damaged, encrypted, too large, or holds a file that has no business there:
-    one outside, a link or device, a name twice.
-    """
+    Raises ``UserError``, and leaves nothing behind, for a zip file that is damaged, encrypted, too
+    large, or holds a file that has no business there: one outside, a link or device, a name
+    twice."""
     if into.exists():
         raise UserError(f"{into} is there already: {path} is not unpacked over it")
     try:
@@ -3357,11 +3292,9 @@ def read_zip(path: Path, into: Path, most: int = MAX_ZIP_SIZE) -> None:
 
 
 def find_project(path: Path) -> Path:
-    """Return what to render in a directory: its pov.ini, its only INI file, or its only scene.
-
-    A directory that holds nothing but one directory stands for that one.
-    Raises ``UserError`` with what there is when the choice is not clear.
-    """
+    """Return what to render in a directory: its pov.ini, its only INI file, or its only scene. A
+    directory that holds nothing but one directory stands for that one. Raises ``UserError`` with
+    what there is when the choice is not clear."""
     while True:
         inside = sorted(item for item in path.iterdir() if not _JUNK.fullmatch(item.name))
         if len(inside) != 1 or not inside[0].is_dir():
@@ -3381,11 +3314,9 @@ def find_project(path: Path) -> Path:
 
 
 def zip_stream(entries: Iterable[tuple[str, Path | bytes]]) -> Iterator[bytes]:
-    """Yield a zip file of ``(name, file)`` pairs piece by piece, stored, not compressed.
-
-    Instead of a file its contents may be given; a name with a slash at its end is a directory.
-    Every file has the same time, so that the same files are the same bytes.
-    """
+    """Yield a zip file of ``(name, file)`` pairs piece by piece, stored, not compressed. Instead of
+    a file its contents may be given; a name with a slash at its end is a directory. Every file has
+    the same time, so that the same files are the same bytes."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w") as archive:
         for name, path in entries:
@@ -3415,11 +3346,9 @@ def pack_files(files: Mapping[str, Path], to: Path, left_out: Iterable[str] = ()
 
 
 def unpack_files(packed: Path, into: Path, most: int = MAX_WRITTEN_SIZE) -> dict[str, Path | None]:
-    """Read what ``pack_files`` made of ``most`` bytes; ``UserError`` for what it never makes.
-
-    The files are put into the new directory ``into`` under other names. What was left
-    out is None, under names that are only for people.
-    """
+    """Read what ``pack_files`` made of ``most`` bytes; ``UserError`` for what it never makes. The
+    files are put into the new directory ``into`` under other names. What was left out is None,
+    under names that are only for people."""
     with _zip_of(packed, "what a run left", MAX_LIST // 16) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir()]
         size = sum(info.file_size for info in infos)
@@ -3463,9 +3392,8 @@ def place_below(directory: Path, name: str) -> Path:
 @contextlib.contextmanager
 def held_place(directory: Path, name: str, mode: int = 0) -> Iterator[Path]:
     """Give the place of a farm's file, in directories that nobody can swap for links meanwhile.
-
-    Where the system cannot hold them, they were looked at just before. With a ``mode`` they get it.
-    """
+    Where the system cannot hold them, they were looked at just before. With a ``mode`` they get
+    it."""
     place = place_below(directory, name)
     with writing(place), contextlib.ExitStack() as stack:
         if sys.platform != "linux":
@@ -3511,15 +3439,11 @@ _SYSTEM_SHARED = ("/usr/share/", "/usr/local/share/", "/usr/lib/", "/Library/Fon
 
 
 class _Reach:
-    """How far the names in scenes and INI files may lead: less far than what a person typed.
-
-    Below a directory in which the person is or that was typed, a name may lead
-    anywhere; else no farther up than to the directory that the file has in
-    common with the current one, which must not hold the home directory, and not
-    into hidden directories. Nothing is ever sent of the system's own
-    directories, of version control, or of a farm's data. Links count as what
-    they lead to.
-    """
+    """How far the names in scenes and INI files may lead: less far than what a person typed. Below
+    a directory in which the person is or that was typed, a name may lead anywhere; else no farther
+    up than to the directory that the file has in common with the current one, which must not hold
+    the home directory, and not into hidden directories. Nothing is ever sent of the system's own
+    directories, of version control, or of a farm's data. Links count as what they lead to."""
 
     def __init__(self, cwd: Path, ceiling: Path | None = None, in_place: bool = False) -> None:
         self.bases = [cwd]  # where the person is, and what was typed; without links
@@ -3852,14 +3776,11 @@ def _event_kind(before: str, last: str) -> str:
 
 
 class _Scan:
-    """Follows a scene through its includes and finds the files that they name.
-
-    Only names written out are seen: what ``concat(...)`` or a variable make is
-    not known until POV-Ray runs, but any string that is the name of a file or
-    directory takes that along, and any that begins the names of files in a
-    directory takes those. What stands between ``#if``, ``#macro`` and the like
-    and their ``#end`` may never be reached: what is missing there is a warning.
-    """
+    """Follows a scene through its includes and finds the files that they name. Only names written
+    out are seen: what ``concat(...)`` or a variable make is not known until POV-Ray runs, but any
+    string that is the name of a file or directory takes that along, and any that begins the names
+    of files in a directory takes those. What stands between ``#if``, ``#macro`` and the like and
+    their ``#end`` may never be reached: what is missing there is a warning."""
 
     def __init__(self, tree: _Tree, renders: _Renders, reach: _Reach,
                  listing: _Listing | None, most: float = math.inf) -> None:
@@ -4194,10 +4115,8 @@ class _Scan:
 
 
 class _Name(NamedTuple):
-    """What a scene gives as a file's name: a text, or what it begins and ends with.
-
-    A ``variable`` stands before the text for what it may hold.
-    """
+    """What a scene gives as a file's name: a text, or what it begins and ends with. A ``variable``
+    stands before the text for what it may hold."""
 
     text: str
     whole: bool
@@ -4225,14 +4144,11 @@ _UNKNOWN = _Name("", False)
 
 
 class _Flow:
-    """Which files a scene reads that it has written itself, as far as its text tells.
-
-    A name is a string, begins with one (``concat("a", ...)``), or is a
-    variable, which may hold whatever is declared under that name anywhere, and
-    a macro's parameter whatever any call of that macro is given. Macros that
-    nobody calls do not count, nor does what is read after the same block has
-    written it: that is of the same frame.
-    """
+    """Which files a scene reads that it has written itself, as far as its text tells. A name is a
+    string, begins with one (``concat("a", ...)``), or is a variable, which may hold whatever is
+    declared under that name anywhere, and a macro's parameter whatever any call of that macro is
+    given. Macros that nobody calls do not count, nor does what is read after the same block has
+    written it: that is of the same frame."""
 
     def __init__(self) -> None:
         self._uses: set[tuple[str, str, _Name]] = set()  # in which macro, what is done with a file
@@ -4321,10 +4237,8 @@ class _Flow:
         self._values[variable].update(filter(None, inside))
 
     def live(self) -> set[tuple[str, _Name]]:
-        """Return how the scene uses files, and which, without the macros that nobody calls.
-
-        That is ``read``, ``write``, ``append`` or another word before a name.
-        """
+        """Return how the scene uses files, and which, without the macros that nobody calls. That is
+        ``read``, ``write``, ``append`` or another word before a name."""
         reached, open_ = {""}, [""]
         while open_:
             called = {word for word in self._mentions[open_.pop()]
@@ -4420,14 +4334,11 @@ def _file_use(words: Sequence[str], index: int) -> tuple[str, int]:
 
 
 def photon_scene(data: bytes, word: str) -> bytes | None:
-    """Return a scene file with ``save_file`` or ``load_file`` in its photons; None without any.
-
-    The word goes into every ``photons`` block of ``global_settings``; of blocks
-    between ``#if`` and ``#end`` POV-Ray reads one. A block of its own in a second
-    file would not do: it takes the place of the scene's whole block, so that
-    nothing is saved, and that what is loaded lacks ``gather`` and ``radius``.
-    A file that saves or loads photons itself is left alone.
-    """
+    """Return a scene file with ``save_file`` or ``load_file`` in its photons; None without any. The
+    word goes into every ``photons`` block of ``global_settings``; of blocks between ``#if`` and
+    ``#end`` POV-Ray reads one. A block of its own in a second file would not do: it takes the place
+    of the scene's whole block, so that nothing is saved, and that what is loaded lacks ``gather``
+    and ``radius``. A file that saves or loads photons itself is left alone."""
     text = data.decode("latin-1")  # each byte as it is, whatever the scene's charset
     if any(token in ("load_file", "save_file") for _, token in _tokens(text)):
         return None
@@ -4440,13 +4351,10 @@ def photon_scene(data: bytes, word: str) -> bytes | None:
 
 def sampled_scene(data: bytes) -> bytes:
     """Return a scene that looks for no radiosity samples before it renders, for it gets them.
-
-    POV-Ray's pretrace takes new samples though others were loaded, and each
-    slice takes its own: that is what is seen at the seams. The block changes
-    nothing else; but where radiosity was off it switches it on, so this is for
-    scenes that were seen to save samples. It stands at the end of the file
-    because ``#version`` has to stay at the beginning.
-    """
+    POV-Ray's pretrace takes new samples though others were loaded, and each slice takes its own:
+    that is what is seen at the seams. The block changes nothing else; but where radiosity was off
+    it switches it on, so this is for scenes that were seen to save samples. It stands at the end of
+    the file because ``#version`` has to stay at the beginning."""
     # Editors of DOS times end a file with Ctrl-Z.
     return data.rstrip(b"\x1a") + b"\nglobal_settings{radiosity{pretrace_start 1 pretrace_end 1}}\n"
 
@@ -4526,21 +4434,15 @@ def _is_farm(path: Path) -> bool:
 
 
 class _Listing:
-    """The files that are sent although the scene does not name them.
-
-    Those are what lies below the project's directory and the library
-    directories, and what strings in the scene mention. ``.bsac`` files say
-    which, as in BSAC: lines ``Include`` and ``Exclude``
-    begin a section, each other line is a name or wildcard of files or
-    directories; what is excluded stays out whatever is included; a ``.bsac``
-    file in a subdirectory adds its rules for what is below. ``if %f > N``
-    makes the names after it, up to the next ``if``, ``endif`` or section, be
-    needed by frames after N only. (Under ``Exclude`` such names stay, because
-    the other frames need them.) Where no rule includes anything, everything
-    goes but the job's own images, what is hidden, and what version control,
-    systems and povfarm itself leave; an ``Include`` without wildcards takes even
-    those.
-    """
+    """The files that are sent although the scene does not name them. Those are what lies below the
+    project's directory and the library directories, and what strings in the scene mention.
+    ``.bsac`` files say which, as in BSAC: lines ``Include`` and ``Exclude`` begin a section, each
+    other line is a name or wildcard of files or directories; what is excluded stays out whatever is
+    included; a ``.bsac`` file in a subdirectory adds its rules for what is below. ``if %f > N``
+    makes the names after it, up to the next ``if``, ``endif`` or section, be needed by frames after
+    N only. (Under ``Exclude`` such names stay, because the other frames need them.) Where no rule
+    includes anything, everything goes but the job's own images, what is hidden, and what version
+    control, systems and povfarm itself leave; an ``Include`` without wildcards takes even those."""
 
     def __init__(self, renders: _Renders, reach: _Reach,
                  made: Callable[[Path], bool] | None) -> None:
@@ -4762,12 +4664,10 @@ def _entries(members: _Members, needed: Collection[str],
 
 
 def _as_povray_reads(name: str, charset: str = "latin-1") -> str:
-    """Return a name with the blanks that POV-Ray 3.7 on Unix reads for letters beyond ASCII.
-
-    In a scene each byte of them is one, or each letter where it declares
-    ``charset utf8``. An INI file or command line has no way at all to name
-    such a file, so each is in the tree also under names that it can be given.
-    """
+    """Return a name with the blanks that POV-Ray 3.7 on Unix reads for letters beyond ASCII. In a
+    scene each byte of them is one, or each letter where it declares ``charset utf8``. An INI file
+    or command line has no way at all to name such a file, so each is in the tree also under names
+    that it can be given."""
     try:
         return re.sub(r"[^\x00-\x7f]", " ", name.encode().decode(charset))
     except UnicodeEncodeError:
@@ -5785,15 +5685,12 @@ def worth_slicing(region: Region, mean: Cost | None) -> bool:
 
 def slice_end(top: int, height: int, region: Region, slices: str, share: float,
               cost: SliceCost | None) -> int:
-    """Choose the height of a slice: return the row before which one that begins at ``top`` ends.
-
-    A slice begins where a block of the whole frame begins, so that the pixels
-    are the same; the first and the last slice take along what lies outside the
-    user's region. A number of ``slices`` makes them alike in blocks. ``auto``
-    gives a worker a quarter of its ``share`` (0 to 1) of what is left, so that
-    slices shrink and unequal workers finish together, but no slice whose parsing
-    and start would weigh as much as a sixth of its pixels.
-    """
+    """Choose the height of a slice: return the row before which one that begins at ``top`` ends. A
+    slice begins where a block of the whole frame begins, so that the pixels are the same; the first
+    and the last slice take along what lies outside the user's region. A number of ``slices`` makes
+    them alike in blocks. ``auto`` gives a worker a quarter of its ``share`` (0 to 1) of what is
+    left, so that slices shrink and unequal workers finish together, but no slice whose parsing and
+    start would weigh as much as a sixth of its pixels."""
     if slices == "off":  # since the frame was begun: then one slice has the rest
         return height
     block = region.block * (1 if slices != "auto" else -(-GRAIN // region.block))
@@ -5819,11 +5716,9 @@ def slice_end(top: int, height: int, region: Region, slices: str, share: float,
 def slice_speeds(measured: Sequence[tuple[int, float, float]],
                  cores: Mapping[int, int]) -> tuple[dict[int, float], SliceCost | None]:
     """Return the rows a second of each worker, and what a row and a slice cost on average.
-
-    ``measured`` tells of some workers the rows a second and the seconds before the first row;
-    the others are guessed by their ``cores``, of which four times the middle one's are believed.
-    Where nothing is measured, speeds are only worth comparing.
-    """
+    ``measured`` tells of some workers the rows a second and the seconds before the first row; the
+    others are guessed by their ``cores``, of which four times the middle one's are believed. Where
+    nothing is measured, speeds are only worth comparing."""
     most = 4 * sorted(cores.values())[(len(cores) - 1) // 2]
     cores = {worker: min(number, most) for worker, number in cores.items()}
     speeds = {worker: max(speed, 1e-6) for worker, speed, _ in measured if worker in cores}
@@ -5839,11 +5734,9 @@ def slice_speeds(measured: Sequence[tuple[int, float, float]],
 
 def time_left(parts: Sequence[tuple[float, float]], began: float, now: float,
               usual: float = math.inf) -> float:
-    """Return the seconds until a task is rendered, as it looks.
-
-    ``parts`` tell how much of it was rendered when. Before any of it was heard, it takes its
-    ``usual`` time since it ``began``; for ever when that is over or not known.
-    """
+    """Return the seconds until a task is rendered, as it looks. ``parts`` tell how much of it was
+    rendered when. Before any of it was heard, it takes its ``usual`` time since it ``began``; for
+    ever when that is over or not known."""
     part, heard = parts[-1] if parts else (0.0, began)
     # Rows are rather like those just above them than like all of the picture.
     before, then = parts[0] if len(parts) > 1 else (0.0, began)
@@ -5860,11 +5753,9 @@ def time_left(parts: Sequence[tuple[float, float]], began: float, now: float,
 
 def split_row(top: int, bottom: int, region: Region, size: int, progress: float,
               share: float) -> int | None:
-    """Return the row before which a slice may end when others take the rest.
-
-    It keeps a ``share`` (0 to 1) of what is unrendered, in whole blocks of
-    ``size`` rows, for those it has begun it cannot hand on. None when that is too little.
-    """
+    """Return the row before which a slice may end when others take the rest. It keeps a ``share``
+    (0 to 1) of what is unrendered, in whole blocks of ``size`` rows, for those it has begun it
+    cannot hand on. None when that is too little."""
     first, last = max(top, region.top), min(bottom, region.bottom)
     blocks = (last - first) / size
     done = max(math.ceil(progress * blocks), 1)
@@ -5874,11 +5765,9 @@ def split_row(top: int, bottom: int, region: Region, size: int, progress: float,
 
 def sharable(uses: Collection[str], values: Mapping[str, str]) -> frozenset[str]:
     """Return what the slices of a frame may share: ``radiosity``, ``photons``, both or nothing.
-
-    ``uses`` is what ``Project`` says, ``values`` the command line's. A user who
-    saves or loads samples or photons himself is left alone. Whether the scene
-    really has any is known only when they were computed and there is a file.
-    """
+    ``uses`` is what ``Project`` says, ``values`` the command line's. A user who saves or loads
+    samples or photons himself is left alone. Whether the scene really has any is known only when
+    they were computed and there is a file."""
     own = "On" in (values.get("Radiosity_From_File"), values.get("Radiosity_To_File"))
     loads = any(use.startswith("load_file ") for use in uses)
     return frozenset(use for use, alone in (("radiosity", own), ("photons", loads))
@@ -5894,11 +5783,9 @@ def shared_by(pov: PovJob, radiosity: str) -> frozenset[str]:
 
 
 def pass_rows(region: Region, shared: Collection[str], workers: int) -> list[tuple[int, int]]:
-    """Return the rows of each pass that renders what the slices of a frame will share.
-
-    Radiosity samples are gathered where the picture needs them: by as many
-    passes as there are workers. All photons are shot whatever the rows are.
-    """
+    """Return the rows of each pass that renders what the slices of a frame will share. Radiosity
+    samples are gathered where the picture needs them: by as many passes as there are workers. All
+    photons are shot whatever the rows are."""
     if "radiosity" not in shared:
         return [(region.top, min(region.top + region.block, region.bottom))] if shared else []
     blocks = -(-(region.bottom - region.top) // region.block)
