@@ -4978,6 +4978,8 @@ class PovJob(Wired):
         for path in (job.run_dir, *job.library):
             if path not in (".", STANDARD):
                 safe_join(Path(), path)
+        if any("\0" in use for use in job.uses):
+            raise UserError("what a job uses has no name with a NUL in it")
         return job
 
     # As POV has it, and all frames of the command line, whichever of them the job has.
@@ -20227,8 +20229,8 @@ def _create_ini_of(run: Run) -> None:
     """Write the INI file that the command line asked for (Create_Ini) where it was submitted."""
     for word, _, rest in (use.partition(" ") for use in run.lease.pov.uses):
         name, _, text = rest.partition("\n")
-        path = Path(os.path.normpath(run.place / name))
-        if word == "create_ini" and run.own in path.parents and not path.exists():
+        place = _place_in(run, name) if word == "create_ini" else None
+        if place and not (path := run.own / place).exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
 
@@ -20254,13 +20256,15 @@ def _make_directories(run: Run, tree: Tree) -> dict[str, Old]:
     samples = pov.values.get("Radiosity_File_Name", "object.rca")  # which may be written only
     read = [samples] if pov.values.get("Radiosity_From_File") == "On" else []
     given = {}
-    for name, source in [*tree.links.items(), *((name, home / name) for name in (*names, samples))]:
-        path, link = real_path(run.place / name), name in tree.links
-        if real_path(run.own) not in path.parents or not (link or is_directory(source.parent)):
+    for name in (*tree.links, *names, samples):
+        place, link = _place_in(run, name), tree.links.get(name)
+        # Not from the name: the tree has no links, so a name that goes up could lead out of it.
+        if not place or not (link or is_directory((source := run.tree / place).parent)):
             continue
+        path = run.own / place
         path.parent.mkdir(parents=True, exist_ok=True)
         if link:
-            path.symlink_to(source)
+            path.symlink_to(link)
         elif name in (*names, *read) and is_file(source):
             shutil.copyfile(source, path)
             given[name] = Old(path.stat().st_size, sha256_file(path))
@@ -20271,8 +20275,20 @@ def _links_of(pov: PovJob) -> dict[str, str]:
     """Return the links of a project, which its tree does not have, and what each leads to there."""
     links = (use.partition(" ")[2].partition("\n")[::2] for use in pov.uses
              if use.startswith("link "))
-    return {name: target for name, target in links
-            if all(safe_join(Path(), path) for path in (name, target))}
+    return {name: target for name, target in itertools.islice(links, MAX_FOLDERS)
+            if not any(_is_ours(safe_join(Path(), path)) for path in (name, target))}
+
+
+def _place_in(run: Run, name: str) -> Path | None:
+    """Return where a name of a job leads to in its run's own directory; None when it leads out of
+    that, also by our links to the project, or to what povfarm has there."""
+    own, path = real_path(run.own), real_path(run.place / name)
+    inside = path.relative_to(own) if own in path.parents else None
+    return None if inside is None or _is_ours(inside) else inside
+
+
+def _is_ours(path: Path) -> bool:
+    return any(part.lower().startswith(LINK) for part in path.parts)
 
 
 # --- a node of RenderOnline's

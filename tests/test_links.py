@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
@@ -9,7 +10,8 @@ import pytest
 
 from helpers.base import run_povray
 from helpers.farm import SMALL, Farm, made_in, run
-from povfarm import PovJob, UserError, _links_of
+from helpers.runs import MARK, make_run
+from povfarm import FileEntry, Manifest, PovJob, UserError, _links_of, _place_in
 
 HEAD = """#version 3.7; global_settings { assumed_gamma 1 }
 camera { location -5*z look_at 0 }
@@ -148,3 +150,69 @@ def test_no_link_of_a_job_leads_out_of_its_run(use: str) -> None:
     assert _links_of(PovJob({}, (), (), ".", ("link a b\nc/d", "append x"))) == {"a b": "c/d"}
     with pytest.raises(UserError):
         _links_of(PovJob({}, (), (), ".", (use,)))
+
+
+UP_FROM_LINK = "lnk" + "/.." * 12
+DEEP = "a/" + "/".join("b" * 20)
+OURS = "_povfarm/.povray/3.7/povray.conf"
+# By what a job says that it uses: names that are one file in its run and another in the project;
+# more options; the scene.
+FORGED: Dict[str, Tuple[List[str], Dict[str, str], str]] = {
+    "a file to append to": ([f"append {UP_FROM_LINK}@"], {}, include(f'"{UP_FROM_LINK}@"')),
+    "a file of photons": ([f"load_file {UP_FROM_LINK}@"], {}, include(f'"{UP_FROM_LINK}@"')),
+    "samples": ([], {"Radiosity_From_File": "On", "Radiosity_File_Name": f"{UP_FROM_LINK}@"},
+                include(f'"{UP_FROM_LINK}@"')),
+    "an INI file by our link": (["create_ini _povfarm0/planted\nx"], {}, ""),
+    "an INI file by our link and another": (
+        ["create_ini more/planted\nx", "link more\n_povfarm0"], {}, ""),
+    "our own files": ([f"link {OURS}\n_povfarm/_povfarm.ini", "link _povfarm\nlnk",
+                       "link _POVFARM.ini\ns.pov", "create_ini _povfarm/planted\nx"], {}, ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_names_of_a_job_reach_nothing_outside_of_its_run(
+        farm: Farm, tmp_path: Path, name: str) -> None:
+    uses, values, scene = FORGED[name]
+    secret = tmp_path / "secret"
+    secret.write_text(f'#debug "{MARK}\\n"\n')
+    uses, scene = [use.replace("@", str(secret)) for use in uses], scene.replace("@", str(secret))
+    files = {"s.pov": (HEAD + RED + scene + PLANE).encode(), "lnk/keep": b"", "lib/keep": b""}
+    hashes = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+    manifest = Manifest(tuple(FileEntry(path, hashes[path], len(files[path]), 1.0)
+                              for path in sorted(files)), ())
+    wanted = {"Input_File_Name": "s.pov", "Output_File_Name": "s.png", "Width": "40",
+              "Height": "30", **{key: text.replace("@", str(secret)) for key, text in
+                                 values.items()}}
+    sent = farm.client.request("POST", "/api/v1/jobs", json={
+        "name": "forged", "manifest": manifest.to_wire(), "options": {"retry_limit": 1},
+        "ticket": name, "frames": "", "pov": {
+            "values": wanted, "declares": [], "library": ["lib"], "run_dir": ".",
+            "uses": [f"link lnk\n{DEEP}", *uses]}}).json()
+    for path in {hashes[path]: path for path in files if hashes[path] in sent["missing"]}.values():
+        farm.client.request("PUT", f"/api/v1/blobs/{hashes[path]}", body=files[path])
+    assert farm.finished(sent["id"])["state"] == ("failed" if scene else "done")
+    log = farm.client.request("GET", f"/api/v1/jobs/{sent['id']}/frames/0/log").body.decode()
+    assert MARK not in log and ("Cannot open include file" in log) == bool(scene)
+    there = farm.tmp_path / "farm" / "cache" / manifest.key / "tree"
+    assert sorted(path.relative_to(there).as_posix() for path in there.rglob("*")
+                  if path.is_file()) == sorted(files)
+
+
+def test_our_own_files_are_no_place_for_a_name_of_a_job(tmp_path: Path) -> None:
+    run = make_run(tmp_path, (1,))
+    run.own.mkdir()
+    (run.own / "_povfarm0").symlink_to(tmp_path)
+    (run.own / "x").symlink_to("_povfarm")
+    assert _place_in(run, "a/../b c") == Path("b c")
+    for place in ("_povfarm/x", "a/_povfarm.ini", "_PovFarm1", "x/y", "_povfarm0/x", "..", "/x"):
+        assert _place_in(run, place) is None
+    forged = f"link {OURS}\na", "link a\n_povfarm0/x", *(f"link {n}\nx" for n in range(1000))
+    assert len(_links_of(PovJob({}, (), (), ".", forged))) < 300
+
+
+def test_no_name_of_a_job_has_a_nul() -> None:
+    wire = PovJob({}, (), (), ".", ("append a\0b",)).to_wire()
+    with pytest.raises(UserError, match="NUL"):
+        PovJob.from_wire(wire)
