@@ -17262,6 +17262,9 @@ class Engine:
             return {}
         folders = [path for path in self.library_of(run) if run.tree in (path, *path.parents)]
         scene = pov.values["Input_File_Name"]
+        found = next((path / scene for path in folders if is_file(path / scene)), None)
+        if found is None or real_path(run.tree) not in real_path(found).parents:
+            raise FarmError(f"the scene {scene} is not in the project")
         texts = shared_texts(folders, scene, word, samples)
         return {_SCENE if name == scene and not _is_plain(name) else name: text
                 for name, text in texts.items()}
@@ -20010,7 +20013,8 @@ class Worker(Resting):
 
     def _start(self, run: RunState, plan: Run) -> Process | None:
         """Start the renderer, with all that it looks for in its place; None when it is too late."""
-        name = plan.lease.pov.engine
+        pov = plan.lease.pov
+        name = pov.engine
         if name and name not in self.programs:
             raise FarmError(f"the owner of this computer lets it run no '{name}'")
         engine = self.programs[name] if name else self.engine
@@ -20018,6 +20022,8 @@ class Worker(Resting):
         texts = {path: text.encode() for path, text in command.files.items()}
         texts.update({plan.place / name: text for name, text in engine.shared(plan).items()})
         for path, data in texts.items():
+            if real_path(plan.own) not in real_path(path).parents:  # nothing confines us
+                raise FarmError(f"the scene {pov.values['Input_File_Name']} is not in the project")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         for path, target in command.links.items():
@@ -20033,7 +20039,7 @@ class Worker(Resting):
             reads=None if self.bounds.reads is None else (*run.reads, *command.reads),
             # What one scene writes must not fill the disk.
             file_size=shutil.disk_usage(plan.place).free // 2)
-        home = plan.tree / plan.lease.pov.run_dir
+        home = plan.tree / pov.run_dir
         mine = {link: plan.tree / to.relative_to(plan.own) for link, to in command.links.items()
                 if plan.own in to.parents}  # what the run writes there is called as what is there
         run.text.links = {link.name: min(os.path.relpath(to, home), str(to), key=len)

@@ -155,8 +155,9 @@ def test_no_link_of_a_job_leads_out_of_its_run(use: str) -> None:
 UP_FROM_LINK = "lnk" + "/.." * 12
 DEEP = "a/" + "/".join("b" * 20)
 OURS = "_povfarm/.povray/3.7/povray.conf"
-# By what a job says that it uses: names that are one file in its run and another in the project;
-# more options; the scene.
+SAMPLES = {"Radiosity_From_File": "On", "Radiosity_File_Name": "povfarm.rca"}
+# What a job says that it uses: names that are one file in its run and another in the project; more
+# options; the scene. "@" is a file of the worker's owner.
 FORGED: Dict[str, Tuple[List[str], Dict[str, str], str]] = {
     "a file to append to": ([f"append {UP_FROM_LINK}@"], {}, include(f'"{UP_FROM_LINK}@"')),
     "a file of photons": ([f"load_file {UP_FROM_LINK}@"], {}, include(f'"{UP_FROM_LINK}@"')),
@@ -167,6 +168,10 @@ FORGED: Dict[str, Tuple[List[str], Dict[str, str], str]] = {
         ["create_ini more/planted\nx", "link more\n_povfarm0"], {}, ""),
     "our own files": ([f"link {OURS}\n_povfarm/_povfarm.ini", "link _povfarm\nlnk",
                        "link _POVFARM.ini\ns.pov", "create_ini _povfarm/planted\nx"], {}, ""),
+    # Of what slices share the worker writes into the scene.
+    "a scene elsewhere": ([], {**SAMPLES, "Input_File_Name": "../" * 12 + "@"}, ""),
+    "a scene by a link": ([], {**SAMPLES, "Input_File_Name": f"{UP_FROM_LINK}@"}, ""),
+    "a scene next to the run": ([], {**SAMPLES, "Input_File_Name": "../tree/s.pov"}, ""),
 }
 
 
@@ -176,9 +181,11 @@ def test_forged_names_of_a_job_reach_nothing_outside_of_its_run(
         farm: Farm, tmp_path: Path, name: str) -> None:
     uses, values, scene = FORGED[name]
     secret = tmp_path / "secret"
-    secret.write_text(f'#debug "{MARK}\\n"\n')
+    before = f'#debug "{MARK}\\n"\n'
+    secret.write_text(before)
     uses, scene = [use.replace("@", str(secret)) for use in uses], scene.replace("@", str(secret))
-    files = {"s.pov": (HEAD + RED + scene + PLANE).encode(), "lnk/keep": b"", "lib/keep": b""}
+    files = {"s.pov": (HEAD + RED + scene + PLANE).encode(), "lnk/keep": b"", "lib/keep": b"",
+             "povfarm.rca": b"B0\t0\n"}
     hashes = {path: hashlib.sha256(data).hexdigest() for path, data in files.items()}
     manifest = Manifest(tuple(FileEntry(path, hashes[path], len(files[path]), 1.0)
                               for path in sorted(files)), ())
@@ -192,9 +199,12 @@ def test_forged_names_of_a_job_reach_nothing_outside_of_its_run(
             "uses": [f"link lnk\n{DEEP}", *uses]}}).json()
     for path in {hashes[path]: path for path in files if hashes[path] in sent["missing"]}.values():
         farm.client.request("PUT", f"/api/v1/blobs/{hashes[path]}", body=files[path])
-    assert farm.finished(sent["id"])["state"] == ("failed" if scene else "done")
+    good = not scene and "Input_File_Name" not in values
+    assert farm.finished(sent["id"])["state"] == ("done" if good else "failed")
     log = farm.client.request("GET", f"/api/v1/jobs/{sent['id']}/frames/0/log").body.decode()
-    assert MARK not in log and ("Cannot open include file" in log) == bool(scene)
+    assert MARK not in log and secret.read_text() == before
+    assert good or ("Cannot open include file" if scene else "is not in the project") in log
+    assert not (farm.tmp_path / "farm" / "tree").exists()
     there = farm.tmp_path / "farm" / "cache" / manifest.key / "tree"
     assert sorted(path.relative_to(there).as_posix() for path in there.rglob("*")
                   if path.is_file()) == sorted(files)
