@@ -3554,9 +3554,9 @@ class _Search:
                 if directory is not None and name not in by_file:
                     reach.bases.append(directory)
         for directory in filter(None, self.directories):
-            with contextlib.suppress(OSError):
-                for path in sorted(directory.iterdir()):
-                    _refuse_ours(path.name, f"{path} has a name")
+            with contextlib.suppress(OSError), os.scandir(directory) as items:
+                for item in items:
+                    _refuse_ours(item.name, f"{item.path} has a name")
 
     def find(self, kind: str, name: str, here_only: bool = False) -> _FoundFile | None:
         """Find a file by the name in a scene; ``kind`` tells the extensions that are tried."""
