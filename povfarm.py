@@ -19445,7 +19445,7 @@ class Outbox:
         elif task.kind is TaskKind.PASS:
             paths = [plan.place / name for name in (SAMPLE_FILE, PHOTON_FILE)]
             pack_files({path.name: path for path in paths if path.is_file()}, kept)
-        elif run.lease.in_order:  # a later frame may read it
+        elif run.lease.in_order or is_link(made):  # a later frame may read it; or it stays behind
             shutil.copyfile(made, kept)
         else:
             made.rename(kept)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
 from helpers.base import run_povray
 from helpers.farm import SMALL, Farm, made_in, run
 from helpers.runs import MARK, make_run
-from povfarm import FileEntry, Manifest, PovJob, UserError, _links_of, _place_in
+from povfarm import FileEntry, Manifest, Outbox, PovJob, UserError, _links_of, _place_in
 
 HEAD = """#version 3.7; global_settings { assumed_gamma 1 }
 camera { location -5*z look_at 0 }
@@ -226,3 +228,15 @@ def test_no_name_of_a_job_has_a_nul() -> None:
     wire = PovJob({}, (), (), ".", ("append a\0b",)).to_wire()
     with pytest.raises(UserError, match="NUL"):
         PovJob.from_wire(wire)
+
+
+def test_an_image_by_a_link_outlives_its_run(tmp_path: Path) -> None:
+    run, outbox = make_run(tmp_path, (1,)), object.__new__(Outbox)
+    made, outbox._place = run.made(1), tmp_path
+    (run.own / "real").mkdir(parents=True)
+    made.symlink_to(run.own / "real" / "x.png")
+    made.write_bytes(b"a picture")
+    state: Any = SimpleNamespace(lease=run.lease, started=1.5)
+    kept = outbox._kept(state, run, run.lease.tasks[0], 24)
+    shutil.rmtree(run.own)
+    assert kept.read_bytes() == b"a picture"
