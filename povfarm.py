@@ -20281,7 +20281,8 @@ def _links_of(pov: PovJob) -> dict[str, str]:
     """Return the links of a project, which its tree does not have, and what each leads to there."""
     links = (use.partition(" ")[2].partition("\n")[::2] for use in pov.uses
              if use.startswith("link "))
-    return {name: target for name, target in itertools.islice(links, MAX_FOLDERS)
+    most = 3 * MAX_LINKS  # each goes along by three names at most
+    return {name: target for name, target in itertools.islice(links, most)
             if not any(_is_ours(safe_join(Path(), path)) for path in (name, target))}
 
 
