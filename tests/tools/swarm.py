@@ -37,6 +37,7 @@ from povfarm import BEATS, LEASE_WAIT, Client
 PROGRAM = Path(os.environ.get("POVFARM_PY", Path(__file__).resolve().parents[2] / "povfarm.py"))
 BEAT_WAIT = 2.0  # seconds, as of a real worker
 LEASE_TIME = 30.0  # seconds, the default
+ASKED = ("lease", "beat", "delivery")  # what workers ask for
 SPREAD = 20.0  # seconds in which many begin to wait: a connection without a request may be closed
 TRIVIAL = {"cpu": 0.03, "wall": 0.35}  # what POV-Ray's smallest render costs, in seconds
 Then = Callable[[int, Any, float], None]  # status, answer, seconds
@@ -161,7 +162,7 @@ class Swarm:
         self.workers: List[Worker] = []
         self.delivered = self.refused = 0
         self.taken: Dict[str, List[Tuple[float, float]]] = {
-            what: [] for what in ("lease", "beat", "delivery", "farm", "page")}
+            what: [] for what in (*ASKED, "farm", "page")}
         self.timers: List[Tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count()
 
@@ -335,8 +336,8 @@ def steady(number: int, a_second: float, seconds: float) -> Dict[str, float]:
         return {"workers": number,
                 "deliveries_a_second": round((swarm.delivered - before) / spent, 1),
                 "cores": round((serve.cpu() - cpu) / spent, 3),
-                **{f"{what}_p99": most(swarm.since(began, what)) for what in swarm.taken},
-                **{f"{what}_most": most(swarm.since(began, what), 1.0) for what in swarm.taken}}
+                **{f"{what}_p99": most(swarm.since(began, what)) for what in ASKED},
+                **{f"{what}_most": most(swarm.since(began, what), 1.0) for what in ASKED}}
 
 
 def idle(number: int, seconds: float) -> Dict[str, float]:
