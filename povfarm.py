@@ -9148,7 +9148,7 @@ class Tx(Look):
 KEEP_EVENTS = 10_000
 KEEP_GUESTS = 7 * 24 * 3600.0  # seconds that a worker of another system is shown when it is gone
 BEATS = 100.0  # a second of all workers together, as long as each is heard often enough
-LOOK_AGAIN = 1.0  # seconds after which an idle worker looks at what others render
+LOOK_AGAIN = 0.5  # seconds after which an idle worker looks at what others render
 RECENT = 8.0  # seconds over which the speed of a task is taken
 SICK_PAUSE = 600.0  # seconds until a worker that only fails gets one task, as a trial
 LEASE_COST = 0.1  # seconds that a lease counts in addition to those that it takes

@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Set
@@ -176,3 +177,11 @@ def test_every_promise_has_its_tests_and_every_test_is_there() -> None:
     held = {one: [name for name in names if one.startswith(name)] for one in promises()}
     assert len(held) > 60 and [one for one, by in held.items() if not by] == []
     assert set(names) == {name for by in held.values() for name in by}, "a row of a promise that is gone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", sorted(path.name for path in (TESTS / "tools").glob("[a-z]*.py")))
+def test_a_tool_can_be_typed_as_the_docs_have_it(tool: str, tmp_path: Path) -> None:
+    """In any directory, with nothing but Python; of itself it finds the helpers, and povfarm."""
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='imported')"
+    subprocess.run([sys.executable, "-I", "-c", code, str(TESTS / "tools" / tool)], cwd=tmp_path, check=True)
