@@ -1308,7 +1308,7 @@ def test_a_poll_without_work_ends_when_it_is_over(farm: Farm) -> None:
     assert farm.clock.mono == start + 25
 
 
-def test_who_is_idle_looks_at_what_others_render_once_a_second_and_at_what_is_new_at_once(
+def test_who_is_idle_looks_at_what_others_render_now_and_then_and_at_what_is_new_at_once(
         farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
     anna, bert = farm.worker("anna"), farm.worker("bert")
     farm.submit(1)
@@ -1318,7 +1318,7 @@ def test_who_is_idle_looks_at_what_others_render_once_a_second_and_at_what_is_ne
     waiting = farm.scheduler._states.waiting
     farm.clock.meanwhile.extend([lambda: waiting.ring(waiting.work)] * 20)
     assert farm.leases(bert, wait=3) == []
-    assert looks == [1000, 1001, 1002, 1003]
+    assert looks == [1000 + number * povfarm.LOOK_AGAIN for number in range(7)] and looks[-1] == 1003
     farm.clock.meanwhile.extend([lambda: waiting.ring(waiting.work), lambda: farm.submit(1)])
     assert farm.leases(bert, wait=3) and farm.clock.mono == 1003
 
@@ -1331,7 +1331,9 @@ def looks_of(farm: Farm, worker: int, meanwhile: Callable[[], Any]) -> int:
     return len(looks)
 
 
-def test_a_change_wakes_only_those_whom_it_can_serve(farm: Farm) -> None:
+def test_a_change_wakes_only_those_whom_it_can_serve(
+        farm: Farm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(povfarm, "LOOK_AGAIN", 1.0)  # longer than they wait here
     anna, bert = farm.worker("anna"), farm.worker("bert")
     farm.submit(2)
     first, second = farm.lease(anna), farm.lease(anna)
