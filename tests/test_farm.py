@@ -603,6 +603,7 @@ def test_a_worker_follows_its_farm_to_another_address(
     first.send_signal(signal.SIGINT)
     assert first.wait(60) == 130
     with socket.socket() as taken:  # else the next one may get the same port
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its connections have just ended
         taken.bind(("127.0.0.1", int(before.rpartition(":")[2])))
         serve()
         wait_until(lambda: (data / "coordinator.json").exists(), "no second coordinator")
